@@ -1,0 +1,185 @@
+"""What every attention backend is given, and what it declares of itself."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBatch:
+    """One step's queries, laid out flat, and where each sequence's keys and values are.
+
+    Built once a step; every layer reads the same object. Sequence `b` owns the query rows
+    `cu_seqlens_q[b] : cu_seqlens_q[b + 1]`, which are the *last* rows of its
+    `seqused_k[b]` tokens: query row `i` of it stands at position
+    `seqused_k[b] - query_lens[b] + i` and sees the keys at positions up to its own.
+
+    The tuples are the same numbers on the host, for backends that loop; the tensors are on the
+    device of the cache.
+    """
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]  # tokens in the cache, this step's included
+    slots: tuple[int, ...]  # row of the cache's first dimension, for contiguous slots
+    cu_seqlens_q: torch.Tensor  # int32 [num_seqs + 1]
+    seqused_k: torch.Tensor  # int32 [num_seqs]
+    slot_ids: torch.Tensor  # int32 [num_seqs]
+    write_rows: torch.Tensor  # int64 [num_tokens], flat cache row of each new token
+    block_tables: torch.Tensor | None = None  # int32 [num_seqs, max_blocks], paged caches only
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.query_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lens)
+
+    @property
+    def max_seqlen_q(self) -> int:
+        return max(self.query_lens)
+
+    @property
+    def max_seqlen_k(self) -> int:
+        return max(self.kv_lens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAttention:
+    """What one layer asks of attention, constant over the model's life.
+
+    Attributes:
+        scale: multiplies q·k before the softmax.
+        window: keys a query sees, itself included (`k > q - window`), or None for all.
+        softcap: logits become `softcap * tanh(logits / softcap)`, or None.
+        sinks: float [num_heads], one extra logit a head that takes probability but has no
+            value (GPT-OSS), or None.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a backend can do; compared with the model's needs once, at load.
+
+    Attributes:
+        devices: torch device types.
+        dtypes: of queries, keys and values.
+        max_head_dim: largest head size of keys (and values), or None for any.
+        head_dim_multiple: head sizes must be a multiple of it.
+        unequal_head_dims: keys and values may differ in head size.
+        window, softcap, sinks, lse: the features of `LayerAttention`, and returning the
+            log-sum-exp.
+        paged: reads a paged cache through block tables instead of contiguous slots.
+        over_read_tokens: rows are loaded in tiles of this many tokens, so that up to
+            `ceil(len / tile) * tile` rows must be backed and finite. 1: never reads past the
+            length.
+    """
+
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+    unequal_head_dims: bool = True
+    window: bool = True
+    softcap: bool = True
+    sinks: bool = True
+    lse: bool = True
+    paged: bool = False
+    over_read_tokens: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionNeeds:
+    """What a model asks of a backend: the union over its layers."""
+
+    device: str
+    dtype: torch.dtype
+    head_dims: frozenset[tuple[int, int]]  # (key, value) head sizes that occur
+    window: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    paged: bool = False
+
+
+class AttentionBackend(ABC):
+    """Attention of flat queries over a KV cache, by one family of kernels.
+
+    A backend holds no per-request state; what it prepares for a step it keeps against the
+    identity of the `AttentionBatch`.
+    """
+
+    name: str
+    capabilities: Capabilities
+
+    @classmethod
+    @abstractmethod
+    def unavailable_reason(cls) -> str | None:
+        """Why the kernels cannot be used on this machine (what to install), or None."""
+
+    @abstractmethod
+    def forward(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+        layer: LayerAttention,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of every query row over its own sequence.
+
+        Args:
+            query: [num_tokens, num_heads, head_dim]. `num_heads` is a multiple of
+                `num_kv_heads`; head `h` reads KV head `h // (num_heads // num_kv_heads)`.
+            key_cache: [num_slots, max_len, num_kv_heads, head_dim], strided, this step's keys
+                already written; or [num_blocks, block_size, num_kv_heads, head_dim] if paged.
+            value_cache: the same with the values' head size.
+            out: where to put the result, [num_tokens, num_heads, value_head_dim].
+
+        Returns:
+            [num_tokens, num_heads, value_head_dim], of the query's dtype.
+        """
+
+    def forward_lse(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+        layer: LayerAttention,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and the natural log-sum-exp of the logits, float32 [num_tokens, num_heads].
+
+        With sinks, the sink's logit is part of the sum. Offered where `capabilities.lse`.
+        """
+        raise NotImplementedError(f"{self.name} does not return the log-sum-exp")
+
+
+def missing_features(capabilities: Capabilities, needs: AttentionNeeds) -> Sequence[str]:
+    """What `needs` asks that `capabilities` lack, in words; empty if nothing."""
+    missing = []
+    if needs.device not in capabilities.devices:
+        missing.append(f"runs on {'/'.join(sorted(capabilities.devices))}, not {needs.device}")
+    if needs.dtype not in capabilities.dtypes:
+        missing.append(f"no {needs.dtype}")
+    if needs.paged != capabilities.paged:
+        missing.append("reads paged KV only" if capabilities.paged else "no paged KV")
+    for key_dim, value_dim in sorted(needs.head_dims):
+        limit = capabilities.max_head_dim
+        if limit is not None and max(key_dim, value_dim) > limit:
+            missing.append(f"head size {max(key_dim, value_dim)} above its {limit}")
+        if key_dim % capabilities.head_dim_multiple or value_dim % capabilities.head_dim_multiple:
+            missing.append(f"head sizes must be multiples of {capabilities.head_dim_multiple}")
+        if key_dim != value_dim and not capabilities.unequal_head_dims:
+            missing.append(f"unequal head sizes {key_dim} and {value_dim}")
+    for feature in ("window", "softcap", "sinks"):
+        if getattr(needs, feature) and not getattr(capabilities, feature):
+            missing.append(f"no {feature}")
+    return missing

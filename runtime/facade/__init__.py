@@ -1,0 +1,1 @@
+"""vkv: virtual-memory KV cache runtime for large language models."""

@@ -1,0 +1,285 @@
+"""The contract of a virtual-memory driver, and the bookkeeping every driver shares.
+
+A driver does four separate things: it reserves address ranges, creates physical pages, maps
+pages at addresses, and lays tensors over addresses. It knows nothing of KV, layers or tokens.
+
+The base class owns the *page table* (which page backs which address) and refuses whatever the
+state forbids, so that a mistake is a typed error on every device, with nothing changed. The
+subclasses own the system calls, and only those.
+"""
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from typing import NewType, Protocol
+
+import torch
+
+from .dlpack import strided_extent
+from .errors import ForkedProcess, InvalidConfig, InvalidOperation
+
+Page = NewType("Page", int)
+"""A physical page: an opaque number, unique among the live pages of one driver."""
+
+
+class Fence(Protocol):
+    """A point in the device's work; `wait` returns once all work before it has finished."""
+
+    def wait(self) -> None: ...
+
+
+class VmemDriver(ABC):
+    """Reserves address ranges, creates physical pages, maps and unmaps them.
+
+    Addresses are integers, sizes are bytes. Every operation is all or nothing: one that raises
+    has changed nothing. All methods may be called from several threads.
+
+    Attributes:
+        device: where the memory is; the device of the tensors it hands out.
+        granularity: the smallest page size, in bytes, that the device can map.
+        page_bytes: the size of one physical page, a multiple of `granularity`.
+        counters: system or driver calls so far, by kind (`map`, `unmap`, `set_access`, …).
+    """
+
+    def __init__(self, *, device: torch.device, granularity: int, page_bytes: int) -> None:
+        if page_bytes <= 0 or page_bytes % granularity:
+            raise InvalidConfig(
+                f"page size {page_bytes} is not a positive multiple of {granularity} bytes, "
+                f"the granularity of {device}; choose e.g. {granularity * 2}"
+            )
+        self.device = device
+        self.granularity = granularity
+        self.page_bytes = page_bytes
+        self.counters: Counter[str] = Counter()
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._reservations: dict[int, int] = {}  # address -> size in bytes
+        self._page_table: dict[int, Page] = {}  # address of a mapped page -> page
+        self._map_counts: dict[Page, int] = {}  # live page -> addresses it is mapped at
+
+    # -- address space ---------------------------------------------------------------------
+
+    def reserve(self, size: int) -> int:
+        """Reserve `size` bytes of address space, unbacked, and return the address.
+
+        `size` must be a positive multiple of `page_bytes`; the address is aligned to it.
+        Raises DriverError if the system has no such range left.
+        """
+        self._check_multiple("size", size)
+        with self._guarded():
+            address = self._reserve(size)
+            self._reservations[address] = size
+            return address
+
+    def free(self, address: int) -> None:
+        """Give a whole reservation back. Raises InvalidOperation if any of it is mapped."""
+        with self._guarded():
+            if address not in self._reservations:
+                raise InvalidOperation(f"{address:#x} is not the start of a reservation")
+            size = self._reservations[address]
+            end = address + size
+            mapped = sum(1 for a in self._page_table if address <= a < end)
+            if mapped:
+                raise InvalidOperation(
+                    f"the reservation at {address:#x} still has {mapped} pages mapped; "
+                    "unmap them first"
+                )
+            self._free(address, size)
+            del self._reservations[address]
+
+    # -- physical pages --------------------------------------------------------------------
+
+    def create(self, num_pages: int) -> list[Page]:
+        """Create `num_pages` physical pages, zero-filled, each of `page_bytes`.
+
+        Raises OutOfPages, with none created, if the device's memory is exhausted.
+        """
+        if num_pages < 1:
+            raise InvalidConfig(f"num_pages is {num_pages}; at least one page must be created")
+        with self._guarded():
+            pages = self._create(num_pages)
+            for page in pages:
+                self._map_counts[page] = 0
+            return pages
+
+    def release(self, pages: Sequence[Page]) -> None:
+        """Return pages to the system. Raises InvalidOperation if one is mapped or unknown."""
+        with self._guarded():
+            for page in pages:
+                count = self._map_counts.get(page)
+                if count is None:
+                    raise InvalidOperation(f"page {page} does not exist (released twice?)")
+                if count:
+                    raise InvalidOperation(f"page {page} is still mapped at {count} addresses")
+            if len(set(pages)) != len(pages):
+                raise InvalidOperation("a page is named twice in one release")
+            self._release(pages)
+            for page in pages:
+                del self._map_counts[page]
+
+    # -- mapping ---------------------------------------------------------------------------
+
+    def map(self, address: int, pages: Sequence[Page]) -> None:
+        """Back the run of `len(pages)` pages at `address`, in order, readable and writable.
+
+        A page may be mapped at several addresses at once (aliasing). Raises InvalidOperation if
+        an address is taken or not reserved, OutOfMappings if the budget is spent, DriverError if
+        a call fails; in each case with nothing mapped.
+        """
+        if not pages:
+            return
+        with self._guarded():
+            self._check_run(address, len(pages))
+            for index, page in enumerate(pages):
+                if page not in self._map_counts:
+                    raise InvalidOperation(f"page {page} does not exist")
+                if address + index * self.page_bytes in self._page_table:
+                    raise InvalidOperation(
+                        f"{address + index * self.page_bytes:#x} is already mapped"
+                    )
+            self._map(address, pages)
+            for index, page in enumerate(pages):
+                self._page_table[address + index * self.page_bytes] = page
+                self._map_counts[page] += 1
+
+    def unmap(self, address: int, size: int) -> None:
+        """Take the backing of `[address, address + size)` away; the range stays reserved.
+
+        Every page of it must be mapped. The caller answers for no work in flight touching the
+        range (see `record_fence`). Raises InvalidOperation if a page is not mapped.
+        """
+        self._check_multiple("size", size)
+        num_pages = size // self.page_bytes
+        with self._guarded():
+            self._check_run(address, num_pages)
+            addresses = range(address, address + size, self.page_bytes)
+            for page_address in addresses:
+                if page_address not in self._page_table:
+                    raise InvalidOperation(f"{page_address:#x} is not mapped")
+            self._unmap(address, num_pages)
+            for page_address in addresses:
+                self._map_counts[self._page_table.pop(page_address)] -= 1
+
+    def page_at(self, address: int) -> Page | None:
+        """The page mapped at `address` (a multiple of the page size), or None."""
+        return self._page_table.get(address)
+
+    # -- use -------------------------------------------------------------------------------
+
+    def tensor(
+        self, address: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """A tensor over `address`, without a copy; `strides` in elements.
+
+        It may span unmapped addresses, which must not be touched. It keeps nothing alive: once
+        the reservation is freed the tensor must not be used. Raises InvalidOperation if it would
+        reach outside one reservation.
+        """
+        extent = strided_extent(shape, strides) * dtype.itemsize
+        with self._guarded():
+            if not self._is_reserved(address, extent):
+                raise InvalidOperation(
+                    f"a tensor of {extent} bytes at {address:#x} leaves its reservation"
+                )
+            return self._tensor(address, shape, strides, dtype)
+
+    @abstractmethod
+    def record_fence(self) -> Fence:
+        """Mark the work launched so far. Unmapping what it touches must wait for the fence."""
+
+    @property
+    @abstractmethod
+    def num_mappings(self) -> int:
+        """Mappings in use, in the unit that the system limits (VMAs, driver mappings)."""
+
+    @property
+    @abstractmethod
+    def max_mappings(self) -> int:
+        """The budget of `num_mappings`, kept below the system's own limit."""
+
+    @property
+    def num_pages(self) -> int:
+        """Physical pages alive."""
+        return len(self._map_counts)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Address space reserved, backed or not."""
+        return sum(self._reservations.values())
+
+    def close(self) -> None:
+        """Unmap, release and free everything. The caller answers for work in flight."""
+        with self._guarded():
+            for address in list(self._page_table):
+                self.unmap(address, self.page_bytes)
+            if self._map_counts:
+                self.release(list(self._map_counts))
+            for address in list(self._reservations):
+                self.free(address)
+            self._close()
+
+    def __enter__(self) -> "VmemDriver":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # -- what a subclass provides: the calls, with arguments already checked ----------------
+
+    @abstractmethod
+    def _reserve(self, size: int) -> int: ...
+
+    @abstractmethod
+    def _free(self, address: int, size: int) -> None: ...
+
+    @abstractmethod
+    def _create(self, num_pages: int) -> list[Page]: ...
+
+    @abstractmethod
+    def _release(self, pages: Sequence[Page]) -> None: ...
+
+    @abstractmethod
+    def _map(self, address: int, pages: Sequence[Page]) -> None: ...
+
+    @abstractmethod
+    def _unmap(self, address: int, num_pages: int) -> None: ...
+
+    @abstractmethod
+    def _tensor(
+        self, address: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
+    # -- checks ----------------------------------------------------------------------------
+
+    def _guarded(self) -> threading.RLock:
+        if os.getpid() != self._pid:
+            raise ForkedProcess(
+                f"this driver belongs to process {self._pid}, not {os.getpid()}; a forked child "
+                "shares its pages, so create a driver of its own there (or use 'spawn')"
+            )
+        return self._lock
+
+    def _check_multiple(self, name: str, value: int) -> None:
+        if value <= 0 or value % self.page_bytes:
+            raise InvalidConfig(
+                f"{name} is {value}, not a positive multiple of the page size, {self.page_bytes}"
+            )
+
+    def _check_run(self, address: int, num_pages: int) -> None:
+        if address % self.page_bytes:
+            raise InvalidOperation(f"{address:#x} is not aligned to {self.page_bytes} bytes")
+        if not self._is_reserved(address, num_pages * self.page_bytes):
+            raise InvalidOperation(
+                f"{num_pages} pages at {address:#x} do not lie within one reservation"
+            )
+
+    def _is_reserved(self, address: int, size: int) -> bool:
+        return any(
+            start <= address and address + size <= start + length
+            for start, length in self._reservations.items()
+        )

@@ -1,0 +1,93 @@
+"""Every error that vkv raises on purpose, in one tree.
+
+    VkvError
+    ├── UsageError (ValueError)        a value is wrong: the message names it and the remedy
+    │   ├── InvalidConfig              an option of a driver, pool, cache or engine
+    │   ├── InvalidSamplingParams      a sampling parameter
+    │   ├── InvalidPrompt              empty, wrong type, or no chat template to render it
+    │   ├── RequestTooLong             prompt and output exceed the slot
+    │   ├── RequestTooLarge            the page pool could never hold it
+    │   ├── BadCheckpoint              a model folder that cannot be loaded
+    │   ├── UnsupportedModel           an architecture that cannot run here, and why
+    │   └── UnsupportedAttention       a backend that lacks what the model needs
+    ├── Shortage (RuntimeError)        nothing was changed; it may succeed later
+    │   ├── OutOfPages                 the pool's limit is reached
+    │   ├── OutOfSlots                 every slot is taken
+    │   └── OutOfMappings              the budget of mappings is spent
+    ├── DriverError (RuntimeError)     a system or driver call failed: which, and its status
+    │   └── DriverUnavailable          no such device or library here, and how to get it
+    ├── InvalidOperation (RuntimeError)  a call the address space's state forbids
+    └── ForkedProcess (RuntimeError)   a driver used in a child of the process that made it
+"""
+
+
+class VkvError(Exception):
+    """The root of the tree: `except VkvError` catches all that vkv raises on purpose."""
+
+
+class UsageError(VkvError, ValueError):
+    """A value handed to vkv is wrong. The message names the value and the remedy."""
+
+
+class InvalidConfig(UsageError):
+    """An option is out of range, or two options contradict each other."""
+
+
+class InvalidSamplingParams(UsageError):
+    """A sampling parameter is unknown or impossible."""
+
+
+class InvalidPrompt(UsageError):
+    """A prompt is empty, of the wrong type, or cannot be rendered as a chat."""
+
+
+class RequestTooLong(UsageError):
+    """A prompt with its output does not fit into one slot (`max_len`)."""
+
+
+class RequestTooLarge(UsageError):
+    """A request that the page pool could not hold even if it were alone."""
+
+
+class BadCheckpoint(UsageError):
+    """A model folder is missing something or cannot be read."""
+
+
+class UnsupportedModel(UsageError):
+    """An architecture that cannot run on contiguous slots, with the reason."""
+
+
+class UnsupportedAttention(UsageError):
+    """The chosen attention backend lacks what the model asks; names those that have it."""
+
+
+class Shortage(VkvError, RuntimeError):
+    """A resource ran short. Nothing was changed: the same call may succeed later."""
+
+
+class OutOfPages(Shortage):
+    """The page pool cannot supply the pages asked for within its limit."""
+
+
+class OutOfSlots(Shortage):
+    """Every slot of the cache is in use."""
+
+
+class OutOfMappings(Shortage):
+    """Another mapping would exceed the budget kept below the system's own limit."""
+
+
+class DriverError(VkvError, RuntimeError):
+    """A system or driver call failed; the message names the call and its status."""
+
+
+class DriverUnavailable(DriverError):
+    """The device or its library is not here; the message says how to get it."""
+
+
+class InvalidOperation(VkvError, RuntimeError):
+    """The state of the address space forbids the call: double map, stray unmap, live free."""
+
+
+class ForkedProcess(VkvError, RuntimeError):
+    """A driver was used in a forked child; pages and mappings belong to the parent."""
