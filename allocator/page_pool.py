@@ -1,0 +1,239 @@
+"""The physical pages of a process: created lazily, counted, limited, returned."""
+
+import heapq
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from ..vmem import Page, VmemDriver
+from ..vmem.errors import InvalidConfig, InvalidOperation, OutOfPages
+
+Sanitize = Literal["never", "zero"]
+
+
+class Reservation:
+    """A claim on `num_pages` pages of a pool, good until taken or cancelled."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+
+
+class PagePool:
+    """Owns physical pages, counts their references, keeps the limit.
+
+    A page is *free* (created, nobody's), or *held* (one reference or more). Pages are created
+    when first needed and stay in the pool when released, up to `high_watermark`; `trim` returns
+    the free ones to the system. A `Reservation` sets pages aside before anything is promised, so
+    that two admissions can never count on the same page.
+
+    Args:
+        driver: creates and releases the pages.
+        limit_bytes: the most memory the pool may hold, in bytes; rounded down to whole pages.
+        low_watermark: free pages that `refill` keeps ready.
+        high_watermark: free pages above which a release returns pages to the system; None keeps
+            all.
+        sanitize: "zero" asks whoever maps a recycled page to clear it first (`needs_zero`).
+
+    All methods may be called from several threads.
+    """
+
+    def __init__(
+        self,
+        driver: VmemDriver,
+        limit_bytes: int,
+        *,
+        low_watermark: int = 0,
+        high_watermark: int | None = None,
+        sanitize: Sanitize = "never",
+    ) -> None:
+        self.driver = driver
+        self.limit_pages = limit_bytes // driver.page_bytes
+        if self.limit_pages < 1:
+            raise InvalidConfig(
+                f"a pool of {limit_bytes} bytes holds no page of {driver.page_bytes} bytes; "
+                "give it more memory or choose smaller pages"
+            )
+        if sanitize not in ("never", "zero"):
+            raise InvalidConfig(f"sanitize is {sanitize!r}; use 'never' or 'zero'")
+        if low_watermark < 0 or (high_watermark is not None and high_watermark < low_watermark):
+            raise InvalidConfig(
+                f"watermarks must satisfy 0 <= low <= high, not {low_watermark}, {high_watermark}"
+            )
+        self.low_watermark = min(low_watermark, self.limit_pages)
+        self.high_watermark = high_watermark
+        self.sanitize: Sanitize = sanitize
+        self._lock = threading.Condition(threading.RLock())
+        self._free: list[Page] = []  # a heap: low numbers first, so that runs stay adjacent
+        self._references: dict[Page, int] = {}
+        self._recycled: set[Page] = set()  # pages that have had an owner
+        self._num_reserved = 0
+        self._num_creating = 0
+
+    # -- counts ----------------------------------------------------------------------------
+
+    @property
+    def num_created(self) -> int:
+        """Pages that exist, held or free."""
+        with self._lock:
+            return len(self._free) + len(self._references)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that exist and are nobody's."""
+        return len(self._free)
+
+    @property
+    def num_held(self) -> int:
+        """Pages with at least one reference."""
+        return len(self._references)
+
+    @property
+    def num_reserved(self) -> int:
+        """Pages set aside by reservations and not yet taken."""
+        return self._num_reserved
+
+    @property
+    def num_available(self) -> int:
+        """Pages that a new reservation could still claim."""
+        with self._lock:
+            return self.limit_pages - len(self._references) - self._num_reserved
+
+    def references(self, page: Page) -> int:
+        """References to a held page; 0 if it is free or unknown."""
+        return self._references.get(page, 0)
+
+    # -- claims ----------------------------------------------------------------------------
+
+    def reserve(self, num_pages: int) -> Reservation:
+        """Set `num_pages` pages aside. Raises OutOfPages, with nothing changed, if too few."""
+        if num_pages < 0:
+            raise InvalidConfig(f"cannot reserve {num_pages} pages")
+        with self._lock:
+            if num_pages > self.num_available:
+                raise OutOfPages(
+                    f"{num_pages} pages asked, {self.num_available} of {self.limit_pages} "
+                    "available; wait for a request to finish, or raise the memory limit"
+                )
+            self._num_reserved += num_pages
+            return Reservation(num_pages)
+
+    def commit(self, reservation: Reservation, num_pages: int) -> list[Page]:
+        """Take `num_pages` pages of a reservation, with one reference each.
+
+        Creates what is missing. Raises OutOfPages, with the reservation intact, if the device
+        itself has no memory left.
+        """
+        with self._lock:
+            if num_pages > reservation.num_pages:
+                raise InvalidOperation(
+                    f"{num_pages} pages committed of a reservation of {reservation.num_pages}"
+                )
+            # A refill under way may be creating the very pages the limit leaves room for.
+            while self._num_creating and num_pages > len(self._free):
+                self._lock.wait()
+            missing = num_pages - len(self._free)
+            if missing > 0:
+                self._add_free(self.driver.create(missing))
+            pages = [heapq.heappop(self._free) for _ in range(num_pages)]
+            for page in pages:
+                self._references[page] = 1
+            reservation.num_pages -= num_pages
+            self._num_reserved -= num_pages
+            return pages
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Give back what a reservation still claims. Cancelling twice is harmless."""
+        with self._lock:
+            self._num_reserved -= reservation.num_pages
+            reservation.num_pages = 0
+
+    # -- references ------------------------------------------------------------------------
+
+    def retain(self, pages: Sequence[Page]) -> None:
+        """Add a reference to each page. Raises InvalidOperation if one is not held."""
+        with self._lock:
+            for page in pages:
+                if page not in self._references:
+                    raise InvalidOperation(f"page {page} is not held and cannot be retained")
+            for page in pages:
+                self._references[page] += 1
+
+    def release(self, pages: Sequence[Page]) -> None:
+        """Drop a reference to each page; pages without one are free again.
+
+        A page must be unmapped before its last reference goes. Raises InvalidOperation, with
+        nothing changed, if a page is not held as often as it is named.
+        """
+        with self._lock:
+            for page, times in Counter(pages).items():
+                if self._references.get(page, 0) < times:
+                    raise InvalidOperation(f"page {page} is released more often than it is held")
+            for page in pages:
+                self._references[page] -= 1
+                if not self._references[page]:
+                    del self._references[page]
+                    self._recycled.add(page)
+                    heapq.heappush(self._free, page)
+            self._shed()
+
+    def needs_zero(self, pages: Iterable[Page]) -> bool:
+        """True if a page among `pages` must be cleared before a new owner may see it."""
+        return self.sanitize == "zero" and any(page in self._recycled for page in pages)
+
+    # -- elasticity ------------------------------------------------------------------------
+
+    def refill(self) -> int:
+        """Create pages until `low_watermark` are free, within the limit; returns how many.
+
+        Meant for a background thread: the pool is not locked while the system clears memory.
+        """
+        with self._lock:
+            room = self.limit_pages - self.num_created - self._num_creating
+            wanted = min(self.low_watermark - len(self._free) - self._num_creating, room)
+            if wanted <= 0:
+                return 0
+            self._num_creating += wanted
+        created: list[Page] = []
+        try:
+            created = self.driver.create(wanted)
+        finally:
+            with self._lock:
+                self._num_creating -= wanted
+                self._add_free(created)
+                self._lock.notify_all()
+        return wanted
+
+    def trim(self, keep: int = 0) -> int:
+        """Return free pages to the system until `keep` are left; returns how many went."""
+        with self._lock:
+            surplus = len(self._free) - keep
+            if surplus <= 0:
+                return 0
+            self._free.sort()
+            leaving = self._free[keep:]
+            self.driver.release(leaving)
+            del self._free[keep:]
+            self._recycled.difference_update(leaving)
+            return len(leaving)
+
+    def _shed(self) -> None:
+        if self.high_watermark is not None:
+            self.trim(self.high_watermark)
+
+    def _add_free(self, pages: Iterable[Page]) -> None:
+        for page in pages:
+            heapq.heappush(self._free, page)
+
+    # -- proof -----------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """Recount everything; AssertionError names what does not add up."""
+        with self._lock:
+            free = set(self._free)
+            assert len(free) == len(self._free), "a page is free twice"
+            assert not free & self._references.keys(), "a page is free and held"
+            assert all(count > 0 for count in self._references.values()), "a dead reference"
+            assert self.num_created <= self.limit_pages, "the limit is exceeded"
+            assert self._num_reserved >= 0, "negative reservation"
+            assert self.num_available >= 0, "more promised than the pool may hold"
