@@ -1,0 +1,318 @@
+"""From logits to tokens.
+
+In float32 and in this order, each step only where a request asks for it: penalties (repetition,
+then frequency and presence), `logit_bias`, `min_tokens` (stop tokens become impossible),
+`temperature`, `top_k`, `top_p`, `min_p`, and one draw. Greedy requests take the largest logit
+after the first three.
+
+Two promises shape the code:
+
+- *A row's result does not depend on the rest of the batch.* A row's randomness is one uniform
+  number per step, a hash of (seed, sequence index, step), so there is no generator whose state
+  could be shared, lost in a preemption or consumed by a failed step.
+- *Filters are thresholds on values, not choices of indices.* Each of top-k, top-p and min-p comes
+  to the smallest logit it keeps, so tokens of equal logit are kept or dropped together, as in
+  vLLM, and no sort's order of equals can show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import struct
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..vmem.errors import InvalidOperation
+from .outputs import Logprob
+from .sampling_params import SamplingParams
+
+
+class SamplingState:
+    """What sampling remembers of one sequence: its parameters, its history and its step.
+
+    It belongs to the sequence, not to its place in a batch: keep it through a preemption, and
+    the recomputed sequence goes on with exactly the tokens it would have had.
+    """
+
+    __slots__ = (
+        "_in_prompt",
+        "_output_counts",
+        "_prompt_token_ids",
+        "_seed",
+        "_stop_ids",
+        "index",
+        "num_output_tokens",
+        "params",
+    )
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        index: int = 0,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        """Start a sequence: number `index` of the request's `n`, after `prompt_token_ids`.
+
+        `eos_token_ids` are the model's own stop tokens, which `min_tokens` holds off.
+        """
+        self.params = params
+        self.index = index
+        self.num_output_tokens = 0
+        self._prompt_token_ids = prompt_token_ids
+        self._stop_ids = params.stop_ids.union(eos_token_ids)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._seed = struct.pack("<qQ", seed, index)
+        # [vocab] each, on the logits' device; made on first use, by the penalties alone.
+        self._in_prompt: Tensor | None = None
+        self._output_counts: Tensor | None = None
+
+    def uniform(self) -> float:
+        """This step's random number, in [0, 1): the same for the same seed, index and step."""
+        step = struct.pack("<Q", self.num_output_tokens)
+        digest = hashlib.blake2b(self._seed + step, digest_size=8).digest()
+        # 52 bits, so that the product with any total stays below that total after rounding.
+        return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
+
+    @property
+    def has_penalties(self) -> bool:
+        params = self.params
+        return (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+
+    def addends(self) -> list[tuple[int, float]]:
+        """What to add to which token's logit at this step: the bias, and -inf for a barred stop."""
+        addends = list(self.params.logit_bias.items()) if self.params.logit_bias else []
+        if self.num_output_tokens < self.params.min_tokens:
+            addends += [(token_id, -math.inf) for token_id in self._stop_ids]
+        return addends
+
+    def history(self, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which tokens the prompt holds (bool) and how often each was generated (float32).
+
+        Both are [vocab_size], on `device`.
+        """
+        if self._in_prompt is None or self._output_counts is None:
+            prompt = torch.tensor(self._prompt_token_ids, dtype=torch.long, device=device)
+            self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._in_prompt[prompt] = True
+            self._output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        return self._in_prompt, self._output_counts
+
+    def advance(self, token_id: int) -> None:
+        """Record the step's token."""
+        self.num_output_tokens += 1
+        if self._output_counts is not None:
+            self._output_counts[token_id] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One row's token and, if its request asked, its log probability and alternatives."""
+
+    token_id: int
+    logprob: float | None = None
+    logprobs: dict[int, Logprob] | None = None
+    """The token itself first, then the top alternatives, likeliest first."""
+
+
+@torch.no_grad()
+def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
+    """Choose the next token of every row and advance its state by it.
+
+    `logits`: [batch, vocab] in any float dtype, on any device, left as they are; row i belongs to
+    `states[i]`. Log probabilities are those of the raw logits, before any parameter acts.
+
+    Raises InvalidOperation, with no state advanced, if a row has a NaN, a positive infinity or
+    nothing but negative infinities: no token follows from it.
+    """
+    assert logits.ndim == 2, logits.shape
+    assert len(logits) == len(states), (len(logits), len(states))
+    if not states:
+        return []
+    adjusted = _adjust(logits, states)
+    # One pass for the greedy token (the first of equals, as argmax) and for the check of the row:
+    # the largest value of a row with a NaN is NaN.
+    peaks, token_ids = adjusted.max(dim=-1)  # [batch] each
+    rows = [i for i, state in enumerate(states) if not state.params.greedy]
+    if rows:
+        drawn = _draw(_select(adjusted, rows), _select(peaks, rows), [states[i] for i in rows])
+        token_ids[rows] = drawn
+    # Stacked, so that the device is waited for once.
+    chosen, finite = torch.stack([token_ids, peaks.isfinite().long()]).tolist()
+    _check_finite(finite)
+    sampled = _report(logits, token_ids, chosen, states)
+    for state, token_id in zip(states, chosen, strict=True):
+        state.advance(token_id)
+    return sampled
+
+
+@torch.no_grad()
+def prompt_logprobs(logits: Tensor, targets: Tensor, num_top: int) -> list[dict[int, Logprob]]:
+    """The log probability of each prompt token, with the `num_top` likeliest at its position.
+
+    `logits`: [tokens, vocab]; `targets`: [tokens], the token that came after each position. The
+    first prompt token is nobody's target: its entry, None, is the caller's to put in front.
+    """
+    return _logprobs(logits, targets, [num_top] * len(targets))
+
+
+def _adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """Penalties, bias and barred stop tokens; returns `logits` itself where no row asks."""
+    penalised = [i for i, state in enumerate(states) if state.has_penalties]
+    addends = [(row, *addend) for row, state in enumerate(states) for addend in state.addends()]
+    if not penalised and not addends:
+        return logits
+    adjusted = logits.to(torch.float32, copy=True)
+    if penalised:
+        some = [states[i] for i in penalised]
+        adjusted[penalised] = _penalise(_select(adjusted, penalised), some)
+    if addends:
+        rows, token_ids, values = zip(*addends, strict=True)
+        where = torch.tensor([rows, token_ids], device=logits.device)
+        # Accumulating: one token may have both a bias and a bar.
+        adjusted.index_put_((where[0], where[1]), adjusted.new_tensor(values), accumulate=True)
+    return adjusted
+
+
+def _penalise(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """`logits` [rows, vocab] under each row's repetition, frequency and presence penalty.
+
+    Source: repetition as in CTRL, arXiv:1909.05858, section 4.1; the others as in OpenAI's API.
+    """
+    histories = [state.history(logits.shape[-1], logits.device) for state in states]
+    in_prompt = torch.stack([prompt for prompt, _ in histories])  # [rows, vocab]
+    counts = torch.stack([output for _, output in histories])  # [rows, vocab]
+    in_output = counts > 0
+    repetition = _column(logits, [state.params.repetition_penalty for state in states])
+    frequency = _column(logits, [state.params.frequency_penalty for state in states])
+    presence = _column(logits, [state.params.presence_penalty for state in states])
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(in_prompt | in_output, repeated, logits)
+    return logits - frequency * counts - presence * in_output
+
+
+def _draw(logits: Tensor, peaks: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """One token for each row of `logits` [rows, vocab], by its own random number: [rows].
+
+    `peaks` [rows] are the rows' largest values. The draw inverts the cumulative distribution,
+    in float64, so that the order in which a device sums has no say in the outcome.
+    """
+    # Peak first: then no temperature, however small, makes anything overflow.
+    temperature = _column(peaks, [state.params.temperature for state in states], torch.float32)
+    scaled = (logits.float() - peaks.float()[:, None]) / temperature  # [rows, vocab], at most 0
+    kept = scaled >= _floors(scaled, [state.params for state in states])
+    weights = torch.where(kept, scaled.exp(), 0.0)
+    mass = weights.cumsum(dim=-1, dtype=torch.float64)  # [rows, vocab]
+    uniform = _column(mass, [state.uniform() for state in states])
+    # To the right of equals, so that a token of no weight is never met.
+    token_ids = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(-1)
+    # Only a row with a NaN points past its end; it is reported once it is off the device.
+    return token_ids.clamp_(max=logits.shape[-1] - 1)
+
+
+def _floors(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The smallest value of each row that its top-k, top-p and min-p all keep: [rows, 1].
+
+    `scaled` [rows, vocab] has 0 as its largest value, hence min-p needs no sum.
+    """
+    min_p = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
+    floors = _column(scaled, min_p)
+    rows = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+    if rows:
+        sorted_floors = _sorted_floors(_select(scaled, rows), [params[i] for i in rows])
+        floors[rows] = torch.maximum(floors[rows], sorted_floors)
+    return floors
+
+
+def _sorted_floors(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The floors of rows with a top-k, a top-p or both: [rows, 1]."""
+    vocab_size = scaled.shape[-1]
+    top_k = [min(p.top_k or vocab_size, vocab_size) for p in params]
+    width = max(top_k)
+    if width < vocab_size:
+        values = scaled.topk(width).values  # [rows, width], descending
+    else:
+        values = scaled.sort(descending=True).values
+    num_kept = torch.tensor(top_k, device=scaled.device)[:, None]
+    beyond_k = torch.arange(width, device=scaled.device) >= num_kept
+    mass = values.exp().masked_fill(beyond_k, 0.0).cumsum(dim=-1, dtype=torch.float64)
+    # Nucleus: a token stays while those before it hold less than top_p of what top-k left.
+    top_p = _column(mass, [p.top_p for p in params])
+    num_nucleus = (mass[:, :-1] < top_p * mass[:, -1:]).sum(dim=-1, keepdim=True) + 1
+    num_kept = torch.where(top_p < 1, torch.minimum(num_kept, num_nucleus), num_kept)
+    return values.gather(1, num_kept - 1)
+
+
+def _report(
+    logits: Tensor, token_ids: Tensor, chosen: Sequence[int], states: Sequence[SamplingState]
+) -> list[SampledToken]:
+    """Wrap the chosen tokens, with log probabilities for the rows that ask for them."""
+    sampled = [SampledToken(token_id) for token_id in chosen]
+    asked = {i: k for i, s in enumerate(states) if (k := s.params.logprobs) is not None}
+    if asked:
+        rows = list(asked)
+        tables = _logprobs(_select(logits, rows), _select(token_ids, rows), list(asked.values()))
+        for row, table in zip(rows, tables, strict=True):
+            token_id = chosen[row]
+            sampled[row] = SampledToken(token_id, table[token_id].logprob, table)
+    return sampled
+
+
+def _logprobs(
+    logits: Tensor, token_ids: Tensor, num_top: Sequence[int]
+) -> list[dict[int, Logprob]]:
+    """For each row of `logits` [rows, vocab]: its token, then its `num_top` likeliest tokens."""
+    if not num_top:
+        return []
+    scores = logits.float().log_softmax(dim=-1)  # [rows, vocab]
+    own = scores.gather(1, token_ids.to(scores.device)[:, None])  # [rows, 1]
+    own_ranks = ((scores > own).sum(dim=-1) + 1).tolist()
+    top = scores.topk(min(max(num_top), scores.shape[-1]))  # [rows, max(num_top)]
+    tables: list[dict[int, Logprob]] = []
+    for token_id, score, own_rank, values, ids, k in zip(
+        token_ids.tolist(),
+        own.squeeze(-1).tolist(),
+        own_ranks,
+        top.values.tolist(),
+        top.indices.tolist(),
+        num_top,
+        strict=True,
+    ):
+        table = {token_id: Logprob(score, own_rank)}
+        rank, last = 1, math.inf
+        for position, (value, other) in enumerate(zip(values[:k], ids[:k], strict=True), start=1):
+            rank = position if value < last else rank  # equals share a rank
+            last = value
+            table.setdefault(other, Logprob(value, rank))
+        tables.append(table)
+    return tables
+
+
+def _check_finite(finite: Sequence[int]) -> None:
+    broken = [row for row, is_finite in enumerate(finite) if not is_finite]
+    if broken:
+        raise InvalidOperation(
+            f"no token can be chosen from row {', '.join(map(str, broken))} of {len(finite)}: its "
+            "largest logit is not a finite number; the model's output overflowed or its weights "
+            "are damaged (try a wider dtype), or every token is a stop token that min_tokens bars"
+        )
+
+
+def _select(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """The named rows, ascending; without a copy if they are all."""
+    return tensor if len(rows) == len(tensor) else tensor[list(rows)]
+
+
+def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+    """One value per row, as [rows, 1] on the device (and in the dtype) of `like`."""
+    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device)[:, None]
