@@ -11,8 +11,11 @@ subclasses own the system calls, and only those.
 import os
 import threading
 from abc import ABC, abstractmethod
+from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NewType, Protocol
 
 import torch
@@ -30,11 +33,25 @@ class Fence(Protocol):
     def wait(self) -> None: ...
 
 
+@dataclass
+class Reservation:
+    """A reserved range and how many of its pages are backed."""
+
+    address: int
+    size: int
+    num_mapped: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.address + self.size
+
+
 class VmemDriver(ABC):
     """Reserves address ranges, creates physical pages, maps and unmaps them.
 
     Addresses are integers, sizes are bytes. Every operation is all or nothing: one that raises
-    has changed nothing. All methods may be called from several threads.
+    has changed nothing (`release` and `close` say where they differ). All methods may be called
+    from several threads.
 
     Attributes:
         device: where the memory is; the device of the tensors it hands out.
@@ -55,7 +72,9 @@ class VmemDriver(ABC):
         self.counters: Counter[str] = Counter()
         self._lock = threading.RLock()
         self._pid = os.getpid()
-        self._reservations: dict[int, int] = {}  # address -> size in bytes
+        self._closed = False
+        self._reservations: dict[int, Reservation] = {}  # by address
+        self._starts: list[int] = []  # the keys of `_reservations`, sorted
         self._page_table: dict[int, Page] = {}  # address of a mapped page -> page
         self._map_counts: dict[Page, int] = {}  # live page -> addresses it is mapped at
 
@@ -64,30 +83,32 @@ class VmemDriver(ABC):
     def reserve(self, size: int) -> int:
         """Reserve `size` bytes of address space, unbacked, and return the address.
 
-        `size` must be a positive multiple of `page_bytes`; the address is aligned to it.
-        Raises DriverError if the system has no such range left.
+        `size` must be a positive multiple of `page_bytes`. The address is aligned to the largest
+        power of two that divides `page_bytes`; pages lie at multiples of `page_bytes` from it.
+        Raises DriverError if the system has no such range left, OutOfMappings if the budget of
+        mappings is spent.
         """
         self._check_multiple("size", size)
         with self._guarded():
             address = self._reserve(size)
-            self._reservations[address] = size
+            self._reservations[address] = Reservation(address, size)
+            insort(self._starts, address)
             return address
 
     def free(self, address: int) -> None:
         """Give a whole reservation back. Raises InvalidOperation if any of it is mapped."""
         with self._guarded():
-            if address not in self._reservations:
+            reservation = self._reservations.get(address)
+            if reservation is None:
                 raise InvalidOperation(f"{address:#x} is not the start of a reservation")
-            size = self._reservations[address]
-            end = address + size
-            mapped = sum(1 for a in self._page_table if address <= a < end)
-            if mapped:
+            if reservation.num_mapped:
                 raise InvalidOperation(
-                    f"the reservation at {address:#x} still has {mapped} pages mapped; "
-                    "unmap them first"
+                    f"the reservation at {address:#x} still has {reservation.num_mapped} pages "
+                    "mapped; unmap them first"
                 )
-            self._free(address, size)
+            self._free(address, reservation.size)
             del self._reservations[address]
+            self._starts.remove(address)
 
     # -- physical pages --------------------------------------------------------------------
 
@@ -105,7 +126,11 @@ class VmemDriver(ABC):
             return pages
 
     def release(self, pages: Sequence[Page]) -> None:
-        """Return pages to the system. Raises InvalidOperation if one is mapped or unknown."""
+        """Return pages to the system. Raises InvalidOperation if one is mapped or unknown.
+
+        A call that the system refuses (DriverError) loses the pages all the same: what it could
+        not take back stays allocated until `close`, and none of `pages` may be used again.
+        """
         with self._guarded():
             for page in pages:
                 count = self._map_counts.get(page)
@@ -115,9 +140,11 @@ class VmemDriver(ABC):
                     raise InvalidOperation(f"page {page} is still mapped at {count} addresses")
             if len(set(pages)) != len(pages):
                 raise InvalidOperation("a page is named twice in one release")
-            self._release(pages)
-            for page in pages:
-                del self._map_counts[page]
+            try:
+                self._release(pages)
+            finally:
+                for page in pages:
+                    del self._map_counts[page]
 
     # -- mapping ---------------------------------------------------------------------------
 
@@ -131,7 +158,7 @@ class VmemDriver(ABC):
         if not pages:
             return
         with self._guarded():
-            self._check_run(address, len(pages))
+            reservation = self._check_run(address, len(pages))
             for index, page in enumerate(pages):
                 if page not in self._map_counts:
                     raise InvalidOperation(f"page {page} does not exist")
@@ -143,17 +170,21 @@ class VmemDriver(ABC):
             for index, page in enumerate(pages):
                 self._page_table[address + index * self.page_bytes] = page
                 self._map_counts[page] += 1
+            reservation.num_mapped += len(pages)
 
     def unmap(self, address: int, size: int) -> None:
         """Take the backing of `[address, address + size)` away; the range stays reserved.
 
         Every page of it must be mapped. The caller answers for no work in flight touching the
-        range (see `record_fence`). Raises InvalidOperation if a page is not mapped.
+        range (see `record_fence`). Raises InvalidOperation if a page is not mapped, DriverError
+        if a call fails. Where taking a part of a mapping away leaves more mappings than before
+        (the host), it may raise OutOfMappings; unmapping a stretch up to its unmapped neighbours
+        never does.
         """
         self._check_multiple("size", size)
         num_pages = size // self.page_bytes
         with self._guarded():
-            self._check_run(address, num_pages)
+            reservation = self._check_run(address, num_pages)
             addresses = range(address, address + size, self.page_bytes)
             for page_address in addresses:
                 if page_address not in self._page_table:
@@ -161,9 +192,10 @@ class VmemDriver(ABC):
             self._unmap(address, num_pages)
             for page_address in addresses:
                 self._map_counts[self._page_table.pop(page_address)] -= 1
+            reservation.num_mapped -= num_pages
 
     def page_at(self, address: int) -> Page | None:
-        """The page mapped at `address` (a multiple of the page size), or None."""
+        """The page mapped with its first byte at `address`, or None."""
         return self._page_table.get(address)
 
     # -- use -------------------------------------------------------------------------------
@@ -179,7 +211,7 @@ class VmemDriver(ABC):
         """
         extent = strided_extent(shape, strides) * dtype.itemsize
         with self._guarded():
-            if not self._is_reserved(address, extent):
+            if self._reservation_of(address, extent) is None:
                 raise InvalidOperation(
                     f"a tensor of {extent} bytes at {address:#x} leaves its reservation"
                 )
@@ -207,18 +239,25 @@ class VmemDriver(ABC):
     @property
     def reserved_bytes(self) -> int:
         """Address space reserved, backed or not."""
-        return sum(self._reservations.values())
+        return sum(reservation.size for reservation in self._reservations.values())
 
     def close(self) -> None:
-        """Unmap, release and free everything. The caller answers for work in flight."""
+        """Unmap, release and free everything; a second call does nothing.
+
+        The caller answers for work in flight and for tensors, which dangle from here on. If a
+        call fails (DriverError), what is left stays open and `close` may be called again.
+        """
+        if self._closed:
+            return
         with self._guarded():
-            for address in list(self._page_table):
-                self.unmap(address, self.page_bytes)
+            for address, size in list(self._mapped_stretches()):
+                self.unmap(address, size)
             if self._map_counts:
                 self.release(list(self._map_counts))
             for address in list(self._reservations):
                 self.free(address)
             self._close()
+            self._closed = True
 
     def __enter__(self) -> "VmemDriver":
         return self
@@ -254,15 +293,47 @@ class VmemDriver(ABC):
     @abstractmethod
     def _close(self) -> None: ...
 
+    @property
+    def _alignment(self) -> int:
+        """What reservations are aligned to, in bytes."""
+        return self.page_bytes & -self.page_bytes
+
+    # -- the page table --------------------------------------------------------------------
+
+    def _reservation_of(self, address: int, size: int = 0) -> Reservation | None:
+        """The reservation that `[address, address + size)` lies in."""
+        index = bisect_right(self._starts, address)
+        if not index:
+            return None
+        reservation = self._reservations[self._starts[index - 1]]
+        return reservation if address + size <= reservation.end else None
+
+    def _mapped_stretches(self) -> Iterator[tuple[int, int]]:
+        """The address and size of every longest mapped stretch within one reservation."""
+        addresses = sorted(self._page_table)
+        start = 0
+        for index in range(1, len(addresses) + 1):
+            if (
+                index == len(addresses)
+                or addresses[index] != addresses[index - 1] + self.page_bytes
+                or addresses[index] in self._reservations
+            ):
+                yield addresses[start], (index - start) * self.page_bytes
+                start = index
+
     # -- checks ----------------------------------------------------------------------------
 
-    def _guarded(self) -> threading.RLock:
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
         if os.getpid() != self._pid:
             raise ForkedProcess(
                 f"this driver belongs to process {self._pid}, not {os.getpid()}; a forked child "
                 "shares its pages, so create a driver of its own there (or use 'spawn')"
             )
-        return self._lock
+        with self._lock:
+            if self._closed:
+                raise InvalidOperation(f"this driver of {self.device} is closed")
+            yield
 
     def _check_multiple(self, name: str, value: int) -> None:
         if value <= 0 or value % self.page_bytes:
@@ -270,16 +341,12 @@ class VmemDriver(ABC):
                 f"{name} is {value}, not a positive multiple of the page size, {self.page_bytes}"
             )
 
-    def _check_run(self, address: int, num_pages: int) -> None:
-        if address % self.page_bytes:
-            raise InvalidOperation(f"{address:#x} is not aligned to {self.page_bytes} bytes")
-        if not self._is_reserved(address, num_pages * self.page_bytes):
+    def _check_run(self, address: int, num_pages: int) -> Reservation:
+        reservation = self._reservation_of(address, num_pages * self.page_bytes)
+        if reservation is None:
             raise InvalidOperation(
                 f"{num_pages} pages at {address:#x} do not lie within one reservation"
             )
-
-    def _is_reserved(self, address: int, size: int) -> bool:
-        return any(
-            start <= address and address + size <= start + length
-            for start, length in self._reservations.items()
-        )
+        if (address - reservation.address) % self.page_bytes:
+            raise InvalidOperation(f"{address:#x} is not aligned to {self.page_bytes} bytes")
+        return reservation

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from .errors import InvalidConfig
+
 _CPU, _CUDA = 1, 2  # DLDeviceType
 _SIGNED, _UNSIGNED, _FLOAT, _BFLOAT, _BOOL = 0, 1, 2, 4, 6  # DLDataTypeCode
 
@@ -67,6 +69,11 @@ _CAPSULE_NAME = b"dltensor"  # kept alive here: a capsule stores the pointer, no
 
 def strided_extent(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Elements from the first to one past the last that a strided tensor can reach."""
+    if len(shape) != len(strides) or min((*shape, *strides), default=0) < 0:
+        raise InvalidConfig(
+            f"shape {tuple(shape)} and strides {tuple(strides)} must be of equal length and hold "
+            "nothing negative"
+        )
     if any(size == 0 for size in shape):
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -81,7 +88,10 @@ def tensor_from_address(
 ) -> torch.Tensor:
     """A tensor of `shape` over `address` on `device`; `strides` in elements. Nothing is read."""
     if dtype not in _TYPE_CODES:
-        raise ValueError(f"{dtype} has no DLPack type here; use one of {sorted(map(str, _TYPE_CODES))}")
+        raise InvalidConfig(
+            f"no tensor of {dtype} can be laid over an address; use one of "
+            f"{', '.join(sorted(map(str, _TYPE_CODES)))}"
+        )
     ndim = len(shape)
     header = ctypes.sizeof(_DLManagedTensor)
     block = _libc.malloc(header + 2 * 8 * ndim)

@@ -1,23 +1,23 @@
 """Every error that vkv raises on purpose, in one tree.
 
-    VkvError
-    ├── UsageError (ValueError)        a value is wrong: the message names it and the remedy
-    │   ├── InvalidConfig              an option of a driver, pool, cache or engine
-    │   ├── InvalidSamplingParams      a sampling parameter
-    │   ├── InvalidPrompt              empty, wrong type, or no chat template to render it
-    │   ├── RequestTooLong             prompt and output exceed the slot
-    │   ├── RequestTooLarge            the page pool could never hold it
-    │   ├── BadCheckpoint              a model folder that cannot be loaded
-    │   ├── UnsupportedModel           an architecture that cannot run here, and why
-    │   └── UnsupportedAttention       a backend that lacks what the model needs
-    ├── Shortage (RuntimeError)        nothing was changed; it may succeed later
-    │   ├── OutOfPages                 the pool's limit is reached
-    │   ├── OutOfSlots                 every slot is taken
-    │   └── OutOfMappings              the budget of mappings is spent
-    ├── DriverError (RuntimeError)     a system or driver call failed: which, and its status
-    │   └── DriverUnavailable          no such device or library here, and how to get it
-    ├── InvalidOperation (RuntimeError)  a call the address space's state forbids
-    └── ForkedProcess (RuntimeError)   a driver used in a child of the process that made it
+VkvError
+├── UsageError (ValueError)        a value is wrong: the message names it and the remedy
+│   ├── InvalidConfig              an option of a driver, pool, cache or engine
+│   ├── InvalidSamplingParams      a sampling parameter
+│   ├── InvalidPrompt              empty, wrong type, or no chat template to render it
+│   ├── RequestTooLong             prompt and output exceed the slot
+│   ├── RequestTooLarge            the page pool could never hold it
+│   ├── BadCheckpoint              a model folder that cannot be loaded
+│   ├── UnsupportedModel           an architecture that cannot run here, and why
+│   └── UnsupportedAttention       a backend that lacks what the model needs
+├── Shortage (RuntimeError)        nothing was changed; it may succeed later
+│   ├── OutOfPages                 the pool's limit is reached
+│   ├── OutOfSlots                 every slot is taken
+│   └── OutOfMappings              the budget of mappings is spent
+├── DriverError (RuntimeError)     a system or driver call failed: which, and its status
+│   └── DriverUnavailable          no such device or library here, and how to get it
+├── InvalidOperation (RuntimeError)  a call the address space's state forbids
+└── ForkedProcess (RuntimeError)   a driver used in a child of the process that made it
 """
 
 

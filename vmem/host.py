@@ -1,0 +1,294 @@
+"""Virtual memory on a plain Linux host: one memfd holds the pages, mmap puts them at addresses.
+
+Page number n is the stretch of the memfd at offset n * page_bytes. Backed addresses are shared
+mappings of the memfd; reserved ones are PROT_NONE, so that a stray access is a fault, as on a
+GPU. Pages with adjacent numbers are mapped by one call and cost one mapping together.
+"""
+
+import heapq
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from errno import ENOMEM, ENOSPC
+from itertools import pairwise
+
+import torch
+
+from . import linux
+from .base import Fence, Page, VmemDriver
+from .dlpack import tensor_from_address
+from .errors import DriverError, InvalidConfig, OutOfMappings, OutOfPages
+
+_SHORTAGES = (ENOMEM, ENOSPC)
+
+
+class HostDriver(VmemDriver):
+    """Host memory as pages. The pages are zero-filled and resident from `create` on.
+
+    A mapping, in the sense of `num_mappings`, is a VMA of the kernel, of which a process may have
+    `vm.max_map_count`, for everything; past it even `malloc` fails. The count kept here is exact
+    for each reservation by itself (two that touch may share one in the kernel).
+
+    Attributes:
+        huge_pages: whether the pages created last are backed by 2 MiB huge pages; None before
+            the first `create`.
+    """
+
+    def __init__(self, page_bytes: int = 2 << 20, max_mappings: int | None = None) -> None:
+        """Args: page_bytes, a multiple of the system's page size; max_mappings, the budget of
+        VMAs (default: half of what the system allows the process)."""
+        super().__init__(
+            device=torch.device("cpu"), granularity=linux.PAGE_SIZE, page_bytes=page_bytes
+        )
+        if max_mappings is not None and max_mappings < 1:
+            raise InvalidConfig(f"max_mappings is {max_mappings}; it must be at least 1")
+        self.huge_pages: bool | None = None
+        self._max_mappings = max_mappings or linux.max_map_count() // 2
+        self._num_mappings = 0
+        self._next_page = 0  # the memfd holds, or held, the pages below it
+        self._punched: list[int] = []  # heap of released numbers below `_next_page`
+        self._memfd = os.memfd_create("vkv")
+
+    @property
+    def num_mappings(self) -> int:
+        return self._num_mappings
+
+    @property
+    def max_mappings(self) -> int:
+        return self._max_mappings
+
+    def record_fence(self) -> Fence:
+        """Kernels on the host are done when their call returns: there is nothing to wait for."""
+        return _Done()
+
+    # -- address space ---------------------------------------------------------------------
+
+    def _reserve(self, size: int) -> int:
+        self._check_budget(1, self._max_mappings)
+        address = self._reserve_aligned("reserve", size, DriverError)
+        self._num_mappings += 1
+        return address
+
+    def _free(self, address: int, size: int) -> None:
+        self._call("free", linux.munmap, address, size)
+        self._num_mappings -= 1
+
+    def _reserve_aligned(self, kind: str, size: int, shortage: type[Exception]) -> int:
+        """PROT_NONE address space, aligned by reserving more and trimming both ends."""
+        slack = self._alignment - linux.PAGE_SIZE
+        start = self._map_unbacked(kind, None, size + slack, shortage)
+        head = -start % self._alignment
+        with ExitStack() as undo:
+            # munmap of a range that is partly gone already is no error.
+            undo.callback(self._call, kind, linux.munmap, start, size + slack)
+            if head:
+                self._call(kind, linux.munmap, start, head)
+            if slack > head:
+                self._call(kind, linux.munmap, start + head + size, slack - head)
+            undo.pop_all()
+        return start + head
+
+    # -- physical pages --------------------------------------------------------------------
+
+    def _create(self, num_pages: int) -> list[Page]:
+        self._check_memory(num_pages)
+        with ExitStack() as undo:
+            pages = self._take_numbers(num_pages, undo)
+            for first, count in _adjacent_runs(pages):
+                offset, size = first * self.page_bytes, count * self.page_bytes
+                undo.callback(self._punch, "create", offset, size)
+                # Unlike a first touch, which kills by SIGBUS, fallocate reports a shortage.
+                self._call(
+                    "create", linux.fallocate, self._memfd, 0, offset, size, shortage=OutOfPages
+                )
+            self.huge_pages = self._touch(pages)
+            undo.pop_all()
+        return pages
+
+    def _check_memory(self, num_pages: int) -> None:
+        available = linux.available_bytes()
+        if num_pages * self.page_bytes > available:
+            raise OutOfPages(
+                f"{num_pages} pages of {self.page_bytes} bytes were asked for, but only "
+                f"{available} bytes of memory are available"
+            )
+
+    def _take_numbers(self, num_pages: int, undo: ExitStack) -> list[Page]:
+        """Page numbers in ascending order, the lowest punched ones first."""
+        recycled = [heapq.heappop(self._punched) for _ in range(min(num_pages, len(self._punched)))]
+        first = self._next_page
+        self._next_page += num_pages - len(recycled)
+
+        def put_back() -> None:
+            for number in recycled:
+                heapq.heappush(self._punched, number)
+            self._next_page = first
+
+        undo.callback(put_back)
+        return [Page(number) for number in (*recycled, *range(first, self._next_page))]
+
+    def _touch(self, pages: Sequence[Page]) -> bool:
+        """Make the pages resident, zeroed and, where the kernel agrees, huge. Returns that.
+
+        First touch costs most of a page's life (FACTS: 2 ms per 2 MiB), so it happens here, once,
+        through a staging window, and later mappings only enter page tables.
+        """
+        runs = list(_adjacent_runs(pages))
+        window_bytes = max(count for _, count in runs) * self.page_bytes
+        huge = self.page_bytes % linux.HUGE_PAGE_SIZE == 0
+        with ExitStack() as undo:
+            window = self._reserve_aligned("create", window_bytes, OutOfPages)
+            undo.callback(self._call, "create", linux.munmap, window, window_bytes)
+            for first, count in runs:
+                self._map_run("create", window, first, count, OutOfPages)
+                if huge:
+                    huge = self._collapse(window, count * self.page_bytes)
+        return huge
+
+    def _collapse(self, address: int, size: int) -> bool:
+        """Ask for huge pages. Small ones work as well, so a refusal is an answer, not an error."""
+        try:
+            self._call("collapse", linux.madvise, address, size, linux.MADV_COLLAPSE)
+        except DriverError:
+            return False
+        return True
+
+    def _release(self, pages: Sequence[Page]) -> None:
+        for first, count in _adjacent_runs(sorted(pages)):
+            self._punch("release", first * self.page_bytes, count * self.page_bytes)
+            for number in range(first, first + count):
+                heapq.heappush(self._punched, number)
+
+    def _punch(self, kind: str, offset: int, size: int) -> None:
+        self._call(kind, linux.fallocate, self._memfd, linux.PUNCH_HOLE, offset, size)
+
+    # -- mapping ---------------------------------------------------------------------------
+
+    def _map(self, address: int, pages: Sequence[Page]) -> None:
+        added = self._added_mappings(address, [None] * len(pages), pages)
+        self._check_budget(added, self._max_mappings)
+        position = address
+        with ExitStack() as undo:
+            # Over the whole run: where mmap fails, an older kernel may leave a hole in which a
+            # stranger's mapping could settle.
+            size = len(pages) * self.page_bytes
+            undo.callback(self._map_unbacked, "map", address, size, DriverError)
+            for first, count in _adjacent_runs(pages):
+                self._map_run("map", position, first, count, OutOfMappings)
+                position += count * self.page_bytes
+            undo.pop_all()
+        self._num_mappings += added
+
+    def _unmap(self, address: int, num_pages: int) -> None:
+        run = [self.page_at(address + i * self.page_bytes) for i in range(num_pages)]
+        added = self._added_mappings(address, run, [None] * num_pages)
+        # Unmapping the inside of a mapping leaves up to two more than before. It may go beyond
+        # the budget of `map` by a quarter, so that clean-up goes on where growth has stopped.
+        # Past that, stretches that end at unmapped addresses can still go: they add none.
+        self._check_budget(added, self._max_mappings + self._max_mappings // 4)
+        self._map_unbacked("unmap", address, num_pages * self.page_bytes, OutOfMappings)
+        self._num_mappings += added
+
+    def _map_run(
+        self, kind: str, address: int, first: int, count: int, shortage: type[Exception]
+    ) -> None:
+        """Map `count` pages, numbered from `first`, by one call that also fills page tables."""
+        self._call(
+            kind,
+            linux.mmap,
+            address,
+            count * self.page_bytes,
+            linux.PROT_READ_WRITE,
+            linux.MAP_SHARED | linux.MAP_FIXED | linux.MAP_POPULATE,
+            self._memfd,
+            first * self.page_bytes,
+            shortage=shortage,
+        )
+
+    def _map_unbacked(
+        self, kind: str, address: int | None, size: int, shortage: type[Exception]
+    ) -> int:
+        """Address space that faults when touched: at `address`, over what is there, or anywhere."""
+        flags = linux.MAP_UNBACKED | (linux.MAP_FIXED if address is not None else 0)
+        return self._call(
+            kind, linux.mmap, address, size, linux.PROT_NONE, flags, -1, 0, shortage=shortage
+        )
+
+    # -- the budget of mappings ------------------------------------------------------------
+
+    def _added_mappings(
+        self, address: int, before: Sequence[Page | None], after: Sequence[Page | None]
+    ) -> int:
+        """VMAs gained (or lost, if negative) when the run at `address` changes to `after`.
+
+        A reservation has one VMA, and one more for every boundary between neighbouring pages
+        that the kernel cannot merge; only boundaries within and at the ends of the run change.
+        """
+        reservation = self._reservation_of(address)
+        assert reservation is not None
+        end = address + len(before) * self.page_bytes
+        left = [self.page_at(address - self.page_bytes)] if address > reservation.address else []
+        right = [self.page_at(end)] if end < reservation.end else []
+        return _boundaries([*left, *after, *right]) - _boundaries([*left, *before, *right])
+
+    def _check_budget(self, added: int, budget: int) -> None:
+        if added > 0 and self._num_mappings + added > budget:
+            raise OutOfMappings(
+                f"{added} more mappings beside {self._num_mappings} would exceed the budget of "
+                f"{budget} kept below vm.max_map_count ({linux.max_map_count()}); use larger "
+                "pages, or raise the limit with sysctl"
+            )
+
+    # -- use and end -----------------------------------------------------------------------
+
+    def _tensor(
+        self, address: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        return tensor_from_address(address, shape, strides, dtype, self.device)
+
+    def _close(self) -> None:
+        os.close(self._memfd)
+
+    def _call(
+        self,
+        kind: str,
+        function: linux.Syscall,
+        *args: int | None,
+        shortage: type[Exception] = DriverError,
+    ) -> int:
+        """One system call: counted as `kind`, and checked. Running short raises `shortage`."""
+        self.counters[kind] += 1
+        try:
+            return linux.call(function, *args)
+        except OSError as error:
+            raised = shortage if error.errno in _SHORTAGES else DriverError
+            raise raised(
+                f"{function.__name__} failed during {kind}: {os.strerror(error.errno or 0)}"
+            ) from error
+
+
+class _Done:
+    """The fence of a device whose work is over when the call returns."""
+
+    def wait(self) -> None:
+        return
+
+
+def _adjacent_runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Split `pages` where a number does not follow the one before: (first number, count)."""
+    start = 0
+    for index in range(1, len(pages) + 1):
+        if index == len(pages) or pages[index] != pages[index - 1] + 1:
+            yield pages[start], index - start
+            start = index
+
+
+def _boundaries(pages: Sequence[Page | None]) -> int:
+    return sum(not _merge(left, right) for left, right in pairwise(pages))
+
+
+def _merge(left: Page | None, right: Page | None) -> bool:
+    """Whether the kernel keeps two neighbouring pages in one VMA."""
+    if left is None or right is None:
+        return left is right
+    return right == left + 1

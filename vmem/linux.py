@@ -1,0 +1,88 @@
+"""The few Linux calls behind the host driver, and what the system says of its limits.
+
+Python's own `mmap` module can neither reserve without backing nor map at a chosen address, so the
+calls go to the C library through ctypes, which releases the interpreter lock around each.
+"""
+
+import ctypes
+import mmap as _mmap
+from collections.abc import Callable
+from errno import EINTR
+from pathlib import Path
+
+PAGE_SIZE = _mmap.PAGESIZE
+HUGE_PAGE_SIZE = 2 << 20
+
+PROT_NONE = 0
+PROT_READ_WRITE = _mmap.PROT_READ | _mmap.PROT_WRITE
+MAP_SHARED = _mmap.MAP_SHARED
+MAP_POPULATE = 0x8000
+MAP_FIXED = 0x10
+MAP_UNBACKED = _mmap.MAP_PRIVATE | _mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+MADV_COLLAPSE = 25
+PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE with FALLOC_FL_KEEP_SIZE, which it requires
+
+Syscall = Callable[..., int]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _declare(name: str, *argtypes: type) -> Syscall:
+    function = _libc[name]
+    function.argtypes = argtypes
+    function.restype = ctypes.c_ssize_t if name == "mmap" else ctypes.c_int
+    return function
+
+
+_address, _size, _int, _offset = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int64
+mmap = _declare("mmap", _address, _size, _int, _int, _int, _offset)
+munmap = _declare("munmap", _address, _size)
+madvise = _declare("madvise", _address, _size, _int)
+fallocate = _declare("fallocate", _int, _int, _offset, _offset)
+
+
+def call(function: Syscall, *args: int | None) -> int:
+    """Call `function`, again if a signal interrupted it; raise OSError where it returns -1."""
+    while True:
+        result = function(*args)
+        if result != -1:
+            return result
+        error = ctypes.get_errno()
+        if error != EINTR:
+            raise OSError(error, "the system call failed")
+
+
+def max_map_count() -> int:
+    """How many mappings (VMAs) the system allows a process."""
+    return int(Path("/proc/sys/vm/max_map_count").read_text())
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that can be had without swapping: the system's, or what the container has left.
+
+    Asking first matters: past a container's limit the kernel kills the process instead of
+    failing the call. `root` stands for `/`.
+    """
+    meminfo = _fields(root / "proc/meminfo")
+    available = [meminfo["MemAvailable:"] * 1024]
+    for limit_file, usage_file in (
+        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
+        (
+            "sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        path = root / limit_file
+        limit = path.read_text().strip() if path.exists() else "max"
+        if limit == "max":
+            continue
+        stat = _fields(path.with_name("memory.stat"))
+        cache = stat.get("active_file", 0) + stat.get("inactive_file", 0)  # reclaimed on demand
+        available.append(int(limit) - int((root / usage_file).read_text()) + cache)
+    return min(available)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """A `/proc`-style file of `name number …` lines."""
+    words = (line.split() for line in path.read_text().splitlines())
+    return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdigit()}
