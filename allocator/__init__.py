@@ -1,1 +1,24 @@
-"""(to be described)"""
+"""Pages, slots and their geometry: contiguous KV that grows page by page."""
+
+from .kv_cache import KVCache
+from .layout import KVLayout, LayerGeometry
+from .page_pool import PagePool, Reservation, Sanitize
+from .paged_kv_cache import PagedKVCache, PagedLayout
+from .slot import Slot, SlotState
+from .slot_cache import SlotCache
+from .stats import KVStats
+
+__all__ = [
+    "KVCache",
+    "KVLayout",
+    "KVStats",
+    "LayerGeometry",
+    "PagePool",
+    "PagedKVCache",
+    "PagedLayout",
+    "Reservation",
+    "Sanitize",
+    "Slot",
+    "SlotCache",
+    "SlotState",
+]

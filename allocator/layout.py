@@ -142,11 +142,12 @@ class KVLayout:
         return tuple(num_tokens * r.token_bytes // self.page_bytes for r in self.ranges)
 
     def tokens_backed(self, pages: Sequence[int]) -> int:
-        """Tokens that lie wholly in the first `pages[r]` pages of every range `r`."""
-        return min(
+        """Tokens that the first `pages[r]` pages of every range `r` back, over-read included."""
+        tokens = min(
             count * self.page_bytes // r.token_bytes
             for count, r in zip(pages, self.ranges, strict=True)
         )
+        return tokens // self.over_read_tokens * self.over_read_tokens
 
     # -- addresses ---------------------------------------------------------------------------
 

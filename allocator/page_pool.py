@@ -4,19 +4,32 @@ import heapq
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
-from ..vmem import Page, VmemDriver
+from ..vmem import Fence, Page
 from ..vmem.errors import InvalidConfig, InvalidOperation, OutOfPages
 
 Sanitize = Literal["never", "zero"]
 
 
+class PageSource(Protocol):
+    """What a pool needs of whatever makes its pages; a `VmemDriver`, as a rule."""
+
+    page_bytes: int
+    counters: Counter[str]
+
+    @property
+    def num_mappings(self) -> int: ...
+    def create(self, num_pages: int) -> list[Page]: ...
+    def release(self, pages: Sequence[Page]) -> None: ...
+    def record_fence(self) -> Fence: ...
+
+
 class Reservation:
     """A claim on `num_pages` pages of a pool, good until taken or cancelled."""
 
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
+    def __init__(self) -> None:
+        self.num_pages = 0
 
 
 class PagePool:
@@ -40,7 +53,7 @@ class PagePool:
 
     def __init__(
         self,
-        driver: VmemDriver,
+        driver: PageSource,
         limit_bytes: int,
         *,
         low_watermark: int = 0,
@@ -105,8 +118,11 @@ class PagePool:
 
     # -- claims ----------------------------------------------------------------------------
 
-    def reserve(self, num_pages: int) -> Reservation:
-        """Set `num_pages` pages aside. Raises OutOfPages, with nothing changed, if too few."""
+    def reserve(self, num_pages: int, into: Reservation | None = None) -> Reservation:
+        """Set `num_pages` more pages aside, in a new reservation or `into` one.
+
+        Raises OutOfPages, with nothing changed, if too few are left.
+        """
         if num_pages < 0:
             raise InvalidConfig(f"cannot reserve {num_pages} pages")
         with self._lock:
@@ -116,7 +132,9 @@ class PagePool:
                     "available; wait for a request to finish, or raise the memory limit"
                 )
             self._num_reserved += num_pages
-            return Reservation(num_pages)
+            reservation = into or Reservation()
+            reservation.num_pages += num_pages
+            return reservation
 
     def commit(self, reservation: Reservation, num_pages: int) -> list[Page]:
         """Take `num_pages` pages of a reservation, with one reference each.
@@ -142,11 +160,24 @@ class PagePool:
             self._num_reserved -= num_pages
             return pages
 
-    def cancel(self, reservation: Reservation) -> None:
-        """Give back what a reservation still claims. Cancelling twice is harmless."""
+    def restore(self, reservation: Reservation, pages: Sequence[Page]) -> None:
+        """Undo a `commit`: the pages are free again, and the reservation claims them as before."""
         with self._lock:
-            self._num_reserved -= reservation.num_pages
-            reservation.num_pages = 0
+            self.release(pages)
+            self._num_reserved += len(pages)
+            reservation.num_pages += len(pages)
+
+    def cancel(self, reservation: Reservation, num_pages: int | None = None) -> None:
+        """Give back `num_pages` of a reservation, or all it still claims."""
+        with self._lock:
+            if num_pages is None:
+                num_pages = reservation.num_pages
+            if not 0 <= num_pages <= reservation.num_pages:
+                raise InvalidOperation(
+                    f"{num_pages} pages cancelled of a reservation of {reservation.num_pages}"
+                )
+            self._num_reserved -= num_pages
+            reservation.num_pages -= num_pages
 
     # -- references ------------------------------------------------------------------------
 
@@ -212,9 +243,9 @@ class PagePool:
                 return 0
             self._free.sort()
             leaving = self._free[keep:]
-            self.driver.release(leaving)
             del self._free[keep:]
             self._recycled.difference_update(leaving)
+            self.driver.release(leaving)
             return len(leaving)
 
     def _shed(self) -> None:

@@ -1,17 +1,21 @@
 """What every attention backend is given, and what it declares of itself."""
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionBatch:
     """One step's queries, laid out flat, and where each sequence's keys and values are.
 
-    Built once a step; every layer reads the same object. Sequence `b` owns the query rows
+    Built once a step; every layer reads the same object, and batches compare by identity. Sequence `b` owns the query rows
     `cu_seqlens_q[b] : cu_seqlens_q[b + 1]`, which are the *last* rows of its
     `seqused_k[b]` tokens: query row `i` of it stands at position
     `seqused_k[b] - query_lens[b] + i` and sees the keys at positions up to its own.
@@ -26,7 +30,7 @@ class AttentionBatch:
     cu_seqlens_q: torch.Tensor  # int32 [num_seqs + 1]
     seqused_k: torch.Tensor  # int32 [num_seqs]
     slot_ids: torch.Tensor  # int32 [num_seqs]
-    write_rows: torch.Tensor  # int64 [num_tokens], flat cache row of each new token
+    write_index: tuple[torch.Tensor, torch.Tensor]  # int64 [num_tokens] each: row, position
     block_tables: torch.Tensor | None = None  # int32 [num_seqs, max_blocks], paged caches only
 
     @property
@@ -76,7 +80,8 @@ class Capabilities:
         unequal_head_dims: keys and values may differ in head size.
         window, softcap, sinks, lse: the features of `LayerAttention`, and returning the
             log-sum-exp.
-        paged: reads a paged cache through block tables instead of contiguous slots.
+        contiguous: reads contiguous slots.
+        paged: reads a paged cache through block tables.
         over_read_tokens: rows are loaded in tiles of this many tokens, so that up to
             `ceil(len / tile) * tile` rows must be backed and finite. 1: never reads past the
             length.
@@ -91,6 +96,7 @@ class Capabilities:
     softcap: bool = True
     sinks: bool = True
     lse: bool = True
+    contiguous: bool = True
     paged: bool = False
     over_read_tokens: int = 1
 
@@ -108,11 +114,32 @@ class AttentionNeeds:
     paged: bool = False
 
 
+class PerStep(Generic[T]):
+    """What a backend prepared for the current batch; gone when another batch comes.
+
+    Layers of one step share the batch object, so the first layer builds and the rest look up.
+    The batch is held weakly: an id that a later batch happens to reuse cannot hit.
+    """
+
+    def __init__(self) -> None:
+        self._batch: weakref.ref[AttentionBatch] | None = None
+        self._values: dict[Hashable, T] = {}
+
+    def get(self, batch: AttentionBatch, key: Hashable, build: Callable[[], T]) -> T:
+        """The value kept for `batch` under `key`, built if this is the first ask."""
+        if self._batch is None or self._batch() is not batch:
+            self._batch = weakref.ref(batch)
+            self._values = {}
+        if key not in self._values:
+            self._values[key] = build()
+        return self._values[key]
+
+
 class AttentionBackend(ABC):
     """Attention of flat queries over a KV cache, by one family of kernels.
 
-    A backend holds no per-request state; what it prepares for a step it keeps against the
-    identity of the `AttentionBatch`.
+    A backend holds no per-request state; what it prepares for a step it keeps in a `PerStep`,
+    against the identity of the `AttentionBatch`. One backend serves one thread.
     """
 
     name: str
@@ -169,8 +196,10 @@ def missing_features(capabilities: Capabilities, needs: AttentionNeeds) -> Seque
         missing.append(f"runs on {'/'.join(sorted(capabilities.devices))}, not {needs.device}")
     if needs.dtype not in capabilities.dtypes:
         missing.append(f"no {needs.dtype}")
-    if needs.paged != capabilities.paged:
-        missing.append("reads paged KV only" if capabilities.paged else "no paged KV")
+    if needs.paged and not capabilities.paged:
+        missing.append("no paged KV")
+    if not needs.paged and not capabilities.contiguous:
+        missing.append("reads paged KV only")
     for key_dim, value_dim in sorted(needs.head_dims):
         limit = capabilities.max_head_dim
         if limit is not None and max(key_dim, value_dim) > limit:

@@ -79,9 +79,10 @@ class IncrementalDetokenizer:
         return self._show(len(self._text) - self._num_held())
 
     def finish(self) -> str:
-        """No more tokens: return what was held back."""
+        """Return what was held back; what is appended after this has no text."""
         if self._window is not None and self._stopped is None:
             self._accept(self._window.flush())
+        self._window = None
         return self._show(len(self._text))
 
     def _accept(self, new_text: str) -> None:

@@ -198,6 +198,11 @@ class VmemDriver(ABC):
         """The page mapped with its first byte at `address`, or None."""
         return self._page_table.get(address)
 
+    def mapped(self, address: int, size: int) -> dict[int, Page]:
+        """The pages mapped in `[address, address + size)`, by address. For checks: it is slow."""
+        with self._lock:
+            return {a: p for a, p in self._page_table.items() if address <= a < address + size}
+
     # -- use -------------------------------------------------------------------------------
 
     def tensor(

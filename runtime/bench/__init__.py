@@ -1,1 +1,1 @@
-"""(to be described)"""
+"""The benchmark harness: what `vkv bench` runs and records."""

@@ -1,0 +1,47 @@
+"""What a cache holds at one moment, as plain data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVStats:
+    """A snapshot of a KV cache.
+
+    Attributes:
+        virtual_bytes: address space reserved for the slots.
+        physical_bytes: memory that exists for KV now: held, parked and free pages.
+        page_bytes: size of a page.
+        row_tokens: tokens covered by one page of every range.
+        pages_held: pages that live requests need for their tokens, a shared page once.
+        pages_ahead: pages mapped behind live requests' tokens, ready for their growth.
+        pages_parked: pages that only parked slots hold.
+        pages_free: pages that exist and are nobody's.
+        pages_reserved: pages promised to requests and not yet taken.
+        pages_limit: the most pages the pool may hold.
+        tokens_held: tokens of live requests.
+        tokens_parked: tokens whose KV parked slots still hold.
+        slots_open, slots_parked: slots by state.
+        num_mappings: mappings in use, in the unit that the system limits.
+        mapping_time_s: time that callers spent waiting for memory, so far.
+        background_time_s: time that the look-ahead thread spent instead, so far.
+        driver_calls: system or driver calls so far, by kind.
+    """
+
+    virtual_bytes: int
+    physical_bytes: int
+    page_bytes: int
+    row_tokens: int
+    pages_held: int
+    pages_ahead: int
+    pages_parked: int
+    pages_free: int
+    pages_reserved: int
+    pages_limit: int
+    tokens_held: int
+    tokens_parked: int
+    slots_open: int
+    slots_parked: int
+    num_mappings: int
+    mapping_time_s: float
+    background_time_s: float
+    driver_calls: dict[str, int]

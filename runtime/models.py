@@ -1,0 +1,257 @@
+"""Loading an unmodified `transformers` model, and learning what its layers ask of attention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..allocator import LayerGeometry
+from ..attention_backends import AttentionNeeds, LayerAttention
+from ..vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
+from .attention import ATTENTION_NAME, AttentionProbe, attention_step, register
+
+_KNOWN_LAYER_TYPES = {"full_attention", "attention", "sliding_attention"}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready for the engine, with all that the engine needs to know of it.
+
+    Attributes:
+        attention: per layer, scale, window, soft cap and sinks.
+        geometry: per layer, the shape of its keys and values.
+        eos_token_ids: tokens that end a generation.
+        max_positions: the longest sequence the model was made for.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    device: torch.device
+    dtype: torch.dtype
+    attention: tuple[LayerAttention, ...]
+    geometry: tuple[LayerGeometry, ...]
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    max_positions: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of parameters, tied ones counted once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def needs(self, *, paged: bool) -> AttentionNeeds:
+        """What the attention backend must offer."""
+        return AttentionNeeds(
+            device=self.device.type,
+            dtype=self.dtype,
+            head_dims=frozenset((g.key_dim, g.value_dim) for g in self.geometry),
+            window=any(layer.window is not None for layer in self.attention),
+            softcap=any(layer.softcap is not None for layer in self.attention),
+            sinks=any(layer.sinks is not None for layer in self.attention),
+            paged=paged,
+        )
+
+
+def load_model(
+    source: str | Path | PreTrainedModel | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    device: torch.device,
+    dtype: str | torch.dtype = "auto",
+) -> LoadedModel:
+    """Load a causal language model and prepare it for contiguous slots.
+
+    Args:
+        source: a checkpoint folder, a hub id, a model built elsewhere (which is then switched to
+            vkv's attention), or None for the built-in tiny chat model.
+        tokenizer: where it is, if not with the model.
+        dtype: of weights and KV; "auto" is the checkpoint's own.
+
+    Raises BadCheckpoint if the folder cannot be read, UnsupportedModel if the architecture cannot
+    run here, with the reason.
+    """
+    register()
+    wanted_dtype = parse_dtype(dtype)
+    if isinstance(source, PreTrainedModel):
+        _check_architecture(source.config, type(source))
+        model, name, home = source, source.config.name_or_path or type(source).__name__, None
+        model.set_attn_implementation(ATTENTION_NAME)
+    else:
+        home = _resolve(source)
+        model, name = _from_checkpoint(home, wanted_dtype), str(home)
+    if wanted_dtype is not None:
+        model = model.to(wanted_dtype)  # type: ignore[arg-type]
+    model = model.to(device).eval()  # type: ignore[arg-type]
+    text_config = model.config.get_text_config()
+    if text_config._attn_implementation != ATTENTION_NAME:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not use transformers' attention interface, so its "
+            "attention cannot be pointed at contiguous slots; use a model that does"
+        )
+    attention, geometry = _probe(model)
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=_load_tokenizer(tokenizer if tokenizer is not None else home),
+        device=device,
+        dtype=model.dtype,
+        attention=attention,
+        geometry=geometry,
+        vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
+        eos_token_ids=_eos_token_ids(model),
+        max_positions=getattr(text_config, "max_position_embeddings", None) or 32_768,
+    )
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A torch dtype from its name; None for "auto"."""
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        return None
+    if dtype not in _DTYPES:
+        raise InvalidConfig(f"dtype is {dtype!r}; use 'auto' or one of {sorted(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _resolve(source: str | Path | None) -> str | Path:
+    if source is None:
+        from ..tiny_chat import model_path
+
+        return model_path()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadCheckpoint(
+                f"{path} has no config.json, so it is not a model folder; point at the folder "
+                "that holds config.json and *.safetensors"
+            )
+        return path
+    text = str(source)
+    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise BadCheckpoint(f"{text} is not a folder; give a model folder or a hub id")
+    return text
+
+
+def _reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BadCheckpoint(
+            f"cannot read the {what} of {home}: {error}; check that the checkpoint is complete"
+        ) from error
+
+
+def _from_checkpoint(home: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    config: PretrainedConfig = _reading("config", home, lambda: AutoConfig.from_pretrained(home))
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise UnsupportedModel(
+            f"{config.model_type} has no causal language model in transformers; use one that "
+            "generates text"
+        )
+    _check_architecture(config, mapping[type(config)])
+    return _reading(
+        "weights",
+        home,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            home, config=config, dtype=dtype or "auto", attn_implementation=ATTENTION_NAME
+        ),
+    )
+
+
+def _check_architecture(config: PretrainedConfig, model_class: type) -> None:
+    """Refuse what is known not to work before its weights are read."""
+    text_config = config.get_text_config()
+    name = model_class.__name__
+    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    if foreign := sorted(layer_types - _KNOWN_LAYER_TYPES):
+        raise UnsupportedModel(
+            f"{name} has layers of type {', '.join(foreign)}: they keep a state that is not keys "
+            "and values of every token, which slots do not hold; use an attention-only model"
+        )
+    if getattr(model_class, "_is_stateful", False):
+        raise UnsupportedModel(
+            f"{name} keeps recurrent state instead of keys and values; use an attention model"
+        )
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise UnsupportedModel(
+            f"{name} does not use transformers' attention interface, so its attention cannot be "
+            "pointed at contiguous slots; use a model that does"
+        )
+
+
+def _probe(
+    model: PreTrainedModel,
+) -> tuple[tuple[LayerAttention, ...], tuple[LayerGeometry, ...]]:
+    """Run two tokens through the model to see what each layer asks of attention."""
+    probe = AttentionProbe()
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    positions = torch.arange(2, device=model.device).unsqueeze(0)
+    with torch.inference_mode(), attention_step(probe):
+        model(input_ids=tokens, position_ids=positions, use_cache=False)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if sorted(probe.geometry) != list(range(num_layers)):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has {num_layers} layers, of which {len(probe.geometry)} use "
+            "attention over keys and values of every token; the others' state has no place in a "
+            "slot"
+        )
+    attention, geometry = [], []
+    for layer in range(num_layers):
+        window = _window(model.config.get_text_config(), layer, probe.attention[layer].window)
+        attention.append(replace(probe.attention[layer], window=window))
+        geometry.append(replace(probe.geometry[layer], window=window))
+    return tuple(attention), tuple(geometry)
+
+
+def _window(config: Any, layer: int, passed: int | None) -> int | None:
+    """A layer's window: what it passes to attention, or what its config says of it.
+
+    Some architectures leave the window to the mask, which is not built here.
+    """
+    if passed is not None:
+        return passed
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[layer] == "sliding_attention":
+        return config.sliding_window
+    return None
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    for config in (generation, model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def _load_tokenizer(
+    source: PreTrainedTokenizerBase | str | Path | None,
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer, or None for a folder without one: prompts are then token ids."""
+    if source is None or isinstance(source, PreTrainedTokenizerBase):
+        return source
+    path = Path(source)
+    if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
+        return None
+    return _reading("tokenizer", source, lambda: AutoTokenizer.from_pretrained(source))

@@ -1,0 +1,113 @@
+"""One prompt on its way to text."""
+
+import enum
+import time
+from dataclasses import dataclass
+
+from ..allocator import Slot
+from .detokenizer import IncrementalDetokenizer
+from .outputs import FinishReason, Logprob
+from .sampler import SamplingState
+from .sampling_params import SamplingParams
+
+
+class RequestState(enum.Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"  # without a slot: new, or preempted
+    RUNNING = "running"  # with a slot
+    FINISHED = "finished"
+
+
+class Request:
+    """One prompt, its tokens, its state. A prompt with `n` outputs is `n` requests.
+
+    Attributes:
+        token_ids: the prompt's tokens, then the output's.
+        num_computed: tokens whose keys and values are in the slot.
+        leader: the request that computes the same prompt; this one waits and shares its rows.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        index: int = 0,
+        max_tokens: int,
+        sampling: SamplingState,
+        detokenizer: IncrementalDetokenizer | None,
+        leader: "Request | None" = None,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.params = params
+        self.max_tokens = max_tokens
+        self.sampling = sampling
+        self.detokenizer = detokenizer
+        self.leader = leader
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_computed = 0
+        self.num_cached = 0  # prompt tokens found in a slot at the first admission
+        self.state = RequestState.WAITING
+        self.slot: Slot | None = None
+        self.was_admitted = False
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.cumulative_logprob = 0.0
+        self.logprobs: list[dict[int, Logprob]] = []
+        self.prompt_logprobs: list[dict[int, Logprob] | None] = []
+        self.arrival_time_s = time.monotonic()
+        self.first_token_time_s: float | None = None
+        self.finished_time_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The tokens generated so far."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens still to go through the model; 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_finished(self) -> bool:
+        """True once no more tokens will come."""
+        return self.state is RequestState.FINISHED
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id}/{self.index}, {self.state.value}, "
+            f"{self.num_prompt_tokens}+{self.num_output_tokens} tokens)"
+        )
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """`num_tokens` tokens of a request that go through the model in one step."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def start(self) -> int:
+        """Position of the first of them."""
+        return self.request.num_computed
+
+    @property
+    def samples(self) -> bool:
+        """True if the last of them is the last that the request has: it yields a new token."""
+        return self.start + self.num_tokens == self.request.num_tokens
