@@ -83,6 +83,31 @@ class SlotCache(ABC):
         """Tokens that a slot can hold."""
         return self._geometry.max_len
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that one page of every range covers."""
+        return self._geometry.row_tokens
+
+    def num_pages(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` tokens of one slot need."""
+        return sum(self._geometry.pages_per_range(num_tokens))
+
+    def num_whole_pages(self, num_tokens: int) -> int:
+        """Pages that hold nothing but the first `num_tokens` tokens: what a fork shares."""
+        return sum(self._geometry.whole_pages_per_range(num_tokens))
+
+    def num_obtainable(self) -> int:
+        """Pages that a new request could get, parked slots given up for it."""
+        with self._lock:
+            loose = self._num_reclaimable(list(self._open.values()), list(self._parked))
+            return self.pool.num_available + loose
+
+    def prefix_length(self, tokens: Sequence[int]) -> int:
+        """Tokens that `adopt(tokens)` would find in a parked slot."""
+        with self._lock:
+            match = self._parked.best_prefix(tokens)
+            return match.num_tokens if match else 0
+
     # -- slots -----------------------------------------------------------------------------
 
     def open(self) -> Slot:
