@@ -1,6 +1,29 @@
 """Address space and physical pages: reserve, create, map, unmap, and tensors over it all."""
 
+import torch
+
 from .base import Fence, Page, VmemDriver
+from .cuda import CudaDriver
+from .errors import InvalidConfig
 from .host import HostDriver
 
-__all__ = ["Fence", "HostDriver", "Page", "VmemDriver"]
+__all__ = ["CudaDriver", "Fence", "HostDriver", "Page", "VmemDriver", "open_driver"]
+
+
+def open_driver(device: torch.device | str, page_bytes: int | None = None) -> VmemDriver:
+    """A driver for `device`, `cpu` or `cuda[:index]`; `page_bytes` defaults to the device's best.
+
+    Raises InvalidConfig for any other device, DriverUnavailable where CUDA is missing.
+    """
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidConfig(f"{device!r} is no device; use 'cpu' or 'cuda'") from error
+    match device.type:
+        case "cpu":
+            return HostDriver() if page_bytes is None else HostDriver(page_bytes)
+        case "cuda":
+            index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+            return CudaDriver(index if device.index is None else device.index, page_bytes)
+        case other:
+            raise InvalidConfig(f"device {other!r} has no virtual memory here; use 'cpu' or 'cuda'")

@@ -1,0 +1,65 @@
+"""Fixtures every folder's tests share: drivers of virtual memory, and the marker for GPUs."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import standin
+import torch
+from hypothesis import settings
+from vkv.vmem import CudaDriver, HostDriver, VmemDriver
+
+# Times vary on shared machines, and no test here asserts one.
+settings.register_profile("vkv", deadline=None)
+settings.load_profile("vkv")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def loaded_standin() -> standin.StandIn:
+    if torch.cuda.is_available():
+        pytest.skip("a real CUDA driver is loaded here, and one process cannot hold both")
+    if standin.compiler() is None:
+        pytest.skip("the stand-in for the CUDA driver needs a C compiler")
+    return standin.load()
+
+
+@pytest.fixture
+def cuda_standin(loaded_standin: standin.StandIn) -> Iterator[standin.StandIn]:
+    """The stand-in for libcuda.so.1, fresh; fails the test if drivers leave anything behind."""
+    loaded_standin.reset()
+    yield loaded_standin
+    assert not any(loaded_standin.held().values()), "a driver was not closed, or it leaks"
+
+
+@pytest.fixture
+def standin_driver_factory(
+    cuda_standin: standin.StandIn,
+) -> Iterator[Callable[..., standin.StandInCudaDriver]]:
+    """Makes CUDA drivers on the stand-in, as the class does, and closes them after the test."""
+    drivers: list[standin.StandInCudaDriver] = []
+
+    def make(**options: int) -> standin.StandInCudaDriver:
+        drivers.append(standin.StandInCudaDriver(**options))
+        return drivers[-1]
+
+    yield make
+    cuda_standin.end_work()
+    for driver in drivers:
+        driver.close()
+
+
+@pytest.fixture(params=["host", "standin", pytest.param("cuda", marks=pytest.mark.gpu)])
+def vmem_driver(request: pytest.FixtureRequest) -> Iterator[VmemDriver]:
+    """A driver of each kind in turn, with the smallest pages that suit it."""
+    if request.param == "standin":
+        yield request.getfixturevalue("standin_driver_factory")()
+        return
+    with HostDriver(page_bytes=64 << 10) if request.param == "host" else CudaDriver() as driver:
+        yield driver

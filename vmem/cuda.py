@@ -1,0 +1,317 @@
+"""Virtual memory on NVIDIA GPUs, through the CUDA driver's virtual memory management calls.
+
+Importing this module needs neither a GPU nor `cuda-python`; building a `CudaDriver` needs both.
+The driver works in the device's primary context, the one PyTorch uses.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .base import Fence, Page, VmemDriver
+from .dlpack import tensor_from_address
+from .errors import DriverError, DriverUnavailable, InvalidConfig, OutOfMappings, OutOfPages
+
+
+class CudaDriver(VmemDriver):
+    """Pinned device memory as pages, each an allocation of its own, mapped one by one.
+
+    A mapping, in the sense of `num_mappings`, is one page at one address.
+
+    Attributes:
+        recommended_page_bytes: the page size that the driver recommends for performance.
+    """
+
+    def __init__(
+        self, device_index: int = 0, page_bytes: int | None = None, max_mappings: int = 400_000
+    ) -> None:
+        """Args: device_index, as in `cuda:0`; page_bytes (default: the device's granularity,
+        2 MiB on current ones); max_mappings, to stay below the 520 thousand or so at which
+        drivers have been seen to fail.
+
+        Raises DriverUnavailable without `cuda-python`, an NVIDIA driver or a capable device.
+        """
+        if max_mappings < 1:
+            raise InvalidConfig(f"max_mappings is {max_mappings}; it must be at least 1")
+        self._cuda = cuda = _load_bindings()
+        self._device = _open_device(cuda, device_index)
+        self._properties = _page_properties(cuda, self._device, device_index)
+        self._access = _access_descriptor(cuda, device_index)
+        flags = cuda.CUmemAllocationGranularity_flags
+        granularity, self.recommended_page_bytes = (
+            _check(cuda, "cuMemGetAllocationGranularity", self._properties, flag)
+            for flag in (
+                flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM,
+                flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED,
+            )
+        )
+        super().__init__(
+            device=torch.device("cuda", device_index),
+            granularity=granularity,
+            page_bytes=granularity if page_bytes is None else page_bytes,
+        )
+        self._max_mappings = max_mappings
+        self._unwritten: set[Page] = set()  # created, never mapped, so not zeroed yet
+        self._events: set[Any] = set()  # of fences not waited for yet
+        with ExitStack() as undo:
+            self._context = _check(cuda, "cuDevicePrimaryCtxRetain", self._device)
+            undo.callback(_check, cuda, "cuDevicePrimaryCtxRelease", self._device)
+            with self._current_context():
+                # A stream of our own, so that zeroing waits for no kernel and none for it.
+                non_blocking = cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
+                self._stream = _check(cuda, "cuStreamCreate", non_blocking)
+            undo.pop_all()
+
+    @property
+    def num_mappings(self) -> int:
+        return len(self._page_table)
+
+    @property
+    def max_mappings(self) -> int:
+        return self._max_mappings
+
+    def record_fence(self) -> Fence:
+        """Mark the work on PyTorch's current stream of this device; other streams are not seen.
+
+        The fence may be waited for on any thread, without holding up the driver's other calls.
+        """
+        with self._guarded():
+            disable_timing = self._cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING
+            event = self._call("record_fence", "cuEventCreate", disable_timing)
+            with ExitStack() as undo:
+                undo.callback(self._call, "record_fence", "cuEventDestroy", event)
+                self._call("record_fence", "cuEventRecord", event, self._launch_stream())
+                undo.pop_all()
+            self._events.add(event)
+            return _EventFence(self, event)
+
+    # -- address space ---------------------------------------------------------------------
+
+    def _reserve(self, size: int) -> int:
+        return int(self._call("reserve", "cuMemAddressReserve", size, self._alignment, 0, 0))
+
+    def _free(self, address: int, size: int) -> None:
+        self._call("free", "cuMemAddressFree", address, size)
+
+    # -- physical pages --------------------------------------------------------------------
+
+    def _create(self, num_pages: int) -> list[Page]:
+        pages: list[Page] = []
+        with ExitStack() as undo:
+            for _ in range(num_pages):
+                handle = self._call(
+                    "create",
+                    "cuMemCreate",
+                    self.page_bytes,
+                    self._properties,
+                    0,
+                    shortage=OutOfPages,
+                )
+                pages.append(Page(int(handle)))
+                undo.callback(self._call, "create", "cuMemRelease", int(handle))
+            undo.pop_all()
+        self._unwritten.update(pages)
+        return pages
+
+    def _release(self, pages: Sequence[Page]) -> None:
+        self._unwritten.difference_update(pages)
+        with ExitStack() as remaining:  # one refusal does not keep the others
+            for page in pages:
+                remaining.callback(self._call, "release", "cuMemRelease", page)
+
+    # -- mapping ---------------------------------------------------------------------------
+
+    def _map(self, address: int, pages: Sequence[Page]) -> None:
+        if self.num_mappings + len(pages) > self._max_mappings:
+            raise OutOfMappings(
+                f"{len(pages)} more mappings beside {self.num_mappings} would exceed the budget "
+                f"of {self._max_mappings}; use larger pages"
+            )
+        self._map_all(address, pages)
+
+    def _map_all(self, address: int, pages: Sequence[Page]) -> None:
+        size = self.page_bytes
+        with ExitStack() as undo:
+            for index, page in enumerate(pages):
+                position = address + index * size
+                self._call("map", "cuMemMap", position, size, 0, page, 0, shortage=OutOfMappings)
+                undo.callback(self._call, "unmap", "cuMemUnmap", position, size)
+            # The dearest call of all, so once for the run and not once a page.
+            self._call(
+                "set_access",
+                "cuMemSetAccess",
+                address,
+                len(pages) * size,
+                [self._access],
+                1,
+                shortage=OutOfMappings,
+            )
+            self._zero_unwritten(address, pages)
+            undo.pop_all()
+
+    def _zero_unwritten(self, address: int, pages: Sequence[Page]) -> None:
+        """Clear the pages mapped for the first time: a new allocation holds what memory held.
+
+        Done here and not in `create`, where it would take a mapping of its own.
+        """
+        unwritten = self._unwritten.intersection(pages)
+        if not unwritten:
+            return
+        for index, page in enumerate(pages):
+            if page in unwritten:
+                position = address + index * self.page_bytes
+                self._call("zero", "cuMemsetD8Async", position, 0, self.page_bytes, self._stream)
+        self._call("zero", "cuStreamSynchronize", self._stream)
+        self._unwritten -= unwritten
+
+    def _unmap(self, address: int, num_pages: int) -> None:
+        size = self.page_bytes
+        with ExitStack() as undo:
+            for position in range(address, address + num_pages * size, size):
+                self._call("unmap", "cuMemUnmap", position, size)
+                undo.callback(self._map_all, position, [self._page_table[position]])
+            undo.pop_all()
+
+    # -- use and end -----------------------------------------------------------------------
+
+    def _tensor(
+        self, address: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        return tensor_from_address(address, shape, strides, dtype, self.device)
+
+    def _launch_stream(self) -> int:
+        """The stream that PyTorch launches on; the default one before it has launched at all."""
+        if not torch.cuda.is_initialized():
+            return 0
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def _wait(self, event: Any) -> None:
+        """Wait for `event`, without the lock, so that other threads may map meanwhile."""
+        with self._current_context():
+            if event in self._events:
+                self._call("wait", "cuEventSynchronize", event)
+                self._events.remove(event)
+                self._call("wait", "cuEventDestroy", event)
+
+    def close(self) -> None:
+        if not self._closed:
+            super().close()
+            # Not in `_close`, where the context is current: this may be its end.
+            _check(self._cuda, "cuDevicePrimaryCtxRelease", self._device)
+
+    def _close(self) -> None:
+        while self._events:
+            self._call("close", "cuEventDestroy", self._events.pop())
+        self._call("close", "cuStreamDestroy", self._stream)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        with super()._guarded(), self._current_context():
+            yield
+
+    @contextmanager
+    def _current_context(self) -> Iterator[None]:
+        """Make the context current in the calling thread, and put back what was there."""
+        cuda = self._cuda
+        if int(_check(cuda, "cuCtxGetCurrent")) == int(self._context):
+            yield
+            return
+        _check(cuda, "cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            _check(cuda, "cuCtxPopCurrent")
+
+    def _call(
+        self, kind: str, name: str, *args: Any, shortage: type[Exception] = DriverError
+    ) -> Any:
+        """One driver call, counted as `kind`, and checked. Out of memory raises `shortage`."""
+        self.counters[kind] += 1
+        return _check(self._cuda, name, *args, shortage=shortage)
+
+
+class _EventFence:
+    def __init__(self, driver: CudaDriver, event: Any) -> None:
+        self._driver = driver
+        self._event = event
+        self._lock = threading.Lock()  # a second waiter finds the event gone, not half-destroyed
+
+    def wait(self) -> None:
+        with self._lock:
+            self._driver._wait(self._event)
+
+
+def _load_bindings() -> ModuleType:
+    """The initialised driver bindings, imported only when a CUDA device is asked for."""
+    try:
+        driver = import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise DriverUnavailable(
+            "cuda-python is not installed; install it with: pip install 'vkv[cuda]'"
+        ) from error
+    try:
+        _check(driver, "cuInit", 0)
+    except DriverError as error:
+        raise DriverUnavailable(f"the NVIDIA driver found no usable GPU: {error}") from error
+    except RuntimeError as error:  # the bindings raise it where there is no libcuda.so.1
+        raise DriverUnavailable(
+            "no NVIDIA driver (libcuda.so.1) on this machine; install one, or use the device 'cpu'"
+        ) from error
+    return driver
+
+
+def _open_device(cuda: ModuleType, index: int) -> Any:
+    count = _check(cuda, "cuDeviceGetCount")
+    if not 0 <= index < count:
+        raise InvalidConfig(f"there is no CUDA device {index}; this process sees {count}")
+    device = _check(cuda, "cuDeviceGet", index)
+    attribute = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+    if not _check(cuda, "cuDeviceGetAttribute", attribute, device):
+        raise DriverUnavailable(f"CUDA device {index} cannot map memory page by page")
+    return device
+
+
+def _page_properties(cuda: ModuleType, device: Any, index: int) -> Any:
+    """What kind of memory a page is: pinned on the device, exportable where that is possible."""
+    properties = cuda.CUmemAllocationProp()
+    properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.location = _location(cuda, index)
+    attribute = (
+        cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
+    )
+    if _check(cuda, "cuDeviceGetAttribute", attribute, device):
+        # Only at creation can a page be made shareable with other processes.
+        handle_type = cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        properties.requestedHandleTypes = handle_type
+    return properties
+
+
+def _access_descriptor(cuda: ModuleType, index: int) -> Any:
+    access = cuda.CUmemAccessDesc()
+    access.location = _location(cuda, index)
+    access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    return access
+
+
+def _location(cuda: ModuleType, index: int) -> Any:
+    location = cuda.CUmemLocation()
+    location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    location.id = index
+    return location
+
+
+def _check(cuda: ModuleType, name: str, *args: Any, shortage: type[Exception] = DriverError) -> Any:
+    """Call the driver function `name`; return its one result, if any, or raise for its status."""
+    status, *results = getattr(cuda, name)(*args)
+    if status == cuda.CUresult.CUDA_SUCCESS:
+        return results[0] if results else None
+    _, text = cuda.cuGetErrorString(status)
+    message = f"{name} failed: {status.name}, {text.decode() if text else 'no description'}"
+    if status == cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        raise shortage(message)
+    raise DriverError(message)
