@@ -1,1 +1,35 @@
-"""(to be described)"""
+"""Attention over contiguous KV slots, by kernels that know nothing of virtual memory.
+
+A backend is one small file: `AttentionBackend` says what it does, `Capabilities` what it can.
+Ask for one by name with `create_backend`, or let `choose_backend` pick.
+"""
+
+from .base import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionNeeds,
+    Capabilities,
+    LayerAttention,
+)
+from .merge import merge_attention
+from .registry import (
+    BackendDescription,
+    backend_names,
+    choose_backend,
+    create_backend,
+    describe_backends,
+)
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionBatch",
+    "AttentionNeeds",
+    "BackendDescription",
+    "Capabilities",
+    "LayerAttention",
+    "backend_names",
+    "choose_backend",
+    "create_backend",
+    "describe_backends",
+    "merge_attention",
+]

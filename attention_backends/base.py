@@ -15,9 +15,9 @@ T = TypeVar("T")
 class AttentionBatch:
     """One step's queries, laid out flat, and where each sequence's keys and values are.
 
-    Built once a step; every layer reads the same object, and batches compare by identity. Sequence `b` owns the query rows
-    `cu_seqlens_q[b] : cu_seqlens_q[b + 1]`, which are the *last* rows of its
-    `seqused_k[b]` tokens: query row `i` of it stands at position
+    Built once a step; every layer reads the same object, and batches compare by identity.
+    Sequence `b` owns the query rows `cu_seqlens_q[b] : cu_seqlens_q[b + 1]`, which are the
+    *last* rows of its `seqused_k[b]` tokens: query row `i` of it stands at position
     `seqused_k[b] - query_lens[b] + i` and sees the keys at positions up to its own.
 
     The tuples are the same numbers on the host, for backends that loop; the tensors are on the
@@ -150,6 +150,12 @@ class AttentionBackend(ABC):
     def unavailable_reason(cls) -> str | None:
         """Why the kernels cannot be used on this machine (what to install), or None."""
 
+    def check_cache(self, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:  # noqa: B027
+        """Refuse, at load, a layer's cache whose strides or size the kernels cannot address.
+
+        Raises UnsupportedAttention, naming the value. Most backends take any strided view.
+        """
+
     @abstractmethod
     def forward(
         self,
@@ -205,7 +211,10 @@ def missing_features(capabilities: Capabilities, needs: AttentionNeeds) -> Seque
         if limit is not None and max(key_dim, value_dim) > limit:
             missing.append(f"head size {max(key_dim, value_dim)} above its {limit}")
         if key_dim % capabilities.head_dim_multiple or value_dim % capabilities.head_dim_multiple:
-            missing.append(f"head sizes must be multiples of {capabilities.head_dim_multiple}")
+            missing.append(
+                f"head sizes must be multiples of {capabilities.head_dim_multiple}, "
+                f"not {key_dim} and {value_dim}"
+            )
         if key_dim != value_dim and not capabilities.unequal_head_dims:
             missing.append(f"unequal head sizes {key_dim} and {value_dim}")
     for feature in ("window", "softcap", "sinks"):

@@ -1,0 +1,130 @@
+"""Attention backends by name: created on demand, chosen automatically, described.
+
+Only names are known here until one is asked for; a backend's module, and the package behind it,
+is imported then.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TypedDict
+
+from ..vmem.errors import InvalidConfig, UnsupportedAttention
+from .base import AttentionBackend, AttentionNeeds, Capabilities, missing_features
+
+_BACKENDS: Mapping[str, str] = {
+    "reference": ".reference:ReferenceBackend",
+    "sdpa": ".sdpa:SdpaBackend",
+    "torch_flash": ".torch_flash:TorchFlashBackend",
+    "paged_sdpa": ".paged_sdpa:PagedSdpaBackend",
+}
+
+# What "auto" tries, best first; `reference` is never chosen, only asked for.
+_PREFERENCE: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("sdpa", "paged_sdpa"),
+    "cuda": ("torch_flash", "sdpa", "paged_sdpa"),
+}
+
+
+class BackendDescription(TypedDict):
+    """One row of `vkv info`: plain data, ready for JSON."""
+
+    name: str
+    available: bool
+    reason: str | None  # why it is not available
+    devices: list[str]
+    dtypes: list[str]
+    max_head_dim: int | None
+    head_dim_multiple: int
+    features: list[str]
+    over_read_tokens: int
+
+
+def backend_names() -> tuple[str, ...]:
+    return tuple(_BACKENDS)
+
+
+def create_backend(name: str, needs: AttentionNeeds) -> AttentionBackend:
+    """The backend called `name` ("auto" chooses one), if it can serve `needs` on this machine.
+
+    Raises:
+        InvalidConfig: no backend has that name.
+        UnsupportedAttention: it cannot run here, or lacks something the model needs; the
+            message says what, and which backends would do.
+    """
+    if name == "auto":
+        return choose_backend(needs)
+    if name not in _BACKENDS:
+        names = ", ".join(["auto", *_BACKENDS])
+        raise InvalidConfig(f"attention backend {name!r} is unknown; choose one of: {names}")
+    backend = _load(name)
+    obstacles = _obstacles(backend, needs)
+    if obstacles:
+        raise UnsupportedAttention(
+            f"attention backend {name!r} cannot be used: {'; '.join(obstacles)}. "
+            + _alternatives(needs)
+        )
+    return backend()
+
+
+def choose_backend(needs: AttentionNeeds) -> AttentionBackend:
+    """The best backend that can serve `needs` on this machine.
+
+    Raises UnsupportedAttention, with the reason against each candidate, if none can.
+    """
+    candidates = _PREFERENCE.get(needs.device, ())
+    reasons = []
+    for name in candidates:
+        backend = _load(name)
+        obstacles = _obstacles(backend, needs)
+        if not obstacles:
+            return backend()
+        reasons.append(f"{name}: {'; '.join(obstacles)}")
+    detail = " | ".join(reasons) or f"no backend runs on device {needs.device!r}"
+    raise UnsupportedAttention(f"no attention backend serves this model here. {detail}")
+
+
+def describe_backends() -> list[BackendDescription]:
+    """Every backend, whether it can run here, and what it can do."""
+    return [_describe(name, _load(name)) for name in _BACKENDS]
+
+
+def _load(name: str) -> type[AttentionBackend]:
+    module, _, attribute = _BACKENDS[name].partition(":")
+    return getattr(import_module(module, __package__), attribute)
+
+
+def _obstacles(backend: type[AttentionBackend], needs: AttentionNeeds) -> list[str]:
+    """Why `backend` cannot serve `needs` here, in words; empty if it can."""
+    unavailable = backend.unavailable_reason()
+    return [
+        *([unavailable] if unavailable else []),
+        *missing_features(backend.capabilities, needs),
+    ]
+
+
+def _alternatives(needs: AttentionNeeds) -> str:
+    fitting = [name for name in _BACKENDS if not _obstacles(_load(name), needs)]
+    if not fitting:
+        return "No other backend can serve this model here."
+    return f"These can: {', '.join(fitting)}"
+
+
+def _describe(name: str, backend: type[AttentionBackend]) -> BackendDescription:
+    capabilities = backend.capabilities
+    reason = backend.unavailable_reason()
+    return BackendDescription(
+        name=name,
+        available=reason is None,
+        reason=reason,
+        devices=sorted(capabilities.devices),
+        dtypes=sorted(str(dtype).removeprefix("torch.") for dtype in capabilities.dtypes),
+        max_head_dim=capabilities.max_head_dim,
+        head_dim_multiple=capabilities.head_dim_multiple,
+        features=_features(capabilities),
+        over_read_tokens=capabilities.over_read_tokens,
+    )
+
+
+def _features(capabilities: Capabilities) -> list[str]:
+    names = ("contiguous", "paged", "window", "softcap", "sinks", "lse", "unequal_head_dims")
+    return [name for name in names if getattr(capabilities, name)]
