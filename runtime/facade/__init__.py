@@ -1,1 +1,67 @@
-"""vkv: virtual-memory KV cache runtime for large language models."""
+"""vkv: a virtual-memory KV-cache runtime for large language models.
+
+    import vkv
+
+    with vkv.LLM() as llm:
+        for piece in llm.stream("hello"):
+            print(piece, end="", flush=True)
+
+Names are loaded when first used, so that `import vkv` itself is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .allocator import KVCache, KVLayout, LayerGeometry, PagedKVCache, PagePool
+    from .runtime.config import EngineConfig
+    from .runtime.engine import EngineStats
+    from .runtime.llm import LLM, StreamDelta
+    from .runtime.outputs import CompletionOutput, RequestOutput
+    from .runtime.sampling_params import SamplingParams
+    from .vmem import open_driver
+    from .vmem.errors import VkvError
+
+_HOMES = {
+    "LLM": ".runtime.llm",
+    "StreamDelta": ".runtime.llm",
+    "SamplingParams": ".runtime.sampling_params",
+    "RequestOutput": ".runtime.outputs",
+    "CompletionOutput": ".runtime.outputs",
+    "EngineConfig": ".runtime.config",
+    "EngineStats": ".runtime.engine",
+    "KVCache": ".allocator",
+    "KVLayout": ".allocator",
+    "LayerGeometry": ".allocator",
+    "PagePool": ".allocator",
+    "PagedKVCache": ".allocator",
+    "open_driver": ".vmem",
+    "VkvError": ".vmem.errors",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "EngineStats",
+    "KVCache",
+    "KVLayout",
+    "LayerGeometry",
+    "PagePool",
+    "PagedKVCache",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamDelta",
+    "VkvError",
+    "open_driver",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vkv' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,115 @@
+"""From a model and its options to an engine: driver, pages, slots, kernels."""
+
+from dataclasses import dataclass
+
+from ..allocator import KVCache, KVLayout, PagedKVCache, PagedLayout, PagePool, SlotCache
+from ..attention_backends import AttentionBackend, choose_backend, create_backend
+from ..vmem import VmemDriver, open_driver
+from ..vmem.errors import InvalidConfig
+from .config import EngineConfig, available_memory, parse_bytes
+from .engine import Engine
+from .models import LoadedModel
+from .scheduler import Scheduler
+
+_AUTO_SHARE = {"cpu": 0.5, "cuda": 0.9}  # of the memory that is free when the engine is built
+_ROW_TOKENS = 64  # about what a page should cover where the page size is ours to choose
+_MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 64 << 10, 2 << 20
+_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
+_READY_ROWS = 2  # rows of pages kept created, so that growth seldom waits for the system
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine and the driver under it; the paged baseline has none."""
+
+    engine: Engine
+    driver: VmemDriver | None
+
+    def close(self) -> None:
+        """Give back all memory and address space."""
+        self.engine.cache.shutdown()
+        if self.driver is not None:
+            self.driver.close()
+
+
+def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
+    """Put an engine together. Raises InvalidConfig or UnsupportedAttention by name."""
+    needs = loaded.needs(paged=config.kv == "paged")
+    if config.attention == "auto":
+        backend = choose_backend(needs)
+    else:
+        backend = create_backend(config.attention, needs)
+    cache, driver = _build_cache(loaded, config, backend)
+    scheduler = Scheduler(
+        cache,
+        max_seqs=config.max_seqs,
+        max_batch_tokens=config.max_batch_tokens or _BATCH_TOKENS[loaded.device.type],
+        look_ahead_tokens=config.look_ahead_tokens,
+        prefix_reuse=config.prefix_reuse,
+    )
+    return BuiltEngine(Engine(loaded, cache, backend, scheduler), driver)
+
+
+def _build_cache(
+    loaded: LoadedModel, config: EngineConfig, backend: AttentionBackend
+) -> tuple[SlotCache, VmemDriver | None]:
+    max_len = config.max_len or loaded.max_positions
+    if max_len > loaded.max_positions:
+        raise InvalidConfig(
+            f"max_len is {max_len}, and the model was made for {loaded.max_positions} positions; "
+            "lower max_len"
+        )
+    max_parked = config.max_seqs if config.max_parked is None else config.max_parked
+    num_slots = config.max_seqs + max_parked
+    if config.kv == "paged":
+        paged = PagedLayout(loaded.geometry, loaded.dtype, max_len, config.block_tokens)
+        most = num_slots * paged.num_pages(max_len) * paged.page_bytes
+        return (
+            PagedKVCache(
+                paged,
+                _limit_bytes(loaded, config, most),
+                num_slots=num_slots,
+                max_parked=max_parked,
+                device=loaded.device,
+                sanitize=config.sanitize,
+            ),
+            None,
+        )
+    driver = open_driver(loaded.device, config.page_bytes or _page_bytes(loaded))
+    try:
+        layout = KVLayout(
+            loaded.geometry,
+            loaded.dtype,
+            max_len,
+            driver.page_bytes,
+            layers_per_range=config.layers_per_range,
+            split_kv=config.split_kv,
+            over_read_tokens=backend.capabilities.over_read_tokens,
+        )
+        most = num_slots * layout.num_pages(max_len) * layout.page_bytes
+        pool = PagePool(
+            driver,
+            _limit_bytes(loaded, config, most),
+            low_watermark=_READY_ROWS * layout.num_ranges,
+            sanitize=config.sanitize,
+        )
+        return KVCache(layout, pool, num_slots=num_slots, max_parked=max_parked), driver
+    except BaseException:
+        driver.close()
+        raise
+
+
+def _limit_bytes(loaded: LoadedModel, config: EngineConfig, most: int) -> int:
+    """The pool's limit; "auto" is a share of what is free, and no more than could be used."""
+    if config.kv_memory != "auto":
+        return parse_bytes(config.kv_memory)
+    return min(most, int(_AUTO_SHARE[loaded.device.type] * available_memory(loaded.device)))
+
+
+def _page_bytes(loaded: LoadedModel) -> int | None:
+    """On a CPU, a power of two that covers about `_ROW_TOKENS` tokens; a GPU has its own size."""
+    if loaded.device.type != "cpu":
+        return None
+    heads = sum(g.num_kv_heads * (g.key_dim + g.value_dim) for g in loaded.geometry)
+    wanted = heads * loaded.dtype.itemsize * _ROW_TOKENS
+    return min(max(1 << (wanted - 1).bit_length(), _MIN_PAGE_BYTES), _MAX_PAGE_BYTES)

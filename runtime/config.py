@@ -1,0 +1,124 @@
+"""Options of an engine, resolved once."""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..allocator import Sanitize
+from ..vmem.errors import InvalidConfig
+
+KVKind = Literal["virtual", "paged"]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS |= {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine uses its memory and its steps.
+
+    Attributes:
+        max_seqs: requests that run at once.
+        max_len: tokens of a request, prompt and output; None for what the model was made for.
+        kv_memory: the most bytes that keys and values may take: an integer, a text such as
+            "64MiB", or "auto". Nothing is taken in advance.
+        max_batch_tokens: tokens of one step; None for 512 on a CPU, 2048 on a GPU.
+        kv: contiguous slots in virtual memory, or the paged baseline.
+        attention: a backend's name, or "auto".
+        page_bytes: size of a physical page; None for a size that suits the model.
+        block_tokens: tokens of a block of the paged baseline.
+        layers_per_range: layers that share a stretch of a slot (`KVLayout`); None for all.
+        split_kv: keys and values in stretches of their own.
+        max_parked: finished requests whose memory is kept for the next; None for `max_seqs`.
+        look_ahead_tokens: tokens mapped ahead of a decoding request in the background; 0 for none.
+        prefix_reuse: begin a request with rows computed for the same tokens before.
+        sanitize: "zero" clears recycled memory before another request may see it.
+    """
+
+    max_seqs: int = 32
+    max_len: int | None = None
+    kv_memory: int | str = "auto"
+    max_batch_tokens: int | None = None
+    kv: KVKind = "virtual"
+    attention: str = "auto"
+    page_bytes: int | None = None
+    block_tokens: int = 16
+    layers_per_range: int | None = None
+    split_kv: bool = False
+    max_parked: int | None = None
+    look_ahead_tokens: int = 16
+    prefix_reuse: bool = True
+    sanitize: Sanitize = "never"
+
+    def __post_init__(self) -> None:
+        for name in ("max_seqs", "max_len", "max_batch_tokens", "block_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InvalidConfig(f"{name} is {value!r}; it must be an integer of at least 1")
+        for name in ("max_parked", "look_ahead_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise InvalidConfig(f"{name} is {value!r}; it must be an integer of at least 0")
+        if self.kv not in ("virtual", "paged"):
+            raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
+        if self.kv_memory != "auto":
+            parse_bytes(self.kv_memory)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes from a number or a text such as "64MiB", "1.5 GB" or "2G" (binary). At least 1."""
+    number: float = -1
+    if isinstance(size, int) and not isinstance(size, bool):
+        number = size
+    elif isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+        if match and match[2].upper() in _UNITS:
+            number = float(match[1]) * _UNITS[match[2].upper()]
+    if number < 1:
+        raise InvalidConfig(
+            f"{size!r} is not an amount of memory; use bytes or a text such as '64MiB' or '2GB'"
+        )
+    return int(number)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that could be taken on `device` now without harming others."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    with open("/proc/meminfo") as lines:
+        fields = dict(line.split(":", 1) for line in lines)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    return min(available, _cgroup_room(available))
+
+
+def _cgroup_room(otherwise: int) -> int:
+    """Bytes left in this process's memory control group, if it has a limit."""
+    root = "/sys/fs/cgroup"
+    try:
+        with open(os.path.join(root, "memory.max")) as limit_file:
+            limit = limit_file.read().strip()
+        with open(os.path.join(root, "memory.current")) as current_file:
+            current = int(current_file.read())
+    except OSError:
+        return otherwise  # no such group: the machine's own figure holds
+    return otherwise if limit == "max" else max(0, int(limit) - current)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device from its name; "auto" is a GPU where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidConfig(f"device is {device!r}; use 'auto', 'cpu' or 'cuda'") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise InvalidConfig(f"device is {device!r}; use 'auto', 'cpu' or 'cuda'")
+    if resolved.type == "cuda" and resolved.index is None:
+        resolved = torch.device("cuda", 0)
+    return resolved

@@ -1,0 +1,287 @@
+"""The step loop: schedule, run, postprocess."""
+
+import bisect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..allocator import SlotCache
+from ..attention_backends import AttentionBackend
+from ..vmem.errors import InvalidPrompt, RequestTooLarge, RequestTooLong
+from .detokenizer import IncrementalDetokenizer, decode_logprobs
+from .model_runner import ModelRunner
+from .models import LoadedModel
+from .request import Request, ScheduledRequest
+from .sampler import SampledToken, SamplingState
+from .sampling_params import SamplingParams
+from .scheduler import Scheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What an engine holds now, and what it has done so far.
+
+    Attributes:
+        virtual_bytes: address space reserved for the slots.
+        physical_bytes: memory that exists for KV now.
+        pages_held: pages that requests hold, live or parked.
+        pages_parked: pages among them that only finished requests hold; `trim` returns them.
+        pages_ahead: pages among them mapped ahead of live requests' tokens.
+        pages_limit: the most pages there may be.
+        page_bytes: size of a page.
+        row_tokens: tokens that one page of every range covers.
+        tokens_held: tokens whose keys and values are held, live or parked.
+        tokens_parked: tokens among them of finished requests.
+        num_running, num_waiting: live requests by state.
+        num_preemptions: requests whose slot was taken away to be computed again.
+        prefix_hit_tokens: prompt tokens that needed no computing.
+        num_steps, num_prompt_tokens, num_output_tokens: work done.
+        mapping_time_s: time the step loop waited for memory.
+        background_time_s: time the look-ahead thread spent on it instead.
+        step_time_s: time of all steps together.
+        driver_calls: system or driver calls, by kind.
+    """
+
+    virtual_bytes: int
+    physical_bytes: int
+    pages_held: int
+    pages_parked: int
+    pages_ahead: int
+    pages_limit: int
+    page_bytes: int
+    row_tokens: int
+    tokens_held: int
+    tokens_parked: int
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    prefix_hit_tokens: int
+    num_steps: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    mapping_time_s: float
+    background_time_s: float
+    step_time_s: float
+    driver_calls: dict[str, int]
+
+
+class Engine:
+    """Runs requests together, one step at a time. Not for use from several threads.
+
+    Args:
+        loaded: the model.
+        cache: the slots.
+        backend: the attention kernels.
+        scheduler: chooses the batches.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cache: SlotCache,
+        backend: AttentionBackend,
+        scheduler: Scheduler,
+    ) -> None:
+        self.loaded = loaded
+        self.cache = cache
+        self.scheduler = scheduler
+        self.runner = ModelRunner(loaded, cache, backend)
+        # The longest sequence that the pool could hold if it were alone.
+        limit = cache.pool.limit_pages
+        self._longest = bisect.bisect_right(range(cache.max_len), limit, key=cache.num_pages) - 1
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+        self._step_time_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request is unfinished."""
+        return self.scheduler.has_work
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
+    ) -> list[Request]:
+        """Queue a prompt: `params.n` requests, of which the others share the first one's rows.
+
+        Raises InvalidPrompt, InvalidSamplingParams, RequestTooLong or RequestTooLarge, with
+        nothing queued.
+        """
+        prompt = list(prompt_token_ids)
+        max_tokens = self._check(prompt, params)
+        requests: list[Request] = []
+        for index in range(params.n):
+            requests.append(
+                Request(
+                    request_id,
+                    prompt,
+                    params,
+                    index=index,
+                    max_tokens=max_tokens,
+                    sampling=SamplingState(
+                        params,
+                        prompt,
+                        index=index,
+                        eos_token_ids=() if params.ignore_eos else self.loaded.eos_token_ids,
+                    ),
+                    detokenizer=self._detokenizer(prompt, params),
+                    leader=requests[0] if requests else None,
+                )
+            )
+        for request in requests:
+            self.scheduler.add(request)
+        return requests
+
+    def step(self) -> list[Request]:
+        """One forward pass; returns the requests that got a token by it.
+
+        Raises a Shortage if memory is short for even one request; none is lost by that.
+        """
+        start = time.perf_counter()
+        batch = self.scheduler.schedule()
+        tokens = self.runner.run(batch)
+        advanced = self._postprocess(batch, tokens)
+        self._step_time_s += time.perf_counter() - start
+        self._num_steps += 1
+        return advanced
+
+    def abort(self, requests: Sequence[Request]) -> None:
+        """Drop requests; the pages they hold go back at once. Finished ones are left alone."""
+        for request in requests:
+            if not request.is_finished:
+                self.scheduler.abort(request)
+                self._close_text(request)
+                request.finish_reason = "abort"
+
+    def stats(self) -> EngineStats:
+        """A snapshot of memory and work."""
+        kv = self.cache.stats()
+        return EngineStats(
+            virtual_bytes=kv.virtual_bytes,
+            physical_bytes=kv.physical_bytes,
+            pages_held=kv.pages_held + kv.pages_ahead + kv.pages_parked,
+            pages_parked=kv.pages_parked,
+            pages_ahead=kv.pages_ahead,
+            pages_limit=kv.pages_limit,
+            page_bytes=kv.page_bytes,
+            row_tokens=kv.row_tokens,
+            tokens_held=kv.tokens_held + kv.tokens_parked,
+            tokens_parked=kv.tokens_parked,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_preemptions=self.scheduler.num_preemptions,
+            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            mapping_time_s=kv.mapping_time_s,
+            background_time_s=kv.background_time_s,
+            step_time_s=self._step_time_s,
+            driver_calls=kv.driver_calls,
+        )
+
+    # -- admission checks --------------------------------------------------------------------
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Refuse what could never run; returns the most tokens that the request may generate."""
+        vocab_size, max_len = self.loaded.vocab_size, self.cache.max_len
+        params.check_vocab(vocab_size)
+        if not prompt:
+            raise InvalidPrompt("the prompt has no tokens; give it at least one")
+        for token in prompt:
+            if not 0 <= token < vocab_size:
+                raise InvalidPrompt(
+                    f"token id {token} in the prompt is not in [0, {vocab_size}); was it "
+                    "tokenised for another model?"
+                )
+        if len(prompt) >= max_len:
+            raise RequestTooLong(
+                f"the prompt has {len(prompt)} tokens, and max_len is {max_len} with the output; "
+                "shorten it or raise max_len"
+            )
+        if params.stop_strings and self.loaded.tokenizer is None:
+            raise InvalidPrompt(
+                f"stop = {params.stop_strings!r} needs a tokenizer, and the model has none; use "
+                "stop_token_ids"
+            )
+        limit = self.cache.pool.limit_pages
+        max_tokens = min(params.max_tokens or max_len, max_len - len(prompt))
+        if params.max_tokens is None:  # as many as fit, then
+            max_tokens = max(1, min(max_tokens, self._longest - len(prompt) + 1))
+        # The last token is never computed, so it needs no room.
+        pages = self.cache.num_pages(len(prompt) + max_tokens - 1)
+        if pages > limit:
+            raise RequestTooLarge(
+                f"{len(prompt)} prompt tokens with up to {max_tokens} generated need {pages} "
+                f"pages, and the pool has {limit}; raise kv_memory or lower max_tokens"
+            )
+        return max_tokens
+
+    def _detokenizer(
+        self, prompt: Sequence[int], params: SamplingParams
+    ) -> IncrementalDetokenizer | None:
+        if self.loaded.tokenizer is None:
+            return None
+        return IncrementalDetokenizer(
+            self.loaded.tokenizer,
+            prompt,
+            stop=params.stop_strings,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+        )
+
+    # -- after the model ---------------------------------------------------------------------
+
+    def _postprocess(
+        self, batch: Sequence[ScheduledRequest], tokens: Sequence[SampledToken | None]
+    ) -> list[Request]:
+        advanced: list[Request] = []
+        for item, token in zip(batch, tokens, strict=True):
+            request = item.request
+            prompt_left = max(0, request.num_prompt_tokens - request.num_computed)
+            self._num_prompt_tokens += min(item.num_tokens, prompt_left)
+            request.num_computed += item.num_tokens
+            if token is not None:
+                self._append(request, token)
+                advanced.append(request)
+        return advanced
+
+    def _append(self, request: Request, token: SampledToken) -> None:
+        """Add a token to its request; finish the request if that was its last."""
+        request.token_ids.append(token.token_id)
+        self._num_output_tokens += 1
+        if request.first_token_time_s is None:
+            request.first_token_time_s = time.monotonic()
+        if token.logprobs is not None and token.logprob is not None:
+            request.cumulative_logprob += token.logprob
+            request.logprobs.append(
+                decode_logprobs(self.loaded.tokenizer, token.logprobs)
+                if self.loaded.tokenizer is not None
+                else token.logprobs
+            )
+        params, token_id = request.params, token.token_id
+        if token_id in params.stop_ids:
+            self._finish(request, "stop", token_id)
+        elif token_id in self.loaded.eos_token_ids and not params.ignore_eos:
+            self._finish(request, "stop", None)
+        else:
+            if request.detokenizer is not None:
+                request.detokenizer.append(token_id)
+                if request.detokenizer.stopped is not None:
+                    self._finish(request, "stop", request.detokenizer.stopped)
+                    return
+            if request.num_output_tokens >= request.max_tokens:
+                self._finish(request, "length", None)
+
+    def _finish(self, request: Request, reason: str, stop_reason: int | str | None) -> None:
+        self._close_text(request)
+        request.finish_reason = reason  # type: ignore[assignment]
+        request.stop_reason = stop_reason
+        self.scheduler.finish(request)
+
+    @staticmethod
+    def _close_text(request: Request) -> None:
+        if request.detokenizer is not None:
+            request.detokenizer.finish()
+        request.finished_time_s = time.monotonic()

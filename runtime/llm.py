@@ -1,0 +1,345 @@
+"""The library's front door: a model that generates, chats and streams."""
+
+import itertools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..vmem.errors import InvalidOperation, InvalidPrompt, InvalidSamplingParams
+from .build import build_engine
+from .config import EngineConfig, resolve_device
+from .engine import EngineStats
+from .interrupts import deferred_interrupt
+from .models import load_model
+from .outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from .progress import BatchProgress
+from .request import Request
+from .sampling_params import SamplingParams
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamDelta:
+    """What a step added to a streamed output; `str(delta)` is its text.
+
+    Attributes:
+        text: text that became final, often empty.
+        token_ids: tokens since the last delta.
+        finish_reason: why it ended; None before the end.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class LLM:
+    """A causal language model over virtual-memory KV.
+
+    Args:
+        model: a checkpoint folder, a hub id, a `transformers` model built elsewhere, or None for
+            the built-in tiny chat model.
+        tokenizer: a tokenizer or its folder, if it is not with the model.
+        device: "auto", "cpu" or "cuda".
+        dtype: of weights and KV: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
+        options: the fields of `EngineConfig`, among them `kv_memory`, `max_seqs`, `max_len`,
+            `attention` and `kv`.
+
+    Raises a `UsageError` that names the value and the remedy.
+
+    Example:
+        >>> with LLM() as llm:
+        ...     out = llm.generate("hello", SamplingParams(temperature=0, max_tokens=8))
+        ...     print(out[0].outputs[0].text)
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        **options: Any,
+    ) -> None:
+        self._closed = True  # until all of it stands, for __del__
+        self.config = EngineConfig(**options)
+        self._loaded = load_model(
+            model, tokenizer=tokenizer, device=resolve_device(device), dtype=dtype
+        )
+        self._built = build_engine(self._loaded, self.config)
+        self._engine = self._built.engine
+        self._lock = threading.RLock()
+        self._ids = itertools.count()
+        self._closed = False
+
+    # -- generating --------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts together; outputs come in the order of the prompts.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            params: for all prompts, or one for each.
+            progress: show a bar; None shows one on a terminal if it takes a while.
+
+        Raises a `UsageError` before anything runs if a prompt or parameter is refused. On any
+        error, Ctrl-C included, the requests' pages are given back.
+        """
+        batch = _as_batch(prompts)
+        each = _params_for_each(params, len(batch))
+        return self._run(batch, each, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several; a message has a `role` and a `content`.
+
+        Without `params` an answer is as long as the model makes it. Raises InvalidPrompt if the
+        tokenizer has no chat template.
+        """
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations = messages if several else [messages]
+        prompts = [self.render_chat(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        each = _params_for_each(params or SamplingParams(max_tokens=None), len(prompts))
+        return self._run(prompts, each, progress)
+
+    def stream(
+        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[StreamDelta]:
+        """Generate for one prompt or conversation, and yield what each step adds.
+
+        Leaving the loop early ends the request and gives its pages back.
+        """
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self.render_chat(prompt)  # type: ignore[arg-type]
+            params = params or SamplingParams(max_tokens=None)
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise InvalidSamplingParams(f"n = {params.n}: a stream has one output; use generate")
+        tokens = self._tokenise(prompt)  # type: ignore[arg-type]
+        with self._lock:
+            self._check_open()
+            (request,) = self._engine.add_request(self._next_id(), tokens, params)
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[StreamDelta]:
+        shown_text = shown_tokens = 0
+        try:
+            while not request.is_finished:
+                self._step()
+                text = request.detokenizer.text if request.detokenizer else ""
+                token_ids = request.output_token_ids
+                if len(token_ids) > shown_tokens:
+                    yield StreamDelta(
+                        text=text[shown_text:],
+                        token_ids=tuple(token_ids[shown_tokens:]),
+                        finish_reason=request.finish_reason,
+                    )
+                    shown_text, shown_tokens = len(text), len(token_ids)
+        finally:
+            self._abort([request])
+
+    def render_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's next message begins."""
+        tokenizer = self._loaded.tokenizer
+        if tokenizer is None or not tokenizer.chat_template:
+            raise InvalidPrompt(
+                f"{self._loaded.name} has no chat template; pass a plain prompt to generate(), or "
+                "set tokenizer.chat_template"
+            )
+        if not messages:
+            raise InvalidPrompt("the conversation has no messages; give it at least one")
+        for message in messages:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+                raise InvalidPrompt(f"{message!r} is no message; give it a 'role' and a 'content'")
+        try:
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise InvalidPrompt(f"the chat template refuses the conversation: {error}") from error
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    # -- the machine under it ----------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer, if it has one."""
+        return self._loaded.tokenizer
+
+    @property
+    def attention_backend(self) -> str:
+        """The name of the attention backend in use."""
+        return self._engine.runner.backend.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model and its KV are."""
+        return self._loaded.device
+
+    def stats(self) -> EngineStats:
+        """What the engine holds and has done."""
+        with self._lock:
+            self._check_open()
+            return self._engine.stats()
+
+    def trim(self) -> int:
+        """Give the memory of finished requests back to the system; returns the bytes."""
+        with self._lock:
+            self._check_open()
+            return self._engine.cache.trim()
+
+    def close(self) -> None:
+        """Give everything back. The object is of no use afterwards; closing twice is harmless."""
+        if self._closed:
+            return
+        with self._lock:
+            self._engine.abort([*self._engine.scheduler.running, *self._engine.scheduler.waiting])
+            self._built.close()
+            self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    # -- running requests --------------------------------------------------------------------
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        progress: bool | None,
+    ) -> list[RequestOutput]:
+        tokens = [self._tokenise(prompt) for prompt in prompts]
+        groups: list[list[Request]] = []
+        try:
+            with self._lock:
+                self._check_open()
+                for prompt_tokens, one in zip(tokens, params, strict=True):
+                    groups.append(self._engine.add_request(self._next_id(), prompt_tokens, one))
+            self._run_to_end([request for group in groups for request in group], progress)
+        finally:
+            self._abort([request for group in groups for request in group])
+        return [
+            _request_output(group, prompt if isinstance(prompt, str) else None)
+            for group, prompt in zip(groups, prompts, strict=True)
+        ]
+
+    def _run_to_end(self, requests: Sequence[Request], progress: bool | None) -> None:
+        with BatchProgress(requests, progress) as bar:
+            while any(not request.is_finished for request in requests):
+                self._step()
+                bar.update()
+
+    def _step(self) -> None:
+        with self._lock, deferred_interrupt():
+            self._check_open()
+            self._engine.step()
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        with self._lock, deferred_interrupt():
+            if not self._closed:
+                self._engine.abort(requests)
+
+    def _tokenise(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            if any(not isinstance(token, int) for token in prompt):
+                raise InvalidPrompt(f"{prompt!r} is neither a text nor a list of token ids")
+            return list(prompt)
+        if self._loaded.tokenizer is None:
+            raise InvalidPrompt(
+                f"{self._loaded.name} has no tokenizer; give prompts as lists of token ids, or "
+                "pass tokenizer="
+            )
+        return self._loaded.tokenizer(prompt).input_ids
+
+    def _next_id(self) -> str:
+        return str(next(self._ids))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidOperation("this LLM has been closed; create another")
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidSamplingParams(
+            f"{len(params)} sampling parameters for {count} prompts; give one, or one for each"
+        )
+    return list(params)
+
+
+def _request_output(group: Sequence[Request], prompt: str | None) -> RequestOutput:
+    first = group[0]
+    return RequestOutput(
+        request_id=first.request_id,
+        prompt=prompt,
+        prompt_token_ids=tuple(first.token_ids[: first.num_prompt_tokens]),
+        prompt_logprobs=(
+            tuple(first.prompt_logprobs) if first.params.prompt_logprobs is not None else None
+        ),
+        outputs=tuple(_completion(request) for request in group),
+        finished=all(request.is_finished for request in group),
+        num_cached_tokens=first.num_cached,
+        metrics=RequestMetrics(
+            arrival_time_s=first.arrival_time_s,
+            first_token_time_s=first.first_token_time_s,
+            finished_time_s=first.finished_time_s,
+        ),
+    )
+
+
+def _completion(request: Request) -> CompletionOutput:
+    asked = request.params.logprobs is not None
+    return CompletionOutput(
+        index=request.index,
+        text=request.detokenizer.text if request.detokenizer else "",
+        token_ids=tuple(request.output_token_ids),
+        cumulative_logprob=request.cumulative_logprob if asked else None,
+        logprobs=tuple(request.logprobs) if asked else None,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+    )
