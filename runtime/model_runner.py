@@ -46,13 +46,14 @@ class ModelRunner:
             for item in batch
             for token in item.request.token_ids[item.start : item.start + item.num_tokens]
         ]
+        positions = [p for item in batch for p in range(item.start, item.start + item.num_tokens)]
         attention = self._attention_batch(batch)
         keep = torch.tensor(rows, dtype=torch.long, device=device)
         step = CacheStep(self.cache, self.backend, attention, self.loaded.attention)
         with attention_step(step):
             output = self.loaded.model(
                 input_ids=torch.tensor([ids], device=device),
-                position_ids=attention.write_index[1].unsqueeze(0),
+                position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
                 **({"logits_to_keep": keep} if self._selects_logits else {}),
             )
@@ -67,7 +68,7 @@ class ModelRunner:
         counts = [item.num_tokens for item in batch]
         kv_lens = [start + count for start, count in zip(starts, counts, strict=True)]
         slot_ids = [slot.index for slot in slots]
-        rows, positions = self.cache.locate(slots, starts, counts)
+        rows, offsets = self.cache.locate(slots, starts, counts)
         return AttentionBatch(
             query_lens=tuple(counts),
             kv_lens=tuple(kv_lens),
@@ -75,7 +76,7 @@ class ModelRunner:
             cu_seqlens_q=torch.tensor([0, *_ends(batch)], dtype=torch.int32, device=device),
             seqused_k=torch.tensor(kv_lens, dtype=torch.int32, device=device),
             slot_ids=torch.tensor(slot_ids, dtype=torch.int32, device=device),
-            write_index=(rows.to(device), positions.to(device)),
+            write_index=(rows.to(device), offsets.to(device)),
             block_tables=self.cache.block_tables(slots),
         )
 
