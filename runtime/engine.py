@@ -108,7 +108,7 @@ class Engine:
         nothing queued.
         """
         prompt = list(prompt_token_ids)
-        max_tokens = self._check(prompt, params)
+        max_tokens = self.check(prompt, params)
         requests: list[Request] = []
         for index in range(params.n):
             requests.append(
@@ -182,8 +182,11 @@ class Engine:
 
     # -- admission checks --------------------------------------------------------------------
 
-    def _check(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """Refuse what could never run; returns the most tokens that the request may generate."""
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Refuse what could never run; returns the most tokens that the request may generate.
+
+        Raises as `add_request` does.
+        """
         vocab_size, max_len = self.loaded.vocab_size, self.cache.max_len
         params.check_vocab(vocab_size)
         if not prompt:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..vmem.errors import InvalidOperation, InvalidPrompt, InvalidSamplingParams
 from .build import build_engine
 from .config import EngineConfig, resolve_device
-from .engine import EngineStats
+from .engine import Engine, EngineStats
 from .interrupts import deferred_interrupt
 from .models import load_model
 from .outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
@@ -186,9 +186,19 @@ class LLM:
     # -- the machine under it ----------------------------------------------------------------
 
     @property
+    def name(self) -> str:
+        """What was loaded: a folder, a hub id, or a class."""
+        return self._loaded.name
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, if it has one."""
         return self._loaded.tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """The step loop underneath, for programs that drive it themselves."""
+        return self._engine
 
     @property
     def attention_backend(self) -> str:

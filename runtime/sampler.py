@@ -271,8 +271,7 @@ def _sorted_floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingPar
             break  # else the likely tokens hold too little in some row: sort them all
     # A token stays while those before it hold less than top_p of what top-k left.
     num_nucleus = (mass[:, :-1] < nucleus).sum(dim=-1, keepdim=True) + 1
-    num_kept = torch.where(top_p < 1, torch.minimum(top_k, num_nucleus), top_k)
-    return values.gather(1, num_kept - 1)
+    return values.gather(1, torch.minimum(top_k, num_nucleus) - 1)
 
 
 def _largest(values: Tensor, num: int) -> Tensor:

@@ -161,7 +161,7 @@ class Scheduler:
         )
 
     def _try_admit(self, request: Request, budget: int) -> int:
-        """Open a slot and reserve the request's memory; tokens to compute now, 0 if it must wait."""
+        """Open a slot and reserve the request's memory; tokens to compute now, 0 if it waits."""
         tokens = self._reusable_tokens(request)
         donor, num_shared = self._live_donor(request, tokens)
         needed = self._tokens_to_admit(request)

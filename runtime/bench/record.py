@@ -1,0 +1,104 @@
+"""Benchmark records: what ran, on what, and the raw samples, as JSON with a table beside it."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("vkv", "torch", "transformers", "numpy", "cuda-python", "flashinfer-python")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of a result, for the terminal and for Markdown."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """The table in Markdown, numbers to the right."""
+        lines = [f"### {self.title}", "", "| " + " | ".join(self.columns) + " |"]
+        lines.append("|" + "|".join(["---"] + ["---:"] * (len(self.columns) - 1)) + "|")
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the benchmark ran on: processor or GPU, cores in use, memory."""
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.release(),
+        "load_before": os.getloadavg()[0],
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on; absent packages are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_record(
+    folder: Path,
+    what: str,
+    *,
+    device: torch.device,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any],
+    tables: Sequence[Table],
+    command: str,
+) -> Path:
+    """Write `<what>_<hardware>_<date>.json` and the tables beside it; returns the JSON's path."""
+    machine = hardware(device)
+    today = datetime.date.today().isoformat()
+    path = folder / f"{what}_{_slug(machine)}_{today}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "what": what,
+        "date": today,
+        "command": command,
+        "hardware": machine,
+        "versions": versions(),
+        "config": dict(config),
+        "results": dict(results),
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
+    head = f"# {what}, {today}\n\n`{command}` on {where}.\n\n"
+    path.with_suffix(".md").write_text(head + "\n".join(table.markdown() for table in tables))
+    return path
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _slug(machine: Mapping[str, Any]) -> str:
+    name = machine.get("gpu") or f"{machine['processor']}-{machine['cores']}c"
+    name = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")

@@ -1,0 +1,218 @@
+"""The `vkv` command."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..vmem.errors import VkvError
+
+app = typer.Typer(
+    name="vkv",
+    help="A virtual-memory KV-cache runtime for large language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(
+    help="Measure: each run writes a record, a table and a plot.", no_args_is_help=True
+)
+app.add_typer(bench, name="bench")
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="A model folder or hub id. Default: the built-in tiny model."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+KVMemory = Annotated[
+    str, typer.Option(help="The most memory KV may take, such as 64MiB. Taken only as it is used.")
+]
+MaxSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
+MaxLen = Annotated[
+    int | None, typer.Option(help="Tokens of a request, prompt and output. Default: the model's.")
+]
+Attention = Annotated[str, typer.Option(help="An attention backend (see `vkv info`), or auto.")]
+KV = Annotated[str, typer.Option(help="virtual: contiguous slots; paged: the baseline.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy: always the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")]
+TopK = Annotated[int, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    kv_memory: KVMemory = "auto",
+    max_len: MaxLen = None,
+    attention: Attention = "auto",
+    kv: KV = "virtual",
+) -> None:
+    """Chat with a model. Reads from a pipe too: a line is a turn."""
+    from .chat import run_chat
+    from .llm import LLM
+    from .sampling_params import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
+    )
+    options: dict[str, Any] = {"kv_memory": kv_memory, "attention": attention, "kv": kv}
+    with LLM(model, device=device, dtype=dtype, max_seqs=1, max_len=max_len, **options) as llm:
+        run_chat(llm, params, system=system)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts. Without any, each line of standard input.")
+    ] = None,
+    model: Model = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 64,
+    n: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends a text.")] = None,
+    as_chat: Annotated[
+        bool, typer.Option("--chat", help="Each prompt is a user's message, not raw text.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    kv_memory: KVMemory = "auto",
+    max_seqs: MaxSeqs = 32,
+    max_len: MaxLen = None,
+    attention: Attention = "auto",
+    kv: KV = "virtual",
+) -> None:
+    """Complete prompts, many at once. Reads from a pipe: a line is a prompt."""
+    from .generate import read_prompts, run_generate
+    from .llm import LLM
+    from .sampling_params import SamplingParams
+
+    texts = read_prompts(prompts)
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        max_tokens=max_tokens,
+        n=n,
+        stop=stop,
+    )
+    options: dict[str, Any] = {"kv_memory": kv_memory, "attention": attention, "kv": kv}
+    options |= {"max_seqs": max_seqs, "max_len": max_len}
+    with LLM(model, device=device, dtype=dtype, **options) as llm:
+        run_generate(llm, texts, params, as_chat=as_chat, as_json=as_json)
+
+
+@app.command()
+def info() -> None:
+    """What this machine offers: drivers, attention backends, limits."""
+    from .info import show_info
+
+    show_info()
+
+
+@bench.command()
+def memory(
+    shape: Annotated[
+        str, typer.Option(help="llama-tiny, llama-455m, qwen2-0.5b or llama3-8b; random weights.")
+    ] = "llama-tiny",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Device = "auto",
+    num_requests: Annotated[int, typer.Option(help="Requests of the workload.")] = 64,
+    prompt_lens: Annotated[
+        tuple[int, int], typer.Option(help="Shortest and longest prompt, in tokens.")
+    ] = (16, 2000),
+    output_lens: Annotated[
+        tuple[int, int], typer.Option(help="Shortest and longest output, in tokens.")
+    ] = (16, 256),
+    max_seqs: MaxSeqs = 16,
+    look_ahead_tokens: Annotated[
+        int, typer.Option(help="Tokens mapped ahead of each decoding request.")
+    ] = 16,
+    kinds: Annotated[
+        str, typer.Option(help="Which caches to compare, separated by commas.")
+    ] = "virtual,paged,static,dynamic",
+    seed: Annotated[int, typer.Option(help="Of the lengths and prompts.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for record, table and plot.")] = Path(
+        "benchmarks"
+    ),
+) -> None:
+    """Memory held against tokens held, over ragged requests.
+
+    vkv's contiguous and paged caches, beside the static and dynamic caches of transformers as a
+    padded batch fills them. Also reports the time that mapping took of the engine's steps.
+    """
+    from .bench.memory import KINDS, MemoryOptions, run
+    from .config import resolve_device
+    from .models import parse_dtype
+
+    chosen = tuple(kind.strip() for kind in kinds.split(","))
+    if unknown := [kind for kind in chosen if kind not in KINDS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(KINDS)}")
+    import torch
+
+    options = MemoryOptions(
+        shape=shape,
+        dtype=parse_dtype(dtype) or torch.float32,
+        device=resolve_device(device),
+        num_requests=num_requests,
+        prompt_lens=prompt_lens,
+        output_lens=output_lens,
+        max_seqs=max_seqs,
+        look_ahead_tokens=look_ahead_tokens,
+        kinds=chosen,
+        seed=seed,
+    )
+    path, tables = run(options, out, _command_line())
+    _show(path, tables)
+
+
+def _show(path: Path, tables: list[Any]) -> None:
+    """Print the tables of a benchmark and where its record is."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    for table in tables:
+        shown = RichTable(title=table.title)
+        for index, column in enumerate(table.columns):
+            shown.add_column(column, justify="left" if index == 0 else "right")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+    console.print(f"record: {path}", style="dim", soft_wrap=True)
+
+
+def _command_line() -> str:
+    return "vkv " + shlex.join(sys.argv[1:])
+
+
+def main() -> None:
+    """Run the command; a user's mistake is a message, not a traceback."""
+    try:
+        app()
+    except VkvError as error:
+        typer.echo(f"vkv: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)  # whoever read our output has gone, as `head` does
+
+
+if __name__ == "__main__":
+    main()
