@@ -15,13 +15,16 @@ _BACKENDS: Mapping[str, str] = {
     "reference": ".reference:ReferenceBackend",
     "sdpa": ".sdpa:SdpaBackend",
     "torch_flash": ".torch_flash:TorchFlashBackend",
+    "flash_attn": ".flash_attn:FlashAttnBackend",
+    "flash_attn_3": ".flash_attn:FlashAttn3Backend",
+    "flashinfer": ".flashinfer:FlashInferBackend",
     "paged_sdpa": ".paged_sdpa:PagedSdpaBackend",
 }
 
 # What "auto" tries, best first; `reference` is never chosen, only asked for.
 _PREFERENCE: Mapping[str, tuple[str, ...]] = {
     "cpu": ("sdpa", "paged_sdpa"),
-    "cuda": ("torch_flash", "sdpa", "paged_sdpa"),
+    "cuda": ("torch_flash", "flash_attn", "flashinfer", "sdpa", "paged_sdpa"),
 }
 
 

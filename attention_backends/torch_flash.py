@@ -15,10 +15,10 @@ import torch
 
 from ..vmem.errors import UnsupportedAttention
 from .base import AttentionBackend, AttentionBatch, Capabilities, LayerAttention, PerStep
+from .cuda import missing_gpu
 from .sinks import apply_sinks, sinks_lse
 
 MAX_ROWS = 2**31  # start rows travel as int32
-MIN_COMPUTE_CAPABILITY = (8, 0)  # FlashAttention-2 wants Ampere or later
 
 
 class FlatKV(NamedTuple):
@@ -44,11 +44,7 @@ class TorchFlashBackend(AttentionBackend):
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
-        if not torch.cuda.is_available():
-            return "needs an NVIDIA GPU and a CUDA build of PyTorch"
-        if torch.cuda.get_device_capability() < MIN_COMPUTE_CAPABILITY:
-            return "needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later"
-        return None
+        return missing_gpu()
 
     def check_cache(self, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
         keys, values = flat_kv(key_cache), flat_kv(value_cache)
@@ -100,6 +96,11 @@ class TorchFlashBackend(AttentionBackend):
         starts = self._start_rows.get(
             batch, keys.rows_per_slot, lambda: _start_rows(batch, keys.rows_per_slot)
         )
+        # A window no sequence has outgrown hides nothing, and only without one does the kernel
+        # fold GQA groups and split long contexts at decode.
+        window = layer.window
+        if window is not None and window >= batch.max_seqlen_k:
+            window = None
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             query,
             keys.rows,
@@ -113,8 +114,8 @@ class TorchFlashBackend(AttentionBackend):
             False,  # debug mask
             scale=layer.scale,
             # The kernel counts the keys left of a query's own.
-            window_size_left=None if layer.window is None else layer.window - 1,
-            window_size_right=None if layer.window is None else 0,
+            window_size_left=None if window is None else window - 1,
+            window_size_right=None if window is None else 0,
             seqused_k=batch.seqused_k,
         )
         return out, lse.T  # the kernel's is [num_heads, num_tokens]
@@ -128,7 +129,7 @@ def flat_kv(cache: torch.Tensor) -> FlatKV:
     num_slots, max_len, num_kv_heads, head_dim = cache.shape
     slot_stride, row_stride, head_stride, _ = cache.stride()
     rows_per_slot, remainder = divmod(slot_stride, row_stride)
-    if remainder or (num_slots > 1 and rows_per_slot < max_len):
+    if remainder:
         raise UnsupportedAttention(
             f"torch_flash: the slot stride {slot_stride} is no whole number of token rows of "
             f"{row_stride} elements"

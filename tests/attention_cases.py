@@ -4,6 +4,7 @@ Every row that a backend must not read is NaN: rows past each length, slots of n
 layers of an interleaved allocation. One NaN in a result means one stray read.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,6 +36,7 @@ class Case:
     interleaved: bool = False
     paged: bool = False
     readable_tile: int = 1  # rows up to a multiple of it are finite: a declared over-read
+    max_len_multiple: int = 1
     device: str = "cpu"
     seed: int = 0
 
@@ -84,7 +86,8 @@ def _slot_cache(
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Caches [num_slots, max_len, num_kv_heads, head_dim], and each sequence's slot."""
     tile = case.readable_tile
-    max_len = -(-(max(kv_lens) + 3) // tile) * tile
+    granule = math.lcm(tile, case.max_len_multiple)
+    max_len = -(-(max(kv_lens) + 3) // granule) * granule
     num_slots = len(kv_lens) + SPARE_SLOTS
     slots = torch.randperm(num_slots, generator=generator)[: len(kv_lens)].tolist()
     widths = case.num_kv_heads * case.key_dim, case.num_kv_heads * value_dim

@@ -1,0 +1,297 @@
+"""The CUDA backends: their kernels on a GPU, and everything around the kernels without one.
+
+Without a GPU the kernel is replaced by a stand-in that does what its documentation says with the
+arguments it is given (`_attend` on the rows they name), so that a wrong start row, stride, page
+number or window shows as a wrong result, and a stray row as a NaN.
+"""
+
+import math
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attention_cases import Case, assert_matches, make_problem
+from vkv.attention_backends import AttentionBackend, AttentionBatch, LayerAttention
+from vkv.attention_backends.flash_attn import FlashAttn3Backend, FlashAttnBackend
+from vkv.attention_backends.flashinfer import FlashInferBackend
+from vkv.attention_backends.reference import ReferenceBackend
+from vkv.attention_backends.sdpa import SdpaBackend
+from vkv.attention_backends.torch_flash import TorchFlashBackend
+from vkv.vmem.errors import UnsupportedAttention
+
+BACKENDS = [TorchFlashBackend, FlashAttnBackend, FlashAttn3Backend, FlashInferBackend]
+BATCHES = {
+    "decode": ((1, 1), (1, 127), (1, 128), (1, 129), (1, 40)),
+    "prefill": ((5, 5), (1, 1), (129, 129), (33, 33)),
+    "mixed": ((1, 128), (1, 77), (7, 20), (130, 131), (3, 3), (1, 1)),
+}
+SMALL_BATCHES = {  # the stand-ins are slow
+    "decode": ((1, 1), (1, 33), (1, 16)),
+    "mixed": ((1, 20), (1, 7), (5, 9), (18, 18)),
+}
+
+
+def _cases(batches: dict, head_dim: int, **common) -> list[Case]:
+    """The grid every CUDA backend is held to."""
+    changes: list[dict] = [
+        *({"num_heads": heads, "num_kv_heads": kv} for heads, kv in [(4, 4), (8, 2), (8, 1)]),
+        *({"window": window} for window in (1, 17, 128, 1000)),
+        {"interleaved": True},
+        {"sinks": True},
+        {"sinks": True, "window": 17, "interleaved": True},
+        {"softcap": 1.5},
+        {"softcap": 1.5, "window": 17},
+    ]
+    return [
+        Case(chunks=chunks, key_dim=head_dim, **{**common, **change})
+        for chunks in batches.values()
+        for change in changes
+    ]
+
+
+def _check_all(backend: AttentionBackend, cases: list[Case]) -> None:
+    for case in cases:
+        if case.softcap is not None and not backend.capabilities.softcap:
+            continue
+        problem = make_problem(case)
+        backend.check_cache(problem.key_cache, problem.value_cache)
+        assert_matches(backend, ReferenceBackend(), problem)
+        assert_matches(backend, ReferenceBackend(), problem, lse=True)
+
+
+def _attend(query, keys, values, scale, window, softcap=None):
+    """Truth for one sequence: [n, heads, dim] over [kv_len, kv_heads, dim]."""
+    unused = torch.empty(0, dtype=torch.int32)
+    batch = AttentionBatch(
+        query_lens=(query.shape[0],),
+        kv_lens=(keys.shape[0],),
+        slots=(0,),
+        cu_seqlens_q=unused,
+        seqused_k=unused,
+        slot_ids=unused,
+        write_index=(unused, unused),
+    )
+    layer = LayerAttention(scale=scale, window=window, softcap=softcap)
+    return ReferenceBackend().forward_lse(query, keys[None], values[None], batch, layer)
+
+
+def _window(left: int | None, right: int | None) -> int | None:
+    """Kernels count the keys to the left of the query's own; None or -1 is no limit."""
+    if left is None or left < 0:
+        return None
+    assert right == 0
+    return left + 1
+
+
+@pytest.fixture
+def torch_flash(monkeypatch) -> TorchFlashBackend:
+    def kernel(query, k, v, cum_q, starts, max_q, max_k, dropout_p, is_causal, debug, *, scale,
+               window_size_left, window_size_right, seqused_k):  # fmt: skip
+        for offsets in (cum_q, starts, seqused_k):
+            assert offsets.dtype == torch.int32
+            assert offsets.is_contiguous()
+        assert cum_q.shape == starts.shape == (len(seqused_k) + 1,)
+        assert (dropout_p, is_causal, debug) == (0.0, True, False)
+        assert max_q == cum_q.diff().max()
+        assert max_k == seqused_k.max()
+        parts = [
+            _attend(query[a:b], k[s : s + n], v[s : s + n], scale,
+                    _window(window_size_left, window_size_right))
+            for a, b, s, n in zip(cum_q, cum_q[1:], starts, seqused_k, strict=False)
+        ]  # fmt: skip
+        out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
+        return out, lse.T, None, None, None
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
+    return TorchFlashBackend()
+
+
+@pytest.fixture
+def flash_attn(monkeypatch) -> FlashAttnBackend:
+    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, cache_batch_idx,
+                                softmax_scale, causal, window_size, softcap,
+                                return_softmax_lse):  # fmt: skip
+        assert q.dim() == 4
+        assert len(q) == len(cache_seqlens) == len(cache_batch_idx)
+        assert causal
+        assert return_softmax_lse
+        parts = [
+            _attend(q[i], k_cache[slot, :n], v_cache[slot, :n], softmax_scale,
+                    _window(*window_size), softcap or None)
+            for i, (slot, n) in enumerate(zip(cache_batch_idx, cache_seqlens, strict=True))
+        ]  # fmt: skip
+        out, lse = (torch.stack(part) for part in zip(*parts, strict=True))
+        return out, lse.transpose(1, 2)  # [batch, heads, seqlen_q]
+
+    module = SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    return FlashAttnBackend()
+
+
+@pytest.fixture
+def flash_attn_3(monkeypatch) -> FlashAttn3Backend:
+    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, cache_batch_idx,
+                                cu_seqlens_q, max_seqlen_q, softmax_scale, causal, window_size,
+                                softcap, return_softmax_lse):  # fmt: skip
+        assert causal
+        assert return_softmax_lse
+        assert max_seqlen_q == cu_seqlens_q.diff().max()
+        parts = [
+            _attend(q[a:b], k_cache[slot, :n], v_cache[slot, :n], softmax_scale,
+                    _window(*window_size), softcap or None)
+            for a, b, slot, n in zip(
+                cu_seqlens_q, cu_seqlens_q[1:], cache_batch_idx, cache_seqlens, strict=False
+            )
+        ]  # fmt: skip
+        out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
+        return out, lse.T  # [heads, total_q]
+
+    module = SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    return FlashAttn3Backend()
+
+
+class PagedPrefillStandIn:
+    """`flashinfer.BatchPrefillWithPagedKVCacheWrapper`: planned once, run for many layers."""
+
+    plans = 0
+
+    def __init__(self, workspace, kv_layout, *, backend):
+        assert (kv_layout, backend) == ("NHD", "fa2"), "fa3 reads past the length"
+        assert workspace.dtype == torch.uint8
+
+    def plan(self, qo_indptr, kv_indptr, indices, last_page_len, num_qo_heads, num_kv_heads,
+             head_dim_qk, page_size, *, causal, sm_scale, window_left, logits_soft_cap,
+             q_data_type):  # fmt: skip
+        assert causal
+        for host in (qo_indptr, kv_indptr, indices, last_page_len):
+            assert host.dtype == torch.int32
+            assert host.device.type == "cpu"
+        assert 1 <= last_page_len.min() <= last_page_len.max() <= page_size
+        type(self).plans += 1
+        self.planned = (num_qo_heads, num_kv_heads, head_dim_qk, page_size, q_data_type)
+        self.rows = list(pairwise(qo_indptr))
+        self.pages = [indices[a:b] for a, b in pairwise(kv_indptr)]
+        self.lengths = [
+            (len(pages) - 1) * page_size + last
+            for pages, last in zip(self.pages, last_page_len, strict=True)
+        ]
+        self.maths = (sm_scale, _window(window_left, 0), logits_soft_cap)
+
+    def run(self, q, paged_kv_cache, *, out=None, return_lse=False):
+        keys, values = paged_kv_cache
+        assert self.planned == (q.shape[1], *keys.shape[2:], keys.shape[1], q.dtype)
+        parts = [
+            _attend(q[a:b], keys[pages].flatten(0, 1)[:n], values[pages].flatten(0, 1)[:n],
+                    *self.maths)
+            for (a, b), pages, n in zip(self.rows, self.pages, self.lengths, strict=True)
+        ]  # fmt: skip
+        result, lse = (torch.cat(part) for part in zip(*parts, strict=True))
+        if return_lse:
+            return result, lse / math.log(2)  # [total_q, heads], a power of two
+        return result if out is None else out.copy_(result)
+
+
+@pytest.fixture
+def flashinfer(monkeypatch) -> FlashInferBackend:
+    monkeypatch.setattr(PagedPrefillStandIn, "plans", 0)
+    module = SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=PagedPrefillStandIn)
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    return FlashInferBackend()
+
+
+@pytest.mark.parametrize("name", ["torch_flash", "flash_attn", "flash_attn_3", "flashinfer"])
+def test_arguments_name_the_right_rows(name, request):
+    _check_all(request.getfixturevalue(name), _cases(SMALL_BATCHES, 8, max_len_multiple=16))
+
+
+@pytest.mark.parametrize("name", ["torch_flash", "flash_attn", "flash_attn_3", "flashinfer"])
+def test_writes_into_out(name, request):
+    backend = request.getfixturevalue(name)
+    for sinks in (False, True):
+        problem = make_problem(
+            Case(chunks=SMALL_BATCHES["mixed"], sinks=sinks, max_len_multiple=16)
+        )
+        out = torch.full_like(problem.query, torch.nan)
+        assert backend.forward(*problem.args, out=out) is out
+        torch.testing.assert_close(out, backend.forward(*problem.args), atol=0, rtol=0)
+
+
+def test_flashinfer_plans_once_a_step_and_kind_of_layer(flashinfer):
+    problem = make_problem(Case(chunks=SMALL_BATCHES["decode"], max_len_multiple=16))
+    tensors = (problem.query, problem.key_cache, problem.value_cache)
+    plain = problem.layer
+    windowed = LayerAttention(scale=plain.scale, window=5)
+    for _ in range(3):
+        for layer in (plain, windowed):
+            flashinfer.forward(*tensors, problem.batch, layer)
+    assert PagedPrefillStandIn.plans == 2
+    again = make_problem(Case(chunks=SMALL_BATCHES["decode"], max_len_multiple=16)).batch
+    flashinfer.forward(*tensors, again, plain)
+    assert PagedPrefillStandIn.plans == 3
+
+
+def _cache(num_slots, max_len, row_stride=16, slot_stride=None):
+    """A cache of one head of 16, of any size: the meta device holds no data."""
+    slot_stride = slot_stride or max_len * row_stride
+    return torch.empty_strided(
+        (num_slots, max_len, 1, 16), (slot_stride, row_stride, 16, 1), device="meta"
+    )
+
+
+def test_torch_flash_refuses_what_it_cannot_address():
+    backend = object.__new__(TorchFlashBackend)
+    good = _cache(4, 64)
+    backend.check_cache(good, good)
+    ragged = _cache(4, 64, row_stride=32, slot_stride=64 * 32 + 16)
+    with pytest.raises(UnsupportedAttention, match=r"slot stride 2064 is no whole number.*32"):
+        backend.check_cache(ragged, ragged)
+    huge = _cache(2**11, 2**20)
+    with pytest.raises(UnsupportedAttention, match=r"2147483648 rows.*int32"):
+        backend.check_cache(huge, huge)
+    padded = _cache(4, 64, slot_stride=80 * 16)
+    with pytest.raises(UnsupportedAttention, match=r"64 rows apart for keys and 80 for values"):
+        backend.check_cache(good, padded)
+
+
+def test_flashinfer_refuses_what_it_cannot_address(flashinfer):
+    good = _cache(4, 64)
+    flashinfer.check_cache(good, good)
+    with pytest.raises(UnsupportedAttention, match=r"equal strides"):
+        flashinfer.check_cache(good, _cache(4, 64, row_stride=32))
+    odd = _cache(4, 65)
+    with pytest.raises(UnsupportedAttention, match=r"slots of 65 tokens.*pages of 16"):
+        flashinfer.check_cache(odd, odd)
+    far = _cache(4, 128, row_stride=2**25)
+    with pytest.raises(UnsupportedAttention, match=r"4294967296 elements apart exceed"):
+        flashinfer.check_cache(far, far)
+    many = _cache(2**15, 2**20)
+    flashinfer.check_cache(many, many)
+    with pytest.raises(UnsupportedAttention, match=r"int32 page numbers"):
+        flashinfer.check_cache(_cache(2**18, 2**20), _cache(2**18, 2**20))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels(backend, dtype):
+    if reason := backend.unavailable_reason():
+        pytest.skip(f"{backend.name} {reason}")
+    tile = backend.capabilities.over_read_tokens
+    for head_dim in (64, 128, 256):
+        if head_dim > backend.capabilities.max_head_dim:
+            continue
+        if head_dim % backend.capabilities.head_dim_multiple:
+            continue
+        common = {"dtype": dtype, "device": "cuda", "readable_tile": tile, "max_len_multiple": 128}
+        _check_all(backend(), _cases(BATCHES, head_dim, **common))
+
+
+@pytest.mark.gpu
+def test_cpu_backends_run_on_a_gpu_too():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    for dtype in (torch.float32, torch.bfloat16):
+        _check_all(SdpaBackend(), _cases(BATCHES, 64, dtype=dtype, device="cuda"))
