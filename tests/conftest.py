@@ -61,5 +61,5 @@ def vmem_driver(request: pytest.FixtureRequest) -> Iterator[VmemDriver]:
     if request.param == "standin":
         yield request.getfixturevalue("standin_driver_factory")()
         return
-    with HostDriver(page_bytes=64 << 10) if request.param == "host" else CudaDriver() as driver:
+    with HostDriver(page_bytes=16 << 10) if request.param == "host" else CudaDriver() as driver:
         yield driver

@@ -82,9 +82,10 @@ class HostDriver(VmemDriver):
             # munmap of a range that is partly gone already is no error.
             undo.callback(self._call, kind, linux.munmap, start, size + slack)
             if head:
-                self._call(kind, linux.munmap, start, head)
+                self._call(kind, linux.munmap, start, head, shortage=shortage)
             if slack > head:
-                self._call(kind, linux.munmap, start + head + size, slack - head)
+                end = start + head + size
+                self._call(kind, linux.munmap, end, slack - head, shortage=shortage)
             undo.pop_all()
         return start + head
 
@@ -138,7 +139,9 @@ class HostDriver(VmemDriver):
         huge = self.page_bytes % linux.HUGE_PAGE_SIZE == 0
         with ExitStack() as undo:
             window = self._reserve_aligned("create", window_bytes, OutOfPages)
-            undo.callback(self._call, "create", linux.munmap, window, window_bytes)
+            undo.callback(
+                self._call, "create", linux.munmap, window, window_bytes, shortage=OutOfPages
+            )
             for first, count in runs:
                 self._map_run("create", window, first, count, OutOfPages)
                 if huge:

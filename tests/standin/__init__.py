@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from vkv.vmem import CudaDriver
 
-GRANULARITY = 64 << 10  # light; the real one is 2 MiB
+GRANULARITY = 16 << 10  # light; the real one is 2 MiB
 OUT_OF_MEMORY, UNKNOWN = 2, 999  # CUresult
 _SOURCE = Path(__file__).with_name("libcuda.c")
 
