@@ -1,0 +1,161 @@
+"""Tiny random models of many architectures, sharp enough that a wrong key or value shows.
+
+As `transformers` initialises them, small models attend almost evenly and score all tokens almost
+alike: rows of a KV cache could be exchanged without changing a single token. Here every weight is
+drawn so that attention is peaked and its output outweighs the rest (`sharpen`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+VOCAB_SIZE = 96
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+_MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MANY_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+_LATENT: dict[str, Any] = {  # multi-head latent attention: keys and values differ in size
+    "num_key_value_heads": 4,
+    "head_dim": 4,  # of the rotary part
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+}
+_ROUTED: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
+_WINDOW = 13  # far shorter than the tests' sequences, and no multiple of anything
+_ALTERNATING: dict[str, Any] = {
+    "sliding_window": _WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+# What sets an architecture apart, over `_SIZES`; the name is its `model_type`.
+REQUIRED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": _WINDOW},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {
+        **_ALTERNATING,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gpt_oss": {**_ALTERNATING, **_MOE, "rope_scaling": None},
+    "deepseek_v3": {**_LATENT, **_ROUTED, "num_hidden_layers": 3},
+}
+OTHERS: dict[str, dict[str, Any]] = {}
+ARCHITECTURES = REQUIRED | OTHERS
+
+
+def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
+    """The config of a tiny model of `model_type`, which need not be in the tables above."""
+    known = ARCHITECTURES.get(model_type, {})
+    return AutoConfig.for_model(model_type, **{**_SIZES, **known, **changes})
+
+
+def tiny_model(
+    model_type: str,
+    *,
+    seed: int = 0,
+    attention: str = "eager",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> PreTrainedModel:
+    """A sharp tiny model; the same arguments give the same weights."""
+    config = tiny_config(model_type, **changes)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    sharpen(model, seed=seed)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def sharpen(model: PreTrainedModel, *, seed: int = 0, gain: float = 1.5) -> None:
+    """Redraw the weights: matrices at `gain` times unit scale, and unequal norms and biases.
+
+    Queries and keys then have a spread of `gain`, so that of hundreds of keys a few win.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim >= 2:
+            parameter.copy_(noise * gain / parameter.shape[-1] ** 0.5)
+        else:
+            parameter.add_(noise * 0.1)
+
+
+def random_prompts(lengths: Sequence[int], *, seed: int = 0) -> list[list[int]]:
+    """A prompt of random tokens for each length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.inference_mode()
+def generate_alone(
+    model: PreTrainedModel, prompt: Sequence[int], num_tokens: int, **options: Any
+) -> list[int]:
+    """The reference: `model.generate`, greedy, one prompt."""
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@torch.inference_mode()
+def full_logits(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
+    """Logits after every token of one sequence, by one plain forward: float32 [tokens, vocab]."""
+    return model(torch.tensor([list(tokens)]), use_cache=False).logits[0].float()
+
+
+def explain_difference(
+    model: PreTrainedModel, prompt: Sequence[int], got: Sequence[int], expected: Sequence[int]
+) -> str:
+    """Where two outputs part, and how close the reference's two likeliest tokens were there."""
+    step = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), None)
+    if step is None:
+        return f"{len(got)} tokens instead of {len(expected)}"
+    top = full_logits(model, [*prompt, *expected[:step]])[-1].topk(2).values
+    return (
+        f"output token {step} of {len(expected)} (prompt {len(prompt)}) is {got[step]}, not "
+        f"{expected[step]}; the reference's top two logits are {top[0] - top[1]:.2e} apart"
+    )
+
+
+def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Engine options for tiny models: rows of a few tokens, so that memory really moves."""
+    return {"page_bytes": 4096, "max_len": 256, "kv_memory": "8MiB", **options}
