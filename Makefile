@@ -1,0 +1,37 @@
+# `make chat` and `make test` set everything up on a fresh machine and run.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install chat test lint wheel-test clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+install: $(INSTALLED) ## Make the virtual environment and install vkv into it
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "vkv needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+chat: $(INSTALLED) ## Chat with the built-in tiny model, on the CPU
+	@$(BIN)/vkv chat --device cpu $(ARGS)
+
+test: $(INSTALLED) ## Run the test suite; ARGS goes to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## Lint, check the format and the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+wheel-test: $(INSTALLED) ## Build the wheel, install it into a clean environment and chat from there
+	PYTHON=$(PYTHON) BUILDER=$(BIN)/python tests/wheel_smoke.sh
+
+clean: ## Remove the virtual environment and what builds leave behind
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Builds the wheel, installs it into a clean environment, and chats from a folder far away.
+# An unlisted package works in an editable install and is missing from the wheel: this finds it.
+set -euo pipefail
+
+repository=$(cd "$(dirname "$0")/.." && pwd)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+rm -rf "$repository/build"  # else a file that has gone would still be packed
+"${BUILDER:-python3}" -m build --wheel --outdir "$scratch/dist" "$repository" >"$scratch/build.log" 2>&1 ||
+  { cat "$scratch/build.log"; exit 1; }
+wheel=$(ls "$scratch"/dist/vkv-*.whl)
+
+"${PYTHON:-python3}" -m venv "$scratch/venv"
+"$scratch/venv/bin/pip" install --quiet --disable-pip-version-check \
+  -c "$repository/constraints.txt" "$wheel"
+
+cd "$scratch"
+venv/bin/python - "$wheel" <<'PY'
+import sys
+import zipfile
+from importlib import metadata
+
+names = zipfile.ZipFile(sys.argv[1]).namelist()
+strays = {name.split("/")[0] for name in names} - {"vkv", f"vkv-{metadata.version('vkv')}.dist-info"}
+assert not strays, f"the wheel puts {strays} into site-packages"
+import vkv
+
+assert "site-packages" in vkv.__path__[0], vkv.__path__
+PY
+venv/bin/vkv info >/dev/null
+answer=$(printf 'my gate code is 4821\nwhat is my gate code?\n' | venv/bin/vkv chat --device cpu | tail -n 1)
+echo "the wheel, on its own, answers: $answer"
+case "$answer" in
+  *4821*) echo "wheel smoke test passed" ;;
+  *) echo "wheel smoke test FAILED: the answer lacks 4821"; exit 1 ;;
+esac
