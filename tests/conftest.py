@@ -63,3 +63,4 @@ def vmem_driver(request: pytest.FixtureRequest) -> Iterator[VmemDriver]:
         return
     with HostDriver(page_bytes=16 << 10) if request.param == "host" else CudaDriver() as driver:
         yield driver
+        driver.record_fence().wait()

@@ -27,6 +27,12 @@ def holds(tensor, value):
     return bool((tensor == value).all())
 
 
+def unmap(driver, address, num_bytes):
+    """As every user must: once the work launched so far, which may touch the range, is over."""
+    driver.record_fence().wait()
+    driver.unmap(address, num_bytes)
+
+
 def test_a_reservation_is_aligned_and_unbacked(driver, page):
     address = driver.reserve(8 * page)
     assert address % page == 0
@@ -48,7 +54,7 @@ def test_pages_given_back_to_the_system_come_back_zeroed(driver, page):
     pages = driver.create(4)
     driver.map(address, pages)
     view(driver, address, 4 * page).fill_(255)
-    driver.unmap(address, 4 * page)
+    unmap(driver, address, 4 * page)
     driver.release(pages)
     assert driver.num_pages == 0
     driver.map(address, driver.create(4))
@@ -61,7 +67,7 @@ def test_data_stays_with_the_page_and_not_with_the_address(driver, page):
     driver.map(address, [first, second])
     view(driver, address, page).fill_(1)
     view(driver, address + page, page).fill_(2)
-    driver.unmap(address, 2 * page)
+    unmap(driver, address, 2 * page)
     driver.map(address + 2 * page, [second, first])
     assert holds(view(driver, address + 2 * page, page), 2)
     assert holds(view(driver, address + 3 * page, page), 1)
@@ -77,7 +83,7 @@ def test_a_page_written_through_one_alias_reads_the_same_through_the_others(driv
     driver.map(other, [shared])
     view(driver, address, page).fill_(5)
     assert holds(view(driver, address + page, page), 5)
-    driver.unmap(address, page)
+    unmap(driver, address, page)
     view(driver, other, page)[17] = 6
     assert view(driver, address + page, page)[17].item() == 6
 
@@ -257,8 +263,7 @@ def test_threads_that_map_alias_and_unmap_at_once(driver, page):
             tensor.fill_(1 + (seed + round) % 250)
             if not holds(tensor, 1 + (seed + round) % 250):
                 errors.append((seed, round))
-            driver.record_fence().wait()
-            driver.unmap(address, (count + 1) * page)
+            unmap(driver, address, (count + 1) * page)
             driver.release(pages)
         driver.free(address)
 

@@ -118,6 +118,12 @@ def test_a_page_whose_clearing_failed_is_cleared_by_the_next_map(
     assert not driver.tensor(address, (driver.page_bytes,), (1,), torch.uint8).any()
 
 
+def test_pages_released_without_ever_being_mapped_are_forgotten(standin_driver_factory):
+    driver = standin_driver_factory()
+    driver.release(driver.create(3))
+    assert not driver._unwritten
+
+
 def test_any_thread_may_call_and_keeps_the_context_it_had(standin_driver_factory):
     from cuda.bindings import driver as cuda
 

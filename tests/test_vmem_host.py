@@ -1,14 +1,16 @@
 """What is particular to the host driver: recycled page numbers, huge pages, and VMAs."""
 
+import ctypes
 import os
 import random
+from errno import EBADF, EINTR, ENOMEM
 from pathlib import Path
 
 import pytest
 import torch
 from standin.process import kernel_mappings
 from vkv.vmem import HostDriver, linux
-from vkv.vmem.errors import InvalidConfig, OutOfMappings, OutOfPages
+from vkv.vmem.errors import DriverError, InvalidConfig, OutOfMappings, OutOfPages
 
 PAGE = 16 << 10
 
@@ -83,10 +85,7 @@ def test_available_memory_is_the_systems_or_what_the_container_has_left(tmp_path
     assert linux.available_bytes(tmp_path) == available
 
 
-def test_a_system_call_that_a_signal_interrupts_is_made_again(tmp_path):
-    import ctypes
-    from errno import EBADF, EINTR
-
+def test_a_system_call_that_a_signal_interrupts_is_made_again():
     answers = [EINTR, EINTR, EBADF]
 
     def function(*args):
@@ -96,6 +95,24 @@ def test_a_system_call_that_a_signal_interrupts_is_made_again(tmp_path):
     with pytest.raises(OSError, match="Errno 9"):
         linux.call(function, 1)
     assert not answers
+
+
+def test_a_reservation_that_cannot_be_trimmed_is_given_back(driver, monkeypatch):
+    real, calls = linux.call, []
+
+    def call(function, *args):
+        calls.append((function, args))
+        if len(calls) == 2:
+            raise OSError(ENOMEM, "injected")
+        result = real(function, *args)
+        calls[-1] += (result,)
+        return result
+
+    monkeypatch.setattr(linux, "call", call)
+    with pytest.raises(DriverError, match="munmap"):
+        driver.reserve(1 << 30)
+    _, (_, size, *_), start = calls[0]
+    assert not kernel_mappings(start + size // 2, 4096)
 
 
 class TestHugePages:
