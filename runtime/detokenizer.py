@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 _REPLACEMENT = "\ufffd"  # what decoders put where bytes make no character, or not yet
 
-_MAX_CHARACTER_TOKENS = 4  # one for each byte of the longest character in UTF-8
-
 _NUM_CONTEXT_TOKENS = 6
 """Prompt tokens to decode before the output: enough for any decoder's memory of what is left."""
 
@@ -138,8 +136,10 @@ class _DecodeWindow:
         self._decoder = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._skip_special_tokens = skip_special_tokens
         self._token_ids, self._seen = self._context(prompt_token_ids)
-        # The window's tokens up to the last end of a character: where it begins after its move.
-        self._num_seen = self._num_whole(self._token_ids)
+        self._num_seen = len(self._token_ids)  # the tokens whose text is `_seen`
+        # Where the window begins after its next move, always between characters. The prompt may
+        # end within one, so the first move stays behind the prompt's tail.
+        self._next_begin = 0
 
     def append(self, token_id: int) -> str:
         self._token_ids.append(token_id)
@@ -158,9 +158,9 @@ class _DecodeWindow:
         return self._unseen(self._decode(self._token_ids))
 
     def _move(self) -> None:
-        """Begin the window at the first token that the last text came from."""
-        del self._token_ids[: self._num_seen]
-        self._num_seen = len(self._token_ids)
+        """Begin the window where the last text began: its end is where the next one will."""
+        del self._token_ids[: self._next_begin]
+        self._num_seen = self._next_begin = len(self._token_ids)
         self._seen = self._decode(self._token_ids)
 
     def _unseen(self, text: str) -> str:
@@ -181,14 +181,6 @@ class _DecodeWindow:
             if whole or (text and not text.startswith(_REPLACEMENT)):
                 return tail, text
             num_tokens *= 2
-
-    def _num_whole(self, token_ids: list[int]) -> int:
-        """How many of the tokens to take, leaving out the last if they only begin a character."""
-        num_tokens = len(token_ids)
-        for num_whole in range(num_tokens, max(num_tokens - _MAX_CHARACTER_TOKENS, -1), -1):
-            if not self._decode(token_ids[:num_whole]).endswith(_REPLACEMENT):
-                return num_whole
-        return num_tokens  # no character at all, but broken bytes
 
     def _decode(self, token_ids: list[int]) -> str:
         text = self._decoder.decode(token_ids, skip_special_tokens=self._skip_special_tokens)

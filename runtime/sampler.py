@@ -170,11 +170,7 @@ def prompt_logprobs(logits: Tensor, targets: Tensor, num_top: int) -> list[dict[
     `logits`: [tokens, vocab]; `targets`: [tokens], the token that came after each position. The
     first prompt token is nobody's target: its entry, None, is the caller's to put in front.
     """
-    tables: list[dict[int, Logprob]] = []
-    for start in range(0, len(targets), _MAX_FLOAT32_ROWS):
-        some = slice(start, start + _MAX_FLOAT32_ROWS)
-        tables += _logprobs(logits[some], targets[some], [num_top] * len(targets[some]))
-    return tables
+    return _logprobs(logits, targets, [num_top] * len(targets))
 
 
 def _adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -198,7 +194,8 @@ def _adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 def _penalise(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """`logits` [rows, vocab] under each row's repetition, frequency and presence penalty.
 
-    Source: repetition as in CTRL, arXiv:1909.05858, section 4.1; the others as in OpenAI's API.
+    Source: repetition as in CTRL, arXiv:1909.05858, section 4.1, but with negative logits
+    multiplied, as everyone does since; the others as in OpenAI's API.
     """
     histories = [state.history(logits.shape[-1], logits.device) for state in states]
     in_prompt = torch.stack([prompt for prompt, _ in histories])  # [rows, vocab]
@@ -300,30 +297,32 @@ def _logprobs(
     logits: Tensor, token_ids: Tensor, num_top: Sequence[int]
 ) -> list[dict[int, Logprob]]:
     """For each row of `logits` [rows, vocab]: its token, then its `num_top` likeliest tokens."""
-    if not num_top:
-        return []
-    scores = logits.float().log_softmax(dim=-1)  # [rows, vocab]
-    own = scores.gather(1, token_ids.to(scores.device)[:, None])  # [rows, 1]
-    own_ranks = ((scores > own).sum(dim=-1) + 1).tolist()
-    top = scores.topk(min(max(num_top), scores.shape[-1]))  # [rows, max(num_top)]
     tables: list[dict[int, Logprob]] = []
-    for token_id, score, own_rank, values, ids, k in zip(
-        token_ids.tolist(),
-        own.squeeze(-1).tolist(),
-        own_ranks,
-        top.values.tolist(),
-        top.indices.tolist(),
-        num_top,
-        strict=True,
-    ):
-        table = {token_id: Logprob(score, own_rank)}
-        rank, last = 1, math.inf
-        for position, (value, other) in enumerate(zip(values[:k], ids[:k], strict=True), start=1):
-            rank = position if value < last else rank  # equals share a rank
-            last = value
-            table.setdefault(other, Logprob(value, rank))
-        tables.append(table)
+    for start in range(0, len(num_top), _MAX_FLOAT32_ROWS):
+        some = slice(start, start + _MAX_FLOAT32_ROWS)
+        scores = logits[some].float().log_softmax(dim=-1)  # [some, vocab]
+        tokens = token_ids[some].to(scores.device)[:, None]  # [some, 1]
+        own = scores.gather(1, tokens)  # [some, 1]
+        own_ranks = (scores > own).sum(dim=-1, keepdim=True) + 1  # [some, 1]
+        top = scores.topk(min(max(num_top[some]), scores.shape[-1]))  # [some, max(num_top)]
+        values = torch.cat([own, top.values], dim=-1).tolist()
+        ids = torch.cat([tokens, top.indices], dim=-1).tolist()
+        ranks = own_ranks.squeeze(-1).tolist()
+        tables += map(_table, ids, values, ranks, num_top[some])
     return tables
+
+
+def _table(
+    ids: Sequence[int], values: Sequence[float], own_rank: int, num_top: int
+) -> dict[int, Logprob]:
+    """One row's entries: `ids[0]` is the row's own token, the likeliest tokens follow in order."""
+    table = {ids[0]: Logprob(values[0], own_rank)}
+    rank = 1
+    for position in range(1, min(num_top, len(ids) - 1) + 1):
+        if position > 1 and values[position] < values[position - 1]:
+            rank = position  # else it shares the rank of its equal
+        table.setdefault(ids[position], Logprob(values[position], rank))
+    return table
 
 
 def _check_finite(finite: Sequence[int]) -> None:

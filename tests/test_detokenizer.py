@@ -162,6 +162,17 @@ def test_a_character_begun_by_the_prompt_belongs_to_the_output() -> None:
     assert "".join(stream(IncrementalDetokenizer(tokenizer, prompt), output)) == "🦜!"
 
 
+def test_every_cut_through_bytes_and_replacement_characters_streams_on() -> None:
+    tokenizer = byte_fallback()
+    text = "a好\ufffd好🙂\ufffd\ufffd好"
+    token_ids = tokenizer.encode(text).ids
+    for cut in range(len(token_ids)):
+        before = tokenizer.decode(token_ids[:cut])
+        shown = len(before) if text.startswith(before) else len(before.rstrip("\ufffd"))
+        chunks = stream(IncrementalDetokenizer(tokenizer, token_ids[:cut]), token_ids[cut:])
+        assert "".join(chunks) == text[shown:], cut
+
+
 @pytest.mark.parametrize("make", [byte_level, byte_fallback], ids=lambda make: make.__name__)
 def test_a_prompt_may_end_with_the_replacement_character(make: Callable[[], Tokenizer]) -> None:
     tokenizer = make()

@@ -58,13 +58,16 @@ def reference_probabilities(logits: Sequence[float], params: SamplingParams) -> 
 
 def assert_distributed(counts: Counter[int], probs: np.ndarray) -> None:
     """No token outside the support, and a chi-square no larger than four deviations allow."""
-    support = np.flatnonzero(probs)
-    assert set(counts) <= set(support.tolist())
+    support = [int(i) for i in np.argsort(-probs, kind="stable") if probs[i] > 0]
+    assert set(counts) <= set(support)
     total = sum(counts.values())
-    rare = [i for i in support if probs[i] * total < 5]
-    bins = [[i] for i in support if i not in rare] + ([rare] if rare else [])
+    bins: list[list[int]] = [[]]
+    for token_id in support:  # likeliest first; the rare ones share bins of five expected draws
+        if total * sum(probs[i] for i in bins[-1]) >= 5:
+            bins.append([])
+        bins[-1].append(token_id)
     expected = np.array([total * sum(probs[i] for i in b) for b in bins])
-    observed = np.array([sum(counts[int(i)] for i in b) for b in bins])
+    observed = np.array([sum(counts[i] for i in b) for b in bins])
     statistic = float(((observed - expected) ** 2 / expected).sum())
     freedom = max(len(bins) - 1, 1)
     # Wilson and Hilferty's approximation of the chi-square quantile.
@@ -87,6 +90,7 @@ def assert_distributed(counts: Counter[int], probs: np.ndarray) -> None:
         {"top_p": 0.01},
         {"min_p": 0.2},
         {"min_p": 1.0},
+        {"top_k": 20, "top_p": 0.99, "min_p": 0.3},
         {"temperature": 1.5, "top_k": 10, "top_p": 0.7, "min_p": 0.1},
         {"temperature": 2.0, "top_k": 8, "top_p": 0.95},
     ],
@@ -155,8 +159,20 @@ def test_equal_logits_are_kept_or_dropped_together() -> None:
         assert set(draw_many(logits, SamplingParams(seed=1, **options), num=400)) == {0, 1, 2}
 
 
+@pytest.mark.parametrize(("uniform", "token_id"), [(0.0, 1), (1 - 2.0**-52, 3)])
+def test_the_ends_of_the_unit_interval_fall_on_possible_tokens(
+    uniform: float, token_id: int
+) -> None:
+    class Fixed(SamplingState):
+        def uniform(self) -> float:
+            return uniform
+
+    logits = torch.tensor([-math.inf, 1.0, 2.0, 1.1, -math.inf])
+    assert sample_one(logits, Fixed(SamplingParams())).token_id == token_id
+
+
 def test_a_tiny_temperature_overflows_nothing() -> None:
-    logits = torch.tensor([30000.0, 30001.0, -30000.0, -math.inf])
+    logits = torch.tensor([3.0e34, 3.1e34, -3.0e34, -math.inf])
     params = SamplingParams(temperature=1e-4, seed=1, top_p=0.5)
     assert set(draw_many(logits, params, num=50)) == {1}
 
