@@ -1,0 +1,67 @@
+"""What the README says is true: its code runs, its commands exist, its links lead somewhere."""
+
+import contextlib
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from vkv.runtime import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    path.relative_to(ROOT)
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("examples/*/README.md")]
+)
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(len(blocks("python"))))
+def test_python_in_the_readme_runs(index: int) -> None:
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(compile("import vkv\n" + blocks("python")[index], "README.md", "exec"), {})
+    assert shown.getvalue().strip()
+
+
+def test_commands_in_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    root = typer.main.get_command(cli.app)
+    named = re.findall(r"^(?:.*\| )?vkv ([a-z]+)(?: ([a-z]+))?", text, flags=re.MULTILINE)
+    assert named
+    for command, sub in named:
+        assert command in root.commands, f"vkv {command}"  # type: ignore[attr-defined]
+        if command == "bench":
+            assert sub in root.commands["bench"].commands, sub  # type: ignore[attr-defined]
+    targets = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", text):
+        assert re.search(rf"^{target}:", targets, flags=re.MULTILINE), f"make {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", (ROOT / page).read_text()):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_every_folder_has_a_page() -> None:
+    folders = ["vmem", "allocator", "attention_backends", "runtime", "quant", "examples", "tests"]
+    for folder in [*folders, "benchmarks", "examples/tiny_chat"]:
+        assert (ROOT / folder / "README.md").is_file(), folder
+
+
+def test_the_chat_example_remembers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["chat.py"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("my gate code is 4821\nwhat is my gate code?\n"))
+    runpy.run_path(str(ROOT / "examples" / "chat.py"), run_name="__main__")
+    assert "4821" in capsys.readouterr().out.splitlines()[1]
