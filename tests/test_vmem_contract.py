@@ -246,6 +246,14 @@ def test_closing_gives_everything_back_and_ends_the_driver(driver, page):
         driver.reserve(page)
 
 
+def test_closing_where_mapped_reservations_touch_each_other(driver, page):
+    pages = driver.create(1)
+    for _ in range(16):  # systems hand out neighbours, if not always
+        driver.map(driver.reserve(page), pages)
+    driver.close()
+    assert (driver.num_pages, driver.num_mappings, driver.reserved_bytes) == (0, 0, 0)
+
+
 def test_threads_that_map_alias_and_unmap_at_once(driver, page):
     num_threads, num_rounds, num_slots = 4, 60, 6
     shared = driver.create(1)

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import random
+import re
 from errno import EBADF, EINTR, ENOMEM
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def test_available_memory_is_the_systems_or_what_the_container_has_left(tmp_path
     assert linux.available_bytes(tmp_path) == available
 
 
+def test_the_example_in_the_readme_runs():
+    text = (Path(__file__).parents[1] / "vmem/README.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+
+
 def test_a_system_call_that_a_signal_interrupts_is_made_again():
     answers = [EINTR, EINTR, EBADF]
 
@@ -127,10 +133,12 @@ class TestHugePages:
                 pytest.skip("this kernel grants no huge pages to shared memory")
             assert huge_bytes(address) == 4 << 20
 
-    def test_are_not_asked_for_where_pages_are_smaller(self, driver):
-        driver.create(1)
-        assert driver.huge_pages is False
-        assert driver.counters["collapse"] == 0
+    @pytest.mark.parametrize("options", [{"page_bytes": PAGE}, {"want_huge_pages": False}])
+    def test_are_not_asked_for_where_pages_are_smaller_or_the_user_declines(self, options):
+        with HostDriver(**options) as driver:
+            driver.create(1)
+            assert driver.huge_pages is False
+            assert driver.counters["collapse"] == 0
 
     def test_are_done_without_where_the_kernel_refuses(self, monkeypatch):
         real = linux.call

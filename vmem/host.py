@@ -34,15 +34,22 @@ class HostDriver(VmemDriver):
             the first `create`.
     """
 
-    def __init__(self, page_bytes: int = 2 << 20, max_mappings: int | None = None) -> None:
+    def __init__(
+        self,
+        page_bytes: int = 2 << 20,
+        max_mappings: int | None = None,
+        want_huge_pages: bool = True,
+    ) -> None:
         """Args: page_bytes, a multiple of the system's page size; max_mappings, the budget of
-        VMAs (default: half of what the system allows the process)."""
+        VMAs (default: half of what the system allows the process); want_huge_pages, whether to
+        ask for them where `page_bytes` allows: `create` is slower, mapping and reading faster."""
         super().__init__(
             device=torch.device("cpu"), granularity=linux.PAGE_SIZE, page_bytes=page_bytes
         )
         if max_mappings is not None and max_mappings < 1:
             raise InvalidConfig(f"max_mappings is {max_mappings}; it must be at least 1")
         self.huge_pages: bool | None = None
+        self._try_huge_pages = want_huge_pages and page_bytes % linux.HUGE_PAGE_SIZE == 0
         self._max_mappings = max_mappings or linux.max_map_count() // 2
         self._num_mappings = 0
         self._next_page = 0  # the memfd holds, or held, the pages below it
@@ -136,7 +143,7 @@ class HostDriver(VmemDriver):
         """
         runs = list(_adjacent_runs(pages))
         window_bytes = max(count for _, count in runs) * self.page_bytes
-        huge = self.page_bytes % linux.HUGE_PAGE_SIZE == 0
+        huge = self._try_huge_pages
         with ExitStack() as undo:
             window = self._reserve_aligned("create", window_bytes, OutOfPages)
             undo.callback(

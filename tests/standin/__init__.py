@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -82,10 +81,10 @@ def compiler() -> str | None:
 def load() -> StandIn:
     """Compile the library, once a version of its source, and load it, once a process."""
     digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"vkv-standin-{os.getuid()}-{digest}"
+    folder = _SOURCE.parent / "__pycache__" / digest  # not a shared folder: it will be executed
     path = folder / "libcuda.so.1"
     if not path.exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         fresh = folder / f"{os.getpid()}.so"  # renamed when whole: test runs may race
         flags = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread")
         name = "-Wl,-soname,libcuda.so.1"
