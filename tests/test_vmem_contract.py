@@ -73,6 +73,7 @@ def test_data_stays_with_the_page_and_not_with_the_address(driver, page):
     assert holds(view(driver, address + 3 * page, page), 1)
     assert driver.page_at(address) is None
     assert driver.page_at(address + 3 * page) == first
+    assert driver.mapped(address, 3 * page) == {address + 2 * page: second}
 
 
 def test_a_page_written_through_one_alias_reads_the_same_through_the_others(driver, page):

@@ -128,8 +128,8 @@ class VmemDriver(ABC):
     def release(self, pages: Sequence[Page]) -> None:
         """Return pages to the system. Raises InvalidOperation if one is mapped or unknown.
 
-        A call that the system refuses (DriverError) loses the pages all the same: what it could
-        not take back stays allocated until `close`, and none of `pages` may be used again.
+        A call that the system refuses (DriverError) loses the pages all the same: what it did
+        not take back stays allocated, and none of `pages` may be used again.
         """
         with self._guarded():
             for page in pages:
