@@ -107,14 +107,19 @@ def materialised(
     num_rows, num_kv_heads, group, head_dim = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     rows = query.permute(1, 2, 0, 3).to(wide).reshape(num_kv_heads, group * num_rows, head_dim)
-    logits = (rows * layer.scale) @ keys[0].to(wide).mT  # [num_kv_heads, group * m, num_keys]
+    cap = layer.softcap or 1.0
+    logits = (rows * (layer.scale / cap)) @ keys[0].to(wide).mT  # [num_kv_heads, group * m, keys]
     if layer.softcap is not None:
-        logits = logits.div_(layer.softcap).tanh_().mul_(layer.softcap)
+        logits = logits.tanh_().mul_(cap)
     if tile.mask is not Mask.NONE:
         hidden = hidden_keys(num_rows, keys.shape[2], tile.offset, layer.window, query.device)
         logits.unflatten(1, (group, num_rows)).masked_fill_(hidden, -torch.inf)
-    lse = logits.logsumexp(-1, keepdim=True)
-    out = logits.sub_(lse).exp_() @ values[0].to(wide)
+    top = logits.amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = (weights @ values[0].to(wide)).div_(total)
+    lse = total.log_().add_(top)
     # [num_kv_heads, group * m, ...] -> [m, num_kv_heads, group, ...]
     return (
         out.unflatten(1, (group, num_rows)).permute(2, 0, 1, 3),

@@ -16,7 +16,7 @@ from .base import AttentionBatch
 # Queries a masked or materialised tile holds at once. It bounds the wasted half of a band
 # (a tile of a window w computes this many + w keys a query) and the size of the logits.
 ROWS_PER_TILE = 128
-KEYS_PER_TILE = 2048
+KEYS_PER_TILE = 1024
 
 
 class Mask(Enum):
@@ -103,7 +103,7 @@ def _tiles(start: int, stop: int, first_key: int, window: int | None, bounded: b
     is_band = window is not None and stop > window
     if bounded:
         edges = [*range(seen_from, stop, KEYS_PER_TILE), stop]
-    elif is_band or start == 0:
+    elif is_band or start == 0 or stop - start == 1:  # a lone query sees every key there is
         edges = [seen_from, stop]
     else:  # a prefix that all queries see whole, then the causal triangle
         edges = [seen_from, start, stop]

@@ -152,20 +152,14 @@ def _batch(
     )
 
 
-def assert_matches(
-    backend: AttentionBackend, truth: AttentionBackend, problem: Problem, *, lse: bool = False
-) -> None:
-    """`backend` computes what `truth` does, within the dtype's rounding."""
+def assert_matches(backend: AttentionBackend, truth: AttentionBackend, problem: Problem) -> None:
+    """`backend` computes what `truth` does, with and without the LSE, within the rounding."""
     expected, expected_lse = truth.forward_lse(*problem.args)
     assert expected.isfinite().all(), "the case itself reads a poisoned row"
-    tolerance = TOLERANCE[problem.case.dtype]
-    if lse:
-        actual, actual_lse = backend.forward_lse(*problem.args)
-        assert actual_lse.dtype == torch.float32
-        torch.testing.assert_close(
-            actual_lse, expected_lse, atol=max(tolerance / 10, 2e-5), rtol=1e-5
-        )
-    else:
-        actual = backend.forward(*problem.args)
-    assert actual.dtype == problem.case.dtype
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    rounding = TOLERANCE[problem.case.dtype]
+    with_lse, lse = backend.forward_lse(*problem.args)
+    for out in (backend.forward(*problem.args), with_lse):
+        assert out.dtype == problem.case.dtype
+        torch.testing.assert_close(out, expected, atol=rounding, rtol=rounding)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse, expected_lse, atol=max(rounding / 10, 2e-5), rtol=1e-5)

@@ -58,7 +58,6 @@ def _check_all(backend: AttentionBackend, cases: list[Case]) -> None:
         problem = make_problem(case)
         backend.check_cache(problem.key_cache, problem.value_cache)
         assert_matches(backend, ReferenceBackend(), problem)
-        assert_matches(backend, ReferenceBackend(), problem, lse=True)
 
 
 def _attend(query, keys, values, scale, window, softcap=None):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from vkv.attention_backends.paged_sdpa import PagedSdpaBackend
 from vkv.attention_backends.reference import ReferenceBackend
 from vkv.attention_backends.sdpa import SdpaBackend
+from vkv.attention_backends.tile_kernels import flash_cpu, materialised
+from vkv.attention_backends.tiles import Mask, plan_step
 
 DECODE = ((1, 1), (1, 127), (1, 128), (1, 129), (1, 40))
 PREFILL = ((5, 5), (1, 1), (129, 129), (33, 33))
@@ -25,9 +27,9 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def check(case: Case, *, lse: bool = False) -> None:
+def check(case: Case) -> None:
     backend = PagedSdpaBackend() if case.paged else SdpaBackend()
-    assert_matches(backend, ReferenceBackend(), make_problem(case), lse=lse)
+    assert_matches(backend, ReferenceBackend(), make_problem(case))
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
@@ -35,7 +37,6 @@ def check(case: Case, *, lse: bool = False) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_ragged_batches(chunks, dtype, paged):
     check(Case(chunks=chunks, dtype=dtype, paged=paged))
-    check(Case(chunks=chunks, dtype=dtype, paged=paged), lse=True)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["plain", "interleaved"])
@@ -66,8 +67,8 @@ def test_grouped_heads(chunks, heads):
 @pytest.mark.parametrize("window", [1, 2, 17, 128, 1000])
 @pytest.mark.parametrize("chunks", [*BATCHES.values(), ((300, 400),), ((40, 50), (40, 40))])
 def test_windows(chunks, window, paged):
-    check(Case(chunks=chunks, window=window, paged=paged), lse=True)
-    check(Case(chunks=chunks, window=window, paged=paged, softcap=2.0), lse=True)
+    check(Case(chunks=chunks, window=window, paged=paged))
+    check(Case(chunks=chunks, window=window, paged=paged, softcap=2.0))
 
 
 @pytest.mark.parametrize("chunks", BATCHES.values(), ids=BATCHES.keys())
@@ -78,12 +79,30 @@ def test_windows(chunks, window, paged):
 def test_softcap_and_sinks(chunks, window, sinks, softcap, dtype):
     case = Case(chunks=chunks, window=window, sinks=sinks, softcap=softcap, dtype=dtype)
     check(case)
-    check(case, lse=True)
 
 
 def test_bounded_tiles_merge_over_keys_longer_than_one_tile():
-    check(Case(chunks=((130, 2300),), num_heads=2, num_kv_heads=1, softcap=3.0), lse=True)
+    check(Case(chunks=((130, 2300),), num_heads=2, num_kv_heads=1, softcap=3.0))
     check(Case(chunks=((3, 5000),), num_heads=2, num_kv_heads=1, softcap=3.0, window=2100))
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("window", [None, 17])
+def test_both_tile_kernels_agree(window, bounded):
+    problem = make_problem(Case(chunks=((40, 90), (150, 1300)), window=window, sinks=False))
+    grouped = problem.query.unflatten(1, (2, 2))
+    kinds = set()
+    for sequence in plan_step(problem.batch, window, bounded=bounded).sequences:
+        slot, tokens = sequence.slot, slice(sequence.first_key, sequence.kv_len)
+        keys = problem.key_cache[slot, tokens].transpose(0, 1).unsqueeze(0)
+        values = problem.value_cache[slot, tokens].transpose(0, 1).unsqueeze(0)
+        for block in sequence.blocks:
+            for tile in block.tiles:
+                kinds.add(tile.mask)
+                part = (grouped[block.rows], keys[:, :, tile.keys], values[:, :, tile.keys], tile)
+                seen = materialised(*part, problem.layer)
+                torch.testing.assert_close(flash_cpu(*part, problem.layer), seen)
+    assert Mask.BAND in kinds or Mask.CAUSAL in kinds
 
 
 def test_writes_into_out():
@@ -122,9 +141,9 @@ def cases(draw) -> Case:
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=cases(), lse=st.booleans())
-def test_random_ragged_batches(case, lse):
-    check(case, lse=lse)
+@given(case=cases())
+def test_random_ragged_batches(case):
+    check(case)
 
 
 @settings(max_examples=20, deadline=None)
