@@ -119,10 +119,10 @@ class KVLayout:
         """Bytes of one page of every range: the most that a request can waste."""
         return len(self.ranges) * self.page_bytes
 
-    @cached_property
+    @property
     def row_tokens(self) -> int:
         """Tokens that fit into one page of every range."""
-        return max(1, self.page_bytes // max(r.token_bytes for r in self.ranges))
+        return max(1, self.page_bytes // self._widest_token_bytes)
 
     @property
     def num_ranges(self) -> int:
@@ -221,6 +221,10 @@ class KVLayout:
             for members in by_window.values()
             for start in range(0, len(members), size)
         )
+
+    @cached_property
+    def _widest_token_bytes(self) -> int:
+        return max(r.token_bytes for r in self.ranges)
 
     def _layer_bytes(self, layer: int) -> tuple[int, int]:
         geometry = self.layers[layer]

@@ -13,7 +13,10 @@ Sanitize = Literal["never", "zero"]
 
 
 class PageSource(Protocol):
-    """What a pool needs of whatever makes its pages; a `VmemDriver`, as a rule."""
+    """What a pool needs of whatever makes its pages; a `VmemDriver`, as a rule.
+
+    `create` gives pages that are zero-filled wherever they are seen first.
+    """
 
     page_bytes: int
     counters: Counter[str]
@@ -161,9 +164,12 @@ class PagePool:
             return pages
 
     def restore(self, reservation: Reservation, pages: Sequence[Page]) -> None:
-        """Undo a `commit`: the pages are free again, and the reservation claims them as before."""
+        """Undo a `commit`: the pages are free again, and the reservation claims them as before.
+
+        They stay in the pool, whatever the watermark: it makes no call that could fail.
+        """
         with self._lock:
-            self.release(pages)
+            self._drop_references(pages)
             self._num_reserved += len(pages)
             reservation.num_pages += len(pages)
 
@@ -194,19 +200,24 @@ class PagePool:
         """Drop a reference to each page; pages without one are free again.
 
         A page must be unmapped before its last reference goes. Raises InvalidOperation, with
-        nothing changed, if a page is not held as often as it is named.
+        nothing changed, if a page is not held as often as it is named; DriverError, with the
+        references dropped, if the system would not take back what exceeds `high_watermark`.
         """
         with self._lock:
-            for page, times in Counter(pages).items():
-                if self._references.get(page, 0) < times:
-                    raise InvalidOperation(f"page {page} is released more often than it is held")
-            for page in pages:
-                self._references[page] -= 1
-                if not self._references[page]:
-                    del self._references[page]
-                    self._recycled.add(page)
-                    heapq.heappush(self._free, page)
-            self._shed()
+            self._drop_references(pages)
+            if self.high_watermark is not None:
+                self.trim(self.high_watermark)
+
+    def _drop_references(self, pages: Sequence[Page]) -> None:
+        for page, times in Counter(pages).items():
+            if self._references.get(page, 0) < times:
+                raise InvalidOperation(f"page {page} is released more often than it is held")
+        for page in pages:
+            self._references[page] -= 1
+            if not self._references[page]:
+                del self._references[page]
+                self._recycled.add(page)
+                heapq.heappush(self._free, page)
 
     def needs_zero(self, pages: Iterable[Page]) -> bool:
         """True if a page among `pages` must be cleared before a new owner may see it."""
@@ -214,14 +225,16 @@ class PagePool:
 
     # -- elasticity ------------------------------------------------------------------------
 
-    def refill(self) -> int:
-        """Create pages until `low_watermark` are free, within the limit; returns how many.
+    def refill(self, extra: int = 0) -> int:
+        """Create pages until `low_watermark + extra` are free, within the limit; returns how many.
 
         Meant for a background thread: the pool is not locked while the system clears memory.
+        Raises OutOfPages, with nothing changed, if the device itself has no memory left.
         """
         with self._lock:
             room = self.limit_pages - self.num_created - self._num_creating
-            wanted = min(self.low_watermark - len(self._free) - self._num_creating, room)
+            goal = self.low_watermark + extra
+            wanted = min(goal - len(self._free) - self._num_creating, room)
             if wanted <= 0:
                 return 0
             self._num_creating += wanted
@@ -236,7 +249,12 @@ class PagePool:
         return wanted
 
     def trim(self, keep: int = 0) -> int:
-        """Return free pages to the system until `keep` are left; returns how many went."""
+        """Return free pages to the system until `keep` are left; returns how many went.
+
+        Raises DriverError if the system refuses; the pool is rid of the pages all the same.
+        """
+        if keep < 0:
+            raise InvalidConfig(f"cannot keep {keep} pages; use 0 or more")
         with self._lock:
             surplus = len(self._free) - keep
             if surplus <= 0:
@@ -247,10 +265,6 @@ class PagePool:
             self._recycled.difference_update(leaving)
             self.driver.release(leaving)
             return len(leaving)
-
-    def _shed(self) -> None:
-        if self.high_watermark is not None:
-            self.trim(self.high_watermark)
 
     def _add_free(self, pages: Iterable[Page]) -> None:
         for page in pages:

@@ -1,21 +1,23 @@
 """The paged baseline: blocks of one flat pool, reached through block tables.
 
 It shares every line of the slots' life with the contiguous cache, so that a comparison measures
-paging and nothing else. As in PagedAttention, the pool is allocated whole at the start and a
+paging and nothing else. As in PagedAttention, the pool is allocated whole at the start, and a
 request's blocks lie anywhere in it: the free list is shuffled.
 
 Source: PagedAttention, arXiv:2309.06180, section 4.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..vmem import Fence, Page
-from ..vmem.errors import InvalidConfig, OutOfPages
-from .kv_cache import flat_positions
+from ..vmem.errors import InvalidConfig, InvalidOperation
+from .backing import Backing
+from .kv_cache import flat_positions, flat_rows
 from .layout import LayerGeometry
 from .page_pool import PagePool, Sanitize
 from .slot import Slot
@@ -71,42 +73,14 @@ class PagedLayout:
         return self.pages_per_range(num_tokens)[0]
 
 
-class _NoFence:
-    def wait(self) -> None:
-        """Blocks are never unmapped, so nothing needs waiting for."""
-
-
-class BlockSource:
-    """Numbers the blocks of a preallocated pool; the paged cache's stand-in for a driver."""
-
-    def __init__(self, layout: PagedLayout, num_blocks: int) -> None:
-        self.page_bytes = layout.page_bytes
-        self.counters: Counter[str] = Counter()
-        self._unused = list(range(num_blocks - 1, -1, -1))
-
-    @property
-    def num_mappings(self) -> int:
-        return 0
-
-    def create(self, num_pages: int) -> list[Page]:
-        if num_pages > len(self._unused):
-            raise OutOfPages(f"{num_pages} blocks asked, {len(self._unused)} left")
-        return [Page(self._unused.pop()) for _ in range(num_pages)]
-
-    def release(self, pages: Sequence[Page]) -> None:
-        self._unused.extend(pages)
-
-    def record_fence(self) -> Fence:
-        return _NoFence()
-
-
 class PagedKVCache(SlotCache):
     """A paged KV cache with the interface of `KVCache`.
 
     Args:
         layout: geometry of the blocks.
         limit_bytes: size of the pool, allocated at once.
-        num_slots, max_parked: as in `KVCache`.
+        num_slots: requests that can be open or parked at once.
+        max_parked: parked slots kept; half of the slots by default.
         device: where the pool is.
         sanitize: "zero" clears a recycled block before its next owner sees it.
         seed: of the shuffle of the blocks.
@@ -123,102 +97,161 @@ class PagedKVCache(SlotCache):
         sanitize: Sanitize = "never",
         seed: int = 0,
     ) -> None:
-        num_blocks = limit_bytes // layout.page_bytes
-        pool = PagePool(BlockSource(layout, num_blocks), limit_bytes, sanitize=sanitize)
-        parked = num_slots // 2 if max_parked is None else max_parked
-        super().__init__(layout, pool, num_slots=num_slots, max_parked=parked)
+        pool = BlockPool(layout.page_bytes, limit_bytes, sanitize)
+        self._blocks = ScatteredBlocks(layout, pool, num_slots, torch.device(device), seed)
+        super().__init__(self._blocks, num_slots=num_slots, max_parked=max_parked)
         self.layout = layout
-        self._views = [
-            tuple(
-                torch.zeros(
-                    num_blocks,
-                    layout.block_tokens,
-                    geometry.num_kv_heads,
-                    head_dim,
-                    dtype=layout.dtype,
-                    device=device,
-                )
-                for head_dim in (geometry.key_dim, geometry.value_dim)
-            )
-            for geometry in layout.layers
-        ]
-        self._pool_bytes = num_blocks * layout.page_bytes
-        # Page `p` of the pool is block `_blocks[p]`: whatever order pages are handed out in,
-        # the blocks of a request are scattered.
-        self._blocks = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
-        self._device = torch.device(device)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, [num_blocks, block_tokens, num_kv_heads, head_dim]."""
-        keys, values = self._views[index]
-        return keys, values
+        return self._blocks.views[index]
+
+    def locate(
+        self, slots: Sequence[Slot], starts: Sequence[int], counts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._blocks.locate(slots, starts, counts)
+
+    def block_tables(self, slots: Sequence[Slot]) -> torch.Tensor | None:
+        width = max((len(slot.pages[0]) for slot in slots), default=0)
+        rows = [slot.index for slot in slots]
+        return self._blocks.tables[rows, :width].to(self._blocks.device)
+
+    @property
+    def virtual_bytes(self) -> int:
+        return self.pool.limit_pages * self.layout.page_bytes
+
+
+class _NoFence:
+    def wait(self) -> None:
+        """Blocks are never unmapped, so nothing needs waiting for."""
+
+
+class BlockSource:
+    """Numbers the blocks of a preallocated pool; the paged cache's stand-in for a driver."""
+
+    def __init__(self, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self.counters: Counter[str] = Counter()
+        self._numbers = itertools.count()
+
+    @property
+    def num_mappings(self) -> int:
+        return 0
+
+    def create(self, num_pages: int) -> list[Page]:
+        return [Page(number) for number in itertools.islice(self._numbers, num_pages)]
+
+    def release(self, pages: Sequence[Page]) -> None:
+        raise InvalidOperation("blocks are allocated at once and never given back one by one")
+
+    def record_fence(self) -> Fence:
+        return _NoFence()
+
+
+class BlockPool(PagePool):
+    """The free list of a preallocated pool: full from the start, and nothing leaves it."""
+
+    def __init__(self, page_bytes: int, limit_bytes: int, sanitize: Sanitize) -> None:
+        num_blocks = limit_bytes // page_bytes
+        super().__init__(
+            BlockSource(page_bytes), limit_bytes, low_watermark=num_blocks, sanitize=sanitize
+        )
+        self.refill()
+
+    def trim(self, keep: int = 0) -> int:
+        """Returns 0: no part of the pool can go back to the system."""
+        return 0
+
+
+class ScatteredBlocks(Backing):
+    """Blocks anywhere in one tensor a layer; a page is part of a slot by being in its table."""
+
+    def __init__(
+        self,
+        layout: PagedLayout,
+        pool: PagePool,
+        num_slots: int,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        super().__init__(layout, pool)
+        self.device = device
+        self._block_tokens = layout.block_tokens
+        num_blocks = pool.limit_pages
+
+        def allocate(num_heads: int, head_dim: int) -> torch.Tensor:
+            shape = num_blocks, layout.block_tokens, num_heads, head_dim
+            return torch.zeros(shape, dtype=layout.dtype, device=device)
+
+        self.views = [
+            (allocate(g.num_kv_heads, g.key_dim), allocate(g.num_kv_heads, g.value_dim))
+            for g in layout.layers
+        ]
+        # Page `p` of the pool is block `_shuffled[p]`: whatever order pages are handed out in,
+        # the blocks of a request are scattered.
+        generator = torch.Generator().manual_seed(seed)
+        self._shuffled = torch.randperm(num_blocks, generator=generator, dtype=torch.int32)
+        max_blocks = layout.num_pages(layout.max_len)
+        self.tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32)
 
     def locate(
         self, slots: Sequence[Slot], starts: Sequence[int], counts: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         positions = flat_positions(starts, counts)
-        block = self.layout.block_tokens
-        pages = [
-            slot.pages[0][position // block]
-            for slot, start, count in zip(slots, starts, counts, strict=True)
-            for position in range(start, start + count)
-        ]
-        return self._blocks[pages], positions % block
+        rows = flat_rows(torch.tensor([slot.index for slot in slots], dtype=torch.int64), counts)
+        blocks = self.tables[rows, positions // self._block_tokens]
+        return blocks.long(), positions % self._block_tokens
 
-    def block_tables(self, slots: Sequence[Slot]) -> torch.Tensor | None:
-        width = max(len(slot.pages[0]) for slot in slots)
-        tables = torch.zeros(len(slots), width, dtype=torch.int32)
-        for row, slot in enumerate(slots):
-            tables[row, : len(slot.pages[0])] = self._blocks[slot.pages[0]]
-        return tables.to(self._device)
-
-    @property
-    def virtual_bytes(self) -> int:
-        return self._pool_bytes
-
-    # -- how blocks become part of a slot: by being listed ------------------------------------
+    # -- how a page becomes part of a slot ---------------------------------------------------
 
     def _attach(self, slot: Slot, range_index: int, pages: Sequence[Page]) -> None:
-        pass
+        start = len(slot.pages[0])
+        self.tables[slot.index, start : start + len(pages)] = self._shuffled[list(pages)]
 
     def _detach(self, slot: Slot, range_index: int, keep: int) -> None:
-        pass
+        self.tables[slot.index, keep:] = 0
 
-    def _zero(self, slot: Slot, range_index: int, start: int, stop: int | None) -> None:
-        first = -(-start // self.layout.page_bytes)
-        blocks = self._blocks[slot.pages[0][first:]]
-        inside = start % self.layout.page_bytes // self.layout.token_bytes
-        for tensor in (t for views in self._views for t in views):
-            tensor[blocks] = 0
-            if inside:
-                tensor[self._blocks[slot.pages[0][first - 1]], inside:] = 0
+    def _exchange(self, slot: Slot, range_index: int, position: int, page: Page) -> None:
+        self.tables[slot.index, position] = self._shuffled[page]
 
-    def _copy(self, source: Slot, target: Slot, skip: Sequence[int], num_tokens: int) -> None:
-        count = -(-num_tokens // self.layout.block_tokens)
-        origin = self._blocks[source.pages[0][skip[0] : count]]
-        goal = self._blocks[target.pages[0][skip[0] : count]]
-        for tensor in (t for views in self._views for t in views):
+    def _replace(self, slot: Slot, range_index: int, position: int, page: Page) -> None:
+        old, new = int(self.tables[slot.index, position]), int(self._shuffled[page])
+        used = max(0, slot.num_tokens - position * self._block_tokens)
+        for tensor in self._tensors():
+            tensor[new, :used] = tensor[old, :used]
+            if self.pool.needs_zero([page]):
+                tensor[new, used:] = 0
+        self._exchange(slot, range_index, position, page)
+
+    # -- contents ----------------------------------------------------------------------------
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        return itertools.chain.from_iterable(self.views)
+
+    def copy(self, source: Slot, target: Slot, skip: Sequence[int]) -> None:
+        start = skip[0] * self._block_tokens
+        span = [start], [target.num_tokens - start]
+        origin, goal = self.locate([source], *span), self.locate([target], *span)
+        for tensor in self._tensors():
             tensor[goal] = tensor[origin]
-        if self.pool.sanitize == "zero":
-            self._zero(target, 0, num_tokens * self.layout.token_bytes, None)
 
-    def _replace(self, slot: Slot, range_index: int, page_index: int, used_bytes: int) -> None:
-        (page,) = self.pool.commit(slot.reservation, 1)
-        shared = slot.pages[0][page_index]
-        for tensor in (t for views in self._views for t in views):
-            tensor[self._blocks[page]] = tensor[self._blocks[shared]]
-        slot.pages[0][page_index] = page
-        if self.pool.sanitize == "zero":
-            self._zero(slot, 0, page_index * self.layout.page_bytes + used_bytes, None)
-        self.pool.release([shared])
+    def _clear_pages(self, slot: Slot, range_index: int, first: int) -> None:
+        self._clear_behind(slot, first * self._block_tokens)
 
-    def _used_bytes(self, slot: Slot, range_index: int, page_index: int) -> int:
-        used = slot.num_tokens * self.layout.token_bytes - page_index * self.layout.page_bytes
-        return min(max(used, 0), self.layout.page_bytes)
+    def _clear_behind(self, slot: Slot, num_tokens: int) -> None:
+        backed = len(slot.pages[0]) * self._block_tokens
+        where = self.locate([slot], [num_tokens], [backed - num_tokens])
+        for tensor in self._tensors():
+            tensor[where] = 0
 
-    def _free_address_space(self) -> None:
-        self._views = []
+    # -- end and proof -----------------------------------------------------------------------
 
-    def _check_backing(self, slots: Sequence[Slot]) -> None:
+    def free(self) -> None:
+        self.views = []
+
+    def check(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
-            assert len(set(slot.pages[0])) == len(slot.pages[0]), f"{slot} lists a block twice"
+            listed = self.tables[slot.index, : slot.num_pages]
+            expected = self._shuffled[slot.pages[0]]
+            assert torch.equal(listed, expected), f"{slot} has another block table"
+            assert len(set(slot.pages[0])) == slot.num_pages, f"{slot} lists a block twice"

@@ -27,8 +27,11 @@ class ParkingLot:
     def __len__(self) -> int:
         return len(self._tokens)
 
+    def __contains__(self, slot: object) -> bool:
+        return slot in self._tokens
+
     def __iter__(self) -> Iterator[Slot]:
-        """The slots, least recently parked first."""
+        """The slots, least recently parked first; the lot may change meanwhile."""
         return iter(list(self._tokens))
 
     def add(self, slot: Slot, tokens: Sequence[int]) -> None:
@@ -38,6 +41,10 @@ class ParkingLot:
     def remove(self, slot: Slot) -> None:
         """Take `slot` out."""
         del self._tokens[slot]
+
+    def num_tokens(self, slot: Slot) -> int:
+        """Tokens that `slot` is tagged with."""
+        return len(self._tokens[slot])
 
     def shorten(self, slot: Slot, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens of `slot`; its age stays."""
@@ -56,6 +63,10 @@ class ParkingLot:
     def largest(self) -> Slot:
         """The slot with the most pages mapped; the least recent of equals."""
         return max(self._tokens, key=lambda slot: slot.num_pages)
+
+    def oldest(self) -> Slot:
+        """The slot parked least recently."""
+        return next(iter(self._tokens))
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

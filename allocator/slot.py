@@ -11,7 +11,7 @@ class SlotState(enum.Enum):
 
     OPEN = "open"  # a live request's
     PARKED = "parked"  # nobody's, still mapped, tagged with its tokens
-    CLOSED = "closed"  # unmapped; the handle is spent
+    CLOSED = "closed"  # the handle is spent
 
 
 class Slot:
@@ -23,19 +23,43 @@ class Slot:
         index: the slot's row in the cache's tensors.
         num_tokens: tokens that may be written and read: the last `grow` or `truncate`.
         promised_tokens: tokens that pages are mapped or reserved for.
+        ready_tokens: tokens that it may grow to with what is mapped already.
         pages: of each range, the pages mapped from its start on.
     """
 
-    __slots__ = ("fence", "index", "num_tokens", "pages", "promised_tokens", "reservation", "state")
+    __slots__ = (
+        "fence",
+        "index",
+        "num_tokens",
+        "pages",
+        "promised_tokens",
+        "ready_tokens",
+        "reservation",
+        "state",
+    )
 
     def __init__(self, index: int, num_ranges: int) -> None:
         self.index = index
         self.num_tokens = 0
         self.promised_tokens = 0
+        self.ready_tokens = 0
         self.pages: list[list[Page]] = [[] for _ in range(num_ranges)]
         self.reservation = Reservation()
         self.state = SlotState.OPEN
         self.fence: Fence | None = None  # the last work that may touch a parked slot
+
+    def hand_over(self) -> "Slot":
+        """A new handle for the same rows, open; this one is spent.
+
+        Whoever parked the slot keeps the old handle, and must not reach the new owner's rows.
+        """
+        heir = Slot(self.index, 0)
+        heir.pages, self.pages = self.pages, [[] for _ in self.pages]
+        heir.ready_tokens, self.ready_tokens = self.ready_tokens, 0
+        heir.num_tokens = heir.promised_tokens = self.num_tokens
+        self.num_tokens = self.promised_tokens = 0
+        self.state = SlotState.CLOSED
+        return heir
 
     @property
     def num_pages(self) -> int:

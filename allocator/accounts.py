@@ -1,0 +1,82 @@
+"""What a cache holds, counted from scratch: its statistics, and the proof that all adds up."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from ..vmem import Page
+from .backing import Backing
+from .parking import ParkingLot
+from .slot import Slot, SlotState
+from .stats import KVStats
+
+
+def snapshot(
+    backing: Backing,
+    live: Sequence[Slot],
+    parked: Sequence[Slot],
+    *,
+    virtual_bytes: int,
+    mapping_time_s: float,
+    background_time_s: float,
+) -> KVStats:
+    """The statistics of a cache with these slots."""
+    held: set[Page] = set()
+    ahead: set[Page] = set()
+    for slot in live:
+        needed = backing.geometry.pages_per_range(slot.num_tokens)
+        for pages, count in zip(slot.pages, needed, strict=True):
+            held.update(pages[:count])
+            ahead.update(pages[count:])
+    ahead -= held
+    only_parked = {page for slot in parked for pages in slot.pages for page in pages}
+    only_parked -= held | ahead
+    pool = backing.pool
+    return KVStats(
+        virtual_bytes=virtual_bytes,
+        physical_bytes=pool.num_created * pool.driver.page_bytes,
+        page_bytes=pool.driver.page_bytes,
+        row_tokens=backing.geometry.row_tokens,
+        pages_held=len(held),
+        pages_ahead=len(ahead),
+        pages_parked=len(only_parked),
+        pages_free=pool.num_free,
+        pages_reserved=pool.num_reserved,
+        pages_limit=pool.limit_pages,
+        tokens_held=sum(slot.num_tokens for slot in live),
+        tokens_parked=sum(slot.num_tokens for slot in parked),
+        slots_open=len(live),
+        slots_parked=len(parked),
+        num_mappings=pool.driver.num_mappings,
+        mapping_time_s=mapping_time_s,
+        background_time_s=background_time_s,
+        driver_calls=dict(pool.driver.counters),
+    )
+
+
+def recount(backing: Backing, live: Mapping[int, Slot], parked: ParkingLot) -> None:
+    """Compare slots, pool and memory; AssertionError names what does not add up."""
+    pool, geometry = backing.pool, backing.geometry
+    pool.check_invariants()
+    slots = [*live.values(), *parked]
+    references: Counter[Page] = Counter()
+    for slot in slots:
+        needed = geometry.pages_per_range(slot.num_tokens)
+        for pages, count in zip(slot.pages, needed, strict=True):
+            assert len(pages) >= count, f"{slot} lacks pages for its tokens"
+            references.update(pages)
+    for page, count in references.items():
+        assert count <= pool.references(page), f"page {page} is under-counted"
+    reserved = sum(slot.reservation.num_pages for slot in slots)
+    assert reserved <= pool.num_reserved, "a reservation is not in the pool's count"
+    for index, slot in live.items():
+        assert slot.index == index, f"{slot} is filed as slot {index}"
+        assert slot.state is SlotState.OPEN, f"{slot} is filed as open"
+        lacking = backing.lacking(slot, slot.promised_tokens)
+        assert lacking <= slot.reservation.num_pages, f"{slot} was promised more"
+        if slot.ready_tokens > slot.num_tokens:
+            assert not backing.lacking(slot, slot.ready_tokens), f"{slot} is not ready"
+    for slot in parked:
+        assert slot.state is SlotState.PARKED, f"{slot} is filed as parked"
+        assert parked.num_tokens(slot) == slot.num_tokens, f"{slot} is tagged otherwise"
+        assert not slot.reservation.num_pages, f"{slot} is parked and claims pages"
+    backing.check(slots)

@@ -1,0 +1,264 @@
+"""How slots come by their pages: attach, share, copy on write, detach.
+
+What differs between contiguous virtual memory and a paged pool is only how a page becomes part
+of a slot; the subclasses supply that. Everything here keeps two promises: an operation that
+raises has changed nothing, and a slot's page list says what is really attached.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Protocol
+
+from ..vmem import Page
+from ..vmem.errors import OutOfMappings
+from .page_pool import PagePool
+from .slot import Slot
+
+
+class PageGeometry(Protocol):
+    """What the life of a slot needs to know of a layout; see `KVLayout`."""
+
+    @property
+    def max_len(self) -> int: ...
+    @property
+    def num_ranges(self) -> int: ...
+    @property
+    def row_tokens(self) -> int: ...
+    def pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
+    def whole_pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
+    def tokens_backed(self, pages: Sequence[int]) -> int: ...
+
+
+class Backing(ABC):
+    """The pages behind the slots of one cache. Not for use from several threads at once.
+
+    Args:
+        geometry: tokens to pages.
+        pool: where the pages come from.
+    """
+
+    def __init__(self, geometry: PageGeometry, pool: PagePool) -> None:
+        self.geometry = geometry
+        self.pool = pool
+
+    # -- counts ----------------------------------------------------------------------------
+
+    def lacking(self, slot: Slot, num_tokens: int) -> int:
+        """Pages that growing `slot` to `num_tokens` tokens takes from the pool."""
+        targets = self.geometry.pages_per_range(num_tokens)
+        lacking = sum(max(0, t - len(p)) for t, p in zip(targets, slot.pages, strict=True))
+        if num_tokens > slot.num_tokens:
+            lacking += sum(1 for _ in self._shared_tail(slot, targets))
+        return lacking
+
+    def promised_pages(self, slot: Slot) -> tuple[int, ...]:
+        """Pages of each range that `slot` has a right to; what it has beyond was mapped ahead."""
+        return self.geometry.pages_per_range(max(slot.num_tokens, slot.promised_tokens))
+
+    def usable(self, slot: Slot, num_tokens: int) -> tuple[int, Sequence[int]]:
+        """What a new owner may have of a parked slot: tokens, and pages of each range.
+
+        Of the first `num_tokens` tokens as many as leave it no page that others share where it
+        would write: pages from the first such one on are left to them.
+        """
+        while True:
+            full = self.geometry.whole_pages_per_range(num_tokens)
+            keep = [
+                next((i for i in range(start, len(pages)) if self._is_shared(pages[i])), len(pages))
+                for start, pages in zip(full, slot.pages, strict=True)
+            ]
+            backed = min(num_tokens, self.geometry.tokens_backed(keep))
+            if backed == num_tokens:
+                return num_tokens, keep
+            num_tokens = backed
+
+    def num_exclusive(self, pages: Iterable[Page]) -> int:
+        """Pages that would be free if each mention in `pages` were let go."""
+        mentions: dict[Page, int] = {}
+        for page in pages:
+            mentions[page] = mentions.get(page, 0) + 1
+        return sum(self.pool.references(page) == times for page, times in mentions.items())
+
+    # -- growing ---------------------------------------------------------------------------
+
+    def grow(self, slot: Slot, num_tokens: int) -> None:
+        """Let `slot` have `num_tokens` tokens, more than now, with pages of its reservation.
+
+        Pages that others share are copied where the new tokens would be written to. All or
+        nothing.
+        """
+        targets = self.geometry.pages_per_range(num_tokens)
+        with ExitStack() as undo:
+            replaced = [
+                self._own(slot, index, position, undo)
+                for index, position in list(self._shared_tail(slot, targets))
+            ]
+            self.extend(slot, num_tokens)
+            undo.pop_all()
+        slot.num_tokens = num_tokens
+        self._note_ready(slot)
+        self.pool.release(replaced)
+
+    def extend(self, slot: Slot, num_tokens: int) -> None:
+        """Attach pages of the slot's reservation that back `num_tokens` tokens. All or nothing."""
+        targets = self.geometry.pages_per_range(num_tokens)
+        missing = [max(0, t - len(p)) for t, p in zip(targets, slot.pages, strict=True)]
+        if not any(missing):
+            return
+        pages = self.pool.commit(slot.reservation, sum(missing))
+        with ExitStack() as undo:
+            undo.callback(self.pool.restore, slot.reservation, pages)  # those not attached
+            for index, count in enumerate(missing):
+                if count:
+                    run = pages[:count]
+                    self._attach(slot, index, run)
+                    undo.callback(self._retract, slot, index, len(slot.pages[index]))
+                    slot.pages[index].extend(run)
+                    del pages[:count]
+            for index, count in enumerate(missing):
+                first = len(slot.pages[index]) - count
+                if self.pool.needs_zero(slot.pages[index][first:]):
+                    self._clear_pages(slot, index, first)
+            undo.pop_all()
+        self._note_ready(slot)
+
+    def _retract(self, slot: Slot, range_index: int, keep: int) -> None:
+        """Undo an `extend` of one range."""
+        self.pool.driver.record_fence().wait()  # the pages may be being cleared
+        self.pool.restore(slot.reservation, self._cut(slot, range_index, keep))
+
+    # -- sharing ---------------------------------------------------------------------------
+
+    def alias(self, source: Slot, target: Slot, num_tokens: int) -> tuple[int, ...]:
+        """Let `target`, which is empty, share pages full of the first tokens of `source`.
+
+        Returns how many of each range: all that hold nothing but the first `num_tokens` tokens,
+        or none if the budget of mappings is spent.
+        """
+        counts = self.geometry.whole_pages_per_range(num_tokens)
+        try:
+            with ExitStack() as undo:
+                for index, count in enumerate(counts):
+                    pages = source.pages[index][:count]
+                    self._attach(target, index, pages)
+                    self.pool.retain(pages)
+                    target.pages[index].extend(pages)
+                    undo.callback(self._drop, target, index, 0)
+                undo.pop_all()
+        except OutOfMappings:
+            return (0,) * len(counts)
+        return counts
+
+    def _shared_tail(self, slot: Slot, targets: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Shared pages, (range, position), that growing to `targets` pages would write to.
+
+        Pages before the one that the next token goes to are full. Behind it lies what a
+        truncation left: it keeps whole tiles, and a fork may hold any of their pages.
+        """
+        boundary = self.geometry.whole_pages_per_range(slot.num_tokens)
+        for index, pages in enumerate(slot.pages):
+            for position in range(boundary[index], min(targets[index], len(pages))):
+                if self._is_shared(pages[position]):
+                    yield index, position
+
+    def _is_shared(self, page: Page) -> bool:
+        return self.pool.references(page) > 1
+
+    def _own(self, slot: Slot, range_index: int, position: int, undo: ExitStack) -> Page:
+        """Replace a shared page by a copy; returns the shared one, whose reference is kept."""
+        shared = slot.pages[range_index][position]
+        (page,) = self.pool.commit(slot.reservation, 1)
+        try:
+            self._replace(slot, range_index, position, page)
+        except BaseException:
+            self.pool.restore(slot.reservation, [page])
+            raise
+        slot.pages[range_index][position] = page
+        undo.callback(self._disown, slot, range_index, position, shared)
+        return shared
+
+    def _disown(self, slot: Slot, range_index: int, position: int, shared: Page) -> None:
+        """Undo an `_own`."""
+        page = slot.pages[range_index][position]
+        self._exchange(slot, range_index, position, shared)
+        slot.pages[range_index][position] = shared
+        self.pool.restore(slot.reservation, [page])
+
+    # -- shrinking -------------------------------------------------------------------------
+
+    def shrink(self, slot: Slot, num_tokens: int, keep: Sequence[int]) -> None:
+        """Cut `slot` to `num_tokens` tokens and to the first `keep[r]` pages of each range.
+
+        The tokens go first: if the driver refuses to take a page away (DriverError), the slot
+        is left with pages to spare, and may be shrunk again.
+        """
+        slot.num_tokens = num_tokens
+        if any(len(pages) > count for pages, count in zip(slot.pages, keep, strict=True)):
+            # Work that was launched may still touch the pages; a parked slot knows its last.
+            (slot.fence or self.pool.driver.record_fence()).wait()
+            slot.ready_tokens = 0
+            for index, count in enumerate(keep):
+                self._drop(slot, index, count)
+        self._note_ready(slot)
+
+    def clear_unused(self, slot: Slot) -> None:
+        """Clear all that `slot` has behind its tokens, if the pool's policy asks for it."""
+        if self.pool.sanitize == "zero":
+            self._clear_behind(slot, slot.num_tokens)
+
+    def _drop(self, slot: Slot, range_index: int, keep: int) -> None:
+        self.pool.release(self._cut(slot, range_index, keep))
+
+    def _cut(self, slot: Slot, range_index: int, keep: int) -> list[Page]:
+        """Detach and return all but the first `keep` pages of a range."""
+        leaving = slot.pages[range_index][keep:]
+        if leaving:
+            self._detach(slot, range_index, keep)
+            del slot.pages[range_index][keep:]
+        return leaving
+
+    def _note_ready(self, slot: Slot) -> None:
+        """Note how far `slot` may grow before it needs this class again."""
+        counts = [len(pages) for pages in slot.pages]
+        slot.ready_tokens = min(self.geometry.tokens_backed(counts), self.geometry.max_len)
+        if any(self._shared_tail(slot, counts)):
+            slot.ready_tokens = slot.num_tokens
+
+    # -- what a kind of memory supplies ------------------------------------------------------
+
+    @abstractmethod
+    def copy(self, source: Slot, target: Slot, skip: Sequence[int]) -> None:
+        """Copy what the tokens of `target` have in `source` behind the first `skip[r]` pages."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """Give the address space back. No slot has a page any more."""
+
+    @abstractmethod
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Compare the slots' pages with what the memory really shows."""
+
+    @abstractmethod
+    def _attach(self, slot: Slot, range_index: int, pages: Sequence[Page]) -> None:
+        """Make `pages` follow those that back the range already. All or nothing."""
+
+    @abstractmethod
+    def _detach(self, slot: Slot, range_index: int, keep: int) -> None:
+        """Take all but the first `keep` pages of the range away from it. All or nothing."""
+
+    @abstractmethod
+    def _exchange(self, slot: Slot, range_index: int, position: int, page: Page) -> None:
+        """Put `page`, as it is, where another page of the range is. All or nothing."""
+
+    @abstractmethod
+    def _replace(self, slot: Slot, range_index: int, position: int, page: Page) -> None:
+        """Exchange, and copy what the page there holds of the slot's tokens. All or nothing."""
+
+    @abstractmethod
+    def _clear_pages(self, slot: Slot, range_index: int, first: int) -> None:
+        """Zero the pages of a range from position `first` on."""
+
+    @abstractmethod
+    def _clear_behind(self, slot: Slot, num_tokens: int) -> None:
+        """Zero what the slot has behind its first `num_tokens` tokens."""

@@ -1,0 +1,327 @@
+"""Random interleavings of every operation, shortages and injected failures included.
+
+Hypothesis drives a pool and the caches through their lives; after each step the model of
+`allocator_model` compares every byte that a request may read, and recounts every page.
+"""
+
+from collections import Counter
+
+import pytest
+from allocator_model import KINDS, MAX_LEN, PAGE, FlakyHostDriver, Model, make_cache, make_paged
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from vkv.allocator import PagePool
+from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages
+
+MACHINE = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """A pool beside a plain list of who claims and who holds how much."""
+
+    @initialize(
+        low=st.integers(0, 5),
+        spare=st.none() | st.integers(0, 8),
+        sanitize=st.sampled_from(["never", "zero"]),
+    )
+    def build(self, low, spare, sanitize):
+        self.driver = FlakyHostDriver(PAGE)
+        self.pool = PagePool(
+            self.driver,
+            20 * PAGE + 17,
+            low_watermark=low,
+            high_watermark=None if spare is None else low + spare,
+            sanitize=sanitize,
+        )
+        self.claims = []
+        self.held = []  # a page once for each reference
+        self.owned = set()  # pages that had an owner since the system gave them
+
+    def teardown(self):
+        if hasattr(self, "driver"):
+            self.driver.fail_after = None
+            self.driver.close()
+
+    @rule(num_pages=st.integers(0, 25), again=st.booleans())
+    def reserve(self, num_pages, again):
+        available = self.pool.num_available
+        claim = self.claims[-1] if again and self.claims else None
+        if num_pages > available:
+            with pytest.raises(OutOfPages):
+                self.pool.reserve(num_pages, into=claim)
+            return
+        before = claim.num_pages if claim else 0
+        result = self.pool.reserve(num_pages, into=claim)
+        assert result.num_pages == before + num_pages
+        if claim is None:
+            self.claims.append(result)
+
+    @rule(data=st.data(), fail=st.booleans())
+    def commit(self, data, fail):
+        claim = self._draw_claim(data)
+        count = data.draw(st.integers(0, claim.num_pages + 1))
+        reserved, short = claim.num_pages, count > claim.num_pages
+        self.driver.fail_after = 0 if fail else None
+        self.driver.fail_short = True
+        try:
+            pages = self.pool.commit(claim, count)
+        except InvalidOperation:
+            assert short
+            assert claim.num_pages == reserved
+        except OutOfPages:
+            assert fail
+            assert claim.num_pages == reserved
+        else:
+            assert len(set(pages)) == count
+            assert not set(pages) & set(self.held)
+            assert not self.pool.needs_zero(set(pages) - self.owned)
+            recycled = bool(self.owned & set(pages))
+            assert self.pool.needs_zero(pages) == (self.pool.sanitize == "zero" and recycled)
+            self.held.extend(pages)
+            self.owned.update(pages)
+            if data.draw(st.booleans()):
+                self.pool.restore(claim, pages)
+                assert claim.num_pages == reserved
+                self._drop(pages)
+        self.driver.fail_after = None
+
+    @rule(data=st.data())
+    def cancel(self, data):
+        claim = self._draw_claim(data)
+        count = data.draw(st.none() | st.integers(-1, claim.num_pages + 1))
+        reserved = claim.num_pages
+        if count is not None and not 0 <= count <= reserved:
+            with pytest.raises(InvalidOperation):
+                self.pool.cancel(claim, count)
+            return
+        self.pool.cancel(claim, count)
+        assert claim.num_pages == (0 if count is None else reserved - count)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def retain(self, data):
+        pages = data.draw(st.lists(st.sampled_from(self.held), max_size=4))
+        self.pool.retain(pages)
+        self.held.extend(pages)
+
+    @rule(data=st.data())
+    def retain_a_free_page(self, data):
+        with pytest.raises(InvalidOperation):
+            self.pool.retain([*self.held[:1], max(self.held, default=0) + 1000])
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), fail=st.booleans())
+    def release(self, data, fail):
+        order = data.draw(st.permutations(range(len(self.held))))
+        chosen = order[: data.draw(st.integers(0, len(order)))]
+        pages = [self.held[index] for index in chosen]
+        self.driver.fail_after = 0 if fail else None
+        self.driver.fail_short = False
+        try:
+            self.pool.release(pages)
+        except DriverError:
+            assert fail  # the system would not have the surplus back; the pool is rid of it
+        self.driver.fail_after = None
+        if self.pool.high_watermark is not None:
+            assert self.pool.num_free <= self.pool.high_watermark
+        self._drop(pages)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release_too_often(self, data):
+        page = data.draw(st.sampled_from(self.held))
+        with pytest.raises(InvalidOperation):
+            self.pool.release([page] * (self.held.count(page) + 1))
+
+    @rule(fail=st.booleans())
+    def refill(self, fail):
+        free, created = self.pool.num_free, self.pool.num_created
+        self.driver.fail_after = 0 if fail else None
+        self.driver.fail_short = True
+        try:
+            added = self.pool.refill()
+        except OutOfPages:
+            assert fail
+            assert (free, created) == (self.pool.num_free, self.pool.num_created)
+        else:
+            room = self.pool.limit_pages - created
+            assert added == max(0, min(self.pool.low_watermark - free, room))
+        self.driver.fail_after = None
+
+    @rule(keep=st.integers(0, 4))
+    def trim(self, keep):
+        free = self.pool.num_free
+        assert self.pool.trim(keep) == max(0, free - keep)
+        assert self.pool.num_free == min(free, keep)
+
+    @invariant()
+    def the_counts_are_those_of_the_list(self):
+        if not hasattr(self, "pool"):
+            return
+        pool = self.pool
+        pool.check_invariants()
+        assert Counter(self.held) == pool._references
+        assert pool.num_held == len(set(self.held))
+        assert pool.num_reserved == sum(claim.num_pages for claim in self.claims)
+        assert pool.num_available == 20 - pool.num_held - pool.num_reserved
+        assert pool.num_created == self.driver.num_pages <= 20
+        self.owned &= pool._references.keys() | set(pool._free)
+        assert all(pool.references(page) == self.held.count(page) for page in self.held)
+
+    def _draw_claim(self, data):
+        if not self.claims:
+            self.claims.append(self.pool.reserve(0))
+        return data.draw(st.sampled_from(self.claims))
+
+    def _drop(self, pages):
+        for page in pages:
+            self.held.remove(page)
+        self.pool.check_invariants()
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """What every cache goes through; `build` says which."""
+
+    model = None
+    sanitize = "never"
+
+    @initialize(
+        sanitize=st.sampled_from(["never", "zero"]),
+        max_parked=st.sampled_from([0, 3]),
+        rows=st.sampled_from([1.0, 2.5, 9.0]),
+        data=st.data(),
+    )
+    def start(self, sanitize, max_parked, rows, data):
+        self.sanitize = sanitize
+        cache = self.build(data, sanitize=sanitize, max_parked=max_parked, rows=rows)
+        self.model = Model(cache)
+
+    def build(self, data, **options):
+        raise NotImplementedError
+
+    def stop_failing(self):
+        pass
+
+    def teardown(self):
+        if self.model is None:
+            return
+        self.stop_failing()
+        pool = self.model.cache.pool
+        self.model.cache.shutdown()
+        assert (pool.num_held, pool.num_reserved) == (0, 0)
+
+    @rule()
+    def open(self):
+        self.model.open()
+
+    @rule(data=st.data())
+    def adopt(self, data):
+        # Few different tokens, so that prefixes meet.
+        tokens = data.draw(st.lists(st.integers(0, 1), max_size=12))
+        self.model.adopt((tokens * MAX_LEN)[: data.draw(st.integers(0, MAX_LEN))])
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data(), num_tokens=st.integers(0, MAX_LEN))
+    def reserve(self, data, num_tokens):
+        self.model.reserve(self._draw(data), num_tokens)
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data(), token=st.integers(0, 1))
+    def grow(self, data, token):
+        request = self._draw(data)
+        count = data.draw(st.integers(0, MAX_LEN - len(request.tokens)))
+        self.model.grow(request, [token] * count)
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data())
+    def grow_within_the_promise(self, data):
+        request = self._draw(data)
+        room = request.slot.promised_tokens - len(request.tokens)
+        self.model.grow(request, [0] * data.draw(st.integers(0, max(0, room))))
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data())
+    def truncate(self, data):
+        request = self._draw(data)
+        self.model.truncate(request, data.draw(st.integers(0, len(request.tokens))))
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data())
+    def fork(self, data):
+        request = self._draw(data)
+        self.model.fork(request, data.draw(st.integers(0, len(request.tokens))))
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data())
+    def park(self, data):
+        request = self._draw(data)
+        self.model.park(request, data.draw(st.integers(0, len(request.tokens))))
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data())
+    def close(self, data):
+        self.model.close(self._draw(data))
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data(), num_tokens=st.integers(0, MAX_LEN + 9))
+    def look_ahead(self, data, num_tokens):
+        self.model.look_ahead(self._draw(data), num_tokens)
+
+    @rule()
+    def trim(self):
+        self.model.trim()
+
+    @invariant()
+    def everybody_reads_what_they_wrote(self):
+        if self.model is None:
+            return
+        self.model.check()
+        if self.sanitize == "zero":
+            self.model.check_isolation()
+
+    def _draw(self, data):
+        return data.draw(st.sampled_from(self.model.live))
+
+
+class KVCacheMachine(CacheMachine):
+    """The contiguous cache on the host, with failing system calls and few mappings."""
+
+    def build(self, data, **options):
+        kind = data.draw(st.sampled_from(KINDS))
+        max_mappings = data.draw(st.sampled_from([None, None, 40]))
+        self.driver = FlakyHostDriver(PAGE, max_mappings)
+        return make_cache(kind, self.driver, **options)
+
+    def teardown(self):
+        super().teardown()
+        if self.model is not None:
+            assert (self.driver.num_pages, self.driver.reserved_bytes) == (0, 0)
+            self.driver.close()
+
+    def stop_failing(self):
+        self.driver.fail_after = None
+
+    @rule(calls=st.integers(0, 12), short=st.booleans())
+    def let_a_call_fail(self, calls, short):
+        self.driver.fail_after, self.driver.fail_short = calls, short
+
+
+class PagedKVCacheMachine(CacheMachine):
+    """The paged cache, where nothing is mapped and the blocks are scattered."""
+
+    def build(self, data, **options):
+        return make_paged(block_tokens=data.draw(st.sampled_from([1, 7, 16])), **options)
+
+
+TestPagePool = PoolMachine.TestCase
+TestPagePool.settings = MACHINE
+TestKVCache = KVCacheMachine.TestCase
+TestKVCache.settings = MACHINE
+TestPagedKVCache = PagedKVCacheMachine.TestCase
+TestPagedKVCache.settings = MACHINE
