@@ -4,13 +4,16 @@ import ctypes
 import os
 import random
 import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from errno import EBADF, EINTR, ENOMEM
 from pathlib import Path
 
 import pytest
 import torch
 from standin.process import kernel_mappings
-from vkv.vmem import HostDriver, linux
+from vkv.vmem import HostDriver, Page, linux
 from vkv.vmem.errors import DriverError, InvalidConfig, OutOfMappings, OutOfPages
 
 PAGE = 16 << 10
@@ -228,3 +231,25 @@ class TestBudgetOfMappings:
             for index in range(0, 18, 2):
                 driver.unmap(address + index * PAGE, PAGE)
             assert driver.num_mappings == 2
+
+
+def test_mapping_does_not_wait_for_pages_being_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HostDriver(page_bytes=4096) as driver:
+        address = driver.reserve(4096)
+        pages = driver.create(1)
+        clearing, mapped = threading.Event(), threading.Event()
+        touch = driver._touch
+
+        def slow_touch(numbers: Sequence[Page]) -> bool:
+            clearing.set()
+            assert mapped.wait(timeout=30), "mapping waited for a page that is being created"
+            return touch(numbers)
+
+        monkeypatch.setattr(driver, "_touch", slow_touch)
+        with ThreadPoolExecutor(1) as pool:
+            creating = pool.submit(driver.create, 1)
+            assert clearing.wait(timeout=30)
+            driver.map(address, pages)
+            mapped.set()
+            assert len(creating.result(timeout=30)) == 1
+        driver.unmap(address, 4096)

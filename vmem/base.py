@@ -71,6 +71,9 @@ class VmemDriver(ABC):
         self.page_bytes = page_bytes
         self.counters: Counter[str] = Counter()
         self._lock = threading.RLock()
+        # Held while pages come and go, always before `_lock`: clearing memory takes milliseconds,
+        # and mapping elsewhere must not wait for it.
+        self._paging_lock = threading.RLock()
         self._pid = os.getpid()
         self._closed = False
         self._reservations: dict[int, Reservation] = {}  # by address
@@ -119,10 +122,13 @@ class VmemDriver(ABC):
         """
         if num_pages < 1:
             raise InvalidConfig(f"num_pages is {num_pages}; at least one page must be created")
-        with self._guarded():
+        with self._paging_lock:
+            with self._guarded():
+                pass  # refused before the work, not after it
             pages = self._create(num_pages)
-            for page in pages:
-                self._map_counts[page] = 0
+            with self._lock:
+                for page in pages:
+                    self._map_counts[page] = 0
             return pages
 
     def release(self, pages: Sequence[Page]) -> None:
@@ -254,7 +260,7 @@ class VmemDriver(ABC):
         """
         if self._closed:
             return
-        with self._guarded():
+        with self._paging_lock, self._guarded():
             for address, size in list(self._mapped_stretches()):
                 self.unmap(address, size)
             if self._map_counts:
@@ -279,7 +285,8 @@ class VmemDriver(ABC):
     def _free(self, address: int, size: int) -> None: ...
 
     @abstractmethod
-    def _create(self, num_pages: int) -> list[Page]: ...
+    def _create(self, num_pages: int) -> list[Page]:
+        """Called without the lock of the page table, and one at a time."""
 
     @abstractmethod
     def _release(self, pages: Sequence[Page]) -> None: ...

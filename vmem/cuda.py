@@ -102,7 +102,7 @@ class CudaDriver(VmemDriver):
 
     def _create(self, num_pages: int) -> list[Page]:
         pages: list[Page] = []
-        with ExitStack() as undo:
+        with self._current_context(), ExitStack() as undo:
             for _ in range(num_pages):
                 handle = self._call(
                     "create",
