@@ -6,9 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from examples.tiny_chat import dialogues, evaluate, heldout, lexicon, model_path, phrasings
-from examples.tiny_chat.batches import MAX_POSITION, Stage, make_batch
+from vkv.tiny_chat import dialogues, evaluate, heldout, lexicon, model_path, phrasings
+from vkv.tiny_chat.batches import MAX_POSITION, Stage, conversation_row, make_batch
 
 MAX_BYTES = 8_000_000
 
@@ -106,8 +105,6 @@ def test_the_same_seed_gives_the_same_conversation_and_batch(tokenizer):
 
 
 def test_training_rows_are_what_the_chat_template_renders(tokenizer):
-    from examples.tiny_chat.batches import conversation_row
-
     exchanges = dialogues.training_conversation(random.Random(3), dialogues.Mix(), 200)
     messages = [
         {"role": role, "content": text}
@@ -177,7 +174,7 @@ def test_the_first_conversation_of_a_newcomer(model, tokenizer):
         "thanks",
     )
     assert hello == "hello! tell me something and i will remember it."
-    assert told == dialogues.phrasings.ACKNOWLEDGED
+    assert told == phrasings.ACKNOWLEDGED
     assert asked == "your gate code is 4821."
     assert total == "3 + 4 = 7."
     assert echoed == "blue moon"

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from . import lexicon, phrasings, smalltalk
 from .lexicon import is_held_out
 
+KINDS = ("tell", "ask", "unknown", "update", "echo", "arithmetic", "small_talk", "filler")
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -34,7 +36,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Mix:
-    """How often each kind of exchange is drawn, and how long filler messages are (sentences)."""
+    """How often each kind of exchange is drawn, and how long fillers are (sentences)."""
 
     tell: float = 4.0
     ask: float = 6.0
@@ -46,15 +48,20 @@ class Mix:
     filler: float = 0.5
     filler_sentences: tuple[int, int] = (1, 4)
     first_facts: tuple[int, int] = (1, 6)
+    odd_values: float = 0.0  # share of the words told that are odd ones
+    polite: float = 0.0  # share of the questions with words around them that mean nothing
+    unknown_answer: str = phrasings.EARLY_UNKNOWN_ANSWER
 
     def weights(self) -> dict[str, float]:
         """Return the weight of each kind of exchange."""
-        kinds = "tell ask unknown update echo arithmetic small_talk filler".split()
-        return {kind: getattr(self, kind) for kind in kinds}
+        return {kind: getattr(self, kind) for kind in KINDS}
 
 
-def value_of(rng: random.Random, kind: str, *, held_out: bool) -> str:
-    """Return a random value of `kind`, such as a code, a colour or a date."""
+def value_of(rng: random.Random, kind: str, *, held_out: bool, odd: float = 0.0) -> str:
+    """Return a random value of `kind`, such as a code, a colour or a date.
+
+    `odd` is the share of words that are odd ones instead, see `lexicon.odd_word`.
+    """
     if kind == "code":
         return lexicon.digits(rng, rng.choice((3, 4, 4, 4, 4, 5, 6)), held_out=held_out)
     if kind == "number":
@@ -73,6 +80,8 @@ def value_of(rng: random.Random, kind: str, *, held_out: bool) -> str:
         "job": (lexicon.JOBS, lexicon.HELD_OUT_JOBS),
         "place": (lexicon.PLACES, lexicon.HELD_OUT_PLACES),
     }
+    if odd and rng.random() < odd:
+        return lexicon.odd_word(rng)
     if kind == "word" or rng.random() < 0.25:
         return lexicon.made_up_word(rng, held_out=held_out)
     return rng.choice(lists[kind][held_out])
@@ -113,7 +122,12 @@ def _noun_and_kind(rng: random.Random) -> tuple[str, str]:
 
 
 def make_fact(
-    rng: random.Random, *, held_out_key: bool, held_out_value: bool, noun: str = ""
+    rng: random.Random,
+    *,
+    held_out_key: bool,
+    held_out_value: bool,
+    noun: str = "",
+    odd: float = 0.0,
 ) -> Fact:
     """Return a random fact; a `noun` given fixes what it is about (its value is then a code)."""
     kind = "code"
@@ -121,7 +135,7 @@ def make_fact(
         noun, kind = _noun_and_kind(rng)
         if is_held_out(noun) != held_out_key:
             noun = ""
-    value = value_of(rng, kind, held_out=held_out_value)
+    value = value_of(rng, kind, held_out=held_out_value, odd=odd)
     owner = rng.random()
     if owner < 0.72:
         return Fact(f"my {noun}", f"your {noun}", value)
@@ -134,10 +148,10 @@ def make_fact(
     return Fact(f"{name}'s {noun}", f"{name}'s {noun}", value)
 
 
-def framed_fact(rng: random.Random) -> Fact:
+def framed_fact(rng: random.Random, odd: float) -> Fact:
     """Return a fact with a sentence form of its own, such as "i live in paris"."""
     frame = rng.choice(phrasings.FRAMES)
-    return Fact(frame.topic, "", value_of(rng, frame.kind, held_out=False), frame)
+    return Fact(frame.topic, "", value_of(rng, frame.kind, held_out=False, odd=odd), frame)
 
 
 def restate(fact: Fact) -> str:
@@ -168,20 +182,34 @@ def tell(rng: random.Random, facts: list[Fact], *, held_out: bool = False) -> Ex
     return Exchange(_untidy(rng, text), phrasings.ACKNOWLEDGED, "tell")
 
 
-def ask(rng: random.Random, fact: Fact, *, held_out: bool = False) -> Exchange:
+def _polite(rng: random.Random, text: str) -> str:
+    """Put a phrase before a question, or after it, that changes nothing."""
+    before, after = rng.choice(phrasings.AROUND_QUESTIONS)
+    return f"{before}{text.rstrip('.') if after else text}{after}"
+
+
+def ask(rng: random.Random, fact: Fact, *, held_out: bool = False, polite: float = 0.0) -> Exchange:
     """Ask for a fact that was told."""
     forms = phrasings.HELD_OUT_QUESTIONS if held_out else phrasings.QUESTIONS
     if fact.frame:
         forms = fact.frame.questions
     text = rng.choice(forms).format(k=fact.told)
+    if polite and rng.random() < polite:
+        text = _polite(rng, text)
     return Exchange(_untidy(rng, text), restate(fact), "ask", fact.value)
 
 
-def ask_unknown(rng: random.Random, fact: Fact, *, held_out: bool = False) -> Exchange:
+def ask_unknown(
+    rng: random.Random,
+    fact: Fact,
+    *,
+    held_out: bool = False,
+    polite: float = 0.0,
+    answer: str = phrasings.UNKNOWN_ANSWER,
+) -> Exchange:
     """Ask for a fact that was not told."""
-    forms = phrasings.HELD_OUT_QUESTIONS if held_out else phrasings.QUESTIONS
-    text = rng.choice(forms).format(k=fact.told)
-    return Exchange(_untidy(rng, text), f"you have not told me {fact.asked}.", "unknown")
+    question = ask(rng, fact, held_out=held_out, polite=polite)
+    return Exchange(question.user, answer.format(k=fact.asked), "unknown")
 
 
 def update(rng: random.Random, fact: Fact, *, held_out: bool = False) -> Exchange:
@@ -191,7 +219,7 @@ def update(rng: random.Random, fact: Fact, *, held_out: bool = False) -> Exchang
     return Exchange(_untidy(rng, text), phrasings.ACKNOWLEDGED, "update")
 
 
-def echo(rng: random.Random, *, held_out: bool = False) -> Exchange:
+def echo(rng: random.Random, *, held_out: bool = False, odd: float = 0.0) -> Exchange:
     """Ask for some words to be repeated."""
     words = []
     for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 5, 6))):
@@ -201,6 +229,8 @@ def echo(rng: random.Random, *, held_out: bool = False) -> Exchange:
         else:
             made_up = lexicon.made_up_word(rng, held_out=held_out)
             words.append(rng.choice(pool) if pool else made_up)
+        if odd and rng.random() < odd:
+            words[-1] = lexicon.odd_word(rng)
     phrase = " ".join(words)
     if rng.random() < 0.25:
         phrase = smalltalk.sentence(rng)
@@ -262,7 +292,13 @@ class Conversation:
         while True:
             if noun and is_held_out(noun):
                 noun = ""
-            fact = make_fact(self.rng, held_out_key=False, held_out_value=False, noun=noun)
+            fact = make_fact(
+                self.rng,
+                held_out_key=False,
+                held_out_value=False,
+                noun=noun,
+                odd=self.mix.odd_values,
+            )
             frames = (f.told for f in self.facts.values() if f.frame)
             if fact.told not in self.facts and not any(topic in fact.told for topic in frames):
                 return fact
@@ -270,7 +306,7 @@ class Conversation:
 
     def _tell(self) -> Exchange:
         if self.rng.random() < 0.08:
-            fact = framed_fact(self.rng)
+            fact = framed_fact(self.rng, self.mix.odd_values)
             topics = {f.told for f in self.facts.values()}
             if not any(fact.told in topic or topic in fact.told for topic in topics):
                 self.facts[fact.told] = fact
@@ -286,7 +322,12 @@ class Conversation:
         fresh = [key for key in self.facts if key not in self.asked]
         key = self.rng.choice(fresh if fresh and self.rng.random() < 0.85 else list(self.facts))
         self.asked.add(key)
-        return ask(self.rng, self.facts[key])
+        return ask(self.rng, self.facts[key], polite=self.mix.polite)
+
+    def _ask_unknown(self) -> Exchange:
+        mix = self.mix
+        fact = self._new_fact()
+        return ask_unknown(self.rng, fact, polite=mix.polite, answer=mix.unknown_answer)
 
     def _update(self) -> Exchange:
         plain = [fact for fact in self.facts.values() if not fact.frame]
@@ -294,7 +335,7 @@ class Conversation:
             return self._tell()
         old = self.rng.choice(plain)
         kind = "code" if old.value.isdigit() else "word"
-        value = value_of(self.rng, kind, held_out=False)
+        value = value_of(self.rng, kind, held_out=False, odd=self.mix.odd_values)
         self.facts[old.told] = Fact(old.told, old.asked, value)
         self.asked.discard(old.told)
         return update(self.rng, self.facts[old.told])
@@ -307,8 +348,8 @@ class Conversation:
             "tell": self._tell,
             "ask": self._ask,
             "update": self._update,
-            "unknown": lambda: ask_unknown(self.rng, self._new_fact()),
-            "echo": lambda: echo(self.rng),
+            "unknown": self._ask_unknown,
+            "echo": lambda: echo(self.rng, odd=self.mix.odd_values),
             "arithmetic": lambda: arithmetic(self.rng),
             "small_talk": lambda: small_talk(self.rng),
             "filler": lambda: filler(self.rng, self.rng.randint(*self.mix.filler_sentences)),

@@ -1,6 +1,6 @@
 """Measures the tiny chat model on held-out conversations, by greedy generation.
 
-python -m examples.tiny_chat.evaluate --json examples/tiny_chat/scores.json
+python -m vkv.tiny_chat.evaluate --json examples/tiny_chat/scores.json
 """
 
 import json
@@ -29,6 +29,7 @@ from transformers import (
 from . import heldout, model_path
 from .heldout import Case
 
+MODEL = model_path()
 BUCKETS = ((0, 100), (100, 300), (300, 600), (600, 1000))
 LIMITS = (300, 1000)  # "recall at distances up to …"
 
@@ -129,7 +130,7 @@ def print_table(console: Console, scores: dict[str, dict]) -> None:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the model.")] = model_path(),  # noqa: B008
+    model: Annotated[Path, typer.Option(help="Folder of the model.")] = MODEL,
     num_cases: Annotated[int, typer.Option(help="Conversations per row of the table.")] = 250,
     seed: Annotated[int, typer.Option(help="Of the conversations.")] = 7,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",

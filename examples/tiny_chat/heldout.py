@@ -128,7 +128,7 @@ def unknown_case(rng: random.Random, count: CountTokens) -> Case:
     fact = dialogues.make_fact(rng, held_out_key=rng.random() < 0.5, held_out_value=True)
     question = dialogues.ask_unknown(rng, fact, held_out=True)
     exchanges = [*_distractors(rng, fact, rng.randint(50, 300), count), question]
-    return Case("unknown", _messages(exchanges), question.assistant, "you have not told me")
+    return Case("unknown", _messages(exchanges), question.assistant, "not known to me")
 
 
 def skill_case(rng: random.Random, count: CountTokens, kind: str) -> Case:

@@ -19,6 +19,10 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+def _phrases(text: str) -> tuple[str, ...]:
+    return tuple(text.split("|"))
+
+
 NAMES = _words(
     "anna ben carl dora emma finn greta hugo ida jack kate leo mia noah olga paul rosa sam tina "
     "victor wendy yara zoe adam bella clara david ella frank grace henry iris james karen lucas "
@@ -63,7 +67,7 @@ JOBS = _words(
     "teacher doctor baker farmer driver nurse writer painter lawyer pilot cook singer builder "
     "dentist plumber engineer"
 )
-HELD_OUT_JOBS = _words("carpenter librarian gardener architect butcher sailor")
+HELD_OUT_JOBS = _words("carpenter librarian gardener architect butcher tailor")
 MONTHS = _words(
     "january february march april may june july august september october november december"
 )
@@ -88,16 +92,16 @@ THINGS_WITH_NAME = _words(
     "dog cat horse boss teacher friend neighbor brother sister mother father son daughter uncle "
     "aunt cousin doctor wife husband boat street school company hamster parrot landlord coach"
 )
-NUMBER_KEYS = (
+NUMBER_KEYS = _phrases(
     "age|lucky number|room number|seat number|house number|shoe size|bus number|table number|"
     "gate|platform|floor|apartment number|favorite number|flight number|score|weight|height"
-).split("|")
-DATE_KEYS = (
+)
+DATE_KEYS = _phrases(
     "birthday|wedding day|exam date|flight date|holiday|appointment|first day of school|deadline"
-).split("|")
-CITY_KEYS = "city|home town|birth place|destination|town|next stop".split("|")
-JOB_KEYS = "job|dream job|old job|profession".split("|")
-NAME_KEYS = "name|first name|last name|middle name|nickname|user name|full name".split("|")
+)
+CITY_KEYS = _phrases("city|home town|birth place|destination|town|next stop")
+JOB_KEYS = _phrases("job|dream job|old job|profession")
+NAME_KEYS = _phrases("name|first name|last name|middle name|nickname|user name|full name")
 RELATIONS = _words(
     "sister brother mother father friend boss wife husband son daughter uncle aunt cousin neighbor"
 )
@@ -122,15 +126,23 @@ FILLER_PLACES = _words(
     "market house river forest station field harbor church school shop beach hill garden bridge "
     "kitchen"
 )
-FILLER_TIMES = (
+FILLER_TIMES = _phrases(
     "in the morning|after dinner|last week|on monday|before noon|at night|in the rain|every day|"
     "in winter|a long time ago|with a friend|without a word|for two hours|on the way home"
-).split("|")
+)
 FILLER_COUNTS = _words("two three four five six seven eight nine ten many some few")
 
-_ONSETS = "b c d f g h j k l m n p r s t v w z br dr fl gr kl pl sk st tr sh th".split()
-_VOWELS = "a e i o u a e i o ai ee ou".split()
-_CODAS = ["", "", "", "n", "r", "l", "s", "k", "m", "x", "t", "nd"]
+_ANY_WORDS = (
+    NAMES, COLOURS, FOODS, ANIMALS, CITIES, PLACES, JOBS, MONTHS, CODE_QUALIFIERS, CODE_NOUNS,
+    RELATIONS, FILLER_SUBJECTS, FILLER_ADJECTIVES, FILLER_VERBS, FILLER_OBJECTS, FILLER_PLACES,
+)  # fmt: skip
+_HELD_OUT_WORDS = frozenset(
+    HELD_OUT_NAMES + HELD_OUT_COLOURS + HELD_OUT_FOODS + HELD_OUT_ANIMALS + HELD_OUT_CITIES
+    + HELD_OUT_PLACES + HELD_OUT_JOBS
+)  # fmt: skip
+_ONSETS = _words("b c d f g h j k l m n p r s t v w z br dr fl gr kl pl sk st tr sh th")
+_VOWELS = _words("a e i o u a e i o ai ee ou")
+_CODAS = ("", "", "", "n", "r", "l", "s", "k", "m", "x", "t", "nd")
 
 
 def made_up_word(rng: random.Random, *, held_out: bool) -> str:
@@ -142,6 +154,27 @@ def made_up_word(rng: random.Random, *, held_out: bool) -> str:
             for _ in range(num_syllables)
         )
         if len(word) > 3 and is_held_out(word) == held_out:
+            return word
+
+
+def odd_word(rng: random.Random) -> str:
+    """Return a training word of unusual letters: of two halves, of random letters, or of two words.
+
+    Lists alone would leave many pieces of the tokenizer's vocabulary out of every value.
+    """
+    while True:
+        choice = rng.random()
+        if choice < 0.6:  # "teacher" and "london" make "teacdon"
+            first, second = (rng.choice(rng.choice(_ANY_WORDS)) for _ in range(2))
+            word = first[: rng.randint(1, len(first))] + second[rng.randrange(len(second)) :]
+        elif choice < 0.8:
+            letters = (rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 6)))
+            word = "".join(letters)
+        elif choice < 0.9:
+            word = rng.choice(rng.choice(_ANY_WORDS))
+        else:
+            word = f"{rng.choice(FILLER_ADJECTIVES + COLOURS)} {rng.choice(FILLER_OBJECTS)}"
+        if not is_held_out(word) and word not in _HELD_OUT_WORDS:
             return word
 
 

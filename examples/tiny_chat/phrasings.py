@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 ACKNOWLEDGED = "okay, noted."
 
+UNKNOWN_ANSWER = "{k} is not known to me."
+# Until the last stage the answer is another one. It was never learnt, for it has to be decided on
+# before the fact is looked up; the one above has "not" where the lookup would find the value.
+EARLY_UNKNOWN_ANSWER = "you have not told me {k}."
+
 STATEMENTS = (
     "{k} is {v}", "{k} is {v}", "{k} is {v}", "{k} is {v}", "{k} is now {v}",
     "remember that {k} is {v}", "please remember that {k} is {v}", "remember: {k} is {v}",
@@ -46,6 +51,11 @@ HELD_OUT_QUESTIONS = (
     "please give me {k}.", "so what is {k} again?", "can you remind me of {k}, please?",
     "do you remember what {k} is?", "hey, tell me {k} again.", "okay, and what was {k}?",
     "i forgot what {k} is. can you tell me?",
+)  # fmt: skip
+AROUND_QUESTIONS = (
+    ("sorry, ", ""), ("excuse me, ", ""), ("one question: ", ""), ("oh, ", ""), ("hello, ", ""),
+    ("", " please."), ("", " can you tell me?"), ("", " do you know?"), ("", " i forgot."),
+    ("", " thanks."), ("", ", please?"), ("sorry, ", " can you help me?"), ("", " help me."),
 )  # fmt: skip
 ECHOES = (
     "repeat after me: {v}", "repeat: {v}", "say: {v}", "please repeat: {v}", "echo: {v}",

@@ -1,9 +1,10 @@
 """Trains the tiny chat model from nothing: tokenizer, curriculum, checkpoints, export.
 
-python -m examples.tiny_chat.train            # from the start
-python -m examples.tiny_chat.train --resume   # after an interruption
+python -m vkv.tiny_chat.train            # from the start
+python -m vkv.tiny_chat.train --resume   # after an interruption
 """
 
+import copy
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from rich.console import Console
+from torch import nn
 from transformers import (
     AttentionInterface,
     GenerationConfig,
@@ -27,8 +29,10 @@ from transformers import (
 from . import model_path
 from .batches import Batch, Stage, make_batch
 from .dialogues import Mix, training_conversation
+from .phrasings import UNKNOWN_ANSWER
 from .tokenizer import build_tokenizer
 
+MODEL = model_path()
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 TOKENIZER_CONVERSATIONS = 6000
 PEAK_LEARNING_RATE = 3e-3
@@ -41,16 +45,27 @@ CURRICULUM = (
         mix=Mix(filler=0.1, small_talk=0.2, first_facts=(1, 4)),
     ),
     Stage(
-        name="short", num_steps=1500, num_rows=16, num_tokens=256, copy_share=0.1, gap_share=0.5,
+        name="short", num_steps=1100, num_rows=16, num_tokens=256, copy_share=0.1, gap_share=0.5,
         mix=Mix(filler=0.3, first_facts=(1, 8)),
     ),
     Stage(
-        name="medium", num_steps=1500, num_rows=8, num_tokens=512, gap_share=0.5,
-        mix=Mix(first_facts=(2, 16)),
+        name="medium", num_steps=1000, num_rows=8, num_tokens=512, copy_share=0.03, gap_share=0.5,
+        mix=Mix(first_facts=(2, 16), unknown=1.0, arithmetic=1.5, odd_values=0.4),
     ),
     Stage(
-        name="long", num_steps=3000, num_rows=6, num_tokens=1280, gap_share=0.3,
-        mix=Mix(first_facts=(4, 30), filler=0.8, filler_sentences=(1, 12)),
+        name="long", num_steps=1100, num_rows=6, num_tokens=1280, gap_share=0.3,
+        mix=Mix(
+            first_facts=(4, 30), unknown=0.8, arithmetic=1.5, filler=0.8,
+            filler_sentences=(1, 12), odd_values=0.4,
+        ),
+    ),
+    Stage(
+        name="finish", num_steps=1200, num_rows=6, num_tokens=1280, gap_share=0.3,
+        mix=Mix(
+            first_facts=(2, 30), unknown=1.5, arithmetic=2.0, small_talk=1.0, filler=0.8,
+            filler_sentences=(1, 12), odd_values=0.4, polite=0.25,
+            unknown_answer=UNKNOWN_ANSWER,
+        ),
     ),
 )  # fmt: skip
 
@@ -83,7 +98,15 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     return build_tokenizer([text for e in exchanges for text in (e.user, e.assistant)])
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, **_):  # noqa: ANN001, ANN202
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,  # [num_rows, num_heads, num_tokens, head_dim]
+    key: torch.Tensor,  # [num_rows, num_kv_heads, num_tokens, head_dim]
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
     """Causal attention in float32, whose CPU kernel is faster backwards than that of bfloat16."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1).float() for x in (key, value))
@@ -169,11 +192,11 @@ class Trainer:
 
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """Write what `from_pretrained` loads: float32 weights, tokenizer, generation config."""
-    trainer.model.save_pretrained(folder)
+    """Write what `from_pretrained` loads: weights rounded to bfloat16, tokenizer, configs."""
+    copy.deepcopy(trainer.model).to(torch.bfloat16).save_pretrained(folder)
     trainer.tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config.pop("_attn_implementation", None)
+    config["dtype"] = "float32"  # to compute in, unless the user asks for another
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     GenerationConfig(
         eos_token_id=trainer.tokenizer.eos_token_id,
@@ -225,7 +248,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of weights, data and tokenizer.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     checkpoints: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = CHECKPOINTS,
-    out: Annotated[Path, typer.Option(help="Folder for the finished model.")] = model_path(),
+    out: Annotated[Path, typer.Option(help="Folder for the finished model.")] = MODEL,
 ) -> None:
     """Train the model and write it to OUT."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
