@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 
 from ..allocator import LayerGeometry, SlotCache
 from ..attention_backends import AttentionBackend, AttentionBatch, LayerAttention
-from ..vmem.errors import InvalidOperation
+from ..vmem.errors import InvalidOperation, UnsupportedModel
 
 ATTENTION_NAME = "vkv"
 
@@ -73,12 +73,20 @@ def vkv_attention(
 
     Returns:
         [1, num_tokens, num_heads, value_head_dim], and no attention weights.
+
+    Raises UnsupportedModel for what slots cannot honour: a mask, or attention both ways.
     """
     step = _current.get()
     if step is None:
         raise InvalidOperation(
             "this model was prepared for vkv and runs inside vkv.LLM only; load another copy, or "
             "call model.set_attn_implementation('sdpa') to use it on its own"
+        )
+    if attention_mask is not None or not getattr(module, "is_causal", True):
+        raise UnsupportedModel(
+            f"{type(module).__name__} does not simply attend to the tokens before: it "
+            + ("masks them its own way" if attention_mask is not None else "is not causal")
+            + "; use a model with causal or sliding-window attention"
         )
     wanted = LayerAttention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -130,7 +138,7 @@ class AttentionProbe:
 
     attention: dict[int, LayerAttention] = field(default_factory=dict)
     geometry: dict[int, LayerGeometry] = field(default_factory=dict)
-    num_heads: dict[int, int] = field(default_factory=dict)
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)  # [num_tokens, all elements]
 
     def attend(
         self,
@@ -140,8 +148,13 @@ class AttentionProbe:
         value: torch.Tensor,
         wanted: LayerAttention,
     ) -> torch.Tensor:
+        if layer in self.attention:
+            raise UnsupportedModel(
+                f"layer {layer} attends twice in a step, and a slot holds one set of keys and "
+                "values for a layer; use a model that attends once"
+            )
         self.attention[layer] = wanted
-        self.num_heads[layer] = query.shape[1]
+        self.inputs[layer] = torch.cat([part.flatten(1) for part in (query, key, value)], dim=1)
         self.geometry[layer] = LayerGeometry(
             num_kv_heads=key.shape[1],
             key_dim=key.shape[2],

@@ -56,8 +56,8 @@ def _build_cache(
     max_len = config.max_len or loaded.max_positions
     if max_len > loaded.max_positions:
         raise InvalidConfig(
-            f"max_len is {max_len}, and the model was made for {loaded.max_positions} positions; "
-            "lower max_len"
+            f"max_len is {max_len}, and {loaded.name} takes {loaded.max_positions} positions "
+            "here; lower max_len"
         )
     max_parked = config.max_seqs if config.max_parked is None else config.max_parked
     num_slots = config.max_seqs + max_parked

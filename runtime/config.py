@@ -1,20 +1,32 @@
 """Options of an engine, resolved once."""
 
+import difflib
 import os
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 import torch
 
 from ..allocator import Sanitize
-from ..vmem.errors import InvalidConfig
+from ..vmem.errors import DriverUnavailable, InvalidConfig
 
 KVKind = Literal["virtual", "paged"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _UNITS |= {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+_LEAST = {
+    "max_seqs": 1,
+    "max_len": 1,
+    "max_batch_tokens": 1,
+    "page_bytes": 1,
+    "block_tokens": 1,
+    "layers_per_range": 1,
+    "max_parked": 0,
+    "look_ahead_tokens": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +66,28 @@ class EngineConfig:
     prefix_reuse: bool = True
     sanitize: Sanitize = "never"
 
+    def __new__(cls, **options: Any) -> Self:
+        # Before `__init__`, whose TypeError could not suggest the name that was meant.
+        known = [option.name for option in fields(cls)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                raise InvalidConfig(f"unknown option {name!r}: {hint}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        for name in ("max_seqs", "max_len", "max_batch_tokens", "block_tokens"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InvalidConfig(f"{name} is {value!r}; it must be an integer of at least 1")
-        for name in ("max_parked", "look_ahead_tokens"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise InvalidConfig(f"{name} is {value!r}; it must be an integer of at least 0")
+        for name, least in _LEAST.items():
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value is None and default is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InvalidConfig(
+                    f"{name} is {value!r}; it must be an integer of at least {least}"
+                )
+        for name in ("split_kv", "prefix_reuse"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use True or False")
         if self.kv not in ("virtual", "paged"):
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
         if self.kv_memory != "auto":
@@ -119,6 +144,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise InvalidConfig(f"device is {device!r}; use 'auto', 'cpu' or 'cuda'") from error
     if resolved.type not in ("cpu", "cuda"):
         raise InvalidConfig(f"device is {device!r}; use 'auto', 'cpu' or 'cuda'")
-    if resolved.type == "cuda" and resolved.index is None:
-        resolved = torch.device("cuda", 0)
-    return resolved
+    if resolved.type == "cpu":
+        return resolved
+    index = resolved.index or 0
+    if index >= torch.cuda.device_count():
+        raise DriverUnavailable(
+            f"device is {str(device)!r}, and PyTorch sees {torch.cuda.device_count()} GPUs here; "
+            "use device='cpu', or install a PyTorch built for CUDA and its driver"
+        )
+    return torch.device("cuda", index)

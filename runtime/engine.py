@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 from ..allocator import SlotCache
 from ..attention_backends import AttentionBackend
-from ..vmem.errors import InvalidPrompt, RequestTooLarge, RequestTooLong
+from ..vmem.errors import (
+    InvalidPrompt,
+    InvalidSamplingParams,
+    RequestTooLarge,
+    RequestTooLong,
+)
 from .detokenizer import IncrementalDetokenizer, decode_logprobs
 from .model_runner import ModelRunner
 from .models import LoadedModel
@@ -99,6 +104,11 @@ class Engine:
         """True while a request is unfinished."""
         return self.scheduler.has_work
 
+    @property
+    def requests(self) -> list[Request]:
+        """The unfinished requests."""
+        return [*self.scheduler.running, *self.scheduler.waiting]
+
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> list[Request]:
@@ -133,10 +143,12 @@ class Engine:
         return requests
 
     def step(self) -> list[Request]:
-        """One forward pass; returns the requests that got a token by it.
+        """One forward pass; returns the requests that got a token by it: none without work.
 
         Raises a Shortage if memory is short for even one request; none is lost by that.
         """
+        if not self.has_work:
+            return []
         start = time.perf_counter()
         batch = self.scheduler.schedule()
         tokens = self.runner.run(batch)
@@ -203,7 +215,7 @@ class Engine:
                 "shorten it or raise max_len"
             )
         if params.stop_strings and self.loaded.tokenizer is None:
-            raise InvalidPrompt(
+            raise InvalidSamplingParams(
                 f"stop = {params.stop_strings!r} needs a tokenizer, and the model has none; use "
                 "stop_token_ids"
             )

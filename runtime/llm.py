@@ -1,6 +1,7 @@
 """The library's front door: a model that generates, chats and streams."""
 
 import itertools
+import reprlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ class LLM:
         ...     print(out[0].outputs[0].text)
     """
 
+    _closed = True  # until all of it stands, for __del__
+
     def __init__(
         self,
         model: str | Path | PreTrainedModel | None = None,
@@ -74,7 +77,6 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         **options: Any,
     ) -> None:
-        self._closed = True  # until all of it stands, for __del__
         self.config = EngineConfig(**options)
         self._loaded = load_model(
             model, tokenizer=tokenizer, device=resolve_device(device), dtype=dtype
@@ -142,12 +144,15 @@ class LLM:
         tokens = self._tokenise(prompt)  # type: ignore[arg-type]
         with self._lock:
             self._check_open()
-            (request,) = self._engine.add_request(self._next_id(), tokens, params)
-        return self._stream(request)
+            self._engine.check(tokens, params)  # now, not when the loop begins
+        return self._stream(tokens, params)
 
-    def _stream(self, request: Request) -> Iterator[StreamDelta]:
+    def _stream(self, tokens: list[int], params: SamplingParams) -> Iterator[StreamDelta]:
+        groups: list[list[Request]] = []
         shown_text = shown_tokens = 0
         try:
+            self._add([tokens], [params], groups)  # here: a stream never begun has none to end
+            ((request,),) = groups
             while not request.is_finished:
                 self._step()
                 text = request.detokenizer.text if request.detokenizer else ""
@@ -160,7 +165,7 @@ class LLM:
                     )
                     shown_text, shown_tokens = len(text), len(token_ids)
         finally:
-            self._abort([request])
+            self._abort(groups)
 
     def render_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins."""
@@ -181,6 +186,7 @@ class LLM:
             )
         except TemplateError as error:
             raise InvalidPrompt(f"the chat template refuses the conversation: {error}") from error
+        assert isinstance(text, str), "one conversation was rendered, not a batch"
         return tokenizer(text, add_special_tokens=False).input_ids
 
     # -- the machine under it ----------------------------------------------------------------
@@ -226,10 +232,11 @@ class LLM:
         """Give everything back. The object is of no use afterwards; closing twice is harmless."""
         if self._closed:
             return
-        with self._lock:
-            self._engine.abort([*self._engine.scheduler.running, *self._engine.scheduler.waiting])
-            self._built.close()
-            self._closed = True
+        with self._lock, deferred_interrupt():
+            if not self._closed:
+                self._engine.abort(self._engine.requests)
+                self._built.close()
+                self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -256,13 +263,10 @@ class LLM:
         tokens = [self._tokenise(prompt) for prompt in prompts]
         groups: list[list[Request]] = []
         try:
-            with self._lock:
-                self._check_open()
-                for prompt_tokens, one in zip(tokens, params, strict=True):
-                    groups.append(self._engine.add_request(self._next_id(), prompt_tokens, one))
+            self._add(tokens, params, groups)
             self._run_to_end([request for group in groups for request in group], progress)
         finally:
-            self._abort([request for group in groups for request in group])
+            self._abort(groups)
         return [
             _request_output(group, prompt if isinstance(prompt, str) else None)
             for group, prompt in zip(groups, prompts, strict=True)
@@ -274,21 +278,31 @@ class LLM:
                 self._step()
                 bar.update()
 
+    def _add(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        groups: list[list[Request]],
+    ) -> None:
+        """Queue prompts and put their requests into `groups`, where no interrupt loses them."""
+        with self._lock, deferred_interrupt():
+            self._check_open()
+            for prompt, one in zip(prompts, params, strict=True):
+                groups.append(self._engine.add_request(self._next_id(), prompt, one))
+
     def _step(self) -> None:
         with self._lock, deferred_interrupt():
             self._check_open()
             self._engine.step()
 
-    def _abort(self, requests: Sequence[Request]) -> None:
+    def _abort(self, groups: Sequence[Sequence[Request]]) -> None:
         with self._lock, deferred_interrupt():
             if not self._closed:
-                self._engine.abort(requests)
+                self._engine.abort([request for group in groups for request in group])
 
     def _tokenise(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            if any(not isinstance(token, int) for token in prompt):
-                raise InvalidPrompt(f"{prompt!r} is neither a text nor a list of token ids")
-            return list(prompt)
+            return _as_token_ids(prompt)
         if self._loaded.tokenizer is None:
             raise InvalidPrompt(
                 f"{self._loaded.name} has no tokenizer; give prompts as lists of token ids, or "
@@ -305,9 +319,25 @@ class LLM:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise InvalidPrompt(
+            f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, or a list "
+            "of either"
+        )
+    if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _as_token_ids(prompt: Sequence[int]) -> list[int]:
+    if not isinstance(prompt, Sequence) or any(type(token) is not int for token in prompt):
+        raise InvalidPrompt(
+            f"{reprlib.repr(prompt)} is neither a text nor a list of token ids, which are plain "
+            "integers; call .tolist() on an array"
+        )
+    return list(prompt)
 
 
 def _params_for_each(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -27,6 +28,20 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# What transformers raises for missing, damaged and contradicting files.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    ZeroDivisionError,
+    SafetensorError,
+    StrictDataclassError,
+)
+_NUM_PROBE_TOKENS = 4
+_PROBE_TOLERANCE = 1e-2  # of the largest value: above rounding in bfloat16, below a mix-up
 _T = TypeVar("_T")
 
 
@@ -117,7 +132,7 @@ def load_model(
         geometry=geometry,
         vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
         eos_token_ids=_eos_token_ids(model),
-        max_positions=getattr(text_config, "max_position_embeddings", None) or 32_768,
+        max_positions=_max_positions(text_config),
     )
 
 
@@ -134,7 +149,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 def _resolve(source: str | Path | None) -> str | Path:
     if source is None:
-        from ..tiny_chat import model_path
+        from ..tiny_chat import model_path  # pyright: ignore[reportMissingImports] - examples/
 
         return model_path()
     path = Path(source).expanduser()
@@ -154,7 +169,7 @@ def _resolve(source: str | Path | None) -> str | Path:
 def _reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
     try:
         return read()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise BadCheckpoint(
             f"cannot read the {what} of {home}: {error}; check that the checkpoint is complete"
         ) from error
@@ -168,14 +183,25 @@ def _from_checkpoint(home: str | Path, dtype: torch.dtype | None) -> PreTrainedM
             f"{config.model_type} has no causal language model in transformers; use one that "
             "generates text"
         )
-    _check_architecture(config, mapping[type(config)])
-    return _reading(
+    _check_architecture(config, mapping[type(config)])  # type: ignore[arg-type]
+    loaded: Any = _reading(
         "weights",
         home,
         lambda: AutoModelForCausalLM.from_pretrained(
-            home, config=config, dtype=dtype or "auto", attn_implementation=ATTENTION_NAME
+            home,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
         ),
     )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise
+        raise BadCheckpoint(
+            f"{home} lacks {len(missing)} of the model's tensors, among them {missing[0]}; check "
+            "that all of its *.safetensors are there"
+        )
+    return model
 
 
 def _check_architecture(config: PretrainedConfig, model_class: type) -> None:
@@ -202,25 +228,52 @@ def _check_architecture(config: PretrainedConfig, model_class: type) -> None:
 def _probe(
     model: PreTrainedModel,
 ) -> tuple[tuple[LayerAttention, ...], tuple[LayerGeometry, ...]]:
-    """Run two tokens through the model to see what each layer asks of attention."""
-    probe = AttentionProbe()
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    positions = torch.arange(2, device=model.device).unsqueeze(0)
-    with torch.inference_mode(), attention_step(probe):
-        model(input_ids=tokens, position_ids=positions, use_cache=False)
+    """Run a few tokens through the model to see what each layer asks of attention.
+
+    Then run them in another order: what reaches attention must follow from a token and its
+    position alone, for in a flat batch a token's neighbours may belong to other requests.
+    """
+    name = type(model).__name__
+    ahead = _run_probe(model, backwards=False)
     num_layers = model.config.get_text_config().num_hidden_layers
-    if sorted(probe.geometry) != list(range(num_layers)):
+    if sorted(ahead.geometry) != list(range(num_layers)):
         raise UnsupportedModel(
-            f"{type(model).__name__} has {num_layers} layers, of which {len(probe.geometry)} use "
-            "attention over keys and values of every token; the others' state has no place in a "
-            "slot"
+            f"{name} has {num_layers} layers, of which {len(ahead.geometry)} use attention over "
+            "keys and values of every token; the others' state has no place in a slot"
         )
+    back = _run_probe(model, backwards=True)
+    for layer, inputs in ahead.inputs.items():
+        off = (back.inputs[layer].flip(0) - inputs).abs().amax(dim=1)  # [num_tokens]
+        # Most tokens, not any: a router of experts may waver over one for a rounding error.
+        if (off > _PROBE_TOLERANCE * inputs.abs().max()).float().mean() > 0.5:
+            raise UnsupportedModel(
+                f"{name} computes layer {layer} not from each token and its position alone, but "
+                "from its neighbours in the batch (a convolution, or positions of its own "
+                "counting), which may be another request's; use a model that takes position_ids"
+            )
     attention, geometry = [], []
     for layer in range(num_layers):
-        window = _window(model.config.get_text_config(), layer, probe.attention[layer].window)
-        attention.append(replace(probe.attention[layer], window=window))
-        geometry.append(replace(probe.geometry[layer], window=window))
+        window = _window(model.config.get_text_config(), layer, ahead.attention[layer].window)
+        attention.append(replace(ahead.attention[layer], window=window))
+        geometry.append(replace(ahead.geometry[layer], window=window))
     return tuple(attention), tuple(geometry)
+
+
+def _run_probe(model: PreTrainedModel, *, backwards: bool) -> AttentionProbe:
+    probe = AttentionProbe()
+    positions = torch.arange(_NUM_PROBE_TOKENS, device=model.device).unsqueeze(0)
+    if backwards:
+        positions = positions.flip(1)
+    try:
+        with torch.inference_mode(), attention_step(probe):
+            model(input_ids=positions + 1, position_ids=positions, use_cache=False)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        if isinstance(error, UnsupportedModel):
+            raise
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot run a flat batch of tokens: {error}"
+        ) from error
+    return probe
 
 
 def _window(config: Any, layer: int, passed: int | None) -> int | None:
@@ -234,6 +287,20 @@ def _window(config: Any, layer: int, passed: int | None) -> int | None:
     if layer_types is not None and layer_types[layer] == "sliding_attention":
         return config.sliding_window
     return None
+
+
+def _max_positions(config: Any) -> int:
+    """The longest sequence whose rows depend on nothing but the sequence itself.
+
+    A long rotary embedding changes all frequencies once the longest sequence of a batch passes
+    the original length: rows in the slots would become wrong, and neighbours would feel it.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or 32_768
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # flat, or by type of layer
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            limit = min(limit, parameters.get("original_max_position_embeddings") or limit)
+    return limit
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

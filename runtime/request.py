@@ -84,6 +84,20 @@ class Request:
         return self.num_tokens - self.num_computed
 
     @property
+    def scores_prompt(self) -> bool:
+        """True if the prompt's own log probabilities are asked of this request."""
+        return self.params.prompt_logprobs is not None and self.leader is None
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens from the start whose logits are not wanted any more, or never were."""
+        num_known = len(self.prompt_logprobs)
+        if not self.scores_prompt or num_known == self.num_prompt_tokens:
+            return self.num_tokens
+        # The first entry is nobody's; each further one came from the logits of the token before.
+        return max(0, num_known - 1)
+
+    @property
     def is_finished(self) -> bool:
         """True once no more tokens will come."""
         return self.state is RequestState.FINISHED

@@ -133,21 +133,20 @@ class Scheduler:
 
     def _admit(self, batch: dict[Request, int]) -> None:
         """Admit waiting requests, in order, while the budgets last."""
-        held_back: list[Request] = []
-        while self.waiting and len(self.running) < self.max_seqs:
+        position = 0  # behind those that wait for their leader
+        while position < len(self.waiting) and len(self.running) < self.max_seqs:
             budget = self.max_batch_tokens - self._used(batch)
             if budget <= 0:
                 break
-            request = self.waiting.popleft()
+            request = self.waiting[position]
             if self._waits_for_leader(request):
-                held_back.append(request)
+                position += 1
                 continue
             count = self._try_admit(request, budget)
             if not count:
-                self.waiting.appendleft(request)
                 break
+            del self.waiting[position]
             batch[request] = count
-        self.waiting.extendleft(reversed(held_back))
 
     @staticmethod
     def _waits_for_leader(request: Request) -> bool:
@@ -200,11 +199,12 @@ class Scheduler:
     def _reusable_tokens(self, request: Request) -> Sequence[int]:
         """The tokens whose rows may come from elsewhere.
 
-        At least the last token is always computed: its logits choose the next one. So are all of
-        a prompt whose own logits are wanted.
+        At least the last token is always computed: its logits choose the next one. So is every
+        prompt token whose own logits are wanted and not there yet.
         """
-        scores_prompt = request.params.prompt_logprobs is not None and not request.was_admitted
-        return request.token_ids[:-1] if self.prefix_reuse and not scores_prompt else ()
+        if not self.prefix_reuse:
+            return ()
+        return request.token_ids[: min(request.num_tokens - 1, request.num_scored)]
 
     def _open_slot(
         self, tokens: Sequence[int], donor: Request | None, num_shared: int
