@@ -22,14 +22,17 @@ def snapshot(
     """The statistics of a cache with these slots."""
     held: set[Page] = set()
     ahead: set[Page] = set()
+    idle = {page for slot in parked for pages in slot.pages for page in pages}
     for slot in live:
+        coming = max(slot.num_tokens, slot.promised_tokens, slot.ahead_tokens)
         needed = backing.geometry.pages_per_range(slot.num_tokens)
-        for pages, count in zip(slot.pages, needed, strict=True):
+        wanted = backing.geometry.pages_per_range(min(coming, backing.geometry.max_len))
+        for pages, count, end in zip(slot.pages, needed, wanted, strict=True):
             held.update(pages[:count])
-            ahead.update(pages[count:])
+            ahead.update(pages[count:end])
+            idle.update(pages[end:])  # what a slot that was taken over has beyond its need
     ahead -= held
-    only_parked = {page for slot in parked for pages in slot.pages for page in pages}
-    only_parked -= held | ahead
+    idle -= held | ahead
     pool = backing.pool
     return KVStats(
         virtual_bytes=virtual_bytes,
@@ -38,7 +41,7 @@ def snapshot(
         row_tokens=backing.geometry.row_tokens,
         pages_held=len(held),
         pages_ahead=len(ahead),
-        pages_parked=len(only_parked),
+        pages_parked=len(idle),
         pages_free=pool.num_free,
         pages_reserved=pool.num_reserved,
         pages_limit=pool.limit_pages,

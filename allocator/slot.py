@@ -23,11 +23,13 @@ class Slot:
         index: the slot's row in the cache's tensors.
         num_tokens: tokens that may be written and read: the last `grow` or `truncate`.
         promised_tokens: tokens that pages are mapped or reserved for.
+        ahead_tokens: tokens that memory was asked for ahead of time.
         ready_tokens: tokens that it may grow to with what is mapped already.
         pages: of each range, the pages mapped from its start on.
     """
 
     __slots__ = (
+        "ahead_tokens",
         "fence",
         "index",
         "num_tokens",
@@ -42,6 +44,7 @@ class Slot:
         self.index = index
         self.num_tokens = 0
         self.promised_tokens = 0
+        self.ahead_tokens = 0
         self.ready_tokens = 0
         self.pages: list[list[Page]] = [[] for _ in range(num_ranges)]
         self.reservation = Reservation()

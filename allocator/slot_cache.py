@@ -167,6 +167,7 @@ class SlotCache(ABC):
         """
         self._check(slot)
         num_tokens = min(num_tokens, self.max_len)
+        slot.ahead_tokens = num_tokens
         if num_tokens > slot.ready_tokens:
             self._look_ahead.submit(slot, num_tokens)
 

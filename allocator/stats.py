@@ -13,8 +13,10 @@ class KVStats:
         page_bytes: size of a page.
         row_tokens: tokens covered by one page of every range.
         pages_held: pages that live requests need for their tokens, a shared page once.
-        pages_ahead: pages mapped behind live requests' tokens, ready for their growth.
-        pages_parked: pages that only parked slots hold.
+        pages_ahead: pages mapped behind live requests' tokens that were promised or asked ahead.
+        pages_parked: pages that no live request needs: those of parked slots, and those that a
+            slot taken over from one has beyond its new owner's need. Reclaimed when others want
+            them, returned by `trim`.
         pages_free: pages that exist and are nobody's.
         pages_reserved: pages promised to requests and not yet taken.
         pages_limit: the most pages the pool may hold.

@@ -38,8 +38,10 @@ class ChatSession:
         pieces: list[str] = []
         try:
             for delta in self.llm.stream([*self._system, *self.turns], self.params):
-                pieces.append(delta.text)
-                yield delta.text
+                text = delta.text if pieces else delta.text.lstrip()
+                if text:
+                    pieces.append(text)
+                    yield text
         finally:
             self.turns.append({"role": "assistant", "content": "".join(pieces)})
 

@@ -1,5 +1,6 @@
 """The `vkv` command."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -205,6 +206,8 @@ def _command_line() -> str:
 
 def main() -> None:
     """Run the command; a user's mistake is a message, not a traceback."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would litter a log
     try:
         app()
     except VkvError as error:
