@@ -83,6 +83,8 @@ def test_softcap_and_sinks(chunks, window, sinks, softcap, dtype):
 
 def test_bounded_tiles_merge_over_keys_longer_than_one_tile():
     check(Case(chunks=((130, 2300),), num_heads=2, num_kv_heads=1, softcap=3.0))
+    # The first queries of a block see no key of its last tile.
+    check(Case(chunks=((200, 1100),), num_heads=2, num_kv_heads=1, softcap=3.0))
     check(Case(chunks=((3, 5000),), num_heads=2, num_kv_heads=1, softcap=3.0, window=2100))
 
 
