@@ -47,7 +47,14 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         look_ahead_tokens=config.look_ahead_tokens,
         prefix_reuse=config.prefix_reuse,
     )
-    return BuiltEngine(Engine(loaded, cache, backend, scheduler), driver)
+    built = BuiltEngine(Engine(loaded, cache, backend, scheduler), driver)
+    try:
+        for index in range(len(loaded.geometry)):
+            backend.check_cache(*cache.layer(index))
+    except BaseException:
+        built.close()
+        raise
+    return built
 
 
 def _build_cache(

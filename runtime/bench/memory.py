@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from ...allocator import KVCache, PagedKVCache
 from ..config import EngineConfig
 from ..llm import LLM
 from ..sampling_params import SamplingParams
@@ -117,7 +118,9 @@ def _run_engine(
     )
     samples: list[MemorySample] = []
     with LLM(model, dtype=options.dtype, device=options.device, **asdict(config)) as llm:
-        layout = llm.engine.cache.layout
+        cache = llm.engine.cache
+        assert isinstance(cache, KVCache | PagedKVCache)
+        layout = cache.layout
         token_bytes = layout.token_bytes
         for index, item in enumerate(work):
             params = SamplingParams(temperature=0, max_tokens=item.num_output_tokens)
@@ -224,7 +227,8 @@ def _append(
 
 
 def _cache_bytes(cache: StaticCache | DynamicCache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    tensors = [getattr(layer, name) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 # -- results -----------------------------------------------------------------------------------
