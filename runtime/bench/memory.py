@@ -5,10 +5,14 @@ Beside them stand the caches of `transformers` as a padded batch fills them: sta
 for the longest of the batch at once) and dynamic (one concatenation a step). Those are the real
 cache objects, filled with the lengths of the workload; no model runs over them, since their size
 does not depend on what they hold.
+
+Waste is the share of that memory which holds no token of a live request: on average over the
+steps, when the tokens are most, and, as "never used", what was left of each request's memory when
+it had its last token.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,14 @@ class MemorySample:
     physical_bytes: int = 0
 
 
+@dataclass
+class FinalUse:
+    """What requests ended with, summed: bytes of their tokens, and the bytes that backed them."""
+
+    token_bytes: int = 0
+    kv_bytes: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
     """What to run; see `vkv bench memory --help`."""
@@ -76,13 +88,15 @@ def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[
         seed=options.seed,
     )
     samples: dict[str, list[MemorySample]] = {}
+    ends = {kind: FinalUse() for kind in options.kinds}
     engines: dict[str, dict[str, Any]] = {}
     for kind in options.kinds:
         if kind in ("virtual", "paged"):
-            samples[kind], engines[kind] = _run_engine(model, work, options, kind)
+            samples[kind], engines[kind] = _run_engine(model, work, options, kind, ends[kind])
         else:
-            samples[kind] = list(_fill_caches(model, work, options, kind))
-    tables = [_memory_table(samples)]
+            samples[kind] = list(_fill_caches(model, work, options, kind, ends[kind]))
+    summary = {kind: _summary(rows, ends[kind]) for kind, rows in samples.items()}
+    tables = [_memory_table(summary)]
     if engines:
         tables.append(_engine_table(engines))
     path = write_record(
@@ -91,9 +105,9 @@ def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[
         device=options.device,
         config=asdict(options) | {"dtype": str(options.dtype), "device": str(options.device)},
         results={
-            "summary": {kind: _summary(rows) for kind, rows in samples.items()},
+            "summary": summary,
             "engines": engines,
-            "samples": {kind: [asdict(row) for row in rows] for kind, rows in samples.items()},
+            "samples": {kind: _columns(rows) for kind, rows in samples.items()},
         },
         tables=tables,
         command=command,
@@ -106,7 +120,11 @@ def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[
 
 
 def _run_engine(
-    model: PreTrainedModel, work: Sequence[WorkItem], options: MemoryOptions, kind: str
+    model: PreTrainedModel,
+    work: Sequence[WorkItem],
+    options: MemoryOptions,
+    kind: str,
+    ends: FinalUse,
 ) -> tuple[list[MemorySample], dict[str, Any]]:
     """Run the workload through the engine, with a sample after every step."""
     config = EngineConfig(
@@ -126,6 +144,7 @@ def _run_engine(
             params = SamplingParams(temperature=0, max_tokens=item.num_output_tokens)
             llm.engine.add_request(str(index), item.prompt, params)
         worst_waste = 0.0
+        last_seen: dict[str, tuple[int, int]] = {}  # of each request: bytes of tokens, of pages
         while llm.engine.has_work:
             llm.engine.step()
             stats = llm.stats()
@@ -133,9 +152,11 @@ def _run_engine(
             tokens = (stats.tokens_held - stats.tokens_parked) * token_bytes
             for request in llm.engine.scheduler.running:
                 assert request.slot is not None
-                unused = layout.num_pages(request.slot.num_tokens) * stats.page_bytes
-                unused -= request.slot.num_tokens * token_bytes
-                worst_waste = max(worst_waste, unused / (layout.num_ranges * stats.page_bytes))
+                used = request.slot.num_tokens * token_bytes
+                backed = layout.num_pages(request.slot.num_tokens) * stats.page_bytes
+                last_seen[request.request_id] = used, backed
+                row_bytes = layout.num_ranges * stats.page_bytes
+                worst_waste = max(worst_waste, (backed - used) / row_bytes)
             samples.append(
                 MemorySample(
                     output_tokens=stats.num_output_tokens,
@@ -147,6 +168,8 @@ def _run_engine(
                     physical_bytes=stats.physical_bytes,
                 )
             )
+        ends.token_bytes = sum(used for used, _ in last_seen.values())
+        ends.kv_bytes = sum(backed for _, backed in last_seen.values())
         stats = llm.stats()
         llm.trim()
         after = llm.stats()
@@ -169,19 +192,22 @@ def _run_engine(
 def _fair_limit(model: PreTrainedModel, work: Sequence[WorkItem], options: MemoryOptions) -> int:
     """What a padded static batch takes: every kind may use as much, none must."""
     longest = max(len(item.prompt) for item in work) + max(i.num_output_tokens for i in work)
-    heads = model.config.num_key_value_heads * model.config.head_dim
-    token = 2 * model.config.num_hidden_layers * heads * options.dtype.itemsize
-    return options.max_seqs * longest * token
+    return options.max_seqs * longest * cache_bytes_per_token(model, options.dtype)
 
 
 # -- the caches of transformers ----------------------------------------------------------------
 
 
 def _fill_caches(
-    model: PreTrainedModel, work: Sequence[WorkItem], options: MemoryOptions, kind: str
+    model: PreTrainedModel,
+    work: Sequence[WorkItem],
+    options: MemoryOptions,
+    kind: str,
+    ends: FinalUse,
 ) -> Iterator[MemorySample]:
     """Static batches of `max_seqs` requests, padded to their longest, until all are done."""
     done = 0
+    token_bytes = cache_bytes_per_token(model, options.dtype)
     for start in range(0, len(work), options.max_seqs):
         batch = work[start : start + options.max_seqs]
         prompt = max(len(item.prompt) for item in batch)
@@ -194,7 +220,6 @@ def _fill_caches(
             _append(cache, model, len(batch), prompt if step == 0 else 1, options)
             done += sum(item.num_output_tokens > step for item in batch)
             live = [item for item in batch if item.num_output_tokens > step]
-            token_bytes = cache_bytes_per_token(model, options.dtype)
             yield MemorySample(
                 output_tokens=done,
                 live_requests=len(live),
@@ -202,6 +227,8 @@ def _fill_caches(
                 kv_bytes=_cache_bytes(cache),
                 physical_bytes=_cache_bytes(cache),
             )
+        ends.token_bytes += sum(item.num_tokens - 1 for item in batch) * token_bytes
+        ends.kv_bytes += _cache_bytes(cache)
 
 
 def cache_bytes_per_token(model: PreTrainedModel, dtype: torch.dtype) -> int:
@@ -234,7 +261,7 @@ def _cache_bytes(cache: StaticCache | DynamicCache) -> int:
 # -- results -----------------------------------------------------------------------------------
 
 
-def _summary(samples: Sequence[MemorySample]) -> dict[str, float]:
+def _summary(samples: Sequence[MemorySample], ends: FinalUse) -> dict[str, float]:
     live = [s for s in samples if s.live_requests]
     peak = max(samples, key=lambda s: s.kv_bytes)
     fullest = max(live, key=lambda s: s.token_bytes)
@@ -244,12 +271,19 @@ def _summary(samples: Sequence[MemorySample]) -> dict[str, float]:
         "mean_kv_bytes": sum(s.kv_bytes for s in live) / len(live),
         "mean_waste": 1 - sum(s.token_bytes for s in live) / sum(s.kv_bytes for s in live),
         "waste_when_fullest": 1 - fullest.token_bytes / fullest.kv_bytes,
+        "waste_at_the_end": 1 - ends.token_bytes / ends.kv_bytes,
     }
 
 
-def _memory_table(samples: dict[str, list[MemorySample]]) -> Table:
+def _columns(samples: Sequence[MemorySample]) -> dict[str, list[int]]:
+    """A list for each field, one number a step."""
+    names = [field.name for field in fields(MemorySample)]
+    return {name: [getattr(sample, name) for sample in samples] for name in names}
+
+
+def _memory_table(summary: dict[str, dict[str, float]]) -> Table:
     rows = []
-    for kind, row in ((kind, _summary(some)) for kind, some in samples.items()):
+    for kind, row in summary.items():
         rows.append(
             [
                 kind,
@@ -258,6 +292,7 @@ def _memory_table(samples: dict[str, list[MemorySample]]) -> Table:
                 f"{row['peak_physical_bytes'] / 2**20:.1f}",
                 f"{row['mean_waste']:.1%}",
                 f"{row['waste_when_fullest']:.1%}",
+                f"{row['waste_at_the_end']:.1%}",
             ]
         )
     return Table(
@@ -269,6 +304,7 @@ def _memory_table(samples: dict[str, list[MemorySample]]) -> Table:
             "peak physical, MiB",
             "mean waste",
             "waste when fullest",
+            "never used",
         ],
         rows=rows,
     )

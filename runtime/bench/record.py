@@ -83,7 +83,7 @@ def write_record(
         "config": dict(config),
         "results": dict(results),
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record) + "\n")
     where = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
     head = f"# {what}, {today}\n\n`{command}` on {where}.\n\n"
     path.with_suffix(".md").write_text(head + "\n".join(table.markdown() for table in tables))
