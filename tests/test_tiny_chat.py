@@ -12,6 +12,15 @@ from vkv.tiny_chat.batches import MAX_POSITION, Stage, conversation_row, make_ba
 MAX_BYTES = 8_000_000
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A model this small is slower on several threads, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(model_path())

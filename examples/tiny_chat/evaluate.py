@@ -32,6 +32,7 @@ from .heldout import Case
 MODEL = model_path()
 BUCKETS = ((0, 100), (100, 300), (300, 600), (600, 1000))
 LIMITS = (300, 1000)  # "recall at distances up to …"
+FAR = (1000, 1800)
 
 
 def make_cases(
@@ -51,6 +52,12 @@ def make_cases(
                 heldout.recall_case(rng, count, low, high, held_out=held_out)
                 for _ in range(num_cases)
             ]
+    cases["recall {}-{}".format(*FAR)] = [
+        heldout.recall_case(rng, count, *FAR) for _ in range(num_cases)
+    ]
+    cases["same thing of three owners"] = [
+        heldout.rivals_case(rng, count) for _ in range(num_cases)
+    ]
     cases["latest value after a change"] = [
         heldout.update_case(rng, count) for _ in range(num_cases)
     ]
@@ -132,7 +139,7 @@ def print_table(console: Console, scores: dict[str, dict]) -> None:
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the model.")] = MODEL,
     num_cases: Annotated[int, typer.Option(help="Conversations per row of the table.")] = 250,
-    seed: Annotated[int, typer.Option(help="Of the conversations.")] = 7,
+    seed: Annotated[int, typer.Option(help="Of the conversations.")] = 11,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Where to write scores.")] = None,

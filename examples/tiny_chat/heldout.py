@@ -107,6 +107,24 @@ def recall_case(
     return Case("recall", _messages(exchanges), question.assistant, fact.value, distance)
 
 
+def rivals_case(rng: random.Random, count: CountTokens) -> Case:
+    """Return a question about one of three facts that differ only in whose they are."""
+    noun = f"{rng.choice(lexicon.CODE_QUALIFIERS)} {rng.choice(lexicon.CODE_NOUNS)}"
+    relation, name = rng.choice(lexicon.RELATIONS), rng.choice(lexicon.NAMES)
+    owners = [("my", "your"), (f"my {relation}'s", f"your {relation}'s"), (f"{name}'s",) * 2]
+    rng.shuffle(owners)
+    facts = [
+        Fact(f"{told} {noun}", f"{asked} {noun}", lexicon.digits(rng, 4, held_out=True))
+        for told, asked in owners
+    ]
+    exchanges = []
+    for fact in facts:
+        exchanges += _distractors(rng, fact, rng.randint(0, 80), count)
+        exchanges.append(dialogues.tell(rng, [fact], held_out=True))
+    question = dialogues.ask(rng, rng.choice(facts), held_out=True)
+    return Case("rivals", _messages([*exchanges, question]), question.assistant, question.value)
+
+
 def update_case(rng: random.Random, count: CountTokens) -> Case:
     """Return a question about a fact whose value was changed; the latest value is the answer."""
     fact = dialogues.make_fact(rng, held_out_key=False, held_out_value=True, noun="door code")
