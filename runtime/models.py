@@ -116,11 +116,7 @@ def load_model(
         model = model.to(wanted_dtype)  # type: ignore[arg-type]
     model = model.to(device).eval()  # type: ignore[arg-type]
     text_config = model.config.get_text_config()
-    if text_config._attn_implementation != ATTENTION_NAME:
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not use transformers' attention interface, so its "
-            "attention cannot be pointed at contiguous slots; use a model that does"
-        )
+    _check_interface(model)
     attention, geometry = _probe(model)
     return LoadedModel(
         name=name,
@@ -206,22 +202,25 @@ def _from_checkpoint(home: str | Path, dtype: torch.dtype | None) -> PreTrainedM
 
 def _check_architecture(config: PretrainedConfig, model_class: type) -> None:
     """Refuse what is known not to work before its weights are read."""
-    text_config = config.get_text_config()
     name = model_class.__name__
-    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ())
     if foreign := sorted(layer_types - _KNOWN_LAYER_TYPES):
         raise UnsupportedModel(
-            f"{name} has layers of type {', '.join(foreign)}: they keep a state that is not keys "
-            "and values of every token, which slots do not hold; use an attention-only model"
+            f"{name} has layers of type {', '.join(foreign)}, and slots hold keys and values of "
+            "every token, for full and sliding-window attention; use a model of these alone"
         )
     if getattr(model_class, "_is_stateful", False):
         raise UnsupportedModel(
             f"{name} keeps recurrent state instead of keys and values; use an attention model"
         )
-    if not getattr(model_class, "_supports_attention_backend", False):
+
+
+def _check_interface(model: PreTrainedModel) -> None:
+    """Refuse a model that did not take our attention; `transformers` itself only warns."""
+    if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
         raise UnsupportedModel(
-            f"{name} does not use transformers' attention interface, so its attention cannot be "
-            "pointed at contiguous slots; use a model that does"
+            f"{type(model).__name__} does not use transformers' attention interface, so its "
+            "attention cannot be pointed at contiguous slots; use a model that does"
         )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+torch.set_num_threads(1)  # more threads only hinder operations as tiny as these
+
 VOCAB_SIZE = 96
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -71,7 +73,41 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_ALTERNATING, **_MOE, "rope_scaling": None},
     "deepseek_v3": {**_LATENT, **_ROUTED, "num_hidden_layers": 3},
 }
-OTHERS: dict[str, dict[str, Any]] = {}
+OTHERS: dict[str, dict[str, Any]] = {
+    "afmoe": {**_ALTERNATING, **_MANY_EXPERTS},
+    "biogpt": {"hidden_dropout_prob": 0.0},
+    "cohere2": _ALTERNATING,
+    "ctrl": {"dff": 48},
+    "deepseek_v2": {**_LATENT, **_ROUTED, "topk_method": "group_limited_greedy"},
+    "exaone4": _ALTERNATING,
+    "gemma3_text": {**_ALTERNATING, "query_pre_attn_scalar": 8},
+    "gemma4_text": {
+        **_ALTERNATING,
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
+    },
+    "glm4": {},
+    "glm4_moe": _ROUTED,
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neox": {},
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5},
+    "minimax_m2": _MOE,
+    "mixtral": _MOE,
+    "nemotron": {},
+    "olmo2": {},
+    "olmo3": _ALTERNATING,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "persimmon": {},
+    "phi": {},
+    "phi3": {"sliding_window": _WINDOW},
+    "qwen3_moe": _MANY_EXPERTS,
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": _WINDOW},
+}
 ARCHITECTURES = REQUIRED | OTHERS
 
 
