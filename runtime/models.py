@@ -111,7 +111,8 @@ def load_model(
         model.set_attn_implementation(ATTENTION_NAME)
     else:
         home = _resolve(source)
-        model, name = _from_checkpoint(home, wanted_dtype), str(home)
+        model = _from_checkpoint(home, wanted_dtype)
+        name = str(home) if source is not None else "the built-in tiny model"
     if wanted_dtype is not None:
         model = model.to(wanted_dtype)  # type: ignore[arg-type]
     model = model.to(device).eval()  # type: ignore[arg-type]

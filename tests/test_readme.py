@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import zoo
 from vkv.runtime import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_architectures_named_are_those_proven() -> None:
+    text = (ROOT / "README.md").read_text()
+    (listed,) = re.findall(r"<!-- architectures -->(.*?)<!-- end -->", text, flags=re.DOTALL)
+    assert re.findall(r"`(\w+)`", listed) == sorted(zoo.ARCHITECTURES)
 
 
 def test_every_folder_has_a_page() -> None:
