@@ -193,11 +193,10 @@ class Backing(ABC):
         The tokens go first: if the driver refuses to take a page away (DriverError), the slot
         is left with pages to spare, and may be shrunk again.
         """
-        slot.num_tokens = num_tokens
+        slot.num_tokens = slot.ready_tokens = num_tokens
         if any(len(pages) > count for pages, count in zip(slot.pages, keep, strict=True)):
             # Work that was launched may still touch the pages; a parked slot knows its last.
             (slot.fence or self.pool.driver.record_fence()).wait()
-            slot.ready_tokens = 0
             for index, count in enumerate(keep):
                 self._drop(slot, index, count)
         self._note_ready(slot)

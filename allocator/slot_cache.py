@@ -342,8 +342,10 @@ class SlotCache(ABC):
         """Map what was claimed. Where the device itself is short, take spare memory back first."""
         try:
             self._backing.grow(slot, num_tokens)
-        except OutOfPages:
-            if not self._reclaim(self._backing.lacking(slot, num_tokens) - self.pool.num_free):
+        except OutOfPages:  # below the pool's limit; how far below, nobody can tell
+            short = self._backing.lacking(slot, num_tokens) - self.pool.num_free
+            loose = num_reclaimable(self._backing, self._open.values(), self._parked)
+            if not self._reclaim(min(short, loose)):
                 raise
             self._backing.grow(slot, num_tokens)
         except OutOfMappings:

@@ -5,9 +5,25 @@ prints the seed and the number of the operation, which reproduce it.
 """
 
 import random
+from collections import Counter
 
 import pytest
-from allocator_model import KIND, MAX_LEN, PAGE, FlakyHostDriver, Model, make_cache, make_paged
+from allocator_model import (
+    KIND,
+    MAX_LEN,
+    PAGE,
+    FlakyHostDriver,
+    FlakyStandInDriver,
+    Model,
+    make_cache,
+    make_paged,
+    one_thread,
+)
+from vkv.allocator import PagePool, Reservation
+from vkv.vmem import Page
+from vkv.vmem.errors import DriverError, OutOfPages
+
+__all__ = ["one_thread"]  # a fixture
 
 _OPERATIONS = {
     "grow": 30,
@@ -107,32 +123,103 @@ def run(model: Model, seed: int, num_operations: int, *, failures: float = 0.0) 
     assert model.cache.pool.num_held == model.cache.pool.num_reserved == 0
 
 
-@pytest.mark.parametrize("name", KIND)
+@pytest.mark.parametrize("name", ["even", "ragged", "tiles", "split", "windows"])
 def test_contiguous(name):
-    with FlakyHostDriver(PAGE) as driver:
-        run(Model(make_cache(KIND[name], driver)), 1, 8000)
+    with FlakyHostDriver() as driver:
+        run(Model(make_cache(KIND[name], driver)), 1, 12_000)
         assert (driver.num_pages, driver.reserved_bytes) == (0, 0)
+
+
+def test_contiguous_with_tokens_larger_than_pages():
+    with FlakyHostDriver() as driver:
+        run(Model(make_cache(KIND["wide"], driver)), 1, 2000)
 
 
 @pytest.mark.parametrize("name", ["ragged", "tiles"])
 def test_contiguous_with_failing_calls(name):
-    with FlakyHostDriver(PAGE) as driver:
+    with FlakyHostDriver() as driver:
         cache = make_cache(KIND[name], driver, low_watermark=3, high_watermark=9)
-        run(Model(cache), 2, 8000, failures=0.2)
+        run(Model(cache), 2, 12_000, failures=0.2)
         assert (driver.num_pages, driver.reserved_bytes) == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["split", "wide"])
+@pytest.mark.parametrize("name", ["tiles", "split"])
 def test_contiguous_and_isolated(name):
-    with FlakyHostDriver(PAGE) as driver:
-        run(Model(make_cache(KIND[name], driver, sanitize="zero")), 3, 4000, failures=0.02)
+    with FlakyHostDriver() as driver:
+        run(Model(make_cache(KIND[name], driver, sanitize="zero")), 3, 6000, failures=0.02)
 
 
 def test_contiguous_with_few_mappings():
-    with FlakyHostDriver(PAGE, max_mappings=20) as driver:
-        run(Model(make_cache(KIND["windows"], driver)), 4, 8000)
+    with FlakyHostDriver(max_mappings=20) as driver:
+        run(Model(make_cache(KIND["windows"], driver)), 4, 10_000)
+
+
+@pytest.mark.parametrize("name", ["ragged", "tiles"])
+def test_contiguous_on_the_standin(cuda_standin, name):
+    with FlakyStandInDriver() as driver:
+        run(Model(make_cache(KIND[name], driver)), 5, 5000, failures=0.1)
+        assert (driver.num_pages, driver.reserved_bytes) == (0, 0)
 
 
 @pytest.mark.parametrize("sanitize", ["never", "zero"])
 def test_paged(sanitize):
-    run(Model(make_paged(sanitize=sanitize)), 5, 20_000)
+    run(Model(make_paged(sanitize=sanitize)), 6, 20_000)
+
+
+def test_pool():
+    with FlakyHostDriver() as driver:
+        fuzz = PoolFuzz(driver, seed=7)
+        for number in range(50_000):
+            try:
+                fuzz.step()
+                fuzz.check()
+            except BaseException as error:
+                error.add_note(f"operation {number}")
+                raise
+
+
+class PoolFuzz:
+    """A pool, who claims how much of it, and who holds which page."""
+
+    def __init__(self, driver: FlakyHostDriver, seed: int) -> None:
+        self.driver = driver
+        self.random = random.Random(seed)
+        self.pool = PagePool(driver, 40 * PAGE, low_watermark=4, high_watermark=12)
+        self.claims = [Reservation() for _ in range(5)]
+        self.held: list[Page] = []  # a page once for each reference
+
+    def step(self) -> None:
+        claim = self.random.choice(self.claims)
+        some = self.random.choices(self.held, k=3) if self.held else []
+        failing = self.random.random() < 0.1
+        self.driver.fail_after, self.driver.fail_short = (0 if failing else None), True
+        try:
+            match self.random.randrange(8):
+                case 0 | 1:
+                    self.pool.reserve(self.random.randint(0, 9), into=claim)
+                case 2 | 3:
+                    self.held += self.pool.commit(claim, self.random.randint(0, claim.num_pages))
+                case 4:
+                    self.pool.retain(some)
+                    self.held += some
+                case 5:
+                    self.random.shuffle(self.held)
+                    count = self.random.randint(0, len(self.held))
+                    leaving, self.held = self.held[:count], self.held[count:]
+                    self.pool.release(leaving)
+                case 6:
+                    self.pool.cancel(claim, self.random.randint(0, claim.num_pages))
+                case 7:
+                    self.random.choice([self.pool.trim, self.pool.refill])()
+        except OutOfPages:
+            pass  # the limit, or an injected shortage of the device
+        except DriverError:
+            assert failing
+        self.driver.fail_after = None
+
+    def check(self) -> None:
+        pool = self.pool
+        pool.check_invariants()
+        assert pool._references == Counter(self.held)
+        assert pool.num_reserved == sum(claim.num_pages for claim in self.claims)
+        assert pool.num_created == self.driver.num_pages <= pool.limit_pages

@@ -7,16 +7,35 @@ Hypothesis drives a pool and the caches through their lives; after each step the
 from collections import Counter
 
 import pytest
-from allocator_model import KINDS, MAX_LEN, PAGE, FlakyHostDriver, Model, make_cache, make_paged
+from allocator_model import (
+    KINDS,
+    MAX_LEN,
+    PAGE,
+    FlakyHostDriver,
+    FlakyStandInDriver,
+    Model,
+    make_cache,
+    make_paged,
+    one_thread,
+)
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from vkv.allocator import PagePool
 from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages
 
+__all__ = ["one_thread"]  # a fixture
+
 MACHINE = settings(
-    max_examples=60,
-    stateful_step_count=40,
+    max_examples=150,
+    stateful_step_count=50,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
@@ -290,13 +309,19 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 class KVCacheMachine(CacheMachine):
-    """The contiguous cache on the host, with failing system calls and few mappings."""
+    """The contiguous cache, with failing calls and few mappings."""
+
+    Driver = FlakyHostDriver
+    kinds = tuple(KINDS)
 
     def build(self, data, **options):
-        kind = data.draw(st.sampled_from(KINDS))
-        max_mappings = data.draw(st.sampled_from([None, None, 40]))
-        self.driver = FlakyHostDriver(PAGE, max_mappings)
-        return make_cache(kind, self.driver, **options)
+        self.driver = self.Driver()
+        if data.draw(st.booleans()):
+            self.driver._max_mappings = 40
+        return make_cache(data.draw(st.sampled_from(self.kinds)), self.driver, **options)
+
+    def stop_failing(self):
+        self.driver.fail_after = None
 
     def teardown(self):
         super().teardown()
@@ -304,12 +329,16 @@ class KVCacheMachine(CacheMachine):
             assert (self.driver.num_pages, self.driver.reserved_bytes) == (0, 0)
             self.driver.close()
 
-    def stop_failing(self):
-        self.driver.fail_after = None
-
     @rule(calls=st.integers(0, 12), short=st.booleans())
     def let_a_call_fail(self, calls, short):
         self.driver.fail_after, self.driver.fail_short = calls, short
+
+
+class StandInMachine(KVCacheMachine):
+    """The contiguous cache over the CUDA driver, and that over the stand-in for its library."""
+
+    Driver = FlakyStandInDriver
+    kinds = tuple(kind for kind in KINDS if kind.name != "wide")  # larger pages, larger tokens
 
 
 class PagedKVCacheMachine(CacheMachine):
@@ -319,9 +348,17 @@ class PagedKVCacheMachine(CacheMachine):
         return make_paged(block_tokens=data.draw(st.sampled_from([1, 7, 16])), **options)
 
 
-TestPagePool = PoolMachine.TestCase
-TestPagePool.settings = MACHINE
-TestKVCache = KVCacheMachine.TestCase
-TestKVCache.settings = MACHINE
-TestPagedKVCache = PagedKVCacheMachine.TestCase
-TestPagedKVCache.settings = MACHINE
+def test_page_pool():
+    run_state_machine_as_test(PoolMachine, settings=MACHINE)
+
+
+def test_kv_cache():
+    run_state_machine_as_test(KVCacheMachine, settings=MACHINE)
+
+
+def test_kv_cache_on_the_standin(cuda_standin):
+    run_state_machine_as_test(StandInMachine, settings=settings(MACHINE, max_examples=50))
+
+
+def test_paged_kv_cache():
+    run_state_machine_as_test(PagedKVCacheMachine, settings=MACHINE)
