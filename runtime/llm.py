@@ -164,6 +164,7 @@ class LLM:
                         finish_reason=request.finish_reason,
                     )
                     shown_text, shown_tokens = len(text), len(token_ids)
+            _check_not_aborted(groups)
         finally:
             self._abort(groups)
 
@@ -265,6 +266,7 @@ class LLM:
         try:
             self._add(tokens, params, groups)
             self._run_to_end([request for group in groups for request in group], progress)
+            _check_not_aborted(groups)
         finally:
             self._abort(groups)
         return [
@@ -338,6 +340,12 @@ def _as_token_ids(prompt: Sequence[int]) -> list[int]:
             "integers; call .tolist() on an array"
         )
     return list(prompt)
+
+
+def _check_not_aborted(groups: Sequence[Sequence[Request]]) -> None:
+    """What another thread cut short by `close` must not pass for a result."""
+    if any(request.finish_reason == "abort" for group in groups for request in group):
+        raise InvalidOperation("this LLM was closed while it generated; create another")
 
 
 def _params_for_each(

@@ -40,14 +40,15 @@ class BatchProgress:
 
     def _draw(self, now: float) -> None:
         if self._progress is None:
+            console = Console(stderr=True)
             self._progress = Progress(
                 TextColumn("generating"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]:.0f} tokens/s"),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
+                console=console,
+                transient=console.is_terminal,  # a log file keeps the last state instead
             )
             self._progress.start()
             self._task = self._progress.add_task("", total=len(self._requests), rate=0.0)

@@ -84,6 +84,7 @@ def _assert_same(model_type: str, **options: Any) -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by GPT-BigCode
 @pytest.mark.parametrize("model_type", zoo.ARCHITECTURES)
 def test_tokens_and_scores_equal_plain_transformers(model_type: str) -> None:
     _assert_same(model_type, max_batch_tokens=11)
