@@ -227,6 +227,10 @@ class Backing(ABC):
     # -- what a kind of memory supplies ------------------------------------------------------
 
     @abstractmethod
+    def allocate(self, num_slots: int) -> None:
+        """Set aside where the slots will be; called once, before all else. All or nothing."""
+
+    @abstractmethod
     def copy(self, source: Slot, target: Slot, skip: Sequence[int]) -> None:
         """Copy what the tokens of `target` have in `source` behind the first `skip[r]` pages."""
 

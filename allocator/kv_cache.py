@@ -1,6 +1,7 @@
 """Contiguous KV slots over virtual memory."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -43,15 +44,16 @@ class KVCache(SlotCache):
     def __init__(
         self, layout: KVLayout, pool: PagePool, *, num_slots: int, max_parked: int | None = None
     ) -> None:
-        self._slots = VirtualSlots(layout, pool, num_slots)
+        self._slots = VirtualSlots(layout, pool)
         super().__init__(self._slots, num_slots=num_slots, max_parked=max_parked)
         self.layout = layout
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, [num_slots, max_len, num_kv_heads, head_dim], strided.
+        """Keys and values of a layer, [num_slots, tokens, num_kv_heads, head_dim], strided.
 
-        Row `slot.index` is a slot; its first `slot.num_tokens` tokens may be touched, anything
-        beyond faults.
+        Row `slot.index` is a slot; its first `slot.num_tokens` tokens may be touched, and read
+        up to the next multiple of the layout's `over_read_tokens`. Beyond, it may fault. `tokens`
+        is `max_len`, rounded up to that.
         """
         return self._slots.views[index]
 
@@ -72,7 +74,7 @@ class KVCache(SlotCache):
 class VirtualSlots(Backing):
     """Slots side by side in one reservation; a page is part of one by being mapped there."""
 
-    def __init__(self, layout: KVLayout, pool: PagePool, num_slots: int) -> None:
+    def __init__(self, layout: KVLayout, pool: PagePool) -> None:
         super().__init__(layout, pool)
         driver = pool.driver
         if not isinstance(driver, VmemDriver):
@@ -90,18 +92,29 @@ class VirtualSlots(Backing):
         self._layout = layout
         self._driver = driver
         self._page_bytes = layout.page_bytes
-        self._num_slots = num_slots
-        self.num_bytes = layout.slot_bytes * num_slots
-        self._address = driver.reserve(self.num_bytes)
-        self.views = [
-            (self._view(layout.key_geometry(index)), self._view(layout.value_geometry(index)))
-            for index in range(len(layout.layers))
-        ]
+        self._address = 0
+        self.num_bytes = 0
+        self.views: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def _view(self, geometry: TensorGeometry) -> torch.Tensor:
+    def allocate(self, num_slots: int) -> None:
+        layout = self._layout
+        self.num_bytes = layout.slot_bytes * num_slots
+        self._address = self._driver.reserve(self.num_bytes)
+        with ExitStack() as undo:
+            undo.callback(self.free)
+            self.views = [
+                (
+                    self._view(layout.key_geometry(index), num_slots),
+                    self._view(layout.value_geometry(index), num_slots),
+                )
+                for index in range(len(layout.layers))
+            ]
+            undo.pop_all()
+
+    def _view(self, geometry: TensorGeometry, num_slots: int) -> torch.Tensor:
         return self._driver.tensor(
             self._address + geometry.offset_bytes,
-            (self._num_slots, self._layout.capacity_tokens, geometry.num_heads, geometry.head_dim),
+            (num_slots, self._layout.capacity_tokens, geometry.num_heads, geometry.head_dim),
             (geometry.slot_stride, geometry.token_stride, geometry.head_dim, 1),
             self._layout.dtype,
         )

@@ -43,6 +43,12 @@ class LayerGeometry:
     value_dim: int
     window: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("num_kv_heads", "key_dim", "value_dim", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidConfig(f"{name} of a layer is {value}; it must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RangeGeometry:

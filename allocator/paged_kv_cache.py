@@ -98,7 +98,7 @@ class PagedKVCache(SlotCache):
         seed: int = 0,
     ) -> None:
         pool = BlockPool(layout.page_bytes, limit_bytes, sanitize)
-        self._blocks = ScatteredBlocks(layout, pool, num_slots, torch.device(device), seed)
+        self._blocks = ScatteredBlocks(layout, pool, torch.device(device), seed)
         super().__init__(self._blocks, num_slots=num_slots, max_parked=max_parked)
         self.layout = layout
 
@@ -167,32 +167,30 @@ class ScatteredBlocks(Backing):
     """Blocks anywhere in one tensor a layer; a page is part of a slot by being in its table."""
 
     def __init__(
-        self,
-        layout: PagedLayout,
-        pool: PagePool,
-        num_slots: int,
-        device: torch.device,
-        seed: int,
+        self, layout: PagedLayout, pool: PagePool, device: torch.device, seed: int
     ) -> None:
         super().__init__(layout, pool)
         self.device = device
+        self.views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.tables = torch.empty(0, dtype=torch.int32)
+        self._layout = layout
         self._block_tokens = layout.block_tokens
-        num_blocks = pool.limit_pages
-
-        def allocate(num_heads: int, head_dim: int) -> torch.Tensor:
-            shape = num_blocks, layout.block_tokens, num_heads, head_dim
-            return torch.zeros(shape, dtype=layout.dtype, device=device)
-
-        self.views = [
-            (allocate(g.num_kv_heads, g.key_dim), allocate(g.num_kv_heads, g.value_dim))
-            for g in layout.layers
-        ]
         # Page `p` of the pool is block `_shuffled[p]`: whatever order pages are handed out in,
         # the blocks of a request are scattered.
         generator = torch.Generator().manual_seed(seed)
-        self._shuffled = torch.randperm(num_blocks, generator=generator, dtype=torch.int32)
-        max_blocks = layout.num_pages(layout.max_len)
-        self.tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32)
+        self._shuffled = torch.randperm(pool.limit_pages, generator=generator, dtype=torch.int32)
+
+    def allocate(self, num_slots: int) -> None:
+        layout = self._layout
+        self.tables = torch.zeros(num_slots, layout.num_pages(layout.max_len), dtype=torch.int32)
+        self.views = [
+            (self._view(g.num_kv_heads, g.key_dim), self._view(g.num_kv_heads, g.value_dim))
+            for g in layout.layers
+        ]
+
+    def _view(self, num_heads: int, head_dim: int) -> torch.Tensor:
+        shape = self.pool.limit_pages, self._block_tokens, num_heads, head_dim
+        return torch.zeros(shape, dtype=self._layout.dtype, device=self.device)
 
     def locate(
         self, slots: Sequence[Slot], starts: Sequence[int], counts: Sequence[int]

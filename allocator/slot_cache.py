@@ -53,6 +53,7 @@ class SlotCache(ABC):
         max_parked = num_slots // 2 if max_parked is None else max_parked
         if not 0 <= max_parked <= num_slots:
             raise InvalidConfig(f"max_parked is {max_parked}; use 0 to num_slots ({num_slots})")
+        backing.allocate(num_slots)
         self.pool = backing.pool
         self.num_slots = num_slots
         self.max_parked = max_parked

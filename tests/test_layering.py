@@ -1,0 +1,138 @@
+"""Who may import whom: read from the syntax tree of every file, so that no import is too lazy."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FACADE = "runtime/facade"  # the package `vkv` itself: its `.` is the root of all of them
+
+# folder -> what of ours it may import, itself aside; the error tree is everyone's but quant's
+ALLOWED = {
+    "vmem": set(),
+    "quant": set(),
+    "allocator": {"vmem"},
+    "attention_backends": {"allocator", "vmem.errors"},
+    "runtime": {
+        "vmem",
+        "quant",
+        "allocator",
+        "attention_backends",
+        "tiny_chat.model_path",  # the model of a bare `LLM()`, installed from examples/
+    },
+}
+USERS = ("tests", "examples", "benchmarks")  # they see the library as anybody does: `from vkv…`
+
+
+def violations(root: Path) -> list[str]:
+    """What is imported against the rules, as `file:line: why`."""
+    found = []
+    for folder in (*ALLOWED, *USERS):
+        for path in sorted((root / folder).rglob("*.py")):
+            tree = ast.parse(path.read_text(), str(path))
+            for node in ast.walk(tree):
+                for name in _imported(node):
+                    level = node.level if isinstance(node, ast.ImportFrom) else 0
+                    if why := _objection(path.relative_to(root), level, name):
+                        found.append(f"{path.relative_to(root)}:{node.lineno}: {why}")
+    return found
+
+
+def _imported(node: ast.AST) -> Iterator[str]:
+    """The dotted names that an import statement asks for, as they stand."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from (f"{node.module or ''}.{alias.name}".lstrip(".") for alias in node.names)
+
+
+def _objection(path: Path, level: int, name: str) -> str | None:
+    folder = path.parts[0]
+    if not level:
+        top = name.split(".")[0]
+        if top in ALLOWED:
+            return f"`{top}` would be a second copy of `vkv.{top}`"
+        if top == "vkv" and folder in ALLOWED:
+            return f"`{name}` by its full name; inside the library imports are relative"
+        return None
+    target = _resolve(path, level, name)
+    if folder in USERS:
+        here = ".".join(path.parts[:-1])
+        if f"{target}.".startswith(f"{here}."):
+            return None
+        return f"`{'.' * level}{name}` leaves its package; use `from vkv…`"
+    if any(f"{target}.".startswith(f"{home}.") for home in {folder, *ALLOWED[folder]}):
+        return None
+    return f"{folder} may not import `{target}`"
+
+
+def _resolve(path: Path, level: int, name: str) -> str:
+    """The dotted path, from the root of the library, that a relative import means."""
+    package = () if path.parent.as_posix() == FACADE else path.parent.parts
+    assert level <= len(package) + 1, f"{path} climbs out of the library"
+    return ".".join([*package[: len(package) - level + 1], name])
+
+
+def test_every_folder_imports_only_what_it_may():
+    assert not violations(ROOT), "\n" + "\n".join(violations(ROOT))
+
+
+def test_all_folders_are_there_to_be_read():
+    for folder in ALLOWED:
+        assert (ROOT / folder).is_dir()
+    assert (ROOT / FACADE / "__init__.py").is_file()
+    assert sum(1 for _ in (ROOT / "allocator").glob("*.py")) > 5
+
+
+@pytest.mark.parametrize(
+    ("file", "statement", "why"),
+    [
+        ("vmem/host.py", "from ..allocator import Slot", "vmem may not import `allocator.Slot`"),
+        ("vmem/host.py", "from .. import runtime", "vmem may not import `runtime`"),
+        ("quant/a.py", "from ..vmem.errors import VkvError", "quant may not import `vmem.errors"),
+        ("allocator/a.py", "from ..runtime.engine import Engine", "may not import `runtime.engine"),
+        ("allocator/a.py", "from ..attention_backends import merge", "may not import"),
+        ("allocator/deep/a.py", "from ...quant import x", "may not import `quant.x`"),
+        ("attention_backends/a.py", "from ..vmem import VmemDriver", "may not import `vmem.Vmem"),
+        ("allocator/a.py", "import vmem", "second copy of `vkv.vmem`"),
+        ("allocator/a.py", "import vmem.host as host", "second copy"),
+        ("allocator/a.py", "from vkv.vmem import Page", "imports are relative"),
+        ("runtime/a.py", "import vkv", "imports are relative"),
+        ("runtime/a.py", "def f():\n    from vkv.vmem import Page", "imports are relative"),
+        ("tests/test_a.py", "from allocator import Slot", "second copy of `vkv.allocator`"),
+        ("examples/chat/a.py", "import runtime.llm", "second copy"),
+        ("examples/chat/a.py", "from ..other import a", "leaves its package"),
+    ],
+)
+def test_a_planted_violation_is_caught(tmp_path, file, statement, why):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(f'"""A file."""\n\n{statement}\n')
+    (found,) = violations(tmp_path)
+    line = 3 + statement.count("\n")
+    assert found.startswith(f"{file}:{line}: ")
+    assert why in found
+
+
+@pytest.mark.parametrize(
+    ("file", "statement"),
+    [
+        ("vmem/host.py", "from . import linux\nfrom .base import Page\nimport os"),
+        ("allocator/a.py", "from ..vmem import Page\nfrom ..vmem.errors import VkvError"),
+        ("allocator/deep/a.py", "from ...vmem.errors import VkvError\nfrom ..slot import Slot"),
+        ("attention_backends/a.py", "from ..allocator import Slot\nfrom ..vmem import errors"),
+        ("attention_backends/a.py", "from ..vmem.errors import VkvError"),
+        ("runtime/a.py", "from ..quant import x\nfrom .bench import y"),
+        ("runtime/bench/a.py", "from ...allocator import Slot\nfrom ..engine import Engine"),
+        ("runtime/facade/__init__.py", "from .allocator import Slot\nfrom .runtime.llm import LLM"),
+        ("tests/test_a.py", "import vkv\nfrom vkv.allocator import Slot"),
+        ("examples/chat/a.py", "from .words import a\nfrom vkv import LLM"),
+    ],
+)
+def test_what_is_allowed_is_let_pass(tmp_path, file, statement):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(statement)
+    assert violations(tmp_path) == []
