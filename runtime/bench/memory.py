@@ -23,7 +23,7 @@ from ...allocator import KVCache, PagedKVCache
 from ..config import EngineConfig
 from ..llm import LLM
 from ..sampling_params import SamplingParams
-from .record import Table, write_record
+from .record import Table, require_matplotlib, write_record
 from .shapes import build_model
 from .workloads import WorkItem, ragged
 
@@ -79,6 +79,7 @@ class MemoryOptions:
 
 def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
+    require_matplotlib()  # before the work, not after it
     model = build_model(options.shape, dtype=options.dtype, device=options.device)
     work = ragged(
         options.num_requests,
@@ -340,12 +341,10 @@ def _engine_table(engines: dict[str, dict[str, Any]]) -> Table:
 
 
 def _plot(samples: dict[str, list[MemorySample]], options: MemoryOptions, path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4.5))
+    figure = Figure(figsize=(9, 4.5))
+    axes = figure.subplots()
     colours = {"virtual": "#0a7", "paged": "#57c", "static": "#c33", "dynamic": "#d90"}
     for kind, rows in samples.items():
         x = [row.output_tokens for row in rows]
@@ -363,4 +362,3 @@ def _plot(samples: dict[str, list[MemorySample]], options: MemoryOptions, path: 
     axes.set_ylim(bottom=0)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ...vmem.errors import InvalidConfig
 
 _PACKAGES = ("vkv", "torch", "transformers", "numpy", "cuda-python", "flashinfer-python")
 
@@ -30,6 +33,12 @@ class Table:
         lines.append("|" + "|".join(["---"] + ["---:"] * (len(self.columns) - 1)) + "|")
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join(lines) + "\n"
+
+
+def require_matplotlib() -> None:
+    """Raise InvalidConfig if plots cannot be drawn here."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InvalidConfig("matplotlib draws the plots and is missing: pip install 'vkv[bench]'")
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
