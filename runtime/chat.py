@@ -46,19 +46,24 @@ class ChatSession:
             self.turns.append({"role": "assistant", "content": "".join(pieces)})
 
     def _make_room(self) -> None:
-        """Drop the oldest turns until the conversation fits, the newest message aside."""
+        """Drop the oldest turns until the conversation fits, with room for an answer.
+
+        If the newest message does not fit even alone, it is dropped and the error is raised.
+        """
+        wanted = self.llm.engine.cache.max_len // 4
+        wanted = min(wanted, self.params.max_tokens or wanted)
         while True:
             tokens = self.llm.render_chat([*self._system, *self.turns])
+            is_alone = len(self.turns) < 3
             try:
-                self.llm.engine.check(tokens, self.params)
+                if self.llm.engine.check(tokens, self.params) >= wanted or is_alone:
+                    return
             except (RequestTooLong, RequestTooLarge):
-                if len(self.turns) < 3:
+                if is_alone:
                     self.turns.pop()
                     raise
-                del self.turns[:2]
-                self.num_dropped += 2
-            else:
-                return
+            del self.turns[:2]
+            self.num_dropped += 2
 
 
 def run_chat(llm: LLM, params: SamplingParams, *, system: str | None = None) -> None:
