@@ -347,6 +347,24 @@ def test_a_shortage_loses_no_request(
         _assert_alone(reference, request)
 
 
+def test_few_mappings_slow_requests_down_and_change_nothing(
+    model: PreTrainedModel, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's limit on mappings is near long before the pool is empty."""
+    monkeypatch.setattr("vkv.vmem.linux.max_map_count", lambda: 24)
+    with _engine(model, max_batch_tokens=24) as engine:
+        requests = [
+            engine.add_request(str(i), prompt, _greedy(60))[0]
+            for i, prompt in enumerate(zoo.random_prompts([30, 5, 44, 18, 9, 27]))
+        ]
+        while engine.has_work:
+            engine.step()
+            engine.cache.check_invariants()
+        assert engine.stats().num_preemptions > 0
+    for request in requests:
+        _assert_alone(reference, request)
+
+
 def test_a_step_without_work_does_nothing(model: PreTrainedModel) -> None:
     with _engine(model) as engine:
         assert engine.step() == []

@@ -538,9 +538,13 @@ def test_a_missing_chat_template(folder: Path, tmp_path: Path) -> None:
 # -- interruption and the end ------------------------------------------------------------------
 
 
+def _generate_forever(llm: LLM) -> None:
+    while True:
+        llm.generate(zoo.random_prompts([30, 50, 20, 60]), _greedy(150))
+
+
 def test_ctrl_c_leaves_no_pages_behind(llm: LLM) -> None:
     """The signal arrives somewhere within the run, most likely in the middle of a step."""
-    prompts = zoo.random_prompts([30, 50, 20, 60])
 
     def interrupt() -> None:
         while not llm._engine.scheduler.running:
@@ -552,7 +556,7 @@ def test_ctrl_c_leaves_no_pages_behind(llm: LLM) -> None:
         thread = threading.Thread(target=interrupt)
         thread.start()
         with pytest.raises(KeyboardInterrupt):
-            llm.generate(prompts, _greedy(190))
+            _generate_forever(llm)
         thread.join()
         _assert_idle(llm)
         llm.trim()
@@ -647,7 +651,7 @@ def test_closing_under_a_running_batch_is_no_result(folder: Path) -> None:
     thread = threading.Thread(target=close)
     thread.start()
     with pytest.raises(InvalidOperation, match="closed"):
-        llm.generate(zoo.random_prompts([30, 50, 20, 60]), _greedy(190))
+        _generate_forever(llm)
     thread.join()
 
 
