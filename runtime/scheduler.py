@@ -64,17 +64,14 @@ class Scheduler:
         """
         preemptions_before = self.num_preemptions
         batch: dict[Request, int] = {}
+        budget = self.max_batch_tokens
         decodes = [r for r in self.running if r.num_uncomputed == 1]
         prompts = [r for r in self.running if r.num_uncomputed > 1]
         for request in [*decodes, *prompts]:
-            self._continue(request, batch)
+            budget = self._continue(request, budget, batch)
         if self.num_preemptions == preemptions_before:
-            self._admit(batch)
-        scheduled = [
-            ScheduledRequest(request, count)
-            for request, count in batch.items()
-            if request.state is RequestState.RUNNING  # else preempted for one of the others
-        ]
+            self._admit(budget, batch)
+        scheduled = [ScheduledRequest(request, count) for request, count in batch.items()]
         self._look_ahead(scheduled)
         return scheduled
 
@@ -93,20 +90,26 @@ class Scheduler:
 
     # -- running requests --------------------------------------------------------------------
 
-    def _continue(self, request: Request, batch: dict[Request, int]) -> None:
-        """Give a running request its share of the budget, preempting others if need be."""
-        count = min(request.num_uncomputed, self.max_batch_tokens - self._used(batch))
-        while count and request.state is RequestState.RUNNING:
+    def _continue(self, request: Request, budget: int, batch: dict[Request, int]) -> int:
+        """Give a running request its share of the budget; returns what is left of that.
+
+        Where memory is short, others are preempted, from the batch too if they are in it.
+        """
+        while budget and request.state is RequestState.RUNNING:
             assert request.slot is not None
+            count = min(request.num_uncomputed, budget)
             try:
                 self.cache.grow(request.slot, request.num_computed + count)
             except Shortage:
                 if self.running == [request]:
                     raise
-                self._preempt(self.running[-1])
+                victim = self.running[-1]
+                self._preempt(victim)
+                budget += batch.pop(victim, 0)
             else:
                 batch[request] = count
-                return
+                return budget - count
+        return budget
 
     def _preempt(self, request: Request) -> None:
         """Take a request's slot away; it will be computed again. Its tokens are kept."""
@@ -125,19 +128,12 @@ class Scheduler:
         request.slot = None
         self.running.remove(request)
 
-    @staticmethod
-    def _used(batch: dict[Request, int]) -> int:
-        return sum(n for r, n in batch.items() if r.state is RequestState.RUNNING)
-
     # -- admission ---------------------------------------------------------------------------
 
-    def _admit(self, batch: dict[Request, int]) -> None:
+    def _admit(self, budget: int, batch: dict[Request, int]) -> None:
         """Admit waiting requests, in order, while the budgets last."""
         position = 0  # behind those that wait for their leader
-        while position < len(self.waiting) and len(self.running) < self.max_seqs:
-            budget = self.max_batch_tokens - self._used(batch)
-            if budget <= 0:
-                break
+        while budget and position < len(self.waiting) and len(self.running) < self.max_seqs:
             request = self.waiting[position]
             if self._waits_for_leader(request):
                 position += 1
@@ -147,6 +143,7 @@ class Scheduler:
                 break
             del self.waiting[position]
             batch[request] = count
+            budget -= count
 
     @staticmethod
     def _waits_for_leader(request: Request) -> bool:
@@ -234,8 +231,8 @@ class Scheduler:
 
     def _look_ahead(self, batch: Sequence[ScheduledRequest]) -> None:
         """Have the memory of the next step mapped while this one computes."""
-        if not self.look_ahead_tokens:
-            return
+        if not self.look_ahead_tokens or not self.cache.pool.num_available:
+            return  # with no page to spare, it could only fail
         for item in batch:
             request, end = item.request, item.start + item.num_tokens
             assert request.slot is not None

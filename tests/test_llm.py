@@ -592,8 +592,9 @@ def test_an_interrupt_while_requests_are_queued_loses_none_of_them(
     add = llm._engine.add_request
 
     def interrupted(*args: Any) -> Any:
+        requests = add(*args)
         os.kill(os.getpid(), signal.SIGINT)
-        return add(*args)
+        return requests
 
     monkeypatch.setattr(llm._engine, "add_request", interrupted)
     with pytest.raises(KeyboardInterrupt):
