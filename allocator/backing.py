@@ -8,26 +8,12 @@ raises has changed nothing, and a slot's page list says what is really attached.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Protocol
 
 from ..vmem import Page
 from ..vmem.errors import OutOfMappings
+from .layout import PageGeometry
 from .page_pool import PagePool
 from .slot import Slot
-
-
-class PageGeometry(Protocol):
-    """What the life of a slot needs to know of a layout; see `KVLayout`."""
-
-    @property
-    def max_len(self) -> int: ...
-    @property
-    def num_ranges(self) -> int: ...
-    @property
-    def row_tokens(self) -> int: ...
-    def pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
-    def whole_pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
-    def tokens_backed(self, pages: Sequence[int]) -> int: ...
 
 
 class Backing(ABC):
@@ -122,6 +108,23 @@ class Backing(ABC):
                     self._clear_pages(slot, index, first)
             undo.pop_all()
         self._note_ready(slot)
+
+    def map_ahead(self, slot: Slot, num_tokens: int) -> None:
+        """Extend `slot` from memory that nobody was promised. All or nothing."""
+        extra = self.lacking(slot, num_tokens) - slot.reservation.num_pages
+        try:
+            if extra > 0:
+                self.pool.reserve(extra, into=slot.reservation)
+            self.extend(slot, num_tokens)
+            if self.pool.sanitize == "zero":
+                # Cleared on this thread's stream; the requests' work may be on another.
+                self.pool.driver.record_fence().wait()
+        finally:
+            self.withdraw(slot, self.lacking(slot, slot.promised_tokens))
+
+    def withdraw(self, slot: Slot, num_pages: int) -> None:
+        """Give the pool what is reserved for `slot` beyond `num_pages` pages."""
+        self.pool.cancel(slot.reservation, max(0, slot.reservation.num_pages - num_pages))
 
     def _retract(self, slot: Slot, range_index: int, keep: int) -> None:
         """Undo an `extend` of one range."""

@@ -19,12 +19,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
 from ..vmem.errors import InvalidConfig
 
 _ROW_ALIGNMENT = 256  # tokens; lets kernels view a slot as whole pages of up to 256 tokens
+
+
+class PageGeometry(Protocol):
+    """Tokens to pages: all that the life of a slot needs to know of a layout."""
+
+    @property
+    def max_len(self) -> int: ...
+    @property
+    def num_ranges(self) -> int: ...
+    @property
+    def row_tokens(self) -> int: ...
+    def pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
+    def whole_pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
+    def tokens_backed(self, pages: Sequence[int]) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,8 @@ import heapq
 import threading
 import time
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-
-import torch
 
 from ..vmem import Fence
 from ..vmem.errors import (
@@ -27,6 +24,7 @@ from ..vmem.errors import (
 )
 from . import accounts
 from .backing import Backing
+from .kernel_view import KernelView
 from .look_ahead import LookAhead
 from .parking import ParkingLot
 from .reclaim import num_reclaimable, reclaim
@@ -34,11 +32,15 @@ from .slot import Slot, SlotState
 from .stats import KVStats
 
 
-class SlotCache(ABC):
+class SlotCache(KernelView):
     """A KV cache of `num_slots` slots.
 
-    It gives everything back at `shutdown`, or when it is dropped. Its tensors must not be used
-    after that.
+    An operation that raises has changed nothing for any live request; parked slots that it has
+    reclaimed on the way stay reclaimed. All methods may be called from several threads, one
+    slot's from one at a time.
+
+    The cache gives everything back at `shutdown`, or when it is dropped. Its tensors must not be
+    used after that.
 
     Args:
         backing: the pages behind the slots, from a pool that may be shared with other caches.
@@ -53,12 +55,13 @@ class SlotCache(ABC):
         max_parked = num_slots // 2 if max_parked is None else max_parked
         if not 0 <= max_parked <= num_slots:
             raise InvalidConfig(f"max_parked is {max_parked}; use 0 to num_slots ({num_slots})")
+        super().__init__(backing.geometry)
         backing.allocate(num_slots)
         self.pool = backing.pool
         self.num_slots = num_slots
         self.max_parked = max_parked
         self._backing = backing
-        self._no_pages = backing.geometry.pages_per_range(0)
+        self._no_pages = (0,) * backing.geometry.num_ranges
         self._lock = threading.RLock()
         self._open: dict[int, Slot] = {}
         self._parked = ParkingLot()
@@ -70,38 +73,18 @@ class SlotCache(ABC):
         self._finalizer = weakref.finalize(self, _abandon, backing, self._open, self._parked)
         self._finalizer.atexit = False  # the system takes all of it back by itself
 
-    # -- geometry --------------------------------------------------------------------------
-
-    @property
-    def max_len(self) -> int:
-        """Tokens that a slot can hold."""
-        return self._backing.geometry.max_len
-
-    @property
-    def row_tokens(self) -> int:
-        """Tokens that one page of every range covers."""
-        return self._backing.geometry.row_tokens
-
-    def num_pages(self, num_tokens: int) -> int:
-        """Pages that `num_tokens` tokens of one slot need."""
-        return sum(self._backing.geometry.pages_per_range(num_tokens))
-
-    def num_whole_pages(self, num_tokens: int) -> int:
-        """Pages that hold nothing but the first `num_tokens` tokens: what a fork shares."""
-        return sum(self._backing.geometry.whole_pages_per_range(num_tokens))
-
     # -- slots -----------------------------------------------------------------------------
 
     def open(self) -> Slot:
         """A slot without pages. Raises OutOfSlots if every slot is a live request's."""
         with self._critical():
-            if not self._finalizer.alive:
+            if self._is_shut_down:
                 raise InvalidOperation("the cache has been shut down; create another")
             if not self._free_slots:
                 if not self._parked:
                     raise OutOfSlots(f"all {self.num_slots} slots are in use; close one first")
                 self._close_parked(self._parked.oldest())
-            slot = Slot(heapq.heappop(self._free_slots), len(self._no_pages))
+            slot = Slot(heapq.heappop(self._free_slots), self._geometry.num_ranges)
             self._open[slot.index] = slot
             return slot
 
@@ -159,7 +142,7 @@ class SlotCache(ABC):
                 self.reserve(slot, num_tokens)
                 if num_tokens > slot.num_tokens:
                     self._back(slot, num_tokens)
-            self._withdraw(slot, self._backing.lacking(slot, slot.promised_tokens))
+            self._backing.withdraw(slot, self._backing.lacking(slot, slot.promised_tokens))
 
     def look_ahead(self, slot: Slot, num_tokens: int) -> None:
         """Map memory for `num_tokens` tokens of `slot` in the background, if any is to spare.
@@ -173,7 +156,11 @@ class SlotCache(ABC):
             self._look_ahead.submit(slot, num_tokens)
 
     def truncate(self, slot: Slot, num_tokens: int) -> None:
-        """Keep the first `num_tokens` tokens of `slot` and give the pages behind them back."""
+        """Keep the first `num_tokens` tokens of `slot` and give the pages behind them back.
+
+        If the driver refuses to unmap (DriverError), the tokens are gone all the same, and the
+        pages go with the next `truncate` or `close`.
+        """
         with self._critical():
             self._check(slot)
             if not 0 <= num_tokens <= slot.num_tokens:
@@ -182,9 +169,7 @@ class SlotCache(ABC):
                 )
             self.pool.cancel(slot.reservation)
             slot.promised_tokens = num_tokens
-            self._backing.shrink(
-                slot, num_tokens, self._backing.geometry.pages_per_range(num_tokens)
-            )
+            self._backing.shrink(slot, num_tokens, self._geometry.pages_per_range(num_tokens))
 
     def fork(self, slot: Slot, num_tokens: int) -> Slot:
         """A new slot that starts with the first `num_tokens` tokens of `slot`.
@@ -233,7 +218,11 @@ class SlotCache(ABC):
             self._parked.add(slot, tokens)
 
     def close(self, slot: Slot) -> None:
-        """Unmap `slot` and give its pages back."""
+        """Unmap `slot` and give its pages back.
+
+        If the driver refuses to unmap (DriverError), the slot stays open, without tokens, and may
+        be closed again.
+        """
         with self._critical():
             self._check(slot)
             self.pool.cancel(slot.reservation)
@@ -251,7 +240,7 @@ class SlotCache(ABC):
             return self.pool.num_available + loose
 
     def prefix_length(self, tokens: Sequence[int]) -> int:
-        """Tokens that `adopt(tokens)` would find in a parked slot."""
+        """Tokens that `adopt(tokens)` would find in a parked slot, if nobody shares it."""
         with self._lock:
             match = self._parked.best_prefix(tokens)
             return match.num_tokens if match else 0
@@ -270,7 +259,7 @@ class SlotCache(ABC):
         """
         self._look_ahead.stop()
         with self._critical():
-            if not self._finalizer.alive:
+            if self._is_shut_down:
                 return
             for slot in list(self._open.values()):
                 self.close(slot)
@@ -279,38 +268,15 @@ class SlotCache(ABC):
             self._backing.free()
             self._finalizer.detach()
 
+    @property
+    def _is_shut_down(self) -> bool:
+        return not self._finalizer.alive
+
     def __enter__(self) -> "SlotCache":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.shutdown()
-
-    # -- what kernels and models see ---------------------------------------------------------
-
-    @abstractmethod
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer over the whole cache, [rows, tokens, kv_heads, head_dim].
-
-        Contiguous: a row is a slot. Paged: a row is a block.
-        """
-
-    @abstractmethod
-    def locate(
-        self, slots: Sequence[Slot], starts: Sequence[int], counts: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where tokens `start … start + count` of each slot lie: (row, position), int64.
-
-        Flat over all slots, in order; indices into the first two dimensions of `layer`.
-        """
-
-    @abstractmethod
-    def block_tables(self, slots: Sequence[Slot]) -> torch.Tensor | None:
-        """int32 [num_slots, max_blocks] of a paged cache, None of a contiguous one."""
-
-    @property
-    @abstractmethod
-    def virtual_bytes(self) -> int:
-        """Address space that the cache reserves."""
 
     # -- promises --------------------------------------------------------------------------
 
@@ -323,7 +289,7 @@ class SlotCache(ABC):
             yield
         except BaseException:
             slot.promised_tokens = tokens
-            self._withdraw(slot, pages)
+            self._backing.withdraw(slot, pages)
             raise
 
     def _claim(self, slot: Slot, num_tokens: int, spare: Slot | None = None) -> None:
@@ -334,10 +300,6 @@ class SlotCache(ABC):
             if short > 0:
                 self._reclaim(short, spare)
             self.pool.reserve(lacking, into=slot.reservation)
-
-    def _withdraw(self, slot: Slot, num_pages: int) -> None:
-        """Give the pool what is reserved for `slot` beyond `num_pages` pages."""
-        self.pool.cancel(slot.reservation, max(0, slot.reservation.num_pages - num_pages))
 
     def _back(self, slot: Slot, num_tokens: int) -> None:
         """Map what was claimed. Where the device itself is short, take spare memory back first."""
@@ -420,20 +382,8 @@ class SlotCache(ABC):
             self.pool.refill(lacking)
         with self._lock, suppress(Shortage):  # none to spare: the request will reclaim or wait
             if slot.state is SlotState.OPEN:
-                self._map_ahead(slot, num_tokens)
+                self._backing.map_ahead(slot, num_tokens)
         self._background_time_s += time.perf_counter() - start
-
-    def _map_ahead(self, slot: Slot, num_tokens: int) -> None:
-        extra = self._backing.lacking(slot, num_tokens) - slot.reservation.num_pages
-        try:
-            if extra > 0:
-                self.pool.reserve(extra, into=slot.reservation)
-            self._backing.extend(slot, num_tokens)
-            if self.pool.sanitize == "zero":
-                # Cleared on this thread's stream; the requests' work may be on another.
-                self.pool.driver.record_fence().wait()
-        finally:
-            self._withdraw(slot, self._backing.lacking(slot, slot.promised_tokens))
 
     # -- accounts --------------------------------------------------------------------------
 

@@ -322,6 +322,20 @@ def test_what_is_obtainable_can_be_had_and_no_more():
         model.check()
 
 
+def test_a_promise_that_costs_less_than_it_did_frees_the_difference():
+    with make_cache(KIND["even"], rows=5) as cache:
+        model = Model(cache)
+        parent = with_request(model, [1] * 32)
+        child = model.fork(parent, 32)
+        model.truncate(parent, 24)
+        model.reserve(parent, 48)
+        assert cache.pool.num_reserved == 2  # a copy of the shared page, and a new one
+        model.close(child)
+        assert model.grow(parent, [2] * 4)
+        assert cache.pool.num_reserved == 1
+        model.check()
+
+
 # -- forks -----------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import torch
 from allocator_model import (
     KIND,
     MAX_LEN,
+    PAGE,
     FlakyHostDriver,
     FlakyStandInDriver,
     Model,
@@ -20,7 +21,7 @@ from allocator_model import (
     make_paged,
     one_thread,
 )
-from vkv.allocator import SlotState
+from vkv.allocator import PagePool, SlotState
 from vkv.allocator.look_ahead import LookAhead
 from vkv.vmem.errors import DriverError, InvalidOperation, Shortage
 
@@ -179,6 +180,32 @@ def test_a_failing_job_is_told_once_and_the_next_still_runs():
         cache.look_ahead(slot, 10)
         cache._look_ahead.drain()
         assert slot.ready_tokens == 16
+
+
+def test_the_pool_is_open_while_pages_are_made_and_the_limit_holds():
+    """A commit that needs more than is free waits for what is being made, and makes no more."""
+    with SlowDriver() as driver:
+        pool = PagePool(driver, 6 * PAGE, low_watermark=4)
+        claim = pool.reserve(6)
+        first = pool.commit(claim, 1)
+        refill = threading.Thread(target=pool.refill, name="vkv-look-ahead")
+        refill.start()
+        assert driver.reached.wait(PATIENCE_S)
+        pool.release(first)
+        pool.reserve(1)
+        assert pool.commit(claim, 1) == first  # what is free needs no waiting
+        assert not driver.go_on.is_set()
+        committed = []
+        commit = threading.Thread(target=lambda: committed.extend(pool.commit(claim, 4)))
+        commit.start()
+        commit.join(0.05)
+        assert not committed
+        driver.go_on.set()
+        commit.join(PATIENCE_S)
+        refill.join(PATIENCE_S)
+        assert len(committed) == 4
+        assert driver.num_pages == 5
+        pool.check_invariants()
 
 
 # -- several threads -------------------------------------------------------------------------
