@@ -1,6 +1,7 @@
 """The library's front door: a model that generates, chats and streams."""
 
 import itertools
+import os
 import reprlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +20,9 @@ from .config import EngineConfig, resolve_device
 from .engine import Engine, EngineStats
 from .interrupts import deferred_interrupt
 from .models import load_model
-from .outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from .outputs import FinishReason, RequestOutput
 from .progress import BatchProgress
-from .request import Request
+from .request import Request, request_output
 from .sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -85,6 +86,7 @@ class LLM:
         self._engine = self._built.engine
         self._lock = threading.RLock()
         self._ids = itertools.count()
+        self._pid = os.getpid()
         self._closed = False
 
     # -- generating --------------------------------------------------------------------------
@@ -231,7 +233,7 @@ class LLM:
 
     def close(self) -> None:
         """Give everything back. The object is of no use afterwards; closing twice is harmless."""
-        if self._closed:
+        if not self._is_mine:
             return
         with self._lock, deferred_interrupt():
             if not self._closed:
@@ -270,7 +272,7 @@ class LLM:
         finally:
             self._abort(groups)
         return [
-            _request_output(group, prompt if isinstance(prompt, str) else None)
+            request_output(group, prompt if isinstance(prompt, str) else None)
             for group, prompt in zip(groups, prompts, strict=True)
         ]
 
@@ -298,6 +300,8 @@ class LLM:
             self._engine.step()
 
     def _abort(self, groups: Sequence[Sequence[Request]]) -> None:
+        if not self._is_mine:
+            return
         with self._lock, deferred_interrupt():
             if not self._closed:
                 self._engine.abort([request for group in groups for request in group])
@@ -311,6 +315,11 @@ class LLM:
                 "pass tokenizer="
             )
         return self._loaded.tokenizer(prompt).input_ids
+
+    @property
+    def _is_mine(self) -> bool:
+        """True if there is something to give back: a forked child's memory is its parent's."""
+        return not self._closed and self._pid == os.getpid()
 
     def _next_id(self) -> str:
         return str(next(self._ids))
@@ -358,36 +367,3 @@ def _params_for_each(
             f"{len(params)} sampling parameters for {count} prompts; give one, or one for each"
         )
     return list(params)
-
-
-def _request_output(group: Sequence[Request], prompt: str | None) -> RequestOutput:
-    first = group[0]
-    return RequestOutput(
-        request_id=first.request_id,
-        prompt=prompt,
-        prompt_token_ids=tuple(first.token_ids[: first.num_prompt_tokens]),
-        prompt_logprobs=(
-            tuple(first.prompt_logprobs) if first.params.prompt_logprobs is not None else None
-        ),
-        outputs=tuple(_completion(request) for request in group),
-        finished=all(request.is_finished for request in group),
-        num_cached_tokens=first.num_cached,
-        metrics=RequestMetrics(
-            arrival_time_s=first.arrival_time_s,
-            first_token_time_s=first.first_token_time_s,
-            finished_time_s=first.finished_time_s,
-        ),
-    )
-
-
-def _completion(request: Request) -> CompletionOutput:
-    asked = request.params.logprobs is not None
-    return CompletionOutput(
-        index=request.index,
-        text=request.detokenizer.text if request.detokenizer else "",
-        token_ids=tuple(request.output_token_ids),
-        cumulative_logprob=request.cumulative_logprob if asked else None,
-        logprobs=tuple(request.logprobs) if asked else None,
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-    )

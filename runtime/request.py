@@ -2,11 +2,12 @@
 
 import enum
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..allocator import Slot
 from .detokenizer import IncrementalDetokenizer
-from .outputs import FinishReason, Logprob
+from .outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from .sampler import SamplingState
 from .sampling_params import SamplingParams
 
@@ -125,3 +126,37 @@ class ScheduledRequest:
     def samples(self) -> bool:
         """True if the last of them is the last that the request has: it yields a new token."""
         return self.start + self.num_tokens == self.request.num_tokens
+
+
+def request_output(group: Sequence[Request], prompt: str | None) -> RequestOutput:
+    """What the requests of one prompt have come to; `prompt` is its text, if it was one."""
+    first = group[0]
+    return RequestOutput(
+        request_id=first.request_id,
+        prompt=prompt,
+        prompt_token_ids=tuple(first.token_ids[: first.num_prompt_tokens]),
+        prompt_logprobs=(
+            tuple(first.prompt_logprobs) if first.params.prompt_logprobs is not None else None
+        ),
+        outputs=tuple(_completion(request) for request in group),
+        finished=all(request.is_finished for request in group),
+        num_cached_tokens=first.num_cached,
+        metrics=RequestMetrics(
+            arrival_time_s=first.arrival_time_s,
+            first_token_time_s=first.first_token_time_s,
+            finished_time_s=first.finished_time_s,
+        ),
+    )
+
+
+def _completion(request: Request) -> CompletionOutput:
+    asked = request.params.logprobs is not None
+    return CompletionOutput(
+        index=request.index,
+        text=request.detokenizer.text if request.detokenizer else "",
+        token_ids=tuple(request.output_token_ids),
+        cumulative_logprob=request.cumulative_logprob if asked else None,
+        logprobs=tuple(request.logprobs) if asked else None,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+    )

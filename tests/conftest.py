@@ -1,12 +1,17 @@
 """Fixtures every folder's tests share: drivers of virtual memory, and the marker for GPUs."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import standin
 import torch
 from hypothesis import settings
 from vkv.vmem import CudaDriver, HostDriver, VmemDriver
+
+if TYPE_CHECKING:
+    from vkv import LLM
 
 # Times vary on shared machines, and no test here asserts one.
 settings.register_profile("vkv", deadline=None)
@@ -64,3 +69,26 @@ def vmem_driver(request: pytest.FixtureRequest) -> Iterator[VmemDriver]:
     with HostDriver(page_bytes=16 << 10) if request.param == "host" else CudaDriver() as driver:
         yield driver
         driver.record_fence().wait()
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint in a folder, as users have it."""
+    import zoo  # here: it loads transformers, which many tests do without
+
+    path = tmp_path_factory.mktemp("llama")
+    zoo.save_checkpoint(path)
+    return path
+
+
+@pytest.fixture
+def llm(llama_folder: Path) -> Iterator["LLM"]:
+    """The tiny checkpoint, served in fp32 with small pages."""
+    import zoo
+    from vkv import LLM
+
+    options = zoo.with_defaults({"max_seqs": 8})
+    with LLM(llama_folder, device="cpu", dtype="float32", **options) as llm:
+        yield llm
+        if not llm._closed:
+            llm._engine.cache.check_invariants()

@@ -35,10 +35,6 @@ def _engine(model: PreTrainedModel, **options: Any) -> Iterator[Engine]:
         llm._engine.cache.check_invariants()
 
 
-def _greedy(max_tokens: int, **options: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **options)
-
-
 def _finish(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
@@ -58,7 +54,7 @@ def _assert_alone(reference: PreTrainedModel, request: Request) -> None:
     assert got == expected, zoo.explain_difference(reference, prompt, got, expected)
 
 
-def _assert_greedy(reference: PreTrainedModel, request: Request) -> None:
+def _assertzoo.greedy(reference: PreTrainedModel, request: Request) -> None:
     """Each token is the likeliest after those before it: by induction, what `generate` makes.
 
     One forward pass instead of one for each token.
@@ -85,7 +81,7 @@ def test_64_ragged_requests_in_a_third_of_the_memory(
 ) -> None:
     lengths = _ragged_lengths(64, seed=0)
     prompts = zoo.random_prompts([prompt for prompt, _ in lengths])
-    params = [_greedy(output) for _, output in lengths]
+    params = [zoo.greedy(output) for _, output in lengths]
     needed = sum(-(-(prompt + output) // _ROW_TOKENS) for prompt, output in lengths)
     with _engine(model, max_seqs=64, max_len=2304, kv_memory=needed * _PAGE_BYTES // 3) as engine:
         requests = [
@@ -111,7 +107,7 @@ def test_preempted_requests_lose_and_change_nothing(
         model, kv=kv, block_tokens=_ROW_TOKENS, kv_memory=14 * _PAGE_BYTES, max_batch_tokens=24
     ) as engine:
         requests = [
-            engine.add_request(str(i), prompt, _greedy(70))[0]
+            engine.add_request(str(i), prompt, zoo.greedy(70))[0]
             for i, prompt in enumerate(zoo.random_prompts([30, 5, 44, 18, 9, 27]))
         ]
         while engine.has_work:
@@ -157,11 +153,11 @@ def test_prompt_scores_survive_a_preemption_into_a_longer_parked_prefix(
     """A half-scored prompt must not skip, on its return, what it did not score itself."""
     (prompt,) = zoo.random_prompts([64])
     with _engine(model, max_batch_tokens=20, kv_memory=64 * _PAGE_BYTES) as engine:
-        (request,) = engine.add_request("0", prompt, _greedy(4, prompt_logprobs=0))
+        (request,) = engine.add_request("0", prompt, zoo.greedy(4, prompt_logprobs=0))
         engine.step()  # a chunk
         engine.scheduler._preempt(request)
         engine.scheduler.waiting.clear()
-        _run(engine, prompt, _greedy(1))  # another's rows of all of the prompt then lie parked
+        _run(engine, prompt, zoo.greedy(1))  # another's rows of all of the prompt then lie parked
         engine.scheduler.waiting.append(request)
         _finish(engine)
     assert len(request.prompt_logprobs) == len(prompt)
@@ -192,7 +188,7 @@ def test_random_arrivals_and_aborts_in_a_small_pool(
                     shared[: draw.randrange(1, 41)]
                     + zoo.random_prompts([draw.randrange(1, 30)], seed=step)[0]
                 )
-                alive += engine.add_request(str(step), prompt, _greedy(draw.randrange(1, 40)))
+                alive += engine.add_request(str(step), prompt, zoo.greedy(draw.randrange(1, 40)))
             if alive and draw.random() < 0.04:
                 engine.abort([alive.pop(draw.randrange(len(alive)))])
             engine.step()
@@ -203,7 +199,7 @@ def test_random_arrivals_and_aborts_in_a_small_pool(
         finished = [r for r in alive if r.is_finished]
         assert len(finished) == len(alive) > 5
     for request in finished:
-        _assert_greedy(reference, request)
+        _assertzoo.greedy(reference, request)
 
 
 def test_a_request_that_needs_the_whole_pool_runs(
@@ -214,11 +210,11 @@ def test_a_request_that_needs_the_whole_pool_runs(
     with _engine(model, kv_memory=num_pages * _PAGE_BYTES) as engine:
         first, second = zoo.random_prompts([50, 60])
         requests = [
-            *engine.add_request("0", first, _greedy(room + 1 - 50)),
-            *engine.add_request("1", second, _greedy(room + 1 - 60)),
+            *engine.add_request("0", first, zoo.greedy(room + 1 - 50)),
+            *engine.add_request("1", second, zoo.greedy(room + 1 - 60)),
         ]
         with pytest.raises(RequestTooLarge, match=r"7 pages.*pool has 6.*kv_memory"):
-            engine.add_request("2", second, _greedy(room + 2 - 60))
+            engine.add_request("2", second, zoo.greedy(room + 2 - 60))
         _finish(engine)
     for request in requests:
         _assert_alone(reference, request)
@@ -233,10 +229,10 @@ def test_a_second_turn_computes_only_what_is_new(
 ) -> None:
     first, more = zoo.random_prompts([50, 13])
     with _engine(model, kv=kv) as engine:
-        (turn,) = _run(engine, first, _greedy(20))
+        (turn,) = _run(engine, first, zoo.greedy(20))
         computed = engine.stats().num_prompt_tokens
         assert turn.num_cached == 0
-        (next_turn,) = _run(engine, [*turn.token_ids, *more], _greedy(20))
+        (next_turn,) = _run(engine, [*turn.token_ids, *more], zoo.greedy(20))
         # The last token of the answer was sampled, never computed.
         assert next_turn.num_cached == len(turn.token_ids) - 1
         assert engine.stats().prefix_hit_tokens == next_turn.num_cached
@@ -249,8 +245,8 @@ def test_the_same_prompt_again_computes_its_last_token(
 ) -> None:
     (prompt,) = zoo.random_prompts([37])
     with _engine(model) as engine:
-        (one,) = _run(engine, prompt, _greedy(9))
-        (other,) = _run(engine, prompt, _greedy(9))
+        (one,) = _run(engine, prompt, zoo.greedy(9))
+        (other,) = _run(engine, prompt, zoo.greedy(9))
     assert other.num_cached == 36
     assert one.output_token_ids == other.output_token_ids
     _assert_alone(reference, other)
@@ -259,8 +255,8 @@ def test_the_same_prompt_again_computes_its_last_token(
 def test_without_prefix_reuse_all_is_computed(model: PreTrainedModel) -> None:
     (prompt,) = zoo.random_prompts([37])
     with _engine(model, prefix_reuse=False) as engine:
-        (one,) = _run(engine, prompt, _greedy(9))
-        (other,) = _run(engine, prompt, _greedy(9))
+        (one,) = _run(engine, prompt, zoo.greedy(9))
+        (other,) = _run(engine, prompt, zoo.greedy(9))
         assert engine.stats().prefix_hit_tokens == other.num_cached == 0
     assert one.output_token_ids == other.output_token_ids
 
@@ -268,11 +264,11 @@ def test_without_prefix_reuse_all_is_computed(model: PreTrainedModel) -> None:
 def test_a_live_request_lends_its_rows(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     prefix, one_end, other_end = zoo.random_prompts([50, 7, 11])
     with _engine(model) as engine:
-        (donor,) = engine.add_request("0", prefix + one_end, _greedy(30))
+        (donor,) = engine.add_request("0", prefix + one_end, zoo.greedy(30))
         for _ in range(5):
             engine.step()
         pages = engine.cache.stats().pages_held
-        (other,) = engine.add_request("1", prefix + other_end, _greedy(30))
+        (other,) = engine.add_request("1", prefix + other_end, zoo.greedy(30))
         engine.step()
         assert not donor.is_finished
         assert other.num_cached == 50
@@ -312,7 +308,7 @@ def test_sanitized_memory_changes_no_token(
     prompts = zoo.random_prompts([40, 25, 33, 12])
     with _engine(model, sanitize="zero", kv_memory=9 * _PAGE_BYTES, max_parked=2) as engine:
         requests = [
-            engine.add_request(str(i), prompt, _greedy(40))[0] for i, prompt in enumerate(prompts)
+            engine.add_request(str(i), prompt, zoo.greedy(40))[0] for i, prompt in enumerate(prompts)
         ]
         _finish(engine)
     for request in requests:
@@ -333,7 +329,7 @@ def test_a_shortage_loses_no_request(
     prompts = zoo.random_prompts([20, 30])
     with _engine(model, look_ahead_tokens=0) as engine:
         requests = [
-            engine.add_request(str(i), prompt, _greedy(12))[0] for i, prompt in enumerate(prompts)
+            engine.add_request(str(i), prompt, zoo.greedy(12))[0] for i, prompt in enumerate(prompts)
         ]
         with monkeypatch.context() as patched:
             patched.setattr(engine.cache.pool.driver, "create", out_of_memory)
@@ -354,7 +350,7 @@ def test_few_mappings_slow_requests_down_and_change_nothing(
     monkeypatch.setattr("vkv.vmem.linux.max_map_count", lambda: 24)
     with _engine(model, max_batch_tokens=24) as engine:
         requests = [
-            engine.add_request(str(i), prompt, _greedy(60))[0]
+            engine.add_request(str(i), prompt, zoo.greedy(60))[0]
             for i, prompt in enumerate(zoo.random_prompts([30, 5, 44, 18, 9, 27]))
         ]
         while engine.has_work:
@@ -380,7 +376,7 @@ def test_a_failed_forward_can_be_repeated(
         raise RuntimeError("a kernel failed")
 
     with _engine(model, max_batch_tokens=16) as engine:
-        (request,) = engine.add_request("0", prompt, _greedy(8))
+        (request,) = engine.add_request("0", prompt, zoo.greedy(8))
         engine.step()
         with monkeypatch.context() as patched:
             patched.setattr(engine.runner, "_forward", fail)

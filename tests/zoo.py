@@ -6,10 +6,19 @@ drawn so that attention is peaked and its output outweighs the rest (`sharpen`).
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from vkv import LLM, SamplingParams
 
 torch.set_num_threads(1)  # more threads only hinder operations as tiny as these
 
@@ -146,6 +155,44 @@ def sharpen(model: PreTrainedModel, *, seed: int = 0, gain: float = 1.5) -> None
             parameter.copy_(noise * gain / parameter.shape[-1] ** 0.5)
         else:
             parameter.add_(noise * 0.1)
+
+
+_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('no ' + m.role) }}{% endif %}"
+    "{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+_LETTERS = [chr(32 + i) for i in range(VOCAB_SIZE - 1)]  # the printable part of ASCII
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each printable character, and the last of the vocabulary as end of text."""
+    vocab = {letter: i for i, letter in enumerate(_LETTERS)} | {"<eos>": VOCAB_SIZE - 1}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
+    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", chat_template=_TEMPLATE
+    )
+
+
+def save_checkpoint(folder: Path) -> None:
+    """The tiny llama as users have it: config, weights and tokenizer in a folder."""
+    tiny_model("llama", eos_token_id=VOCAB_SIZE - 1).save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+
+
+def greedy(max_tokens: int = 12, **options: Any) -> SamplingParams:
+    """Exactly `max_tokens` of the likeliest tokens."""
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def assert_idle(llm: LLM) -> None:
+    """No request is left, and no page but those parked."""
+    stats = llm.stats()
+    assert stats.num_running == stats.num_waiting == 0
+    assert stats.pages_held == stats.pages_parked
 
 
 def random_prompts(lengths: Sequence[int], *, seed: int = 0) -> list[list[int]]:
