@@ -54,7 +54,7 @@ def _assert_alone(reference: PreTrainedModel, request: Request) -> None:
     assert got == expected, zoo.explain_difference(reference, prompt, got, expected)
 
 
-def _assertzoo.greedy(reference: PreTrainedModel, request: Request) -> None:
+def _assert_greedy(reference: PreTrainedModel, request: Request) -> None:
     """Each token is the likeliest after those before it: by induction, what `generate` makes.
 
     One forward pass instead of one for each token.
@@ -199,7 +199,7 @@ def test_random_arrivals_and_aborts_in_a_small_pool(
         finished = [r for r in alive if r.is_finished]
         assert len(finished) == len(alive) > 5
     for request in finished:
-        _assertzoo.greedy(reference, request)
+        _assert_greedy(reference, request)
 
 
 def test_a_request_that_needs_the_whole_pool_runs(
@@ -308,7 +308,8 @@ def test_sanitized_memory_changes_no_token(
     prompts = zoo.random_prompts([40, 25, 33, 12])
     with _engine(model, sanitize="zero", kv_memory=9 * _PAGE_BYTES, max_parked=2) as engine:
         requests = [
-            engine.add_request(str(i), prompt, zoo.greedy(40))[0] for i, prompt in enumerate(prompts)
+            engine.add_request(str(i), prompt, zoo.greedy(40))[0]
+            for i, prompt in enumerate(prompts)
         ]
         _finish(engine)
     for request in requests:
@@ -329,7 +330,8 @@ def test_a_shortage_loses_no_request(
     prompts = zoo.random_prompts([20, 30])
     with _engine(model, look_ahead_tokens=0) as engine:
         requests = [
-            engine.add_request(str(i), prompt, zoo.greedy(12))[0] for i, prompt in enumerate(prompts)
+            engine.add_request(str(i), prompt, zoo.greedy(12))[0]
+            for i, prompt in enumerate(prompts)
         ]
         with monkeypatch.context() as patched:
             patched.setattr(engine.cache.pool.driver, "create", out_of_memory)
