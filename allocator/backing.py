@@ -259,7 +259,10 @@ class Backing(ABC):
 
     @abstractmethod
     def _replace(self, slot: Slot, range_index: int, position: int, page: Page) -> None:
-        """Exchange, and copy what the page there holds of the slot's tokens. All or nothing."""
+        """Exchange, and copy what the page there holds of the slot's tokens. All or nothing.
+
+        It is the page that the next token goes to, or one behind it.
+        """
 
     @abstractmethod
     def _clear_pages(self, slot: Slot, range_index: int, first: int) -> None:

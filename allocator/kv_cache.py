@@ -152,13 +152,12 @@ class VirtualSlots(Backing):
 
     def _replace(self, slot: Slot, range_index: int, position: int, page: Page) -> None:
         start = position * self._page_bytes
-        used = slot.num_tokens * self._layout.ranges[range_index].token_bytes
-        end = min(used, start + self._page_bytes)
-        content = self._bytes(slot, range_index, start, end).clone()
+        used = slot.num_tokens * self._layout.ranges[range_index].token_bytes  # no page beyond
+        content = self._bytes(slot, range_index, start, used).clone()
         self._exchange(slot, range_index, position, page)
         if self.pool.needs_zero([page]):
             self._bytes(slot, range_index, start, start + self._page_bytes).zero_()
-        self._bytes(slot, range_index, start, end).copy_(content)
+        self._bytes(slot, range_index, start, used).copy_(content)
 
     # -- contents ----------------------------------------------------------------------------
 

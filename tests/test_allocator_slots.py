@@ -365,6 +365,27 @@ def test_a_fork_of_nothing_is_an_open_slot(model):
     model.check()
 
 
+@pytest.mark.parametrize("sanitize", ["never", "zero"])
+@pytest.mark.parametrize("kind", ["even", "tiles", "paged"])
+def test_writing_into_a_shared_page_copies_what_is_in_use_of_it(kind, sanitize):
+    cache = (
+        make_paged(block_tokens=16, rows=5, sanitize=sanitize)
+        if kind == "paged"
+        else make_cache(KIND[kind], rows=5, sanitize=sanitize)
+    )
+    with cache:
+        model = Model(cache)
+        model.close(with_request(model, [9] * MAX_LEN))  # pages with a stranger's content
+        parent = with_request(model, [1] * 100)
+        child = model.fork(parent, 100)
+        for request in (parent, child):
+            model.truncate(request, 90)
+            assert model.grow(request, [2])
+            model.check()
+            if sanitize == "zero":
+                model.check_isolation()
+
+
 # -- isolation -------------------------------------------------------------------------------
 
 

@@ -97,6 +97,18 @@ def test_mapping_ahead_takes_only_what_is_to_spare():
         model.check()
 
 
+def test_mapping_ahead_in_vain_reserves_nothing():
+    with FlakyHostDriver() as driver, make_cache(KIND["split"], driver, rows=5) as cache:
+        slot = cache.open()
+        cache.grow(slot, 10)
+        driver._max_mappings = driver.num_mappings
+        cache.look_ahead(slot, 100)
+        cache._look_ahead.drain()
+        assert slot.ready_tokens < 100
+        assert cache.pool.num_reserved == 0
+        cache.check_invariants()
+
+
 def test_growing_within_what_is_mapped_waits_for_no_page_to_be_made():
     with SlowDriver() as driver, make_cache(KIND["even"], driver, rows=5) as cache:
         slot = cache.open()
@@ -177,6 +189,12 @@ def test_a_failing_job_is_told_once_and_the_next_still_runs():
         cache.look_ahead(slot, 10)
         with pytest.raises(DriverError, match="injected"):
             cache._look_ahead.drain()
+        cache.pool.driver.fail_after = 0
+        cache.look_ahead(slot, 10)
+        cache._look_ahead._jobs.put(done := threading.Event())
+        assert done.wait(PATIENCE_S)
+        with pytest.raises(DriverError, match="injected"):
+            cache.look_ahead(slot, 10)
         cache.look_ahead(slot, 10)
         cache._look_ahead.drain()
         assert slot.ready_tokens == 16
@@ -185,15 +203,15 @@ def test_a_failing_job_is_told_once_and_the_next_still_runs():
 def test_the_pool_is_open_while_pages_are_made_and_the_limit_holds():
     """A commit that needs more than is free waits for what is being made, and makes no more."""
     with SlowDriver() as driver:
-        pool = PagePool(driver, 6 * PAGE, low_watermark=4)
-        claim = pool.reserve(6)
+        pool = PagePool(driver, 5 * PAGE, low_watermark=4)
+        claim = pool.reserve(5)
         first = pool.commit(claim, 1)
         refill = threading.Thread(target=pool.refill, name="vkv-look-ahead")
         refill.start()
         assert driver.reached.wait(PATIENCE_S)
-        pool.release(first)
-        pool.reserve(1)
+        pool.restore(claim, first)
         assert pool.commit(claim, 1) == first  # what is free needs no waiting
+        assert pool.refill(extra=30) == 0  # of five, four are being made and one is held
         assert not driver.go_on.is_set()
         committed = []
         commit = threading.Thread(target=lambda: committed.extend(pool.commit(claim, 4)))
@@ -204,7 +222,7 @@ def test_the_pool_is_open_while_pages_are_made_and_the_limit_holds():
         commit.join(PATIENCE_S)
         refill.join(PATIENCE_S)
         assert len(committed) == 4
-        assert driver.num_pages == 5
+        assert driver.num_pages == pool.num_created == 5
         pool.check_invariants()
 
 
