@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .runtime.llm import LLM, StreamDelta
     from .runtime.outputs import CompletionOutput, RequestOutput
     from .runtime.sampling_params import SamplingParams
+    from .runtime.virtual_cache import VirtualCache
     from .vmem import open_driver
     from .vmem.errors import VkvError
 
@@ -30,6 +31,7 @@ _HOMES = {
     "CompletionOutput": ".runtime.outputs",
     "EngineConfig": ".runtime.config",
     "EngineStats": ".runtime.engine",
+    "VirtualCache": ".runtime.virtual_cache",
     "KVCache": ".allocator",
     "KVLayout": ".allocator",
     "LayerGeometry": ".allocator",
@@ -52,6 +54,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StreamDelta",
+    "VirtualCache",
     "VkvError",
     "open_driver",
 ]
