@@ -36,15 +36,16 @@ class VirtualCache(DynamicCache):
     """Keys and values for `model.generate(past_key_values=…)`, grown in place page by page.
 
     Nothing is reserved before the first token and nothing is copied when a sequence grows. Memory
-    is at most 17/16 of what the tokens take and two pages a layer; a sliding layer gives back the
-    pages behind its window. Attention layers are virtual, with the keys and values of a token of
-    all sequences together; a layer with recurrent or convolution state, or any other kind, is the
-    one that `DynamicCache` would use.
+    is at most 17/16 of what the tokens take and two pages a layer. A layer with a sliding window
+    gives back the pages behind it with the next token, and takes up to four pages more than what
+    its window holds. Growing attention layers are virtual; a layer of any other kind (recurrent
+    or convolution state, an indexer) is the one that `DynamicCache` would use.
 
     Memory is returned when the cache and every tensor taken from it are gone. A tensor taken from
     it is good until the cache is next written to, cropped or reordered: `clone` it to keep it. A
     reorder of beams works in place; where the batch changes its size, one layer exists twice for
-    a moment. For inference: no gradient flows through it.
+    a moment. `copy.deepcopy` gives a cache apart, with memory of its own. For inference: no
+    gradient flows through it.
 
     Args:
         config: of the model, `model.config`.
@@ -77,6 +78,11 @@ class VirtualCache(DynamicCache):
             )
         self._arena = Arena(page_bytes)
         self.layers = [_virtual(layer, self._arena, max_len) for layer in self.layers]
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: a compiled graph would take tensors of `max_len`, most of which nothing backs."""
+        return False
 
     def stats(self) -> VirtualCacheStats:
         """A snapshot of what the cache holds."""

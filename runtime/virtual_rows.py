@@ -19,7 +19,7 @@ import torch
 from ..vmem import Page, VmemDriver, open_driver
 from ..vmem.errors import ForkedProcess, InvalidOperation
 
-_AHEAD = 16  # beyond what rows need, up to one page in so many is mapped with them
+_AHEAD = 16  # beside each so many pages that rows need, one more may be mapped
 _CPU_PAGE_BYTES = 64 << 10  # every layer takes two pages at least; a GPU has its own size
 _COPY_BYTES = 4 << 20  # rows are copied in portions of about this size
 
@@ -32,7 +32,7 @@ class Range:
     address: int
     size: int
     first_page: int = 0
-    pages: deque[Page] = field(default_factory=deque)
+    pages: list[Page] = field(default_factory=list)
 
     @property
     def end_page(self) -> int:
@@ -86,14 +86,14 @@ class Arena:
         Pages wholly before `start` go back to the system, and so do those behind `end` but one
         in sixteen; as many are mapped ahead where pages are missing, so that the number of calls
         and of mappings grows with the logarithm of the length. Raises OutOfPages or
-        OutOfMappings, with `start … end` unbacked as before.
+        OutOfMappings, with `start … end` backed as far as before.
         """
         page_bytes = area.driver.page_bytes
         first, needed = start // page_bytes, _ceil_div(end, page_bytes)
-        ahead = min((needed - first) // _AHEAD, area.size // page_bytes - needed)
+        ahead = min(max(needed - first - 1, 0) // _AHEAD, area.size // page_bytes - needed)
         with self._calling():
-            self._cut_front(area, min(first, area.end_page))
-            self._cut_back(area, max(needed + ahead, area.first_page))
+            self._drop(area, 0, max(first - area.first_page, 0))
+            self._drop(area, max(needed + ahead - area.first_page, 0), len(area.pages))
             if not area.pages:
                 area.first_page = first
             if needed > area.end_page:
@@ -122,7 +122,7 @@ class Arena:
 
     def _free(self, area: Range) -> None:
         with suppress(ForkedProcess):  # in a child: the pages are its parent's
-            self._cut_front(area, area.end_page)
+            self._drop(area, 0, len(area.pages))
             area.driver.free(area.address)
 
     def _extend(self, area: Range, num_pages: int) -> None:
@@ -135,28 +135,18 @@ class Arena:
             raise
         area.pages.extend(pages)
 
-    def _cut_front(self, area: Range, first_page: int) -> None:
-        """Give back the pages before `first_page`."""
-        count = first_page - area.first_page
-        if count > 0:
-            self._unmap(area, area.first_page, [area.pages[i] for i in range(count)])
-            area.first_page = first_page
-            for _ in range(count):
-                area.pages.popleft()
-
-    def _cut_back(self, area: Range, end_page: int) -> None:
-        """Give back the pages from `end_page` on."""
-        keep = end_page - area.first_page
-        if keep < len(area.pages):
-            self._unmap(area, end_page, [area.pages[i] for i in range(keep, len(area.pages))])
-            while len(area.pages) > keep:
-                area.pages.pop()
-
-    def _unmap(self, area: Range, first_page: int, pages: list[Page]) -> None:
-        driver = area.driver
-        driver.record_fence().wait()  # kernels that were launched may still read them
-        driver.unmap(area.address + first_page * driver.page_bytes, len(pages) * driver.page_bytes)
-        driver.release(pages)
+    def _drop(self, area: Range, start: int, stop: int) -> None:
+        """Give back `area.pages[start:stop]`, which are at either end of the run."""
+        driver, leaving = area.driver, area.pages[start:stop]
+        if not leaving:
+            return
+        driver.record_fence().wait()  # kernels that were launched may still touch them
+        address = area.address + (area.first_page + start) * driver.page_bytes
+        driver.unmap(address, len(leaving) * driver.page_bytes)
+        del area.pages[start:stop]
+        if start == 0:
+            area.first_page += len(leaving)
+        driver.release(leaving)
 
 
 class Lease:
