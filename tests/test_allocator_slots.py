@@ -376,10 +376,10 @@ def test_writing_into_a_shared_page_copies_what_is_in_use_of_it(kind, sanitize):
     with cache:
         model = Model(cache)
         model.close(with_request(model, [9] * MAX_LEN))  # pages with a stranger's content
-        parent = with_request(model, [1] * 100)
-        child = model.fork(parent, 100)
+        parent = with_request(model, [1] * 128)  # whole pages, and all of them shared
+        child = model.fork(parent, 128)
         for request in (parent, child):
-            model.truncate(request, 90)
+            model.truncate(request, 120)
             assert model.grow(request, [2])
             model.check()
             if sanitize == "zero":

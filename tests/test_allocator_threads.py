@@ -467,6 +467,12 @@ def test_a_forked_child_is_refused_and_does_not_hang():
     assert b"Exception ignored" not in done.stderr
 
 
+def with_tokens(model, count):
+    request = model.open()
+    assert model.grow(request, [1] * count)
+    return request
+
+
 # -- work in flight, on the stand-in: unmapping under it is an error of the driver -------------
 
 
@@ -548,6 +554,21 @@ def test_undoing_waits_for_the_clearing_of_the_pages(at_work, monkeypatch):
         model.cache.grow(request.slot, 100)
     assert request.slot.num_pages == 0
     model.cache.check_invariants()
+
+
+def test_mapping_ahead_ends_when_its_clearing_has_ended(at_work, monkeypatch):
+    """The request may write on another stream than the one that cleared."""
+    model, begin = at_work
+    model.cache.pool.sanitize = "zero"
+    backing, driver = model.cache._backing, model.cache.pool.driver
+    model.close(with_tokens(model, 140))
+    request = with_tokens(model, 10)
+    monkeypatch.setattr(backing, "_clear_pages", lambda slot, index, first: begin(slot))
+    model.look_ahead(request, 100)
+    address = backing._range_address(request.slot, 0)
+    page = driver.page_at(address)
+    driver.unmap(address, driver.page_bytes)  # refused while work is in flight
+    driver.map(address, [page])
 
 
 def test_fences_do_not_pile_up(cuda_standin, at_work):
