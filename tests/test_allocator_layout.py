@@ -33,9 +33,13 @@ layouts = st.builds(
 
 
 def draw_slot(layout):
-    """Of each byte of a slot, which token it belongs to (-1: none), and of which tensor."""
-    owner = np.full(layout.slot_bytes, -1)
-    tensor = np.full(layout.slot_bytes, -1)
+    """Of each byte of a slot, which token it belongs to (-1: none), and of which tensor.
+
+    Up to the end of the last range, that is: a slot's stride may be far larger.
+    """
+    owner = np.full(range_bytes(layout, layout.num_ranges - 1).stop, -1)
+    tensor = np.full(len(owner), -1)
+    assert len(owner) <= layout.slot_bytes
     for layer in range(len(layout.layers)):
         for index, geometry in enumerate(
             (layout.key_geometry(layer), layout.value_geometry(layer))
@@ -43,7 +47,7 @@ def draw_slot(layout):
             size = geometry.num_heads * geometry.head_dim * layout.itemsize
             for token in range(layout.capacity_tokens):
                 start = geometry.offset_bytes + token * geometry.token_stride * layout.itemsize
-                assert start + size <= layout.slot_bytes
+                assert start + size <= len(owner)
                 assert (owner[start : start + size] == -1).all(), "two tensors overlap"
                 owner[start : start + size] = token
                 tensor[start : start + size] = 2 * layer + index
@@ -52,8 +56,11 @@ def draw_slot(layout):
 
 def range_bytes(layout, index):
     """Offsets of the bytes of a range, up to the next one."""
-    ends = [r.offset for r in layout.ranges[1:]] + [layout.slot_bytes]
-    return slice(layout.ranges[index].offset, ends[index])
+    geometry = layout.ranges[index]
+    if index + 1 < layout.num_ranges:
+        return slice(geometry.offset, layout.ranges[index + 1].offset)
+    size = layout.capacity_tokens * geometry.token_bytes
+    return slice(geometry.offset, geometry.offset + -(-size // PAGE) * PAGE)
 
 
 @given(layouts)
