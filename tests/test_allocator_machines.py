@@ -34,7 +34,7 @@ from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages
 __all__ = ["one_thread"]  # a fixture
 
 MACHINE = settings(
-    max_examples=300,
+    max_examples=150,
     stateful_step_count=50,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
@@ -357,7 +357,7 @@ def test_kv_cache():
 
 
 def test_kv_cache_on_the_standin(cuda_standin):
-    run_state_machine_as_test(StandInMachine, settings=settings(MACHINE, max_examples=150))
+    run_state_machine_as_test(StandInMachine, settings=settings(MACHINE, max_examples=50))
 
 
 def test_paged_kv_cache():
