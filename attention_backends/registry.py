@@ -14,6 +14,7 @@ from .base import AttentionBackend, AttentionNeeds, Capabilities, missing_featur
 _BACKENDS: Mapping[str, str] = {
     "reference": ".reference:ReferenceBackend",
     "sdpa": ".sdpa:SdpaBackend",
+    "native": ".native:NativeBackend",
     "torch_flash": ".torch_flash:TorchFlashBackend",
     "flash_attn": ".flash_attn:FlashAttnBackend",
     "flash_attn_3": ".flash_attn:FlashAttn3Backend",
@@ -23,7 +24,7 @@ _BACKENDS: Mapping[str, str] = {
 
 # What "auto" tries, best first; `reference` is never chosen, only asked for.
 _PREFERENCE: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("sdpa", "paged_sdpa"),
+    "cpu": ("native", "sdpa", "paged_sdpa"),
     "cuda": ("torch_flash", "flash_attn", "flashinfer", "sdpa", "paged_sdpa"),
 }
 

@@ -1,0 +1,132 @@
+"""vkv's own CPU kernels: attention that reads each key and value once, at memory speed.
+
+A small C library (`native/`) over contiguous strided slots. It knows token and slot strides and
+nothing else of how memory is arranged: no pages, no block tables.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from . import native_library
+from .base import AttentionBackend, AttentionBatch, Capabilities, LayerAttention, PerStep
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum vkv_dtype
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """The batch as the kernels read it: int32 on the host, kept alive for the step."""
+
+    query_starts: torch.Tensor
+    kv_lens: torch.Tensor
+    slots: torch.Tensor
+
+
+class NativeBackend(AttentionBackend):
+    name = "native"
+    capabilities = Capabilities(devices=frozenset({"cpu"}), dtypes=frozenset(_DTYPES))
+
+    def __init__(self) -> None:
+        self._library = native_library.load_library()
+        self._parallel = native_library.openmp_parallel()
+        self._workspace = torch.empty(1 << 20, dtype=torch.uint8)
+        self._sequences: PerStep[_Sequences] = PerStep()
+
+    @classmethod
+    def unavailable_reason(cls) -> str | None:
+        return native_library.unavailable_reason()
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+        layer: LayerAttention,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if out is None:
+            out = query.new_empty(*query.shape[:2], value_cache.shape[3])
+        self._attend(query, key_cache, value_cache, batch, layer, out, None)
+        return out
+
+    def forward_lse(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+        layer: LayerAttention,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = query.new_empty(*query.shape[:2], value_cache.shape[3])
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        self._attend(query, key_cache, value_cache, batch, layer, out, lse)
+        return out, lse
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+        layer: LayerAttention,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """Fill `out`, and `lse` if given."""
+        assert out.stride(2) == 1, "heads of the result are contiguous"
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        sinks = None if layer.sinks is None else layer.sinks.detach().float().contiguous()
+        sequences = self._sequences.get(batch, None, lambda: _on_host(batch))
+        args = native_library.AttentionArgs(
+            query=query.data_ptr(),
+            keys=key_cache.data_ptr(),
+            values=value_cache.data_ptr(),
+            out=out.data_ptr(),
+            lse=None if lse is None else lse.data_ptr(),
+            sinks=None if sinks is None else sinks.data_ptr(),
+            query_starts=sequences.query_starts.data_ptr(),
+            kv_lens=sequences.kv_lens.data_ptr(),
+            slots=sequences.slots.data_ptr(),
+            query_token_stride=query.stride(0),
+            query_head_stride=query.stride(1),
+            key_slot_stride=key_cache.stride(0),
+            key_token_stride=key_cache.stride(1),
+            key_head_stride=key_cache.stride(2),
+            value_slot_stride=value_cache.stride(0),
+            value_token_stride=value_cache.stride(1),
+            value_head_stride=value_cache.stride(2),
+            out_token_stride=out.stride(0),
+            out_head_stride=out.stride(1),
+            num_seqs=batch.num_seqs,
+            num_heads=query.shape[1],
+            num_kv_heads=key_cache.shape[2],
+            key_dim=query.shape[2],
+            value_dim=value_cache.shape[3],
+            dtype=_DTYPES[query.dtype],
+            window=layer.window or 0,
+            scale=layer.scale,
+            softcap=layer.softcap or 0.0,
+            num_threads=torch.get_num_threads(),
+            parallel=self._parallel,
+        )
+        self._run(args)
+
+    def _run(self, args: native_library.AttentionArgs) -> None:
+        """Call the kernels, with a larger workspace if they ask for one."""
+        while True:
+            args.workspace = -(-self._workspace.data_ptr() // 64) * 64
+            args.workspace_bytes = self._workspace.numel() - 64
+            needed = self._library.vkv_attend(ctypes.byref(args))
+            if not needed:
+                return
+            self._workspace = torch.empty(needed + 64, dtype=torch.uint8)
+
+
+def _on_host(batch: AttentionBatch) -> _Sequences:
+    return _Sequences(
+        query_starts=batch.cu_seqlens_q, kv_lens=batch.seqused_k, slots=batch.slot_ids
+    )

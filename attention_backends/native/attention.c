@@ -1,0 +1,388 @@
+/* Attention over contiguous, strided slots on a CPU: shares of work, threads, and the merge.
+ *
+ * The work is cut into shares: some queries of a sequence, some KV heads, a stretch of keys.
+ * Threads take shares as they come. Where a tile's keys are cut in several stretches, each leaves
+ * its part in the workspace, and whoever finishes the last merges them by log-sum-exp.
+ */
+#include "attention.h"
+
+#include <float.h>
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+enum {
+    BLOCK = 64,         /* keys at a time */
+    SOFTMAX_ROWS = 24,  /* query rows at a time: their scores stay in the first cache */
+    MAX_ROWS = 512,     /* query rows of a share: the packing of a block is spread over them */
+    MIN_ROWS = 64,      /* unless a head has fewer; below it, packing costs more than it saves */
+    MIN_KEYS = 64,      /* keys of a stretch, at least */
+    SHARES_A_THREAD = 4 /* for an even load */
+};
+
+struct share {
+    int32_t seq, first_query, last_query, first_head, last_head, first_key, last_key;
+    int32_t first_position; /* of first_query, within its sequence */
+    int32_t num_rows;
+    int32_t num_parts; /* stretches that the keys of this tile are cut in */
+    int32_t first_part; /* index of the first of them in the workspace; the rest follow */
+    int32_t part;       /* which of them this share is */
+};
+
+/* What a thread works in. Rows are [KV head][query][head of the KV head]. */
+struct scratch {
+    int32_t *query, *keys, *values, *weights;
+    float *scores, *out, *peaks, *sums;
+    int query_words, value_width;
+};
+
+struct plan {
+    int64_t num_shares, num_parts, scratch_bytes, part_bytes;
+    int64_t shares_at, left_at, parts_at, scratch_at, total_bytes;
+    int32_t max_rows, query_words, value_width;
+};
+
+struct job {
+    const struct vkv_attention *args;
+    const struct plan *plan;
+    int64_t next_share, next_thread; /* atomic */
+};
+
+#define NAME(x) x##_portable
+#define LANES 4
+#define COLUMNS 4
+#define ROWS 2
+#define PAIRS 0
+#include "tile.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define NAME(x) x##_avx2
+#define LANES 8
+#define COLUMNS 2
+#define ROWS 6
+#define PAIRS 0
+#include "tile.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#endif
+#define NAME(x) x##_avx512
+#define LANES 16
+#define COLUMNS 4
+#define ROWS 6
+#define PAIRS 0
+#include "tile.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), \
+    apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#endif
+#define NAME(x) x##_avx512_bf16
+#define LANES 16
+#define COLUMNS 4
+#define ROWS 6
+#define PAIRS 1
+#include "tile.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+typedef void (*attend_share)(const struct vkv_attention *, const struct share *, struct scratch *);
+
+struct instruction_set {
+    const char *name;
+    attend_share attend;
+};
+
+/* Narrowest first. */
+static const struct instruction_set instruction_sets[] = {
+    {"portable", attend_portable},
+#if defined(__x86_64__)
+    {"avx2", attend_avx2},
+    {"avx512", attend_avx512},
+    {"avx512_bf16", attend_avx512_bf16},
+#endif
+};
+
+enum { NUM_SETS = sizeof(instruction_sets) / sizeof(*instruction_sets) };
+
+static int widest_allowed = NUM_SETS - 1; /* tests lower it to try the narrower ones */
+
+static const struct instruction_set *choose(int32_t dtype) {
+    int widest = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        widest = 1;
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+            widest = dtype == VKV_BFLOAT16 && __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    }
+#endif
+    (void)dtype;
+    return instruction_sets + (widest < widest_allowed ? widest : widest_allowed);
+}
+
+const char *vkv_instruction_set(int32_t dtype) { return choose(dtype)->name; }
+
+void vkv_limit_instruction_set(const char *name) {
+    for (int i = 0; i < NUM_SETS; i++)
+        if (!strcmp(instruction_sets[i].name, name)) widest_allowed = i;
+}
+
+/* -- the plan -------------------------------------------------------------------------------- */
+
+static int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Queries of a tile, and KV heads of a share: many, unless threads would be left without work. */
+static void tile_shape(const struct vkv_attention *args, int32_t *tile_queries,
+                       int32_t *tile_heads) {
+    const int32_t group = args->num_heads / args->num_kv_heads;
+    const int32_t num_tokens = args->query_starts[args->num_seqs];
+    const int64_t wanted = args->num_threads > 1 ? SHARES_A_THREAD * args->num_threads : 1;
+    int64_t rows = (int64_t)num_tokens * args->num_heads / wanted;
+    rows = min64(max64(rows, MIN_ROWS), MAX_ROWS);
+    *tile_queries = (int32_t)max64(1, rows / group);
+    /* A decode's tile is one query: take several heads at once, which lie side by side. */
+    const int64_t queries = max64(1, num_tokens / args->num_seqs);
+    *tile_heads = (int32_t)min64(max64(1, rows / (group * min64(queries, *tile_queries))),
+                                 args->num_kv_heads);
+}
+
+/* What a share costs, in keys times rows, with the packing counted as some rows more. */
+static int64_t cost(int64_t num_keys, int64_t num_rows, int64_t num_heads) {
+    return num_keys * (num_rows + 16 * num_heads);
+}
+
+/* Cuts the work; with `shares` NULL only counts. Each tile is cut in parts of about `target`. */
+static void cut(const struct vkv_attention *args, struct share *shares, int64_t target,
+                int64_t *num_shares, int64_t *num_parts, int64_t *total_cost) {
+    const int32_t group = args->num_heads / args->num_kv_heads;
+    int32_t tile_queries, tile_heads;
+    tile_shape(args, &tile_queries, &tile_heads);
+    *num_shares = *num_parts = *total_cost = 0;
+    for (int32_t b = 0; b < args->num_seqs; b++) {
+        const int32_t begin = args->query_starts[b], end = args->query_starts[b + 1];
+        const int32_t before = args->kv_lens[b] - (end - begin); /* tokens before the queries */
+        for (int32_t q = begin; q < end; q += tile_queries)
+            for (int32_t h = 0; h < args->num_kv_heads; h += tile_heads) {
+                struct share share = {.seq = b, .first_query = q, .first_head = h};
+                share.last_query = (int32_t)min64(end, q + tile_queries);
+                share.last_head = (int32_t)min64(args->num_kv_heads, h + tile_heads);
+                share.first_position = before + q - begin;
+                share.num_rows =
+                    (share.last_query - q) * group * (share.last_head - share.first_head);
+                const int32_t last = before + share.last_query - begin;
+                int32_t first = 0;
+                if (args->window && share.first_position >= args->window)
+                    first = share.first_position - args->window + 1;
+                const int64_t keys = last - first;
+                const int64_t work =
+                    cost(keys, share.num_rows, share.last_head - share.first_head);
+                *total_cost += work;
+                int64_t parts = target ? min64(work / target, keys / MIN_KEYS) : 1;
+                parts = max64(parts, 1);
+                const int64_t stretch = round_up((keys + parts - 1) / parts, BLOCK);
+                parts = (keys + stretch - 1) / stretch;
+                share.num_parts = (int32_t)parts;
+                share.first_part = (int32_t)*num_parts;
+                for (int64_t p = 0; p < parts; p++, ++*num_shares) {
+                    share.part = (int32_t)p;
+                    share.first_key = first + (int32_t)(p * stretch);
+                    share.last_key = (int32_t)min64(last, first + (p + 1) * stretch);
+                    if (shares) shares[*num_shares] = share;
+                }
+                if (parts > 1) *num_parts += parts;
+            }
+    }
+}
+
+static struct plan make_plan(const struct vkv_attention *args, int64_t *target) {
+    struct plan plan = {0};
+    int32_t tile_queries, tile_heads;
+    int64_t total;
+    *target = 0;
+    cut(args, NULL, 0, &plan.num_shares, &plan.num_parts, &total);
+    if (args->num_threads > 1) {
+        *target = max64(1, total / (SHARES_A_THREAD * args->num_threads));
+        cut(args, NULL, *target, &plan.num_shares, &plan.num_parts, &total);
+    }
+    tile_shape(args, &tile_queries, &tile_heads);
+    plan.max_rows = tile_queries * tile_heads * (args->num_heads / args->num_kv_heads);
+    plan.query_words = (int32_t)round_up(args->key_dim, 32);
+    plan.value_width = (int32_t)round_up(args->value_dim, 16);
+    const int64_t row_bytes = 4 * (plan.query_words + plan.value_width + 2);
+    const int64_t block_bytes = 4 * BLOCK * (plan.query_words + plan.value_width);
+    plan.scratch_bytes =
+        round_up(plan.max_rows * row_bytes + block_bytes + 8 * SOFTMAX_ROWS * BLOCK, 64) + 512;
+    plan.part_bytes = round_up(4 * plan.max_rows * (plan.value_width + 2), 64);
+    plan.shares_at = 0;
+    plan.left_at = round_up(plan.num_shares * (int64_t)sizeof(struct share), 64);
+    plan.parts_at = round_up(plan.left_at + 4 * plan.num_parts, 64);
+    plan.scratch_at = plan.parts_at + plan.num_parts * plan.part_bytes;
+    plan.total_bytes = plan.scratch_at + args->num_threads * plan.scratch_bytes;
+    return plan;
+}
+
+static struct scratch thread_scratch(const struct vkv_attention *args, const struct plan *plan,
+                                     int64_t thread) {
+    char *at = (char *)args->workspace + plan->scratch_at + thread * plan->scratch_bytes;
+    struct scratch s = {.query_words = plan->query_words, .value_width = plan->value_width};
+#define TAKE(field, count)  \
+    s.field = (void *)at; \
+    at += round_up(4 * (int64_t)(count), 64)
+    TAKE(keys, BLOCK * plan->query_words);
+    TAKE(values, BLOCK * plan->value_width);
+    TAKE(scores, SOFTMAX_ROWS * BLOCK);
+    TAKE(weights, SOFTMAX_ROWS * BLOCK);
+    TAKE(query, plan->max_rows * plan->query_words);
+    TAKE(out, plan->max_rows * plan->value_width);
+    TAKE(peaks, plan->max_rows);
+    TAKE(sums, plan->max_rows);
+#undef TAKE
+    return s;
+}
+
+/* -- results --------------------------------------------------------------------------------- */
+
+static uint16_t to_bf16(float x) { /* to nearest, ties to even; a NaN stays one */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Writes a tile's rows: with sinks, divided by their sums, in the dtype of out. */
+static void finish(const struct vkv_attention *args, const struct share *share, const float *out,
+                   const float *peaks, const float *sums, int width) {
+    const float log2e = 1.44269504f, ln2 = 0.693147181f;
+    const int32_t group = args->num_heads / args->num_kv_heads;
+    int32_t row = 0;
+    for (int32_t h = share->first_head; h < share->last_head; h++)
+        for (int32_t q = share->first_query; q < share->last_query; q++)
+            for (int32_t g = 0; g < group; g++, row++) {
+                const int32_t head = h * group + g;
+                float peak = peaks[row], sum = sums[row], factor = 1.0f;
+                if (args->sinks) { /* a logit that takes weight and has no value */
+                    const float sink = args->sinks[head] * log2e, top = fmaxf(peak, sink);
+                    factor = exp2f(peak - top);
+                    sum = sum * factor + exp2f(sink - top);
+                    peak = top;
+                }
+                factor /= sum;
+                const float *from = out + (int64_t)row * width;
+                const int64_t to = q * args->out_token_stride + head * args->out_head_stride;
+                if (args->dtype == VKV_BFLOAT16) {
+                    uint16_t *goal = (uint16_t *)args->out + to;
+                    for (int32_t d = 0; d < args->value_dim; d++)
+                        goal[d] = to_bf16(from[d] * factor);
+                } else {
+                    float *goal = (float *)args->out + to;
+                    for (int32_t d = 0; d < args->value_dim; d++) goal[d] = from[d] * factor;
+                }
+                if (args->lse)
+                    args->lse[(int64_t)q * args->num_heads + head] = (peak + log2f(sum)) * ln2;
+            }
+}
+
+/* A part in the workspace: out [rows][width], then peaks [rows], then sums [rows]. */
+static float *part_at(const struct vkv_attention *args, const struct plan *plan, int64_t part) {
+    return (float *)((char *)args->workspace + plan->parts_at + part * plan->part_bytes);
+}
+
+static void keep_part(const struct vkv_attention *args, const struct plan *plan,
+                      const struct share *share, const struct scratch *s) {
+    const size_t rows = (size_t)share->num_rows, outs = rows * (size_t)s->value_width;
+    float *goal = part_at(args, plan, share->first_part + share->part);
+    memcpy(goal, s->out, 4 * outs);
+    memcpy(goal + outs, s->peaks, 4 * rows);
+    memcpy(goal + outs + rows, s->sums, 4 * rows);
+}
+
+/* Adds up all parts of a tile into the scratch, each weighed by its share of the sum. */
+static void merge_parts(const struct vkv_attention *args, const struct plan *plan,
+                        const struct share *share, struct scratch *s) {
+    const int width = s->value_width, rows = share->num_rows;
+    const int64_t outs = (int64_t)rows * width;
+    for (int row = 0; row < rows; row++) {
+        float peak = -FLT_MAX, sum = 0, *goal = s->out + (int64_t)row * width;
+        memset(goal, 0, 4 * (size_t)width);
+        for (int p = 0; p < share->num_parts; p++)
+            peak = fmaxf(peak, part_at(args, plan, share->first_part + p)[outs + row]);
+        for (int p = 0; p < share->num_parts; p++) {
+            const float *part = part_at(args, plan, share->first_part + p);
+            const float weight = exp2f(part[outs + row] - peak);
+            sum += weight * part[outs + rows + row];
+            for (int d = 0; d < width; d++) goal[d] += weight * part[(int64_t)row * width + d];
+        }
+        s->peaks[row] = peak;
+        s->sums[row] = sum;
+    }
+}
+
+/* -- threads --------------------------------------------------------------------------------- */
+
+static void work(void *data) {
+    struct job *job = data;
+    const struct vkv_attention *args = job->args;
+    const struct plan *plan = job->plan;
+    const int64_t thread = __atomic_fetch_add(&job->next_thread, 1, __ATOMIC_RELAXED);
+    if (thread >= args->num_threads) return; /* more threads came than there is scratch for */
+    struct scratch s = thread_scratch(args, plan, thread);
+    const struct share *shares = (void *)((char *)args->workspace + plan->shares_at);
+    int32_t *left = (void *)((char *)args->workspace + plan->left_at);
+    const attend_share attend = choose(args->dtype)->attend;
+    for (;;) {
+        const int64_t index = __atomic_fetch_add(&job->next_share, 1, __ATOMIC_RELAXED);
+        if (index >= plan->num_shares) return;
+        const struct share *share = shares + index;
+        attend(args, share, &s);
+        if (share->num_parts > 1) {
+            keep_part(args, plan, share, &s);
+            if (__atomic_sub_fetch(left + share->first_part, 1, __ATOMIC_ACQ_REL)) continue;
+            merge_parts(args, plan, share, &s);
+        }
+        finish(args, share, s.out, s.peaks, s.sums, s.value_width);
+    }
+}
+
+int64_t vkv_attend(const struct vkv_attention *args) {
+    int64_t target, total;
+    struct plan plan = make_plan(args, &target);
+    if (args->workspace_bytes < plan.total_bytes) return plan.total_bytes;
+    struct share *shares = (void *)((char *)args->workspace + plan.shares_at);
+    int32_t *left = (void *)((char *)args->workspace + plan.left_at);
+    cut(args, shares, target, &plan.num_shares, &plan.num_parts, &total);
+    for (int64_t i = 0; i < plan.num_shares; i++)
+        if (shares[i].num_parts > 1) left[shares[i].first_part] = shares[i].num_parts;
+    struct job job = {.args = args, .plan = &plan};
+    if (args->num_threads > 1 && args->parallel && plan.num_shares > 1)
+        args->parallel(work, &job, (unsigned)args->num_threads, 0);
+    else
+        work(&job);
+    return 0;
+}

@@ -1,0 +1,54 @@
+/* Attention over contiguous, strided slots: the ABI between native.py and attention.c.
+ *
+ * Sequence b owns the query rows query_starts[b] .. query_starts[b + 1], the last of its
+ * kv_lens[b] tokens; its keys and values are rows 0 .. kv_lens[b] of slot slots[b]. No row past a
+ * sequence's length, nor one that all its queries' windows have passed, is ever read.
+ */
+#ifndef VKV_ATTENTION_H
+#define VKV_ATTENTION_H
+
+#include <stdint.h>
+
+enum vkv_dtype { VKV_FLOAT32 = 0, VKV_BFLOAT16 = 1 };
+
+/* An OpenMP runtime's way to run work(data) on several threads at once (GOMP_parallel). */
+typedef void (*vkv_parallel)(void (*work)(void *), void *data, unsigned num_threads,
+                             unsigned flags);
+
+/* Strides count elements; the last dimension of every tensor is contiguous. */
+struct vkv_attention {
+    const void *query; /* [num_tokens, num_heads, key_dim] */
+    const void *keys;  /* [num_slots, tokens, num_kv_heads, key_dim] */
+    const void *values;
+    void *out;          /* [num_tokens, num_heads, value_dim] */
+    float *lse;         /* [num_tokens, num_heads], or NULL */
+    const float *sinks; /* [num_heads], or NULL */
+    void *workspace;    /* 64-byte aligned */
+    int64_t workspace_bytes;
+    const int32_t *query_starts; /* [num_seqs + 1] */
+    const int32_t *kv_lens;      /* [num_seqs] */
+    const int32_t *slots;        /* [num_seqs] */
+    int64_t query_token_stride, query_head_stride;
+    int64_t key_slot_stride, key_token_stride, key_head_stride;
+    int64_t value_slot_stride, value_token_stride, value_head_stride;
+    int64_t out_token_stride, out_head_stride;
+    int32_t num_seqs, num_heads, num_kv_heads, key_dim, value_dim;
+    int32_t dtype;  /* enum vkv_dtype, of query, keys, values and out */
+    int32_t window; /* keys that a query sees, itself included; 0 for all */
+    float scale;
+    float softcap; /* 0 for none */
+    int32_t num_threads;
+    vkv_parallel parallel; /* NULL: everything on the calling thread */
+};
+
+/* Fills out (and lse). Returns 0, or the workspace bytes it needs if it was given fewer, with
+ * nothing done. */
+int64_t vkv_attend(const struct vkv_attention *args);
+
+/* The instruction set in use for a dtype: "avx512_bf16", "avx512", "avx2" or "portable". */
+const char *vkv_instruction_set(int32_t dtype);
+
+/* For tests: use this instruction set at most, by its name. Not while anything runs. */
+void vkv_limit_instruction_set(const char *name);
+
+#endif

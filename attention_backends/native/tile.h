@@ -1,0 +1,390 @@
+/* One share of the work, for one instruction set. attention.c includes this file once for each,
+ * with these defined:
+ *
+ *   NAME(x)    x with the instruction set's suffix
+ *   LANES      32-bit lanes of a vector
+ *   COLUMNS    vectors in a row of the register tile; ROWS, its rows
+ *   PAIRS      1: a word is two bfloat16, multiplied by one instruction; 0: a word is a float
+ *
+ * Keys are transposed a block of BLOCK tokens at a time, so that a lane is a token, and values
+ * laid out so that a lane is a dimension; both products are then the same small matrix product.
+ * The softmax runs along, block by block, in base 2.
+ *
+ * Source: FlashAttention-2, arXiv:2307.08691, section 3 (the online softmax).
+ */
+
+typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define VEC NAME(vec)
+#define IVEC NAME(ivec)
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE VEC NAME(splat)(float x) { return x - (VEC){0}; }
+INLINE IVEC NAME(isplat)(int32_t x) { return x - (IVEC){0}; }
+INLINE VEC NAME(select)(IVEC mask, VEC a, VEC b) {
+    return (VEC)((mask & (IVEC)a) | (~mask & (IVEC)b));
+}
+INLINE VEC NAME(max)(VEC a, VEC b) { return NAME(select)(a > b, a, b); }
+INLINE VEC NAME(load)(const float *p) { return *(const VEC *)p; }
+INLINE void NAME(store)(float *p, VEC x) { *(VEC *)p = x; }
+
+/* 2^x for x of at most 127; below -126 it is (nearly) zero. Relative error about 1e-7. */
+INLINE VEC NAME(exp2)(VEC x) {
+    const VEC magic = NAME(splat)(12582912.0f); /* adding it rounds to an integer */
+    x = NAME(max)(x, NAME(splat)(-126.0f));
+    VEC shifted = x + magic;
+    VEC f = x - (shifted - magic); /* in [-1/2, 1/2] */
+    VEC p = NAME(splat)(1.535336e-4f);
+    p = p * f + 1.339887e-3f;
+    p = p * f + 9.618437e-3f;
+    p = p * f + 5.550332e-2f;
+    p = p * f + 2.402264e-1f;
+    p = p * f + 6.931472e-1f;
+    p = p * f + 1.0f;
+    return (VEC)((IVEC)p + (((IVEC)shifted - (IVEC)magic) << 23));
+}
+
+/* -- words: what a product multiplies ------------------------------------------------------- */
+
+#if PAIRS
+#define WORDS(count) (((count) + 1) / 2)
+#else
+#define WORDS(count) (count)
+#endif
+
+/* LANES words from the first `count` elements at `row`, zero behind them. */
+INLINE IVEC NAME(load_words)(const void *row, int count, int is_bf16) {
+#if PAIRS
+    (void)is_bf16;
+    __mmask32 mask = count >= 32 ? 0xffffffffu : (1u << count) - 1;
+    return (IVEC)_mm512_maskz_loadu_epi16(mask, row);
+#else
+    int32_t words[LANES] __attribute__((aligned(64))) = {0};
+    if (count > LANES) count = LANES;
+    if (!is_bf16) {
+        if (count == LANES) return *(const IVEC *)row;
+        memcpy(words, row, 4 * (size_t)count);
+        return *(IVEC *)words;
+    }
+    uint16_t halves[LANES] = {0};
+    memcpy(halves, row, 2 * (size_t)count);
+    for (int i = 0; i < LANES; i++) words[i] = (int32_t)((uint32_t)halves[i] << 16);
+    return *(IVEC *)words;
+#endif
+}
+
+#define ROW_WORDS (PAIRS ? 2 * LANES : LANES) /* elements that load_words takes */
+
+/* c[rows][nv * LANES] += a[rows][k words] times b[k words][nv * LANES]. */
+INLINE void NAME(product)(const int rows, const int nv, const int32_t *a, int lda,
+                          const int32_t *b, int ldb, int k, float *c, int ldc) {
+    VEC acc[ROWS][COLUMNS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < nv; v++) acc[r][v] = NAME(load)(c + r * ldc + v * LANES);
+    for (int i = 0; i < k; i++) {
+        IVEC column[COLUMNS];
+        for (int v = 0; v < nv; v++) column[v] = *(const IVEC *)(b + i * ldb + v * LANES);
+        for (int r = 0; r < rows; r++) {
+            IVEC word = NAME(isplat)(a[r * lda + i]);
+            for (int v = 0; v < nv; v++) {
+#if PAIRS
+                acc[r][v] = (VEC)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)word,
+                                                  (__m512bh)column[v]);
+#else
+                acc[r][v] += (VEC)word * (VEC)column[v];
+#endif
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < nv; v++) NAME(store)(c + r * ldc + v * LANES, acc[r][v]);
+}
+
+INLINE void NAME(product_columns)(const int rows, const int32_t *a, int lda, const int32_t *b,
+                                  int ldb, int k, float *c, int ldc, int n) {
+    int j = 0;
+    for (; j + COLUMNS * LANES <= n; j += COLUMNS * LANES)
+        NAME(product)(rows, COLUMNS, a, lda, b + j, ldb, k, c + j, ldc);
+    for (; j < n; j += LANES) NAME(product)(rows, 1, a, lda, b + j, ldb, k, c + j, ldc);
+}
+
+/* The same for any number of rows, and n a multiple of 16. */
+static void NAME(multiply)(int rows, const int32_t *a, int lda, const int32_t *b, int ldb, int k,
+                           float *c, int ldc, int n) {
+    int r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+        NAME(product_columns)(ROWS, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+    if (ROWS > 4 && r + 4 <= rows) {
+        NAME(product_columns)(4, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+        r += 4;
+    }
+    if (ROWS > 2 && r + 2 <= rows) {
+        NAME(product_columns)(2, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+        r += 2;
+    }
+    for (; r < rows; r++)
+        NAME(product_columns)(1, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+}
+
+/* -- keys and values of a block -------------------------------------------------------------- */
+
+#if LANES == 16
+INLINE void NAME(transpose)(IVEC *row) { /* 16 x 16 words, in place */
+    __m512i t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32((__m512i)row[i], (__m512i)row[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32((__m512i)row[i], (__m512i)row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) { /* u[4 g + i] holds column i of each quarter, of row group g */
+        __m512i low = _mm512_shuffle_i32x4(u[i], u[4 + i], 0x88);
+        __m512i high = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0x88);
+        row[i] = (IVEC)_mm512_shuffle_i32x4(low, high, 0x88);
+        row[8 + i] = (IVEC)_mm512_shuffle_i32x4(low, high, 0xdd);
+        low = _mm512_shuffle_i32x4(u[i], u[4 + i], 0xdd);
+        high = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0xdd);
+        row[4 + i] = (IVEC)_mm512_shuffle_i32x4(low, high, 0x88);
+        row[12 + i] = (IVEC)_mm512_shuffle_i32x4(low, high, 0xdd);
+    }
+}
+#elif LANES == 8
+INLINE void NAME(transpose)(IVEC *row) { /* 8 x 8 words, in place */
+    __m256i t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32((__m256i)row[i], (__m256i)row[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32((__m256i)row[i], (__m256i)row[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        row[i] = (IVEC)_mm256_permute2x128_si256(u[i], u[4 + i], 0x20);
+        row[4 + i] = (IVEC)_mm256_permute2x128_si256(u[i], u[4 + i], 0x31);
+    }
+}
+#else
+INLINE void NAME(transpose)(IVEC *row) {
+    for (int i = 0; i < LANES; i++)
+        for (int j = i + 1; j < LANES; j++) {
+            int32_t kept = row[i][j];
+            row[i][j] = row[j][i];
+            row[j][i] = kept;
+        }
+}
+#endif
+
+/* Keys of `num_tokens` tokens as packed[word][token], BLOCK tokens wide, zero behind. */
+static void NAME(pack_keys)(const char *rows, int64_t stride, int num_tokens, int num_ahead,
+                            int dim, int is_bf16, int32_t *packed) {
+    const int item = is_bf16 ? 2 : 4;
+    for (int t = 0; t < BLOCK; t += LANES) {
+        if (t >= num_tokens) { /* nothing to read, and zeros cost little */
+            for (int w = 0; w < WORDS(dim); w++) *(IVEC *)(packed + w * BLOCK + t) = (IVEC){0};
+            continue;
+        }
+        for (int d = 0; d < dim; d += ROW_WORDS) {
+            IVEC block[LANES];
+            for (int i = 0; i < LANES; i++) {
+                const char *row = rows + (t + i) * stride + d * item;
+                block[i] = t + i < num_tokens ? NAME(load_words)(row, dim - d, is_bf16) : (IVEC){0};
+                if (t + i < num_ahead) __builtin_prefetch(row + BLOCK * stride);
+            }
+            NAME(transpose)(block);
+            int32_t *goal = packed + WORDS(d) * BLOCK + t;
+            for (int i = 0; i < LANES && WORDS(d) + i < WORDS(dim); i++)
+                *(IVEC *)(goal + i * BLOCK) = block[i];
+        }
+    }
+}
+
+/* Values as packed[token or pair of tokens][dim], `width` dims wide (a multiple of 16). */
+static void NAME(pack_values)(const char *rows, int64_t stride, int num_tokens, int num_ahead,
+                              int dim, int width, int is_bf16, int32_t *packed) {
+    const int item = is_bf16 ? 2 : 4;
+#if PAIRS
+    const __m512i first = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+        35, 3, 34, 2, 33, 1, 32, 0); /* words 0 to 15 of both rows, alternating */
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (int t = 0; t < num_tokens; t += 2)
+        for (int d = 0; d < dim; d += 32) {
+            const char *row = rows + t * stride + d * item;
+            IVEC even = NAME(load_words)(row, dim - d, 1);
+            IVEC odd = (IVEC){0};
+            if (t + 1 < num_tokens) odd = NAME(load_words)(row + stride, dim - d, 1);
+            if (t + 1 < num_ahead) {
+                __builtin_prefetch(row + BLOCK * stride);
+                __builtin_prefetch(row + (BLOCK + 1) * stride);
+            }
+            int32_t *goal = packed + (t / 2) * width + d;
+            *(IVEC *)goal = (IVEC)_mm512_permutex2var_epi16((__m512i)even, first, (__m512i)odd);
+            if (d + 16 < width)
+                *(IVEC *)(goal + 16) =
+                    (IVEC)_mm512_permutex2var_epi16((__m512i)even, second, (__m512i)odd);
+        }
+#else
+    for (int t = 0; t < num_tokens; t++)
+        for (int d = 0; d < width; d += LANES) {
+            const char *row = rows + t * stride + d * item;
+            IVEC words = d < dim ? NAME(load_words)(row, dim - d, is_bf16) : (IVEC){0};
+            if (t < num_ahead && d < dim) __builtin_prefetch(row + BLOCK * stride);
+            *(IVEC *)(packed + t * width + d) = words;
+        }
+#endif
+}
+
+/* -- the softmax ----------------------------------------------------------------------------- */
+
+/* One row: scores[BLOCK] become weights, of which columns outside [first, last) are zero; its
+ * running maximum, sum and output row follow. */
+INLINE void NAME(softmax_row)(const struct vkv_attention *args, float *scores, int first, int last,
+                              int32_t *weights, float *peak, float *sum, float *out, int width) {
+    const float log2e = 1.44269504f;
+    const int masked = first > 0 || last < BLOCK;
+    VEC x[BLOCK / LANES], top = NAME(splat)(-FLT_MAX);
+    IVEC lane, seen[BLOCK / LANES];
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    for (int v = 0; v < BLOCK / LANES; v++) {
+        x[v] = NAME(load)(scores + v * LANES);
+        if (args->softcap != 0.0f) { /* tanh(y) = 1 - 2 / (exp(2 y) + 1) */
+            VEC y = x[v] * (2 * log2e * args->scale / args->softcap);
+            y = NAME(select)(y > 60.0f, NAME(splat)(60.0f), y);
+            x[v] = (args->softcap * log2e) * (1.0f - 2.0f / (NAME(exp2)(y) + 1.0f));
+        } else {
+            x[v] = x[v] * (args->scale * log2e);
+        }
+        if (masked) {
+            IVEC column = lane + v * LANES;
+            seen[v] = (column >= first) & (column < last);
+            x[v] = NAME(select)(seen[v], x[v], NAME(splat)(-FLT_MAX));
+        }
+        top = NAME(max)(top, x[v]);
+    }
+    float highest = *peak;
+    for (int i = 0; i < LANES; i++)
+        if (top[i] > highest) highest = top[i];
+    VEC total = (VEC){0};
+    for (int v = 0; v < BLOCK / LANES; v++) {
+        x[v] = NAME(exp2)(x[v] - highest);
+        if (masked) x[v] = (VEC)((IVEC)x[v] & seen[v]);
+        total += x[v];
+    }
+#if PAIRS
+    for (int v = 0; v < BLOCK / LANES; v += 2)
+        *(IVEC *)(weights + v * LANES / 2) =
+            (IVEC)_mm512_cvtne2ps_pbh((__m512)x[v + 1], (__m512)x[v]);
+#else
+    for (int v = 0; v < BLOCK / LANES; v++) *(VEC *)(weights + v * LANES) = x[v];
+#endif
+    float added = 0;
+    for (int i = 0; i < LANES; i++) added += total[i];
+    if (highest > *peak) {
+        VEC shrink = NAME(exp2)(NAME(splat)(*peak - highest));
+        *sum *= shrink[0];
+        for (int d = 0; d < width; d += LANES) NAME(store)(out + d, NAME(load)(out + d) * shrink);
+        *peak = highest;
+    }
+    *sum += added;
+}
+
+/* -- one share -------------------------------------------------------------------------------- */
+
+/* Copies the share's queries into scratch->query, a row for each (KV head, query, head of it). */
+static void NAME(take_queries)(const struct vkv_attention *args, const struct share *share,
+                               struct scratch *s) {
+    const int is_bf16 = args->dtype == VKV_BFLOAT16, item = is_bf16 ? 2 : 4;
+    const int group = args->num_heads / args->num_kv_heads;
+    int32_t *goal = s->query;
+    for (int h = share->first_head; h < share->last_head; h++)
+        for (int q = share->first_query; q < share->last_query; q++)
+            for (int g = 0; g < group; g++, goal += s->query_words) {
+                const char *row = (const char *)args->query +
+                                  item * (q * args->query_token_stride +
+                                          (h * group + g) * args->query_head_stride);
+                for (int d = 0; d < args->key_dim; d += ROW_WORDS)
+                    *(IVEC *)(goal + WORDS(d)) =
+                        NAME(load_words)(row + d * item, args->key_dim - d, is_bf16);
+            }
+}
+
+/* The rows of one KV head against one packed block, a few rows at a time. */
+static void NAME(attend_block)(const struct vkv_attention *args, const struct share *share,
+                               struct scratch *s, int head, int block_start, int block_len) {
+    const int group = args->num_heads / args->num_kv_heads;
+    const int rows = (share->last_query - share->first_query) * group;
+    const int base = (head - share->first_head) * rows, width = s->value_width;
+    for (int r = 0; r < rows; r += SOFTMAX_ROWS) {
+        const int count = rows - r < SOFTMAX_ROWS ? rows - r : SOFTMAX_ROWS;
+        const int last_seen = share->first_position + (r + count - 1) / group;
+        const int first_seen = share->first_position + r / group;
+        if (last_seen < block_start) continue; /* this block is all to come for these rows */
+        if (args->window && first_seen - args->window >= block_start + block_len - 1) continue;
+        memset(s->scores, 0, sizeof(float) * BLOCK * (size_t)count);
+        NAME(multiply)(count, s->query + (base + r) * s->query_words, s->query_words, s->keys,
+                       BLOCK, WORDS(args->key_dim), s->scores, BLOCK, BLOCK);
+        for (int i = 0; i < count; i++) {
+            const int position = share->first_position + (r + i) / group, row = base + r + i;
+            int last = position + 1 - block_start, first = 0;
+            if (last > block_len) last = block_len;
+            if (args->window && position - args->window >= block_start)
+                first = position - args->window + 1 - block_start;
+            int32_t *weights = s->weights + i * WORDS(BLOCK);
+            if (last <= first) {
+                memset(weights, 0, 4 * (size_t)WORDS(BLOCK));
+                continue;
+            }
+            NAME(softmax_row)(args, s->scores + i * BLOCK, first, last, weights, s->peaks + row,
+                              s->sums + row, s->out + row * width, width);
+        }
+        NAME(multiply)(count, s->weights, WORDS(BLOCK), s->values, width, WORDS(block_len),
+                       s->out + (base + r) * width, width, width);
+    }
+}
+
+static void NAME(attend)(const struct vkv_attention *args, const struct share *share,
+                         struct scratch *s) {
+    const int is_bf16 = args->dtype == VKV_BFLOAT16, item = is_bf16 ? 2 : 4;
+    const int64_t slot = args->slots[share->seq];
+    const int64_t key_stride = item * args->key_token_stride;
+    const int64_t value_stride = item * args->value_token_stride;
+    NAME(take_queries)(args, share, s);
+    for (int i = 0; i < share->num_rows; i++) {
+        s->peaks[i] = -FLT_MAX;
+        s->sums[i] = 0;
+    }
+    memset(s->out, 0, sizeof(float) * (size_t)share->num_rows * (size_t)s->value_width);
+    for (int t = share->first_key; t < share->last_key; t += BLOCK) {
+        const int left = share->last_key - t, len = left < BLOCK ? left : BLOCK;
+        for (int h = share->first_head; h < share->last_head; h++) {
+            const char *keys = (const char *)args->keys +
+                               item * (slot * args->key_slot_stride + h * args->key_head_stride);
+            const char *values =
+                (const char *)args->values +
+                item * (slot * args->value_slot_stride + h * args->value_head_stride);
+            NAME(pack_keys)(keys + t * key_stride, key_stride, len, left - BLOCK, args->key_dim,
+                            is_bf16, s->keys);
+            NAME(pack_values)(values + t * value_stride, value_stride, len, left - BLOCK,
+                              args->value_dim, s->value_width, is_bf16, s->values);
+            NAME(attend_block)(args, share, s, h, t, len);
+        }
+    }
+}
+
+#undef VEC
+#undef IVEC
+#undef INLINE
+#undef WORDS
+#undef ROW_WORDS
+#undef NAME
+#undef LANES
+#undef COLUMNS
+#undef ROWS
+#undef PAIRS

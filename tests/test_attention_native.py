@@ -1,0 +1,189 @@
+"""`native` against the reference: every instruction set of this machine, feature by feature."""
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import Case, assert_matches, make_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vkv.attention_backends import native_library
+from vkv.attention_backends.native import NativeBackend
+from vkv.attention_backends.reference import ReferenceBackend
+from vkv.vmem import open_driver
+
+DECODE = ((1, 1), (1, 63), (1, 64), (1, 65), (1, 129), (1, 700))
+PREFILL = ((5, 5), (1, 1), (129, 129), (33, 33))
+CHUNKED = ((7, 20), (1, 128), (130, 131), (3, 3), (16, 300), (1, 1), (2, 2000))
+BATCHES = {"decode": DECODE, "prefill": PREFILL, "mixed": CHUNKED}
+DTYPES = [torch.float32, torch.bfloat16]
+
+pytestmark = pytest.mark.skipif(
+    NativeBackend.unavailable_reason() is not None, reason="no C compiler, no built kernels"
+)
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"], autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def check(case: Case) -> None:
+    assert_matches(NativeBackend(), ReferenceBackend(), make_problem(case))
+
+
+@pytest.mark.parametrize("chunks", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ragged_batches(chunks, dtype):
+    check(Case(chunks=chunks, dtype=dtype))
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["plain", "interleaved"])
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim"),
+    [(1, 1), (5, 7), (16, 16), (17, 33), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256)],
+)
+def test_head_sizes_in_both_layouts(key_dim, value_dim, interleaved):
+    for dtype in DTYPES:
+        for chunks in (((1, 129), (1, 1)), ((5, 9), (4, 4)), ((70, 150),)):
+            check(
+                Case(
+                    chunks=chunks,
+                    key_dim=key_dim,
+                    value_dim=value_dim,
+                    dtype=dtype,
+                    interleaved=interleaved,
+                )
+            )
+
+
+@pytest.mark.parametrize("chunks", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 2), (8, 1), (6, 2), (71, 1), (5, 5)])
+def test_grouped_heads(chunks, heads):
+    check(Case(chunks=chunks, num_heads=heads[0], num_kv_heads=heads[1]))
+
+
+@pytest.mark.parametrize("window", [1, 2, 17, 64, 128, 1000])
+@pytest.mark.parametrize("chunks", [*BATCHES.values(), ((300, 400),), ((40, 50), (40, 40))])
+def test_windows(chunks, window):
+    check(Case(chunks=chunks, window=window))
+    check(Case(chunks=chunks, window=window, softcap=2.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("chunks", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("window", [None, 17])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softcap_and_sinks(chunks, window, sinks, softcap, dtype):
+    check(Case(chunks=chunks, window=window, sinks=sinks, softcap=softcap, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_logits_neither_overflow_nor_vanish(dtype):
+    problem = make_problem(Case(chunks=((40, 200), (1, 300)), dtype=dtype))
+    layer = replace(problem.layer, scale=problem.layer.scale * 40)
+    args = (*problem.args[:4], layer)
+    out, lse = NativeBackend().forward_lse(*args)
+    expected, expected_lse = ReferenceBackend().forward_lse(*args)
+    torch.testing.assert_close(out, expected, atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(lse, expected_lse, atol=2e-2, rtol=1e-4)
+
+
+def test_every_instruction_set_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+    """The narrower paths, which this machine would not choose by itself."""
+    library = native_library.load_library()
+    library.vkv_limit_instruction_set.argtypes = [ctypes.c_char_p]
+    seen = set()
+    try:
+        for limit in (b"portable", b"avx2", b"avx512", b"avx512_bf16"):
+            library.vkv_limit_instruction_set(limit)
+            for index, dtype in enumerate(DTYPES):
+                seen.add(library.vkv_instruction_set(index))
+                for chunks in BATCHES.values():
+                    for key_dim, value_dim in ((16, 24), (72, 64)):
+                        case = Case(chunks=chunks, dtype=dtype, key_dim=key_dim)
+                        check(replace(case, value_dim=value_dim, window=90, sinks=True))
+    finally:
+        library.vkv_limit_instruction_set(b"avx512_bf16")
+    assert b"portable" in seen
+
+
+def test_rows_past_the_length_may_be_unmapped():
+    """Behind the last row lies a page that faults when it is touched."""
+    page = mmap.PAGESIZE
+    dim, heads = 64, 2
+    for dtype in DTYPES:
+        row_bytes = heads * dim * dtype.itemsize
+        length = page // row_bytes
+        with open_driver("cpu", page) as driver:
+            caches = []
+            for _ in range(2):
+                address = driver.reserve(4 * page)
+                driver.map(address, driver.create(1))
+                shape = (1, 4 * page // row_bytes, heads, dim)
+                strides = (shape[1] * heads * dim, heads * dim, dim, 1)
+                cache = driver.tensor(address, shape, strides, dtype)
+                cache[:, :length] = torch.randn(1, length, heads, dim)
+                caches.append(cache)
+            for queries in (1, length):
+                case = Case(chunks=((queries, length),), key_dim=dim, dtype=dtype)
+                problem = make_problem(case)
+                batch = replace(problem.batch, slots=(0,), slot_ids=torch.tensor([0]).int())
+                args = (problem.query, *caches, batch, problem.layer)
+                tight = [cache[:, :length] for cache in caches]
+                expected = ReferenceBackend().forward(problem.query, *tight, *args[3:])
+                out = NativeBackend().forward(*args)
+                torch.testing.assert_close(out, expected, atol=3e-2, rtol=3e-2)
+            del cache, caches, args, tight, expected
+
+
+def test_strided_queries_and_results():
+    problem = make_problem(Case(chunks=CHUNKED))
+    expected = NativeBackend().forward(*problem.args)
+    query = problem.query.transpose(0, 1).contiguous().transpose(0, 1)
+    out = torch.empty_like(query)
+    assert NativeBackend().forward(query, *problem.args[1:], out=out) is out
+    torch.testing.assert_close(out, expected, atol=0, rtol=0)
+    wide = problem.query.repeat_interleave(2, dim=2)[:, :, ::2]
+    again = NativeBackend().forward(wide, *problem.args[1:])
+    torch.testing.assert_close(again, expected, atol=0, rtol=0)
+
+
+def test_one_backend_serves_many_batches_and_layers():
+    backend = NativeBackend()
+    for seed in range(3):
+        for window in (None, 4, 9):
+            case = Case(chunks=((5 + seed, 20), (1, 30)), window=window, seed=seed)
+            assert_matches(backend, ReferenceBackend(), make_problem(case))
+
+
+@st.composite
+def cases(draw) -> Case:
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    chunk = st.tuples(st.integers(1, 90), st.integers(0, 300)).map(lambda c: (c[0], sum(c)))
+    return Case(
+        chunks=tuple(draw(st.lists(chunk, min_size=1, max_size=4))),
+        num_kv_heads=kv_heads,
+        num_heads=kv_heads * draw(st.sampled_from([1, 2, 4, 7])),
+        key_dim=draw(st.sampled_from([8, 16, 24, 33])),
+        value_dim=draw(st.sampled_from([None, 8, 16])),
+        window=draw(st.none() | st.integers(1, 300)),
+        softcap=draw(st.none() | st.floats(0.5, 50)),
+        sinks=draw(st.booleans()),
+        interleaved=draw(st.booleans()),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_random_ragged_batches(case):
+    check(case)
