@@ -13,7 +13,8 @@ from .scheduler import Scheduler
 
 _AUTO_SHARE = {"cpu": 0.5, "cuda": 0.9}  # of the memory that is free when the engine is built
 _ROW_TOKENS = 64  # about what a page should cover where the page size is ours to choose
-_MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 64 << 10, 2 << 20
+_MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 16 << 10, 2 << 20
+_MAX_PAGES = 24_000  # each may need a mapping of its own, and a process has 65,530 by default
 _BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
 _READY_ROWS = 2  # rows of pages kept created, so that growth seldom waits for the system
 
@@ -82,14 +83,19 @@ def _build_cache(
             ),
             None,
         )
-    driver = open_driver(loaded.device, config.page_bytes or _page_bytes(loaded))
+    layers_per_range = config.layers_per_range
+    if layers_per_range is None and loaded.device.type == "cpu":
+        layers_per_range = 1
+    limit = _limit_bytes(loaded, config, num_slots * max_len * _token_bytes(loaded))
+    page_bytes = config.page_bytes or _page_bytes(loaded, layers_per_range, limit)
+    driver = open_driver(loaded.device, page_bytes)
     try:
         layout = KVLayout(
             loaded.geometry,
             loaded.dtype,
             max_len,
             driver.page_bytes,
-            layers_per_range=config.layers_per_range,
+            layers_per_range=layers_per_range,
             split_kv=config.split_kv,
             over_read_tokens=backend.capabilities.over_read_tokens,
         )
@@ -113,10 +119,22 @@ def _limit_bytes(loaded: LoadedModel, config: EngineConfig, most: int) -> int:
     return min(most, int(_AUTO_SHARE[loaded.device.type] * available_memory(loaded.device)))
 
 
-def _page_bytes(loaded: LoadedModel) -> int | None:
-    """On a CPU, a power of two that covers about `_ROW_TOKENS` tokens; a GPU has its own size."""
+def _page_bytes(loaded: LoadedModel, layers_per_range: int | None, limit: int) -> int | None:
+    """On a CPU, a power of two that covers about `_ROW_TOKENS` tokens of a range.
+
+    More, where the pool's limit would otherwise mean more pages than can be mapped one by one.
+    A GPU has a size of its own.
+    """
     if loaded.device.type != "cpu":
         return None
+    widest = max(g.num_kv_heads * (g.key_dim + g.value_dim) for g in loaded.geometry)
+    layers = min(layers_per_range or len(loaded.geometry), len(loaded.geometry))
+    wanted = min(layers * widest * loaded.dtype.itemsize * _ROW_TOKENS, _MAX_PAGE_BYTES)
+    wanted = max(wanted, _MIN_PAGE_BYTES, limit // _MAX_PAGES)
+    return 1 << (wanted - 1).bit_length()
+
+
+def _token_bytes(loaded: LoadedModel) -> int:
+    """Bytes of one token's keys and values over all layers."""
     heads = sum(g.num_kv_heads * (g.key_dim + g.value_dim) for g in loaded.geometry)
-    wanted = heads * loaded.dtype.itemsize * _ROW_TOKENS
-    return min(max(1 << (wanted - 1).bit_length(), _MIN_PAGE_BYTES), _MAX_PAGE_BYTES)
+    return heads * loaded.dtype.itemsize

@@ -43,11 +43,14 @@ class EngineConfig:
         attention: a backend's name, or "auto".
         page_bytes: size of a physical page; None for a size that suits the model.
         block_tokens: tokens of a block of the paged baseline.
-        layers_per_range: layers that share a stretch of a slot (`KVLayout`); None for all.
+        layers_per_range: layers that share a stretch of a slot (`KVLayout`); None for one on a
+            CPU, whose kernels then read memory in order, and all on a GPU.
         split_kv: keys and values in stretches of their own.
         max_parked: finished requests whose memory is kept for the next; None for `max_seqs`.
         look_ahead_tokens: tokens mapped ahead of a decoding request in the background; 0 for none.
         prefix_reuse: begin a request with rows computed for the same tokens before.
+        pack_weights: lay linear weights out anew for the CPU's kernels; None does so for models
+            that vkv loaded itself, and leaves one that it was given as it is.
         sanitize: "zero" clears recycled memory before another request may see it.
     """
 
@@ -64,6 +67,7 @@ class EngineConfig:
     max_parked: int | None = None
     look_ahead_tokens: int = 16
     prefix_reuse: bool = True
+    pack_weights: bool | None = None
     sanitize: Sanitize = "never"
 
     def __new__(cls, **options: Any) -> Self:
@@ -88,6 +92,8 @@ class EngineConfig:
         for name in ("split_kv", "prefix_reuse"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use True or False")
+        if self.pack_weights not in (None, True, False):
+            raise InvalidConfig(f"pack_weights is {self.pack_weights!r}; use None, True or False")
         if self.kv not in ("virtual", "paged"):
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
         if self.kv_memory != "auto":

@@ -80,7 +80,11 @@ class LLM:
     ) -> None:
         self.config = EngineConfig(**options)
         self._loaded = load_model(
-            model, tokenizer=tokenizer, device=resolve_device(device), dtype=dtype
+            model,
+            tokenizer=tokenizer,
+            device=resolve_device(device),
+            dtype=dtype,
+            pack_weights=self.config.pack_weights,
         )
         self._built = build_engine(self._loaded, self.config)
         self._engine = self._built.engine

@@ -21,6 +21,7 @@ from ..allocator import LayerGeometry
 from ..attention_backends import AttentionNeeds, LayerAttention
 from ..vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from .attention import ATTENTION_NAME, AttentionProbe, attention_step, register
+from .packing import can_pack, pack_linears
 
 _KNOWN_LAYER_TYPES = {"full_attention", "attention", "sliding_attention"}
 _DTYPES = {
@@ -54,6 +55,7 @@ class LoadedModel:
         geometry: per layer, the shape of its keys and values.
         eos_token_ids: tokens that end a generation.
         max_positions: the longest sequence the model was made for.
+        packed_bytes: weights laid out for the CPU's kernels, which are no parameters any more.
     """
 
     name: str
@@ -66,11 +68,13 @@ class LoadedModel:
     vocab_size: int
     eos_token_ids: frozenset[int]
     max_positions: int
+    packed_bytes: int = 0
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of parameters, tied ones counted once."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        """Bytes of parameters, tied ones counted once, and of packed weights."""
+        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return parameters + self.packed_bytes
 
     def needs(self, *, paged: bool) -> AttentionNeeds:
         """What the attention backend must offer."""
@@ -91,6 +95,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     device: torch.device,
     dtype: str | torch.dtype = "auto",
+    pack_weights: bool | None = None,
 ) -> LoadedModel:
     """Load a causal language model and prepare it for contiguous slots.
 
@@ -99,6 +104,8 @@ def load_model(
             vkv's attention), or None for the built-in tiny chat model.
         tokenizer: where it is, if not with the model.
         dtype: of weights and KV; "auto" is the checkpoint's own.
+        pack_weights: lay linear weights out for the CPU's kernels (`packing`); None does so for
+            models loaded here, and leaves a model built elsewhere as it is.
 
     Raises BadCheckpoint if the folder cannot be read, UnsupportedModel if the architecture cannot
     run here, with the reason.
@@ -119,17 +126,22 @@ def load_model(
     text_config = model.config.get_text_config()
     _check_interface(model)
     attention, geometry = _probe(model)
+    wants_packing = pack_weights if pack_weights is not None else home is not None
+    packed_bytes, model_dtype = 0, model.dtype
+    if wants_packing and device.type == "cpu" and can_pack(model_dtype):
+        packed_bytes = pack_linears(model, lambda: _run_probe(model, backwards=False))
     return LoadedModel(
         name=name,
         model=model,
         tokenizer=_load_tokenizer(tokenizer if tokenizer is not None else home),
         device=device,
-        dtype=model.dtype,
+        dtype=model_dtype,
         attention=attention,
         geometry=geometry,
         vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
         eos_token_ids=_eos_token_ids(model),
         max_positions=_max_positions(text_config),
+        packed_bytes=packed_bytes,
     )
 
 

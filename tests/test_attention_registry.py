@@ -12,6 +12,7 @@ from vkv.attention_backends import (
     choose_backend,
     create_backend,
     describe_backends,
+    native_library,
 )
 from vkv.attention_backends.base import Capabilities, missing_features
 from vkv.vmem.errors import InvalidConfig, UnsupportedAttention
@@ -25,14 +26,22 @@ def needs(**changes) -> AttentionNeeds:
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        (needs(), "sdpa"),
+        (needs(), "native"),
         (needs(paged=True), "paged_sdpa"),
-        (needs(window=True, softcap=True, sinks=True), "sdpa"),
+        (needs(window=True, softcap=True, sinks=True), "native"),
+        (needs(dtype=torch.float16), "sdpa"),
     ],
 )
 def test_auto_on_a_cpu(wanted, expected):
     assert choose_backend(wanted).name == expected
     assert create_backend("auto", wanted).name == expected
+
+
+def test_without_a_compiler_the_cpu_falls_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native_library, "unavailable_reason", lambda: "no C compiler")
+    assert choose_backend(needs()).name == "sdpa"
+    with pytest.raises(UnsupportedAttention, match="no C compiler"):
+        create_backend("native", needs())
 
 
 def test_by_name():

@@ -32,7 +32,7 @@ def test_the_pinned_surface(llama_folder: Path, reference: PreTrainedModel) -> N
         stats = llm.stats()
         assert llm.trim() == stats.physical_bytes
         assert llm.stats().pages_held == llm.stats().physical_bytes == 0
-        assert llm.attention_backend == "sdpa"
+        assert llm.attention_backend == "native"
         assert llm.device == torch.device("cpu")
         tokenizer = llm.tokenizer
     assert tokenizer is not None

@@ -241,4 +241,5 @@ def explain_difference(
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Engine options for tiny models: rows of a few tokens, so that memory really moves."""
-    return {"page_bytes": 4096, "max_len": 256, "kv_memory": "8MiB", **options}
+    defaults = {"page_bytes": 4096, "layers_per_range": 64, "max_len": 256, "kv_memory": "8MiB"}
+    return {**defaults, **options}

@@ -1,0 +1,188 @@
+"""Linear layers as oneDNN likes them: weights laid out for its kernels once, at load.
+
+PyTorch's own linear rearranges a weight at every call, or does without; laid out ahead, a weight
+is read at memory speed. Where a model calls several linears in a row on the same input (queries,
+keys and values; gate and up), one product computes them all: the first call computes, the others
+find their part. The model's code stays as it is: only its `nn.Linear` modules are exchanged.
+
+The layout is undone without loss (`unpack`), should the model not take it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class PackedLinear(nn.Module):
+    """One linear, or a part of several that share their input: [..., in] to [..., out]."""
+
+    def __init__(self, product: "PackedProduct", part: int) -> None:
+        super().__init__()
+        self.in_features = product.in_features
+        self.out_features = product.out_features[part]
+        self.product = product
+        self.part = part
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.product.compute(inputs, self.part)
+
+    def extra_repr(self) -> str:
+        count = len(self.product.out_features)
+        shared = f", part {self.part + 1} of {count}" if count > 1 else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}{shared}"
+
+
+class PackedProduct:
+    """The packed weights of one or more linears over the same input."""
+
+    def __init__(self, linears: Iterable[nn.Linear]) -> None:
+        linears = list(linears)
+        weight = linears[0].weight if len(linears) == 1 else torch.cat([p.weight for p in linears])
+        self.in_features = linears[0].in_features
+        self.out_features = tuple(linear.out_features for linear in linears)
+        self.has_bias = tuple(linear.bias is not None for linear in linears)
+        self.bias = _joined_bias(linears)
+        # The kernel that is best for one row is as good for many: measured to 512.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self.num_bytes = weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        self._input: torch.Tensor | None = None
+        self._parts: tuple[torch.Tensor, ...] = ()
+
+    def compute(self, inputs: torch.Tensor, part: int) -> torch.Tensor:
+        """The part's rows of the product; the other parts are kept until the last is fetched."""
+        if self._input is not inputs:
+            whole = torch.ops.mkldnn._linear_pointwise(
+                inputs, self.weight, self.bias, "none", [], ""
+            )
+            if len(self.out_features) == 1:
+                return whole
+            self._input = inputs
+            self._parts = whole.split(self.out_features, dim=-1)
+        result = self._parts[part]
+        if part == len(self.out_features) - 1:
+            self._input, self._parts = None, ()
+        return result
+
+    def unpack(self) -> list[nn.Linear]:
+        """The linears again, bit for bit."""
+        weights = self.weight.to_dense().split(self.out_features)
+        biases = self.bias.split(self.out_features) if self.bias is not None else weights
+        linears = []
+        for weight, bias, has_bias in zip(weights, biases, self.has_bias, strict=True):
+            linear = nn.Linear(*reversed(weight.shape), bias=has_bias, device="meta")
+            linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+            if has_bias:
+                linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
+            linears.append(linear)
+        return linears
+
+
+@dataclass
+class _Place:
+    """Where a linear hangs in the model, and what it was called with."""
+
+    parent: nn.Module
+    name: str
+    linear: nn.Linear
+    inputs: list[torch.Tensor] = field(default_factory=list)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has kernels for packed weights of `dtype` on this processor."""
+    if not torch.backends.mkldnn.is_available() or dtype not in _DTYPES:
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pack_linears(model: nn.Module, run: Callable[[], object]) -> int:
+    """Exchange the `nn.Linear` modules that `run()` calls for packed ones; returns their bytes.
+
+    `run` runs a few tokens through the model: once to see which linears share an input, and once
+    more to see that the model takes the packed ones. If it does not (it reads a weight itself,
+    say), all is put back, bit for bit, and nothing is packed.
+    """
+    groups = _shared_inputs(_places(model), run)
+    packed: list[tuple[list[_Place], PackedProduct]] = []
+    try:
+        for group in groups:  # one at a time: never two copies of the whole model
+            product = PackedProduct([place.linear for place in group])
+            packed.append((group, product))
+            for part, place in enumerate(group):
+                setattr(place.parent, place.name, PackedLinear(product, part))
+                del place.linear
+        run()
+    except (RuntimeError, AttributeError, TypeError, ValueError):
+        for group, product in packed:
+            for place, linear in zip(group, product.unpack(), strict=True):
+                setattr(place.parent, place.name, linear)
+        return 0
+    return sum(product.num_bytes for _, product in packed)
+
+
+def _places(model: nn.Module) -> list[_Place]:
+    """The linears that hang in one place only and are no subclass with ideas of its own."""
+    places = [
+        _Place(parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    ]
+    counts: dict[int, int] = {}
+    for place in places:
+        counts[id(place.linear)] = counts.get(id(place.linear), 0) + 1
+    return [place for place in places if counts[id(place.linear)] == 1]
+
+
+def _shared_inputs(places: list[_Place], run: Callable[[], object]) -> list[list[_Place]]:
+    """Groups of sibling linears called once each, one after the other, on the same tensor."""
+    calls: list[_Place] = []
+
+    def note(place: _Place) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            place.inputs.append(inputs[0])
+            calls.append(place)
+
+        return hook
+
+    hooks = [place.linear.register_forward_pre_hook(note(place)) for place in places]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: list[list[_Place]] = []
+    for place in calls:
+        if len(place.inputs) > 1:  # several times a forward: packed, and on its own
+            if not any(place in group for group in groups):
+                groups.append([place])
+            continue
+        last = groups[-1] if groups else []
+        if last and len(last[0].inputs) == 1 and _are_siblings(last[0], place):
+            last.append(place)
+        else:
+            groups.append([place])
+    for place in calls:
+        place.inputs.clear()
+    return groups
+
+
+def _are_siblings(first: _Place, other: _Place) -> bool:
+    same_input = first.inputs[0] is other.inputs[0]
+    return first.parent is other.parent and same_input
+
+
+def _joined_bias(linears: list[nn.Linear]) -> torch.Tensor | None:
+    if all(linear.bias is None for linear in linears):
+        return None
+    return torch.cat(
+        [
+            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+            for linear in linears
+        ]
+    ).detach()

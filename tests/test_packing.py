@@ -1,0 +1,103 @@
+"""Packed linears: the same results, one product where an input is shared, undone without loss."""
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from vkv import LLM, SamplingParams
+from vkv.runtime.packing import PackedLinear, can_pack, pack_linears
+
+DTYPES = [
+    pytest.param(
+        dtype, marks=pytest.mark.skipif(not can_pack(dtype), reason=f"no packed kernels: {dtype}")
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+class Block(nn.Module):
+    """Linears that share an input, and some that must not be taken for it."""
+
+    def __init__(self, *, reads_weight: bool = False) -> None:
+        super().__init__()
+        self.q = nn.Linear(32, 48)
+        self.k = nn.Linear(32, 16, bias=False)
+        self.v = nn.Linear(32, 24)
+        self.out = nn.Linear(88, 32, bias=False)
+        self.twice = nn.Linear(32, 32)
+        self.unused = nn.Linear(32, 8)
+        self.reads_weight = reads_weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        joined = torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+        y = self.twice(self.twice(self.out(joined)) + x)
+        return y * self.out.weight.sum() if self.reads_weight else y
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_results(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    block = Block().to(dtype)
+    inputs = [torch.randn(*shape, 32).to(dtype) for shape in ((1,), (1, 1), (1, 7), (3, 5))]
+    expected = [block(x) for x in inputs]
+    packed = pack_linears(block, lambda: block(inputs[0]))
+    called = sum(m.in_features * m.out_features for m in block.modules() if type(m) is PackedLinear)
+    biases = (48 + 16 + 24) + 32  # joined, with zeros where there is none
+    assert packed == (called + biases) * dtype.itemsize
+    assert type(block.unused) is nn.Linear
+    rounding = 1e-5 if dtype == torch.float32 else 3e-2
+    for x, wanted in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(block(x), wanted, atol=rounding, rtol=rounding)
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
+def test_a_shared_input_is_one_product() -> None:
+    block = Block()
+    pack_linears(block, lambda: block(torch.randn(1, 32)))
+    assert block.q.product is block.k.product is block.v.product
+    assert len({id(m.product) for m in (block.q, block.out, block.twice)}) == 3
+    x, y = torch.randn(2, 32), torch.randn(2, 32)
+    expected = block.k(x), block.v(y)  # out of order, and inputs that differ
+    block.q(y)
+    torch.testing.assert_close(block.k(x), expected[0], atol=0, rtol=0)
+    torch.testing.assert_close(block.v(y), expected[1], atol=0, rtol=0)
+    block(x)
+    assert block.q.product._input is None, "the last part lets the input go"
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
+def test_a_model_that_reads_its_weights_is_put_back() -> None:
+    block = Block(reads_weight=True)
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    assert pack_linears(block, lambda: block(torch.randn(1, 32))) == 0
+    after = block.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    assert not any(isinstance(module, PackedLinear) for module in block.modules())
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "phi3"])
+def test_engine_on_packed_weights(model_type: str) -> None:
+    """Same tokens; the model that a caller built stays as it was unless told otherwise."""
+    prompts = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
+    params = SamplingParams(temperature=0, max_tokens=12)
+    model = zoo.tiny_model(model_type)
+    with LLM(model, pack_weights=None) as llm:
+        assert not any(isinstance(m, PackedLinear) for m in model.modules())
+        expected = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+        plain_bytes = llm._loaded.weight_bytes
+    with LLM(model, pack_weights=True) as llm:
+        assert any(isinstance(m, PackedLinear) for m in model.modules())
+        assert llm._loaded.weight_bytes >= plain_bytes
+        got = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+    assert got == expected
+
+
+def test_the_built_in_model_is_packed() -> None:
+    with LLM(device="cpu") as llm:
+        assert (llm._loaded.packed_bytes > 0) == can_pack(llm._loaded.dtype)
