@@ -18,6 +18,7 @@ from ..vmem.errors import UnsupportedAttention
 
 _SOURCE = Path(__file__).parent / "native"
 _BUILT = Path(__file__).parent / "_native.abi3.so"
+_UNPACKING_S = 60  # an installer writes a wheel's files within it, in any order
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
 
 
@@ -85,8 +86,10 @@ def openmp_parallel() -> int | None:
 
 def _find() -> Path:
     sources = sorted(_SOURCE.glob("*.[ch]"))
-    if _BUILT.exists() and all(_BUILT.stat().st_mtime >= s.stat().st_mtime for s in sources):
-        return _BUILT
+    if _BUILT.exists():
+        newest = max(source.stat().st_mtime for source in sources)
+        if newest <= _BUILT.stat().st_mtime + _UNPACKING_S:
+            return _BUILT
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
     digest.update(" ".join(_FLAGS).encode())
     path = _cache_folder() / f"native-{digest.hexdigest()[:16]}.so"

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..vmem import linux
+
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -109,12 +111,14 @@ def pack_linears(model: nn.Module, run: Callable[[], object]) -> int:
     """
     groups = _shared_inputs(_places(model), run)
     packed: list[tuple[list[_Place], PackedProduct]] = []
+    files = linux.mapped_files(".safetensors")
     try:
         for group in groups:  # one at a time: never two copies of the whole model
             product = PackedProduct([place.linear for place in group])
             packed.append((group, product))
             for part, place in enumerate(group):
                 setattr(place.parent, place.name, PackedLinear(product, part))
+                _let_go(place.linear.weight, files)
                 del place.linear
         run()
     except (RuntimeError, AttributeError, TypeError, ValueError):
@@ -123,6 +127,16 @@ def pack_linears(model: nn.Module, run: Callable[[], object]) -> int:
                 setattr(place.parent, place.name, linear)
         return 0
     return sum(product.num_bytes for _, product in packed)
+
+
+def _let_go(weight: torch.Tensor, files: list[tuple[int, int]]) -> None:
+    """Drop the pages of a weight that lies in a mapped checkpoint: its file has them, if need be.
+
+    The file stays mapped as long as any tensor lies in it, and its pages would stay resident.
+    """
+    address, num_bytes = weight.data_ptr(), weight.nbytes
+    if any(start <= address and address + num_bytes <= end for start, end in files):
+        linux.drop_pages(address, num_bytes)
 
 
 def _places(model: nn.Module) -> list[_Place]:

@@ -23,6 +23,7 @@ ALLOWED = {
         "tiny_chat.model_path",  # the model of a bare `LLM()`, installed from examples/
     },
 }
+SCRIPTS = "runtime/bench/workers"  # processes of their own, which see the library from outside
 USERS = ("tests", "examples", "benchmarks")  # they see the library as anybody does: `from vkv…`
 
 
@@ -54,7 +55,7 @@ def _objection(path: Path, level: int, name: str) -> str | None:
         top = name.split(".")[0]
         if top in ALLOWED:
             return f"`{top}` would be a second copy of `vkv.{top}`"
-        if top == "vkv" and folder in ALLOWED:
+        if top == "vkv" and folder in ALLOWED and not path.is_relative_to(SCRIPTS):
             return f"`{name}` by its full name; inside the library imports are relative"
         return None
     target = _resolve(path, level, name)

@@ -1,5 +1,9 @@
 """Packed linears: the same results, one product where an input is shared, undone without loss."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import zoo
@@ -101,3 +105,24 @@ def test_engine_on_packed_weights(model_type: str) -> None:
 def test_the_built_in_model_is_packed() -> None:
     with LLM(device="cpu") as llm:
         assert (llm._loaded.packed_bytes > 0) == can_pack(llm._loaded.dtype)
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
+def test_a_loaded_checkpoint_does_not_stay_twice_in_memory(tmp_path: Path) -> None:
+    """Packed weights take the place of the mapped file's, of which only the rest stays."""
+    model = zoo.tiny_model("llama", hidden_size=512, intermediate_size=4096, num_hidden_layers=4)
+    model.save_pretrained(tmp_path)
+    script = f"""
+import vkv
+def resident():
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(fields["RssFile"].split()[0]) * 1024
+vkv.LLM(device="cpu", max_len=64).close()  # all libraries are loaded by now
+before = resident()
+llm = vkv.LLM({str(tmp_path)!r}, device="cpu", max_len=64)
+print(resident() - before, llm._loaded.packed_bytes)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    grown, packed = map(int, run.stdout.split())
+    assert packed > 90 << 20
+    assert grown < packed // 2

@@ -28,6 +28,13 @@ assert not strays, f"the wheel puts {strays} into site-packages"
 import vkv
 
 assert "site-packages" in vkv.__path__[0], vkv.__path__
+from vkv.attention_backends import native_library
+
+native_library.load_library()
+with open("/proc/self/maps") as lines:
+    assert any("site-packages/vkv/attention_backends/_native" in line for line in lines), (
+        "the kernels are compiled anew: the wheel lacks them, or they look older than their source"
+    )
 PY
 venv/bin/vkv info >/dev/null
 answer=$(printf 'my gate code is 4821\nwhat is my gate code?\n' | venv/bin/vkv chat --device cpu | tail -n 1)

@@ -19,6 +19,7 @@ MAP_SHARED = _mmap.MAP_SHARED
 MAP_POPULATE = 0x8000
 MAP_FIXED = 0x10
 MAP_UNBACKED = _mmap.MAP_PRIVATE | _mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+MADV_DONTNEED = 4
 MADV_COLLAPSE = 25
 PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE with FALLOC_FL_KEEP_SIZE, which it requires
 
@@ -86,3 +87,24 @@ def _fields(path: Path) -> dict[str, int]:
     """A `/proc`-style file of `name number …` lines."""
     words = (line.split() for line in path.read_text().splitlines())
     return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdigit()}
+
+
+def mapped_files(suffix: str) -> list[tuple[int, int]]:
+    """Where files whose names end in `suffix` are mapped, as (start, end), neighbours joined."""
+    found: list[tuple[int, int]] = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if not line.endswith(suffix):
+            continue
+        start, end = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, end))
+    return found
+
+
+def drop_pages(address: int, num_bytes: int) -> None:
+    """Let the whole pages within a mapped file go; they are read again when touched."""
+    first = -(-address // PAGE_SIZE) * PAGE_SIZE
+    last = (address + num_bytes) // PAGE_SIZE * PAGE_SIZE
+    if first < last:
+        call(madvise, first, last - first, MADV_DONTNEED)

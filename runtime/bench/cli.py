@@ -74,6 +74,77 @@ def memory(
     _show(path, tables)
 
 
+@bench.command()
+def throughput(
+    shape: Shape = "llama-455m",
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint folder, in place of a shape.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of every system. Default: the usable cores.")
+    ] = None,
+    systems: Annotated[
+        str, typer.Option(help="Which systems to compare, separated by commas.")
+    ] = "vkv,vkv-paged,transformers,transformers-static,transformers-continuous",
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=PYTHON: vllm or llama-cpp, and an interpreter that has it. Repeatable."
+        ),
+    ] = None,
+    cells: Annotated[
+        str, typer.Option(help="What to time, separated by commas.")
+    ] = "prefill-1,prefill-8,decode-1,decode-8,decode-32,ragged",
+    repeats: Annotated[int, typer.Option(help="Repeats, each in fresh processes.", min=1)] = 3,
+    batch: Annotated[int, typer.Option(help="Padded batch of transformers in `ragged`.")] = 8,
+    eager_peers: Annotated[
+        bool, typer.Option(help="Run vLLM without torch.compile, which takes minutes to start.")
+    ] = False,
+    seed: Seed = 0,
+    out: Out = _OUT,
+) -> None:
+    """Tokens a second, offline, against transformers, vLLM and llama.cpp.
+
+    Each system runs in a process of its own on the same model, prompts, output lengths and
+    threads, taking turns cell by cell; medians and ratios of interleaved repeats.
+    """
+    from ..config import resolve_device
+    from ..models import parse_dtype
+    from .throughput import CELLS, ThroughputOptions, run
+
+    named = [name.strip() for name in cells.split(",")]
+    if unknown := [name for name in named if name not in CELLS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(CELLS)}")
+    parse_dtype(dtype)
+    peers: dict[str, str] = {}
+    for text in peer or []:
+        name, separator, interpreter = text.partition("=")
+        if not separator:
+            raise typer.BadParameter(
+                f"{text!r}: write NAME=PYTHON, such as vllm=/opt/vllm/bin/python"
+            )
+        peers[name] = interpreter
+    given: dict[str, Any] = {} if threads is None else {"threads": threads}
+    options = ThroughputOptions(
+        shape=shape,
+        model=model,
+        dtype=dtype,
+        device=resolve_device(device),
+        systems=tuple(name.strip() for name in systems.split(",") if name.strip()),
+        peers=peers,
+        cells=tuple(CELLS[name] for name in named),
+        repeats=repeats,
+        batch=batch,
+        eager_peers=eager_peers,
+        seed=seed,
+        **given,
+    )
+    path, tables = run(options, out, _command_line())
+    _show(path, tables)
+
+
 def _show(path: Path, tables: list[Any]) -> None:
     """Print the tables of a benchmark and where its record is."""
     from rich.console import Console

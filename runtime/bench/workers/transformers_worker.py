@@ -1,0 +1,70 @@
+"""`transformers`' own generate, over its dynamic or static cache, or its continuous batching."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from protocol import Generate, expect, serve
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+
+def load(options: dict[str, Any]) -> Generate:
+    torch.set_num_threads(options["threads"])
+    model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=options["dtype"])
+    model = model.to(options["device"]).eval()
+    if options["cache"] == "continuous":
+        return _continuous(model)
+    return _padded(model, options["cache"], options["batch"])
+
+
+def _padded(model: PreTrainedModel, cache: str, batch: int) -> Generate:
+    """Batches of at most `batch` in order of arrival, padded left, as long as the longest."""
+
+    @torch.inference_mode()
+    def generate(prompts: Sequence[Sequence[int]], output_lens: Sequence[int]) -> None:
+        for start in range(0, len(prompts), batch):
+            some = prompts[start : start + batch]
+            longest, steps = max(map(len, some)), max(output_lens[start : start + batch])
+            ids = torch.zeros(len(some), longest, dtype=torch.long, device=model.device)
+            mask = torch.zeros_like(ids)
+            for row, prompt in enumerate(some):
+                ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+                mask[row, longest - len(prompt) :] = 1
+            options: dict[str, Any] = {"cache_implementation": cache, "disable_compile": True}
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=steps,
+                min_new_tokens=steps,
+                eos_token_id=None,
+                pad_token_id=0,
+                **(options if cache == "static" else {}),
+            )
+            expect(out.shape[1], longest + steps)
+
+    return generate
+
+
+def _continuous(model: PreTrainedModel) -> Generate:
+    def generate(prompts: Sequence[Sequence[int]], output_lens: Sequence[int]) -> None:
+        config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        with model.continuous_batching_context_manager(generation_config=config) as manager:
+            for index, (prompt, length) in enumerate(zip(prompts, output_lens, strict=True)):
+                manager.add_request(list(prompt), str(index), max_new_tokens=length)
+            left, tokens = len(prompts), 0
+            while left:
+                result = manager.get_result(timeout=1)
+                if result is None:
+                    if not manager.is_running():
+                        raise RuntimeError("continuous batching stopped by itself")
+                elif result.is_finished():
+                    tokens += len(result.generated_tokens)
+                    left -= 1
+        expect(tokens, sum(output_lens))
+
+    return generate
+
+
+if __name__ == "__main__":
+    serve(load)
