@@ -102,6 +102,7 @@ def throughput(
     eager_peers: Annotated[
         bool, typer.Option(help="Run vLLM without torch.compile, which takes minutes to start.")
     ] = False,
+    label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
     seed: Seed = 0,
     out: Out = _OUT,
 ) -> None:
@@ -138,6 +139,7 @@ def throughput(
         repeats=repeats,
         batch=batch,
         eager_peers=eager_peers,
+        label=label,
         seed=seed,
         **given,
     )

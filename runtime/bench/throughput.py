@@ -115,6 +115,7 @@ class ThroughputOptions:
     repeats: int = 3
     batch: int = 8  # of the padded batches of transformers, in `ragged`
     eager_peers: bool = False
+    label: str = ""  # behind the record's name
     seed: int = 0
 
 
@@ -206,7 +207,7 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
     tables = _tables(options, samples, failures, peaks, facts, limits)
     path = write_record(
         folder,
-        f"throughput-{name}",
+        f"throughput-{name}" + (f"-{options.label}" if options.label else ""),
         device=options.device,
         config=asdict(options) | {"device": str(options.device)},
         results={
@@ -339,6 +340,8 @@ def _measure(worker: Worker, cell: Cell, prompts: Sequence[Sequence[int]]) -> tu
         seconds, peak = worker.run(prompts, cell.output_lens)
         if cell.kind == "decode":
             seconds -= worker.run(prompts, ones)[0]
+    if seconds <= 0:
+        raise WorkerFailed("a call for more tokens took less time: the machine is too busy")
     return cell.num_tokens / seconds, peak
 
 
