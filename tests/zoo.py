@@ -117,12 +117,50 @@ OTHERS: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {"sliding_window": _WINDOW},
 }
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+HYBRIDS: dict[str, dict[str, Any]] = {  # some layers keep recurrent or convolution state
+    "bamba": {"attn_layer_indices": [1], **_MAMBA},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
+    "granitemoehybrid": {
+        **_MAMBA,
+        **_MOE,
+        "layer_types": ["linear_attention", "full_attention"],
+        "shared_intermediate_size": 24,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention"],
+        "num_hidden_layers": 4,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+    },
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        **_MANY_EXPERTS,
+        "shared_expert_intermediate_size": 24,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
 ARCHITECTURES = REQUIRED | OTHERS
 
 
 def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     """The config of a tiny model of `model_type`, which need not be in the tables above."""
-    known = ARCHITECTURES.get(model_type, {})
+    known = (ARCHITECTURES | HYBRIDS).get(model_type, {})
     return AutoConfig.for_model(model_type, **{**_SIZES, **known, **changes})
 
 
