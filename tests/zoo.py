@@ -61,6 +61,12 @@ _ROUTED: dict[str, Any] = {
     "moe_intermediate_size": 24,
     "first_k_dense_replace": 1,
 }
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
 _WINDOW = 13  # far shorter than the tests' sequences, and no multiple of anything
 _ALTERNATING: dict[str, Any] = {
     "sliding_window": _WINDOW,
@@ -141,6 +147,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {  # some layers keep recurrent or convolut
         "mamba_head_dim": 8,
         "n_groups": 2,
         "chunk_size": 8,
+        "time_step_min": 0.0,  # transformers clamps to it in prompts only, not in decodes
         "n_routed_experts": 4,
         "moe_intermediate_size": 24,
         "moe_shared_expert_intermediate_size": 24,
@@ -155,7 +162,56 @@ HYBRIDS: dict[str, dict[str, Any]] = {  # some layers keep recurrent or convolut
         "linear_value_head_dim": 8,
     },
 }
+# Some of their layers keep recurrent or convolution state.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
+    "granitemoehybrid": {
+        **_MAMBA,
+        **_MOE,
+        "layer_types": ["linear_attention", "full_attention"],
+        "shared_intermediate_size": 24,
+        "attention_multiplier": 0.3,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "time_step_min": 0.0,  # transformers clamps to it in prompts only, not in decodes
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+    },
+    "qwen3_next": {
+        **_MANY_EXPERTS,
+        "layer_types": ["linear_attention", "full_attention"],
+        "shared_expert_intermediate_size": 24,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
+# Those that run under `generate` with `VirtualCache` alone.
+VIRTUAL_ONLY: dict[str, dict[str, Any]] = {
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "falcon": {},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 13},
+    "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4, "n_positions": 512},
+    "llama4_text": {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": 13,
+        "intermediate_size_mlp": 48,
+    },
+}
 ARCHITECTURES = REQUIRED | OTHERS
+WITH_VIRTUAL_CACHE = ARCHITECTURES | HYBRIDS | VIRTUAL_ONLY
 
 
 def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
@@ -280,3 +336,44 @@ def explain_difference(
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Engine options for tiny models: rows of a few tokens, so that memory really moves."""
     return {"page_bytes": 4096, "max_len": 256, "kv_memory": "8MiB", **options}
+
+
+# -- the table of the README ----------------------------------------------------------------
+
+
+def special(model_type: str) -> str:
+    """What sets an architecture apart from plain causal attention, as its config says."""
+    if model_type in VIRTUAL_ONLY:
+        return "attention within chunks" if model_type == "llama4_text" else "its own attention"
+    config: Any = tiny_config(model_type)
+    with torch.device("meta"):
+        names = [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
+    types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    experts = ("num_local_experts", "num_experts", "n_routed_experts")
+    has = {
+        "recurrent state": bool(types & {"linear_attention", "hybrid"}),
+        "convolution state": "conv" in types,
+        "window": "sliding_attention" in types and bool(getattr(config, "sliding_window", None)),
+        "soft cap": bool(getattr(config, "attn_logit_softcapping", None)),
+        "sinks": any(name.endswith("sinks") for name in names),
+        "latent attention": bool(getattr(config, "kv_lora_rank", None)),
+        "experts": any(getattr(config, name, None) for name in experts),
+    }
+    return ", ".join(trait for trait, present in has.items() if present)
+
+
+def architecture_table() -> str:
+    """The README's table: what the test suite holds to the tokens of `model.generate`."""
+    rows: dict[tuple[bool, str], list[str]] = {}
+    for model_type in sorted(WITH_VIRTUAL_CACHE):
+        row = (model_type not in ARCHITECTURES, special(model_type))
+        rows.setdefault(row, []).append(f"`{model_type}`")
+    lines = ["| special | architecture | engine | `VirtualCache` |", "|---|---|---|---|"]
+    for (without_engine, trait), names in sorted(rows.items()):
+        engine = "refused" if without_engine else "tokens, logits"
+        lines.append(f"| {trait or 'nothing'} | {', '.join(names)} | {engine} | tokens |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(architecture_table())
