@@ -4,7 +4,7 @@ import pytest
 import torch
 import zoo
 from transformers import PreTrainedModel
-from vkv import LLM
+from vkv import LLM, SamplingParams
 from vkv.runtime.state_rows import StepState
 from vkv.vmem.errors import UnsupportedModel
 
@@ -20,7 +20,10 @@ def test_outputs_of_one_prompt_keep_states_apart(model_type: str) -> None:
     expected = zoo.generate_alone(zoo.tiny_model(model_type), PROMPT, 12)
     with _llm(zoo.tiny_model(model_type), max_batch_tokens=11) as llm:
         for _ in range(2):  # again: slots, and so rows, are used a second time
-            (output,) = llm.generate(PROMPT, zoo.greedy(12, n=2))
+            (output,) = llm.generate(
+                PROMPT,
+                SamplingParams(n=2, temperature=1.0, top_k=1, max_tokens=12, ignore_eos=True),
+            )
             assert [list(one.token_ids) for one in output.outputs] == [expected] * 2
         assert llm.stats().state_bytes > 0
         assert llm.stats().prefix_hit_tokens == 0

@@ -147,7 +147,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {  # some layers keep recurrent or convolut
         "mamba_head_dim": 8,
         "n_groups": 2,
         "chunk_size": 8,
-        "time_step_min": 0.0,  # transformers clamps to it in prompts only, not in decodes
+        "time_step_min": 1e-12,  # transformers clamps to it in prompts only, not in decodes
         "n_routed_experts": 4,
         "moe_intermediate_size": 24,
         "moe_shared_expert_intermediate_size": 24,
@@ -182,7 +182,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "ssm_state_size": 8,
         "n_groups": 2,
         "chunk_size": 8,
-        "time_step_min": 0.0,  # transformers clamps to it in prompts only, not in decodes
+        "time_step_min": 1e-12,  # transformers clamps to it in prompts only, not in decodes
         "n_routed_experts": 4,
         "moe_intermediate_size": 24,
         "moe_shared_expert_intermediate_size": 24,
