@@ -68,11 +68,12 @@ def vkv_attention(
     """The attention function of `transformers`' AttentionInterface.
 
     Args:
-        query, key, value: [1, heads, num_tokens, head_dim]: one flat batch.
+        query, key, value: [1, heads, num_tokens, head_dim]: one flat batch; or, of a model with
+            recurrent state, [B, heads, 1, head_dim]: a token of each of B requests.
         sliding_window, softcap, s_aux: what some architectures pass per layer.
 
     Returns:
-        [1, num_tokens, num_heads, value_head_dim], and no attention weights.
+        [1, num_tokens, num_heads, value_head_dim] or [B, 1, …], and no attention weights.
 
     Raises UnsupportedModel for what slots cannot honour: a mask, or attention both ways.
     """
@@ -96,12 +97,12 @@ def vkv_attention(
     )
     out = step.attend(
         module.layer_idx,  # type: ignore[arg-type]
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        query.transpose(1, 2).flatten(0, 1),  # [num_tokens, heads, head_dim]
+        key.transpose(1, 2).flatten(0, 1),
+        value.transpose(1, 2).flatten(0, 1),
         wanted,
     )
-    return out.unsqueeze(0), None
+    return out.unsqueeze(0 if len(query) == 1 else 1), None
 
 
 def register() -> None:

@@ -29,6 +29,8 @@ class BuiltEngine:
     def close(self) -> None:
         """Give back all memory and address space."""
         self.engine.cache.shutdown()
+        if self.engine.states is not None:
+            self.engine.states.clear()
         if self.driver is not None:
             self.driver.close()
 
@@ -46,7 +48,8 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         max_seqs=config.max_seqs,
         max_batch_tokens=config.max_batch_tokens or _BATCH_TOKENS[loaded.device.type],
         look_ahead_tokens=config.look_ahead_tokens,
-        prefix_reuse=config.prefix_reuse,
+        # A slot has keys and values from its start, but state of its last token only.
+        prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
     )
     built = BuiltEngine(Engine(loaded, cache, backend, scheduler), driver)
     try:

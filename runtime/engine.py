@@ -20,6 +20,8 @@ from .request import Request, ScheduledRequest
 from .sampler import SampledToken, SamplingState
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
+from .state_rows import StateRows
+from .state_runner import StateRunner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class EngineStats:
         pages_parked: pages among them that only finished requests hold; `trim` returns them.
         pages_ahead: pages among them mapped ahead of live requests' tokens.
         pages_limit: the most pages there may be.
+        state_bytes: memory of recurrent and convolution state, beside the pages.
         page_bytes: size of a page.
         row_tokens: tokens that one page of every range covers.
         tokens_held: tokens whose keys and values are held, live or parked.
@@ -53,6 +56,7 @@ class EngineStats:
     pages_parked: int
     pages_ahead: int
     pages_limit: int
+    state_bytes: int
     page_bytes: int
     row_tokens: int
     tokens_held: int
@@ -90,7 +94,12 @@ class Engine:
         self.loaded = loaded
         self.cache = cache
         self.scheduler = scheduler
-        self.runner = ModelRunner(loaded, cache, backend)
+        self.states: StateRows | None = None
+        if loaded.keeps_state:
+            self.states = StateRows(loaded.model.config, cache.num_slots)
+            self.runner: ModelRunner = StateRunner(loaded, cache, backend, self.states)
+        else:
+            self.runner = ModelRunner(loaded, cache, backend)
         # The longest sequence that the pool could hold if it were alone.
         limit = cache.pool.limit_pages
         self._longest = bisect.bisect_right(range(cache.max_len), limit, key=cache.num_pages) - 1
@@ -175,6 +184,7 @@ class Engine:
             pages_parked=kv.pages_parked,
             pages_ahead=kv.pages_ahead,
             pages_limit=kv.pages_limit,
+            state_bytes=self.states.num_bytes if self.states else 0,
             page_bytes=kv.page_bytes,
             row_tokens=kv.row_tokens,
             tokens_held=kv.tokens_held + kv.tokens_parked,

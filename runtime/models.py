@@ -1,6 +1,7 @@
 """Loading an unmodified `transformers` model, and learning what its layers ask of attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +23,12 @@ from ..attention_backends import AttentionNeeds, LayerAttention
 from ..vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from .attention import ATTENTION_NAME, AttentionProbe, attention_step, register
 from .packing import can_pack, pack_linears
+from .state_probe import probe_state
+from .state_rows import STATE_LAYER_TYPES, keeps_state
 
 _KNOWN_LAYER_TYPES = {"full_attention", "attention", "sliding_attention"}
+_SLIDING = {"sliding_attention", "hybrid_sliding"}
+_WITHOUT_MEMORY = {"moe", "mlp"}  # layers in their own right in some hybrids
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -51,8 +56,9 @@ class LoadedModel:
     """A model ready for the engine, with all that the engine needs to know of it.
 
     Attributes:
-        attention: per layer, scale, window, soft cap and sinks.
-        geometry: per layer, the shape of its keys and values.
+        attention_layers: the layers of the model that attend: all, unless some keep state.
+        attention: per layer that attends, scale, window, soft cap and sinks.
+        geometry: per layer that attends, the shape of its keys and values.
         eos_token_ids: tokens that end a generation.
         max_positions: the longest sequence the model was made for.
         packed_bytes: weights laid out for the CPU's kernels, which are no parameters any more.
@@ -63,12 +69,18 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None
     device: torch.device
     dtype: torch.dtype
+    attention_layers: tuple[int, ...]
     attention: tuple[LayerAttention, ...]
     geometry: tuple[LayerGeometry, ...]
     vocab_size: int
     eos_token_ids: frozenset[int]
     max_positions: int
     packed_bytes: int = 0
+
+    @property
+    def keeps_state(self) -> bool:
+        """True if some layers have recurrent or convolution state instead of keys and values."""
+        return keeps_state(self.model.config)
 
     @property
     def weight_bytes(self) -> int:
@@ -125,7 +137,7 @@ def load_model(
     model = model.to(device).eval()  # type: ignore[arg-type]
     text_config = model.config.get_text_config()
     _check_interface(model)
-    attention, geometry = _probe(model)
+    layers, attention, geometry = _probe(model)
     wants_packing = pack_weights if pack_weights is not None else home is not None
     packed_bytes, model_dtype = 0, model.dtype
     if wants_packing and device.type == "cpu" and can_pack(model_dtype):
@@ -136,6 +148,7 @@ def load_model(
         tokenizer=_load_tokenizer(tokenizer if tokenizer is not None else home),
         device=device,
         dtype=model_dtype,
+        attention_layers=layers,
         attention=attention,
         geometry=geometry,
         vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
@@ -217,14 +230,23 @@ def _check_architecture(config: PretrainedConfig, model_class: type) -> None:
     """Refuse what is known not to work before its weights are read."""
     name = model_class.__name__
     layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    if foreign := sorted(layer_types - _KNOWN_LAYER_TYPES):
+    stateful = keeps_state(config)
+    known = _KNOWN_LAYER_TYPES | STATE_LAYER_TYPES | (_WITHOUT_MEMORY if stateful else set())
+    if foreign := sorted(layer_types - known):
         raise UnsupportedModel(
             f"{name} has layers of type {', '.join(foreign)}, and slots hold keys and values of "
-            "every token, for full and sliding-window attention; use a model of these alone"
+            "every token, for full and sliding-window attention, beside recurrent and convolution "
+            "state; use a model of these alone"
         )
-    if getattr(model_class, "_is_stateful", False):
+    if stateful and layer_types <= {"linear_attention", "conv"} | _WITHOUT_MEMORY:
         raise UnsupportedModel(
-            f"{name} keeps recurrent state instead of keys and values; use an attention model"
+            f"{name} has recurrent state only, and slots, which the engine schedules by, hold keys "
+            "and values; use a model in which some layers attend"
+        )
+    if getattr(model_class, "_is_stateful", False) and not stateful:
+        raise UnsupportedModel(
+            f"{name} keeps recurrent state of its own kind, which cannot be told apart by "
+            "request; use an attention model, or a hybrid with transformers' state layers"
         )
 
 
@@ -239,36 +261,46 @@ def _check_interface(model: PreTrainedModel) -> None:
 
 def _probe(
     model: PreTrainedModel,
-) -> tuple[tuple[LayerAttention, ...], tuple[LayerGeometry, ...]]:
-    """Run a few tokens through the model to see what each layer asks of attention.
-
-    Then run them in another order: what reaches attention must follow from a token and its
-    position alone, for in a flat batch a token's neighbours may belong to other requests.
-    """
-    name = type(model).__name__
-    ahead = _run_probe(model, backwards=False)
-    num_layers = model.config.get_text_config().num_hidden_layers
-    if sorted(ahead.geometry) != list(range(num_layers)):
+) -> tuple[tuple[int, ...], tuple[LayerAttention, ...], tuple[LayerGeometry, ...]]:
+    """Run a few tokens through the model to see which layers attend, and what each asks for."""
+    if keeps_state(model.config):
+        ahead, expected = probe_state(model, _running)
+    else:
+        ahead = _run_probe(model, backwards=False)
+        expected = list(range(model.config.get_text_config().num_hidden_layers))
+    if sorted(ahead.geometry) != expected:
         raise UnsupportedModel(
-            f"{name} has {num_layers} layers, of which {len(ahead.geometry)} use attention over "
-            "keys and values of every token; the others' state has no place in a slot"
+            f"{type(model).__name__} has {len(expected)} layers that should attend, of which "
+            f"{len(ahead.geometry)} use attention over keys and values of every token; the "
+            "others' state has no place in a slot"
         )
+    if not keeps_state(model.config):
+        _check_neighbours(model, ahead)
+    attention, geometry = [], []
+    for layer in expected:
+        window = _window(model.config.get_text_config(), layer, ahead.attention[layer].window)
+        attention.append(replace(ahead.attention[layer], window=window))
+        geometry.append(replace(ahead.geometry[layer], window=window))
+    return tuple(expected), tuple(attention), tuple(geometry)
+
+
+def _check_neighbours(model: PreTrainedModel, ahead: AttentionProbe) -> None:
+    """Run the probe's tokens in another order: what reaches attention must be the same.
+
+    It must follow from a token and its position alone, for in a flat batch a token's neighbours
+    may belong to other requests.
+    """
     back = _run_probe(model, backwards=True)
     for layer, inputs in ahead.inputs.items():
         off = (back.inputs[layer].flip(0) - inputs).abs().amax(dim=1)  # [num_tokens]
         # Most tokens, not any: a router of experts may waver over one for a rounding error.
         if (off > _PROBE_TOLERANCE * inputs.abs().max()).float().mean() > 0.5:
             raise UnsupportedModel(
-                f"{name} computes layer {layer} not from each token and its position alone, but "
-                "from its neighbours in the batch (a convolution, or positions of its own "
-                "counting), which may be another request's; use a model that takes position_ids"
+                f"{type(model).__name__} computes layer {layer} not from each token and its "
+                "position alone, but from its neighbours in the batch (a convolution, or "
+                "positions of its own counting), which may be another request's; use a model "
+                "that takes position_ids"
             )
-    attention, geometry = [], []
-    for layer in range(num_layers):
-        window = _window(model.config.get_text_config(), layer, ahead.attention[layer].window)
-        attention.append(replace(ahead.attention[layer], window=window))
-        geometry.append(replace(ahead.geometry[layer], window=window))
-    return tuple(attention), tuple(geometry)
 
 
 def _run_probe(model: PreTrainedModel, *, backwards: bool) -> AttentionProbe:
@@ -276,16 +308,23 @@ def _run_probe(model: PreTrainedModel, *, backwards: bool) -> AttentionProbe:
     positions = torch.arange(_NUM_PROBE_TOKENS, device=model.device).unsqueeze(0)
     if backwards:
         positions = positions.flip(1)
+    with _running(model, probe):
+        model(input_ids=positions + 1, position_ids=positions, use_cache=False)
+    return probe
+
+
+@contextmanager
+def _running(model: PreTrainedModel, probe: AttentionProbe) -> Iterator[None]:
+    """Let `probe` answer the model; what the model raises says why it cannot run."""
     try:
         with torch.inference_mode(), attention_step(probe):
-            model(input_ids=positions + 1, position_ids=positions, use_cache=False)
+            yield
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         if isinstance(error, UnsupportedModel):
             raise
         raise UnsupportedModel(
             f"{type(model).__name__} cannot run a flat batch of tokens: {error}"
         ) from error
-    return probe
 
 
 def _window(config: Any, layer: int, passed: int | None) -> int | None:
@@ -296,7 +335,7 @@ def _window(config: Any, layer: int, passed: int | None) -> int | None:
     if passed is not None:
         return passed
     layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and layer_types[layer] == "sliding_attention":
+    if layer_types is not None and layer_types[layer] in _SLIDING:
         return config.sliding_window
     return None
 

@@ -85,7 +85,7 @@ def _assert_same(model_type: str, **options: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by GPT-BigCode
-@pytest.mark.parametrize("model_type", zoo.ARCHITECTURES)
+@pytest.mark.parametrize("model_type", zoo.ARCHITECTURES | zoo.HYBRIDS)
 def test_tokens_and_scores_equal_plain_transformers(model_type: str) -> None:
     _assert_same(model_type, max_batch_tokens=11)
 
@@ -193,10 +193,8 @@ _TWO_LAYERS: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_
         ("bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "interface"),
         ("falcon", {**_TWO_LAYERS, "num_attention_heads": 4}, "interface"),
         ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "interface"),
-        ("mamba", _TWO_LAYERS, "linear_attention"),
+        ("mamba", _TWO_LAYERS, "recurrent state only"),
         ("rwkv", _TWO_LAYERS, "recurrent state"),
-        ("jamba", _SMALL, "linear_attention"),
-        ("lfm2", {**_SMALL, "layer_types": ["conv", "full_attention"]}, "conv"),
         ("llama4_text", {**_SMALL, "num_local_experts": 2}, "chunked_attention"),
         ("diffllama", _SMALL, "layer 0 attends twice"),
         ("doge", _SMALL, "masks them its own way"),

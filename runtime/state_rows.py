@@ -1,0 +1,105 @@
+"""What recurrent and convolution layers remember of a request: one row of state for each slot.
+
+Such a layer keeps a state of fixed size instead of keys and values of every token. The state
+layers themselves stay `transformers`' own: a step lays the rows of its requests into a cache of
+that kind, lets the model read and write it, and takes the rows out again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
+
+
+def keeps_state(config: PretrainedConfig) -> bool:
+    """True if some layers of the model have recurrent or convolution state."""
+    layer_types = getattr(config.get_text_config(), "layer_types", None) or ()
+    return not STATE_LAYER_TYPES.isdisjoint(layer_types)
+
+
+class StepState(DynamicCache):
+    """The `past_key_values` of one forward: states as usual, while keys and values pass through.
+
+    They go into slots, by our attention function, so the cache has no part in them.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config=config)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new keys and values alone, stored nowhere."""
+        return key_states, value_states
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """Layers that have keys and values."""
+        return [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
+
+    def states(self) -> dict[tuple[str, int, int], torch.Tensor]:
+        """What the layers remember now, each [batch, …], by kind, layer and number in the layer."""
+        found: dict[tuple[str, int, int], torch.Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, LinearAttentionCacheLayerMixin):
+                continue
+            for kind, tensors in (("conv", layer.conv_states), ("recur", layer.recurrent_states)):
+                for number, tensor in tensors.items():
+                    if tensor is not None:
+                        found[kind, index, number] = tensor
+        return found
+
+
+class StateRows:
+    """The states of all requests, a row for each slot. Nothing is allocated before the first.
+
+    Args:
+        config: of the model.
+        num_rows: slots that there are.
+    """
+
+    def __init__(self, config: PretrainedConfig, num_rows: int) -> None:
+        self._config = config
+        self._num_rows = num_rows
+        self._rows: dict[tuple[str, int, int], torch.Tensor] = {}  # each [num_rows, …]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the rows take."""
+        return sum(tensor.nbytes for tensor in self._rows.values())
+
+    def fresh(self) -> StepState:
+        """The state before a first token."""
+        return StepState(self._config)
+
+    def gather(self, rows: Sequence[int]) -> StepState:
+        """The saved states of `rows`, copied into the batch of a new step."""
+        step = self.fresh()
+        for (kind, layer, number), saved in self._rows.items():
+            states = saved[torch.tensor(rows, device=saved.device)]  # [len(rows), …]
+            if kind == "conv":
+                step.update_conv_state(states, layer, number)
+            else:
+                step.update_recurrent_state(states, layer, number)
+        return step
+
+    def scatter(self, rows: Sequence[int], step: StepState) -> None:
+        """Save what `step` came to, over whatever `rows` held."""
+        for key, states in step.states().items():
+            if key not in self._rows:
+                self._rows[key] = states.new_zeros((self._num_rows, *states.shape[1:]))
+            saved = self._rows[key]
+            saved[torch.tensor(rows, device=saved.device)] = states
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._rows.clear()

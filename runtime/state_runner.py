@@ -1,0 +1,89 @@
+"""One batch through a model with recurrent or convolution layers.
+
+What such a layer computes depends on the order of tokens, so requests cannot lie in one flat row:
+the decodes go together as [B, 1], and every chunk of a prompt by itself as [1, num_tokens]. The
+attention layers see a flat batch all the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from ..allocator import SlotCache
+from ..attention_backends import AttentionBackend, LayerAttention
+from .attention import CacheStep, attention_step
+from .model_runner import ModelRunner
+from .models import LoadedModel
+from .request import ScheduledRequest
+from .state_rows import StateRows
+
+
+@dataclass
+class _SomeLayersStep:
+    """Attention of a model of which some layers only attend: slots number these alone."""
+
+    step: CacheStep
+    index_of: dict[int, int]  # place in the slots, by layer of the model
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        wanted: LayerAttention,
+    ) -> torch.Tensor:
+        return self.step.attend(self.index_of[layer], query, key, value, wanted)
+
+
+class StateRunner(ModelRunner):
+    """A `ModelRunner` for models of which some layers keep state, in `states`."""
+
+    def __init__(
+        self, loaded: LoadedModel, cache: SlotCache, backend: AttentionBackend, states: StateRows
+    ) -> None:
+        super().__init__(loaded, cache, backend)
+        self.states = states
+        self._index_of = {layer: i for i, layer in enumerate(loaded.attention_layers)}
+
+    def _forward(
+        self, batch: Sequence[ScheduledRequest], ends: Sequence[int], rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Logits of the flat rows `rows`, [len(rows), vocab]: one forward for each group."""
+        decodes = [i for i, item in enumerate(batch) if item.start and item.num_tokens == 1]
+        groups = [decodes] if decodes else []
+        groups += [[i] for i in range(len(batch)) if i not in decodes]
+        chosen: dict[int, torch.Tensor] = {}  # [vocab], by flat row
+        wanted = set(rows)
+        for group in groups:
+            logits = self._forward_group([batch[i] for i in group])  # [tokens of the group, vocab]
+            flat = [row for i in group for row in range(ends[i] - batch[i].num_tokens, ends[i])]
+            chosen.update((row, logits[index]) for index, row in enumerate(flat) if row in wanted)
+        if not rows:
+            return torch.empty(0, self.loaded.vocab_size, device=self.loaded.device)
+        return torch.stack([chosen[row] for row in rows])
+
+    def _forward_group(self, group: Sequence[ScheduledRequest]) -> torch.Tensor:
+        """Logits of all tokens of decodes, or of one chunk of a prompt: [num_tokens, vocab]."""
+        device = self.loaded.device
+        slots = [item.request.slot.index for item in group if item.request.slot is not None]
+        spans = [range(item.start, item.start + item.num_tokens) for item in group]
+        ids = [
+            item.request.token_ids[s.start : s.stop] for item, s in zip(group, spans, strict=True)
+        ]
+        ends = list(accumulate(item.num_tokens for item in group))
+        step = CacheStep(
+            self.cache, self.backend, self._attention_batch(group, ends), self.loaded.attention
+        )
+        state = self.states.gather(slots) if group[0].start else self.states.fresh()
+        with attention_step(_SomeLayersStep(step, self._index_of)):
+            output = self.loaded.model(
+                input_ids=torch.tensor(ids, device=device),  # [B, 1] or [1, num_tokens]
+                position_ids=torch.tensor([list(span) for span in spans], device=device),
+                past_key_values=state,
+                use_cache=True,
+            )
+        self.states.scatter(slots, state)
+        return output.logits.flatten(0, 1)
