@@ -34,8 +34,47 @@ NUM_TOKENS = 14
 
 # -- the tokens of stock `generate` ----------------------------------------------------------
 
-ARCHITECTURES = zoo.WITH_VIRTUAL_CACHE
-_RECURRENT = sorted(zoo.HYBRIDS.keys() - {"lfm2"})  # whose state cannot be undone
+_WITHOUT_INTERFACE = {  # attention of their own: nothing is registered for this
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "falcon": {},
+    "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4, "n_positions": 512},
+}
+_OTHERS = {  # a window that only the mask knows, convolutions, attention within chunks
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 13},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "llama4_text": {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": 13,
+        "intermediate_size_mlp": 48,
+    },
+}
+_RECURRENT = {  # some layers hold convolution and recurrent state, which cannot be undone
+    "bamba": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    **{name: {} for name in zoo.ARCHITECTURES},
+    **_WITHOUT_INTERFACE,
+    **_OTHERS,
+    **_RECURRENT,
+}
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -51,7 +90,7 @@ MODES: dict[str, dict[str, Any]] = {
 @functools.cache
 def model_of(architecture: str) -> PreTrainedModel:
     if architecture != "falcon":
-        return zoo.tiny_model(architecture)
+        return zoo.tiny_model(architecture, **ARCHITECTURES[architecture])
     config = FalconConfig(  # which takes not all that the zoo gives
         vocab_size=zoo.VOCAB_SIZE,
         hidden_size=32,

@@ -129,39 +129,6 @@ _MAMBA: dict[str, Any] = {
     "mamba_d_state": 8,
     "mamba_chunk_size": 8,
 }
-HYBRIDS: dict[str, dict[str, Any]] = {  # some layers keep recurrent or convolution state
-    "bamba": {"attn_layer_indices": [1], **_MAMBA},
-    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
-    "granitemoehybrid": {
-        **_MAMBA,
-        **_MOE,
-        "layer_types": ["linear_attention", "full_attention"],
-        "shared_intermediate_size": 24,
-    },
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "nemotron_h": {
-        "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention"],
-        "num_hidden_layers": 4,
-        "ssm_state_size": 8,
-        "mamba_num_heads": 8,
-        "mamba_head_dim": 8,
-        "n_groups": 2,
-        "chunk_size": 8,
-        "time_step_min": 1e-12,  # transformers clamps to it in prompts only, not in decodes
-        "n_routed_experts": 4,
-        "moe_intermediate_size": 24,
-        "moe_shared_expert_intermediate_size": 24,
-    },
-    "qwen3_next": {
-        "layer_types": ["linear_attention", "full_attention"],
-        **_MANY_EXPERTS,
-        "shared_expert_intermediate_size": 24,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
-}
 # Some of their layers keep recurrent or convolution state.
 HYBRIDS: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
@@ -197,21 +164,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
     },
 }
-# Those that run under `generate` with `VirtualCache` alone.
-VIRTUAL_ONLY: dict[str, dict[str, Any]] = {
-    "bloom": {"n_head": 4, "n_layer": 2},
-    "falcon": {},
-    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 13},
-    "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4, "n_positions": 512},
-    "llama4_text": {
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "attention_chunk_size": 13,
-        "intermediate_size_mlp": 48,
-    },
-}
 ARCHITECTURES = REQUIRED | OTHERS
-WITH_VIRTUAL_CACHE = ARCHITECTURES | HYBRIDS | VIRTUAL_ONLY
 
 
 def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
