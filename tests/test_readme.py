@@ -103,3 +103,15 @@ def test_the_chat_example_remembers(
     monkeypatch.setattr(sys, "stdin", io.StringIO("my gate code is 4821\nwhat is my gate code?\n"))
     runpy.run_path(str(ROOT / "examples" / "chat.py"), run_name="__main__")
     assert "4821" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_the_other_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "embed.py"), run_name="__main__")
+    shown = capsys.readouterr().out.splitlines()
+    assert "7" in shown[1]
+    assert re.fullmatch(r"[\d,]+ of [\d,]+ bytes are real", shown[2])
+    runpy.run_path(str(ROOT / "examples" / "bring_your_own_model.py"), run_name="__main__")
+    held, told = capsys.readouterr().out.splitlines()
+    physical, virtual = (int(n.replace(",", "")) for n in re.findall(r"[\d,]{4,}", held))
+    assert 0 < physical < virtual
+    assert told.startswith("6 requests")

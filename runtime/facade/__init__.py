@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .allocator import KVCache, KVLayout, LayerGeometry, PagedKVCache, PagePool
+    from .allocator import KVCache, KVLayout, LayerGeometry, PagedKVCache, PagePool, Slot
     from .runtime.config import EngineConfig
     from .runtime.engine import EngineStats
     from .runtime.llm import LLM, StreamDelta
@@ -37,6 +37,7 @@ _HOMES = {
     "LayerGeometry": ".allocator",
     "PagePool": ".allocator",
     "PagedKVCache": ".allocator",
+    "Slot": ".allocator",
     "open_driver": ".vmem",
     "VkvError": ".vmem.errors",
 }
@@ -53,6 +54,7 @@ __all__ = [
     "PagedKVCache",
     "RequestOutput",
     "SamplingParams",
+    "Slot",
     "StreamDelta",
     "VirtualCache",
     "VkvError",
