@@ -46,6 +46,7 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         max_batch_tokens=config.max_batch_tokens or _BATCH_TOKENS[loaded.device.type],
         look_ahead_tokens=config.look_ahead_tokens,
         prefix_reuse=config.prefix_reuse,
+        policy=config.policy,
     )
     built = BuiltEngine(Engine(loaded, cache, backend, scheduler), driver)
     try:

@@ -1,6 +1,7 @@
 """Options of an engine, resolved once."""
 
 import difflib
+import math
 import os
 import re
 from dataclasses import dataclass, fields
@@ -10,6 +11,7 @@ import torch
 
 from ..allocator import Sanitize
 from ..vmem.errors import DriverUnavailable, InvalidConfig
+from .scheduler import Policy
 
 KVKind = Literal["virtual", "paged"]
 
@@ -49,6 +51,9 @@ class EngineConfig:
         look_ahead_tokens: tokens mapped ahead of a decoding request in the background; 0 for none.
         prefix_reuse: begin a request with rows computed for the same tokens before.
         sanitize: "zero" clears recycled memory before another request may see it.
+        policy: "splitfuse", or "prefill_first", a baseline to compare with (`scheduler`).
+        idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
+            back by itself; None for never.
     """
 
     max_seqs: int = 32
@@ -65,6 +70,8 @@ class EngineConfig:
     look_ahead_tokens: int = 16
     prefix_reuse: bool = True
     sanitize: Sanitize = "never"
+    policy: Policy = "splitfuse"
+    idle_trim_s: float | None = None
 
     def __new__(cls, **options: Any) -> Self:
         # Before `__init__`, whose TypeError could not suggest the name that was meant.
@@ -90,8 +97,17 @@ class EngineConfig:
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use True or False")
         if self.kv not in ("virtual", "paged"):
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
+        if self.policy not in ("splitfuse", "prefill_first"):
+            raise InvalidConfig(f"policy is {self.policy!r}; use 'splitfuse' or 'prefill_first'")
+        if self.idle_trim_s is not None:
+            _check_seconds("idle_trim_s", self.idle_trim_s)
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise InvalidConfig(f"{name} is {value!r}; use a finite number of seconds, or None")
 
 
 def parse_bytes(size: int | str) -> int:
