@@ -1,5 +1,6 @@
 """The `vkv bench` commands: options in, tables and the record's place out."""
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -41,10 +42,13 @@ def memory(
     kinds: Annotated[
         str, typer.Option(help="Which caches to compare, separated by commas.")
     ] = "virtual,paged,static,dynamic",
+    idle_s: Annotated[
+        float, typer.Option(min=0.01, help="Rest after which memory goes back, in seconds.")
+    ] = 1.0,
     seed: Seed = 0,
     out: Out = _OUT,
 ) -> None:
-    """Memory held against tokens held, over ragged requests.
+    """Memory held against tokens held, over ragged requests, and after them.
 
     vkv's contiguous and paged caches, beside the static and dynamic caches of transformers as a
     padded batch fills them. Also reports the time that mapping took of the engine's steps.
@@ -68,6 +72,7 @@ def memory(
         max_seqs=max_seqs,
         look_ahead_tokens=look_ahead_tokens,
         kinds=chosen,
+        idle_s=idle_s,
         seed=seed,
     )
     path, tables = run(options, out, _command_line())
@@ -75,9 +80,11 @@ def memory(
 
 
 def _show(path: Path, tables: list[Any]) -> None:
-    """Print the tables of a benchmark and where its record is."""
+    """Print the tables of a benchmark, the machine's limits and where the record is."""
     from rich.console import Console
     from rich.table import Table as RichTable
+
+    from .limits import Limits
 
     console = Console()
     for table in tables:
@@ -87,6 +94,8 @@ def _show(path: Path, tables: list[Any]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
+    limits = Limits(**json.loads(path.read_text())["limits"])
+    console.print(str(limits), style="dim")
     console.print(f"record: {path}", style="dim", soft_wrap=True)
 
 
