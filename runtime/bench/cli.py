@@ -3,10 +3,13 @@
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+
+_Number = TypeVar("_Number", int, float)
 
 bench = typer.Typer(
     help="Measure: each run writes a record, a table and a plot.", no_args_is_help=True
@@ -57,7 +60,7 @@ def memory(
     from ..models import parse_dtype
     from .memory import KINDS, MemoryOptions, run
 
-    chosen = tuple(kind.strip() for kind in kinds.split(","))
+    chosen = tuple(_items(kinds))
     if unknown := [kind for kind in chosen if kind not in KINDS]:
         raise typer.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(KINDS)}")
     import torch
@@ -77,6 +80,44 @@ def memory(
     )
     path, tables = run(options, out, _command_line())
     _show(path, tables)
+
+
+@bench.command()
+def vmm(
+    device: Device = "auto",
+    pages: Annotated[
+        str, typer.Option(help="Page sizes, such as 64KiB,2MiB; none for the device's own.")
+    ] = "",
+    runs: Annotated[str, typer.Option(help="Lengths of runs, in pages.")] = "1,2,8,32,128,512",
+    repeats: Annotated[int, typer.Option(help="Lives of each run.")] = 7,
+    max_memory: Annotated[str, typer.Option(help="The most memory to take at once.")] = "512MiB",
+    out: Out = _OUT,
+) -> None:
+    """Every driver call by page size and run length: create, map, access, unmap, release."""
+    from ..config import parse_bytes, resolve_device
+    from .vmm import VmmOptions, run
+
+    options = VmmOptions(
+        device=resolve_device(device),
+        page_bytes=tuple(parse_bytes(size) for size in _items(pages)),
+        runs=tuple(_numbers("runs", runs, int)),
+        repeats=repeats,
+        max_bytes=parse_bytes(max_memory),
+    )
+    path, tables = run(options, out, _command_line())
+    _show(path, tables)
+
+
+def _items(listed: str) -> list[str]:
+    """What a list with commas names."""
+    return [item.strip() for item in listed.split(",") if item.strip()]
+
+
+def _numbers(name: str, listed: str, kind: Callable[[str], _Number]) -> list[_Number]:
+    try:
+        return [kind(item) for item in _items(listed)]
+    except ValueError as error:
+        raise typer.BadParameter(f"--{name} {listed!r}: give numbers, with commas") from error
 
 
 def _show(path: Path, tables: list[Any]) -> None:

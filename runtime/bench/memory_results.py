@@ -136,7 +136,7 @@ def draw(samples: Samples, rest: Samples, *, title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     timed = [kind for kind in samples if kind in rest]
-    figure = Figure(figsize=(9, 9 if timed else 4.5))
+    figure = Figure(figsize=(10, 9 if timed else 4.5))
     panels = figure.subplots(2 if timed else 1, squeeze=False)[:, 0]
     _draw_against_tokens(panels[0], samples)
     panels[0].set_title(title)
@@ -144,7 +144,7 @@ def draw(samples: Samples, rest: Samples, *, title: str, path: Path) -> None:
         _draw_against_time(panels[1], {kind: samples[kind] for kind in timed}, rest)
     for axes in panels:
         axes.set_ylim(bottom=0)
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
