@@ -108,6 +108,85 @@ def vmm(
     _show(path, tables)
 
 
+@bench.command()
+def serve(
+    shape: Shape = "llama-tiny",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    workload: Annotated[
+        str,
+        typer.Option(help="fastgen (its four quadrants), sharegpt, burstgpt, arxiv; with commas."),
+    ] = "fastgen",
+    num_requests: Annotated[int, typer.Option(help="Requests of each workload.")] = 32,
+    scale: Annotated[float, typer.Option(help="Multiplies all lengths.")] = 1.0,
+    clients: Annotated[
+        str, typer.Option(help="Clients that wait for their answers; several with commas.")
+    ] = "8",
+    rate: Annotated[
+        str, typer.Option(help="Requests a second, in place of clients; several with commas.")
+    ] = "",
+    cv: Annotated[
+        float, typer.Option(help="Variation of the times between arrivals: 1 Poisson, else Gamma.")
+    ] = 1.0,
+    policies: Annotated[
+        str, typer.Option(help="Schedulers to compare, separated by commas.")
+    ] = "splitfuse,prefill_first",
+    max_seqs: MaxSeqs = 32,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step; none for the device's default.")
+    ] = None,
+    slo_ttft_ms: Annotated[
+        float | None, typer.Option(help="Goodput: longest time to the first token.")
+    ] = None,
+    slo_tpot_ms: Annotated[
+        float | None, typer.Option(help="Goodput: longest mean time of a token after it.")
+    ] = None,
+    sla_prompt_rate: Annotated[
+        float, typer.Option(help="FastGen: prompt tokens a second until the first token.")
+    ] = 512.0,
+    sla_rates: Annotated[
+        str, typer.Option(help="FastGen: output tokens a second to keep up, with commas.")
+    ] = "2,4,6",
+    seed: Seed = 0,
+    out: Out = _OUT,
+) -> None:
+    """TTFT, TPOT and ITL while requests arrive; SplitFuse against prefill-first.
+
+    Runs the engine in this process. Lengths are those of published traces, regenerated from
+    their quantiles; the fields of the record are those of `vllm bench serve`.
+    """
+    import torch
+
+    from ..config import resolve_device
+    from ..models import parse_dtype
+    from .serve import ServeOptions, run
+    from .serve_metrics import Targets
+
+    options = ServeOptions(
+        shape=shape,
+        dtype=parse_dtype(dtype) or torch.float32,
+        device=resolve_device(device),
+        workloads=tuple(_items(workload)),
+        num_requests=num_requests,
+        clients=tuple(_numbers("clients", clients, int)),
+        rates=tuple(_numbers("rate", rate, float)),
+        cv=cv,
+        scale=scale,
+        policies=tuple(_items(policies)),
+        max_seqs=max_seqs,
+        max_batch_tokens=max_batch_tokens,
+        targets=Targets(
+            slo_ttft_ms=slo_ttft_ms,
+            slo_tpot_ms=slo_tpot_ms,
+            prompt_rate=sla_prompt_rate,
+            rates=tuple(_numbers("sla-rates", sla_rates, float)),
+        ),
+        seed=seed,
+    )
+    path, tables = run(options, out, _command_line())
+    _show(path, tables)
+
+
 def _items(listed: str) -> list[str]:
     """What a list with commas names."""
     return [item.strip() for item in listed.split(",") if item.strip()]
