@@ -50,6 +50,7 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         look_ahead_tokens=config.look_ahead_tokens,
         # A slot has keys and values from its start, but state of its last token only.
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
+        policy=config.policy,
     )
     built = BuiltEngine(Engine(loaded, cache, backend, scheduler), driver)
     try:

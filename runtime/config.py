@@ -1,6 +1,7 @@
 """Options of an engine, resolved once."""
 
 import difflib
+import math
 import os
 import re
 from dataclasses import dataclass, fields
@@ -10,6 +11,7 @@ import torch
 
 from ..allocator import Sanitize
 from ..vmem.errors import DriverUnavailable, InvalidConfig
+from .scheduler import Policy
 
 KVKind = Literal["virtual", "paged"]
 
@@ -52,6 +54,9 @@ class EngineConfig:
         pack_weights: lay linear weights out anew for the CPU's kernels; None does so for models
             that vkv loaded itself, and leaves one that it was given as it is.
         sanitize: "zero" clears recycled memory before another request may see it.
+        policy: "splitfuse", or "prefill_first", a baseline to compare with (`scheduler`).
+        idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
+            back by itself; None for never.
     """
 
     max_seqs: int = 32
@@ -69,6 +74,8 @@ class EngineConfig:
     prefix_reuse: bool = True
     pack_weights: bool | None = None
     sanitize: Sanitize = "never"
+    policy: Policy = "splitfuse"
+    idle_trim_s: float | None = None
 
     def __new__(cls, **options: Any) -> Self:
         # Before `__init__`, whose TypeError could not suggest the name that was meant.
@@ -96,8 +103,17 @@ class EngineConfig:
             raise InvalidConfig(f"pack_weights is {self.pack_weights!r}; use None, True or False")
         if self.kv not in ("virtual", "paged"):
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
+        if self.policy not in ("splitfuse", "prefill_first"):
+            raise InvalidConfig(f"policy is {self.policy!r}; use 'splitfuse' or 'prefill_first'")
+        if self.idle_trim_s is not None:
+            _check_seconds("idle_trim_s", self.idle_trim_s)
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise InvalidConfig(f"{name} is {value!r}; use a finite number of seconds, or None")
 
 
 def parse_bytes(size: int | str) -> int:

@@ -44,6 +44,7 @@ class EngineStats:
         num_preemptions: requests whose slot was taken away to be computed again.
         prefix_hit_tokens: prompt tokens that needed no computing.
         num_steps, num_prompt_tokens, num_output_tokens: work done.
+        num_computed_tokens: tokens that went through the model, those computed again included.
         mapping_time_s: time the step loop waited for memory.
         background_time_s: time the look-ahead thread spent on it instead.
         step_time_s: time of all steps together.
@@ -68,6 +69,7 @@ class EngineStats:
     num_steps: int
     num_prompt_tokens: int
     num_output_tokens: int
+    num_computed_tokens: int
     mapping_time_s: float
     background_time_s: float
     step_time_s: float
@@ -106,12 +108,18 @@ class Engine:
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
+        self._num_computed_tokens = 0
         self._step_time_s = 0.0
 
     @property
     def has_work(self) -> bool:
         """True while a request is unfinished."""
         return self.scheduler.has_work
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens that went through the model so far."""
+        return self._num_computed_tokens
 
     @property
     def requests(self) -> list[Request]:
@@ -196,6 +204,7 @@ class Engine:
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
+            num_computed_tokens=self._num_computed_tokens,
             mapping_time_s=kv.mapping_time_s,
             background_time_s=kv.background_time_s,
             step_time_s=self._step_time_s,
@@ -267,6 +276,7 @@ class Engine:
             prompt_left = max(0, request.num_prompt_tokens - request.num_computed)
             self._num_prompt_tokens += min(item.num_tokens, prompt_left)
             request.num_computed += item.num_tokens
+            self._num_computed_tokens += item.num_tokens
             if token is not None:
                 self._append(request, token)
                 advanced.append(request)

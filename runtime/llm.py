@@ -18,6 +18,7 @@ from ..vmem.errors import InvalidOperation, InvalidPrompt, InvalidSamplingParams
 from .build import build_engine
 from .config import EngineConfig, resolve_device
 from .engine import Engine, EngineStats
+from .idle import IdleTrim
 from .interrupts import deferred_interrupt
 from .models import load_model
 from .outputs import FinishReason, RequestOutput
@@ -89,6 +90,9 @@ class LLM:
         self._built = build_engine(self._loaded, self.config)
         self._engine = self._built.engine
         self._lock = threading.RLock()
+        self._idle: IdleTrim | None = None
+        if self.config.idle_trim_s is not None:
+            self._idle = IdleTrim(self._engine, self._lock, self.config.idle_trim_s)
         self._ids = itertools.count()
         self._pid = os.getpid()
         self._closed = False
@@ -242,6 +246,8 @@ class LLM:
         with self._lock, deferred_interrupt():
             if not self._closed:
                 self._engine.abort(self._engine.requests)
+                if self._idle is not None:
+                    self._idle.stop()
                 self._built.close()
                 self._closed = True
 
@@ -295,6 +301,8 @@ class LLM:
         """Queue prompts and put their requests into `groups`, where no interrupt loses them."""
         with self._lock, deferred_interrupt():
             self._check_open()
+            if self._idle is not None:
+                self._idle.work()
             for prompt, one in zip(prompts, params, strict=True):
                 groups.append(self._engine.add_request(self._next_id(), prompt, one))
 
@@ -309,6 +317,8 @@ class LLM:
         with self._lock, deferred_interrupt():
             if not self._closed:
                 self._engine.abort([request for group in groups for request in group])
+                if self._idle is not None:
+                    self._idle.rest()
 
     def _tokenise(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):

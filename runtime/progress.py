@@ -1,8 +1,9 @@
-"""A progress bar for batches that take a while."""
+"""Progress bars for batches and benchmarks that take a while."""
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -66,3 +67,20 @@ class BatchProgress:
         if self._progress is not None:
             self._draw(time.monotonic())
             self._progress.stop()
+
+
+@contextmanager
+def counted(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal's standard error; the function that it yields counts one of `total`."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)

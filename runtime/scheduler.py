@@ -6,14 +6,20 @@ the pages of its whole prompt are reserved. When memory runs short nevertheless,
 outputs of running requests grew, the last arrived gives its slot up and is computed again later.
 
 Source: DeepSpeed-FastGen, arXiv:2401.08671, section 3 (Dynamic SplitFuse).
+
+To compare with, there is the policy that it replaced, *prefill first*: a step takes whole prompts
+if one can be admitted, and decodes only if none can, as Orca and vLLM 0.2 did.
 """
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
 from ..allocator import Slot, SlotCache
 from ..vmem.errors import Shortage
 from .request import Request, RequestState, ScheduledRequest
+
+Policy = Literal["splitfuse", "prefill_first"]
 
 _COMPARED_AT_ONCE = 256  # tokens; comparing slices of lists is far faster than item by item
 
@@ -27,6 +33,8 @@ class Scheduler:
         max_batch_tokens: tokens of one step.
         look_ahead_tokens: tokens mapped ahead of a decoding request, in the background.
         prefix_reuse: start a request from rows that others computed for the same tokens.
+        policy: "splitfuse", or the baseline "prefill_first", whose steps exceed
+            `max_batch_tokens` where a single prompt does.
     """
 
     def __init__(
@@ -37,12 +45,14 @@ class Scheduler:
         max_batch_tokens: int,
         look_ahead_tokens: int = 0,
         prefix_reuse: bool = True,
+        policy: Policy = "splitfuse",
     ) -> None:
         self.cache = cache
         self.max_seqs = max_seqs
         self.max_batch_tokens = max_batch_tokens
         self.look_ahead_tokens = look_ahead_tokens
         self.prefix_reuse = prefix_reuse
+        self.policy = policy
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order of admission
         self.num_preemptions = 0
@@ -62,15 +72,11 @@ class Scheduler:
 
         Raises a Shortage if not even one request can go on; all of them are kept.
         """
-        preemptions_before = self.num_preemptions
         batch: dict[Request, int] = {}
-        budget = self.max_batch_tokens
-        decodes = [r for r in self.running if r.num_uncomputed == 1]
-        prompts = [r for r in self.running if r.num_uncomputed > 1]
-        for request in [*decodes, *prompts]:
-            budget = self._continue(request, budget, batch)
-        if self.num_preemptions == preemptions_before:
-            self._admit(budget, batch)
+        if self.policy == "splitfuse":
+            self._split_and_fuse(batch)
+        else:
+            self._prefill_first(batch)
         scheduled = [ScheduledRequest(request, count) for request, count in batch.items()]
         self._look_ahead(scheduled)
         return scheduled
@@ -87,6 +93,33 @@ class Scheduler:
         elif request.state is RequestState.RUNNING:
             self._release(request, keep=False)
         request.state = RequestState.FINISHED
+
+    # -- policies ----------------------------------------------------------------------------
+
+    def _split_and_fuse(self, batch: dict[Request, int]) -> None:
+        """Decodes, then chunks of prompts under way, then of new ones, while the budget lasts."""
+        preemptions_before = self.num_preemptions
+        budget = self.max_batch_tokens
+        decodes = [r for r in self.running if r.num_uncomputed == 1]
+        prompts = [r for r in self.running if r.num_uncomputed > 1]
+        for request in [*decodes, *prompts]:
+            budget = self._continue(request, budget, batch)
+        if self.num_preemptions == preemptions_before:
+            self._admit(budget, batch)
+
+    def _prefill_first(self, batch: dict[Request, int]) -> None:
+        """Whole prompts; decodes only if there are none.
+
+        One that exceeds the budget goes alone. A prompt runs already if its step failed.
+        """
+        budget = self.max_batch_tokens
+        for request in [r for r in self.running if r.num_uncomputed > 1]:
+            budget -= request.num_uncomputed
+            self._continue(request, request.num_uncomputed, batch)
+        self._admit(budget, batch)
+        if not batch:
+            for request in list(self.running):
+                budget = self._continue(request, budget, batch)
 
     # -- running requests --------------------------------------------------------------------
 
@@ -133,12 +166,17 @@ class Scheduler:
     def _admit(self, budget: int, batch: dict[Request, int]) -> None:
         """Admit waiting requests, in order, while the budgets last."""
         position = 0  # behind those that wait for their leader
-        while budget and position < len(self.waiting) and len(self.running) < self.max_seqs:
+        while budget > 0 and position < len(self.waiting) and len(self.running) < self.max_seqs:
             request = self.waiting[position]
             if self._waits_for_leader(request):
                 position += 1
                 continue
-            count = self._try_admit(request, budget)
+            share = budget
+            if self.policy == "prefill_first":  # all of it or nothing, but never nothing at all
+                share = request.num_tokens
+                if batch and share > budget:
+                    break
+            count = self._try_admit(request, share)
             if not count:
                 break
             del self.waiting[position]
@@ -157,7 +195,10 @@ class Scheduler:
         )
 
     def _try_admit(self, request: Request, budget: int) -> int:
-        """Open a slot and reserve the request's memory; tokens to compute now, 0 if it waits."""
+        """Open a slot and reserve the request's memory.
+
+        Returns the tokens to compute now, `budget` at most; 0 if the request has to wait.
+        """
         tokens = self._reusable_tokens(request)
         donor, num_shared = self._live_donor(request, tokens)
         needed = self._tokens_to_admit(request)

@@ -92,3 +92,12 @@ def llm(llama_folder: Path) -> Iterator["LLM"]:
         yield llm
         if not llm._closed:
             llm._engine.cache.check_invariants()
+
+
+@pytest.fixture
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks measure the machine's limits on next to nothing, so in no time."""
+    from vkv.runtime.bench import limits
+
+    monkeypatch.setitem(limits._READ_BYTES, "cpu", 1 << 16)
+    monkeypatch.setitem(limits._MATRIX_SIZE, "cpu", 16)

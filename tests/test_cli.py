@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,9 +92,11 @@ def test_info_names_drivers_and_backends() -> None:
         assert name in shown
 
 
+@pytest.mark.usefixtures("quick_limits")
 def test_bench_memory_writes_a_true_record(tmp_path: Path) -> None:
     arguments = ["--num-requests", "6", "--prompt-lens", "8", "150", "--output-lens", "4", "12"]
-    run("bench", "memory", *arguments, "--max-seqs", "3", "--out", str(tmp_path))
+    arguments += ["--max-seqs", "3", "--idle-s", "0.02"]
+    shown = run("bench", "memory", *arguments, "--out", str(tmp_path))
     (path,) = tmp_path.glob("memory-llama-tiny_*.json")
     record = json.loads(path.read_text())
     results = record["results"]
@@ -105,10 +108,29 @@ def test_bench_memory_writes_a_true_record(tmp_path: Path) -> None:
     ends = {kind: samples["output_tokens"][-1] for kind, samples in results["samples"].items()}
     assert len(set(ends.values())) == 1, ends
     assert results["engines"]["virtual"]["worst_waste_rows_per_request"] <= 1
-    assert results["engines"]["virtual"]["pages_held_after_trim"] == 0
+    assert results["engines"]["virtual"]["physical_bytes_before_rest"] > 0
+    assert results["engines"]["virtual"]["physical_bytes_after_rest"] == 0
+    _check_times(results)
+    assert record["limits"]["read_bytes_per_s"] > 0
+    assert "matrix product" in shown
+    assert "matrix product" in path.with_suffix(".md").read_text()
     assert results["summary"]["static"]["mean_waste"] > results["summary"]["virtual"]["mean_waste"]
     assert path.with_suffix(".md").exists()
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def _check_times(results: dict[str, Any]) -> None:
+    """Time goes on, memory is a part of the address space, and rest ends with none."""
+    for kind in ("virtual", "paged"):
+        work, rest = results["samples"][kind], results["rest"][kind]
+        times = [*work["time_s"], *rest["time_s"]]
+        assert times == sorted(times)
+        for sample in (work, rest):
+            both = zip(sample["physical_bytes"], sample["virtual_bytes"], strict=True)
+            assert all(physical <= virtual for physical, virtual in both)
+        assert min(work["rss_bytes"]) > 0
+        assert rest["parked_bytes"][0] > 0 == rest["parked_bytes"][-1]
+    assert results["rest"]["virtual"]["physical_bytes"][-1] == 0
 
 
 @pytest.mark.parametrize(

@@ -387,3 +387,28 @@ def test_a_failed_forward_can_be_repeated(
         engine.cache.check_invariants()
         _finish(engine)
     _assert_alone(reference, request)
+
+
+@pytest.mark.parametrize("kv_pages", [16, 400])
+def test_prefill_first_gives_the_same_tokens(
+    model: PreTrainedModel, reference: PreTrainedModel, kv_pages: int
+) -> None:
+    lengths = [(40, 60), (3, 70), (90, 30), (17, 60), (24, 50)]
+    prompts = zoo.random_prompts([prompt for prompt, _ in lengths])
+    with _engine(
+        model, policy="prefill_first", max_batch_tokens=32, kv_memory=kv_pages * _PAGE_BYTES
+    ) as engine:
+        requests = []
+        for index, (prompt, (_, output)) in enumerate(zip(prompts, lengths, strict=True)):
+            requests += engine.add_request(str(index), prompt, zoo.greedy(output))
+            engine.step()
+        before = engine.num_computed_tokens
+        assert before == sum(r.num_computed for r in requests)
+        _finish(engine)
+        engine.cache.check_invariants()
+        assert engine.stats().num_computed_tokens == engine.num_computed_tokens > before
+        computed = sum(prompt + output - 1 for prompt, output in lengths)
+        assert engine.num_computed_tokens >= computed
+        assert (engine.stats().num_preemptions > 0) == (kv_pages == 16)
+    for request in requests:
+        _assert_alone(reference, request)

@@ -89,6 +89,7 @@ def test_a_request_the_pool_could_never_hold(llama_folder: Path) -> None:
         ({"split_kv": 1}, "split_kv is 1"),
         ({"kv": "contiguous"}, "'virtual' or 'paged'"),
         ({"sanitize": "always"}, "sanitize is 'always'"),
+        ({"policy": "fifo"}, "policy is 'fifo'"),
         ({"max_seq": 4}, "unknown option 'max_seq': did you mean 'max_seqs'"),
         ({"gpu": 1}, "unknown option 'gpu': known: max_seqs"),
         ({"device": "tpu"}, "'tpu'; use 'auto', 'cpu' or 'cuda'"),

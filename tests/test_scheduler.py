@@ -71,7 +71,9 @@ def _complete(scheduler: Scheduler, batch: Sequence[ScheduledRequest]) -> None:
 def _step(scheduler: Scheduler) -> list[tuple[Request, int]]:
     """One step, checked; returns who computed how many tokens."""
     batch = scheduler.schedule()
-    assert 0 < sum(item.num_tokens for item in batch) <= scheduler.max_batch_tokens
+    num_tokens = sum(item.num_tokens for item in batch)
+    alone = scheduler.policy == "prefill_first" and len(batch) == 1
+    assert 0 < num_tokens <= (scheduler.max_batch_tokens if not alone else num_tokens)
     assert len(scheduler.running) <= scheduler.max_seqs
     assert len({item.request for item in batch}) == len(batch)
     for item in batch:
@@ -139,6 +141,49 @@ def test_as_many_run_as_are_allowed() -> None:
     assert _step(scheduler) == [(first, 3), (second, 3)]
     assert _step(scheduler) == [(first, 1), (second, 1)]
     assert _step(scheduler) == [(third, 3)]
+
+
+# -- the baseline: prefill first -----------------------------------------------------------------
+
+
+def test_prefill_first_runs_whole_prompts_before_any_decode() -> None:
+    scheduler = _scheduler(max_batch_tokens=8, policy="prefill_first")
+    (short,) = _add(scheduler, 3)
+    assert _step(scheduler) == [(short, 3)]
+    assert _step(scheduler) == [(short, 1)]
+    three, five, six = _add(scheduler, 3, 5, 6)
+    # As many whole prompts as the budget holds; the decode under way waits for all of them.
+    assert _step(scheduler) == [(three, 3), (five, 5)]
+    assert _step(scheduler) == [(six, 6)]
+    assert _step(scheduler) == [(short, 1), (three, 1), (five, 1), (six, 1)]
+
+
+def test_prefill_first_runs_a_prompt_beyond_the_budget_alone_and_whole() -> None:
+    scheduler = _scheduler(max_batch_tokens=8, policy="prefill_first")
+    short, long, last = _add(scheduler, 3, 19, 2)
+    assert _step(scheduler) == [(short, 3)]
+    assert _step(scheduler) == [(long, 19)]
+    assert _step(scheduler) == [(last, 2)]
+    assert _step(scheduler) == [(short, 1), (long, 1), (last, 1)]
+
+
+def test_prefill_first_decodes_while_no_prompt_can_be_admitted() -> None:
+    scheduler = _scheduler(num_pages=6, max_batch_tokens=32, policy="prefill_first")
+    first, large = _add(scheduler, 8, 16, max_tokens=3)
+    assert _step(scheduler) == [(first, 8)]
+    assert _step(scheduler) == [(first, 1)]
+    assert _step(scheduler) == [(first, 1)]
+    assert first.is_finished
+    assert _step(scheduler) == [(large, 16)]
+
+
+def test_prefill_first_repeats_a_prompt_whose_step_failed() -> None:
+    scheduler = _scheduler(max_batch_tokens=8, policy="prefill_first")
+    (failed,) = _add(scheduler, 7)
+    scheduler.schedule()  # and the model raises
+    (late,) = _add(scheduler, 3)
+    assert _step(scheduler) == [(failed, 7)]
+    assert _step(scheduler) == [(late, 3)]
 
 
 # -- the page budget -----------------------------------------------------------------------------
@@ -329,6 +374,7 @@ def test_any_load_ends_with_every_token_and_no_page(seed: int) -> None:
         max_parked=draw.randrange(4),
         prefix_reuse=draw.random() < 0.7,
         look_ahead_tokens=draw.choice([0, 4]),
+        policy=draw.choice(["splitfuse", "prefill_first"]),
     )
     shared = list(range(-40, 0))
     requests: list[Request] = []

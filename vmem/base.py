@@ -10,9 +10,10 @@ subclasses own the system calls, and only those.
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from bisect import bisect_right, insort
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class VmemDriver(ABC):
         granularity: the smallest page size, in bytes, that the device can map.
         page_bytes: the size of one physical page, a multiple of `granularity`.
         counters: system or driver calls so far, by kind (`map`, `unmap`, `set_access`, …).
+        call_times_s: seconds spent in them, by kind.
     """
 
     def __init__(self, *, device: torch.device, granularity: int, page_bytes: int) -> None:
@@ -70,6 +72,7 @@ class VmemDriver(ABC):
         self.granularity = granularity
         self.page_bytes = page_bytes
         self.counters: Counter[str] = Counter()
+        self.call_times_s: defaultdict[str, float] = defaultdict(float)
         self._lock = threading.RLock()
         # Held while pages come and go, always before `_lock`: clearing memory takes milliseconds,
         # and mapping elsewhere must not wait for it.
@@ -309,6 +312,11 @@ class VmemDriver(ABC):
     def _alignment(self) -> int:
         """What reservations are aligned to, in bytes."""
         return self.page_bytes & -self.page_bytes
+
+    def _count(self, kind: str, start_s: float) -> None:
+        """Account for a call of `kind` that began at `start_s` of `time.perf_counter`."""
+        self.counters[kind] += 1
+        self.call_times_s[kind] += time.perf_counter() - start_s
 
     # -- the page table --------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ The driver works in the device's primary context, the one PyTorch uses.
 """
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -231,8 +232,11 @@ class CudaDriver(VmemDriver):
         self, kind: str, name: str, *args: Any, shortage: type[Exception] = DriverError
     ) -> Any:
         """One driver call, counted as `kind`, and checked. Out of memory raises `shortage`."""
-        self.counters[kind] += 1
-        return _check(self._cuda, name, *args, shortage=shortage)
+        start_s = time.perf_counter()
+        try:
+            return _check(self._cuda, name, *args, shortage=shortage)
+        finally:
+            self._count(kind, start_s)
 
 
 class _EventFence:

@@ -7,6 +7,7 @@ GPU. Pages with adjacent numbers are mapped by one call and cost one mapping tog
 
 import heapq
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from errno import ENOMEM, ENOSPC
@@ -267,7 +268,7 @@ class HostDriver(VmemDriver):
         shortage: type[Exception] = DriverError,
     ) -> int:
         """One system call: counted as `kind`, and checked. Running short raises `shortage`."""
-        self.counters[kind] += 1
+        start_s = time.perf_counter()
         try:
             return linux.call(function, *args)
         except OSError as error:
@@ -275,6 +276,8 @@ class HostDriver(VmemDriver):
             raise raised(
                 f"{function.__name__} failed during {kind}: {os.strerror(error.errno or 0)}"
             ) from error
+        finally:
+            self._count(kind, start_s)
 
 
 class _Done:

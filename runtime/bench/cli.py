@@ -1,11 +1,15 @@
 """The `vkv bench` commands: options in, tables and the record's place out."""
 
+import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+
+_Number = TypeVar("_Number", int, float)
 
 bench = typer.Typer(
     help="Measure: each run writes a record, a table and a plot.", no_args_is_help=True
@@ -41,10 +45,13 @@ def memory(
     kinds: Annotated[
         str, typer.Option(help="Which caches to compare, separated by commas.")
     ] = "virtual,paged,static,dynamic",
+    idle_s: Annotated[
+        float, typer.Option(min=0.01, help="Rest after which memory goes back, in seconds.")
+    ] = 1.0,
     seed: Seed = 0,
     out: Out = _OUT,
 ) -> None:
-    """Memory held against tokens held, over ragged requests.
+    """Memory held against tokens held, over ragged requests, and after them.
 
     vkv's contiguous and paged caches, beside the static and dynamic caches of transformers as a
     padded batch fills them. Also reports the time that mapping took of the engine's steps.
@@ -53,7 +60,7 @@ def memory(
     from ..models import parse_dtype
     from .memory import KINDS, MemoryOptions, run
 
-    chosen = tuple(kind.strip() for kind in kinds.split(","))
+    chosen = tuple(_items(kinds))
     if unknown := [kind for kind in chosen if kind not in KINDS]:
         raise typer.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(KINDS)}")
     import torch
@@ -68,6 +75,7 @@ def memory(
         max_seqs=max_seqs,
         look_ahead_tokens=look_ahead_tokens,
         kinds=chosen,
+        idle_s=idle_s,
         seed=seed,
     )
     path, tables = run(options, out, _command_line())
@@ -147,10 +155,129 @@ def throughput(
     _show(path, tables)
 
 
+@bench.command()
+def vmm(
+    device: Device = "auto",
+    pages: Annotated[
+        str, typer.Option(help="Page sizes, such as 64KiB,2MiB; none for the device's own.")
+    ] = "",
+    runs: Annotated[str, typer.Option(help="Lengths of runs, in pages.")] = "1,2,8,32,128,512",
+    repeats: Annotated[int, typer.Option(help="Lives of each run.")] = 7,
+    max_memory: Annotated[str, typer.Option(help="The most memory to take at once.")] = "512MiB",
+    out: Out = _OUT,
+) -> None:
+    """Every driver call by page size and run length: create, map, access, unmap, release."""
+    from ..config import parse_bytes, resolve_device
+    from .vmm import VmmOptions, run
+
+    options = VmmOptions(
+        device=resolve_device(device),
+        page_bytes=tuple(parse_bytes(size) for size in _items(pages)),
+        runs=tuple(_numbers("runs", runs, int)),
+        repeats=repeats,
+        max_bytes=parse_bytes(max_memory),
+    )
+    path, tables = run(options, out, _command_line())
+    _show(path, tables)
+
+
+@bench.command()
+def serve(
+    shape: Shape = "llama-tiny",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    workload: Annotated[
+        str,
+        typer.Option(help="fastgen (its four quadrants), sharegpt, burstgpt, arxiv; with commas."),
+    ] = "fastgen",
+    num_requests: Annotated[int, typer.Option(help="Requests of each workload.")] = 32,
+    scale: Annotated[float, typer.Option(help="Multiplies all lengths.")] = 1.0,
+    clients: Annotated[
+        str, typer.Option(help="Clients that wait for their answers; several with commas.")
+    ] = "8",
+    rate: Annotated[
+        str, typer.Option(help="Requests a second, in place of clients; several with commas.")
+    ] = "",
+    cv: Annotated[
+        float, typer.Option(help="Variation of the times between arrivals: 1 Poisson, else Gamma.")
+    ] = 1.0,
+    policies: Annotated[
+        str, typer.Option(help="Schedulers to compare, separated by commas.")
+    ] = "splitfuse,prefill_first",
+    max_seqs: MaxSeqs = 32,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step; none for the device's default.")
+    ] = None,
+    slo_ttft_ms: Annotated[
+        float | None, typer.Option(help="Goodput: longest time to the first token.")
+    ] = None,
+    slo_tpot_ms: Annotated[
+        float | None, typer.Option(help="Goodput: longest mean time of a token after it.")
+    ] = None,
+    sla_prompt_rate: Annotated[
+        float, typer.Option(help="FastGen: prompt tokens a second until the first token.")
+    ] = 512.0,
+    sla_rates: Annotated[
+        str, typer.Option(help="FastGen: output tokens a second to keep up, with commas.")
+    ] = "2,4,6",
+    seed: Seed = 0,
+    out: Out = _OUT,
+) -> None:
+    """TTFT, TPOT and ITL while requests arrive; SplitFuse against prefill-first.
+
+    Runs the engine in this process. Lengths are those of published traces, regenerated from
+    their quantiles; the fields of the record are those of `vllm bench serve`.
+    """
+    import torch
+
+    from ..config import resolve_device
+    from ..models import parse_dtype
+    from .serve import ServeOptions, run
+    from .serve_metrics import Targets
+
+    options = ServeOptions(
+        shape=shape,
+        dtype=parse_dtype(dtype) or torch.float32,
+        device=resolve_device(device),
+        workloads=tuple(_items(workload)),
+        num_requests=num_requests,
+        clients=tuple(_numbers("clients", clients, int)),
+        rates=tuple(_numbers("rate", rate, float)),
+        cv=cv,
+        scale=scale,
+        policies=tuple(_items(policies)),
+        max_seqs=max_seqs,
+        max_batch_tokens=max_batch_tokens,
+        targets=Targets(
+            slo_ttft_ms=slo_ttft_ms,
+            slo_tpot_ms=slo_tpot_ms,
+            prompt_rate=sla_prompt_rate,
+            rates=tuple(_numbers("sla-rates", sla_rates, float)),
+        ),
+        seed=seed,
+    )
+    path, tables = run(options, out, _command_line())
+    _show(path, tables)
+
+
+def _items(listed: str) -> list[str]:
+    """What a list with commas names."""
+    return [item.strip() for item in listed.split(",") if item.strip()]
+
+
+def _numbers(name: str, listed: str, kind: Callable[[str], _Number]) -> list[_Number]:
+    try:
+        return [kind(item) for item in _items(listed)]
+    except ValueError as error:
+        raise typer.BadParameter(f"--{name} {listed!r}: give numbers, with commas") from error
+
+
 def _show(path: Path, tables: list[Any]) -> None:
-    """Print the tables of a benchmark and where its record is."""
+    """Print the tables of a benchmark, the machine's limits and where the record is."""
     from rich.console import Console
     from rich.table import Table as RichTable
+
+    from .limits import Limits
 
     console = Console()
     for table in tables:
@@ -160,6 +287,8 @@ def _show(path: Path, tables: list[Any]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
+    limits = Limits(**json.loads(path.read_text())["limits"])
+    console.print(str(limits), style="dim")
     console.print(f"record: {path}", style="dim", soft_wrap=True)
 
 

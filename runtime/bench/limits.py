@@ -18,10 +18,18 @@ class Limits:
     Attributes:
         read_bytes_per_s: reading memory once, in order.
         flops_per_s: a large product of square matrices, two operations a multiply-add.
+        dtype: of those matrices.
     """
 
     read_bytes_per_s: float
     flops_per_s: float
+    dtype: str
+
+    def __str__(self) -> str:
+        return (
+            f"Limits of the machine in this run: {self.read_bytes_per_s / 1e9:.1f} GB/s of memory "
+            f"read, {self.flops_per_s / 1e9:.0f} GFLOP/s of {self.dtype} matrix product."
+        )
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
@@ -37,7 +45,11 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     size = _MATRIX_SIZE[device.type]
     left, right = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     product_s = best_time(lambda: left @ right, device, repeats=_REPEATS)
-    return Limits(read_bytes_per_s=num_bytes / read_s, flops_per_s=2 * size**3 / product_s)
+    return Limits(
+        read_bytes_per_s=num_bytes / read_s,
+        flops_per_s=2 * size**3 / product_s,
+        dtype=str(dtype).removeprefix("torch."),
+    )
 
 
 def best_time(call: Callable[[], object], device: torch.device, *, repeats: int) -> float:

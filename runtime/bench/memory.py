@@ -9,10 +9,16 @@ does not depend on what they hold.
 Waste is the share of that memory which holds no token of a live request: on average over the
 steps, when the tokens are most, and, as "never used", what was left of each request's memory when
 it had its last token.
+
+After the last request the engine rests, and memory goes back by itself (`IdleTrim`); the samples
+go on until then and as long again. The paged pool was allocated whole and stays.
 """
 
+import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +27,27 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from ...allocator import KVCache, PagedKVCache
 from ..config import EngineConfig
+from ..engine import EngineStats
+from ..idle import IdleTrim
 from ..llm import LLM
 from ..sampling_params import SamplingParams
+from .limits import measure_limits
+from .memory_results import (
+    FinalUse,
+    MemorySample,
+    columns,
+    draw,
+    engine_table,
+    memory_table,
+    summarise,
+)
 from .record import Table, require_matplotlib, write_record
 from .shapes import build_model
 from .workloads import WorkItem, ragged
 
+_PATIENCE_S = 10.0  # for a trim that is late
+
 KINDS = ("virtual", "paged", "static", "dynamic")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemorySample:
-    """Memory at one step, in bytes.
-
-    Attributes:
-        output_tokens: tokens generated so far.
-        live_requests: requests that run.
-        token_bytes: KV of their tokens.
-        kv_bytes: memory that backs it, used or not.
-        ahead_bytes: memory mapped ahead of their growth.
-        parked_bytes: memory of finished requests, kept for the next.
-        physical_bytes: all memory that exists for KV.
-    """
-
-    output_tokens: int
-    live_requests: int
-    token_bytes: int
-    kv_bytes: int
-    ahead_bytes: int = 0
-    parked_bytes: int = 0
-    physical_bytes: int = 0
-
-
-@dataclass
-class FinalUse:
-    """What requests ended with, summed: bytes of their tokens, and the bytes that backed them."""
-
-    token_bytes: int = 0
-    kv_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +63,7 @@ class MemoryOptions:
     max_seqs: int = 16
     look_ahead_tokens: int = 16
     kinds: tuple[str, ...] = KINDS
+    idle_s: float = 1.0
     seed: int = 0
 
 
@@ -89,31 +79,40 @@ def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[
         seed=options.seed,
     )
     samples: dict[str, list[MemorySample]] = {}
+    rest: dict[str, list[MemorySample]] = {}
     ends = {kind: FinalUse() for kind in options.kinds}
     engines: dict[str, dict[str, Any]] = {}
     for kind in options.kinds:
         if kind in ("virtual", "paged"):
-            samples[kind], engines[kind] = _run_engine(model, work, options, kind, ends[kind])
+            samples[kind], rest[kind], engines[kind] = _run_engine(
+                model, work, options, kind, ends[kind]
+            )
         else:
             samples[kind] = list(_fill_caches(model, work, options, kind, ends[kind]))
-    summary = {kind: _summary(rows, ends[kind]) for kind, rows in samples.items()}
-    tables = [_memory_table(summary)]
+    summary = {kind: summarise(rows, ends[kind]) for kind, rows in samples.items()}
+    tables = [memory_table(summary)]
     if engines:
-        tables.append(_engine_table(engines))
+        tables.append(engine_table(engines))
     path = write_record(
         folder,
         f"memory-{options.shape}",
         device=options.device,
-        config=asdict(options) | {"dtype": str(options.dtype), "device": str(options.device)},
+        config=asdict(options),
         results={
             "summary": summary,
             "engines": engines,
-            "samples": {kind: _columns(rows) for kind, rows in samples.items()},
+            "samples": {kind: columns(rows) for kind, rows in samples.items()},
+            "rest": {kind: columns(rows) for kind, rows in rest.items()},
         },
         tables=tables,
+        limits=measure_limits(options.device, options.dtype),
         command=command,
     )
-    _plot(samples, options, path.with_suffix(".png"))
+    title = (
+        f"{options.num_requests} ragged requests, at most {options.max_seqs} at once, "
+        f"{options.shape}"
+    )
+    draw(samples, rest, title=title, path=path.with_suffix(".png"))
     return path, tables
 
 
@@ -126,8 +125,11 @@ def _run_engine(
     options: MemoryOptions,
     kind: str,
     ends: FinalUse,
-) -> tuple[list[MemorySample], dict[str, Any]]:
-    """Run the workload through the engine, with a sample after every step."""
+) -> tuple[list[MemorySample], list[MemorySample], dict[str, Any]]:
+    """Run the workload through the engine, with a sample after every step, and let it rest.
+
+    Returns the samples of the work, those of the rest, and figures of the engine.
+    """
     config = EngineConfig(
         kv=kind,  # type: ignore[arg-type]
         max_seqs=options.max_seqs,
@@ -141,6 +143,7 @@ def _run_engine(
         assert isinstance(cache, KVCache | PagedKVCache)
         layout = cache.layout
         token_bytes = layout.token_bytes
+        start = time.perf_counter()
         for index, item in enumerate(work):
             params = SamplingParams(temperature=0, max_tokens=item.num_output_tokens)
             llm.engine.add_request(str(index), item.prompt, params)
@@ -149,8 +152,6 @@ def _run_engine(
         while llm.engine.has_work:
             llm.engine.step()
             stats = llm.stats()
-            live_pages = stats.pages_held - stats.pages_parked - stats.pages_ahead
-            tokens = (stats.tokens_held - stats.tokens_parked) * token_bytes
             for request in llm.engine.scheduler.running:
                 assert request.slot is not None
                 used = request.slot.num_tokens * token_bytes
@@ -158,36 +159,67 @@ def _run_engine(
                 last_seen[request.request_id] = used, backed
                 row_bytes = layout.num_ranges * stats.page_bytes
                 worst_waste = max(worst_waste, (backed - used) / row_bytes)
-            samples.append(
-                MemorySample(
-                    output_tokens=stats.num_output_tokens,
-                    live_requests=stats.num_running,
-                    token_bytes=tokens,
-                    kv_bytes=live_pages * stats.page_bytes,
-                    ahead_bytes=stats.pages_ahead * stats.page_bytes,
-                    parked_bytes=stats.pages_parked * stats.page_bytes,
-                    physical_bytes=stats.physical_bytes,
-                )
-            )
+            samples.append(_sample(stats, token_bytes, time.perf_counter() - start))
         ends.token_bytes = sum(used for used, _ in last_seen.values())
         ends.kv_bytes = sum(backed for _, backed in last_seen.values())
         stats = llm.stats()
-        llm.trim()
+        rest = list(_rest(llm, options.idle_s, token_bytes, start))
         after = llm.stats()
-    return samples, {
-        "page_bytes": stats.page_bytes,
-        "row_tokens": stats.row_tokens,
-        "worst_waste_rows_per_request": worst_waste,
-        "num_steps": stats.num_steps,
-        "num_preemptions": stats.num_preemptions,
-        "step_time_s": stats.step_time_s,
-        "mapping_time_s": stats.mapping_time_s,
-        "mapping_share": stats.mapping_time_s / stats.step_time_s,
-        "background_time_s": stats.background_time_s,
-        "driver_calls": stats.driver_calls,
-        "pages_held_after_trim": after.pages_held,
-        "physical_bytes_after_trim": after.physical_bytes,
-    }
+    return (
+        samples,
+        rest,
+        {
+            "page_bytes": stats.page_bytes,
+            "row_tokens": stats.row_tokens,
+            "worst_waste_rows_per_request": worst_waste,
+            "num_steps": stats.num_steps,
+            "num_preemptions": stats.num_preemptions,
+            "step_time_s": stats.step_time_s,
+            "mapping_time_s": stats.mapping_time_s,
+            "mapping_share": stats.mapping_time_s / stats.step_time_s,
+            "background_time_s": stats.background_time_s,
+            "driver_calls": stats.driver_calls,
+            "physical_bytes_before_rest": stats.physical_bytes,
+            "physical_bytes_after_rest": after.physical_bytes,
+            "pages_held_after_rest": after.pages_held,
+        },
+    )
+
+
+def _rest(llm: LLM, idle_s: float, token_bytes: int, start: float) -> Iterator[MemorySample]:
+    """Samples of an engine without work, until its memory has gone back and as long again."""
+    begin = time.perf_counter()
+    with IdleTrim(llm.engine, threading.RLock(), idle_s) as idle:
+        idle.rest()
+        while True:
+            stats, now = llm.stats(), time.perf_counter()
+            yield _sample(stats, token_bytes, now - start)
+            patience = _PATIENCE_S if stats.pages_held else 0.0
+            if now - begin > 2 * idle_s + patience:
+                return
+            time.sleep(idle_s / 50)
+
+
+def _sample(stats: EngineStats, token_bytes: int, time_s: float) -> MemorySample:
+    live_pages = stats.pages_held - stats.pages_parked - stats.pages_ahead
+    return MemorySample(
+        output_tokens=stats.num_output_tokens,
+        live_requests=stats.num_running,
+        token_bytes=(stats.tokens_held - stats.tokens_parked) * token_bytes,
+        kv_bytes=live_pages * stats.page_bytes,
+        ahead_bytes=stats.pages_ahead * stats.page_bytes,
+        parked_bytes=stats.pages_parked * stats.page_bytes,
+        physical_bytes=stats.physical_bytes,
+        virtual_bytes=stats.virtual_bytes,
+        rss_bytes=_rss_bytes(),
+        time_s=time_s,
+    )
+
+
+def _rss_bytes() -> int:
+    """Memory of this process that is resident now."""
+    with open("/proc/self/statm") as numbers:
+        return int(numbers.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _fair_limit(model: PreTrainedModel, work: Sequence[WorkItem], options: MemoryOptions) -> int:
@@ -257,108 +289,3 @@ def _append(
 def _cache_bytes(cache: StaticCache | DynamicCache) -> int:
     tensors = [getattr(layer, name) for layer in cache.layers for name in ("keys", "values")]
     return sum(tensor.nbytes for tensor in tensors)
-
-
-# -- results -----------------------------------------------------------------------------------
-
-
-def _summary(samples: Sequence[MemorySample], ends: FinalUse) -> dict[str, float]:
-    live = [s for s in samples if s.live_requests]
-    peak = max(samples, key=lambda s: s.kv_bytes)
-    fullest = max(live, key=lambda s: s.token_bytes)
-    return {
-        "peak_kv_bytes": peak.kv_bytes,
-        "peak_physical_bytes": max(s.physical_bytes for s in samples),
-        "mean_kv_bytes": sum(s.kv_bytes for s in live) / len(live),
-        "mean_waste": 1 - sum(s.token_bytes for s in live) / sum(s.kv_bytes for s in live),
-        "waste_when_fullest": 1 - fullest.token_bytes / fullest.kv_bytes,
-        "waste_at_the_end": 1 - ends.token_bytes / ends.kv_bytes,
-    }
-
-
-def _columns(samples: Sequence[MemorySample]) -> dict[str, list[int]]:
-    """A list for each field, one number a step."""
-    names = [field.name for field in fields(MemorySample)]
-    return {name: [getattr(sample, name) for sample in samples] for name in names}
-
-
-def _memory_table(summary: dict[str, dict[str, float]]) -> Table:
-    rows = []
-    for kind, row in summary.items():
-        rows.append(
-            [
-                kind,
-                f"{row['peak_kv_bytes'] / 2**20:.1f}",
-                f"{row['mean_kv_bytes'] / 2**20:.1f}",
-                f"{row['peak_physical_bytes'] / 2**20:.1f}",
-                f"{row['mean_waste']:.1%}",
-                f"{row['waste_when_fullest']:.1%}",
-                f"{row['waste_at_the_end']:.1%}",
-            ]
-        )
-    return Table(
-        title="KV memory",
-        columns=[
-            "cache",
-            "peak KV, MiB",
-            "mean KV, MiB",
-            "peak physical, MiB",
-            "mean waste",
-            "waste when fullest",
-            "never used",
-        ],
-        rows=rows,
-    )
-
-
-def _engine_table(engines: dict[str, dict[str, Any]]) -> Table:
-    return Table(
-        title="The engine",
-        columns=[
-            "cache",
-            "row, tokens",
-            "worst waste, rows a request",
-            "steps",
-            "step time, s",
-            "mapping, share of step",
-            "mapped in background, s",
-            "pages after trim",
-        ],
-        rows=[
-            [
-                kind,
-                str(e["row_tokens"]),
-                f"{e['worst_waste_rows_per_request']:.2f}",
-                str(e["num_steps"]),
-                f"{e['step_time_s']:.1f}",
-                f"{e['mapping_share']:.2%}",
-                f"{e['background_time_s']:.2f}",
-                str(e["pages_held_after_trim"]),
-            ]
-            for kind, e in engines.items()
-        ],
-    )
-
-
-def _plot(samples: dict[str, list[MemorySample]], options: MemoryOptions, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5))
-    axes = figure.subplots()
-    colours = {"virtual": "#0a7", "paged": "#57c", "static": "#c33", "dynamic": "#d90"}
-    for kind, rows in samples.items():
-        x = [row.output_tokens for row in rows]
-        axes.plot(x, [r.kv_bytes / 2**20 for r in rows], label=kind, color=colours[kind])
-        if kind == "virtual":
-            held = [r.token_bytes / 2**20 for r in rows]
-            axes.fill_between(x, held, color="#0a7", alpha=0.2, label="tokens held (virtual)")
-    axes.set_xlabel("output tokens so far")
-    axes.set_ylabel("KV memory of live requests, MiB")
-    axes.set_title(
-        f"{options.num_requests} ragged requests, at most {options.max_seqs} at once, "
-        f"{options.shape}"
-    )
-    axes.legend()
-    axes.set_ylim(bottom=0)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ...vmem.errors import InvalidConfig
+from .limits import Limits
 
 _PACKAGES = ("vkv", "torch", "transformers", "numpy", "cuda-python", "flashinfer-python")
 
@@ -76,9 +77,13 @@ def write_record(
     config: Mapping[str, Any],
     results: Mapping[str, Any],
     tables: Sequence[Table],
+    limits: Limits,
     command: str,
 ) -> Path:
-    """Write `<what>_<hardware>_<date>.json` and the tables beside it; returns the JSON's path."""
+    """Write `<what>_<hardware>_<date>.json` and the tables beside it; returns the JSON's path.
+
+    What JSON does not know, a `torch.dtype` for one, is written as its text.
+    """
     machine = hardware(device)
     today = datetime.date.today().isoformat()
     path = folder / f"{what}_{_slug(machine)}_{today}.json"
@@ -89,14 +94,21 @@ def write_record(
         "command": command,
         "hardware": machine,
         "versions": versions(),
+        "limits": dataclasses.asdict(limits),
         "config": dict(config),
+        "tables": [dataclasses.asdict(table) for table in tables],
         "results": dict(results),
     }
-    path.write_text(json.dumps(record) + "\n")
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
-    head = f"# {what}, {today}\n\n`{command}` on {where}.\n\n"
-    path.with_suffix(".md").write_text(head + "\n".join(table.markdown() for table in tables))
+    path.write_text(json.dumps(record, default=str) + "\n")
+    head = f"# {what}, {today}\n\n`{command}` on {place(machine)}.\n\n"
+    shown = "\n".join(table.markdown() for table in tables)
+    path.with_suffix(".md").write_text(f"{head}{shown}\n{limits}\n")
     return path
+
+
+def place(machine: Mapping[str, Any]) -> str:
+    """Where a record was made, in words, from its `hardware`."""
+    return machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
 
 
 def _processor() -> str:

@@ -211,13 +211,13 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
         device=options.device,
         config=asdict(options) | {"device": str(options.device)},
         results={
-            "limits": asdict(limits),
             "model": facts,
             "tokens_per_s": samples,
             "failures": failures,
             "peak_rss_bytes": peaks,
         },
         tables=tables,
+        limits=limits,
         command=command,
     )
     _plot(samples, path.with_suffix(".png"))

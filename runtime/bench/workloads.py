@@ -1,8 +1,20 @@
-"""Requests to measure with, seeded so that every run has the same."""
+"""Requests to measure with, seeded so that every run has the same.
 
+Published traces are regenerated from their published figures: lengths of prompts and outputs have
+the quantiles and the mean that were reported, each drawn by itself. No data of theirs is here.
+"""
+
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from statistics import NormalDist
+from typing import Protocol
+
+import numpy as np
+
+from ...vmem.errors import InvalidConfig
 
 
 @dataclass(frozen=True)
@@ -35,3 +47,120 @@ def ragged(
         )
         for _ in range(count)
     ]
+
+
+class Lengths(Protocol):
+    """A distribution of lengths in tokens."""
+
+    def at(self, share: float) -> float:
+        """The length that `share` of all lengths, in (0, 1), do not exceed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Lengths with given mean and quantiles, geometric in between.
+
+    Nothing is known of the hundredth beyond `p99`, so it is as long as that. The shortest length
+    is the one that makes the mean come out.
+    """
+
+    mean: float
+    p50: float
+    p80: float
+    p95: float
+    p99: float
+
+    def at(self, share: float) -> float:
+        knots = [self.shortest, self.p50, self.p80, self.p95, self.p99, self.p99]
+        return math.exp(np.interp(share, [0, 0.5, 0.8, 0.95, 0.99, 1], np.log(knots)))
+
+    @cached_property
+    def shortest(self) -> float:
+        """Where the lower half begins, by bisection: its mean grows with that."""
+        above = (
+            0.3 * _mean_between(self.p50, self.p80)
+            + 0.15 * _mean_between(self.p80, self.p95)
+            + 0.04 * _mean_between(self.p95, self.p99)
+            + 0.01 * self.p99
+        )
+        wanted = (self.mean - above) / 0.5
+        low, high = 1e-9, self.p50
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (
+                (middle, high) if _mean_between(middle, self.p50) < wanted else (low, middle)
+            )
+        return low
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normally distributed lengths; the spread is a share of the mean."""
+
+    mean: float
+    spread: float = 0.3
+
+    def at(self, share: float) -> float:
+        return NormalDist(self.mean, self.spread * self.mean).inv_cdf(share)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How long prompts and outputs are."""
+
+    prompts: Lengths
+    outputs: Lengths
+
+
+FASTGEN = {
+    f"fastgen-{prompt}-{output}": Traffic(Normal(prompt), Normal(output))
+    for prompt in (1200, 2600)
+    for output in (60, 128)
+}
+TRAFFIC: Mapping[str, Traffic] = {
+    # Sources: DeepSpeed-FastGen, arXiv:2401.08671, section 4; quantiles of ShareGPT's and
+    # BurstGPT's (GPT-4) conversations; of arXiv summarisation only the means are published, and
+    # the spread is FastGen's.
+    **FASTGEN,
+    "sharegpt": Traffic(
+        Quantiles(306, 74, 348, 1484, 3388),
+        Quantiles(500, 487, 781, 988, 1234),
+    ),
+    "burstgpt": Traffic(
+        Quantiles(830, 582, 1427, 2345, 3549),
+        Quantiles(271, 243, 434, 669, 964),
+    ),
+    "arxiv": Traffic(Normal(29_600), Normal(363)),
+}
+
+
+def traffic(
+    name: str, count: int, *, scale: float = 1.0, vocab_size: int, seed: int = 0
+) -> list[WorkItem]:
+    """`count` requests with the lengths of `TRAFFIC[name]` times `scale`, and random prompts.
+
+    Every equal part of the distribution is drawn from once, in random order, so that few requests
+    have its quantiles too. Raises InvalidConfig for an unknown name.
+    """
+    if name not in TRAFFIC:
+        raise InvalidConfig(f"workload is {name!r}; use fastgen or one of {', '.join(TRAFFIC)}")
+    rng = random.Random(seed)
+    prompts = _draw(TRAFFIC[name].prompts, count, scale, rng)
+    outputs = _draw(TRAFFIC[name].outputs, count, scale, rng)
+    return [
+        WorkItem(tuple(rng.choices(range(vocab_size), k=prompt)), output)
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def _draw(lengths: Lengths, count: int, scale: float, rng: random.Random) -> list[int]:
+    """One length from each of `count` equal parts, shuffled; at least one token."""
+    shares = [(part + rng.uniform(1e-9, 1)) / count for part in range(count)]
+    rng.shuffle(shares)
+    return [max(1, round(lengths.at(min(share, 1 - 1e-9)) * scale)) for share in shares]
+
+
+def _mean_between(low: float, high: float) -> float:
+    """The mean of lengths that go from `low` to `high` geometrically."""
+    return high if low == high else (high - low) / math.log(high / low)
