@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .allocator import KVCache, KVLayout, LayerGeometry, PagedKVCache, PagePool, Slot
+    from .runtime.async_llm import AsyncLLM
     from .runtime.config import EngineConfig
     from .runtime.engine import EngineStats
     from .runtime.llm import LLM, StreamDelta
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .vmem.errors import VkvError
 
 _HOMES = {
+    "AsyncLLM": ".runtime.async_llm",
     "LLM": ".runtime.llm",
     "StreamDelta": ".runtime.llm",
     "SamplingParams": ".runtime.sampling_params",
@@ -44,6 +46,7 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "EngineStats",
