@@ -261,10 +261,14 @@ def _throughput_table(cells: Sequence[Cell], targets: Targets) -> Table:
         columns=["workload", "load", "policy", *columns.values()],
         rows=[
             [cell.workload, cell.load, cell.policy]
-            + [f"{cell.metrics[name]:.4g}" for name in columns]
+            + [_rounded(cell.metrics[name]) for name in columns]
             for cell in cells
         ],
     )
+
+
+def _rounded(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _ratio_rows(cells: Sequence[Cell]) -> list[list[str]]:
