@@ -63,6 +63,9 @@ class ServeOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("workloads", "clients", "policies"):
+            if not getattr(self, name):
+                raise InvalidConfig(f"{name} is empty; give one at least")
         numbers = (self.num_requests, self.cv, self.scale, *self.clients, *self.rates)
         if min(numbers) <= 0:
             raise InvalidConfig(
