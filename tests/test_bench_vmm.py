@@ -48,6 +48,7 @@ def test_on_the_host_a_run_is_one_call_unless_it_is_scattered(tmp_path: Path) ->
     assert calls["map scattered"] == {"map": 15}
     assert calls["unmap"] == {"unmap": 6}
     assert calls["release"] == {"release": 3}
+    assert "its access" not in record["tables"][0]["columns"]
     assert [t["num_pages"] for t in record["results"]["timings"]] == [1, 5]
 
 
@@ -69,6 +70,9 @@ def test_on_cuda_every_page_is_mapped_and_every_run_made_accessible(
         assert calls["map again"] == calls["map scattered"] == {"map": 8, "set_access": 2}
         assert calls["unmap"] == {"unmap": 16}
         assert calls["release"] == {"release": 8}
+    for table in record["tables"][:2]:
+        assert table["columns"][-1] == "its access"
+        assert float(table["rows"][0][-1]) > 0
 
 
 def test_runs_beyond_the_memory_allowed_are_left_out(

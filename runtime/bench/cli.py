@@ -260,6 +260,16 @@ def serve(
     _show(path, tables)
 
 
+@bench.command()
+def report(
+    folder: Annotated[Path, typer.Option(help="Where the records are and the page goes.")] = _OUT,
+) -> None:
+    """All records on one page, REPORT.md: the newest of each kind and machine."""
+    from .report import report as write_report
+
+    typer.echo(write_report(folder))
+
+
 def _items(listed: str) -> list[str]:
     """What a list with commas names."""
     return [item.strip() for item in listed.split(",") if item.strip()]

@@ -63,6 +63,9 @@ class ServeOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("workloads", "clients", "policies"):
+            if not getattr(self, name):
+                raise InvalidConfig(f"{name} is empty; give one at least")
         numbers = (self.num_requests, self.cv, self.scale, *self.clients, *self.rates)
         if min(numbers) <= 0:
             raise InvalidConfig(
@@ -261,10 +264,14 @@ def _throughput_table(cells: Sequence[Cell], targets: Targets) -> Table:
         columns=["workload", "load", "policy", *columns.values()],
         rows=[
             [cell.workload, cell.load, cell.policy]
-            + [f"{cell.metrics[name]:.4g}" for name in columns]
+            + [_rounded(cell.metrics[name]) for name in columns]
             for cell in cells
         ],
     )
+
+
+def _rounded(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _ratio_rows(cells: Sequence[Cell]) -> list[list[str]]:

@@ -66,11 +66,26 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class RunTimings:
-    """All operations over runs of one length, of pages of one size."""
+    """All operations over runs of one length, of pages of one size; on the host, huge or not."""
 
     page_bytes: int
     num_pages: int
+    huge_pages: bool | None
     operations: Mapping[str, Timing]
+
+    @property
+    def page(self) -> str:
+        """The kind of page, in words."""
+        return _size(self.page_bytes) + (", huge" if self.huge_pages else "")
+
+    @property
+    def times_s(self) -> dict[str, float]:
+        """What the tables and plots show: operations, and of mapping the access by itself."""
+        times = {name: self.operations[name].median_s for name in OPERATIONS}
+        again = self.operations["map again"]
+        if "set_access" in again.call_s:  # on the host, mapping gives access, too
+            times["its access"] = again.call_s["set_access"] / len(again.wall_s)
+        return times
 
 
 def run(options: VmmOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
@@ -79,7 +94,6 @@ def run(options: VmmOptions, folder: Path, command: str) -> tuple[Path, list[Tab
     page_sizes = options.page_bytes or _default_page_bytes(options.device)
     plan = _plan(page_sizes, options)
     timings: list[RunTimings] = []
-    huge_pages: dict[int, bool | None] = {}
     with counted("vmm", sum(len(runs) for runs in plan.values())) as advance:
         for page_bytes, runs in plan.items():
             with open_driver(options.device, page_bytes) as driver:
@@ -88,11 +102,13 @@ def run(options: VmmOptions, folder: Path, command: str) -> tuple[Path, list[Tab
                     operations = _live(driver, num_pages, options.repeats)
                     timings.append(
                         RunTimings(
-                            page_bytes=page_bytes, num_pages=num_pages, operations=operations
+                            page_bytes=page_bytes,
+                            num_pages=num_pages,
+                            huge_pages=getattr(driver, "huge_pages", None),
+                            operations=operations,
                         )
                     )
                     advance()
-                huge_pages[page_bytes] = getattr(driver, "huge_pages", None)
     tables = [_operation_table(timings, per_page) for per_page in (True, False)]
     tables.append(_call_table(timings))
     path = write_record(
@@ -100,7 +116,7 @@ def run(options: VmmOptions, folder: Path, command: str) -> tuple[Path, list[Tab
         f"vmm-{options.device.type}",
         device=options.device,
         config=asdict(options),
-        results={"timings": [asdict(t) for t in timings], "huge_pages": huge_pages},
+        results={"timings": [asdict(t) for t in timings]},
         tables=tables,
         limits=measure_limits(options.device, torch.float32),
         command=command,
@@ -180,14 +196,12 @@ def _operation_table(timings: Sequence[RunTimings], per_page: bool) -> Table:
     rows = []
     for timing in timings:
         divisor = timing.num_pages if per_page else 1
-        medians = [timing.operations[name].median_s / divisor for name in OPERATIONS]
-        rows.append(
-            [_size(timing.page_bytes), str(timing.num_pages), *(_microseconds(m) for m in medians)]
-        )
+        times = [_microseconds(seconds / divisor) for seconds in timing.times_s.values()]
+        rows.append([timing.page, str(timing.num_pages), *times])
     unit = "a page" if per_page else "a run"
     return Table(
         title=f"Operations, µs {unit} (median)",
-        columns=["page", "run, pages", *OPERATIONS],
+        columns=["page", "run, pages", *timings[0].times_s],
         rows=rows,
     )
 
@@ -197,8 +211,8 @@ def _call_table(timings: Sequence[RunTimings]) -> Table:
     rows = []
     for page_bytes in dict.fromkeys(timing.page_bytes for timing in timings):
         of_size = [timing for timing in timings if timing.page_bytes == page_bytes]
-        for timing in dict.fromkeys((0, len(of_size) - 1)):
-            rows += _call_rows(of_size[timing])
+        for index in dict.fromkeys((0, len(of_size) - 1)):
+            rows += _call_rows(of_size[index])
     return Table(
         title="Driver calls under them (mean)",
         columns=[
@@ -217,7 +231,7 @@ def _call_table(timings: Sequence[RunTimings]) -> Table:
 def _call_rows(timing: RunTimings) -> list[list[str]]:
     return [
         [
-            _size(timing.page_bytes),
+            timing.page,
             str(timing.num_pages),
             name,
             kind,
@@ -244,13 +258,14 @@ def _plot(timings: Sequence[RunTimings], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.5))
     left, right = figure.subplots(1, 2)
-    largest = max(timing.page_bytes for timing in timings)
-    for name in OPERATIONS:
-        _line(left, [t for t in timings if t.page_bytes == largest], name, label=name)
-    left.set_title(f"pages of {_size(largest)}")
+    size = max(timing.page_bytes for timing in timings)
+    largest = [timing for timing in timings if timing.page_bytes == size]
+    for name in largest[0].times_s:
+        _line(left, largest, name, label=name)
+    left.set_title(f"pages of {largest[0].page}")
     for page_bytes in sorted({timing.page_bytes for timing in timings}):
         of_size = [timing for timing in timings if timing.page_bytes == page_bytes]
-        _line(right, of_size, "map again", label=_size(page_bytes))
+        _line(right, of_size, "map again", label=of_size[0].page)
     right.set_title("mapping recycled pages")
     for axes in (left, right):
         axes.set_xlabel("run, pages")
@@ -263,5 +278,5 @@ def _plot(timings: Sequence[RunTimings], path: Path) -> None:
 
 
 def _line(axes: Any, timings: Sequence[RunTimings], name: str, *, label: str) -> None:
-    per_page = [t.operations[name].median_s / t.num_pages * 1e6 for t in timings]
+    per_page = [t.times_s[name] / t.num_pages * 1e6 for t in timings]
     axes.plot([t.num_pages for t in timings], per_page, marker=".", label=label)
