@@ -156,6 +156,52 @@ def throughput(
 
 
 @bench.command()
+def attention(
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    batches: Annotated[str, typer.Option(help="Sequences of a decode, with commas.")] = "1,8,32",
+    contexts: Annotated[
+        str, typer.Option(help="Tokens of each sequence, with commas.")
+    ] = "1024,8192,32768",
+    chunk: Annotated[int, typer.Option(help="Queries of a prompt chunk.", min=1)] = 512,
+    contiguous: Annotated[
+        str, typer.Option(help="Backends over slots; the first is run in every layout.")
+    ] = "auto,sdpa",
+    paged: Annotated[str, typer.Option(help="Backends over the paged cache.")] = "auto",
+    repeats: Annotated[int, typer.Option(help="Passes of each contestant.", min=1)] = 7,
+    max_memory: Annotated[
+        str, typer.Option(help="Keys and values of one cache; larger problems are left out.")
+    ] = "128MiB",
+    seed: Seed = 0,
+    out: Out = _OUT,
+) -> None:
+    """Contiguous against paged attention, the kernels alone, on mapped virtual memory.
+
+    Decodes and prompt chunks over slots in several layouts and over shuffled blocks that hold the
+    same numbers, in turns, beside the machine's memory bandwidth and matrix rate.
+    """
+    import torch
+
+    from ..config import parse_bytes, resolve_device
+    from ..models import parse_dtype
+    from .attention import AttentionOptions, default_shapes, run
+
+    sizes = _numbers("batches", batches, int), _numbers("contexts", contexts, int)
+    options = AttentionOptions(
+        shapes=tuple(default_shapes(*sizes, chunk)),
+        dtype=parse_dtype(dtype) or torch.bfloat16,
+        device=resolve_device(device),
+        contiguous=tuple(_items(contiguous)),
+        paged=tuple(_items(paged)),
+        repeats=repeats,
+        max_bytes=parse_bytes(max_memory),
+        seed=seed,
+    )
+    path, tables = run(options, out, _command_line())
+    _show(path, tables)
+
+
+@bench.command()
 def vmm(
     device: Device = "auto",
     pages: Annotated[

@@ -1,0 +1,339 @@
+"""`vkv bench attention`: contiguous against paged attention, the kernels alone.
+
+The caches are the engine's own: slots of mapped virtual memory in several layouts, and the paged
+baseline with its shuffled blocks, all holding the same numbers. A pass goes through as many layers
+as fit into `max_bytes`, so that keys and values come from memory rather than from the
+processor's caches; contestants take turns, pass by pass.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...allocator import (
+    KVCache,
+    KVLayout,
+    LayerGeometry,
+    PagedKVCache,
+    PagedLayout,
+    PagePool,
+    SlotCache,
+)
+from ...attention_backends import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionNeeds,
+    LayerAttention,
+    create_backend,
+)
+from ...vmem import open_driver
+from ..progress import counted
+from .limits import Limits, measure_limits, synchronise
+from .record import Table, require_matplotlib, write_record
+
+_MAX_LAYERS = 24
+_BLOCK_TOKENS = 16
+_PAGE_BYTES = {"cpu": 256 << 10, "cuda": None}
+_LAYOUTS: Mapping[str, dict[str, Any]] = {  # of the contiguous caches
+    "g=1": {"layers_per_range": 1},
+    "g=1, split K/V": {"layers_per_range": 1, "split_kv": True},
+    "g=all": {},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One problem: `batch` sequences of `context` tokens, of which the last `queries` are asked."""
+
+    batch: int
+    context: int
+    queries: int = 1
+    num_heads: int = 16
+    num_kv_heads: int = 4
+    head_dim: int = 64
+
+    def __str__(self) -> str:
+        kind = "decode" if self.queries == 1 else f"chunk of {self.queries}"
+        heads = f"{self.num_heads}:{self.num_kv_heads}x{self.head_dim}"
+        return f"{kind}, {self.batch} x {self.context:,}, {heads}"
+
+    def kv_bytes(self, dtype: torch.dtype) -> int:
+        """Keys and values of a layer."""
+        return 2 * self.batch * self.context * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Of both products of a layer, causally; two operations a multiply-add."""
+        keys_seen = self.queries * self.context - self.queries * (self.queries - 1) // 2
+        return 4 * self.batch * self.num_heads * self.head_dim * keys_seen
+
+
+def default_shapes(batches: Sequence[int], contexts: Sequence[int], chunk: int) -> list[Shape]:
+    """Decodes of each batch and context, other head counts, and prompt chunks."""
+    shapes = [Shape(batch=b, context=c) for c in contexts for b in batches]
+    middle = sorted(contexts)[len(contexts) // 2]
+    for heads, kv_heads, dim in ((32, 8, 128), (8, 8, 64)):
+        shapes.append(
+            Shape(batch=1, context=middle, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
+        )
+    shapes += [Shape(batch=1, context=c, queries=chunk) for c in contexts if c >= chunk]
+    return shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """What to run; see `vkv bench attention --help`.
+
+    Attributes:
+        contiguous: backends over slots; the first is run in every layout.
+        paged: backends over the paged cache.
+        max_bytes: keys and values of one cache; larger problems are left out.
+    """
+
+    shapes: tuple[Shape, ...]
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    contiguous: tuple[str, ...] = ("auto", "sdpa")
+    paged: tuple[str, ...] = ("auto",)
+    repeats: int = 7
+    max_bytes: int = 128 << 20
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A backend over a filled cache."""
+
+    name: str
+    backend: AttentionBackend
+    cache: SlotCache
+    batch: AttentionBatch
+
+
+def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
+    """Measure, and write record, table and plot into `folder`; returns the record's path."""
+    require_matplotlib()
+    limits = measure_limits(options.device, options.dtype)
+    fitting = [s for s in options.shapes if s.kv_bytes(options.dtype) <= options.max_bytes]
+    results: list[dict[str, Any]] = []
+    with counted("attention", len(fitting)) as advance:
+        for shape in fitting:
+            layers = int(min(_MAX_LAYERS, options.max_bytes // shape.kv_bytes(options.dtype)))
+            with _contestants(shape, layers, options) as contestants:
+                seconds = _measure(contestants, shape, layers, options)
+            results.append({"shape": asdict(shape), "layers": layers, "layer_s": seconds})
+            advance()
+    tables = [_table(results, options.dtype, limits)]
+    config = asdict(options) | {"dtype": str(options.dtype), "device": str(options.device)}
+    path = write_record(
+        folder,
+        "attention",
+        device=options.device,
+        config=config,
+        results={"cells": results},
+        tables=tables,
+        limits=limits,
+        command=command,
+    )
+    _plot(results, path.with_suffix(".png"))
+    return path, tables
+
+
+# -- contestants -----------------------------------------------------------------------------
+
+
+@contextmanager
+def _contestants(
+    shape: Shape, layers: int, options: AttentionOptions
+) -> Iterator[list[Contestant]]:
+    """All backends over their caches, which hold the same keys and values."""
+    contestants: list[Contestant] = []
+    with ExitStack() as stack:
+        for index, (layout, knobs) in enumerate(_LAYOUTS.items()):
+            names = options.contiguous if index == 0 else options.contiguous[:1]
+            backends = [create_backend(name, _needs(shape, options, False)) for name in names]
+            cache, batch = _filled(stack, shape, layers, options, knobs)
+            contestants += [
+                Contestant(name=f"{b.name}, {layout}", backend=b, cache=cache, batch=batch)
+                for b in backends
+            ]
+        cache, batch = _filled(stack, shape, layers, options, None)
+        for name in options.paged:
+            backend = create_backend(name, _needs(shape, options, True))
+            contestants.append(
+                Contestant(name=backend.name, backend=backend, cache=cache, batch=batch)
+            )
+        yield contestants
+
+
+def _needs(shape: Shape, options: AttentionOptions, paged: bool) -> AttentionNeeds:
+    dims = frozenset({(shape.head_dim, shape.head_dim)})
+    return AttentionNeeds(
+        device=options.device.type, dtype=options.dtype, head_dims=dims, paged=paged
+    )
+
+
+def _filled(
+    stack: ExitStack,
+    shape: Shape,
+    layers: int,
+    options: AttentionOptions,
+    knobs: Mapping[str, Any] | None,
+) -> tuple[SlotCache, AttentionBatch]:
+    """A cache of the shape's sequences, closed by `stack`; `knobs` None means the paged one."""
+    geometry = LayerGeometry(
+        num_kv_heads=shape.num_kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim
+    )
+    cache: SlotCache
+    if knobs is None:
+        paged = PagedLayout((geometry,) * layers, options.dtype, shape.context, _BLOCK_TOKENS)
+        blocks = shape.batch * paged.num_pages(shape.context)
+        cache = PagedKVCache(
+            paged, blocks * paged.page_bytes, num_slots=shape.batch, device=options.device
+        )
+    else:
+        driver = open_driver(options.device, _PAGE_BYTES[options.device.type])
+        stack.callback(driver.close)
+        layout = KVLayout(
+            (geometry,) * layers, options.dtype, shape.context, driver.page_bytes, **knobs
+        )
+        limit = shape.batch * layout.num_pages(shape.context) * layout.page_bytes
+        cache = KVCache(layout, PagePool(driver, limit), num_slots=shape.batch)
+    stack.callback(cache.shutdown)
+    slots = [cache.open() for _ in range(shape.batch)]
+    for slot in slots:
+        cache.grow(slot, shape.context)
+    generator = torch.Generator().manual_seed(options.seed)
+    rows = torch.randn(
+        2, shape.context, shape.num_kv_heads, shape.head_dim, generator=generator
+    ).to(options.device, options.dtype)
+    for slot in slots:
+        where = cache.locate([slot], [0], [shape.context])
+        for layer in range(layers):
+            for tensor, values in zip(cache.layer(layer), rows, strict=True):
+                tensor.index_put_(tuple(part.to(options.device) for part in where), values)
+    starts, counts = [shape.context - shape.queries] * shape.batch, [shape.queries] * shape.batch
+    ids = [slot.index for slot in slots]
+
+    def int32(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=options.device)
+
+    return cache, AttentionBatch(
+        query_lens=tuple(counts),
+        kv_lens=(shape.context,) * shape.batch,
+        slots=tuple(ids),
+        cu_seqlens_q=int32([shape.queries * i for i in range(shape.batch + 1)]),
+        seqused_k=int32([shape.context] * shape.batch),
+        slot_ids=int32(ids),
+        write_index=cache.locate(slots, starts, counts),
+        block_tables=cache.block_tables(slots),
+    )
+
+
+# -- measuring -------------------------------------------------------------------------------
+
+
+def _measure(
+    contestants: Sequence[Contestant], shape: Shape, layers: int, options: AttentionOptions
+) -> dict[str, list[float]]:
+    """Seconds a layer of each contestant, one figure a pass; all must agree on the result."""
+    generator = torch.Generator().manual_seed(options.seed + 1)
+    query = torch.randn(
+        shape.batch * shape.queries, shape.num_heads, shape.head_dim, generator=generator
+    ).to(options.device, options.dtype)
+    layer = LayerAttention(scale=shape.head_dim**-0.5)
+    expected = _pass(contestants[0], query, layer, layers)
+    for contestant in contestants[1:]:  # also warms up
+        torch.testing.assert_close(
+            _pass(contestant, query, layer, layers), expected, atol=3e-2, rtol=3e-2
+        )
+    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for _ in range(options.repeats):
+        for contestant in contestants:
+            synchronise(options.device)
+            start = time.perf_counter()
+            _pass(contestant, query, layer, layers)
+            synchronise(options.device)
+            seconds[contestant.name].append((time.perf_counter() - start) / layers)
+    return seconds
+
+
+@torch.inference_mode()
+def _pass(
+    contestant: Contestant, query: torch.Tensor, layer: LayerAttention, layers: int
+) -> torch.Tensor:
+    """All layers once; returns the last one's result."""
+    out = torch.empty_like(query)
+    for index in range(layers):
+        keys, values = contestant.cache.layer(index)
+        contestant.backend.forward(query, keys, values, contestant.batch, layer, out=out)
+    return out
+
+
+# -- results ---------------------------------------------------------------------------------
+
+
+def _table(results: Sequence[Mapping[str, Any]], dtype: torch.dtype, limits: Limits) -> Table:
+    names = list(results[0]["layer_s"]) if results else []
+    rows = []
+    for cell in results:
+        shape, times = Shape(**cell["shape"]), cell["layer_s"]
+        ours = times[names[0]]
+        seconds = statistics.median(ours)
+        if shape.queries == 1:
+            rate = shape.kv_bytes(dtype) / seconds
+            reached = f"{rate / 1e9:.1f} GB/s, {rate / limits.read_bytes_per_s:.0%}"
+        else:
+            rate = shape.flops / seconds
+            reached = f"{rate / 1e9:.0f} GFLOP/s, {rate / limits.flops_per_s:.0%}"
+        others = [
+            f"{statistics.median(b / a for a, b in zip(ours, times[name], strict=True)):.2f}"
+            for name in names[1:]
+        ]
+        rows.append([str(shape), f"{seconds * 1e6:,.0f}", reached, *others])
+    first = names[0] if names else "first"
+    return Table(
+        title=f"Attention of one layer in {str(dtype).removeprefix('torch.')}",
+        columns=[
+            "problem",
+            f"{first}, µs",
+            "reached, of the limit",
+            *(f"{name}: times as long" for name in names[1:]),
+        ],
+        rows=rows,
+    )
+
+
+def _plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.5 * len(results) + 2))
+    axes = figure.subplots()
+    names = list(results[0]["layer_s"]) if results else []
+    for place, name in enumerate(names):
+        axes.barh(
+            [index + 0.8 * place / len(names) for index in range(len(results))],
+            [
+                statistics.median(cell["layer_s"][name])
+                / statistics.median(cell["layer_s"][names[0]])
+                for cell in results
+            ],
+            height=0.8 / len(names),
+            label=name,
+        )
+    axes.set_yticks(
+        [index + 0.4 for index in range(len(results))],
+        [str(Shape(**cell["shape"])) for cell in results],
+        fontsize=8,
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time over that of {names[0]}" if names else "")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,67 @@
+"""`vkv bench attention`: that all contestants solve the same problem, and what is counted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from vkv.attention_backends.sdpa import SdpaBackend
+from vkv.runtime.bench.attention import AttentionOptions, Shape, default_shapes, run
+
+pytestmark = pytest.mark.usefixtures("quick_limits")
+SHAPES = (
+    Shape(batch=3, context=70, head_dim=16),
+    Shape(batch=1, context=100, queries=33, num_heads=4, num_kv_heads=4, head_dim=16),
+)
+
+
+def test_a_record_of_every_contestant(tmp_path: Path) -> None:
+    options = AttentionOptions(shapes=SHAPES, repeats=2, max_bytes=1 << 16)
+    path, (table,) = run(options, tmp_path, "vkv bench attention")
+    cells = json.loads(path.read_text())["results"]["cells"]
+    assert [cell["layers"] for cell in cells] == [
+        (1 << 16) // shape.kv_bytes(torch.bfloat16) for shape in SHAPES
+    ]
+    for cell in cells:
+        assert [name.split(",")[0] for name in cell["layer_s"]] == [
+            "native", "sdpa", "native", "native", "paged_sdpa",
+        ]  # fmt: skip
+        assert all(len(times) == 2 and min(times) > 0 for times in cell["layer_s"].values())
+    assert [row[0] for row in table.rows] == [
+        "decode, 3 x 70, 16:4x16",
+        "chunk of 33, 1 x 100, 4:4x16",
+    ]
+    assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_a_contestant_that_computes_something_else_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = SdpaBackend.forward
+
+    def forward(self: SdpaBackend, *args: object, **options: object) -> torch.Tensor:
+        return honest(self, *args, **options).mul_(1.5)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SdpaBackend, "forward", forward)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        run(AttentionOptions(shapes=SHAPES[:1], repeats=1), tmp_path, "x")
+
+
+def test_what_is_counted() -> None:
+    shape = Shape(batch=2, context=10, queries=3, num_heads=4, num_kv_heads=2, head_dim=8)
+    assert shape.kv_bytes(torch.bfloat16) == 2 * 2 * 10 * 2 * 8 * 2
+    # The three queries see 8, 9 and 10 keys.
+    assert shape.flops == 2 * 4 * (8 + 9 + 10) * 8 * 2 * 2
+
+
+def test_what_is_too_large_is_left_out(tmp_path: Path) -> None:
+    shapes = (*SHAPES, Shape(batch=1, context=4096))
+    options = AttentionOptions(shapes=shapes, repeats=1, max_bytes=1 << 16)
+    _, (table,) = run(options, tmp_path, "x")
+    assert len(table.rows) == 2
+
+
+def test_default_shapes() -> None:
+    shapes = default_shapes((1, 8), (1024, 8192), 512)
+    assert len(shapes) == 4 + 2 + 2
+    assert {shape.num_heads // shape.num_kv_heads for shape in shapes} == {1, 4}
