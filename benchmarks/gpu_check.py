@@ -99,12 +99,13 @@ def _parse() -> argparse.Namespace:
 
 def plan(device: str, backends: Sequence[str]) -> list[Step]:
     """All steps, best first. `backends` are the attention backends that can run here."""
-    first, rest = ["tests/test_gpu_memory.py"], ["tests", "--ignore=tests/test_gpu_memory.py"]
+    first, rest = "tests/test_gpu_memory.py", ["tests", "--ignore=tests/test_gpu_memory.py"]
     if device == "cpu":  # what a GPU will be asked, and the drivers' contract
         rest = ["tests/test_vmem_contract.py", "tests/test_attention_cuda.py"]
     steps = [
         Step("facts", ("-c", _FACTS), 60),
-        _pytest("first tests", device, first, 240),
+        _pytest("first tests", device, [first, "-k", "not random_traffic"], 150),
+        _pytest("random traffic", device, [first, "-k", "random_traffic"], 200),
         _bench("vmm", device, _VMM[device], 90),
         *(_attention(name, device, backends) for name in ("llama-8b decode", "llama-8b chunks")),
         _pytest("all tests", device, rest, 300),
@@ -189,12 +190,13 @@ def _bench(
     return Step(f"bench {name}", ("-c", entry, *words), limit_s, least_s)
 
 
-def _pytest(name: str, device: str, paths: Sequence[str], limit_s: float) -> Step:
+def _pytest(name: str, device: str, arguments: Sequence[str], limit_s: float) -> Step:
     marks = ("-m", "gpu") if device == "cuda" else ()
     # Another machine's plugins and packages warn of what they like.
-    options = ("-q", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    options = ("-q", "-W", "default", "-p", "no:cacheprovider", "-o", "junit_family=xunit1")
     report = f"--junitxml=RECORDS/{name.replace(' ', '-')}.xml"
-    command = ("-m", "pytest", *options, "--durations=15", report, *marks, *paths)
+    others = ("--continue-on-collection-errors", "--durations=15")
+    command = ("-m", "pytest", *options, *others, report, *marks, *arguments)
     return Step(name, command, limit_s, is_test=True)
 
 
@@ -317,8 +319,7 @@ class Check:
         failed, skipped, cases = [], 0, list(ElementTree.parse(path).iter("testcase"))
         for case in cases:
             if case.find("failure") is not None or case.find("error") is not None:
-                file = case.get("classname", "").replace(".", "/") + ".py"
-                failed.append(f"{file}::{case.get('name')}")
+                failed.append(_node_id(case))
             skipped += case.find("skipped") is not None
         passed = len(cases) - len(failed) - skipped
         return f"{passed} passed, {len(failed)} failed, {skipped} skipped", failed
@@ -366,6 +367,14 @@ def _is_installed(name: str) -> bool:
     except metadata.PackageNotFoundError:
         return importlib.util.find_spec(name.replace("-", "_")) is not None
     return True
+
+
+def _node_id(case: ElementTree.Element) -> str:
+    """What pytest calls the test of a report: file, class if any, name."""
+    file = case.get("file", "")
+    module = file.removesuffix(".py").replace("/", ".")
+    classes = case.get("classname", "").removeprefix(module).strip(".")
+    return "::".join(filter(None, (file, classes.replace(".", "::"), case.get("name"))))
 
 
 def _slug(name: str) -> str:

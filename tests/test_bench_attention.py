@@ -8,13 +8,8 @@ import pytest
 import torch
 from vkv.attention_backends.paged_sdpa import PagedSdpaBackend
 from vkv.attention_backends.sdpa import SdpaBackend
-from vkv.runtime.bench.attention import (
-    AttentionOptions,
-    Shape,
-    default_shapes,
-    run,
-    shapes_of_heads,
-)
+from vkv.runtime.bench.attention import AttentionOptions, run
+from vkv.runtime.bench.attention_shapes import Shape, default_shapes, shapes_of_heads
 from vkv.vmem.errors import InvalidConfig
 
 pytestmark = pytest.mark.usefixtures("quick_limits")

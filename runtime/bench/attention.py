@@ -8,12 +8,11 @@ kernels take, not what launching them takes.
 """
 
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ from ...attention_backends import (
     create_backend,
 )
 from ...vmem import open_driver
-from ...vmem.errors import InvalidConfig
 from ..progress import counted
+from .attention_shapes import Shape
 from .limits import Limits, measure_limits
 from .record import Table, require_matplotlib, write_record
 
@@ -52,73 +51,6 @@ _LAYOUTS: Mapping[str, dict[str, Any]] = {  # of the contiguous caches
     "g=1, split K/V": {"layers_per_range": 1, "split_kv": True},
     "g=all": {},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """One problem: `batch` sequences of `context` tokens, of which the last `queries` are asked."""
-
-    batch: int
-    context: int
-    queries: int = 1
-    num_heads: int = 16
-    num_kv_heads: int = 4
-    head_dim: int = 64
-
-    def __str__(self) -> str:
-        kind = "decode" if self.queries == 1 else f"chunk of {self.queries}"
-        heads = f"{self.num_heads}:{self.num_kv_heads}x{self.head_dim}"
-        return f"{kind}, {self.batch} x {self.context:,}, {heads}"
-
-    def kv_bytes(self, dtype: torch.dtype) -> int:
-        """Keys and values of a layer."""
-        return 2 * self.batch * self.context * self.num_kv_heads * self.head_dim * dtype.itemsize
-
-    @property
-    def flops(self) -> int:
-        """Of both products of a layer, causally; two operations a multiply-add."""
-        keys_seen = self.queries * self.context - self.queries * (self.queries - 1) // 2
-        return 4 * self.batch * self.num_heads * self.head_dim * keys_seen
-
-
-def default_shapes(batches: Sequence[int], contexts: Sequence[int], chunk: int) -> list[Shape]:
-    """Decodes of each batch and context, other head counts, and prompt chunks."""
-    small = Shape(batch=1, context=1)
-    shapes = _decodes(small, batches, contexts)
-    middle = sorted(contexts)[len(contexts) // 2]
-    for heads, kv_heads, dim in ((32, 8, 128), (8, 8, 64)):
-        shapes.append(
-            Shape(batch=1, context=middle, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
-        )
-    return shapes + _chunks(small, contexts, chunk)
-
-
-def shapes_of_heads(
-    heads: str, batches: Sequence[int], contexts: Sequence[int], chunk: int
-) -> list[Shape]:
-    """Decodes of each batch and context, and prompt chunks if `chunk` is not 0.
-
-    Args:
-        heads: query heads, KV heads and their size, such as "32:8x128".
-    """
-    parts = re.fullmatch(r"(\d+):(\d+)x(\d+)", heads)
-    if parts is None:
-        raise InvalidConfig(f"heads are {heads!r}; write query heads:KV heads x size: 32:8x128")
-    num_heads, num_kv_heads, head_dim = map(int, parts.groups())
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise InvalidConfig(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
-    one = Shape(
-        batch=1, context=1, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
-    )
-    return _decodes(one, batches, contexts) + (_chunks(one, contexts, chunk) if chunk else [])
-
-
-def _decodes(one: Shape, batches: Sequence[int], contexts: Sequence[int]) -> list[Shape]:
-    return [replace(one, batch=b, context=c) for c in contexts for b in batches]
-
-
-def _chunks(one: Shape, contexts: Sequence[int], chunk: int) -> list[Shape]:
-    return [replace(one, context=c, queries=chunk) for c in contexts if c >= chunk]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +93,9 @@ def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, li
     results: list[dict[str, Any]] = []
     with counted("attention", len(fitting)) as advance:
         for shape in fitting:
-            layers = _num_layers(shape.kv_bytes(options.dtype), options)
-            with _contestants(shape, layers, options) as contestants:
-                seconds = _measure(contestants, shape, layers, options)
-            results.append({"shape": asdict(shape), "layers": layers, "layer_s": seconds})
+            results.append(_cell(shape, options))
+            if options.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the paged cache had, slots may have now
             advance()
     tables = [_table(results, options.dtype, limits)]
     config = asdict(options) | {"dtype": str(options.dtype), "device": str(options.device)}
@@ -186,6 +117,14 @@ def _num_layers(kv_bytes: int, options: AttentionOptions) -> int:
     """How many layers of `kv_bytes` a pass goes through."""
     enough = max(_MIN_LAYERS, _ENOUGH_BYTES[options.device.type] // kv_bytes)
     return int(min(_MAX_LAYERS, enough, options.max_bytes // kv_bytes))
+
+
+def _cell(shape: Shape, options: AttentionOptions) -> dict[str, Any]:
+    """One problem: what each contestant took."""
+    layers = _num_layers(shape.kv_bytes(options.dtype), options)
+    with _contestants(shape, layers, options) as contestants:
+        seconds = _measure(contestants, shape, layers, options)
+    return {"shape": asdict(shape), "layers": layers, "layer_s": seconds}
 
 
 # -- contestants -----------------------------------------------------------------------------

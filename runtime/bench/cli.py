@@ -191,7 +191,8 @@ def attention(
 
     from ..config import parse_bytes, resolve_device
     from ..models import parse_dtype
-    from .attention import AttentionOptions, default_shapes, run, shapes_of_heads
+    from .attention import AttentionOptions, run
+    from .attention_shapes import default_shapes, shapes_of_heads
 
     sizes = _numbers("batches", batches, int), _numbers("contexts", contexts, int)
     if not heads and not chunk:
