@@ -117,12 +117,13 @@ def plan(device: str, backends: Sequence[str]) -> list[Step]:
 
 
 _FACTS = """
-import json, torch
+import json, torch, vkv
 from vkv.attention_backends import describe_backends
 from vkv.runtime.bench.record import hardware, versions
 from vkv.vmem import open_driver
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-facts = {"hardware": hardware(device), "versions": versions(), "backends": describe_backends()}
+facts = {"vkv": vkv.__path__[0], "hardware": hardware(device), "versions": versions()}
+facts["backends"] = describe_backends()
 if device.type == "cuda":
     facts["cuda"] = torch.version.cuda
     facts["free_and_total_bytes"] = torch.cuda.mem_get_info()
@@ -232,29 +233,34 @@ class Check:
     def install(self) -> None:
         """The kit's wheels into a folder of their own, those that this machine lacks."""
         start = time.monotonic()
-        kit, problems = self.options.kit, []
+        kit, problems, unfit = self.options.kit, [], []
         if not (kit / "kit.json").exists():
             self._note("install", "failed", start, f"no kit at {kit}; make one with: make gpu-kit")
             return
         always = json.loads((kit / "kit.json").read_text())["always"]
         for wheel in sorted((kit / "wheels").glob("*.whl")):
             name = wheel.name.split("-")[0].replace("_", "-").lower()
-            if name in always or not _is_installed(name):
-                problems += self._install(wheel)
+            if name not in always and _is_installed(name):
+                continue
+            if problem := self._install(wheel):
+                # Made for the machine with the GPU; the one that rehearses may have another Python.
+                (unfit if "not a supported wheel" in problem else problems).append(problem)
         if (kit / "flashinfer_jit_cache" / "modules").exists():
             target = self.site / "flashinfer_jit_cache"
             shutil.copytree(kit / "flashinfer_jit_cache", target)
             self.environment["FLASHINFER_DISABLE_JIT"] = "1"  # compiling would take the budget
-        self._note("install", "failed" if problems else "passed", start, "; ".join(problems))
+        unfit_fails = self.options.device == "cuda"
+        status = "failed" if problems or (unfit and unfit_fails) else "passed"
+        self._note("install", status, start, "; ".join(problems + unfit))
 
-    def _install(self, wheel: Path) -> list[str]:
-        """What went wrong, if anything."""
+    def _install(self, wheel: Path) -> str:
+        """What went wrong, or nothing."""
         pip = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
         command = [sys.executable, *pip, "--disable-pip-version-check", "--target", self.site]
         done = subprocess.run(
             [*command, wheel], capture_output=True, text=True, check=False, timeout=120
         )
-        return [f"{wheel.name}: {done.stderr.strip()[-300:]}"] if done.returncode else []
+        return f"{wheel.name}: {done.stderr.strip()[-300:]}" if done.returncode else ""
 
     def backends(self) -> list[str]:
         """Attention backends that can run here; none if even asking fails."""
