@@ -130,5 +130,14 @@ def _describe(name: str, backend: type[AttentionBackend]) -> BackendDescription:
 
 
 def _features(capabilities: Capabilities) -> list[str]:
-    names = ("contiguous", "paged", "window", "softcap", "sinks", "lse", "unequal_head_dims")
+    names = (
+        "contiguous",
+        "paged",
+        "window",
+        "softcap",
+        "sinks",
+        "lse",
+        "unequal_head_dims",
+        "graphs",
+    )
     return [name for name in names if getattr(capabilities, name)]

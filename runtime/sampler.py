@@ -30,6 +30,7 @@ from torch import Tensor
 from ..vmem.errors import InvalidOperation
 from .outputs import Logprob
 from .sampling_params import SamplingParams
+from .transfer import select_rows, upload
 
 _NUM_LIKELY = 1024
 """Tokens that nearly always hold a top-p's mass; sorting so few is ten times as fast as all."""
@@ -153,7 +154,8 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
     rows = [i for i, state in enumerate(states) if not state.params.greedy]
     for start in range(0, len(rows), _MAX_FLOAT32_ROWS):
         some = rows[start : start + _MAX_FLOAT32_ROWS]
-        token_ids[some] = _draw(adjusted[some], peaks[some], [states[i] for i in some])
+        where = upload(some, torch.long, logits.device)
+        token_ids[where] = _draw(adjusted[where], peaks[where], [states[i] for i in some])
     # Stacked, so that the device is waited for once.
     chosen, finite = torch.stack([token_ids, peaks.isfinite().long()]).tolist()
     _check_finite(finite)
@@ -182,12 +184,14 @@ def _adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     adjusted = logits.to(torch.float32, copy=True)
     if penalised:
         some = [states[i] for i in penalised]
-        adjusted[penalised] = _penalise(_select(adjusted, penalised), some)
+        where = upload(penalised, torch.long, logits.device)
+        adjusted[where] = _penalise(adjusted[where], some)
     if addends:
         rows, token_ids, values = zip(*addends, strict=True)
-        where = torch.tensor([rows, token_ids], device=logits.device)
+        where = upload([rows, token_ids], torch.long, logits.device)
         # Accumulating: one token may have both a bias and a bar.
-        adjusted.index_put_((where[0], where[1]), adjusted.new_tensor(values), accumulate=True)
+        added = upload(values, adjusted.dtype, logits.device)
+        adjusted.index_put_((where[0], where[1]), added, accumulate=True)
     return adjusted
 
 
@@ -242,8 +246,9 @@ def _floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingParams]) -
     floors = _column(scaled, [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])
     if rows:
         some = [params[i] for i in rows]
-        sorted_floors = _sorted_floors(_select(scaled, rows), _select(weights, rows), some)
-        floors[rows] = torch.maximum(floors[rows], sorted_floors)
+        where = upload(rows, torch.long, scaled.device)
+        sorted_floors = _sorted_floors(scaled[where], weights[where], some)
+        floors[where] = torch.maximum(floors[where], sorted_floors)
     return floors
 
 
@@ -254,7 +259,7 @@ def _sorted_floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingPar
     """
     vocab_size, device = scaled.shape[-1], scaled.device
     k = [min(p.top_k or vocab_size, vocab_size) for p in params]
-    top_k = torch.tensor(k, device=device)[:, None]  # [rows, 1]
+    top_k = upload(k, torch.long, device)[:, None]  # [rows, 1]
     top_p = _column(scaled, [p.top_p for p in params], torch.float64)
     total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
     num_likely = min(max(p.top_k or _NUM_LIKELY for p in params), vocab_size)
@@ -286,7 +291,8 @@ def _report(
     asked = {i: k for i, s in enumerate(states) if (k := s.params.logprobs) is not None}
     if asked:
         rows = list(asked)
-        tables = _logprobs(_select(logits, rows), _select(token_ids, rows), list(asked.values()))
+        chosen_ids = select_rows(token_ids, rows)
+        tables = _logprobs(select_rows(logits, rows), chosen_ids, list(asked.values()))
         for row, table in zip(rows, tables, strict=True):
             token_id = chosen[row]
             sampled[row] = SampledToken(token_id, table[token_id].logprob, table)
@@ -335,11 +341,6 @@ def _check_finite(finite: Sequence[int]) -> None:
         )
 
 
-def _select(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """The named rows, ascending; without a copy if they are all."""
-    return tensor if len(rows) == len(tensor) else tensor[list(rows)]
-
-
 def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
     """One value per row, as [rows, 1] on the device (and in the dtype) of `like`."""
-    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device)[:, None]
+    return upload(values, dtype or like.dtype, like.device)[:, None]
