@@ -130,14 +130,6 @@ def _describe(name: str, backend: type[AttentionBackend]) -> BackendDescription:
 
 
 def _features(capabilities: Capabilities) -> list[str]:
-    names = (
-        "contiguous",
-        "paged",
-        "window",
-        "softcap",
-        "sinks",
-        "lse",
-        "unequal_head_dims",
-        "graphs",
-    )
+    names = ("contiguous", "paged", "window", "softcap", "sinks", "lse", "graphs")
+    names += ("unequal_head_dims",)
     return [name for name in names if getattr(capabilities, name)]

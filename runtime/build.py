@@ -8,6 +8,7 @@ from ..vmem import VmemDriver, open_driver
 from ..vmem.errors import InvalidConfig
 from .config import EngineConfig, available_memory, parse_bytes
 from .engine import Engine
+from .graphs import CudaRecorder, Recorder, Rerun
 from .models import LoadedModel
 from .scheduler import Scheduler
 
@@ -42,6 +43,7 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         backend = choose_backend(needs)
     else:
         backend = create_backend(config.attention, needs)
+    no_graphs = why_no_graphs(loaded, config, backend)
     cache, driver = _build_cache(loaded, config, backend)
     scheduler = Scheduler(
         cache,
@@ -52,7 +54,8 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
         policy=config.policy,
     )
-    built = BuiltEngine(Engine(loaded, cache, backend, scheduler), driver)
+    recorder = None if no_graphs else _recorder(loaded, driver)
+    built = BuiltEngine(Engine(loaded, cache, backend, scheduler, recorder), driver)
     try:
         for index in range(len(loaded.geometry)):
             backend.check_cache(*cache.layer(index))
@@ -60,6 +63,36 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         built.close()
         raise
     return built
+
+
+def why_no_graphs(
+    loaded: LoadedModel, config: EngineConfig, backend: AttentionBackend
+) -> str | None:
+    """Why decode steps run kernel by kernel, in words; None if they are recorded.
+
+    Raises InvalidConfig if `cuda_graphs=True` asks for what cannot be.
+    """
+    obstacle = None
+    if loaded.keeps_state:
+        obstacle = "layers with recurrent or convolution state cannot be recorded"
+    elif config.kv == "paged":
+        obstacle = "a paged cache cannot be recorded"
+    elif not backend.capabilities.graphs:
+        obstacle = f"attention backend {backend.name!r} cannot be recorded"
+    if config.cuda_graphs and obstacle:
+        raise InvalidConfig(f"cuda_graphs is True, but {obstacle}; leave it None")
+    if config.cuda_graphs is False:
+        return "cuda_graphs is False"
+    if config.cuda_graphs is None and loaded.device.type != "cuda":
+        return "there is nothing to gain on a CPU"
+    return obstacle
+
+
+def _recorder(loaded: LoadedModel, driver: VmemDriver | None) -> Recorder:
+    if loaded.device.type != "cuda":
+        return Rerun()
+    assert driver is not None, "only virtual memory is recorded"
+    return CudaRecorder(loaded.device, driver.still)
 
 
 def _build_cache(

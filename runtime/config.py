@@ -54,6 +54,9 @@ class EngineConfig:
         pack_weights: lay linear weights out anew for the CPU's kernels; None does so for models
             that vkv loaded itself, and leaves one that it was given as it is.
         sanitize: "zero" clears recycled memory before another request may see it.
+        cuda_graphs: record decode steps and replay them (`graphs`); None does so on a GPU where the
+            attention backend and the model can be recorded. True on a CPU runs the same code
+            without recording, which serves tests only.
         policy: "splitfuse", or "prefill_first", a baseline to compare with (`scheduler`).
         idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
             back by itself; None for never.
@@ -74,6 +77,7 @@ class EngineConfig:
     prefix_reuse: bool = True
     pack_weights: bool | None = None
     sanitize: Sanitize = "never"
+    cuda_graphs: bool | None = None
     policy: Policy = "splitfuse"
     idle_trim_s: float | None = None
 
@@ -99,8 +103,9 @@ class EngineConfig:
         for name in ("split_kv", "prefix_reuse"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use True or False")
-        if self.pack_weights not in (None, True, False):
-            raise InvalidConfig(f"pack_weights is {self.pack_weights!r}; use None, True or False")
+        for name in ("pack_weights", "cuda_graphs"):
+            if getattr(self, name) not in (None, True, False):
+                raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use None, True or False")
         if self.kv not in ("virtual", "paged"):
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
         if self.policy not in ("splitfuse", "prefill_first"):

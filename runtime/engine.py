@@ -14,6 +14,7 @@ from ..vmem.errors import (
     RequestTooLong,
 )
 from .detokenizer import IncrementalDetokenizer, decode_logprobs
+from .graphs import Recorder
 from .model_runner import ModelRunner
 from .models import LoadedModel
 from .request import Request, ScheduledRequest
@@ -44,6 +45,8 @@ class EngineStats:
         num_preemptions: requests whose slot was taken away to be computed again.
         prefix_hit_tokens: prompt tokens that needed no computing.
         num_steps, num_prompt_tokens, num_output_tokens: work done.
+        num_graphs: recordings of decode steps that exist.
+        num_replays: steps that ran from one.
         num_computed_tokens: tokens that went through the model, those computed again included.
         mapping_time_s: time the step loop waited for memory.
         background_time_s: time the look-ahead thread spent on it instead.
@@ -69,6 +72,8 @@ class EngineStats:
     num_steps: int
     num_prompt_tokens: int
     num_output_tokens: int
+    num_graphs: int
+    num_replays: int
     num_computed_tokens: int
     mapping_time_s: float
     background_time_s: float
@@ -84,6 +89,7 @@ class Engine:
         cache: the slots.
         backend: the attention kernels.
         scheduler: chooses the batches.
+        recorder: records decode steps to replay them; None for never. Not for hybrids.
     """
 
     def __init__(
@@ -92,16 +98,20 @@ class Engine:
         cache: SlotCache,
         backend: AttentionBackend,
         scheduler: Scheduler,
+        recorder: Recorder | None = None,
     ) -> None:
         self.loaded = loaded
         self.cache = cache
         self.scheduler = scheduler
         self.states: StateRows | None = None
         if loaded.keeps_state:
+            assert recorder is None, "state is gathered and scattered by the host"
             self.states = StateRows(loaded.model.config, cache.num_slots)
             self.runner: ModelRunner = StateRunner(loaded, cache, backend, self.states)
         else:
-            self.runner = ModelRunner(loaded, cache, backend)
+            self.runner = ModelRunner(
+                loaded, cache, backend, recorder=recorder, max_seqs=scheduler.max_seqs
+            )
         # The longest sequence that the pool could hold if it were alone.
         limit = cache.pool.limit_pages
         self._longest = bisect.bisect_right(range(cache.max_len), limit, key=cache.num_pages) - 1
@@ -185,6 +195,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot of memory and work."""
         kv = self.cache.stats()
+        graphs = self.runner.graphs
         return EngineStats(
             virtual_bytes=kv.virtual_bytes,
             physical_bytes=kv.physical_bytes,
@@ -204,6 +215,8 @@ class Engine:
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
+            num_graphs=graphs.num_recordings if graphs else 0,
+            num_replays=graphs.num_replays if graphs else 0,
             num_computed_tokens=self._num_computed_tokens,
             mapping_time_s=kv.mapping_time_s,
             background_time_s=kv.background_time_s,
