@@ -2,11 +2,20 @@
 
 from dataclasses import dataclass
 
-from ..allocator import KVCache, KVLayout, PagedKVCache, PagedLayout, PagePool, SlotCache
+from ..allocator import (
+    KVCache,
+    KVLayout,
+    MemoryLimit,
+    PagedKVCache,
+    PagedLayout,
+    PagePool,
+    SlotCache,
+    parse_bytes,
+)
 from ..attention_backends import AttentionBackend, choose_backend, create_backend
 from ..vmem import VmemDriver, open_driver
 from ..vmem.errors import InvalidConfig
-from .config import EngineConfig, available_memory, parse_bytes
+from .config import EngineConfig, available_memory
 from .engine import Engine
 from .graphs import CudaRecorder, Recorder, Rerun
 from .models import LoadedModel
@@ -108,11 +117,12 @@ def _build_cache(
     num_slots = config.max_seqs + max_parked
     if config.kv == "paged":
         paged = PagedLayout(loaded.geometry, loaded.dtype, max_len, config.block_tokens)
-        most = num_slots * paged.num_pages(max_len) * paged.page_bytes
+        limit = _limit(loaded, config, num_slots * paged.num_pages(max_len) * paged.page_bytes)
+        assert not isinstance(limit, MemoryLimit), "refused by the config"
         return (
             PagedKVCache(
                 paged,
-                _limit_bytes(loaded, config, most),
+                limit,
                 num_slots=num_slots,
                 max_parked=max_parked,
                 device=loaded.device,
@@ -123,8 +133,9 @@ def _build_cache(
     layers_per_range = config.layers_per_range
     if layers_per_range is None and loaded.device.type == "cpu":
         layers_per_range = 1
-    limit = _limit_bytes(loaded, config, num_slots * max_len * _token_bytes(loaded))
-    page_bytes = config.page_bytes or _page_bytes(loaded, layers_per_range, limit)
+    limit = _limit(loaded, config, num_slots * max_len * _token_bytes(loaded))
+    limit_bytes = limit.num_bytes if isinstance(limit, MemoryLimit) else limit
+    page_bytes = config.page_bytes or _page_bytes(loaded, layers_per_range, limit_bytes)
     driver = open_driver(loaded.device, page_bytes)
     try:
         layout = KVLayout(
@@ -139,7 +150,7 @@ def _build_cache(
         most = num_slots * layout.num_pages(max_len) * layout.page_bytes
         pool = PagePool(
             driver,
-            _limit_bytes(loaded, config, most),
+            _limit(loaded, config, most),
             low_watermark=_READY_ROWS * layout.num_ranges,
             sanitize=config.sanitize,
         )
@@ -149,8 +160,10 @@ def _build_cache(
         raise
 
 
-def _limit_bytes(loaded: LoadedModel, config: EngineConfig, most: int) -> int:
+def _limit(loaded: LoadedModel, config: EngineConfig, most: int) -> int | MemoryLimit:
     """The pool's limit; "auto" is a share of what is free, and no more than could be used."""
+    if isinstance(config.kv_memory, MemoryLimit):
+        return config.kv_memory
     if config.kv_memory != "auto":
         return parse_bytes(config.kv_memory)
     return min(most, int(_AUTO_SHARE[loaded.device.type] * available_memory(loaded.device)))

@@ -3,21 +3,16 @@
 import difflib
 import math
 import os
-import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 import torch
 
-from ..allocator import Sanitize
+from ..allocator import MemoryLimit, Sanitize, parse_bytes
 from ..vmem.errors import DriverUnavailable, InvalidConfig
 from .scheduler import Policy
 
 KVKind = Literal["virtual", "paged"]
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_UNITS |= {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 _LEAST = {
     "max_seqs": 1,
@@ -39,7 +34,8 @@ class EngineConfig:
         max_seqs: requests that run at once.
         max_len: tokens of a request, prompt and output; None for what the model was made for.
         kv_memory: the most bytes that keys and values may take: an integer, a text such as
-            "64MiB", or "auto". Nothing is taken in advance.
+            "64MiB", a `MemoryLimit` that several engines share, or "auto". Nothing is taken in
+            advance.
         max_batch_tokens: tokens of one step; None for 512 on a CPU, 2048 on a GPU.
         kv: contiguous slots in virtual memory, or the paged baseline.
         attention: a backend's name, or "auto".
@@ -64,7 +60,7 @@ class EngineConfig:
 
     max_seqs: int = 32
     max_len: int | None = None
-    kv_memory: int | str = "auto"
+    kv_memory: int | str | MemoryLimit = "auto"
     max_batch_tokens: int | None = None
     kv: KVKind = "virtual"
     attention: str = "auto"
@@ -112,29 +108,19 @@ class EngineConfig:
             raise InvalidConfig(f"policy is {self.policy!r}; use 'splitfuse' or 'prefill_first'")
         if self.idle_trim_s is not None:
             _check_seconds("idle_trim_s", self.idle_trim_s)
-        if self.kv_memory != "auto":
+        if isinstance(self.kv_memory, MemoryLimit):
+            if self.kv == "paged":
+                raise InvalidConfig(
+                    "kv_memory is a MemoryLimit, and the paged baseline takes its memory in "
+                    "advance; give it bytes, or use kv='virtual'"
+                )
+        elif self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
 
 
 def _check_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise InvalidConfig(f"{name} is {value!r}; use a finite number of seconds, or None")
-
-
-def parse_bytes(size: int | str) -> int:
-    """Bytes from a number or a text such as "64MiB", "1.5 GB" or "2G" (binary). At least 1."""
-    number: float = -1
-    if isinstance(size, int) and not isinstance(size, bool):
-        number = size
-    elif isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
-        if match and match[2].upper() in _UNITS:
-            number = float(match[1]) * _UNITS[match[2].upper()]
-    if number < 1:
-        raise InvalidConfig(
-            f"{size!r} is not an amount of memory; use bytes or a text such as '64MiB' or '2GB'"
-        )
-    return int(number)
 
 
 def available_memory(device: torch.device) -> int:
