@@ -65,7 +65,9 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         policy=config.policy,
     )
     recorder = None if no_graphs else _recorder(loaded, driver)
-    built = BuiltEngine(Engine(loaded, cache, backend, scheduler, recorder), driver)
+    overlap = _overlaps(loaded, config)
+    engine = Engine(loaded, cache, backend, scheduler, recorder, overlap=overlap)
+    built = BuiltEngine(engine, driver)
     try:
         for index in range(len(loaded.geometry)):
             backend.check_cache(*cache.layer(index))
@@ -96,6 +98,17 @@ def why_no_graphs(
     if config.cuda_graphs is None and loaded.device.type != "cuda":
         return "there is nothing to gain on a CPU"
     return obstacle
+
+
+def _overlaps(loaded: LoadedModel, config: EngineConfig) -> bool:
+    if config.overlap and loaded.keeps_state:
+        raise InvalidConfig(
+            "overlap is True, but layers with recurrent or convolution state go on from the step "
+            "before; leave it None"
+        )
+    if config.overlap is None:
+        return loaded.device.type == "cuda" and not loaded.keeps_state
+    return config.overlap
 
 
 def _recorder(loaded: LoadedModel, driver: VmemDriver | None) -> Recorder:

@@ -54,6 +54,8 @@ class EngineConfig:
         cuda_graphs: record decode steps and replay them (`graphs`); None does so on a GPU where the
             attention backend and the model can be recorded. True on a CPU runs the same code
             without recording, which serves tests only.
+        overlap: prepare a step on the host while the device computes the one before, so that a
+            request's end is seen one step late; None does so on a GPU. The tokens are the same.
         policy: "splitfuse", or "prefill_first", a baseline to compare with (`scheduler`).
         idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
             back by itself; None for never.
@@ -75,6 +77,7 @@ class EngineConfig:
     pack_weights: bool | None = None
     sanitize: Sanitize = "never"
     cuda_graphs: bool | None = None
+    overlap: bool | None = None
     policy: Policy = "splitfuse"
     idle_trim_s: float | None = None
 
@@ -100,7 +103,7 @@ class EngineConfig:
         for name in ("split_kv", "prefix_reuse"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use True or False")
-        for name in ("pack_weights", "cuda_graphs"):
+        for name in ("pack_weights", "cuda_graphs", "overlap"):
             if getattr(self, name) not in (None, True, False):
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use None, True or False")
         if self.kv not in ("virtual", "paged"):

@@ -141,9 +141,12 @@ class DecodeGraphs:
     def num_recordings(self) -> int:
         return len(self._recordings)
 
-    def run(self, batch: Sequence[ScheduledRequest]) -> torch.Tensor | None:
+    def run(
+        self, batch: Sequence[ScheduledRequest], last_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """Logits [len(batch), vocab] of requests that compute one token each.
 
+        `last_tokens` has the pending ones among these tokens, as in `StepInputs.fill`.
         They are overwritten by the next call. None if the model cannot be recorded.
         """
         if self.refused is not None:
@@ -153,12 +156,12 @@ class DecodeGraphs:
         key = size, _at_least(self._lengths, max(values.kv_lens))
         recording = self._recordings.get(key)
         if recording is None:
-            recording = self._record(values, *key)
+            recording = self._record(values, last_tokens, *key)
             if recording is None:
                 return None
             self._recordings[key] = recording
         else:
-            recording.inputs.fill(values)
+            recording.inputs.fill(values, last_tokens)
         self.num_replays += 1
         return recording.replay()[: len(batch)]
 
@@ -167,9 +170,11 @@ class DecodeGraphs:
         self._recordings.clear()
         self._recorder.forget()
 
-    def _record(self, values: StepValues, size: int, length: int) -> _Recording | None:
+    def _record(
+        self, values: StepValues, last_tokens: torch.Tensor | None, size: int, length: int
+    ) -> _Recording | None:
         inputs = StepInputs(size, size, self._device)
-        inputs.fill(values)
+        inputs.fill(values, last_tokens)
 
         def run() -> torch.Tensor:
             # A batch of its own for each run, for backends keep by its identity what they derive
@@ -189,7 +194,7 @@ class DecodeGraphs:
         """The step's numbers, padded to `size` rows."""
         slots = [_slot(item) for item in batch]
         starts = [item.start for item in batch]
-        ids = [item.request.token_ids[item.start] for item in batch]
+        ids = [item.request.ids(item.start, item.start + 1)[0] for item in batch]
         positions, kv_lens = list(starts), [start + 1 for start in starts]
         if missing := size - len(batch):
             slot, write_at, token, position = self._padding(batch)
@@ -215,9 +220,9 @@ class DecodeGraphs:
             slot, behind = _slot(item), item.start + 1
             if behind < slot.ready_tokens:
                 self._cache.grow(slot, behind + 1)  # on pages it has, so it takes and maps nothing
-                return slot, behind, item.request.token_ids[item.start], 0
+                return slot, behind, item.request.ids(item.start, behind)[0], 0
         shortest = min(batch, key=lambda item: item.start)
-        token = shortest.request.token_ids[shortest.start]
+        (token,) = shortest.request.ids(shortest.start, shortest.start + 1)
         return _slot(shortest), shortest.start, token, shortest.start
 
 

@@ -147,6 +147,22 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
     assert len(logits) == len(states), (len(logits), len(states))
     if not states:
         return []
+    # Waited for once.
+    chosen, finite = choose(logits, states).tolist()
+    check_finite(finite)
+    sampled = _report(logits, chosen, states)
+    for state, token_id in zip(states, chosen, strict=True):
+        state.advance(token_id)
+    return sampled
+
+
+@torch.no_grad()
+def choose(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """The next token of every row, and whether it follows from the row (`check_finite`).
+
+    As of `sample`, but int64 [2, batch], on the device of `logits`, which need not be waited for;
+    no state is advanced.
+    """
     adjusted = _adjust(logits, states)
     # One pass for the greedy token (the first of equals, as argmax) and for the check of the row:
     # the largest value of a row with a NaN is NaN.
@@ -156,13 +172,7 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
         some = rows[start : start + _MAX_FLOAT32_ROWS]
         where = upload(some, torch.long, logits.device)
         token_ids[where] = _draw(adjusted[where], peaks[where], [states[i] for i in some])
-    # Stacked, so that the device is waited for once.
-    chosen, finite = torch.stack([token_ids, peaks.isfinite().long()]).tolist()
-    _check_finite(finite)
-    sampled = _report(logits, token_ids, chosen, states)
-    for state, token_id in zip(states, chosen, strict=True):
-        state.advance(token_id)
-    return sampled
+    return torch.stack([token_ids, peaks.isfinite().long()])
 
 
 @torch.no_grad()
@@ -263,7 +273,9 @@ def _sorted_floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingPar
     top_p = _column(scaled, [p.top_p for p in params], torch.float64)
     total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
     num_likely = min(max(p.top_k or _NUM_LIKELY for p in params), vocab_size)
-    for num_sorted in (num_likely, vocab_size):
+    # On a GPU, to see whether the likely ones were enough would be to wait for it.
+    first = num_likely if device.type == "cpu" or max(k) <= num_likely else vocab_size
+    for num_sorted in (first, vocab_size):
         values = _largest(scaled, num_sorted)  # [rows, num_sorted]
         beyond_k = torch.arange(num_sorted, device=device) >= top_k
         mass = values.exp().masked_fill_(beyond_k, 0.0).cumsum(dim=-1, dtype=torch.float64)
@@ -284,15 +296,15 @@ def _largest(values: Tensor, num: int) -> Tensor:
 
 
 def _report(
-    logits: Tensor, token_ids: Tensor, chosen: Sequence[int], states: Sequence[SamplingState]
+    logits: Tensor, chosen: Sequence[int], states: Sequence[SamplingState]
 ) -> list[SampledToken]:
     """Wrap the chosen tokens, with log probabilities for the rows that ask for them."""
     sampled = [SampledToken(token_id) for token_id in chosen]
     asked = {i: k for i, s in enumerate(states) if (k := s.params.logprobs) is not None}
     if asked:
         rows = list(asked)
-        chosen_ids = select_rows(token_ids, rows)
-        tables = _logprobs(select_rows(logits, rows), chosen_ids, list(asked.values()))
+        token_ids = upload([chosen[row] for row in rows], torch.long, logits.device)
+        tables = _logprobs(select_rows(logits, rows), token_ids, list(asked.values()))
         for row, table in zip(rows, tables, strict=True):
             token_id = chosen[row]
             sampled[row] = SampledToken(token_id, table[token_id].logprob, table)
@@ -331,7 +343,8 @@ def _table(
     return table
 
 
-def _check_finite(finite: Sequence[int]) -> None:
+def check_finite(finite: Sequence[int]) -> None:
+    """Raises InvalidOperation if a row's choice does not follow from it."""
     broken = [row for row, is_finite in enumerate(finite) if not is_finite]
     if broken:
         raise InvalidOperation(

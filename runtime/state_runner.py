@@ -48,9 +48,14 @@ class StateRunner(ModelRunner):
         self._index_of = {layer: i for i, layer in enumerate(loaded.attention_layers)}
 
     def _forward(
-        self, batch: Sequence[ScheduledRequest], ends: Sequence[int], rows: Sequence[int]
+        self,
+        batch: Sequence[ScheduledRequest],
+        ends: Sequence[int],
+        rows: Sequence[int],
+        last_tokens: torch.Tensor | None,
     ) -> torch.Tensor:
         """Logits of the flat rows `rows`, [len(rows), vocab]: one forward for each group."""
+        assert last_tokens is None, "a hybrid's steps wait for each other"
         decodes = [i for i, item in enumerate(batch) if item.start and item.num_tokens == 1]
         groups = [decodes] if decodes else []
         groups += [[i] for i in range(len(batch)) if i not in decodes]
