@@ -11,7 +11,7 @@ import torch
 import zoo
 from vkv import LLM, SamplingParams
 from vkv.runtime.model_runner import ModelRunner
-from vkv.vmem.errors import InvalidConfig, InvalidOperation
+from vkv.vmem.errors import InvalidConfig, InvalidOperation, OutOfPages
 
 
 def _open(*, overlap: bool, **options: Any) -> LLM:
@@ -172,3 +172,47 @@ def test_after_logits_that_are_not_finite_the_steps_are_computed_again(
 def test_hybrids_wait_for_each_step() -> None:
     with pytest.raises(InvalidConfig, match="state"):
         LLM(zoo.tiny_model("lfm2"), device="cpu", overlap=True, **zoo.with_defaults({}))
+
+
+def test_a_request_preempted_before_its_last_token_is_known_ends_all_the_same() -> None:
+    reference = zoo.tiny_model("llama", attention="sdpa")
+    prompts = zoo.random_prompts([14, 14])
+    with _open(overlap=True, kv_memory=2 * 4096, look_ahead_tokens=0) as llm:
+        long, short = (
+            llm.engine.add_request(str(i), prompt, zoo.greedy(count))[0]
+            for i, (prompt, count) in enumerate(zip(prompts, (10, 3), strict=True))
+        )
+        for _ in range(3):
+            llm.engine.step()
+        assert short.is_complete
+        assert short.num_pending == 1
+        llm.engine.step()  # `long` needs the second page
+        assert llm.stats().num_preemptions == 1
+        assert short.is_finished
+        while llm.engine.has_work:
+            llm.engine.step()
+        for request, prompt in zip((long, short), prompts, strict=True):
+            expected = zoo.generate_alone(reference, prompt, request.max_tokens)
+            assert request.output_token_ids == expected
+        llm.engine.cache.check_invariants()
+        zoo.assert_idle(llm)
+
+
+def test_a_shortage_is_raised_once_nothing_is_pending_and_loses_nothing() -> None:
+    (prompt,) = zoo.random_prompts([14])
+    with _open(overlap=True, kv_memory=2 * 4096, look_ahead_tokens=0) as llm:
+        (request,) = llm.engine.add_request("0", prompt, zoo.greedy(8))
+        pool = llm.engine.cache.pool
+        llm.engine.step()
+        elsewhere = pool.reserve(1)
+        for _ in range(2):
+            llm.engine.step()
+        assert (request.num_output_tokens, request.num_pending) == (2, 1)
+        assert llm.engine.step() == [request]  # no page for the next, but what was under way
+        with pytest.raises(OutOfPages):
+            llm.engine.step()
+        pool.cancel(elsewhere)
+        while llm.engine.has_work:
+            llm.engine.step()
+        reference = zoo.tiny_model("llama", attention="sdpa")
+        assert request.output_token_ids == zoo.generate_alone(reference, prompt, 8)
