@@ -39,6 +39,8 @@ class BuiltEngine:
 
     def close(self) -> None:
         """Give back all memory and address space."""
+        if self.engine.runner.graphs is not None:
+            self.engine.runner.graphs.forget()
         self.engine.cache.shutdown()
         if self.engine.states is not None:
             self.engine.states.clear()

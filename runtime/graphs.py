@@ -74,8 +74,12 @@ class CudaRecorder:
         self._pool: Any = None  # PyTorch's handle, whose type is private
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        stream = self._stream = self._stream or torch.cuda.Stream(self._device)
-        launching = torch.cuda.current_stream(self._device)
+        with torch.cuda.device(self._device):
+            return self._record(run)
+
+    def _record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        stream = self._stream = self._stream or torch.cuda.Stream()
+        launching = torch.cuda.current_stream()
         stream.wait_stream(launching)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):

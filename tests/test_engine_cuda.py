@@ -1,5 +1,6 @@
 """The engine on a GPU: same tokens, same logits, recorded steps, memory that comes and goes."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,12 +85,14 @@ def test_a_replay_computes_what_the_kernels_compute_one_by_one(
     compared: list[int] = []
     both = ModelRunner._logits
 
-    def run(self: ModelRunner, batch: Any, ends: Any, rows: Any) -> torch.Tensor:
+    def run(
+        self: ModelRunner, batch: Any, ends: Any, rows: Any, last_tokens: torch.Tensor | None
+    ) -> torch.Tensor:
         replays = self.graphs.num_replays if self.graphs else 0
-        logits = both(self, batch, ends, rows)
+        logits = both(self, batch, ends, rows, last_tokens)
         if self.graphs and self.graphs.num_replays > replays:
-            logits = logits.clone()
-            eager = self._forward(batch, ends, rows)  # writes the same keys and values again
+            logits = logits.clone()  # and below, the same keys and values are written again
+            eager = self._forward(batch, ends, rows, last_tokens)
             scale = eager.abs().max().item()
             torch.testing.assert_close(logits, eager, atol=0.03 * scale, rtol=0)
             compared.append(len(batch))
@@ -122,23 +125,35 @@ def test_no_layer_waits_for_the_device(dtype: torch.dtype, monkeypatch: pytest.M
         _generate(llm)
 
 
-def test_a_greedy_step_waits_once() -> None:
-    with _open("llama", torch.bfloat16) as llm:
+@pytest.mark.parametrize(("overlap", "num_waits"), [(False, 1), (True, 0)])
+def test_a_greedy_step_waits_for_its_tokens_alone(overlap: bool, num_waits: int) -> None:
+    """And with overlap for an event, in which PyTorch sees no synchronisation."""
+    with _open("llama", torch.bfloat16, overlap=overlap) as llm:
         _generate(llm)  # recordings exist
-        waits: list[str] = []
         llm.engine.add_request("0", [1, 2, 3], zoo.greedy(30))
-        llm.engine.step()
-        llm.engine.step()
+        for _ in range(3):
+            llm.engine.step()
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with pytest.warns(UserWarning, match="synchronizing") as caught:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
                 llm.engine.step()
-            waits += [str(one.message) for one in caught]
         finally:
             torch.cuda.set_sync_debug_mode("default")
         while llm.engine.has_work:
             llm.engine.step()
-    assert len(waits) == 1
+    waits = [one for one in caught if "synchronizing" in str(one.message)]
+    assert len(waits) == num_waits
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, None])
+def test_overlap_changes_no_token(cuda_graphs: bool | None) -> None:
+    outputs = []
+    for overlap in (False, True):
+        options = {"overlap": overlap, "cuda_graphs": cuda_graphs, "max_seqs": 8}  # so none waits
+        with _open("llama", torch.bfloat16, **options) as llm:
+            outputs.append(_generate(llm))
+    assert outputs[0] == outputs[1]
 
 
 def test_a_steady_load_makes_next_to_no_driver_calls() -> None:
