@@ -89,7 +89,8 @@ class CudaRecorder:
         recording = torch.cuda.graph(
             graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         )
-        with self._still(), recording:
+        # PyTorch leaves the recording's stream current where a recording fails.
+        with self._still(), torch.cuda.stream(launching), recording:
             out = run()
         self._pool = graph.pool()
 
