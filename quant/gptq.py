@@ -88,7 +88,9 @@ def gptq(
             rest[:, column:end] -= torch.outer(error, factor[column, column:end])
             errors[:, column - start] = error
         rest[:, end:] -= errors @ factor[start:end, end:]
-    scales, zeros = (torch.cat([getattr(g, name) for g in grids], 1) for name in ("scales", "zeros"))
+    scales, zeros = (
+        torch.cat([getattr(g, name) for g in grids], 1) for name in ("scales", "zeros")
+    )
     return as_weight(codes, Grid(scales=scales, zeros=zeros), rounding)
 
 

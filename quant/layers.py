@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -38,14 +37,21 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return outermost[0]
 
 
-def linears(module: nn.Module, prefix: str, ignore: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The linear layers inside, by full name, but for those that match a pattern of `ignore`."""
-    named = ((f"{prefix}.{name}", child) for name, child in module.named_modules())
-    return {
-        name: child
-        for name, child in named
-        if isinstance(child, nn.Linear) and not any(fnmatchcase(name, p) for p in ignore)
-    }
+def linears(layers: nn.ModuleList, prefix: str) -> dict[str, nn.Linear]:
+    """The linear layers inside, by full name."""
+    named = ((f"{prefix}.{name}", module) for name, module in layers.named_modules())
+    return {name: module for name, module in named if isinstance(module, nn.Linear)}
+
+
+def refuse_fused_experts(prefix: str, layers: nn.ModuleList) -> None:
+    """Raise UnsupportedQuantization if a layer keeps the weights of all experts in one tensor."""
+    for name, module in layers.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
+                raise UnsupportedQuantization(
+                    f"{prefix}.{name}.{own} holds the weights of all experts in one tensor, which "
+                    "is not covered; quantise a model without a mixture of experts"
+                )
 
 
 class _FirstLayerReached(Exception):

@@ -2,15 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import QuantError, UnsupportedQuantization
+from .errors import QuantError
 from .gptq import Hessian, gptq
-from .layers import LayerInputs, decoder_layers, gather_hessians, linears
+from .layers import (
+    LayerInputs,
+    decoder_layers,
+    gather_hessians,
+    linears,
+    refuse_fused_experts,
+)
 from .rounding import Rounding, round_to_nearest
 from .weight import Int4Weight
 
@@ -43,7 +50,8 @@ class QuantizedModel:
 
     Attributes:
         weights: by the name of the linear layer.
-        dense: linear layers of the decoder, and the output head, that were left as they are.
+        dense: linear layers of the decoder that were left as they are.
+        head: the name of the output head, which is dense too.
         errors: one for every weight, in the order of the model.
     """
 
@@ -52,6 +60,7 @@ class QuantizedModel:
     method: Method
     weights: dict[str, Int4Weight] = field(default_factory=dict)
     dense: tuple[str, ...] = ()
+    head: str | None = None
     errors: list[LayerError] = field(default_factory=list)
 
 
@@ -78,8 +87,8 @@ def quantize_model(
         calibration: token ids, int64 [S, T]. For "rtn" it weighs errors and measures them.
         on_linear: called after every linear layer, for progress.
 
-    Raises QuantError if a value is wrong, UnsupportedQuantization if the model has no list of
-    layers to go through.
+    Raises QuantError if a value is wrong, UnsupportedQuantization for models that cannot be gone
+    through.
 
     Example:
         >>> result = quantize_model(model, method="gptq", calibration=tokens)
@@ -87,41 +96,70 @@ def quantize_model(
     """
     rounding = rounding or Rounding()
     _check(method, rounding, calibration)
-    prefix, layers = decoder_layers(model)
-    result = QuantizedModel(model=model, rounding=rounding, method=method)
-    result.dense = _left_dense(model, prefix, layers, rounding, ignore)
+    planned = plan(model, rounding, ignore)
+    result = QuantizedModel(
+        model=model, rounding=rounding, method=method, dense=planned.dense, head=planned.head
+    )
+    _, layers = decoder_layers(model)
     inputs = None if calibration is None else LayerInputs.record(model, calibration)
-    for index, layer in enumerate(layers):
-        modules = {
-            name: module
-            for name, module in linears(layer, f"{prefix}.{index}", ignore).items()
-            if name not in result.dense
-        }
+    for index, (layer, modules) in enumerate(zip(layers, planned.linears, strict=True)):
         hessians: dict[str, Hessian] = {}
         if inputs is not None:
             hessians = gather_hessians(inputs, layer, index, modules)
         for name, module in modules.items():
-            error = _quantize_linear(result, name, module, hessians.get(name))
-            on_linear(error)
+            on_linear(_quantize_linear(result, name, module, hessians.get(name)))
         if inputs is not None:
             inputs.advance(layer, index)
-    if not result.weights:
-        raise UnsupportedQuantization(
-            f"no linear layer of {type(model).__name__} can be quantised in groups of "
-            f"{rounding.group_size}; choose a group size that divides the input features"
-        )
     return result
 
 
-def count_linears(
-    model: PreTrainedModel, rounding: Rounding, ignore: tuple[str, ...] = ROUTERS
-) -> int:
-    """How many linear layers `quantize_model` will go through."""
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What of a model will be quantised.
+
+    Attributes:
+        linears: to be quantised, by name, a list for each decoder layer.
+        dense: linear layers of the decoder that are left as they are.
+        head: the name of the output head, which is left dense too; None if there is none.
+    """
+
+    linears: list[dict[str, nn.Linear]]
+    dense: tuple[str, ...]
+    head: str | None
+
+    @property
+    def num_linears(self) -> int:
+        return sum(len(modules) for modules in self.linears)
+
+
+def plan(model: PreTrainedModel, rounding: Rounding, ignore: tuple[str, ...] = ROUTERS) -> Plan:
+    """Which linear layers `quantize_model` would go through.
+
+    Raises QuantError if nothing is left to quantise, UnsupportedQuantization for models that
+    cannot be gone through.
+    """
     prefix, layers = decoder_layers(model)
-    return sum(
-        _divides(module, rounding)
-        for index, layer in enumerate(layers)
-        for module in linears(layer, f"{prefix}.{index}", ignore).values()
+    refuse_fused_experts(prefix, layers)
+    everything = linears(layers, prefix)
+    wanted = {
+        name: module
+        for name, module in everything.items()
+        if _divides(module, rounding) and not any(fnmatchcase(name, p) for p in ignore)
+    }
+    if not wanted:
+        raise QuantError(
+            f"no linear layer of {type(model).__name__} can be quantised in groups of "
+            f"{rounding.group_size}; choose a group size that divides the input features, such as "
+            "32, 64 or -1 for whole rows"
+        )
+    head = model.get_output_embeddings()
+    return Plan(
+        linears=[
+            {n: m for n, m in wanted.items() if n.startswith(f"{prefix}.{index}.")}
+            for index in range(len(layers))
+        ],
+        dense=tuple(name for name in everything if name not in wanted),
+        head=next((n for n, m in model.named_modules() if head is not None and m is head), None),
     )
 
 
@@ -134,25 +172,6 @@ def _check(method: str, rounding: Rounding, calibration: torch.Tensor | None) ->
         raise QuantError(
             f"the group size is {rounding.group_size}; use 32, 64 or 128, or -1 for whole rows"
         )
-
-
-def _left_dense(
-    model: PreTrainedModel,
-    prefix: str,
-    layers: nn.ModuleList,
-    rounding: Rounding,
-    ignore: tuple[str, ...],
-) -> tuple[str, ...]:
-    everything = linears(layers, prefix, ())
-    wanted = linears(layers, prefix, ignore)
-    dense = [
-        name
-        for name, module in everything.items()
-        if name not in wanted or not _divides(module, rounding)
-    ]
-    head = model.get_output_embeddings()
-    dense += [name for name, module in model.named_modules() if head is not None and module is head]
-    return tuple(dense)
 
 
 def _divides(module: nn.Linear, rounding: Rounding) -> bool:

@@ -16,7 +16,9 @@ from .dialogues import Mix, training_conversation
 _MIX = Mix(odd_values=0.3, polite=0.3, unknown_answer=phrasings.UNKNOWN_ANSWER)
 
 
-def conversation_text(tokenizer: PreTrainedTokenizerFast, rng: random.Random, num_words: int) -> str:
+def conversation_text(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, num_words: int
+) -> str:
     """A conversation of the kind training drew, through the chat template."""
     messages = []
     for exchange in training_conversation(rng, _MIX, num_words):
