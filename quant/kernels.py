@@ -13,6 +13,7 @@ from .weight import Int4Weight
 
 # In order of preference: the first that is available and accepts a product computes it.
 _TABLE: dict[str, str] = {
+    "native": "native:NativeKernel",
     "dequantize": "dequantize:DequantizeKernel",
 }
 

@@ -20,6 +20,7 @@ from transformers import (
 
 from ..allocator import LayerGeometry
 from ..attention_backends import AttentionNeeds, LayerAttention
+from ..quant import UnsupportedQuantization, adopt, int4_linears
 from ..vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from .attention import ATTENTION_NAME, AttentionProbe, attention_step, register
 from .packing import can_pack, pack_linears
@@ -84,9 +85,10 @@ class LoadedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of parameters, tied ones counted once, and of packed weights."""
+        """Bytes of parameters, tied ones counted once, of packed weights and of 4-bit ones."""
         parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return parameters + self.packed_bytes
+        int4 = sum(linear.num_bytes for _, linear in int4_linears(self.model))
+        return parameters + self.packed_bytes + int4
 
     def needs(self, *, paged: bool) -> AttentionNeeds:
         """What the attention backend must offer."""
@@ -130,7 +132,7 @@ def load_model(
         model.set_attn_implementation(ATTENTION_NAME)
     else:
         home = _resolve(source)
-        model = _from_checkpoint(home, wanted_dtype)
+        model = _from_checkpoint(home, wanted_dtype, device)
         name = str(home) if source is not None else "the built-in tiny model"
     if wanted_dtype is not None:
         model = model.to(wanted_dtype)  # type: ignore[arg-type]
@@ -191,13 +193,17 @@ def _resolve(source: str | Path | None) -> str | Path:
 def _reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
     try:
         return read()
+    except UnsupportedQuantization as error:
+        raise UnsupportedModel(f"{home} cannot be loaded: {error}") from error
     except _UNREADABLE as error:
         raise BadCheckpoint(
             f"cannot read the {what} of {home}: {error}; check that the checkpoint is complete"
         ) from error
 
 
-def _from_checkpoint(home: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def _from_checkpoint(
+    home: str | Path, dtype: torch.dtype | None, device: torch.device
+) -> PreTrainedModel:
     config: PretrainedConfig = _reading("config", home, lambda: AutoConfig.from_pretrained(home))
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
@@ -206,6 +212,9 @@ def _from_checkpoint(home: str | Path, dtype: torch.dtype | None) -> PreTrainedM
             "generates text"
         )
     _check_architecture(config, mapping[type(config)])  # type: ignore[arg-type]
+    quantized = _reading("quantisation", home, lambda: adopt(config))
+    if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
+        dtype = torch.bfloat16  # the checkpoint's float16 is a GPU's; a CPU has no kernels for it
     loaded: Any = _reading(
         "weights",
         home,
