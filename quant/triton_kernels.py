@@ -13,7 +13,7 @@ With few rows one block of outputs is shared by `SPLIT_K` programs, each over a 
 columns. The last to arrive adds their partial sums, always in the same order, so that results do
 not vary from call to call.
 
-Set TRITON_INTERPRET=1 before importing this file to run it on the CPU, slowly.
+Set TRITON_INTERPRET=1 before Triton is imported to run this on the CPU, slowly.
 Source of the tiling: MARLIN, arXiv:2408.11743, section 3, without its hand-placed instructions.
 """
 

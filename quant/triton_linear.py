@@ -1,6 +1,5 @@
 """The first-party Triton kernel as one of the table's: layout, tile shapes and their choice."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -111,8 +110,6 @@ class TritonKernel(Int4Kernel):
     def unavailable_reason(cls) -> str | None:
         if find_spec("triton") is None:
             return "Triton is not installed; PyTorch for CUDA brings it along"
-        if interpreted():
-            return None
         if not torch.cuda.is_available():
             return "no NVIDIA GPU that PyTorch sees"
         if torch.cuda.get_device_capability() < _MIN_CAPABILITY:
@@ -127,9 +124,9 @@ class TritonKernel(Int4Kernel):
             or weight.group_size % UNIT == 0
             or weight.group_size == weight.in_features
         )
-        here = device.type == "cuda" or (device.type == "cpu" and interpreted())
         aligned = weight.in_features % _WORDS == 0
-        return here and aligned and fitting_group and dtype in (torch.float16, torch.bfloat16)
+        right_type = dtype in (torch.float16, torch.bfloat16)
+        return device.type == "cuda" and right_type and aligned and fitting_group
 
     def prepare(self, weight: Int4Weight) -> TritonLayout:
         pad_n = -weight.out_features % _PAD_N
@@ -170,11 +167,6 @@ class TritonKernel(Int4Kernel):
                 return launch(layout, inputs, tiles[0])
             self._chosen[key] = _fastest(tiles, lambda tile: launch(layout, inputs, tile))
         return launch(layout, inputs, self._chosen[key])
-
-
-def interpreted() -> bool:
-    """Whether kernels imported now run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def interleave(codes: torch.Tensor) -> torch.Tensor:
