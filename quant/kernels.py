@@ -13,6 +13,8 @@ from .weight import Int4Weight
 
 # In order of preference: the first that is available and accepts a product computes it.
 _TABLE: dict[str, str] = {
+    "humming": "humming:HummingKernel",
+    "triton": "triton_linear:TritonKernel",
     "native": "native:NativeKernel",
     "dequantize": "dequantize:DequantizeKernel",
 }
