@@ -144,6 +144,9 @@ def load_model(
     packed_bytes, model_dtype = 0, model.dtype
     if wants_packing and device.type == "cpu" and can_pack(model_dtype):
         packed_bytes = pack(model, lambda: _probe_rows(model))
+    if home is not None:
+        for _, linear in int4_linears(model):  # those that packing left where they are
+            linear.settle(model_dtype)
     return LoadedModel(
         name=name,
         model=model,
