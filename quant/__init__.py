@@ -3,6 +3,7 @@
 from .errors import QuantError, UnsupportedQuantization
 from .linear import Int4Linear
 from .loading import adopt, int4_linears
+from .output_layer import quantize_output
 from .scheme import FormatName, Scheme
 from .weight import Int4Weight, can_concatenate, concatenate, pack, split, unpack
 
@@ -18,6 +19,7 @@ __all__ = [
     "concatenate",
     "int4_linears",
     "pack",
+    "quantize_output",
     "split",
     "unpack",
 ]

@@ -53,6 +53,7 @@ class EngineConfig:
         prefix_reuse: begin a request with rows computed for the same tokens before.
         pack_weights: lay linear weights out anew for the CPU's kernels; None does so for models
             that vkv loaded itself, and leaves one that it was given as it is.
+        lm_head_bits: 4 or 8 to quantise the output layer at load; None leaves it as it is.
         sanitize: "zero" clears recycled memory before another request may see it.
         policy: "splitfuse", or "prefill_first", a baseline to compare with (`scheduler`).
         idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
@@ -73,6 +74,7 @@ class EngineConfig:
     look_ahead_tokens: int = 16
     prefix_reuse: bool = True
     pack_weights: bool | None = None
+    lm_head_bits: int | None = None
     sanitize: Sanitize = "never"
     policy: Policy = "splitfuse"
     idle_trim_s: float | None = None
@@ -101,6 +103,8 @@ class EngineConfig:
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use True or False")
         if self.pack_weights not in (None, True, False):
             raise InvalidConfig(f"pack_weights is {self.pack_weights!r}; use None, True or False")
+        if self.lm_head_bits not in (None, 4, 8):
+            raise InvalidConfig(f"lm_head_bits is {self.lm_head_bits!r}; use None, 4 or 8")
         if self.kv not in ("virtual", "paged"):
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
         if self.policy not in ("splitfuse", "prefill_first"):

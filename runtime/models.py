@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +21,13 @@ from transformers import (
 
 from ..allocator import LayerGeometry
 from ..attention_backends import AttentionNeeds, LayerAttention
-from ..quant import UnsupportedQuantization, adopt, int4_linears
+from ..quant import (
+    QuantError,
+    UnsupportedQuantization,
+    adopt,
+    int4_linears,
+    quantize_output,
+)
 from ..vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from .attention import ATTENTION_NAME, AttentionProbe, attention_step, register
 from .packing import can_pack, pack
@@ -110,6 +117,7 @@ def load_model(
     device: torch.device,
     dtype: str | torch.dtype = "auto",
     pack_weights: bool | None = None,
+    lm_head_bits: int | None = None,
 ) -> LoadedModel:
     """Load a causal language model and prepare it for contiguous slots.
 
@@ -120,6 +128,7 @@ def load_model(
         dtype: of weights and KV; "auto" is the checkpoint's own.
         pack_weights: lay linear weights out for the CPU's kernels (`packing`); None does so for
             models loaded here, and leaves a model built elsewhere as it is.
+        lm_head_bits: 4 or 8 to quantise the output layer, of a model loaded here.
 
     Raises BadCheckpoint if the folder cannot be read, UnsupportedModel if the architecture cannot
     run here, with the reason.
@@ -140,6 +149,8 @@ def load_model(
     text_config = model.config.get_text_config()
     _check_interface(model)
     layers, attention, geometry = _probe(model)
+    if lm_head_bits is not None:
+        _quantize_head(model, lm_head_bits, loaded_here=home is not None)
     wants_packing = pack_weights if pack_weights is not None else home is not None
     packed_bytes, model_dtype = 0, model.dtype
     if wants_packing and device.type == "cpu" and can_pack(model_dtype):
@@ -236,6 +247,22 @@ def _from_checkpoint(
             "that all of its *.safetensors are there"
         )
     return model
+
+
+def _quantize_head(model: PreTrainedModel, bits: int, *, loaded_here: bool) -> None:
+    """Exchange the output layer. A tied embedding stays, in its own type."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if not loaded_here or type(head) is not nn.Linear or name is None:
+        found = "is the caller's own" if not loaded_here else f"is a {type(head).__name__}"
+        raise InvalidConfig(
+            f"lm_head_bits is {bits}, and the output layer of {type(model).__name__} {found}; only "
+            "plain linear layers of models loaded by vkv are quantised: leave lm_head_bits out"
+        )
+    try:
+        model.set_submodule(name, quantize_output(head, bits))
+    except QuantError as error:
+        raise InvalidConfig(f"lm_head_bits is {bits}: {error}") from error
 
 
 def _check_architecture(config: PretrainedConfig, model_class: type) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from quantized import random_weight
-from vkv.quant import Int4Linear, QuantError
+from vkv.quant import Int4Linear, QuantError, quantize_output
 from vkv.quant.kernels import choose_kernel, kernel_class, kernel_names
 
 CPU = torch.device("cpu")
@@ -119,3 +119,19 @@ def test_something_accepts_every_product(dtype: torch.dtype) -> None:
     for num_rows in (1, 7, 300):
         chosen = choose_kernel(random_weight(8, 64, 64), CPU, dtype, num_rows)
         assert chosen.accepts(random_weight(8, 64, 64), CPU, dtype, num_rows)
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.09), (8, 0.006)])
+def test_output_layers(bits: int, tolerance: float) -> None:
+    """The error is that of the steps: a sixteenth of the precision with half of the bits."""
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(96, 200)
+    inputs = torch.randn(5, 96)
+    found, exact = quantize_output(dense, bits)(inputs), dense(inputs)
+    error = relative_error(found, exact.double())
+    assert tolerance / 10 < error < tolerance
+
+
+def test_output_layers_that_do_not_divide() -> None:
+    with pytest.raises(QuantError, match="40 inputs"):
+        quantize_output(torch.nn.Linear(40, 8), 8)

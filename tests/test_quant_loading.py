@@ -12,7 +12,7 @@ from quantized import CONFIGS, quantize_folder
 from safetensors.torch import load_file, save_file
 from vkv import LLM, SamplingParams
 from vkv.quant import Int4Linear
-from vkv.vmem.errors import BadCheckpoint, UnsupportedModel
+from vkv.vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 
 GREEDY = SamplingParams(max_tokens=256, temperature=0)
 PROMPTS = [[1, 2, 3, 4], [9, 8, 7]]
@@ -168,3 +168,18 @@ def test_fused_experts_are_refused_by_name(tmp_path: Path) -> None:
     save_file(held, int4 / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnsupportedModel, match=r"experts.*for all experts are not covered"):
         LLM(int4, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_output_layer_in_fewer_bits(dense: Path, bits: int) -> None:
+    with LLM(dense, device="cpu", dtype="bfloat16", lm_head_bits=bits, kv_memory="4MiB") as llm:
+        (out,) = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=20, temperature=0))
+        assert len(out.outputs[0].token_ids) == 20
+        assert type(llm._loaded.model.get_output_embeddings()) is not torch.nn.Linear
+
+
+def test_output_layers_that_cannot_be_quantised_are_refused(dense: Path) -> None:
+    with pytest.raises(InvalidConfig, match="lm_head_bits is 3"):
+        LLM(dense, device="cpu", lm_head_bits=3)
+    with pytest.raises(InvalidConfig, match="caller's own"):
+        LLM(zoo.tiny_model("llama"), device="cpu", lm_head_bits=8)
