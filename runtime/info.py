@@ -90,7 +90,9 @@ def _int4_kernels() -> Table:
     chosen = _int4_choices()
     for name in kernel_names():
         why = kernel_class(name).unavailable_reason()
-        table.add_row(name, "; ".join(chosen.get(name, [])) or "-", escape(f"no: {why}") if why else "yes")
+        table.add_row(
+            name, "; ".join(chosen.get(name, [])) or "-", escape(f"no: {why}") if why else "yes"
+        )
     return table
 
 
