@@ -20,11 +20,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from vkv.quant import adopt
 
 from . import heldout, model_path
 from .heldout import Case
@@ -150,7 +152,9 @@ def main(
     torch.set_num_threads(threads)
     console = Console()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    config = AutoConfig.from_pretrained(model)
+    adopt(config)  # which concerns 4-bit checkpoints alone
+    language_model = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype).eval()
     started = time.monotonic()
     results: dict[str, list[tuple[Case, str]]] = defaultdict(list)
     for name, cases in make_cases(tokenizer, num_cases, seed).items():
