@@ -11,6 +11,7 @@ import torch
 
 from . import native_library
 from .base import AttentionBackend, AttentionBatch, Capabilities, LayerAttention, PerStep
+from .native_build import openmp_parallel
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum vkv_dtype
 
@@ -30,7 +31,7 @@ class NativeBackend(AttentionBackend):
 
     def __init__(self) -> None:
         self._library = native_library.load_library()
-        self._parallel = native_library.openmp_parallel()
+        self._parallel = openmp_parallel()
         self._workspace = torch.empty(1 << 20, dtype=torch.uint8)
         self._sequences: PerStep[_Sequences] = PerStep()
 

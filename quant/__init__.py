@@ -4,7 +4,7 @@ from .errors import QuantError, UnsupportedQuantization
 from .linear import Int4Linear
 from .loading import adopt, int4_linears
 from .scheme import FormatName, Scheme
-from .weight import Int4Weight, concatenate, pack, unpack
+from .weight import Int4Weight, can_concatenate, concatenate, pack, split, unpack
 
 __all__ = [
     "FormatName",
@@ -14,8 +14,10 @@ __all__ = [
     "Scheme",
     "UnsupportedQuantization",
     "adopt",
+    "can_concatenate",
     "concatenate",
     "int4_linears",
     "pack",
+    "split",
     "unpack",
 ]

@@ -1,11 +1,12 @@
 """vkv's own CPU kernel: a small C library (`native/`) for processors with AVX512-BF16.
 
-It serves every batch: weights stream through registers for few rows and through the first cache
-for many, so that nothing but the codes is ever kept.
+It serves every batch: codes are looked up in registers, so that no dequantised weight is ever
+written anywhere.
 """
 
 import ctypes
 from dataclasses import dataclass
+from threading import local
 
 import torch
 
@@ -35,7 +36,7 @@ class NativeKernel(Int4Kernel):
     def __init__(self) -> None:
         self._library = native_library.load_library()
         self._parallel = native_library.openmp_parallel()
-        self._workspace = torch.empty(1 << 20, dtype=torch.uint8)
+        self._local = local()  # of each thread: engines share this object
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
@@ -74,17 +75,25 @@ class NativeKernel(Int4Kernel):
         out = inputs.new_empty(inputs.shape[0], layout.out_features)
         if not inputs.shape[0]:
             return out
-        args = layout.args
+        args = native_library.Int4Args.from_buffer_copy(layout.args)
         args.inputs, args.out, args.num_rows = inputs.data_ptr(), out.data_ptr(), inputs.shape[0]
         args.num_threads = torch.get_num_threads()
+        needed = 0
         while True:
-            args.workspace = -(-self._workspace.data_ptr() // 64) * 64
-            args.workspace_bytes = self._workspace.numel() - 64
+            workspace = self._workspace(needed)
+            args.workspace = -(-workspace.data_ptr() // 64) * 64
+            args.workspace_bytes = workspace.numel() - 64
             needed = self._library.vkv_int4_multiply(ctypes.byref(args))
             assert needed >= 0, "unavailable_reason() has seen to it"
             if not needed:
                 return out
-            self._workspace = torch.empty(needed + 64, dtype=torch.uint8)
+
+    def _workspace(self, needed: int) -> torch.Tensor:
+        workspace = getattr(self._local, "workspace", None)
+        if workspace is None or workspace.numel() < needed + 64:
+            workspace = torch.empty(max(needed + 64, 1 << 20), dtype=torch.uint8)
+            self._local.workspace = workspace
+        return workspace
 
     def num_bytes(self, layout: _Tiles) -> int:
         zeros = 0 if layout.zeros is None else layout.zeros.nbytes

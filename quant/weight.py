@@ -139,18 +139,20 @@ class Int4Weight:
         )
 
 
-def concatenate(weights: Sequence[Int4Weight]) -> Int4Weight | None:
+def can_concatenate(first: Int4Weight, other: Int4Weight) -> bool:
+    """Whether two weights can be one: the same group size, and the same order of columns."""
+    alike = (first.group_size, first.in_features) == (other.group_size, other.in_features)
+    return alike and _same_order(first.permutation, other.permutation)
+
+
+def concatenate(weights: Sequence[Int4Weight]) -> Int4Weight:
     """One weight with the rows of all, for linears over the same input.
 
-    None if they cannot be one: other group sizes, or other orders of the columns.
+    Raises QuantError if they cannot be one (`can_concatenate`).
     """
     first = weights[0]
-    if len(weights) == 1:
-        return first
-    for other in weights[1:]:
-        alike = (first.group_size, first.in_features) == (other.group_size, other.in_features)
-        if not alike or not _same_order(first.permutation, other.permutation):
-            return None
+    if not all(can_concatenate(first, other) for other in weights[1:]):
+        raise QuantError("weights with other groups or another order of columns cannot be one")
     zeros = None
     if any(weight.zeros is not None for weight in weights):
         zeros = torch.cat([_stored_zeros(weight) for weight in weights])
@@ -160,6 +162,14 @@ def concatenate(weights: Sequence[Int4Weight]) -> Int4Weight | None:
         scales=torch.cat([weight.scales for weight in weights]),
         zeros=zeros,
     )
+
+
+def split(weight: Int4Weight, out_features: Sequence[int]) -> list[Int4Weight]:
+    """The inverse of `concatenate`: weights of so many rows each, which share its memory."""
+    sizes = list(out_features)
+    zeros = [None] * len(sizes) if weight.zeros is None else weight.zeros.split(sizes)
+    parts = zip(weight.packed.split(sizes), weight.scales.split(sizes), zeros, strict=True)
+    return [replace(weight, packed=p, scales=s, zeros=z) for p, s, z in parts]
 
 
 def _stored_zeros(weight: Int4Weight) -> torch.Tensor:

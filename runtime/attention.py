@@ -140,6 +140,7 @@ class AttentionProbe:
     attention: dict[int, LayerAttention] = field(default_factory=dict)
     geometry: dict[int, LayerGeometry] = field(default_factory=dict)
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)  # [num_tokens, all elements]
+    logits: list[torch.Tensor] = field(default_factory=list)  # [num_tokens, vocab_size], one
 
     def attend(
         self,

@@ -23,7 +23,7 @@ from ..attention_backends import AttentionNeeds, LayerAttention
 from ..quant import UnsupportedQuantization, adopt, int4_linears
 from ..vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from .attention import ATTENTION_NAME, AttentionProbe, attention_step, register
-from .packing import can_pack, pack_linears
+from .packing import can_pack, pack
 from .state_probe import probe_state
 from .state_rows import STATE_LAYER_TYPES, keeps_state
 
@@ -143,7 +143,10 @@ def load_model(
     wants_packing = pack_weights if pack_weights is not None else home is not None
     packed_bytes, model_dtype = 0, model.dtype
     if wants_packing and device.type == "cpu" and can_pack(model_dtype):
-        packed_bytes = pack_linears(model, lambda: _run_probe(model, backwards=False))
+        packed_bytes = pack(model, lambda: _probe_rows(model))
+    if home is not None:
+        for _, linear in int4_linears(model):  # those that packing left where they are
+            linear.settle(model_dtype)
     return LoadedModel(
         name=name,
         model=model,
@@ -312,13 +315,20 @@ def _check_neighbours(model: PreTrainedModel, ahead: AttentionProbe) -> None:
             )
 
 
+def _probe_rows(model: PreTrainedModel) -> list[torch.Tensor]:
+    """What a few tokens come to: each layer's inputs to attention, and the logits."""
+    probe = _run_probe(model, backwards=False)
+    return [*probe.inputs.values(), *probe.logits]
+
+
 def _run_probe(model: PreTrainedModel, *, backwards: bool) -> AttentionProbe:
     probe = AttentionProbe()
     positions = torch.arange(_NUM_PROBE_TOKENS, device=model.device).unsqueeze(0)
     if backwards:
         positions = positions.flip(1)
     with _running(model, probe):
-        model(input_ids=positions + 1, position_ids=positions, use_cache=False)
+        output = model(input_ids=positions + 1, position_ids=positions, use_cache=False)
+        probe.logits.append(output.logits[0])
     return probe
 
 

@@ -1,22 +1,57 @@
-"""Linear layers as oneDNN likes them: weights laid out for its kernels once, at load.
+"""Linear layers as a CPU's kernels like them: weights laid out once, at load.
 
 PyTorch's own linear rearranges a weight at every call, or does without; laid out ahead, a weight
-is read at memory speed. Where a model calls several linears in a row on the same input (queries,
-keys and values; gate and up), one product computes them all: the first call computes, the others
-find their part. The model's code stays as it is: only its `nn.Linear` modules are exchanged.
+is read at memory speed: by vkv's kernel in bfloat16 where the processor has its instruction, by
+oneDNN's otherwise, and in 4 bits by the kernels of `quant`. Where a model calls several linears
+in a row on the same input (queries, keys and values; gate and up), one product computes them all:
+the first call computes, the others find their part. A gated feed-forward layer, and what `fusing`
+knows, is one pass more. The model's code stays as it is: only modules are exchanged.
 
-The layout is undone without loss (`unpack`), should the model not take it.
+All of it is undone without loss, should the model not take it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import nn
 
+from ..quant import Int4Linear, can_concatenate, concatenate, split
 from ..vmem import linux
+from . import native_kernels
+from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of
+from .native_kernels import Gate, PanelLinear
 
+_Linear: TypeAlias = nn.Linear | Int4Linear
 _DTYPES = (torch.float32, torch.bfloat16)
+# Of the largest value. Two orders of the same sums differ by less; a mix-up by far more.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+class _Product(Protocol):
+    """A weight, laid out: what it computes, and how to have it back."""
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor: ...
+
+    def dense(self) -> torch.Tensor: ...
+
+
+class _OneDnnLinear:
+    """A linear whose weight lies as oneDNN's kernel for few rows wants it.
+
+    That is as good for many: measured to 512.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self._bias = bias
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+
+    def dense(self) -> torch.Tensor:
+        return self._weight.to_dense()
 
 
 class PackedLinear(nn.Module):
@@ -38,28 +73,63 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}{shared}"
 
 
-class PackedProduct:
-    """The packed weights of one or more linears over the same input."""
+class PackedGatedLayer(nn.Module):
+    """A gated feed-forward layer: down_proj(gate(x) * up(x)), gate and up in one product."""
 
-    def __init__(self, linears: Iterable[nn.Linear]) -> None:
+    def __init__(self, product: "PackedProduct", down_proj: nn.Module) -> None:
+        super().__init__()
+        self.product = product
+        self.down_proj = down_proj
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.product.gated(hidden_states))
+
+
+class PackedProduct:
+    """The packed weights of one or more linears over the same input.
+
+    Args:
+        linears: in the order of the model's calls; all dense, or all in 4 bits.
+        gate: of two linears, gate and up, whose gated product alone is wanted.
+    """
+
+    def __init__(self, linears: Iterable[_Linear], gate: Gate | None = None) -> None:
         linears = list(linears)
-        weight = linears[0].weight if len(linears) == 1 else torch.cat([p.weight for p in linears])
         self.in_features = linears[0].in_features
         self.out_features = tuple(linear.out_features for linear in linears)
         self.has_bias = tuple(linear.bias is not None for linear in linears)
         self.bias = _joined_bias(linears)
-        # The kernel that is best for one row is as good for many: measured to 512.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-        self.num_bytes = weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        self.gate = gate
         self._input: torch.Tensor | None = None
         self._parts: tuple[torch.Tensor, ...] = ()
+        self._gates_itself = False
+        self._product: _Product | Int4Linear
+        int4 = [linear.weight_int4 for linear in linears if isinstance(linear, Int4Linear)]
+        if int4:
+            self._product = Int4Linear(concatenate(int4), self.bias)
+        else:
+            dense = [linear.weight for linear in linears if isinstance(linear, nn.Linear)]
+            self._product = self._lay_out(dense)
+
+    def _lay_out(self, weights: list[torch.Tensor]) -> _Product:
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self._weight_bytes = weight.nbytes
+        if native_kernels.has_linear(weight.dtype) and self.in_features % 2 == 0:
+            self._gates_itself = self.gate is not None and self.out_features[0] % 32 == 0
+            return PanelLinear(weight, self.bias, self.gate if self._gates_itself else None)
+        return _OneDnnLinear(weight, self.bias)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight and the bias."""
+        if isinstance(self._product, Int4Linear):
+            return self._product.num_bytes
+        return self._weight_bytes + (0 if self.bias is None else self.bias.nbytes)
 
     def compute(self, inputs: torch.Tensor, part: int) -> torch.Tensor:
         """The part's rows of the product; the other parts are kept until the last is fetched."""
         if self._input is not inputs:
-            whole = torch.ops.mkldnn._linear_pointwise(
-                inputs, self.weight, self.bias, "none", [], ""
-            )
+            whole = self._product(inputs)
             if len(self.out_features) == 1:
                 return whole
             self._input = inputs
@@ -69,16 +139,35 @@ class PackedProduct:
             self._input, self._parts = None, ()
         return result
 
-    def unpack(self) -> list[nn.Linear]:
+    def gated(self, inputs: torch.Tensor) -> torch.Tensor:
+        """gate(first part) * second part."""
+        whole = self._product(inputs)
+        if self._gates_itself:
+            return whole
+        assert self.gate is not None
+        return native_kernels.gated(whole, self.gate)
+
+    def settle(self, dtype: torch.dtype) -> None:
+        """Keep nothing of the weight but what products of `dtype` read: no more `unpack`."""
+        if isinstance(self._product, Int4Linear):
+            self._product.settle(dtype)
+
+    def unpack(self) -> "list[_Linear]":
         """The linears again, bit for bit."""
-        weights = self.weight.to_dense().split(self.out_features)
-        biases = self.bias.split(self.out_features) if self.bias is not None else weights
-        linears = []
-        for weight, bias, has_bias in zip(weights, biases, self.has_bias, strict=True):
-            linear = nn.Linear(*reversed(weight.shape), bias=has_bias, device="meta")
+        biases: list[torch.Tensor | None] = [None] * len(self.out_features)
+        if self.bias is not None:
+            parts = zip(self.bias.split(self.out_features), self.has_bias, strict=True)
+            biases = [bias.clone() if has_bias else None for bias, has_bias in parts]
+        if isinstance(self._product, Int4Linear):
+            int4 = split(self._product.weight_int4, self.out_features)
+            return [Int4Linear(weight, bias) for weight, bias in zip(int4, biases, strict=True)]
+        weights = self._product.dense().split(self.out_features)
+        linears: list[_Linear] = []
+        for weight, bias in zip(weights, biases, strict=True):
+            linear = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
             linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
-            if has_bias:
-                linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias, requires_grad=False)
             linears.append(linear)
         return linears
 
@@ -89,7 +178,7 @@ class _Place:
 
     parent: nn.Module
     name: str
-    linear: nn.Linear
+    linear: _Linear
     inputs: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -102,31 +191,79 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack_linears(model: nn.Module, run: Callable[[], object]) -> int:
-    """Exchange the `nn.Linear` modules that `run()` calls for packed ones; returns their bytes.
+def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
+    """Lay out the linears that `run()` calls, dense or in 4 bits, and fuse what is around them.
 
-    `run` runs a few tokens through the model: once to see which linears share an input, and once
-    more to see that the model takes the packed ones. If it does not (it reads a weight itself,
-    say), all is put back, bit for bit, and nothing is packed.
+    `run` runs a few tokens through the model and returns what came out, a row for each: once to
+    see which linears share an input, and once more to see that the model takes the packed ones
+    and computes the same. If it does not (it reads a weight itself, say), all is put back, bit for
+    bit, and nothing is packed. Returns the bytes of packed weights.
     """
-    groups = _shared_inputs(_places(model), run)
-    packed: list[tuple[list[_Place], PackedProduct]] = []
+    expected: list[torch.Tensor] = []
+    groups = _shared_inputs(_places(model), lambda: expected.extend(run()))
+    homes = _homes(model)
     files = linux.mapped_files(".safetensors")
+    undo: list[Undo] = []
+    gated: list[tuple[nn.Module, PackedProduct]] = []
+    products: list[PackedProduct] = []
     try:
         for group in groups:  # one at a time: never two copies of the whole model
-            product = PackedProduct([place.linear for place in group])
-            packed.append((group, product))
-            for part, place in enumerate(group):
-                setattr(place.parent, place.name, PackedLinear(product, part))
-                _let_go(place.linear.weight, files)
-                del place.linear
-        run()
+            parent = group[0].parent
+            is_gated = [place.name for place in group] == ["gate_proj", "up_proj"]
+            gate = gate_of(parent) if is_gated and id(parent) in homes else None
+            product = PackedProduct([place.linear for place in group], gate)
+            undo.append(_exchange_linears(group, product, files))
+            products.append(product)
+            if gate is not None:
+                gated.append((parent, product))
+        for layer, product in gated:  # whose own linears are packed by now
+            fused = PackedGatedLayer(product, layer.down_proj)  # type: ignore[arg-type]
+            undo.append(exchange(*homes[id(layer)], fused))
+        undo += fuse_norms(model) + fuse_rotary(model)
+        if _same(run(), expected):
+            for product in products:
+                product.settle(expected[-1].dtype)
+            return sum(product.num_bytes for product in products)
     except (RuntimeError, AttributeError, TypeError, ValueError):
-        for group, product in packed:
-            for place, linear in zip(group, product.unpack(), strict=True):
-                setattr(place.parent, place.name, linear)
-        return 0
-    return sum(product.num_bytes for _, product in packed)
+        pass  # it does not take them, and goes on as it was
+    for back in reversed(undo):
+        back()
+    return 0
+
+
+def _exchange_linears(
+    group: "list[_Place]", product: PackedProduct, files: list[tuple[int, int]]
+) -> Undo:
+    """Put the product's parts in the linears' places, and let the linears go."""
+    for part, place in enumerate(group):
+        setattr(place.parent, place.name, PackedLinear(product, part))
+        if isinstance(place.linear, nn.Linear):
+            _let_go(place.linear.weight, files)
+        del place.linear
+
+    def undo() -> None:
+        for place, linear in zip(group, product.unpack(), strict=True):
+            setattr(place.parent, place.name, linear)
+
+    return undo
+
+
+def _homes(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    """For each module that hangs in one place only, its parent and its name there."""
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            homes.setdefault(id(child), []).append((parent, name))
+    return {child: places[0] for child, places in homes.items() if len(places) == 1}
+
+
+def _same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    """Whether most rows are alike: a router of experts may waver over one for a rounding error."""
+    for new, old in zip(found, expected, strict=True):
+        off = (new.float() - old.float()).abs().amax(dim=-1)
+        if (off > _TOLERANCE[old.dtype] * old.float().abs().max()).float().mean() > 0.5:
+            return False
+    return True
 
 
 def _let_go(weight: torch.Tensor, files: list[tuple[int, int]]) -> None:
@@ -145,7 +282,7 @@ def _places(model: nn.Module) -> list[_Place]:
         _Place(parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear
+        if isinstance(child, nn.Linear | Int4Linear) and type(child) in (nn.Linear, Int4Linear)
     ]
     counts: dict[int, int] = {}
     for place in places:
@@ -187,16 +324,20 @@ def _shared_inputs(places: list[_Place], run: Callable[[], object]) -> list[list
 
 
 def _are_siblings(first: _Place, other: _Place) -> bool:
-    same_input = first.inputs[0] is other.inputs[0]
-    return first.parent is other.parent and same_input
+    if first.parent is not other.parent or first.inputs[0] is not other.inputs[0]:
+        return False
+    one, two = first.linear, other.linear
+    if isinstance(one, Int4Linear) and isinstance(two, Int4Linear):
+        return can_concatenate(one.weight_int4, two.weight_int4)
+    return isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
 
 
-def _joined_bias(linears: list[nn.Linear]) -> torch.Tensor | None:
-    if all(linear.bias is None for linear in linears):
+def _joined_bias(linears: Sequence[_Linear]) -> torch.Tensor | None:
+    biases = [linear.bias for linear in linears]
+    some = next((bias for bias in biases if bias is not None), None)
+    if some is None:
         return None
+    parts = zip(biases, linears, strict=True)
     return torch.cat(
-        [
-            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-            for linear in linears
-        ]
+        [some.new_zeros(linear.out_features) if bias is None else bias for bias, linear in parts]
     ).detach()

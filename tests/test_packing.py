@@ -9,7 +9,7 @@ import torch
 import zoo
 from torch import nn
 from vkv import LLM, SamplingParams
-from vkv.runtime.packing import PackedLinear, can_pack, pack_linears
+from vkv.runtime.packing import PackedLinear, can_pack, pack
 
 DTYPES = [
     pytest.param(
@@ -45,7 +45,7 @@ def test_same_results(dtype: torch.dtype) -> None:
     block = Block().to(dtype)
     inputs = [torch.randn(*shape, 32).to(dtype) for shape in ((1,), (1, 1), (1, 7), (3, 5))]
     expected = [block(x) for x in inputs]
-    packed = pack_linears(block, lambda: block(inputs[0]))
+    packed = pack(block, lambda: [block(inputs[0])])
     called = sum(m.in_features * m.out_features for m in block.modules() if type(m) is PackedLinear)
     biases = (48 + 16 + 24) + 32  # joined, with zeros where there is none
     assert packed == (called + biases) * dtype.itemsize
@@ -59,7 +59,8 @@ def test_same_results(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
 def test_a_shared_input_is_one_product() -> None:
     block = Block()
-    pack_linears(block, lambda: block(torch.randn(1, 32)))
+    x = torch.randn(1, 32)
+    pack(block, lambda: [block(x)])
     assert block.q.product is block.k.product is block.v.product
     assert len({id(m.product) for m in (block.q, block.out, block.twice)}) == 3
     x, y = torch.randn(2, 32), torch.randn(2, 32)
@@ -76,7 +77,8 @@ def test_a_shared_input_is_one_product() -> None:
 def test_a_model_that_reads_its_weights_is_put_back() -> None:
     block = Block(reads_weight=True)
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    assert pack_linears(block, lambda: block(torch.randn(1, 32))) == 0
+    x = torch.randn(1, 32)
+    assert pack(block, lambda: [block(x)]) == 0
     after = block.state_dict()
     assert after.keys() == before.keys()
     for name, tensor in before.items():

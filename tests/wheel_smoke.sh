@@ -28,12 +28,20 @@ assert not strays, f"the wheel puts {strays} into site-packages"
 import vkv
 
 assert "site-packages" in vkv.__path__[0], vkv.__path__
+import torch
 from vkv.attention_backends import native_library
+from vkv.quant import native_library as int4_library
+from vkv.runtime import native_kernels
 
+int4_library.load_library()
 native_library.load_library()
+native_kernels.available(torch.float32)
 with open("/proc/self/maps") as lines:
-    assert any("site-packages/vkv/attention_backends/_native" in line for line in lines), (
-        "the kernels are compiled anew: the wheel lacks them, or they look older than their source"
+    mapped = lines.read()
+for folder in ("attention_backends", "quant", "runtime"):
+    assert f"site-packages/vkv/{folder}/_native" in mapped, (
+        f"{folder}'s kernels are compiled anew: the wheel lacks them, or they look older than "
+        "their source"
     )
 PY
 venv/bin/vkv info >/dev/null

@@ -2,10 +2,10 @@
  *
  * A code is looked up as the bfloat16 of code - 8, which is exact, and multiplied as it is: scales
  * come in once a group, in float32, and so do zeros, through the sum of the group's inputs. So
- * weights are never rounded, and a row's result does not depend on how many rows there are.
+ * weights are never rounded.
  *
- * Few rows: codes go from memory through registers into the product. Many rows: a stretch of a
- * tile is looked up once into the first cache, for all rows.
+ * Codes are looked up in registers, anew for every dozen rows: that costs a tenth of the product
+ * itself, less than to write the looked-up weights anywhere and read them again.
  */
 #include "int4.h"
 
@@ -27,7 +27,7 @@ enum {
     BLOCK = 8,     /* inputs of one register of codes, for half a tile */
     ROWS = 12,     /* at a time: their sums fill the registers */
     STRETCH = 256, /* inputs, at most, that are summed before scales come in */
-    DIRECT = 12    /* rows up to which codes are looked up anew for every block of rows */
+    AHEAD = 2048   /* bytes of codes that are fetched before they are needed */
 };
 
 struct job {
@@ -60,112 +60,77 @@ static inline __m512 add_product(__m512 sum, __m512i weights, __m512i inputs) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)inputs);
 }
 
+/* Loops over rows are unrolled, so that every sum has a register. */
+#define FOR_ROWS _Pragma("GCC unroll 12") for (int m = 0; m < rows; m++)
+
 /* totals [rows][TILE] += scales * (sums + (8 - zeros) * inputs) over a stretch of one group. */
 static inline __attribute__((always_inline)) void
-scale_in(const int rows, __m512 (*sums)[2], float *totals, const float *scales,
+scale_in(const int rows, const int half, __m512 *sums, float *totals, const float *scales,
          const uint8_t *zeros, const float *input_sums) {
-    for (int half = 0; half < 2; half++) {
-        const __m512 scale = _mm512_loadu_ps(scales + 16 * half);
-        if (zeros) {
-            const __m128i bytes = _mm_loadu_si128((const __m128i *)(zeros + 16 * half));
-            const __m512i less = _mm512_sub_epi32(_mm512_set1_epi32(8), _mm512_cvtepu8_epi32(bytes));
-            const __m512 shift = _mm512_cvtepi32_ps(less);
-            for (int m = 0; m < rows; m++)
-                sums[m][half] =
-                    _mm512_fmadd_ps(shift, _mm512_set1_ps(input_sums[m]), sums[m][half]);
-        }
-        for (int m = 0; m < rows; m++) {
-            float *total = totals + m * TILE + 16 * half;
-            _mm512_storeu_ps(total,
-                             _mm512_fmadd_ps(scale, sums[m][half], _mm512_loadu_ps(total)));
-        }
+    const __m512 scale = _mm512_loadu_ps(scales + 16 * half);
+    if (zeros) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)(zeros + 16 * half));
+        const __m512i less = _mm512_sub_epi32(_mm512_set1_epi32(8), _mm512_cvtepu8_epi32(bytes));
+        const __m512 shift = _mm512_cvtepi32_ps(less);
+        FOR_ROWS sums[m] = _mm512_fmadd_ps(shift, _mm512_set1_ps(input_sums[m]), sums[m]);
+    }
+    FOR_ROWS {
+        float *total = totals + m * TILE + 16 * half;
+        _mm512_storeu_ps(total, _mm512_fmadd_ps(scale, sums[m], _mm512_loadu_ps(total)));
     }
 }
 
-/* One stretch of one tile for a block of rows, straight from the codes. */
+/* Sums of one stretch of one tile for a block of rows. */
 static inline __attribute__((always_inline)) void
-stretch_direct(const int rows, const uint8_t *codes, const int32_t *inputs, int64_t num_blocks,
-               __m512 (*sums)[2]) {
+sum_products(const int rows, const uint8_t *codes, const int32_t *inputs, int64_t num_blocks,
+           __m512 *low_sums, __m512 *high_sums) {
     const __m512i table = code_values();
-    const int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1; /* enough sums under way for latency */
-    __m512 under_way[ROWS][2][4];
-    for (int m = 0; m < rows; m++)
-        for (int c = 0; c < chains; c++)
-            under_way[m][0][c] = under_way[m][1][c] = _mm512_setzero_ps();
+    const __m512 none = _mm512_setzero_ps();
+    const int odd = rows <= 3 ? ROWS / 2 : 0; /* two sums for one, lest each wait for the last */
+    FOR_ROWS low_sums[m] = high_sums[m] = low_sums[m + odd] = high_sums[m + odd] = none;
     for (int64_t b = 0; b < num_blocks; b++, codes += 128, inputs += 4 * rows) {
         const __m512i first = _mm512_loadu_si512(codes), second = _mm512_loadu_si512(codes + 64);
-        _mm_prefetch((const char *)codes + 2048, _MM_HINT_T0);
-        _mm_prefetch((const char *)codes + 2112, _MM_HINT_T0);
+        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)codes + AHEAD + 64, _MM_HINT_T0);
 #pragma GCC unroll 4
         for (int s = 0; s < 4; s++) {
             const __m512i low = look_up(table, first, s), high = look_up(table, second, s);
-#pragma GCC unroll 12
-            for (int m = 0; m < rows; m++) {
+            FOR_ROWS {
                 const __m512i pair = _mm512_set1_epi32(inputs[s * rows + m]);
-                __m512 *sum = &under_way[m][0][s % chains];
-                *sum = add_product(*sum, low, pair);
-                sum = &under_way[m][1][s % chains];
-                *sum = add_product(*sum, high, pair);
+                const int at = m + (s & 1) * odd;
+                low_sums[at] = add_product(low_sums[at], low, pair);
+                high_sums[at] = add_product(high_sums[at], high, pair);
             }
         }
     }
-    for (int m = 0; m < rows; m++)
-        for (int half = 0; half < 2; half++) {
-            __m512 sum = under_way[m][half][0];
-            for (int c = 1; c < chains; c++) sum = _mm512_add_ps(sum, under_way[m][half][c]);
-            sums[m][half] = sum;
-        }
-}
-
-/* The same from looked-up weights, [pair][half][lane][2]. */
-static inline __attribute__((always_inline)) void
-stretch_from_cache(const int rows, const __m512i *weights, const int32_t *inputs,
-                   int64_t num_blocks, __m512 (*sums)[2]) {
-    for (int m = 0; m < rows; m++) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < 4 * num_blocks; p++, weights += 2, inputs += rows) {
-#pragma GCC unroll 12
-        for (int m = 0; m < rows; m++) {
-            const __m512i pair = _mm512_set1_epi32(inputs[m]);
-            sums[m][0] = add_product(sums[m][0], weights[0], pair);
-            sums[m][1] = add_product(sums[m][1], weights[1], pair);
-        }
+    if (odd) FOR_ROWS {
+        low_sums[m] = _mm512_add_ps(low_sums[m], low_sums[m + odd]);
+        high_sums[m] = _mm512_add_ps(high_sums[m], high_sums[m + odd]);
     }
 }
 
 static inline __attribute__((always_inline)) void
-stretch_of(const int rows, const uint8_t *codes, const __m512i *weights, const int32_t *inputs,
+stretch_of(const int rows, const uint8_t *codes, const int32_t *inputs,
            int64_t num_blocks, float *totals, const float *scales, const uint8_t *zeros,
            const float *input_sums) {
-    __m512 sums[ROWS][2];
-    if (weights)
-        stretch_from_cache(rows, weights, inputs, num_blocks, sums);
-    else
-        stretch_direct(rows, codes, inputs, num_blocks, sums);
-    scale_in(rows, sums, totals, scales, zeros, input_sums);
+    __m512 low[ROWS], high[ROWS];
+    sum_products(rows, codes, inputs, num_blocks, low, high);
+    scale_in(rows, 0, low, totals, scales, zeros, input_sums);
+    scale_in(rows, 1, high, totals, scales, zeros, input_sums);
 }
 
 /* The number of rows becomes a constant, so that sums stay in registers. */
-static void stretch(int64_t rows, const uint8_t *codes, const __m512i *weights,
-                    const int32_t *inputs, int64_t num_blocks, float *totals, const float *scales,
+static void stretch(int64_t rows, const uint8_t *codes, const int32_t *inputs, int64_t num_blocks, float *totals, const float *scales,
                     const uint8_t *zeros, const float *input_sums) {
     switch (rows) {
 #define CASE(n)                                                                            \
     case n:                                                                                \
-        stretch_of(n, codes, weights, inputs, num_blocks, totals, scales, zeros, input_sums); \
+        stretch_of(n, codes, inputs, num_blocks, totals, scales, zeros, input_sums); \
         break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
     }
-}
-
-static void look_up_stretch(const uint8_t *codes, int64_t num_blocks, __m512i *weights) {
-    const __m512i table = code_values();
-    for (int64_t b = 0; b < num_blocks; b++, codes += 128, weights += 8)
-        for (int half = 0; half < 2; half++) {
-            const __m512i words = _mm512_loadu_si512(codes + 64 * half);
-            for (int s = 0; s < 4; s++) weights[2 * s + half] = look_up(table, words, s);
-        }
 }
 
 /* Writes a tile's totals as bfloat16. */
@@ -187,15 +152,13 @@ static void multiply_tile(const struct job *job, int64_t tile, char *scratch) {
     const struct vkv_int4 *args = job->args;
     const int64_t groups = args->in_features / args->group_size, m_all = args->num_rows;
     const uint8_t *codes = (const uint8_t *)args->codes + tile * args->in_features * (TILE / 2);
-    __m512i *cache = m_all > DIRECT ? (__m512i *)scratch : NULL;
-    float *totals = (float *)(scratch + STRETCH * TILE * 2);
+    float *totals = (float *)scratch; /* [num_rows][TILE] */
     memset(totals, 0, (size_t)(m_all * TILE) * sizeof(float));
     for (int64_t g = 0; g < groups; g++) {
         const float *scales = args->scales + (tile * groups + g) * TILE;
         const uint8_t *zeros = args->zeros ? args->zeros + (tile * groups + g) * TILE : NULL;
         for (int64_t k = g * args->group_size, last = k + args->group_size; k < last;) {
             const int64_t length = least(STRETCH, last - k), num_blocks = length / BLOCK;
-            if (cache) look_up_stretch(codes + k * (TILE / 2), num_blocks, cache);
             /* the sum of a group's inputs comes in with the group's last stretch */
             const uint8_t *with = k + length == last ? zeros : NULL;
             for (int64_t b = 0; b < job->num_blocks; b++) {
@@ -203,7 +166,7 @@ static void multiply_tile(const struct job *job, int64_t tile, char *scratch) {
                 const int64_t rows = least(job->block_rows, m_all - row);
                 const int32_t *inputs =
                     job->inputs + row * (args->in_features / 2) + k / 2 * rows;
-                stretch(rows, codes + k * (TILE / 2), cache, inputs, num_blocks,
+                stretch(rows, codes + k * (TILE / 2), inputs, num_blocks,
                         totals + row * TILE, scales, with, job->sums + row * groups + g * rows);
             }
             k += length;
@@ -276,7 +239,7 @@ static int64_t multiply_rows(const struct vkv_int4 *args) {
     job.num_blocks = (args->num_rows + ROWS - 1) / ROWS;
     job.block_rows = (args->num_rows + job.num_blocks - 1) / job.num_blocks;
     job.num_blocks = (args->num_rows + job.block_rows - 1) / job.block_rows;
-    job.scratch_bytes = STRETCH * TILE * 2 + round_up(args->num_rows * TILE * 4, 64);
+    job.scratch_bytes = args->num_rows * TILE * 4;
     const int64_t inputs_bytes = round_up(args->num_rows * args->in_features * 2, 64);
     const int64_t sums_bytes = round_up(args->num_rows * groups * 4, 64);
     const int64_t needed = inputs_bytes + sums_bytes + args->num_threads * job.scratch_bytes;

@@ -1,0 +1,186 @@
+/* Norms, rotary embedding and gates in one pass each, where PyTorch makes five to ten. */
+#include "kernels.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+    CHUNK = 256,              /* elements widened at a time */
+    SHARE_ELEMENTS = 16 << 10 /* below it, another thread costs more than it saves */
+};
+
+/* Rows first .. last of one of the kernels below. */
+typedef void (*rows_kernel)(const void *args, int64_t first, int64_t last);
+
+struct job {
+    rows_kernel kernel;
+    const void *args;
+    int64_t num_rows, share, next; /* next: atomic */
+};
+
+static void work(void *data) {
+    struct job *job = data;
+    for (;;) {
+        const int64_t first = __atomic_fetch_add(&job->next, job->share, __ATOMIC_RELAXED);
+        if (first >= job->num_rows) return;
+        const int64_t last = first + job->share;
+        job->kernel(job->args, first, last < job->num_rows ? last : job->num_rows);
+    }
+}
+
+static void run(rows_kernel kernel, const void *args, int64_t num_rows, int64_t row_elements,
+                int32_t num_threads, vkv_parallel parallel) {
+    struct job job = {kernel, args, num_rows, 1 + SHARE_ELEMENTS / row_elements, 0};
+    if (num_threads > 1 && parallel && num_rows > job.share)
+        parallel(work, &job, (unsigned)num_threads, 0);
+    else
+        kernel(args, 0, num_rows);
+}
+
+INLINE float from_bf16(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+
+INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even; a NaN stays one */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)(x != x ? (bits >> 16 | 0x40) : rounded);
+}
+
+INLINE void take(const void *from, int64_t at, int count, int32_t dtype, float *goal) {
+    if (dtype == VKV_BFLOAT16) {
+        const uint16_t *p = (const uint16_t *)from + at;
+        for (int i = 0; i < count; i++) goal[i] = from_bf16(p[i]);
+    } else {
+        memcpy(goal, (const float *)from + at, 4 * (size_t)count);
+    }
+}
+
+INLINE void give(const float *values, int count, int32_t dtype, void *goal, int64_t at) {
+    if (dtype == VKV_BFLOAT16) {
+        uint16_t *p = (uint16_t *)goal + at;
+        for (int i = 0; i < count; i++) p[i] = to_bf16(values[i]);
+    } else {
+        memcpy((float *)goal + at, values, 4 * (size_t)count);
+    }
+}
+
+INLINE int chunk_at(int at, int dim) { return dim - at < CHUNK ? dim - at : CHUNK; }
+
+/* -- norms ----------------------------------------------------------------------------------- */
+
+CLONES static void rms_norm_rows(const void *data, int64_t first, int64_t last) {
+    const struct vkv_rms_norm *a = data;
+    float x[CHUNK], w[CHUNK];
+    for (int64_t r = first; r < last; r++) {
+        float sums[16] = {0}, sum = 0;
+        for (int at = 0; at < a->dim; at += CHUNK) {
+            const int count = chunk_at(at, a->dim), whole = count / 16 * 16;
+            take(a->inputs, r * a->input_stride + at, count, a->dtype, x);
+            for (int i = 0; i < whole; i += 16)
+                for (int j = 0; j < 16; j++) sums[j] += x[i + j] * x[i + j];
+            for (int i = whole; i < count; i++) sum += x[i] * x[i];
+        }
+        for (int j = 0; j < 16; j++) sum += sums[j];
+        const float factor = 1.0f / sqrtf(sum / (float)a->dim + a->eps);
+        for (int at = 0; at < a->dim; at += CHUNK) {
+            const int count = chunk_at(at, a->dim);
+            take(a->inputs, r * a->input_stride + at, count, a->dtype, x);
+            take(a->weight, at, count, a->dtype, w);
+            for (int i = 0; i < count; i++) x[i] = x[i] * factor * (a->offset + w[i]);
+            give(x, count, a->dtype, a->out, r * a->dim + at);
+        }
+    }
+}
+
+void vkv_rms_norm(const struct vkv_rms_norm *args) {
+    run(rms_norm_rows, args, args->num_rows, args->dim, args->num_threads, args->parallel);
+}
+
+/* -- rotary embedding ------------------------------------------------------------------------ */
+
+CLONES static void rotate_rows(const void *data, int64_t first, int64_t last) {
+    const struct vkv_rotate *a = data;
+    const int half = a->dim / 2;
+    float low[CHUNK], high[CHUNK], out[CHUNK];
+    float cos_low[CHUNK], cos_high[CHUNK], sin_low[CHUNK], sin_high[CHUNK];
+    for (int64_t t = first; t < last; t++)
+        for (int at = 0; at < half; at += CHUNK) {
+            const int count = chunk_at(at, half);
+            take(a->cosine, t * a->dim + at, count, a->dtype, cos_low);
+            take(a->cosine, t * a->dim + half + at, count, a->dtype, cos_high);
+            take(a->sine, t * a->dim + at, count, a->dtype, sin_low);
+            take(a->sine, t * a->dim + half + at, count, a->dtype, sin_high);
+            for (int h = 0; h < a->num_heads; h++) {
+                const int64_t from = t * a->token_stride + h * a->head_stride + at;
+                const int64_t to = (t * a->num_heads + h) * a->dim + at;
+                take(a->inputs, from, count, a->dtype, low);
+                take(a->inputs, from + half, count, a->dtype, high);
+                for (int i = 0; i < count; i++) out[i] = low[i] * cos_low[i] - high[i] * sin_low[i];
+                give(out, count, a->dtype, a->out, to);
+                for (int i = 0; i < count; i++)
+                    out[i] = high[i] * cos_high[i] + low[i] * sin_high[i];
+                give(out, count, a->dtype, a->out, to + half);
+            }
+        }
+}
+
+void vkv_rotate(const struct vkv_rotate *args) {
+    run(rotate_rows, args, args->num_tokens, (int64_t)args->num_heads * args->dim,
+        args->num_threads, args->parallel);
+}
+
+/* -- gates ----------------------------------------------------------------------------------- */
+
+INLINE float exp2_of(float x) { /* relative error about 1e-7 from -126 to 127 */
+    x = x < -126.0f ? -126.0f : x > 127.0f ? 127.0f : x;
+    const float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);
+    float p = 1.535336e-4f;
+    p = p * f + 1.339887e-3f;
+    p = p * f + 9.618437e-3f;
+    p = p * f + 5.550332e-2f;
+    p = p * f + 2.402264e-1f;
+    p = p * f + 6.931472e-1f;
+    p = p * f + 1.0f;
+    int32_t bits, power;
+    memcpy(&bits, &p, 4);
+    memcpy(&power, &shifted, 4);
+    bits += (power - 0x4b400000) << 23;
+    memcpy(&p, &bits, 4);
+    return p;
+}
+
+CLONES static void gated_rows(const void *data, int64_t first, int64_t last) {
+    const struct vkv_gated *a = data;
+    float x[CHUNK], up[CHUNK];
+    for (int64_t r = first; r < last; r++)
+        for (int at = 0; at < a->dim; at += CHUNK) {
+            const int count = chunk_at(at, a->dim);
+            take(a->inputs, r * a->input_stride + at, count, a->dtype, x);
+            take(a->inputs, r * a->input_stride + a->dim + at, count, a->dtype, up);
+            /* x * sigmoid(y): y is x for SiLU, and for GELU's tanh form twice its cubic. */
+            for (int i = 0; i < count; i++) {
+                float y = x[i];
+                if (a->gate == VKV_GELU_TANH) y *= 1.59576912f * (1.0f + 0.044715f * y * y);
+                x[i] = x[i] / (1.0f + exp2_of(-1.44269504f * y)) * up[i];
+            }
+            give(x, count, a->dtype, a->out, r * a->dim + at);
+        }
+}
+
+void vkv_gated(const struct vkv_gated *args) {
+    run(gated_rows, args, args->num_rows, 4 * (int64_t)args->dim, args->num_threads,
+        args->parallel);
+}

@@ -1,0 +1,84 @@
+/* The CPU kernels between attention calls: the ABI between runtime/native_kernels.py and the C
+ * files beside this one. Strides and sizes count elements; the last dimension is contiguous.
+ */
+#ifndef VKV_KERNELS_H
+#define VKV_KERNELS_H
+
+#include <stdint.h>
+
+enum vkv_dtype { VKV_FLOAT32 = 0, VKV_BFLOAT16 = 1 };
+enum vkv_gate { VKV_NO_GATE = 0, VKV_SILU = 1, VKV_GELU_TANH = 2 };
+
+/* An OpenMP runtime's way to run work(data) on several threads at once (GOMP_parallel). */
+typedef void (*vkv_parallel)(void (*work)(void *), void *data, unsigned num_threads,
+                             unsigned flags);
+
+/* out = inputs x weightᵀ + bias in bfloat16, or with a gate, gate(first half) * second half.
+ *
+ * The weight lies in panels of VKV_PANEL columns, [panel][pair of inputs][column][2]: a thread
+ * reads it in order, once for every six rows of the input, from the cache all but the first time.
+ */
+struct vkv_linear {
+    const uint16_t *inputs; /* [num_rows, 2 num_pairs] */
+    const int32_t *weight;
+    const float *bias; /* [panels * VKV_PANEL], in the order of the panels, or NULL */
+    uint16_t *out;     /* [num_rows, num_columns], or half of that with a gate */
+    int64_t input_stride, out_stride;
+    int32_t num_rows, num_columns, num_pairs, gate;
+    int32_t num_threads;
+    vkv_parallel parallel; /* NULL: everything on the calling thread */
+};
+
+enum { VKV_PANEL = 64 };
+
+/* Whether this processor multiplies bfloat16 by vectors, and has no matrix unit that does better. */
+int32_t vkv_has_linear(void);
+
+void vkv_linear(const struct vkv_linear *args);
+
+/* weight [num_columns, num_pairs] words of two bfloat16, to and from panels (zero behind the last
+ * column). With `gated`, the columns of both halves lie in turns of half a panel; then a half is a
+ * multiple of half a panel. */
+void vkv_pack(const int32_t *weight, int32_t *packed, int64_t num_columns, int64_t num_pairs,
+              int32_t gated);
+void vkv_unpack(const int32_t *packed, int32_t *weight, int64_t num_columns, int64_t num_pairs,
+                int32_t gated);
+
+/* out[r] = x[r] / sqrt(mean(x[r]²) + eps) * (offset + weight). */
+struct vkv_rms_norm {
+    const void *inputs; /* [num_rows, dim] */
+    const void *weight; /* [dim], of the same dtype */
+    void *out;          /* [num_rows, dim], without gaps */
+    int64_t input_stride;
+    int32_t num_rows, dim, dtype;
+    float eps, offset;
+    int32_t num_threads;
+    vkv_parallel parallel;
+};
+void vkv_rms_norm(const struct vkv_rms_norm *args);
+
+/* Rotates the halves of every head: out = x * cos + (-second half, first half) * sin. */
+struct vkv_rotate {
+    const void *inputs; /* [num_tokens, num_heads, dim] */
+    const void *cosine; /* [num_tokens, dim], without gaps */
+    const void *sine;
+    void *out; /* [num_tokens, num_heads, dim], without gaps */
+    int64_t token_stride, head_stride;
+    int32_t num_tokens, num_heads, dim, dtype;
+    int32_t num_threads;
+    vkv_parallel parallel;
+};
+void vkv_rotate(const struct vkv_rotate *args);
+
+/* out[r][i] = gate(x[r][i]) * x[r][dim + i]: the gate, where no linear kernel has it built in. */
+struct vkv_gated {
+    const void *inputs; /* [num_rows, 2 dim] */
+    void *out;          /* [num_rows, dim], without gaps */
+    int64_t input_stride;
+    int32_t num_rows, dim, dtype, gate;
+    int32_t num_threads;
+    vkv_parallel parallel;
+};
+void vkv_gated(const struct vkv_gated *args);
+
+#endif

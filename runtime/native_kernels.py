@@ -1,0 +1,237 @@
+"""vkv's own CPU kernels between attention calls: linears, norms, rotary embedding, gates.
+
+A small C library (`native/`) with a plain C ABI through ctypes, on PyTorch's own threads. Tensors
+are [rows, elements], the last dimension contiguous.
+"""
+
+import ctypes
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..attention_backends.native_build import find_library, openmp_parallel
+from ..vmem.errors import UnsupportedAttention
+
+_SOURCE = Path(__file__).parent / "native"
+_BUILT = Path(__file__).parent / "_native.abi3.so"
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum vkv_dtype
+_PANEL = 64  # VKV_PANEL
+
+_POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_THREADS = (("num_threads", _INT32), ("parallel", _POINTER))
+
+
+class Gate(IntEnum):
+    """Activations of a gated feed-forward layer (enum vkv_gate)."""
+
+    SILU = 1
+    GELU_TANH = 2
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("inputs", "weight", "bias", "out")),
+        *((name, _INT64) for name in ("input_stride", "out_stride")),
+        *((name, _INT32) for name in ("num_rows", "num_columns", "num_pairs", "gate")),
+        *_THREADS,
+    )
+
+
+class _RmsNorm(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("inputs", "weight", "out")),
+        ("input_stride", _INT64),
+        *((name, _INT32) for name in ("num_rows", "dim", "dtype")),
+        *((name, _FLOAT) for name in ("eps", "offset")),
+        *_THREADS,
+    )
+
+
+class _Rotate(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("inputs", "cosine", "sine", "out")),
+        *((name, _INT64) for name in ("token_stride", "head_stride")),
+        *((name, _INT32) for name in ("num_tokens", "num_heads", "dim", "dtype")),
+        *_THREADS,
+    )
+
+
+class _Gated(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("inputs", "out")),
+        ("input_stride", _INT64),
+        *((name, _INT32) for name in ("num_rows", "dim", "dtype", "gate")),
+        *_THREADS,
+    )
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether there is a library here, or a compiler to make it, and kernels for `dtype`."""
+    if dtype not in _DTYPES:
+        return False
+    try:
+        _library()
+    except UnsupportedAttention:
+        return False
+    return True
+
+
+def has_linear(dtype: torch.dtype) -> bool:
+    """Whether `PanelLinear` runs here, and nothing that PyTorch has is known to be faster."""
+    return dtype == torch.bfloat16 and available(dtype) and bool(_library().vkv_has_linear())
+
+
+class PanelLinear:
+    """A linear in bfloat16 whose weight lies in panels, as `native/kernels.h` says.
+
+    Args:
+        weight: [out_features, in_features], in_features even.
+        bias: [out_features] or None.
+        gate: with one, the first half of the columns passes it and multiplies the second; the
+            half is then a multiple of 32.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None = None
+    ) -> None:
+        self._shape = weight.shape
+        columns, pairs = weight.shape[0], weight.shape[1] // 2
+        self.out_features = columns if gate is None else columns // 2
+        self._weight = torch.empty(-(-columns // _PANEL), pairs, _PANEL, dtype=torch.int32)
+        words = weight.detach().contiguous().view(torch.int32)
+        _library().vkv_pack(
+            words.data_ptr(), self._weight.data_ptr(), columns, pairs, gate is not None
+        )
+        self._bias = None if bias is None else _panel_bias(bias, gate)
+        self._gate = gate
+        self._args = _Linear(
+            weight=self._weight.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            num_columns=columns,
+            num_pairs=pairs,
+            gate=gate or 0,
+            parallel=openmp_parallel(),
+        )
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] to [..., out_features]."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        out = rows.new_empty(len(rows), self.out_features)
+        args = self._args
+        args.inputs, args.out = rows.data_ptr(), out.data_ptr()
+        args.input_stride, args.out_stride = rows.stride(0), self.out_features
+        args.num_rows, args.num_threads = len(rows), torch.get_num_threads()
+        _library().vkv_linear(ctypes.byref(args))
+        return out.view(*inputs.shape[:-1], self.out_features)
+
+    def dense(self) -> torch.Tensor:
+        """The weight again, bit for bit."""
+        weight = torch.empty(self._shape[0], self._shape[1] // 2, dtype=torch.int32)
+        _library().vkv_unpack(
+            self._weight.data_ptr(), weight.data_ptr(), *weight.shape, self._gate is not None
+        )
+        return weight.view(torch.bfloat16)
+
+
+class RmsNorm:
+    """x / sqrt(mean(x²) + eps) * (offset + weight), over the last dimension."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, offset: float) -> None:
+        self._weight = weight.detach()
+        self._args = _RmsNorm(
+            weight=self._weight.data_ptr(),
+            dim=len(weight),
+            dtype=_DTYPES[weight.dtype],
+            eps=eps,
+            offset=offset,
+            parallel=openmp_parallel(),
+        )
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[..., dim] to a tensor of the same shape, without gaps."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        out = inputs.new_empty(inputs.shape)
+        args = self._args
+        args.inputs, args.out = rows.data_ptr(), out.data_ptr()
+        args.input_stride, args.num_rows = rows.stride(0), len(rows)
+        args.num_threads = torch.get_num_threads()
+        _library().vkv_rms_norm(ctypes.byref(args))
+        return out
+
+
+def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [num_tokens, num_heads, dim], strided, by [num_tokens, dim] angles."""
+    out = states.new_empty(states.shape)
+    args = _Rotate(
+        inputs=states.data_ptr(),
+        cosine=cosine.data_ptr(),
+        sine=sine.data_ptr(),
+        out=out.data_ptr(),
+        token_stride=states.stride(0),
+        head_stride=states.stride(1),
+        num_tokens=states.shape[0],
+        num_heads=states.shape[1],
+        dim=states.shape[2],
+        dtype=_DTYPES[states.dtype],
+        num_threads=torch.get_num_threads(),
+        parallel=openmp_parallel(),
+    )
+    _library().vkv_rotate(ctypes.byref(args))
+    return out
+
+
+def gated(inputs: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """gate(first half) * second half of [..., 2 dim]."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    dim = inputs.shape[-1] // 2
+    out = inputs.new_empty(*inputs.shape[:-1], dim)
+    args = _Gated(
+        inputs=rows.data_ptr(),
+        out=out.data_ptr(),
+        input_stride=rows.stride(0),
+        num_rows=len(rows),
+        dim=dim,
+        dtype=_DTYPES[inputs.dtype],
+        gate=gate,
+        num_threads=torch.get_num_threads(),
+        parallel=openmp_parallel(),
+    )
+    _library().vkv_gated(ctypes.byref(args))
+    return out
+
+
+def _panel_bias(bias: torch.Tensor, gate: Gate | None) -> torch.Tensor:
+    """The bias in float32, in the order of the panels' columns, zero behind the last."""
+    bias = bias.detach().float()
+    if gate is not None:  # [2, panels, half a panel] to [panels, 2, half a panel]
+        bias = bias.view(2, -1, _PANEL // 2).transpose(0, 1).reshape(-1)
+    return torch.nn.functional.pad(bias, (0, -len(bias) % _PANEL)).contiguous()
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The kernels, compiled now if need be. The GIL is free while they run."""
+    library = ctypes.CDLL(str(find_library(_SOURCE, _BUILT)))
+    for name in ("vkv_pack", "vkv_unpack"):
+        function = getattr(library, name)
+        function.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT32]
+        function.restype = None
+    for name, struct in (
+        ("vkv_linear", _Linear),
+        ("vkv_rms_norm", _RmsNorm),
+        ("vkv_rotate", _Rotate),
+        ("vkv_gated", _Gated),
+    ):
+        function = getattr(library, name)
+        function.argtypes = [ctypes.POINTER(struct)]
+        function.restype = None
+    library.vkv_has_linear.restype = _INT32
+    return library

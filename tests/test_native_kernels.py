@@ -1,0 +1,117 @@
+"""The CPU kernels between attention calls, against PyTorch in float64."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn import functional
+from vkv.runtime import native_kernels
+from vkv.runtime.native_kernels import Gate, PanelLinear, RmsNorm, gated, rotate
+
+DTYPES = [torch.float32, torch.bfloat16]
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # of a result, relative
+ROWS = [1, 2, 5, 6, 7, 13, 40]
+ACTIVATIONS = {
+    Gate.SILU: functional.silu,
+    Gate.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+pytestmark = pytest.mark.skipif(
+    not native_kernels.available(torch.float32), reason="no C compiler, no built kernels"
+)
+needs_linear = pytest.mark.skipif(
+    not native_kernels.has_linear(torch.bfloat16), reason="the linear kernel is not for this CPU"
+)
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"], autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_rounded(found: torch.Tensor, exact: torch.Tensor, *, terms: int = 1) -> None:
+    """`found` is `exact` rounded once to its dtype, sums of `terms` being made in float32."""
+    assert found.shape == exact.shape
+    scale = exact.abs() + exact.abs().mean()
+    off = ((found.double() - exact).abs() / scale).max().item()
+    assert off <= ROUNDING[found.dtype] + 1e-7 * terms, f"off by {off:.2e}"
+
+
+@needs_linear
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("columns", "inputs"), [(64, 32), (1, 2), (63, 18), (65, 64), (200, 96)])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_linear(rows: int, columns: int, inputs: int, with_bias: bool) -> None:
+    weight = torch.randn(columns, inputs).bfloat16()
+    bias = torch.randn(columns).bfloat16() if with_bias else None
+    x = torch.randn(rows, 2 * inputs).bfloat16()[:, :inputs]  # rows with gaps between
+    linear = PanelLinear(weight, bias)
+    exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_rounded(linear(x), exact, terms=inputs)
+    assert torch.equal(linear.dense(), weight)
+
+
+@needs_linear
+@pytest.mark.parametrize("gate", list(Gate))
+@pytest.mark.parametrize("columns", [32, 96])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_gated_linear(gate: Gate, columns: int, with_bias: bool) -> None:
+    weight = torch.randn(2 * columns, 48).bfloat16() / 3
+    bias = torch.randn(2 * columns).bfloat16() if with_bias else None
+    x = torch.randn(3, 3, 48).bfloat16()
+    linear = PanelLinear(weight, bias, gate)
+    both = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    first, second = both.chunk(2, dim=-1)
+    assert_rounded(linear(x), ACTIVATIONS[gate](first) * second, terms=48)
+    assert torch.equal(linear.dense(), weight)
+
+
+@needs_linear
+def test_no_weight_behind_the_last_is_used() -> None:
+    weight = torch.full((70, 4), float("nan")).bfloat16()
+    weight[:65] = 1
+    assert torch.equal(
+        PanelLinear(weight[:65], None)(torch.ones(1, 4).bfloat16()),
+        torch.full((1, 65), 4.0).bfloat16(),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 15, 64, 256, 1000])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(dtype: torch.dtype, dim: int, offset: float) -> None:
+    weight = torch.randn(dim).to(dtype)
+    x = 3 * torch.randn(2, 37, 2 * dim).to(dtype)[..., :dim]
+    exact = x.double() * (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+    assert_rounded(RmsNorm(weight, 1e-5, offset)(x), exact * (offset + weight.double()), terms=10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim"), [(1, 2), (3, 10), (4, 64), (2, 600)])
+def test_rotate(dtype: torch.dtype, heads: int, dim: int) -> None:
+    states = torch.randn(heads, 50, dim).to(dtype).transpose(0, 1)  # heads first in memory
+    cosine, sine = torch.randn(50, dim).to(dtype), torch.randn(50, dim).to(dtype)
+    low, high = states.double().chunk(2, dim=-1)
+    turned = torch.cat([-high, low], dim=-1)
+    exact = states.double() * cosine.double()[:, None] + turned * sine.double()[:, None]
+    assert_rounded(rotate(states, cosine, sine), exact, terms=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", list(Gate))
+@pytest.mark.parametrize("dim", [1, 33, 700])
+def test_gated(dtype: torch.dtype, gate: Gate, dim: int) -> None:
+    x = 4 * torch.randn(3, 21, 2 * dim).to(dtype)
+    first, second = x.double().chunk(2, dim=-1)
+    assert_rounded(gated(x, gate), ACTIVATIONS[gate](first) * second, terms=20)
+
+
+def test_extreme_gates_stay_finite() -> None:
+    x = torch.tensor([[-1e4, -200.0, 0.0, 200.0, 1e4, 1, 1, 1, 1, 1]])
+    for gate in Gate:
+        expected = ACTIVATIONS[gate](x[:, :5])
+        torch.testing.assert_close(gated(x, gate), expected, atol=1e-30, rtol=1e-5)
