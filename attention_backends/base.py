@@ -156,6 +156,18 @@ class AttentionBackend(ABC):
         Raises UnsupportedAttention, naming the value. Most backends take any strided view.
         """
 
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> None:
+        """Write the new tokens' rows, [num_tokens, num_kv_heads, head_dim], into the cache."""
+        key_cache.index_put_(batch.write_index, key)
+        value_cache.index_put_(batch.write_index, value)
+
     @abstractmethod
     def forward(
         self,
