@@ -16,6 +16,7 @@ _TABLE: dict[str, str] = {
     "humming": "humming:HummingKernel",
     "triton": "triton_linear:TritonKernel",
     "native": "native:NativeKernel",
+    "int4pack": "int4pack:Int4PackKernel",
     "dequantize": "dequantize:DequantizeKernel",
 }
 

@@ -81,6 +81,12 @@ class Int4Linear(nn.Module):
             self._choices[key] = choose_kernel(self._outline, device, *key)
         return self._choices[key]
 
+    def accepts(self, device: torch.device, dtype: torch.dtype, num_rows: int) -> bool:
+        """Whether the kernel that it would choose, or a pinned one, takes such a batch."""
+        return self.kernel_for(device, dtype, num_rows).accepts(
+            self._outline, device, dtype, num_rows
+        )
+
     def settle(self, dtype: torch.dtype) -> None:
         """Lay the weight out for every batch of `dtype`, and keep nothing else.
 
