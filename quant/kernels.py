@@ -11,6 +11,8 @@ import torch
 from .errors import QuantError
 from .weight import Int4Weight
 
+MANY_ROWS = 256  # kernels treat all larger batches alike
+
 # In order of preference: the first that is available and accepts a product computes it.
 _TABLE: dict[str, str] = {
     "humming": "humming:HummingKernel",

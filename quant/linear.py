@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from .errors import QuantError
-from .kernels import Int4Kernel, choose_kernel, kernel
+from .kernels import MANY_ROWS, Int4Kernel, choose_kernel, kernel
 from .weight import Int4Weight
-
-MANY_ROWS = 256  # kernels treat all larger batches alike
 
 
 class Int4Linear(nn.Module):
