@@ -82,6 +82,7 @@ class Capabilities:
             log-sum-exp.
         contiguous: reads contiguous slots.
         paged: reads a paged cache through block tables.
+        block_multiple: the tokens of a paged cache's blocks must be a multiple of it.
         over_read_tokens: rows are loaded in tiles of this many tokens, so that up to
             `ceil(len / tile) * tile` rows must be backed and finite. 1: never reads past the
             length.
@@ -98,6 +99,7 @@ class Capabilities:
     lse: bool = True
     contiguous: bool = True
     paged: bool = False
+    block_multiple: int = 1
     over_read_tokens: int = 1
 
 
