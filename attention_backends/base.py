@@ -82,6 +82,7 @@ class Capabilities:
             log-sum-exp.
         contiguous: reads contiguous slots.
         paged: reads a paged cache through block tables.
+        block_multiple: the tokens of a paged cache's blocks must be a multiple of it.
         over_read_tokens: rows are loaded in tiles of this many tokens, so that up to
             `ceil(len / tile) * tile` rows must be backed and finite. 1: never reads past the
             length.
@@ -98,6 +99,7 @@ class Capabilities:
     lse: bool = True
     contiguous: bool = True
     paged: bool = False
+    block_multiple: int = 1
     over_read_tokens: int = 1
 
 
@@ -155,6 +157,18 @@ class AttentionBackend(ABC):
 
         Raises UnsupportedAttention, naming the value. Most backends take any strided view.
         """
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> None:
+        """Write the new tokens' rows, [num_tokens, num_kv_heads, head_dim], into the cache."""
+        key_cache.index_put_(batch.write_index, key)
+        value_cache.index_put_(batch.write_index, value)
 
     @abstractmethod
     def forward(

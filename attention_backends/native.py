@@ -23,6 +23,7 @@ class _Sequences:
     query_starts: torch.Tensor
     kv_lens: torch.Tensor
     slots: torch.Tensor
+    struct: native_library.Sequences
 
 
 class NativeBackend(AttentionBackend):
@@ -38,6 +39,32 @@ class NativeBackend(AttentionBackend):
     @classmethod
     def unavailable_reason(cls) -> str | None:
         return native_library.unavailable_reason()
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> None:
+        sequences = self._sequences.get(batch, None, lambda: _on_host(batch))
+        for rows, cache in ((key, key_cache), (value, value_cache)):
+            if rows.stride(2) != 1:
+                rows = rows.contiguous()
+            args = native_library.Rows(
+                rows=rows.data_ptr(),
+                cache=cache.data_ptr(),
+                row_token_stride=rows.stride(0),
+                row_head_stride=rows.stride(1),
+                slot_stride=cache.stride(0),
+                token_stride=cache.stride(1),
+                head_stride=cache.stride(2),
+                num_heads=rows.shape[1],
+                dim=rows.shape[2],
+                item_bytes=rows.element_size(),
+            )
+            self._library.vkv_store(ctypes.byref(args), ctypes.byref(sequences.struct))
 
     def forward(
         self,
@@ -128,6 +155,11 @@ class NativeBackend(AttentionBackend):
 
 
 def _on_host(batch: AttentionBatch) -> _Sequences:
-    return _Sequences(
-        query_starts=batch.cu_seqlens_q, kv_lens=batch.seqused_k, slots=batch.slot_ids
+    query_starts, kv_lens, slots = batch.cu_seqlens_q, batch.seqused_k, batch.slot_ids
+    struct = native_library.Sequences(
+        query_starts=query_starts.data_ptr(),
+        kv_lens=kv_lens.data_ptr(),
+        slots=slots.data_ptr(),
+        num_seqs=batch.num_seqs,
     )
+    return _Sequences(query_starts=query_starts, kv_lens=kv_lens, slots=slots, struct=struct)

@@ -36,6 +36,26 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
+class Rows(ctypes.Structure):
+    """`struct vkv_rows` of `native/attention.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "cache")),
+        *((name, ctypes.c_int64) for name in ("row_token_stride", "row_head_stride")),
+        *((name, ctypes.c_int64) for name in ("slot_stride", "token_stride", "head_stride")),
+        *((name, ctypes.c_int32) for name in ("num_heads", "dim", "item_bytes")),
+    )
+
+
+class Sequences(ctypes.Structure):
+    """`struct vkv_sequences` of `native/attention.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query_starts", "kv_lens", "slots")),
+        ("num_seqs", ctypes.c_int32),
+    )
+
+
 @cache
 def load_library() -> ctypes.CDLL:
     """The kernels, compiled now if need be. The GIL is free while they run.
@@ -45,6 +65,8 @@ def load_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(find_library(_SOURCE, _BUILT)))
     library.vkv_attend.argtypes = [ctypes.POINTER(AttentionArgs)]
     library.vkv_attend.restype = ctypes.c_int64
+    library.vkv_store.argtypes = [ctypes.POINTER(Rows), ctypes.POINTER(Sequences)]
+    library.vkv_store.restype = None
     library.vkv_instruction_set.argtypes = [ctypes.c_int32]
     library.vkv_instruction_set.restype = ctypes.c_char_p
     return library

@@ -20,12 +20,16 @@ _BACKENDS: Mapping[str, str] = {
     "flash_attn_3": ".flash_attn:FlashAttn3Backend",
     "flashinfer": ".flashinfer:FlashInferBackend",
     "paged_sdpa": ".paged_sdpa:PagedSdpaBackend",
+    "paged_flash": ".paged_flash:PagedFlashBackend",
+    "paged_flash_attn": ".flash_attn:PagedFlashAttnBackend",
+    "paged_flashinfer": ".paged_flashinfer:PagedFlashInferBackend",
 }
 
-# What "auto" tries, best first; `reference` is never chosen, only asked for.
+# What "auto" tries, best first; `reference` is never chosen, only asked for, and so are the paged
+# kernels that want larger blocks than a paged cache has unless told otherwise.
 _PREFERENCE: Mapping[str, tuple[str, ...]] = {
     "cpu": ("native", "sdpa", "paged_sdpa"),
-    "cuda": ("torch_flash", "flash_attn", "flashinfer", "sdpa", "paged_sdpa"),
+    "cuda": ("torch_flash", "flash_attn", "flashinfer", "sdpa", "paged_flashinfer", "paged_sdpa"),
 }
 
 

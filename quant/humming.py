@@ -9,6 +9,7 @@ Without zero points codes stand for themselves less 8. It compiles its kernels w
 used, which takes `nvcc`.
 """
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,7 +35,7 @@ class HummingLayout:
         self._layer: Any = None
         self._dtype: torch.dtype | None = None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         """The tensors that it holds."""
         if self._weight is not None:
             yield self._weight

@@ -1,8 +1,9 @@
 """The first-party Triton kernel as one of the table's: layout, tile shapes and their choice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -80,7 +81,7 @@ class TritonLayout:
     in_features: int
     group_size: int
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[torch.Tensor | None]:
         return iter((self.words, self.scales, self.zeros, self.arrivals))
 
     @property
@@ -197,6 +198,8 @@ def launch(
     """
     from .triton_kernels import multiply_kernel  # here: Triton is there where this is called
 
+    kernel: Any = multiply_kernel
+
     num_rows = inputs.shape[0]
     if split is None:
         split = split_columns(layout, num_rows, tile, _processors(inputs.device))
@@ -207,7 +210,7 @@ def launch(
         shape = (split, row_blocks * tile.rows, layout.padded_n)
         partial = torch.empty(shape, dtype=torch.float32, device=inputs.device)
     grid = (layout.padded_n // tile.outputs, row_blocks, split)
-    multiply_kernel[grid](
+    kernel[grid](
         inputs,
         layout.words,
         layout.scales,
@@ -240,11 +243,12 @@ def dequantize(layout: TritonLayout, dtype: torch.dtype) -> torch.Tensor:
     """The dense weight [N, K] of a 16-bit `dtype`, from the layout."""
     from .triton_kernels import dequantize_kernel  # as above
 
+    kernel: Any = dequantize_kernel
     dense = torch.empty(
         layout.out_features, layout.in_features, dtype=dtype, device=layout.words.device
     )
     block = 64
-    dequantize_kernel[layout.padded_n // block, layout.words.shape[0]](
+    kernel[layout.padded_n // block, layout.words.shape[0]](
         layout.words,
         layout.scales,
         layout.scales if layout.zeros is None else layout.zeros,
@@ -269,7 +273,9 @@ def _processors(device: torch.device) -> int:
 
 def _fastest(tiles: tuple[Tile, ...], run: Callable[[Tile], torch.Tensor]) -> Tile:
     """The tile that takes least time; each is compiled and warmed up first."""
-    from triton.runtime.errors import OutOfResources  # as above
+    from triton.runtime.errors import (  # as above
+        OutOfResources,  # pyright: ignore[reportMissingImports]
+    )
 
     times: dict[Tile, float] = {}
     for tile in tiles:

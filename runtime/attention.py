@@ -128,8 +128,7 @@ class CacheStep:
         wanted: LayerAttention,
     ) -> torch.Tensor:
         keys, values = self.cache.layer(layer)
-        keys.index_put_(self.batch.write_index, key)
-        values.index_put_(self.batch.write_index, value)
+        self.backend.store(key, value, keys, values, self.batch)
         return self.backend.forward(query, keys, values, self.batch, self.layers[layer])
 
 

@@ -7,6 +7,7 @@ are [rows, elements], the last dimension contiguous.
 import ctypes
 from enum import IntEnum
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -117,16 +118,14 @@ class PanelLinear:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        out = rows.new_empty(len(rows), self.out_features)
+        inputs, num_rows, stride = _rows(inputs)
+        out = inputs.new_empty((*inputs.shape[:-1], self.out_features))
         args = self._args
-        args.inputs, args.out = rows.data_ptr(), out.data_ptr()
-        args.input_stride, args.out_stride = rows.stride(0), self.out_features
-        args.num_rows, args.num_threads = len(rows), torch.get_num_threads()
+        args.inputs, args.out = inputs.data_ptr(), out.data_ptr()
+        args.input_stride, args.out_stride = stride, self.out_features
+        args.num_rows, args.num_threads = num_rows, torch.get_num_threads()
         _library().vkv_linear(ctypes.byref(args))
-        return out.view(*inputs.shape[:-1], self.out_features)
+        return out
 
     def dense(self) -> torch.Tensor:
         """The weight again, bit for bit."""
@@ -153,13 +152,11 @@ class RmsNorm:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., dim] to a tensor of the same shape, without gaps."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
+        inputs, num_rows, stride = _rows(inputs)
         out = inputs.new_empty(inputs.shape)
         args = self._args
-        args.inputs, args.out = rows.data_ptr(), out.data_ptr()
-        args.input_stride, args.num_rows = rows.stride(0), len(rows)
+        args.inputs, args.out = inputs.data_ptr(), out.data_ptr()
+        args.input_stride, args.num_rows = stride, num_rows
         args.num_threads = torch.get_num_threads()
         _library().vkv_rms_norm(ctypes.byref(args))
         return out
@@ -188,16 +185,14 @@ def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> to
 
 def gated(inputs: torch.Tensor, gate: Gate) -> torch.Tensor:
     """gate(first half) * second half of [..., 2 dim]."""
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    inputs, num_rows, stride = _rows(inputs)
     dim = inputs.shape[-1] // 2
-    out = inputs.new_empty(*inputs.shape[:-1], dim)
+    out = inputs.new_empty((*inputs.shape[:-1], dim))
     args = _Gated(
-        inputs=rows.data_ptr(),
+        inputs=inputs.data_ptr(),
         out=out.data_ptr(),
-        input_stride=rows.stride(0),
-        num_rows=len(rows),
+        input_stride=stride,
+        num_rows=num_rows,
         dim=dim,
         dtype=_DTYPES[inputs.dtype],
         gate=gate,
@@ -206,6 +201,19 @@ def gated(inputs: torch.Tensor, gate: Gate) -> torch.Tensor:
     )
     _library().vkv_gated(ctypes.byref(args))
     return out
+
+
+def _rows(inputs: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """The tensor as evenly spaced rows: itself or a copy, how many there are, and their stride."""
+    if inputs.is_contiguous():
+        return inputs, inputs.numel() // inputs.shape[-1], inputs.shape[-1]
+    shape, strides = inputs.shape, inputs.stride()
+    outer = [(n, step) for n, step in zip(shape[:-1], strides[:-1], strict=True) if n > 1]
+    evenly = all(a[1] == b[0] * b[1] for a, b in pairwise(outer))
+    if strides[-1] != 1 or not evenly or not outer:
+        inputs = inputs.contiguous()
+        return inputs, inputs.numel() // shape[-1], shape[-1]
+    return inputs, inputs.numel() // shape[-1], outer[-1][1]
 
 
 def _panel_bias(bias: torch.Tensor, gate: Gate | None) -> torch.Tensor:

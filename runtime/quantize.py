@@ -7,7 +7,12 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..quant.errors import QuantError, UnsupportedQuantization
 from ..quant.layers import perplexity, split_text
@@ -80,14 +85,15 @@ def run_quantize(
 
 
 def _load_dense(home: str | Path, device: str, dtype: str) -> PreTrainedModel:
+    config = _reading("config", home, lambda: AutoConfig.from_pretrained(home))
+    if getattr(config, "quantization_config", None) is not None:
+        raise BadCheckpoint(f"{home} is quantised already; start from the dense checkpoint")
     loaded = _reading(
         "weights",
         home,
         lambda: AutoModelForCausalLM.from_pretrained(home, dtype=parse_dtype(dtype) or "auto"),
     )
     model = cast(PreTrainedModel, loaded)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise BadCheckpoint(f"{home} is quantised already; start from the dense checkpoint")
     return model.to(resolve_device(device)).eval()  # type: ignore[arg-type]
 
 

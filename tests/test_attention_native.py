@@ -4,13 +4,14 @@ import ctypes
 import mmap
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
 from attention_cases import Case, assert_matches, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vkv.attention_backends import native_library
+from vkv.attention_backends import AttentionBatch, native_library
 from vkv.attention_backends.native import NativeBackend
 from vkv.attention_backends.reference import ReferenceBackend
 from vkv.vmem import open_driver
@@ -187,3 +188,32 @@ def cases(draw) -> Case:
 @given(case=cases())
 def test_random_ragged_batches(case):
     check(case)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("contiguous", [True, False], ids=["whole rows", "heads apart"])
+def test_new_rows_are_stored_where_the_batch_says(dtype: torch.dtype, contiguous: bool) -> None:
+    heads, dim, chunks, slots = 3, 5, ((4, 9), (1, 1), (2, 30)), (2, 0, 3)
+    counts, lens = [c for c, _ in chunks], [n for _, n in chunks]
+    key, value = (torch.randn(heads, sum(counts), dim).to(dtype).transpose(0, 1) for _ in range(2))
+    shape = (4, 32, heads, dim) if contiguous else (4, heads, 32, dim)
+    found = [torch.randn(shape).to(dtype) for _ in range(2)]
+    found = found if contiguous else [cache.transpose(1, 2) for cache in found]
+    if contiguous:
+        key, value = key.contiguous(), value.contiguous()
+    expected = [cache.clone() for cache in found]
+    rows = torch.tensor([slot for slot, n in zip(slots, counts, strict=True) for _ in range(n)])
+    positions = torch.tensor([p for n, end in chunks for p in range(end - n, end)])
+    batch = AttentionBatch(
+        query_lens=tuple(counts),
+        kv_lens=tuple(lens),
+        slots=slots,
+        cu_seqlens_q=torch.tensor([0, *accumulate(counts)], dtype=torch.int32),
+        seqused_k=torch.tensor(lens, dtype=torch.int32),
+        slot_ids=torch.tensor(slots, dtype=torch.int32),
+        write_index=(rows, positions),
+        block_tables=None,
+    )
+    NativeBackend().store(key, value, *found, batch)
+    ReferenceBackend().store(key, value, *expected, batch)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -1,12 +1,16 @@
 """`vkv bench attention`: that all contestants solve the same problem, and what is counted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from vkv.attention_backends.paged_sdpa import PagedSdpaBackend
 from vkv.attention_backends.sdpa import SdpaBackend
-from vkv.runtime.bench.attention import AttentionOptions, Shape, default_shapes, run
+from vkv.runtime.bench.attention import AttentionOptions, run
+from vkv.runtime.bench.attention_shapes import Shape, default_shapes, shapes_of_heads
+from vkv.vmem.errors import InvalidConfig
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
 SHAPES = (
@@ -65,3 +69,39 @@ def test_default_shapes() -> None:
     shapes = default_shapes((1, 8), (1024, 8192), 512)
     assert len(shapes) == 4 + 2 + 2
     assert {shape.num_heads // shape.num_kv_heads for shape in shapes} == {1, 4}
+
+
+def test_shapes_of_one_model() -> None:
+    shapes = shapes_of_heads("32:8x128", (1, 64), (1024, 8192), 4096)
+    assert [str(shape) for shape in shapes] == [
+        "decode, 1 x 1,024, 32:8x128",
+        "decode, 64 x 1,024, 32:8x128",
+        "decode, 1 x 8,192, 32:8x128",
+        "decode, 64 x 8,192, 32:8x128",
+        "chunk of 4096, 1 x 8,192, 32:8x128",
+    ]
+    assert len(shapes_of_heads("32:8x128", (1,), (1024,), 0)) == 1
+    for heads in ("32x128", "32:0x128", "32:7x128"):
+        with pytest.raises(InvalidConfig):
+            shapes_of_heads(heads, (1,), (1024,), 0)
+
+
+def test_a_paged_backend_gets_blocks_of_the_size_it_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = replace(PagedSdpaBackend.capabilities, block_multiple=48)
+    monkeypatch.setattr(PagedSdpaBackend, "capabilities", wide)
+    blocks = []
+    honest = PagedSdpaBackend.check_cache
+
+    def check_cache(self: PagedSdpaBackend, keys: torch.Tensor, values: torch.Tensor) -> None:
+        blocks.append(keys.shape[1])
+        honest(self, keys, values)
+
+    monkeypatch.setattr(PagedSdpaBackend, "check_cache", check_cache)
+    options = AttentionOptions(
+        shapes=SHAPES[:1], repeats=1, contiguous=("sdpa",), paged=("paged_sdpa",), label="wide"
+    )
+    path, _ = run(options, tmp_path, "x")
+    assert blocks == [48]
+    assert path.name.startswith("attention-wide_")

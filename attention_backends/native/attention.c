@@ -386,3 +386,26 @@ int64_t vkv_attend(const struct vkv_attention *args) {
         work(&job);
     return 0;
 }
+
+/* -- new tokens ------------------------------------------------------------------------------ */
+
+void vkv_store(const struct vkv_rows *rows, const struct vkv_sequences *sequences) {
+    const int64_t item = rows->item_bytes, head_bytes = item * rows->dim;
+    const int whole = rows->row_head_stride == rows->dim && rows->head_stride == rows->dim;
+    for (int32_t b = 0; b < sequences->num_seqs; b++) {
+        const int32_t begin = sequences->query_starts[b], end = sequences->query_starts[b + 1];
+        const int64_t first = sequences->kv_lens[b] - (end - begin);
+        for (int32_t t = begin; t < end; t++) {
+            const char *from = (const char *)rows->rows + item * t * rows->row_token_stride;
+            char *to = (char *)rows->cache + item * (sequences->slots[b] * rows->slot_stride +
+                                                     (first + t - begin) * rows->token_stride);
+            if (whole) {
+                memcpy(to, from, (size_t)(head_bytes * rows->num_heads));
+                continue;
+            }
+            for (int32_t h = 0; h < rows->num_heads; h++)
+                memcpy(to + item * h * rows->head_stride, from + item * h * rows->row_head_stride,
+                       (size_t)head_bytes);
+        }
+    }
+}

@@ -45,6 +45,21 @@ struct vkv_attention {
  * nothing done. */
 int64_t vkv_attend(const struct vkv_attention *args);
 
+/* Copies the rows of new tokens, [num_tokens, num_heads, dim], to the last rows of their sequences
+ * in a cache, [num_slots, tokens, num_heads, dim]. */
+struct vkv_rows {
+    const void *rows;
+    void *cache;
+    int64_t row_token_stride, row_head_stride;
+    int64_t slot_stride, token_stride, head_stride;
+    int32_t num_heads, dim, item_bytes;
+};
+struct vkv_sequences {
+    const int32_t *query_starts, *kv_lens, *slots;
+    int32_t num_seqs;
+};
+void vkv_store(const struct vkv_rows *rows, const struct vkv_sequences *sequences);
+
 /* The instruction set in use for a dtype: "avx512_bf16", "avx512", "avx2" or "portable". */
 const char *vkv_instruction_set(int32_t dtype);
 

@@ -28,6 +28,23 @@ INLINE VEC NAME(max)(VEC a, VEC b) { return NAME(select)(a > b, a, b); }
 INLINE VEC NAME(load)(const float *p) { return *(const VEC *)p; }
 INLINE void NAME(store)(float *p, VEC x) { *(VEC *)p = x; }
 
+/* The largest lane, and the sum of all. */
+#if LANES == 16
+INLINE float NAME(highest)(VEC x) { return _mm512_reduce_max_ps((__m512)x); }
+INLINE float NAME(total)(VEC x) { return _mm512_reduce_add_ps((__m512)x); }
+#else
+INLINE float NAME(highest)(VEC x) {
+    float top = x[0];
+    for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+INLINE float NAME(total)(VEC x) {
+    float sum = x[0];
+    for (int i = 1; i < LANES; i++) sum += x[i];
+    return sum;
+}
+#endif
+
 /* 2^x for x of at most 127; below -126 it is (nearly) zero. Relative error about 1e-7. */
 INLINE VEC NAME(exp2)(VEC x) {
     const VEC magic = NAME(splat)(12582912.0f); /* adding it rounds to an integer */
@@ -181,15 +198,12 @@ INLINE void NAME(transpose)(IVEC *row) {
 }
 #endif
 
-/* Keys of `num_tokens` tokens as packed[word][token], BLOCK tokens wide, zero behind. */
+/* Keys of `num_tokens` tokens as packed[word][token], BLOCK tokens wide, of which only whole vectors
+ * that hold a token are written: zero behind the last. */
 static void NAME(pack_keys)(const char *rows, int64_t stride, int num_tokens, int num_ahead,
                             int dim, int is_bf16, int32_t *packed) {
     const int item = is_bf16 ? 2 : 4;
-    for (int t = 0; t < BLOCK; t += LANES) {
-        if (t >= num_tokens) { /* nothing to read, and zeros cost little */
-            for (int w = 0; w < WORDS(dim); w++) *(IVEC *)(packed + w * BLOCK + t) = (IVEC){0};
-            continue;
-        }
+    for (int t = 0; t < num_tokens; t += LANES) {
         for (int d = 0; d < dim; d += ROW_WORDS) {
             IVEC block[LANES];
             for (int i = 0; i < LANES; i++) {
@@ -268,9 +282,7 @@ INLINE void NAME(softmax_row)(const struct vkv_attention *args, float *scores, i
         }
         top = NAME(max)(top, x[v]);
     }
-    float highest = *peak;
-    for (int i = 0; i < LANES; i++)
-        if (top[i] > highest) highest = top[i];
+    const float within = NAME(highest)(top), highest = within > *peak ? within : *peak;
     VEC total = (VEC){0};
     for (int v = 0; v < BLOCK / LANES; v++) {
         x[v] = NAME(exp2)(x[v] - highest);
@@ -284,15 +296,13 @@ INLINE void NAME(softmax_row)(const struct vkv_attention *args, float *scores, i
 #else
     for (int v = 0; v < BLOCK / LANES; v++) *(VEC *)(weights + v * LANES) = x[v];
 #endif
-    float added = 0;
-    for (int i = 0; i < LANES; i++) added += total[i];
     if (highest > *peak) {
         VEC shrink = NAME(exp2)(NAME(splat)(*peak - highest));
         *sum *= shrink[0];
         for (int d = 0; d < width; d += LANES) NAME(store)(out + d, NAME(load)(out + d) * shrink);
         *peak = highest;
     }
-    *sum += added;
+    *sum += NAME(total)(total);
 }
 
 /* -- one share -------------------------------------------------------------------------------- */
@@ -321,6 +331,7 @@ static void NAME(attend_block)(const struct vkv_attention *args, const struct sh
     const int group = args->num_heads / args->num_kv_heads;
     const int rows = (share->last_query - share->first_query) * group;
     const int base = (head - share->first_head) * rows, width = s->value_width;
+    const int columns = (block_len + LANES - 1) / LANES * LANES; /* of keys that were packed */
     for (int r = 0; r < rows; r += SOFTMAX_ROWS) {
         const int count = rows - r < SOFTMAX_ROWS ? rows - r : SOFTMAX_ROWS;
         const int last_seen = share->first_position + (r + count - 1) / group;
@@ -329,7 +340,7 @@ static void NAME(attend_block)(const struct vkv_attention *args, const struct sh
         if (args->window && first_seen - args->window >= block_start + block_len - 1) continue;
         memset(s->scores, 0, sizeof(float) * BLOCK * (size_t)count);
         NAME(multiply)(count, s->query + (base + r) * s->query_words, s->query_words, s->keys,
-                       BLOCK, WORDS(args->key_dim), s->scores, BLOCK, BLOCK);
+                       BLOCK, WORDS(args->key_dim), s->scores, BLOCK, columns);
         for (int i = 0; i < count; i++) {
             const int position = share->first_position + (r + i) / group, row = base + r + i;
             int last = position + 1 - block_start, first = 0;

@@ -163,7 +163,13 @@ def attention(
     contexts: Annotated[
         str, typer.Option(help="Tokens of each sequence, with commas.")
     ] = "1024,8192,32768",
-    chunk: Annotated[int, typer.Option(help="Queries of a prompt chunk.", min=1)] = 512,
+    chunk: Annotated[
+        int, typer.Option(help="Queries of a prompt chunk; 0 for none, with --heads.", min=0)
+    ] = 512,
+    heads: Annotated[
+        str,
+        typer.Option(help="Query heads:KV heads x size, such as 32:8x128; none for a selection."),
+    ] = "",
     contiguous: Annotated[
         str, typer.Option(help="Backends over slots; the first is run in every layout.")
     ] = "auto,sdpa",
@@ -172,6 +178,7 @@ def attention(
     max_memory: Annotated[
         str, typer.Option(help="Keys and values of one cache; larger problems are left out.")
     ] = "128MiB",
+    label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
     seed: Seed = 0,
     out: Out = _OUT,
 ) -> None:
@@ -184,17 +191,22 @@ def attention(
 
     from ..config import parse_bytes, resolve_device
     from ..models import parse_dtype
-    from .attention import AttentionOptions, default_shapes, run
+    from .attention import AttentionOptions, run
+    from .attention_shapes import default_shapes, shapes_of_heads
 
     sizes = _numbers("batches", batches, int), _numbers("contexts", contexts, int)
+    if not heads and not chunk:
+        raise typer.BadParameter("--chunk 0 leaves prompts out, which takes --heads")
+    shapes = shapes_of_heads(heads, *sizes, chunk) if heads else default_shapes(*sizes, chunk)
     options = AttentionOptions(
-        shapes=tuple(default_shapes(*sizes, chunk)),
+        shapes=tuple(shapes),
         dtype=parse_dtype(dtype) or torch.bfloat16,
         device=resolve_device(device),
         contiguous=tuple(_items(contiguous)),
         paged=tuple(_items(paged)),
         repeats=repeats,
         max_bytes=parse_bytes(max_memory),
+        label=label,
         seed=seed,
     )
     path, tables = run(options, out, _command_line())
