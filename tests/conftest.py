@@ -14,6 +14,8 @@ from vkv.vmem import CudaDriver, HostDriver, VmemDriver
 if TYPE_CHECKING:
     from vkv import LLM
 
+pytest_plugins = ("flash_standin",)
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing did yet
 
