@@ -227,6 +227,11 @@ class LLM:
         """Where the model and its KV are."""
         return self._loaded.device
 
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights occupy as they are kept, tied ones counted once."""
+        return self._loaded.weight_bytes
+
     def stats(self) -> EngineStats:
         """What the engine holds and has done."""
         with self._lock:

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from vkv.runtime.bench import throughput
+from vkv.quant import int4_linears
+from vkv.runtime.bench import checkpoints, memory, throughput
+from vkv.runtime.bench.memory import MemoryOptions
 from vkv.runtime.bench.peer import WORKERS, Worker, WorkerFailed
 from vkv.runtime.bench.throughput import CELLS, Cell, ThroughputOptions
+from vkv.runtime.models import load_model
 from vkv.vmem.errors import InvalidConfig
 
 FAKE = f"""
 import sys
 sys.path.insert(0, {str(WORKERS)!r})
-from protocol import expect, serve
+from protocol import System, expect, serve
 
 def load(options):
     print("chatter that must not reach the harness")
@@ -26,7 +29,7 @@ def load(options):
         if len(prompts) == 3:
             sys.exit("gone")
         expect(sum(map(len, prompts)), sum(output_lens))
-    return generate
+    return System(generate, options.get("weighs"))
 
 serve(load)
 """
@@ -39,10 +42,11 @@ def make_fake(folder: Path, **options: object) -> Worker:
 
 
 def test_a_worker_answers_fails_and_dies(tmp_path: Path) -> None:
-    worker = make_fake(tmp_path)
-    seconds, peak = worker.run([[1, 2], [3]], [1, 2])
-    assert 0 < seconds < 5
-    assert 1 << 20 < peak < 1 << 30
+    worker = make_fake(tmp_path, weighs=123)
+    timing = worker.run([[1, 2], [3]], [1, 2])
+    assert 0 < timing.seconds < 5
+    assert 1 << 20 < timing.peak_rss_bytes < 1 << 30
+    assert timing.weight_bytes == 123
     with pytest.raises(WorkerFailed, match="2 tokens came out where 5 were asked for"):
         worker.run([[1, 2]], [5])
     worker.run([[1]], [1])  # an error is no end
@@ -119,10 +123,87 @@ def test_a_system_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert tables[-1].title == "Failed"
 
 
+def test_4_bit_weights_beside_dense_ones(tmp_path: Path) -> None:
+    options = ThroughputOptions(
+        shape="llama-tiny",
+        dtype="float32",
+        quant="gptq",
+        threads=1,
+        systems=("vkv", "transformers"),
+        peers={"llama-cpp": sys.executable},  # which has no gguf
+        cells=(Cell(name="r", kind="total", prompt_lens=(5, 9), output_lens=(7, 4)),),
+        repeats=1,
+    )
+    path, tables = throughput.run(options, tmp_path, "vkv bench throughput")
+    results = json.loads(path.read_text())["results"]
+    ours = ["vkv", "transformers", "vkv-int4", "vkv-int4-head"]
+    assert list(results["tokens_per_s"]) == [*ours, "llama-cpp", "llama-cpp-q4_0"]
+    for name in ours:
+        assert len(results["tokens_per_s"][name]["r"]) == 1, results["failures"][name]
+    for name in ("llama-cpp", "llama-cpp-q4_0"):
+        assert "No module named" in results["failures"][name]["r"]
+    weights, model = results["weight_bytes"], results["model"]
+    assert model["group_size"] == 64  # its layers have 64 and 128 inputs
+    assert weights["transformers"] == model["weight_bytes"]
+    # The linear layers of the decoder, at 4.5 bits or a little more where they had 32.
+    linears = 4 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
+    saved = model["weight_bytes"] - weights["vkv-int4"]
+    assert 0.80 < saved / (4 * linears) < 1 - 4.25 / 32
+    assert weights["vkv-int4-head"] < weights["vkv-int4"] - 4 * 64 * 512 // 2
+    by_title = {table.title: table for table in tables}
+    ratios = by_title["vkv-int4 over each (median of paired ratios)"]
+    assert [row[0] for row in ratios.rows][:2] == ["vkv", "transformers"]
+    gained = by_title["KV that the freed weight memory holds"].rows
+    tokens = (weights["vkv"] - weights["vkv-int4"]) // model["kv_bytes_per_token"]
+    assert gained[1][0] == "vkv-int4"
+    assert gained[1][-1] == str(tokens)
+
+
+def test_what_is_quantised_already_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}})
+    )
+    with pytest.raises(InvalidConfig, match="is quantised already"):
+        checkpoints.save_checkpoints("", str(tmp_path), torch.float32, "awq", tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("quant", ["awq", "compressed-tensors"])
+def test_checkpoints_of_every_format_hold_what_they_say(quant: str, tmp_path: Path) -> None:
+    saved = checkpoints.save_checkpoints("llama-tiny", None, torch.bfloat16, quant, tmp_path)
+    assert saved.int4 is not None
+    dense, int4 = (
+        load_model(folder, device=torch.device("cpu"), dtype="bfloat16")
+        for folder in (saved.dense, saved.int4)
+    )
+    assert len(list(int4_linears(int4.model))) == 4 * 7
+    assert int4.weight_bytes < 0.6 * dense.weight_bytes
+
+
+def test_bench_memory_shows_the_kv_that_4_bits_free(tmp_path: Path) -> None:
+    options = MemoryOptions(
+        dtype=torch.bfloat16,
+        num_requests=2,
+        prompt_lens=(5, 9),
+        output_lens=(2, 4),
+        kinds=("dynamic",),
+        quant="compressed-tensors",
+    )
+    path, tables = memory.run(options, tmp_path, "vkv bench memory")
+    weights = json.loads(path.read_text())["results"]["weight_bytes"]
+    assert list(weights) == [row[0] for row in tables[-1].rows]
+    dense, *smaller = weights.values()
+    kv_bytes = 2 * 4 * 2 * 16 * 2  # keys and values, layers, heads, their size, bytes
+    assert [row[-1] for row in tables[-1].rows[1:]] == [
+        str((dense - n) // kv_bytes) for n in smaller
+    ]
+    assert smaller[1] < smaller[0] < dense
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"systems": ("vkv", "mystery")}, "'mystery' is unknown"),
+        ({"quant": "int3"}, "quant is 'int3'; use one of gptq"),
         ({"peers": {"other": sys.executable}}, "'other' is unknown"),
         ({"peers": {"vllm": "/nowhere/python"}}, "no interpreter at /nowhere/python"),
     ],

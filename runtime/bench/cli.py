@@ -30,6 +30,13 @@ Peers = Annotated[
         "Repeatable.",
     ),
 ]
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        help="gptq, awq or compressed-tensors: also run the same weights rounded to 4 bits, in a "
+        "checkpoint of that format."
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Folder for record, table and plot.")]
 _OUT = Path("benchmarks")
 
@@ -50,6 +57,13 @@ def memory(
     look_ahead_tokens: Annotated[
         int, typer.Option(help="Tokens mapped ahead of each decoding request.")
     ] = 16,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="gptq, awq or compressed-tensors: also show how many tokens of KV fit into what "
+            "4-bit weights in that format free."
+        ),
+    ] = None,
     kinds: Annotated[
         str, typer.Option(help="Which caches to compare, separated by commas.")
     ] = "virtual,paged,static,dynamic",
@@ -82,6 +96,7 @@ def memory(
         output_lens=output_lens,
         max_seqs=max_seqs,
         look_ahead_tokens=look_ahead_tokens,
+        quant=quant,
         kinds=chosen,
         idle_s=idle_s,
         seed=seed,
@@ -97,6 +112,7 @@ def throughput(
         str | None, typer.Option(help="A checkpoint folder, in place of a shape.")
     ] = None,
     dtype: Dtype = "bfloat16",
+    quant: Quant = None,
     device: Device = "auto",
     threads: Annotated[
         int | None, typer.Option(help="Threads of every system. Default: the usable cores.")
@@ -120,7 +136,9 @@ def throughput(
     """Tokens a second, offline, against transformers, vLLM and llama.cpp.
 
     Each system runs in a process of its own on the same model, prompts, output lengths and
-    threads, taking turns cell by cell; medians and ratios of interleaved repeats.
+    threads, taking turns cell by cell; medians and ratios of interleaved repeats. --quant adds
+    vkv-int4, whose output layer stays dense, vkv-int4-head, where it is in 4 bits too, and to
+    llama.cpp its own Q4_0.
     """
     from ..config import resolve_device
     from ..models import parse_dtype
@@ -135,6 +153,7 @@ def throughput(
         shape=shape,
         model=model,
         dtype=dtype,
+        quant=quant,
         device=resolve_device(device),
         systems=tuple(name.strip() for name in systems.split(",") if name.strip()),
         peers=_interpreters(peer),

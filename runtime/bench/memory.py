@@ -15,6 +15,7 @@ go on until then and as long again. The paged pool was allocated whole and stays
 """
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,9 @@ from ..config import EngineConfig
 from ..engine import EngineStats
 from ..idle import IdleTrim
 from ..llm import LLM
+from ..models import load_model
 from ..sampling_params import SamplingParams
+from .checkpoints import cache_bytes_per_token, gains_table, parse_format, save_checkpoints
 from .limits import measure_limits
 from .memory_results import (
     FinalUse,
@@ -62,6 +65,7 @@ class MemoryOptions:
     output_lens: tuple[int, int] = (16, 256)
     max_seqs: int = 16
     look_ahead_tokens: int = 16
+    quant: str | None = None  # format of the 4-bit checkpoint to weigh
     kinds: tuple[str, ...] = KINDS
     idle_s: float = 1.0
     seed: int = 0
@@ -70,6 +74,7 @@ class MemoryOptions:
 def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
     require_matplotlib()  # before the work, not after it
+    parse_format(options.quant)
     model = build_model(options.shape, dtype=options.dtype, device=options.device)
     work = ragged(
         options.num_requests,
@@ -93,6 +98,11 @@ def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[
     tables = [memory_table(summary)]
     if engines:
         tables.append(engine_table(engines))
+    weights: dict[str, int] = {}
+    if options.quant is not None:
+        weights = _weigh(options)
+        token_bytes = cache_bytes_per_token(model, options.dtype)
+        tables.append(gains_table(weights, token_bytes))
     path = write_record(
         folder,
         f"memory-{options.shape}",
@@ -101,6 +111,7 @@ def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[
         results={
             "summary": summary,
             "engines": engines,
+            "weight_bytes": weights,
             "samples": {kind: columns(rows) for kind, rows in samples.items()},
             "rest": {kind: columns(rows) for kind, rows in rest.items()},
         },
@@ -114,6 +125,26 @@ def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[
     )
     draw(samples, rest, title=title, path=path.with_suffix(".png"))
     return path, tables
+
+
+def _weigh(options: MemoryOptions) -> dict[str, int]:
+    """Bytes of the weights as vkv keeps them: dense, in 4 bits, and with a 4-bit output layer."""
+    with tempfile.TemporaryDirectory(prefix="vkv-bench-") as scratch:
+        saved = save_checkpoints(
+            options.shape, None, options.dtype, options.quant, scratch=Path(scratch)
+        )
+        assert saved.int4 is not None
+        cases = {
+            "dense": (saved.dense, None),
+            f"{options.quant}": (saved.int4, None),
+            f"{options.quant}, 4-bit output layer": (saved.int4, 4),
+        }
+        return {
+            name: load_model(
+                folder, device=options.device, dtype=options.dtype, lm_head_bits=bits
+            ).weight_bytes
+            for name, (folder, bits) in cases.items()
+        }
 
 
 # -- vkv's own caches ------------------------------------------------------------------------
@@ -262,13 +293,6 @@ def _fill_caches(
             )
         ends.token_bytes += sum(item.num_tokens - 1 for item in batch) * token_bytes
         ends.kv_bytes += _cache_bytes(cache)
-
-
-def cache_bytes_per_token(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values over all layers."""
-    config = model.config
-    heads = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * heads * dtype.itemsize
 
 
 def _append(

@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ def interpreter_of(name: str, interpreter: str, known: Iterable[str]) -> str:
 
 class WorkerFailed(VkvError):
     """A system did not answer, or answered with an error; `str()` says what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What a system that generates answers.
+
+    Attributes:
+        seconds: that it took.
+        peak_rss_bytes: of its process so far.
+        weight_bytes: of its weights as it keeps them; None if it does not say.
+    """
+
+    seconds: float
+    peak_rss_bytes: int
+    weight_bytes: int | None
 
 
 class Worker:
@@ -47,12 +63,9 @@ class Worker:
             self.close()
             raise
 
-    def run(
-        self, prompts: Sequence[Sequence[int]], output_lens: Sequence[int]
-    ) -> tuple[float, int]:
-        """Seconds that the system took, and its peak resident bytes so far."""
-        answer = self.ask({"prompts": prompts, "output_lens": output_lens})
-        return answer["seconds"], answer["peak_rss_bytes"]
+    def run(self, prompts: Sequence[Sequence[int]], output_lens: Sequence[int]) -> Timing:
+        """Generate, and say how long it took."""
+        return Timing(**self.ask({"prompts": prompts, "output_lens": output_lens}))
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to one request. Raises WorkerFailed with what the process says is wrong."""

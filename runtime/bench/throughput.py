@@ -8,11 +8,14 @@ fifth of its speed for as long as it lives.
 A system is timed from outside, by whole calls. `prefill` is the time to the first token of every
 prompt; `decode` is a call with many output tokens less a call with one; `ragged` is a call with
 requests of all lengths.
+
+With a `quant` format, the same weights are also rounded to 4 bits, into a checkpoint that vkv runs
+beside the dense one, with the output layer dense and (`-head`) in 4 bits too. llama.cpp then runs
+its own Q4_0 as well, with embeddings and output layer in Q8_0: its own tool makes them Q6_K.
 """
 
 import os
 import random
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,16 +26,13 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from ...vmem.errors import InvalidConfig
-from .limits import Limits, measure_limits
-from .memory import cache_bytes_per_token
-from .peer import WORKERS, Worker, WorkerFailed, interpreter_of
+from .checkpoints import Checkpoints, parse_format, save_checkpoints
+from .limits import measure_limits
+from .peer import WORKERS, Timing, Worker, WorkerFailed, interpreter_of
 from .record import Table, require_matplotlib, write_record
-from .shapes import build_model
-
-Samples = dict[str, dict[str, list[float]]]
+from .throughput_results import Results, draw, tables
 
 SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vkv": ("vkv_worker.py", {"kv": "virtual"}),
@@ -40,6 +40,11 @@ SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "transformers": ("transformers_worker.py", {"cache": "dynamic"}),
     "transformers-static": ("transformers_worker.py", {"cache": "static"}),
     "transformers-continuous": ("transformers_worker.py", {"cache": "continuous"}),
+}
+# On the same weights in 4 bits, with `--quant`.
+INT4_SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "vkv-int4": ("vkv_worker.py", {"kv": "virtual"}),
+    "vkv-int4-head": ("vkv_worker.py", {"kv": "virtual", "lm_head_bits": 4}),
 }
 PEERS: Mapping[str, str] = {"vllm": "vllm_worker.py", "llama-cpp": "llama_cpp_worker.py"}
 
@@ -105,6 +110,7 @@ class ThroughputOptions:
     shape: str = "llama-455m"
     model: str | None = None
     dtype: str = "bfloat16"
+    quant: str | None = None  # format of the 4-bit checkpoint
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     systems: tuple[str, ...] = tuple(SYSTEMS)
@@ -124,35 +130,50 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
     dtype = getattr(torch, options.dtype)
     before = measure_limits(options.device, dtype)
     console = Console(stderr=True)
-    samples: Samples = {name: {cell.name: [] for cell in options.cells} for name in workers}
-    failures: dict[str, dict[str, str]] = {name: {} for name in workers}
-    peaks: dict[str, int] = {}
-    with tempfile.TemporaryDirectory(prefix="vkv-bench-") as scratch:
-        model_folder, facts = _save_model(options, Path(scratch), dtype)
+    results = Results.of(workers, [cell.name for cell in options.cells])
+    with tempfile.TemporaryDirectory(prefix="vkv-bench-") as home:
+        scratch = Path(home)
+        checkpoints = save_checkpoints(
+            options.shape, options.model, dtype, options.quant, scratch=scratch
+        )
         for repeat in range(options.repeats):
             console.print(f"repeat {repeat + 1} of {options.repeats}")
-            with _started(workers, options, model_folder, failures) as running:
-                _one_repeat(running, options, facts, samples, failures, peaks, console)
+            with _started(workers, options, checkpoints, scratch, results) as running:
+                _one_repeat(running, options, checkpoints, results, console)
     limits = before.joined(measure_limits(options.device, dtype))
+    shown = tables(
+        results,
+        checkpoints,
+        baselines=[next(iter(workers)), *(name for name in INT4_SYSTEMS if name in workers)],
+        held_tokens=max(cell.held_tokens for cell in options.cells),
+        dtype=options.dtype,
+        limits=limits,
+    )
     name = options.shape if options.model is None else Path(options.model).name
-    tables = _tables(options, samples, failures, peaks, facts, limits)
+    parts = ["throughput", name, options.quant, options.label]
     path = write_record(
         folder,
-        f"throughput-{name}" + (f"-{options.label}" if options.label else ""),
+        "-".join(part for part in parts if part),
         device=options.device,
         config=asdict(options) | {"device": str(options.device)},
         results={
-            "model": facts,
-            "tokens_per_s": samples,
-            "failures": failures,
-            "peak_rss_bytes": peaks,
+            "model": {
+                "weight_bytes": checkpoints.weight_bytes,
+                "kv_bytes_per_token": checkpoints.kv_bytes_per_token,
+                "vocab_size": checkpoints.vocab_size,
+                "group_size": checkpoints.group_size,
+            },
+            "tokens_per_s": results.samples,
+            "failures": results.failures,
+            "peak_rss_bytes": results.peaks,
+            "weight_bytes": results.weights,
         },
-        tables=tables,
+        tables=shown,
         limits=limits,
         command=command,
     )
-    _plot(samples, path.with_suffix(".png"))
-    return path, tables
+    draw(results.samples, path.with_suffix(".png"))
+    return path, shown
 
 
 # -- running -------------------------------------------------------------------------------------
@@ -160,49 +181,35 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
 
 def _commands(options: ThroughputOptions) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """For each system: how its worker is started, and the options that are its own."""
+    quant = parse_format(options.quant)
     commands: dict[str, tuple[list[str], dict[str, Any]]] = {}
     for name in options.systems:
         if name not in SYSTEMS:
             raise InvalidConfig(f"system {name!r} is unknown; use some of {', '.join(SYSTEMS)}")
         script, own = SYSTEMS[name]
         commands[name] = [sys.executable, str(WORKERS / script)], own
+    for name, (script, own) in INT4_SYSTEMS.items() if quant else ():
+        commands[name] = [sys.executable, str(WORKERS / script)], own
     for name, interpreter in options.peers.items():
         interpreter = interpreter_of(name, interpreter, PEERS)
-        commands[name] = [interpreter, str(WORKERS / PEERS[name])], {"eager": options.eager_peers}
+        command = [interpreter, str(WORKERS / PEERS[name])]
+        commands[name] = command, {"eager": options.eager_peers}
+        if quant and name == "llama-cpp":
+            commands["llama-cpp-q4_0"] = command, {"weights": "q4_0"}
     return commands
-
-
-def _save_model(
-    options: ThroughputOptions, scratch: Path, dtype: torch.dtype
-) -> tuple[Path, dict[str, int]]:
-    """The checkpoint that all systems load, and what the tables need to know of it."""
-    if options.model is not None:
-        from transformers import AutoModelForCausalLM
-
-        folder = Path(options.model)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    else:
-        folder = scratch / "model"
-        model = build_model(options.shape, dtype=dtype, device=torch.device("cpu"))
-        model.save_pretrained(folder)
-    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    return folder, {
-        "weight_bytes": sum(weights.values()),
-        "kv_bytes_per_token": cache_bytes_per_token(model, dtype),
-        "vocab_size": model.config.vocab_size,
-    }
 
 
 @contextmanager
 def _started(
     workers: Mapping[str, tuple[list[str], dict[str, Any]]],
     options: ThroughputOptions,
-    model_folder: Path,
-    failures: dict[str, dict[str, str]],
+    checkpoints: Checkpoints,
+    scratch: Path,
+    results: Results,
 ) -> Iterator[dict[str, Worker]]:
     """All systems, loaded; one that does not load fails in every cell."""
     common = {
-        "model": str(model_folder),
+        "scratch": str(scratch),
         "device": str(options.device),
         "dtype": options.dtype,
         "threads": options.threads,
@@ -218,22 +225,21 @@ def _started(
     with ExitStack() as stack:
         running: dict[str, Worker] = {}
         for name, (command, own) in workers.items():
-            log = model_folder.parent / f"{name}.log"
+            model = checkpoints.int4 if name in INT4_SYSTEMS else checkpoints.dense
+            given = common | own | {"model": str(model)}
             try:
-                running[name] = Worker(command, common | own, log)
+                running[name] = Worker(command, given, scratch / f"{name}.log")
                 stack.callback(running[name].close)
             except WorkerFailed as error:
-                failures[name] |= {cell.name: str(error) for cell in options.cells}
+                results.fail(name, error)
         yield running
 
 
 def _one_repeat(
     running: dict[str, Worker],
     options: ThroughputOptions,
-    facts: Mapping[str, int],
-    samples: Samples,
-    failures: dict[str, dict[str, str]],
-    peaks: dict[str, int],
+    checkpoints: Checkpoints,
+    results: Results,
     console: Console,
 ) -> None:
     rng = random.Random(options.seed)
@@ -243,133 +249,37 @@ def _one_repeat(
         try:
             worker.run(*warm_up)
         except WorkerFailed as error:
-            failures[name] |= {cell.name: str(error) for cell in options.cells}
+            results.fail(name, error)
     for cell in options.cells:
-        prompts = [[rng.randrange(facts["vocab_size"]) for _ in range(n)] for n in cell.prompt_lens]
+        prompts = [
+            [rng.randrange(checkpoints.vocab_size) for _ in range(n)] for n in cell.prompt_lens
+        ]
         for name, worker in running.items():
-            if cell.name in failures[name]:
+            if cell.name in results.failures[name]:
                 continue
             try:
-                rate, peaks[name] = _measure(worker, cell, prompts)
+                rate, timing = _measure(worker, cell, prompts)
             except WorkerFailed as error:
-                failures[name][cell.name] = str(error)
+                results.failures[name][cell.name] = str(error)
                 console.print(f"  {cell.name:10} {name}: {error}", markup=False)
             else:
-                samples[name][cell.name].append(rate)
+                results.samples[name][cell.name].append(rate)
+                results.peaks[name] = timing.peak_rss_bytes
+                results.weights[name] = timing.weight_bytes or checkpoints.weight_bytes
                 console.print(f"  {cell.name:10} {name}: {rate:.1f} tokens/s", markup=False)
 
 
-def _measure(worker: Worker, cell: Cell, prompts: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """Tokens a second, and the worker's peak memory."""
+def _measure(worker: Worker, cell: Cell, prompts: Sequence[Sequence[int]]) -> tuple[float, Timing]:
+    """Tokens a second, and what the worker says of its memory."""
     ones = [1] * len(prompts)
     if cell.kind == "prefill":
-        seconds, peak = worker.run(prompts, ones)
+        timing = worker.run(prompts, ones)
+        seconds = timing.seconds
     else:
-        seconds, peak = worker.run(prompts, cell.output_lens)
+        timing = worker.run(prompts, cell.output_lens)
+        seconds = timing.seconds
         if cell.kind == "decode":
-            seconds -= worker.run(prompts, ones)[0]
+            seconds -= worker.run(prompts, ones).seconds
     if seconds <= 0:
         raise WorkerFailed("a call for more tokens took less time: the machine is too busy")
-    return cell.num_tokens / seconds, peak
-
-
-# -- results -------------------------------------------------------------------------------------
-
-
-def _tables(
-    options: ThroughputOptions,
-    samples: Samples,
-    failures: Mapping[str, Mapping[str, str]],
-    peaks: Mapping[str, int],
-    facts: Mapping[str, int],
-    limits: Limits,
-) -> list[Table]:
-    names = [cell.name for cell in options.cells]
-    baseline = next(iter(samples))
-    tables = [
-        Table(
-            title="Tokens a second (median)",
-            columns=["system", *names],
-            rows=[
-                [system, *(_median(cells[name]) for name in names)]
-                for system, cells in samples.items()
-            ],
-        ),
-        Table(
-            title=f"{baseline} over each (median of paired ratios)",
-            columns=["system", *names],
-            rows=[
-                [system, *(_ratio(samples[baseline][name], cells[name]) for name in names)]
-                for system, cells in samples.items()
-                if system != baseline
-            ],
-        ),
-        _memory_table(options, peaks, facts),
-        Table(
-            title="Limits of this machine, measured in this run",
-            columns=["limit", "value"],
-            rows=[
-                ["reading memory, GB/s", f"{limits.read_bytes_per_s / 1e9:.1f}"],
-                [f"matrix product in {options.dtype}, TFLOP/s", f"{limits.flops_per_s / 1e12:.2f}"],
-                [
-                    "steps a second if weights are read once",
-                    f"{limits.read_bytes_per_s / facts['weight_bytes']:.1f}",
-                ],
-            ],
-        ),
-    ]
-    failed = [
-        [name, cell, text] for name, cells in failures.items() for cell, text in cells.items()
-    ]
-    if failed:
-        tables.append(Table(title="Failed", columns=["system", "cell", "reason"], rows=failed))
-    return tables
-
-
-def _memory_table(
-    options: ThroughputOptions, peaks: Mapping[str, int], facts: Mapping[str, int]
-) -> Table:
-    held = max(cell.held_tokens for cell in options.cells) * facts["kv_bytes_per_token"]
-    needed = facts["weight_bytes"] + held
-    return Table(
-        title="Peak resident memory",
-        columns=["system", "MiB", "beyond weights and the most KV, MiB"],
-        rows=[
-            ["weights and the most KV", f"{needed / 2**20:.0f}", ""],
-            *(
-                [name, f"{peak / 2**20:.0f}", f"{(peak - needed) / 2**20:.0f}"]
-                for name, peak in peaks.items()
-            ),
-        ],
-    )
-
-
-def _median(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.1f}" if values else "failed"
-
-
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    if not theirs or len(ours) != len(theirs):
-        return ""
-    return f"{statistics.median(a / b for a, b in zip(ours, theirs, strict=True)):.2f}"
-
-
-def _plot(samples: Samples, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    cells = list(next(iter(samples.values())))
-    figure = Figure(figsize=(2.2 * len(cells), 4))
-    for index, cell in enumerate(cells):
-        axes = figure.add_subplot(1, len(cells), index + 1)
-        names = [name for name, rates in samples.items() if rates[cell]]
-        axes.bar(
-            range(len(names)),
-            [statistics.median(samples[name][cell]) for name in names],
-            color=["#0a7" if name == "vkv" else "#89a" for name in names],
-        )
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axes.set_title(cell, fontsize=9)
-        axes.tick_params(axis="y", labelsize=7)
-    figure.supylabel("tokens a second", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    return cell.num_tokens / seconds, timing

@@ -1,7 +1,8 @@
 """llama.cpp through llama-cpp-python's low-level API, in an environment of its own.
 
-Its model file is written here, from the same safetensors, with the `gguf` package. All sequences
-decode together in one batch; a prompt is cut into batches of at most 2,048 tokens.
+Its model file is written here, from the same safetensors, with the `gguf` package: in bfloat16, or
+with linear layers in Q4_0 and embeddings and output layer in Q8_0. All sequences decode together in
+one batch; a prompt is cut into batches of at most 2,048 tokens.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 from llama_cpp import llama_cpp as llama
-from protocol import Generate, expect, serve
+from protocol import System, expect, serve
 
 _NAMES = {
     "input_layernorm": "attn_norm",
@@ -29,11 +30,12 @@ _NAMES = {
 _BATCH = 2048
 
 
-def load(options: dict[str, Any]) -> Generate:
+def load(options: dict[str, Any]) -> System:
     folder = Path(options["model"])
-    path = folder / "model.gguf"
+    weights = options.get("weights", "bf16")
+    path = Path(options["scratch"]) / f"model-{weights}.gguf"
     if not path.exists():
-        write_gguf(folder, path)
+        write_gguf(folder, path, weights)
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
     if not model:
@@ -57,7 +59,7 @@ def load(options: dict[str, Any]) -> Generate:
             sequences.decode()
         expect(sum(sequences.done), sum(output_lens))
 
-    return generate
+    return System(generate, llama.llama_model_size(model))
 
 
 class _Sequences:
@@ -118,8 +120,8 @@ class _Sequences:
             llama.llama_batch_free(batch)
 
 
-def write_gguf(folder: Path, path: Path) -> None:
-    """A Llama checkpoint in bfloat16 as llama.cpp reads it; it has no vocabulary."""
+def write_gguf(folder: Path, path: Path, weights: str) -> None:
+    """A Llama checkpoint as llama.cpp reads it, in "bf16" or "q4_0"; it has no vocabulary."""
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] != "llama":
         raise RuntimeError(f"only Llama checkpoints are converted, not {config['model_type']}")
@@ -147,15 +149,30 @@ def write_gguf(folder: Path, path: Path) -> None:
             halves = halves.reshape(count, 2, head_dim // 2, -1).swapaxes(1, 2)
             halves = np.ascontiguousarray(halves.reshape(count * head_dim, -1))
         if "norm" in new:
-            writer.add_tensor(new, (halves.astype(np.uint32) << 16).view(np.float32))
-        else:
+            writer.add_tensor(new, _as_float32(halves))
+        elif weights == "bf16":
             kind = gguf.GGMLQuantizationType.BF16
             writer.add_tensor(new, halves.view(np.uint8), raw_dtype=kind)
+        else:
+            kind = _quantized_kind(new)
+            writer.add_tensor(new, gguf.quantize(_as_float32(halves), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     os.replace(path.with_suffix(".part"), path)
+
+
+def _quantized_kind(name: str) -> gguf.GGMLQuantizationType:
+    """As llama.cpp's own Q4_0 files, whose Q6_K for the largest tensors gguf cannot write."""
+    if name.startswith("blk."):
+        return gguf.GGMLQuantizationType.Q4_0
+    return gguf.GGMLQuantizationType.Q8_0
+
+
+def _as_float32(halves: np.ndarray) -> np.ndarray:
+    """bfloat16, as raw 16-bit values, in float32."""
+    return (halves.astype(np.uint32) << 16).view(np.float32)
 
 
 def _gguf_name(name: str) -> str:

@@ -7,7 +7,8 @@ own, where vkv is not installed. A worker is started as
 
 It loads its system, says {"ready": true}, and then answers each line with its result and the
 process's memory, or with the error that it met. A system that generates is asked
-{"prompts": [[token ids]], "output_lens": [n, …]} and answers with the seconds that it took.
+{"prompts": [[token ids]], "output_lens": [n, …]} and answers with the seconds that it took and the
+bytes of its weights.
 """
 
 import json
@@ -15,22 +16,30 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Generate = Callable[[Sequence[Sequence[int]], Sequence[int]], None]
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def serve(load: Callable[[dict[str, Any]], Generate]) -> None:
+class System(NamedTuple):
+    """A system that is loaded: how it generates, and the bytes of its weights if it knows."""
+
+    generate: Generate
+    weight_bytes: int | None = None
+
+
+def serve(load: Callable[[dict[str, Any]], System]) -> None:
     """Answer with the time that the system loaded by `load(options)` takes to generate."""
 
     def load_timed(options: dict[str, Any]) -> Answer:
-        generate = load(options)
+        system = load(options)
 
         def timed(request: dict[str, Any]) -> dict[str, Any]:
             start = time.perf_counter()
-            generate(request["prompts"], request["output_lens"])
-            return {"seconds": time.perf_counter() - start}
+            system.generate(request["prompts"], request["output_lens"])
+            seconds = time.perf_counter() - start
+            return {"seconds": seconds, "weight_bytes": system.weight_bytes}
 
         return timed
 

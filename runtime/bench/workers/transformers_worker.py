@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from protocol import Generate, expect, serve
+from protocol import Generate, System, expect, serve
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 
-def load(options: dict[str, Any]) -> Generate:
+def load(options: dict[str, Any]) -> System:
     torch.set_num_threads(options["threads"])
     model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=options["dtype"])
     model = model.to(options["device"]).eval()
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     if options["cache"] == "continuous":
-        return _continuous(model)
-    return _padded(model, options["cache"], options["batch"])
+        return System(_continuous(model), weight_bytes)
+    return System(_padded(model, options["cache"], options["batch"]), weight_bytes)
 
 
 def _padded(model: PreTrainedModel, cache: str, batch: int) -> Generate:

@@ -4,10 +4,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from protocol import Generate, expect, serve
+from protocol import System, expect, serve
 
 
-def load(options: dict[str, Any]) -> Generate:
+def load(options: dict[str, Any]) -> System:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     if options["device"] == "cpu":
@@ -35,7 +35,7 @@ def load(options: dict[str, Any]) -> Generate:
         outputs = llm.generate(given, params, use_tqdm=False)
         expect(sum(len(o.outputs[0].token_ids) for o in outputs), sum(output_lens))
 
-    return generate
+    return System(generate)
 
 
 if __name__ == "__main__":

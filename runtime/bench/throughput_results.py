@@ -1,0 +1,154 @@
+"""What `vkv bench throughput` measured: its tables and plot."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .checkpoints import Checkpoints, gains_table
+from .limits import Limits
+from .record import Table
+
+
+@dataclass(kw_only=True)
+class Results:
+    """What came of each system, by name.
+
+    Attributes:
+        samples: tokens a second by cell, one for each repeat.
+        failures: why a cell has none.
+        peaks: the most memory that was resident, in bytes.
+        weights: bytes of its weights as it keeps them; those of the checkpoint if it cannot say.
+    """
+
+    samples: dict[str, dict[str, list[float]]]
+    failures: dict[str, dict[str, str]]
+    peaks: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, systems: Iterable[str], cells: Iterable[str]) -> "Results":
+        """Nothing yet."""
+        names = list(cells)
+        samples = {system: {cell: [] for cell in names} for system in systems}
+        return cls(samples=samples, failures={system: {} for system in samples})
+
+    def fail(self, system: str, error: Exception) -> None:
+        """Note a system that cannot be measured at all."""
+        self.failures[system] |= {cell: str(error) for cell in self.samples[system]}
+
+
+def tables(
+    results: Results,
+    checkpoints: Checkpoints,
+    *,
+    baselines: Sequence[str],
+    held_tokens: int,
+    dtype: str,
+    limits: Limits,
+) -> list[Table]:
+    """Rates, their ratios to each of `baselines`, memory, and the machine's limits.
+
+    `held_tokens` is the most tokens whose KV is held at once.
+    """
+    names = list(next(iter(results.samples.values())))
+    found = [
+        Table(
+            title="Tokens a second (median)",
+            columns=["system", *names],
+            rows=[
+                [system, *(_median(cells[name]) for name in names)]
+                for system, cells in results.samples.items()
+            ],
+        ),
+        *(_ratio_table(results, baseline, names) for baseline in baselines),
+        _memory_table(results, held_tokens * checkpoints.kv_bytes_per_token),
+    ]
+    weights = {name: results.weights[name] for name in baselines if name in results.weights}
+    if len(weights) > 1 and baselines[0] in weights:
+        found.append(gains_table(weights, checkpoints.kv_bytes_per_token))
+    found.append(_limits_table(results, limits, dtype))
+    failed = [
+        [system, cell, text]
+        for system, cells in results.failures.items()
+        for cell, text in cells.items()
+    ]
+    if failed:
+        found.append(Table(title="Failed", columns=["system", "cell", "reason"], rows=failed))
+    return found
+
+
+def _ratio_table(results: Results, baseline: str, names: Sequence[str]) -> Table:
+    ours = results.samples[baseline]
+    return Table(
+        title=f"{baseline} over each (median of paired ratios)",
+        columns=["system", *names],
+        rows=[
+            [system, *(_ratio(ours[name], cells[name]) for name in names)]
+            for system, cells in results.samples.items()
+            if system != baseline
+        ],
+    )
+
+
+def _memory_table(results: Results, held_bytes: int) -> Table:
+    rows = [["the most KV", f"{held_bytes / 2**20:.0f}", "", ""]]
+    for name, peak in results.peaks.items():
+        weights = results.weights[name]
+        beyond = peak - weights - held_bytes
+        rows.append([name, *(f"{value / 2**20:.0f}" for value in (peak, weights, beyond))])
+    return Table(
+        title="Peak resident memory",
+        columns=["system", "MiB", "weights, MiB", "beyond weights and the most KV, MiB"],
+        rows=rows,
+    )
+
+
+def _limits_table(results: Results, limits: Limits, dtype: str) -> Table:
+    return Table(
+        title="Limits of this machine, measured in this run",
+        columns=["limit", "value"],
+        rows=[
+            ["reading memory, GB/s", f"{limits.read_bytes_per_s / 1e9:.1f}"],
+            [f"matrix product in {dtype}, TFLOP/s", f"{limits.flops_per_s / 1e12:.2f}"],
+            *(
+                [
+                    f"steps a second if the weights of {name} are read once",
+                    f"{limits.read_bytes_per_s / weights:.1f}",
+                ]
+                for name, weights in results.weights.items()
+            ),
+        ],
+    )
+
+
+def _median(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.1f}" if values else "failed"
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    if not theirs or len(ours) != len(theirs):
+        return ""
+    return f"{statistics.median(a / b for a, b in zip(ours, theirs, strict=True)):.2f}"
+
+
+def draw(samples: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
+    """A panel for each cell, a bar for each system."""
+    from matplotlib.figure import Figure
+
+    cells = list(next(iter(samples.values())))
+    figure = Figure(figsize=(2.2 * len(cells), 4))
+    for index, cell in enumerate(cells):
+        axes = figure.add_subplot(1, len(cells), index + 1)
+        names = [name for name, rates in samples.items() if rates[cell]]
+        axes.bar(
+            range(len(names)),
+            [statistics.median(samples[name][cell]) for name in names],
+            color=["#0a7" if name.startswith("vkv") else "#89a" for name in names],
+        )
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_title(cell, fontsize=9)
+        axes.tick_params(axis="y", labelsize=7)
+    figure.supylabel("tokens a second", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
