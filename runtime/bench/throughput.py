@@ -144,7 +144,8 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
     shown = tables(
         results,
         checkpoints,
-        baselines=[next(iter(workers)), *(name for name in INT4_SYSTEMS if name in workers)],
+        baseline=next(iter(workers)),
+        int4=[name for name in INT4_SYSTEMS if name in workers],
         held_tokens=max(cell.held_tokens for cell in options.cells),
         dtype=options.dtype,
         limits=limits,

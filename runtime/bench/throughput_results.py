@@ -42,14 +42,16 @@ def tables(
     results: Results,
     checkpoints: Checkpoints,
     *,
-    baselines: Sequence[str],
+    baseline: str,
+    int4: Sequence[str],
     held_tokens: int,
     dtype: str,
     limits: Limits,
 ) -> list[Table]:
-    """Rates, their ratios to each of `baselines`, memory, and the machine's limits.
+    """Rates, their ratios, memory, and the machine's limits.
 
-    `held_tokens` is the most tokens whose KV is held at once.
+    Ratios are to `baseline` and to the first of `int4`, the systems whose weights free memory that
+    `baseline` takes. `held_tokens` is the most tokens whose KV is held at once.
     """
     names = list(next(iter(results.samples.values())))
     found = [
@@ -61,11 +63,12 @@ def tables(
                 for system, cells in results.samples.items()
             ],
         ),
-        *(_ratio_table(results, baseline, names) for baseline in baselines),
+        *(_ratio_table(results, name, names) for name in (baseline, *int4[:1])),
         _memory_table(results, held_tokens * checkpoints.kv_bytes_per_token),
     ]
-    weights = {name: results.weights[name] for name in baselines if name in results.weights}
-    if len(weights) > 1 and baselines[0] in weights:
+    compared = (baseline, *int4)
+    weights = {name: results.weights[name] for name in compared if name in results.weights}
+    if len(weights) > 1 and baseline in weights:
         found.append(gains_table(weights, checkpoints.kv_bytes_per_token))
     found.append(_limits_table(results, limits, dtype))
     failed = [
