@@ -41,7 +41,7 @@ _WITHOUT_INTERFACE = {  # attention of their own: nothing is registered for this
 }
 _OTHERS = {  # a window that only the mask knows, convolutions, attention within chunks
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 13},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "lfm2": {},
     "llama4_text": {
         "num_local_experts": 2,
         "num_experts_per_tok": 1,
@@ -50,24 +50,7 @@ _OTHERS = {  # a window that only the mask knows, convolutions, attention within
     },
 }
 _RECURRENT = {  # some layers hold convolution and recurrent state, which cannot be undone
-    "bamba": {
-        "attn_layer_indices": [1],
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_d_state": 8,
-        "mamba_chunk_size": 8,
-    },
-    "qwen3_next": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
+    name: {} for name in zoo.HYBRIDS if name != "lfm2"
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     **{name: {} for name in zoo.ARCHITECTURES},
@@ -277,11 +260,12 @@ def _layer(arena: Arena, window: int | None, max_len: int) -> VirtualLayer:
 
 
 def _assert_lean(arena: Arena, layer: VirtualLayer, window: int | None) -> None:
-    """At most 17/16 of what the tokens take, and a page each for keys and values."""
+    """At most 17/16 of what the tokens take, or 32 tokens more, and a page each for both."""
     if layer.keys is None or window is not None:
         return  # rows behind a window go with the next update
     token_bytes = (layer.keys[:, :, :1].numel() + layer.values[:, :, :1].numel()) * 4
-    assert arena.physical_bytes <= token_bytes * layer.get_seq_length() * 17 / 16 + 2 * PAGE
+    tokens = layer.get_seq_length()
+    assert arena.physical_bytes <= token_bytes * max(tokens * 17 / 16, tokens + 32) + 2 * PAGE
 
 
 # -- memory ----------------------------------------------------------------------------------
@@ -355,15 +339,19 @@ def test_reset_gives_everything_back_and_the_cache_works_on(llama) -> None:
     assert torch.equal(generate(llama, prompts(2), cache), first)
 
 
-def test_growing_neither_moves_nor_copies() -> None:
+def test_growing_seldom_copies() -> None:
     arena = Arena(PAGE)
     layer = VirtualLayer(arena, 4000)
     layer.update(states(5), states(5))
     address, written = layer.keys.data_ptr(), layer.keys.clone()
+    widths = set()
     for _ in range(300):
         keys, _ = layer.update(states(7), states(7))
         assert keys.data_ptr() == layer.keys.data_ptr() == address
+        assert keys.stride()[2:] == (8, 1)  # the tokens of a head lie side by side
+        widths.add(keys.stride(1))
         _assert_lean(arena, layer, None)
+    assert len(widths) < 80
     assert torch.equal(layer.keys[:, :, :5], written)
     assert arena.physical_bytes >= 2105 * 256 * 2
 
@@ -372,8 +360,24 @@ def test_long_rows_take_few_calls_and_mappings(drivers) -> None:
     layer = VirtualLayer(Arena(PAGE), 20_000)
     for _ in range(1250):
         layer.update(states(16), states(16))  # a page each for keys and values
-    assert drivers[0].counters["map"] < 250
-    assert drivers[0].num_mappings < 250
+    assert drivers[0].counters["map"] < 320
+    assert drivers[0].num_mappings < 320
+
+
+@pytest.mark.parametrize("portion", [64, 1000, 4 << 20])
+@pytest.mark.parametrize("window", [None, 30])
+def test_lines_are_moved_in_portions_of_any_size(
+    window: int | None, portion: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(virtual_rows, "_COPY_BYTES", portion)
+    layer = _layer(Arena(PAGE), window, 3000)
+    stock = DynamicSlidingWindowLayer(window) if window else DynamicLayer()
+    for num_tokens in (50, 3, 200, 1, 1, 90, 1, 300):
+        _update_both(layer, stock, 2, num_tokens)
+        if window is None:
+            layer.crop(-40)
+            stock.crop(-40)
+        assert_same(layer, stock)
 
 
 def test_pages_behind_a_window_go_back() -> None:
@@ -438,6 +442,16 @@ def test_a_copy_is_complete_and_apart(llama) -> None:
     del cache
     gc.collect()
     assert not twin.layers[0].keys.any()
+
+
+def test_a_copy_of_a_hybrid_has_a_state_of_its_own() -> None:
+    model = model_of("falcon_h1")
+    cache = virtual(model)
+    said = generate(model, prompts(2), cache)
+    twin = copy.deepcopy(cache)
+    said = torch.cat([said, torch.tensor(zoo.random_prompts([5, 5]))], dim=1)
+    expected = generate(model, said, cache)
+    assert torch.equal(generate(model, said, twin), expected)
 
 
 def test_a_tensor_can_be_saved_whole() -> None:
