@@ -41,22 +41,23 @@ class VirtualCache(DynamicCache):
     """Keys and values for `model.generate(past_key_values=…)`, grown in place page by page.
 
     Nothing is reserved before the first token and nothing is copied when a sequence grows. Memory
-    is at most 17/16 of what the tokens take and two pages a layer. A layer with a sliding window
-    gives back the pages behind it with the next token, and takes up to four pages more than what
-    its window holds. Growing attention layers are virtual; a layer of any other kind (recurrent
-    or convolution state, an indexer) is the one that `DynamicCache` would use.
+    is at most 65/64 of what the tokens take, and two pages for every head of each sequence (on a
+    GPU: two for all of them). A layer with a sliding window gives back the pages behind it with
+    the next token. Growing attention layers are virtual; a layer of any other kind (recurrent or
+    convolution state alone, an indexer) is the one that `DynamicCache` would use.
 
     Memory is returned when the cache and every tensor taken from it are gone. A tensor taken from
-    it is good until the cache is next written to, cropped or reordered: `clone` it to keep it. A
-    reorder of beams works in place; where the batch changes its size, one layer exists twice for
-    a moment. `copy.deepcopy` gives a cache apart, with memory of its own. For inference: no
-    gradient flows through it.
+    it is good until the cache is next written to, cropped or reordered: `clone` it to keep it, or
+    to save it, since its storage spans the addresses of `max_len` tokens. A reorder of beams works
+    in place; where the batch changes its size, one layer exists twice for a moment.
+    `copy.deepcopy` gives a cache apart, with memory of its own. For inference: no gradient flows
+    through it.
 
     Args:
         config: of the model, `model.config`.
         max_len: the most tokens of a sequence, prompt and output; None for what the model was
             made for (`max_position_embeddings`). Costs addresses, not memory.
-        page_bytes: size of a physical page; None for 64 KiB on a CPU, and a GPU's own size.
+        page_bytes: size of a physical page; None for 16 KiB on a CPU, and a GPU's own size.
 
     Raises InvalidConfig for a `max_len` that is no positive integer, or missing where the config
     names none. Going beyond `max_len` raises RequestTooLong from the model's forward, and memory
@@ -282,7 +283,9 @@ class VirtualHybridLayer(LinearAttentionLayer, VirtualLayer):
             setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
         return clone
 
-    def lazy_initialization(self, *states: torch.Tensor, **named: Any) -> None:
+    def lazy_initialization(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *states: torch.Tensor, **named: Any
+    ) -> None:
         """Of keys and values, which come by place, or of a state, which comes by name."""
         if states:
             VirtualLayer.lazy_initialization(self, *states)
