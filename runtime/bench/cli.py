@@ -202,6 +202,55 @@ def attention(
 
 
 @bench.command()
+def cache(
+    shape: Shape = "llama-455m",
+    dtype: Dtype = "bfloat16",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of every process. Default: the usable cores.")
+    ] = None,
+    problems: Annotated[
+        str, typer.Option(help="Batch x tokens of context, with commas.")
+    ] = "1x1024,1x4096,1x16384,8x1024",
+    kinds: Annotated[
+        str, typer.Option(help="Which caches to compare, separated by commas.")
+    ] = "virtual,dynamic,static",
+    steps: Annotated[int, typer.Option(help="Tokens to decode and time.", min=1)] = 24,
+    max_prefill: Annotated[
+        int, typer.Option(help="Prompts up to so many tokens go through the model, too.")
+    ] = 1024,
+    repeats: Annotated[int, typer.Option(help="Repeats, each in fresh processes.", min=1)] = 3,
+    seed: Seed = 0,
+    out: Out = _OUT,
+) -> None:
+    """VirtualCache against transformers' DynamicCache and StaticCache, under model.generate.
+
+    On the CPU: time of a decoded token and of a prompt, and peak memory beyond the model's. The
+    context is filled with random keys and values; the caches take turns in fresh processes.
+    """
+    from ..models import parse_dtype
+    from .cache import CacheOptions, run
+
+    parse_dtype(dtype)
+    pairs = [_numbers("problems", item.replace("x", ","), int) for item in _items(problems)]
+    if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+        raise typer.BadParameter(f"--problems {problems!r}: write BATCHxCONTEXT, such as 1x4096")
+    given: dict[str, Any] = {} if threads is None else {"threads": threads}
+    options = CacheOptions(
+        shape=shape,
+        dtype=dtype,
+        problems=tuple((batch, context) for batch, context in pairs),
+        kinds=tuple(_items(kinds)),
+        steps=steps,
+        max_prefill=max_prefill,
+        repeats=repeats,
+        seed=seed,
+        **given,
+    )
+    path, tables = run(options, out, _command_line())
+    _show(path, tables)
+
+
+@bench.command()
 def vmm(
     device: Device = "auto",
     pages: Annotated[
