@@ -193,6 +193,7 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
     workers = _commands(options)
     dtype = getattr(torch, options.dtype)
     limits = measure_limits(options.device, dtype)
+    import_bytes = _import_bytes()
     console = Console(stderr=True)
     samples: Samples = {name: {cell.name: [] for cell in options.cells} for name in workers}
     failures: dict[str, dict[str, str]] = {name: {} for name in workers}
@@ -204,6 +205,7 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
             with _started(workers, options, model_folder, failures) as running:
                 _one_repeat(running, options, facts, samples, failures, peaks, console)
     name = options.shape if options.model is None else Path(options.model).name
+    facts["import_bytes"] = import_bytes
     tables = _tables(options, samples, failures, peaks, facts, limits)
     path = write_record(
         folder,
@@ -222,6 +224,15 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
     )
     _plot(samples, path.with_suffix(".png"))
     return path, tables
+
+
+def _import_bytes() -> int:
+    """Peak resident bytes of a process that loads vkv, PyTorch and transformers, and no model."""
+    program = "import vkv; vkv.LLM; from protocol import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=_WORKERS, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
 
 
 # -- running -------------------------------------------------------------------------------------
@@ -403,15 +414,26 @@ def _memory_table(
 ) -> Table:
     held = max(cell.held_tokens for cell in options.cells) * facts["kv_bytes_per_token"]
     needed = facts["weight_bytes"] + held
+    constant = facts["import_bytes"]
+
+    def row(name: str, peak: int) -> list[str]:
+        over = peak - needed - constant
+        mebibytes = (f"{number / 2**20:.0f}" for number in (peak, peak - needed, over))
+        return [name, *mebibytes, f"{over / needed:+.0%}"]
+
     return Table(
         title="Peak resident memory",
-        columns=["system", "MiB", "beyond weights and the most KV, MiB"],
+        columns=[
+            "system",
+            "MiB",
+            "beyond weights and the most KV, MiB",
+            "beyond those and the imports, MiB",
+            "of weights and the most KV",
+        ],
         rows=[
-            ["weights and the most KV", f"{needed / 2**20:.0f}", ""],
-            *(
-                [name, f"{peak / 2**20:.0f}", f"{(peak - needed) / 2**20:.0f}"]
-                for name, peak in peaks.items()
-            ),
+            ["weights and the most KV", f"{needed / 2**20:.0f}", "", "", ""],
+            ["a process that only imports vkv", f"{constant / 2**20:.0f}", "", "", ""],
+            *(row(name, peak) for name, peak in peaks.items()),
         ],
     )
 
