@@ -86,6 +86,9 @@ class Capabilities:
         over_read_tokens: rows are loaded in tiles of this many tokens, so that up to
             `ceil(len / tile) * tile` rows must be backed and finite. 1: never reads past the
             length.
+        graphs: a batch of decodes can be recorded as a CUDA graph and replayed with other numbers
+            in its tensors: of the batch, `forward` uses the tensors, and `max_seqlen_q` and
+            `max_seqlen_k` as upper bounds, and nothing else.
     """
 
     devices: frozenset[str]
@@ -101,6 +104,7 @@ class Capabilities:
     paged: bool = False
     block_multiple: int = 1
     over_read_tokens: int = 1
+    graphs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

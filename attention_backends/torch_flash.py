@@ -37,6 +37,7 @@ class TorchFlashBackend(AttentionBackend):
         head_dim_multiple=8,
         unequal_head_dims=False,
         softcap=False,
+        graphs=True,
     )
 
     def __init__(self) -> None:

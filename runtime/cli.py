@@ -117,11 +117,15 @@ def generate(
 
 
 @app.command()
-def info() -> None:
-    """What this machine offers: drivers, attention backends, limits."""
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint folder or hub id: what is chosen for it.")
+    ] = None,
+) -> None:
+    """What this machine offers: drivers, attention backends, limits; or what a model gets."""
     from .info import show_info
 
-    show_info()
+    show_info(model)
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ from vkv.vmem import CudaDriver, HostDriver, VmemDriver
 if TYPE_CHECKING:
     from vkv import LLM
 
+pytest_plugins = ("flash_standin",)
+
 # Times vary on shared machines, and no test here asserts one.
 settings.register_profile("vkv", deadline=None)
 settings.load_profile("vkv")

@@ -1,15 +1,19 @@
 """`vkv bench attention`: that all contestants solve the same problem, and what is counted."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from vkv.attention_backends.native import NativeBackend
 from vkv.attention_backends.paged_sdpa import PagedSdpaBackend
 from vkv.attention_backends.sdpa import SdpaBackend
+from vkv.runtime.bench import attention
 from vkv.runtime.bench.attention import AttentionOptions, run
 from vkv.runtime.bench.attention_shapes import Shape, default_shapes, shapes_of_heads
+from vkv.runtime.bench.peer import WORKERS
 from vkv.vmem.errors import InvalidConfig
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
@@ -49,6 +53,54 @@ def test_a_contestant_that_computes_something_else_is_found(
     monkeypatch.setattr(SdpaBackend, "forward", forward)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         run(AttentionOptions(shapes=SHAPES[:1], repeats=1), tmp_path, "x")
+
+
+_PEER = """
+import sys
+sys.path.insert(0, {workers!r})
+from protocol import answer_all
+
+
+def load(options):
+    assert options == {{"threads": 2, "dtype": "bfloat16"}}
+
+    def answer(request):
+        if "shape" in request:
+            assert request["layers"] > 0
+            return {{}}
+        return {{"seconds": 0.5, "result": [{value}] * 2 if request.get("result") else []}}
+
+    return answer
+
+
+answer_all(load)
+"""
+
+
+@pytest.mark.parametrize("value", [0.0, 99.0], ids=["agrees", "differs"])
+def test_a_peer_takes_its_turns_and_must_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def of_zeros(*args: object, out: torch.Tensor, **_: object) -> torch.Tensor:
+        return out.zero_()
+
+    for backend in (SdpaBackend, NativeBackend, PagedSdpaBackend):
+        monkeypatch.setattr(backend, "forward", of_zeros)
+    script = tmp_path / "peer.py"
+    script.write_text(_PEER.format(workers=str(WORKERS), value=value))
+    monkeypatch.setitem(attention.PEERS, "vllm", str(script))
+    peers = {"vllm": sys.executable}
+    options = AttentionOptions(
+        shapes=SHAPES[:1], repeats=2, max_bytes=1 << 16, threads=2, peers=peers
+    )
+    if value:
+        with pytest.raises(AssertionError, match="not close"):
+            run(options, tmp_path, "x")
+        return
+    path, (table,) = run(options, tmp_path, "x")
+    (cell,) = json.loads(path.read_text())["results"]["cells"]
+    assert cell["layer_s"]["vllm, its kernel"] == [0.5 / cell["layers"]] * 2
+    assert table.columns[-1] == "vllm, its kernel: times as long"
 
 
 def test_what_is_counted() -> None:

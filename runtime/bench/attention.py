@@ -12,9 +12,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,8 +40,10 @@ from ...vmem import open_driver
 from ..progress import counted
 from .attention_shapes import Shape
 from .limits import Limits, measure_limits
+from .peer import WORKERS, Worker, interpreter_of
 from .record import Table, require_matplotlib, write_record
 
+PEERS: Mapping[str, str] = {"vllm": "vllm_attention_worker.py"}
 _MAX_LAYERS = 24
 _MIN_LAYERS = 4  # where they fit; fewer would not show what interleaving layers costs
 _ENOUGH_BYTES = {"cpu": 1 << 40, "cuda": 1 << 30}  # far beyond a GPU's caches
@@ -61,6 +64,8 @@ class AttentionOptions:
         contiguous: backends over slots; the first is run in every layout.
         paged: backends over the paged cache.
         max_bytes: keys and values of one cache; larger problems are left out.
+        threads: of peers, which should be as many as PyTorch has here.
+        peers: other systems' kernels, each in its own interpreter.
         label: a word for the record's name.
     """
 
@@ -71,6 +76,8 @@ class AttentionOptions:
     paged: tuple[str, ...] = ("auto",)
     repeats: int = 7
     max_bytes: int = 128 << 20
+    threads: int = field(default_factory=torch.get_num_threads)
+    peers: Mapping[str, str] = field(default_factory=dict)  # name to interpreter
     label: str = ""
     seed: int = 0
 
@@ -88,15 +95,20 @@ class Contestant:
 def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
     require_matplotlib()
-    limits = measure_limits(options.device, options.dtype)
+    commands = {
+        f"{name}, its kernel": [interpreter_of(name, path, PEERS), str(WORKERS / PEERS[name])]
+        for name, path in options.peers.items()
+    }
+    before = measure_limits(options.device, options.dtype)
     fitting = [s for s in options.shapes if s.kv_bytes(options.dtype) <= options.max_bytes]
     results: list[dict[str, Any]] = []
-    with counted("attention", len(fitting)) as advance:
+    with _started(commands, options) as peers, counted("attention", len(fitting)) as advance:
         for shape in fitting:
-            results.append(_cell(shape, options))
+            results.append(_cell(shape, options, peers))
             if options.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the paged cache had, slots may have now
             advance()
+    limits = before.joined(measure_limits(options.device, options.dtype))
     tables = [_table(results, options.dtype, limits)]
     config = asdict(options) | {"dtype": str(options.dtype), "device": str(options.device)}
     path = write_record(
@@ -119,11 +131,11 @@ def _num_layers(kv_bytes: int, options: AttentionOptions) -> int:
     return int(min(_MAX_LAYERS, enough, options.max_bytes // kv_bytes))
 
 
-def _cell(shape: Shape, options: AttentionOptions) -> dict[str, Any]:
+def _cell(shape: Shape, options: AttentionOptions, peers: Mapping[str, Worker]) -> dict[str, Any]:
     """One problem: what each contestant took."""
     layers = _num_layers(shape.kv_bytes(options.dtype), options)
     with _contestants(shape, layers, options) as contestants:
-        seconds = _measure(contestants, shape, layers, options)
+        seconds = _measure(contestants, shape, layers, options, peers)
     return {"shape": asdict(shape), "layers": layers, "layer_s": seconds}
 
 
@@ -232,8 +244,27 @@ def _filled(
 # -- measuring -------------------------------------------------------------------------------
 
 
+@contextmanager
+def _started(
+    commands: Mapping[str, Sequence[str]], options: AttentionOptions
+) -> Iterator[dict[str, Worker]]:
+    """The peers' processes. Raises WorkerFailed if one does not load."""
+    own = {"threads": options.threads, "dtype": str(options.dtype).removeprefix("torch.")}
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="vkv-bench-")))
+        peers: dict[str, Worker] = {}
+        for index, (name, command) in enumerate(commands.items()):
+            peers[name] = Worker(command, own, scratch / f"{index}.log")
+            stack.callback(peers[name].close)
+        yield peers
+
+
 def _measure(
-    contestants: Sequence[Contestant], shape: Shape, layers: int, options: AttentionOptions
+    contestants: Sequence[Contestant],
+    shape: Shape,
+    layers: int,
+    options: AttentionOptions,
+    peers: Mapping[str, Worker],
 ) -> dict[str, list[float]]:
     """Seconds a layer of each contestant, one figure a pass; all must agree on the result."""
     generator = torch.Generator().manual_seed(options.seed + 1)
@@ -248,6 +279,12 @@ def _measure(
         )
     clock = _host_clock if options.device.type == "cpu" else _graph_clock
     clocks = {c.name: clock(partial(_pass, c, query, layer, layers)) for c in contestants}
+    for name, peer in peers.items():
+        peer.ask({"shape": asdict(shape), "layers": layers, "seed": options.seed})
+        shown = torch.tensor(peer.ask({"pass": True, "result": True})["result"])
+        flat = expected.flatten()[: len(shown)].float()
+        torch.testing.assert_close(shown, flat, atol=3e-2, rtol=3e-2)
+        clocks[name] = partial(_peer_clock, peer)
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
     for _ in range(options.repeats):
         for name, measured in clocks.items():
@@ -264,6 +301,10 @@ def _host_clock(run: Callable[[], object]) -> Callable[[], float]:
         return time.perf_counter() - start
 
     return measured
+
+
+def _peer_clock(peer: Worker) -> float:
+    return peer.ask({"pass": True})["seconds"]
 
 
 def _graph_clock(run: Callable[[], object]) -> Callable[[], float]:

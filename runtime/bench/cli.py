@@ -22,6 +22,14 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MaxSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
 Seed = Annotated[int, typer.Option(help="Of lengths, prompts and weights.")]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peer",
+        help="NAME=PYTHON: vllm (or, of whole systems, llama-cpp), and an interpreter that has it. "
+        "Repeatable.",
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Folder for record, table and plot.")]
 _OUT = Path("benchmarks")
 
@@ -96,12 +104,7 @@ def throughput(
     systems: Annotated[
         str, typer.Option(help="Which systems to compare, separated by commas.")
     ] = "vkv,vkv-paged,transformers,transformers-static,transformers-continuous",
-    peer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=PYTHON: vllm or llama-cpp, and an interpreter that has it. Repeatable."
-        ),
-    ] = None,
+    peer: Peers = None,
     cells: Annotated[
         str, typer.Option(help="What to time, separated by commas.")
     ] = "prefill-1,prefill-8,decode-1,decode-8,decode-32,ragged",
@@ -127,14 +130,6 @@ def throughput(
     if unknown := [name for name in named if name not in CELLS]:
         raise typer.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(CELLS)}")
     parse_dtype(dtype)
-    peers: dict[str, str] = {}
-    for text in peer or []:
-        name, separator, interpreter = text.partition("=")
-        if not separator:
-            raise typer.BadParameter(
-                f"{text!r}: write NAME=PYTHON, such as vllm=/opt/vllm/bin/python"
-            )
-        peers[name] = interpreter
     given: dict[str, Any] = {} if threads is None else {"threads": threads}
     options = ThroughputOptions(
         shape=shape,
@@ -142,7 +137,7 @@ def throughput(
         dtype=dtype,
         device=resolve_device(device),
         systems=tuple(name.strip() for name in systems.split(",") if name.strip()),
-        peers=peers,
+        peers=_interpreters(peer),
         cells=tuple(CELLS[name] for name in named),
         repeats=repeats,
         batch=batch,
@@ -178,6 +173,7 @@ def attention(
     max_memory: Annotated[
         str, typer.Option(help="Keys and values of one cache; larger problems are left out.")
     ] = "128MiB",
+    peer: Peers = None,
     label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
     seed: Seed = 0,
     out: Out = _OUT,
@@ -185,7 +181,8 @@ def attention(
     """Contiguous against paged attention, the kernels alone, on mapped virtual memory.
 
     Decodes and prompt chunks over slots in several layouts and over shuffled blocks that hold the
-    same numbers, in turns, beside the machine's memory bandwidth and matrix rate.
+    same numbers, in turns, beside the machine's memory bandwidth and matrix rate; on a CPU, vLLM's
+    paged kernel too, where `--peer` names an interpreter that has it.
     """
     import torch
 
@@ -206,6 +203,7 @@ def attention(
         paged=tuple(_items(paged)),
         repeats=repeats,
         max_bytes=parse_bytes(max_memory),
+        peers=_interpreters(peer),
         label=label,
         seed=seed,
     )
@@ -333,6 +331,19 @@ def report(
 def _items(listed: str) -> list[str]:
     """What a list with commas names."""
     return [item.strip() for item in listed.split(",") if item.strip()]
+
+
+def _interpreters(given: list[str] | None) -> dict[str, str]:
+    """Interpreters by the names of peers."""
+    peers: dict[str, str] = {}
+    for text in given or []:
+        name, separator, interpreter = text.partition("=")
+        if not separator:
+            raise typer.BadParameter(
+                f"{text!r}: write NAME=PYTHON, such as vllm=/opt/vllm/bin/python"
+            )
+        peers[name] = interpreter
+    return peers
 
 
 def _numbers(name: str, listed: str, kind: Callable[[str], _Number]) -> list[_Number]:
