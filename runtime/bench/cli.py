@@ -368,7 +368,7 @@ def _show(path: Path, tables: list[Any]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
-    limits = Limits(**json.loads(path.read_text())["limits"])
+    limits = Limits.from_record(json.loads(path.read_text())["limits"])
     console.print(str(limits), style="dim")
     console.print(f"record: {path}", style="dim", soft_wrap=True)
 

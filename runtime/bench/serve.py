@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ...vmem.errors import InvalidConfig
 from ..llm import LLM
 from ..progress import counted
-from .limits import measure_limits
+from .limits import LimitsProbe
 from .load import Trace, drive, gamma_arrivals
 from .record import Table, require_matplotlib, write_record
 from .serve_metrics import Targets, fastgen_metrics, vllm_metrics
@@ -117,8 +117,10 @@ def run(options: ServeOptions, folder: Path, command: str) -> tuple[Path, list[T
     loads = _loads(options)
     plan = list(itertools.product(works, loads, options.policies, options.budgets or (None,)))
     cells: list[Cell] = []
+    probe = LimitsProbe(options.device, options.dtype)
     with counted("requests", len(plan) * options.num_requests) as advance:
         for workload, load, policy, budget in plan:
+            probe.measure()
             trace, more = _serve(
                 model, works[workload], loads[load], options, policy, budget, advance
             )
@@ -127,6 +129,7 @@ def run(options: ServeOptions, folder: Path, command: str) -> tuple[Path, list[T
             cells.append(
                 Cell(workload, load, policy, int(more["max_batch_tokens"]), trace, metrics)
             )
+    probe.measure()
     tables = _tables(cells, options)
     path = write_record(
         folder,
@@ -135,7 +138,7 @@ def run(options: ServeOptions, folder: Path, command: str) -> tuple[Path, list[T
         config=asdict(options),
         results={"runs": [_as_record(cell) for cell in cells]},
         tables=tables,
-        limits=measure_limits(options.device, options.dtype),
+        limits=probe.limits(),
         command=command,
     )
     _plot(cells, path.with_suffix(".png"))
