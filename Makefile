@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TRITON := $(VENV)/.triton
 
 .PHONY: help install chat test lint wheel-test gpu-kit gpu-check clean
 
@@ -19,10 +20,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# A gigabyte that only tests want, to interpret kernels; PyTorch for CUDA has brought it already.
+# No version is pinned, since that PyTorch names its own.
+$(TRITON): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'triton>=3.5,<4'
+	@touch $@
+
 chat: $(INSTALLED) ## Chat with the built-in tiny model, on the CPU
 	@$(BIN)/vkv chat --device cpu $(ARGS)
 
-test: $(INSTALLED) ## Run the test suite; ARGS goes to pytest
+test: $(TRITON) ## Run the test suite; ARGS goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(INSTALLED) ## Lint, check the format and the types

@@ -87,8 +87,8 @@ class Capabilities:
             `ceil(len / tile) * tile` rows must be backed and finite. 1: never reads past the
             length.
         graphs: a batch of decodes can be recorded as a CUDA graph and replayed with other numbers
-            in its tensors: of the batch, `forward` uses the tensors, and `max_seqlen_q` and
-            `max_seqlen_k` as upper bounds, and nothing else.
+            in its tensors: of the batch, `store` and `forward` use the tensors, and `max_seqlen_q`
+            and `max_seqlen_k` as upper bounds, and nothing else.
     """
 
     devices: frozenset[str]

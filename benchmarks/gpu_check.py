@@ -37,7 +37,8 @@ class Step:
     """One thing to run.
 
     Attributes:
-        command: arguments of Python; RECORDS stands for the folder of records.
+        command: arguments of Python; RECORDS stands for the folder of records, which is also
+            where all but tests run.
         limit_s: the most it may take.
         least_s: time below which it is not worth starting.
         is_test: whether it is a run of pytest, whose failures are looked into.
@@ -73,6 +74,7 @@ def main() -> int:
             continue
         check.run(step)
     check.summarise()
+    shutil.rmtree(check.site)
     return any(outcome.status in ("failed", "timed out") for outcome in check.outcomes)
 
 
@@ -129,7 +131,7 @@ if device.type == "cuda":
     facts["free_and_total_bytes"] = torch.cuda.mem_get_info()
 with open_driver(device) as driver:
     facts["driver"] = {"page_bytes": driver.page_bytes, "granularity": driver.granularity}
-with open("RECORDS/facts.json", "w") as file:
+with open("facts.json", "w") as file:
     json.dump(facts, file, indent=1)
 """
 
@@ -186,7 +188,7 @@ def _bench(
     least_s: float = 20.0,
     command: str | None = None,
 ) -> Step:
-    words = ("bench", command or name, "--device", device, "--out", "RECORDS", *arguments.split())
+    words = ("bench", command or name, "--device", device, "--out", ".", *arguments.split())
     entry = "import sys; from vkv.runtime.cli import main; sys.argv[0] = 'vkv'; main()"
     return Step(f"bench {name}", ("-c", entry, *words), limit_s, least_s)
 
@@ -285,25 +287,20 @@ class Check:
             self._note(step.name, "skipped", time.monotonic(), "no time left")
             return
         start = time.monotonic()
-        status, detail = self._execute(step.name, step.command, min(step.limit_s, self.left_s))
-        if step.is_test:
-            counts, failed = self._read_report(step)
-            detail = f"{counts} {detail}".strip()
-            self._note(step.name, status, start, detail)
-            if status == "failed":
-                self._look_into(failed)
-        else:
-            self._note(step.name, status, start, detail)
+        status, detail = self._execute(step, min(step.limit_s, self.left_s))
+        counts, failed = self._read_report(step)
+        self._note(step.name, status, start, f"{counts} {detail}".strip())
+        self._look_into(failed)
 
-    def _execute(self, name: str, command: Sequence[str], limit_s: float) -> tuple[str, str]:
+    def _execute(self, step: Step, limit_s: float) -> tuple[str, str]:
         """Run a step in a process group of its own; its status, and the end of a failure's log."""
-        log = self.records / f"{_slug(name)}.log"
-        words = [word.replace("RECORDS", str(self.records)) for word in command]
-        print(f"[{time.monotonic() - self.started:5.0f} s] {name}", flush=True)
+        log = self.records / f"{_slug(step.name)}.log"
+        words = [word.replace("RECORDS", str(self.records)) for word in step.command]
+        print(f"[{time.monotonic() - self.started:5.0f} s] {step.name}", flush=True)
         with log.open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, *words],
-                cwd=ROOT,
+                cwd=ROOT if step.is_test else self.records,
                 env=self.environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -321,7 +318,7 @@ class Check:
         """Counts in words, and the names of the tests that failed."""
         path = self.records / f"{step.name.replace(' ', '-')}.xml"
         if not path.exists():
-            return "no report;", []
+            return "", []
         failed, skipped, cases = [], 0, list(ElementTree.parse(path).iter("testcase"))
         for case in cases:
             if case.find("failure") is not None or case.find("error") is not None:
@@ -334,7 +331,8 @@ class Check:
         """Run failed tests again, alone: one illegal access fails every test after it."""
         for name in failed[:6]:
             options = ("-q", "-x", "-W", "default", "-p", "no:cacheprovider")
-            self.run(Step(f"alone: {name}", ("-m", "pytest", *options, name), 60))
+            command = ("-m", "pytest", *options, name)
+            self.run(Step(f"alone: {name}", command, 60, is_test=True))
 
     # -- telling --
 

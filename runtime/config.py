@@ -50,6 +50,7 @@ class EngineConfig:
         prefix_reuse: begin a request with rows computed for the same tokens before.
         pack_weights: lay linear weights out anew for the CPU's kernels; None does so for models
             that vkv loaded itself, and leaves one that it was given as it is.
+        lm_head_bits: 4 or 8 to quantise the output layer at load; None leaves it as it is.
         sanitize: "zero" clears recycled memory before another request may see it.
         cuda_graphs: record decode steps and replay them (`graphs`); None does so on a GPU where the
             attention backend and the model can be recorded. True on a CPU runs the same code
@@ -75,6 +76,7 @@ class EngineConfig:
     look_ahead_tokens: int = 16
     prefix_reuse: bool = True
     pack_weights: bool | None = None
+    lm_head_bits: int | None = None
     sanitize: Sanitize = "never"
     cuda_graphs: bool | None = None
     overlap: bool | None = None
@@ -106,6 +108,8 @@ class EngineConfig:
         for name in ("pack_weights", "cuda_graphs", "overlap"):
             if getattr(self, name) not in (None, True, False):
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use None, True or False")
+        if self.lm_head_bits not in (None, 4, 8):
+            raise InvalidConfig(f"lm_head_bits is {self.lm_head_bits!r}; use None, 4 or 8")
         if self.kv not in ("virtual", "paged"):
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
         if self.policy not in ("splitfuse", "prefill_first"):

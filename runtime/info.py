@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..attention_backends import AttentionNeeds, describe_backends, explain_choice
+from ..quant import Int4Weight
+from ..quant.kernels import MANY_ROWS, choose_kernel, kernel_class, kernel_names
 from ..vmem import VmemDriver, open_driver
 from ..vmem.errors import VkvError
 from .bench.record import hardware, versions
@@ -26,7 +29,8 @@ _KINDS = (
 
 
 def show_info(model: str | None = None) -> None:
-    """Print versions, drivers with their limits, attention backends and what is chosen when.
+    """Print versions, drivers with their limits, attention backends, what is chosen when, and int4
+    kernels.
 
     With a `model` (as of `LLM`), what is chosen for it instead, and why.
     """
@@ -39,6 +43,7 @@ def show_info(model: str | None = None) -> None:
     console.print(_drivers())
     console.print(_backends())
     console.print(_choices())
+    console.print(_int4_kernels())
 
 
 def _machine() -> Table:
@@ -99,6 +104,38 @@ def _backends() -> Table:
             "yes" if backend["available"] else f"no: {backend['reason']}",
         )
     return table
+
+
+def _int4_kernels() -> Table:
+    table = Table(title="Kernels for 4-bit weights, in order of preference")
+    for column in ("name", "chosen for (groups of 128)", "here"):
+        table.add_column(column)
+    chosen = _int4_choices()
+    for name in kernel_names():
+        why = kernel_class(name).unavailable_reason()
+        table.add_row(
+            name, "; ".join(chosen.get(name, [])) or "-", escape(f"no: {why}") if why else "yes"
+        )
+    return table
+
+
+def _int4_choices() -> dict[str, list[str]]:
+    """For each kernel, the devices, types and numbers of rows that it is chosen for."""
+    codes, scales = torch.zeros(64, 256, dtype=torch.uint8), torch.zeros(64, 2)
+    weight = Int4Weight.from_codes(codes, scales, None)
+    chosen: dict[str, list[str]] = {}
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in map(torch.device, devices):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            rows: dict[str, list[int]] = {}
+            for num_rows in range(1, MANY_ROWS + 1):
+                name = choose_kernel(weight, device, dtype, num_rows).name
+                rows.setdefault(name, []).append(num_rows)
+            for name, taken in rows.items():
+                last = f"to {taken[-1]}" if taken[-1] < MANY_ROWS else "and more"
+                kind = str(dtype).removeprefix("torch.")
+                chosen.setdefault(name, []).append(f"{device.type} {kind}, {taken[0]} {last} rows")
+    return chosen
 
 
 def _choices() -> Table:

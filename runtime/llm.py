@@ -84,6 +84,7 @@ class LLM:
             device=resolve_device(device),
             dtype=dtype,
             pack_weights=self.config.pack_weights,
+            lm_head_bits=self.config.lm_head_bits,
         )
         self._built = build_engine(self._loaded, self.config)
         self._engine = self._built.engine

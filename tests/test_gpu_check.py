@@ -35,7 +35,7 @@ def test_a_failing_step_stops_no_other(gpu_check: ModuleType, tmp_path: Path) ->
     check = make_check(gpu_check, tmp_path)
     check.run(gpu_check.Step("bad", ("-c", "print('why'); raise SystemExit(3)"), 20))
     check.run(gpu_check.Step("slow", ("-c", "import time; time.sleep(60)"), 0.5))
-    check.run(gpu_check.Step("good", ("-c", "open('RECORDS/x.json', 'w').write('{}')"), 20))
+    check.run(gpu_check.Step("good", ("-c", "open('x.json', 'w').write('{}')"), 20))
     check.run(gpu_check.Step("late", ("-c", ""), 20, least_s=200))
     steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
     assert [step["status"] for step in steps] == ["failed", "timed out", "passed", "skipped"]

@@ -212,6 +212,58 @@ def attention(
 
 
 @bench.command()
+def linear(
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    layers: Annotated[
+        str, typer.Option(help="Whose layers: llama-455m, llama3-8b, llama2-70b/8; with commas.")
+    ] = "llama-455m,llama3-8b,llama2-70b/8",
+    rows: Annotated[str, typer.Option(help="Rows of a product, with commas.")] = (
+        "1,2,4,8,16,32,64,128,256"
+    ),
+    kernels: Annotated[
+        str,
+        typer.Option(help="Int4 kernels, with commas: auto, their names, or all for every one."),
+    ] = "auto",
+    group: Annotated[int, typer.Option(help="Columns that share a scale.", min=8)] = 128,
+    repeats: Annotated[int, typer.Option(help="Passes of each contestant.", min=1)] = 7,
+    max_memory: Annotated[
+        str, typer.Option(help="Dense weights of all copies of a layer.")
+    ] = "256MiB",
+    seed: Seed = 0,
+    out: Out = _OUT,
+) -> None:
+    """4-bit against dense linear layers, by number of rows, the products alone.
+
+    All products of a layer of real shapes, by vkv's int4 kernels and by the dense library, in
+    turns, beside the machine's memory bandwidth and matrix rate.
+    """
+    import torch
+
+    from ..config import parse_bytes, resolve_device
+    from ..models import parse_dtype
+    from .linear import LAYERS, LinearOptions, all_kernels, run
+
+    chosen = tuple(_items(layers))
+    if unknown := [name for name in chosen if name not in LAYERS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(LAYERS)}")
+    place, kind = resolve_device(device), parse_dtype(dtype) or torch.bfloat16
+    options = LinearOptions(
+        layers=chosen,
+        rows=tuple(_numbers("rows", rows, int)),
+        kernels=all_kernels(place, kind) if kernels == "all" else tuple(_items(kernels)),
+        group_size=group,
+        dtype=kind,
+        device=place,
+        repeats=repeats,
+        max_bytes=parse_bytes(max_memory),
+        seed=seed,
+    )
+    path, tables = run(options, out, _command_line())
+    _show(path, tables)
+
+
+@bench.command()
 def vmm(
     device: Device = "auto",
     pages: Annotated[
