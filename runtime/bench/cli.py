@@ -314,8 +314,8 @@ def serve(
     ] = "splitfuse,prefill_first",
     max_seqs: MaxSeqs = 32,
     max_batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a step; none for the device's default.")
-    ] = None,
+        str, typer.Option(help="Tokens of a step; several with commas. Default: the device's own.")
+    ] = "",
     slo_ttft_ms: Annotated[
         float | None, typer.Option(help="Goodput: longest time to the first token.")
     ] = None,
@@ -328,6 +328,7 @@ def serve(
     sla_rates: Annotated[
         str, typer.Option(help="FastGen: output tokens a second to keep up, with commas.")
     ] = "2,4,6",
+    label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
     seed: Seed = 0,
     out: Out = _OUT,
 ) -> None:
@@ -355,13 +356,14 @@ def serve(
         scale=scale,
         policies=tuple(_items(policies)),
         max_seqs=max_seqs,
-        max_batch_tokens=max_batch_tokens,
+        budgets=tuple(_numbers("max-batch-tokens", max_batch_tokens, int)),
         targets=Targets(
             slo_ttft_ms=slo_ttft_ms,
             slo_tpot_ms=slo_tpot_ms,
             prompt_rate=sla_prompt_rate,
             rates=tuple(_numbers("sla-rates", sla_rates, float)),
         ),
+        label=label,
         seed=seed,
     )
     path, tables = run(options, out, _command_line())
@@ -418,7 +420,7 @@ def _show(path: Path, tables: list[Any]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
-    limits = Limits(**json.loads(path.read_text())["limits"])
+    limits = Limits.from_record(json.loads(path.read_text())["limits"])
     console.print(str(limits), style="dim")
     console.print(f"record: {path}", style="dim", soft_wrap=True)
 

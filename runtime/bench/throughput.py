@@ -26,7 +26,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from ...vmem.errors import InvalidConfig
-from .limits import Limits, measure_limits
+from .limits import Limits, LimitsProbe
 from .memory import cache_bytes_per_token
 from .peer import WORKERS, Worker, WorkerFailed, interpreter_of
 from .record import Table, require_matplotlib, write_record
@@ -122,7 +122,7 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
     require_matplotlib()
     workers = _commands(options)
     dtype = getattr(torch, options.dtype)
-    before = measure_limits(options.device, dtype)
+    probe = LimitsProbe(options.device, dtype, threads=options.threads)
     console = Console(stderr=True)
     samples: Samples = {name: {cell.name: [] for cell in options.cells} for name in workers}
     failures: dict[str, dict[str, str]] = {name: {} for name in workers}
@@ -131,9 +131,11 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
         model_folder, facts = _save_model(options, Path(scratch), dtype)
         for repeat in range(options.repeats):
             console.print(f"repeat {repeat + 1} of {options.repeats}")
+            probe.measure()
             with _started(workers, options, model_folder, failures) as running:
-                _one_repeat(running, options, facts, samples, failures, peaks, console)
-    limits = before.joined(measure_limits(options.device, dtype))
+                _one_repeat(running, options, facts, samples, failures, peaks, probe, console)
+        probe.measure()
+    limits = probe.limits()
     name = options.shape if options.model is None else Path(options.model).name
     tables = _tables(options, samples, failures, peaks, facts, limits)
     path = write_record(
@@ -234,6 +236,7 @@ def _one_repeat(
     samples: Samples,
     failures: dict[str, dict[str, str]],
     peaks: dict[str, int],
+    probe: LimitsProbe,
     console: Console,
 ) -> None:
     rng = random.Random(options.seed)
@@ -245,6 +248,8 @@ def _one_repeat(
         except WorkerFailed as error:
             failures[name] |= {cell.name: str(error) for cell in options.cells}
     for cell in options.cells:
+        if options.device.type == "cpu":  # a GPU's memory is the systems' now
+            probe.measure()
         prompts = [[rng.randrange(facts["vocab_size"]) for _ in range(n)] for n in cell.prompt_lens]
         for name, worker in running.items():
             if cell.name in failures[name]:
