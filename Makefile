@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TRITON := $(VENV)/.triton
 
-.PHONY: help install chat test lint wheel-test clean
+.PHONY: help install chat test lint wheel-test gpu-kit gpu-check clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -19,10 +20,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# A gigabyte that only tests want, to interpret kernels; PyTorch for CUDA has brought it already.
+# No version is pinned, since that PyTorch names its own.
+$(TRITON): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'triton>=3.5,<4'
+	@touch $@
+
 chat: $(INSTALLED) ## Chat with the built-in tiny model, on the CPU
 	@$(BIN)/vkv chat --device cpu $(ARGS)
 
-test: $(INSTALLED) ## Run the test suite; ARGS goes to pytest
+test: $(TRITON) ## Run the test suite; ARGS goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(INSTALLED) ## Lint, check the format and the types
@@ -33,5 +40,11 @@ lint: $(INSTALLED) ## Lint, check the format and the types
 wheel-test: $(INSTALLED) ## Build the wheel, install it into a clean environment and chat from there
 	PYTHON=$(PYTHON) BUILDER=$(BIN)/python tests/wheel_smoke.sh
 
+gpu-kit: $(INSTALLED) ## Gather what a bare machine with a GPU lacks into gpu-kit/
+	$(BIN)/python benchmarks/gpu_kit.py $(ARGS)
+
+gpu-check: $(INSTALLED) ## Rehearse on the CPU what `gpu_check.py` does on such a machine
+	$(BIN)/python benchmarks/gpu_check.py --device cpu --out build/gpu-check $(ARGS)
+
 clean: ## Remove the virtual environment and what builds leave behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist gpu-kit *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from .kv_cache import KVCache
 from .layout import KVLayout, LayerGeometry
+from .memory_limit import MemoryLimit, parse_bytes
 from .page_pool import PagePool, Reservation, Sanitize
 from .paged_kv_cache import PagedKVCache, PagedLayout
 from .slot import Slot, SlotState
@@ -13,6 +14,7 @@ __all__ = [
     "KVLayout",
     "KVStats",
     "LayerGeometry",
+    "MemoryLimit",
     "PagePool",
     "PagedKVCache",
     "PagedLayout",
@@ -21,4 +23,5 @@ __all__ = [
     "Slot",
     "SlotCache",
     "SlotState",
+    "parse_bytes",
 ]

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from ..vmem import Fence, Page
 from ..vmem.errors import InvalidConfig, InvalidOperation, OutOfPages
+from .memory_limit import MemoryLimit
 
 Sanitize = Literal["never", "zero"]
 
@@ -45,7 +46,8 @@ class PagePool:
 
     Args:
         driver: creates and releases the pages.
-        limit_bytes: the most memory the pool may hold, in bytes; rounded down to whole pages.
+        limit: the most memory the pool may hold, in bytes, rounded down to whole pages; or what
+            several pools may hold together.
         low_watermark: free pages that `refill` keeps ready.
         high_watermark: free pages above which a release returns pages to the system; None keeps
             all.
@@ -57,13 +59,15 @@ class PagePool:
     def __init__(
         self,
         driver: PageSource,
-        limit_bytes: int,
+        limit: int | MemoryLimit,
         *,
         low_watermark: int = 0,
         high_watermark: int | None = None,
         sanitize: Sanitize = "never",
     ) -> None:
         self.driver = driver
+        self.shared_limit = limit if isinstance(limit, MemoryLimit) else None
+        limit_bytes = limit.num_bytes if isinstance(limit, MemoryLimit) else limit
         self.limit_pages = limit_bytes // driver.page_bytes
         if self.limit_pages < 1:
             raise InvalidConfig(
@@ -85,6 +89,7 @@ class PagePool:
         self._recycled: set[Page] = set()  # pages that have had an owner
         self._num_reserved = 0
         self._num_creating = 0
+        self._num_taken = 0  # pages counted against the shared limit
 
     # -- counts ----------------------------------------------------------------------------
 
@@ -113,7 +118,16 @@ class PagePool:
     def num_available(self) -> int:
         """Pages that a new reservation could still claim."""
         with self._lock:
-            return self.limit_pages - len(self._references) - self._num_reserved
+            if self.shared_limit is None:
+                return self.limit_pages - len(self._references) - self._num_reserved
+            room = self.shared_limit.room_bytes // self.driver.page_bytes
+            return self.num_spare + room
+
+    @property
+    def num_spare(self) -> int:
+        """Pages that exist, or are being made, and that nobody has or was promised."""
+        with self._lock:
+            return max(0, len(self._free) + self._num_creating - self._num_reserved)
 
     def references(self, page: Page) -> int:
         """References to a held page; 0 if it is free or unknown."""
@@ -130,14 +144,20 @@ class PagePool:
             raise InvalidConfig(f"cannot reserve {num_pages} pages")
         with self._lock:
             if num_pages > self.num_available:
-                raise OutOfPages(
-                    f"{num_pages} pages asked, {self.num_available} of {self.limit_pages} "
-                    "available; wait for a request to finish, or raise the memory limit"
-                )
+                raise self._shortage(num_pages)
             self._num_reserved += num_pages
+            if not self._settle():  # another pool was faster
+                self._num_reserved -= num_pages
+                raise self._shortage(num_pages)
             reservation = into or Reservation()
             reservation.num_pages += num_pages
             return reservation
+
+    def _shortage(self, num_pages: int) -> OutOfPages:
+        return OutOfPages(
+            f"{num_pages} pages asked, {self.num_available} of {self.limit_pages} "
+            "available; wait for a request to finish, or raise the memory limit"
+        )
 
     def commit(self, reservation: Reservation, num_pages: int) -> list[Page]:
         """Take `num_pages` pages of a reservation, with one reference each.
@@ -184,6 +204,7 @@ class PagePool:
                 )
             self._num_reserved -= num_pages
             reservation.num_pages -= num_pages
+            self._settle()
 
     # -- references ------------------------------------------------------------------------
 
@@ -205,6 +226,7 @@ class PagePool:
         """
         with self._lock:
             self._drop_references(pages)
+            self._settle()
             if self.high_watermark is not None:
                 self.trim(self.high_watermark)
 
@@ -235,9 +257,16 @@ class PagePool:
             room = self.limit_pages - self.num_created - self._num_creating
             goal = self.low_watermark + extra
             wanted = min(goal - len(self._free) - self._num_creating, room)
+            if self.shared_limit is not None:  # what is promised is counted already
+                ready = len(self._free) + self._num_creating
+                uncounted = self.shared_limit.room_bytes // self.driver.page_bytes
+                wanted = min(wanted, uncounted + max(0, self._num_reserved - ready))
             if wanted <= 0:
                 return 0
             self._num_creating += wanted
+            if not self._settle():  # another pool was faster
+                self._num_creating -= wanted
+                return 0
         created: list[Page] = []
         try:
             created = self.driver.create(wanted)
@@ -245,6 +274,7 @@ class PagePool:
             with self._lock:
                 self._num_creating -= wanted
                 self._add_free(created)
+                self._settle()
                 self._lock.notify_all()
         return wanted
 
@@ -264,7 +294,23 @@ class PagePool:
             del self._free[keep:]
             self._recycled.difference_update(leaving)
             self.driver.release(leaving)
+            self._settle()
             return len(leaving)
+
+    def _settle(self) -> bool:
+        """Count against a shared limit what exists or is promised; False if that is too much.
+
+        It may only be where a reservation or a page was added.
+        """
+        if self.shared_limit is None:
+            return True
+        ready = len(self._free) + self._num_creating
+        num_pages = len(self._references) + max(self._num_reserved, ready)
+        more = num_pages - self._num_taken
+        if more and not self.shared_limit.take(more * self.driver.page_bytes):
+            return False
+        self._num_taken = num_pages
+        return True
 
     def _add_free(self, pages: Iterable[Page]) -> None:
         for page in pages:
@@ -282,3 +328,7 @@ class PagePool:
             assert self.num_created <= self.limit_pages, "the limit is exceeded"
             assert self._num_reserved >= 0, "negative reservation"
             assert self.num_available >= 0, "more promised than the pool may hold"
+            if self.shared_limit is not None:
+                before = self._num_taken
+                assert self._settle(), "the shared limit is exceeded"
+                assert before == self._num_taken, "the shared limit counts otherwise"

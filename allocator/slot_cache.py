@@ -62,7 +62,8 @@ class SlotCache(KernelView):
         self.max_parked = max_parked
         self._backing = backing
         self._no_pages = (0,) * backing.geometry.num_ranges
-        self._lock = threading.RLock()
+        shared = self._shared_limit = backing.pool.shared_limit
+        self._lock = threading.RLock() if shared is None else shared.lock
         self._open: dict[int, Slot] = {}
         self._parked = ParkingLot()
         self._free_slots = list(range(num_slots))
@@ -72,6 +73,8 @@ class SlotCache(KernelView):
         self._look_ahead = LookAhead(self._prepare)
         self._finalizer = weakref.finalize(self, _abandon, backing, self._open, self._parked)
         self._finalizer.atexit = False  # the system takes all of it back by itself
+        if shared is not None:
+            shared.join(self)
 
     # -- slots -----------------------------------------------------------------------------
 
@@ -237,7 +240,30 @@ class SlotCache(KernelView):
         """Pages that a new request could get, parked slots given up for it."""
         with self._lock:
             loose = num_reclaimable(self._backing, self._open.values(), self._parked)
+            loose += self._num_elsewhere()
             return self.pool.num_available + loose
+
+    def reclaimable_bytes(self) -> int:
+        """What `give_up` could free for another cache under the same `MemoryLimit`."""
+        with self._lock:
+            num_pages = num_reclaimable(self._backing, (), self._parked) + self.pool.num_spare
+            return num_pages * self.pool.driver.page_bytes
+
+    def give_up(self, num_bytes: int) -> None:
+        """Return about `num_bytes` of parked slots and spare pages, or all of them, to the system.
+
+        What is mapped ahead of live requests stays: only this cache's own thread knows whether
+        work that touches it is about to be launched.
+        """
+        with self._lock:
+            wanted = -(-num_bytes // self.pool.driver.page_bytes)
+            short = wanted - self.pool.num_spare
+            if short > 0:
+                self._reclaim(
+                    min(short, num_reclaimable(self._backing, (), self._parked)), only_parked=True
+                )
+            spare = self.pool.num_spare
+            self.pool.trim(self.pool.num_free - min(wanted, spare, self.pool.num_free))
 
     def prefix_length(self, tokens: Sequence[int]) -> int:
         """Tokens that `adopt(tokens)` would find in a parked slot, if nobody shares it."""
@@ -297,8 +323,8 @@ class SlotCache(KernelView):
         lacking = self._backing.lacking(slot, num_tokens) - slot.reservation.num_pages
         if lacking > 0:
             short = lacking - self.pool.num_available
-            if short > 0:
-                self._reclaim(short, spare)
+            if short > 0 and not self._reclaim(short, spare):
+                self._reclaim_with_others(lacking, spare)
             self.pool.reserve(lacking, into=slot.reservation)
 
     def _back(self, slot: Slot, num_tokens: int) -> None:
@@ -315,8 +341,31 @@ class SlotCache(KernelView):
             self._reclaim_all()
             self._backing.grow(slot, num_tokens)
 
-    def _reclaim(self, num_pages: int, spare: Slot | None = None) -> bool:
-        done = reclaim(self._backing, self._open.values(), self._parked, num_pages, spare)
+    def _num_elsewhere(self) -> int:
+        """Pages that other caches under the same limit could give up."""
+        if self._shared_limit is None:
+            return 0
+        return self._shared_limit.reclaimable_bytes(self) // self.pool.driver.page_bytes
+
+    def _reclaim_with_others(self, num_pages: int, spare: Slot | None) -> None:
+        """Make `num_pages` pages available with the help of other caches, if that is enough."""
+        limit = self._shared_limit
+        if limit is None:
+            return
+        parked = [slot for slot in self._parked if slot is not spare]
+        own = num_reclaimable(self._backing, self._open.values(), parked)
+        missing = num_pages - own - self.pool.num_available
+        if missing > self._num_elsewhere():
+            return
+        limit.make_room(self, limit.room_bytes + missing * self.pool.driver.page_bytes)
+        if own:
+            self._reclaim(num_pages - self.pool.num_available, spare)
+
+    def _reclaim(
+        self, num_pages: int, spare: Slot | None = None, *, only_parked: bool = False
+    ) -> bool:
+        live = () if only_parked else self._open.values()
+        done = reclaim(self._backing, live, self._parked, num_pages, spare)
         for slot in self._parked:
             if not slot.num_pages:
                 self._close_parked(slot)

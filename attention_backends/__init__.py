@@ -13,17 +13,20 @@ from .base import (
 )
 from .merge import merge_attention
 from .registry import (
+    BackendChoice,
     BackendDescription,
     backend_names,
     choose_backend,
     create_backend,
     describe_backends,
+    explain_choice,
 )
 
 __all__ = [
     "AttentionBackend",
     "AttentionBatch",
     "AttentionNeeds",
+    "BackendChoice",
     "BackendDescription",
     "Capabilities",
     "LayerAttention",
@@ -31,5 +34,6 @@ __all__ = [
     "choose_backend",
     "create_backend",
     "describe_backends",
+    "explain_choice",
     "merge_attention",
 ]

@@ -82,9 +82,13 @@ class Capabilities:
             log-sum-exp.
         contiguous: reads contiguous slots.
         paged: reads a paged cache through block tables.
+        block_multiple: the tokens of a paged cache's blocks must be a multiple of it.
         over_read_tokens: rows are loaded in tiles of this many tokens, so that up to
             `ceil(len / tile) * tile` rows must be backed and finite. 1: never reads past the
             length.
+        graphs: a batch of decodes can be recorded as a CUDA graph and replayed with other numbers
+            in its tensors: of the batch, `store` and `forward` use the tensors, and `max_seqlen_q`
+            and `max_seqlen_k` as upper bounds, and nothing else.
     """
 
     devices: frozenset[str]
@@ -98,7 +102,9 @@ class Capabilities:
     lse: bool = True
     contiguous: bool = True
     paged: bool = False
+    block_multiple: int = 1
     over_read_tokens: int = 1
+    graphs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

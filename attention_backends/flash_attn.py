@@ -16,6 +16,7 @@ import torch
 
 from .base import AttentionBackend, AttentionBatch, Capabilities, LayerAttention, PerStep
 from .cuda import HOPPER, missing_gpu, missing_package
+from .paged import check_block_size
 from .sinks import apply_sinks, sinks_lse
 
 
@@ -108,7 +109,7 @@ class FlashAttnBackend(_FlashAttnPackage):
                 key_cache,
                 value_cache,
                 cache_seqlens=batch.seqused_k[run.sequences],
-                cache_batch_idx=batch.slot_ids[run.sequences],
+                **self._places(batch, run.sequences),
                 softmax_scale=layer.scale,
                 causal=True,
                 window_size=_window_size(layer),
@@ -118,6 +119,26 @@ class FlashAttnBackend(_FlashAttnPackage):
             out[run.rows] = part.flatten(0, 1)
             lse[run.rows] = part_lse.transpose(1, 2).flatten(0, 1)  # from [run, heads, query_len]
         return out, lse
+
+    def _places(self, batch: AttentionBatch, sequences: slice) -> dict[str, torch.Tensor]:
+        """Where the keys of some sequences are, as the kernel is told."""
+        return {"cache_batch_idx": batch.slot_ids[sequences]}
+
+
+class PagedFlashAttnBackend(FlashAttnBackend):
+    """The same kernel over a paged cache: what `flash_attn` is compared with."""
+
+    name = "paged_flash_attn"
+    capabilities = replace(
+        FlashAttnBackend.capabilities, contiguous=False, paged=True, block_multiple=256
+    )
+
+    def check_cache(self, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
+        check_block_size(self.name, key_cache, self.capabilities.block_multiple)
+
+    def _places(self, batch: AttentionBatch, sequences: slice) -> dict[str, torch.Tensor]:
+        assert batch.block_tables is not None, "a paged backend reads block tables"
+        return {"block_table": batch.block_tables[sequences]}
 
 
 class FlashAttn3Backend(_FlashAttnPackage):

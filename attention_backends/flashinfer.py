@@ -11,6 +11,7 @@ Written against flashinfer-python 0.6.18; run on no GPU yet.
 """
 
 import math
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -40,6 +41,26 @@ class _PlanKey(NamedTuple):
     softcap: float | None
 
 
+class _Planned:
+    """A wrapper, and when its last plan had left the host.
+
+    A plan is copied to the device from a pinned buffer, behind the work launched before it. A host
+    that runs ahead would overwrite it with the next plan before the device has read it.
+    """
+
+    def __init__(self, wrapper: Any, device: torch.device) -> None:
+        self.wrapper = wrapper
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def mark_copied(self) -> None:
+        if self._copied is not None:
+            self._copied.record()
+
+    def wait_until_copied(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
 class FlashInferBackend(AttentionBackend):
     name = "flashinfer"
     capabilities = Capabilities(
@@ -52,7 +73,7 @@ class FlashInferBackend(AttentionBackend):
 
     def __init__(self) -> None:
         self._wrapper_class: Any = import_module("flashinfer").BatchPrefillWithPagedKVCacheWrapper
-        self._wrappers: dict[_PlanKey, Any] = {}  # a few: one for each kind of layer
+        self._wrappers: dict[_PlanKey, _Planned] = {}  # a few: one for each kind of layer
         self._planned: PerStep[Any] = PerStep()
         self._workspace: torch.Tensor | None = None
 
@@ -115,7 +136,7 @@ class FlashInferBackend(AttentionBackend):
         layer: LayerAttention,
     ) -> tuple[Any, tuple[torch.Tensor, torch.Tensor]]:
         """The wrapper, planned for this step, and the cache as pages of keys and of values."""
-        keys, values, pages_per_slot = paged_view(key_cache, value_cache)
+        keys, values, pages_per_slot = self._pages(key_cache, value_cache)
         key = _PlanKey(
             num_heads=query.shape[1],
             num_kv_heads=keys.shape[2],
@@ -129,23 +150,37 @@ class FlashInferBackend(AttentionBackend):
         )
         return self._planned.get(batch, key, lambda: self._make_plan(batch, key)), (keys, values)
 
+    def _pages(
+        self, key_cache: torch.Tensor, value_cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Pages of keys and of values, and how many of them a slot has."""
+        return paged_view(key_cache, value_cache)
+
+    def _page_numbers(
+        self, batch: AttentionBatch, counts: Sequence[int], pages_per_slot: int
+    ) -> torch.Tensor:
+        """int32, the pages of each sequence in turn, `counts` of each."""
+        first_pages = [slot * pages_per_slot for slot in batch.slots]
+        return torch.cat(
+            [
+                torch.arange(first, first + count, dtype=torch.int32)
+                for first, count in zip(first_pages, counts, strict=True)
+            ]
+        )
+
     def _make_plan(self, batch: AttentionBatch, key: _PlanKey) -> Any:
-        wrapper = self._wrapper(key, batch.seqused_k.device)
+        planned = self._wrapper(key, batch.seqused_k.device)
+        planned.wait_until_copied()
         # Host tensors: the plan is made on the host, and reads device tensors back.
         counts = [-(-kv_len // key.page_size) for kv_len in batch.kv_lens]
         last_page_len = [
             kv_len - (count - 1) * key.page_size
             for kv_len, count in zip(batch.kv_lens, counts, strict=True)
         ]
-        first_pages = [slot * key.pages_per_slot for slot in batch.slots]
-        pages = [
-            torch.arange(first, first + count, dtype=torch.int32)
-            for first, count in zip(first_pages, counts, strict=True)
-        ]
-        wrapper.plan(
+        planned.wrapper.plan(
             _offsets(batch.query_lens),
             _offsets(counts),
-            torch.cat(pages),
+            self._page_numbers(batch, counts, key.pages_per_slot),
             torch.tensor(last_page_len, dtype=torch.int32),
             key.num_heads,
             key.num_kv_heads,
@@ -157,14 +192,16 @@ class FlashInferBackend(AttentionBackend):
             logits_soft_cap=key.softcap,
             q_data_type=key.dtype,
         )
-        return wrapper
+        planned.mark_copied()
+        return planned.wrapper
 
-    def _wrapper(self, key: _PlanKey, device: torch.device) -> Any:
+    def _wrapper(self, key: _PlanKey, device: torch.device) -> _Planned:
         """A wrapper keeps its own plan; the scratch of a running kernel can be shared by all."""
         if self._workspace is None:
             self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         if key not in self._wrappers:
-            self._wrappers[key] = self._wrapper_class(self._workspace, "NHD", backend="fa2")
+            wrapper = self._wrapper_class(self._workspace, "NHD", backend="fa2")
+            self._wrappers[key] = _Planned(wrapper, device)
         return self._wrappers[key]
 
 

@@ -1,6 +1,8 @@
-"""Paged caches as the CPU backends see them: gather a sequence's blocks, then forget paging."""
+"""What backends over paged caches share: gathering blocks, and refusing blocks of a wrong size."""
 
 import torch
+
+from ..vmem.errors import UnsupportedAttention
 
 
 def gather_blocks(
@@ -21,3 +23,12 @@ def gather_blocks(
     last_block = -(-num_tokens // block_size)
     blocks = cache.index_select(0, block_table[first_block:last_block])
     return blocks.flatten(0, 1)[skip : skip + num_tokens - first_token]
+
+
+def check_block_size(name: str, cache: torch.Tensor, multiple: int) -> None:
+    """Raise UnsupportedAttention unless the blocks of `cache` suit the kernels of `name`."""
+    if cache.shape[1] % multiple:
+        raise UnsupportedAttention(
+            f"{name}: blocks of {cache.shape[1]} tokens; its kernels want a multiple of "
+            f"{multiple} (block_tokens)"
+        )

@@ -6,7 +6,7 @@ is imported then.
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from ..vmem.errors import InvalidConfig, UnsupportedAttention
 from .base import AttentionBackend, AttentionNeeds, Capabilities, missing_features
@@ -20,12 +20,16 @@ _BACKENDS: Mapping[str, str] = {
     "flash_attn_3": ".flash_attn:FlashAttn3Backend",
     "flashinfer": ".flashinfer:FlashInferBackend",
     "paged_sdpa": ".paged_sdpa:PagedSdpaBackend",
+    "paged_flash": ".paged_flash:PagedFlashBackend",
+    "paged_flash_attn": ".flash_attn:PagedFlashAttnBackend",
+    "paged_flashinfer": ".paged_flashinfer:PagedFlashInferBackend",
 }
 
-# What "auto" tries, best first; `reference` is never chosen, only asked for.
+# What "auto" tries, best first; `reference` is never chosen, only asked for, and so are the paged
+# kernels that want larger blocks than a paged cache has unless told otherwise.
 _PREFERENCE: Mapping[str, tuple[str, ...]] = {
     "cpu": ("native", "sdpa", "paged_sdpa"),
-    "cuda": ("torch_flash", "flash_attn", "flashinfer", "sdpa", "paged_sdpa"),
+    "cuda": ("torch_flash", "flash_attn", "flashinfer", "sdpa", "paged_flashinfer", "paged_sdpa"),
 }
 
 
@@ -41,6 +45,14 @@ class BackendDescription(TypedDict):
     head_dim_multiple: int
     features: list[str]
     over_read_tokens: int
+
+
+class BackendChoice(NamedTuple):
+    """What "auto" comes to: a name, if any will do, and why not those that it would prefer."""
+
+    name: str | None
+    passed_over: tuple[tuple[str, str], ...]  # (name, reason), best first
+    graphs: bool  # whether it can be recorded as a CUDA graph
 
 
 def backend_names() -> tuple[str, ...]:
@@ -75,16 +87,24 @@ def choose_backend(needs: AttentionNeeds) -> AttentionBackend:
 
     Raises UnsupportedAttention, with the reason against each candidate, if none can.
     """
-    candidates = _PREFERENCE.get(needs.device, ())
-    reasons = []
-    for name in candidates:
+    choice = explain_choice(needs)
+    if choice.name is not None:
+        return _load(choice.name)()
+    reasons = [f"{name}: {reason}" for name, reason in choice.passed_over]
+    detail = " | ".join(reasons) or f"no backend runs on device {needs.device!r}"
+    raise UnsupportedAttention(f"no attention backend serves this model here. {detail}")
+
+
+def explain_choice(needs: AttentionNeeds) -> BackendChoice:
+    """What "auto" takes for `needs` on this machine, and what kept it from better ones."""
+    passed_over = []
+    for name in _PREFERENCE.get(needs.device, ()):
         backend = _load(name)
         obstacles = _obstacles(backend, needs)
         if not obstacles:
-            return backend()
-        reasons.append(f"{name}: {'; '.join(obstacles)}")
-    detail = " | ".join(reasons) or f"no backend runs on device {needs.device!r}"
-    raise UnsupportedAttention(f"no attention backend serves this model here. {detail}")
+            return BackendChoice(name, tuple(passed_over), backend.capabilities.graphs)
+        passed_over.append((name, "; ".join(obstacles)))
+    return BackendChoice(None, tuple(passed_over), graphs=False)
 
 
 def describe_backends() -> list[BackendDescription]:
@@ -130,5 +150,6 @@ def _describe(name: str, backend: type[AttentionBackend]) -> BackendDescription:
 
 
 def _features(capabilities: Capabilities) -> list[str]:
-    names = ("contiguous", "paged", "window", "softcap", "sinks", "lse", "unequal_head_dims")
+    names = ("contiguous", "paged", "window", "softcap", "sinks", "lse", "graphs")
+    names += ("unequal_head_dims",)
     return [name for name in names if getattr(capabilities, name)]

@@ -37,6 +37,7 @@ class TorchFlashBackend(AttentionBackend):
         head_dim_multiple=8,
         unequal_head_dims=False,
         softcap=False,
+        graphs=True,
     )
 
     def __init__(self) -> None:
@@ -91,34 +92,54 @@ class TorchFlashBackend(AttentionBackend):
         layer: LayerAttention,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [num_tokens, num_heads, head_dim], LSE [num_tokens, num_heads], no sinks."""
-        assert layer.softcap is None, "refused at load: capabilities.softcap is False"
         keys, values = flat_kv(key_cache), flat_kv(value_cache)
         starts = self._start_rows.get(
             batch, keys.rows_per_slot, lambda: _start_rows(batch, keys.rows_per_slot)
         )
-        # A window no sequence has outgrown hides nothing, and only without one does the kernel
-        # fold GQA groups and split long contexts at decode.
-        window = layer.window
-        if window is not None and window >= batch.max_seqlen_k:
-            window = None
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            query,
-            keys.rows,
-            values.rows,
-            batch.cu_seqlens_q,
-            starts,
-            batch.max_seqlen_q,
-            batch.max_seqlen_k,
-            0.0,  # dropout
-            True,  # causal, aligned to the last key of each sequence
-            False,  # debug mask
-            scale=layer.scale,
-            # The kernel counts the keys left of a query's own.
-            window_size_left=None if window is None else window - 1,
-            window_size_right=None if window is None else 0,
-            seqused_k=batch.seqused_k,
-        )
-        return out, lse.T  # the kernel's is [num_heads, num_tokens]
+        return flash_forward(query, keys.rows, values.rows, starts, batch, layer)
+
+
+def flash_forward(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    offsets_k: torch.Tensor,
+    batch: AttentionBatch,
+    layer: LayerAttention,
+    **paging: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's operator: output [num_tokens, num_heads, head_dim], LSE [num_tokens, num_heads].
+
+    Args:
+        keys, values: rows [num_rows, num_kv_heads, head_dim], or blocks where `paging` is given.
+        offsets_k: int32 [num_seqs + 1], first row of each sequence.
+        paging: `block_table`, for an operator that takes one.
+    """
+    assert layer.softcap is None, "refused at load: capabilities.softcap is False"
+    # A window no sequence has outgrown hides nothing, and only without one does the kernel
+    # fold GQA groups and split long contexts at decode.
+    window = layer.window
+    if window is not None and window >= batch.max_seqlen_k:
+        window = None
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query,
+        keys,
+        values,
+        batch.cu_seqlens_q,
+        offsets_k,
+        batch.max_seqlen_q,
+        batch.max_seqlen_k,
+        0.0,  # dropout
+        True,  # causal, aligned to the last key of each sequence
+        False,  # debug mask
+        scale=layer.scale,
+        # The kernel counts the keys left of a query's own.
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+        seqused_k=batch.seqused_k,
+        **paging,
+    )
+    return out, lse.T  # the kernel's is [num_heads, num_tokens]
 
 
 def flat_kv(cache: torch.Tensor) -> FlatKV:

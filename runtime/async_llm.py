@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from ..vmem.errors import InvalidConfig, InvalidOperation, UsageError
 from .engine import EngineStats
-from .llm import LLM, Message, Prompt
+from .llm import LLM
 from .outputs import RequestOutput
+from .prompts import Message, Prompt
 from .request import Request, request_output
 from .sampling_params import SamplingParams
 
@@ -99,6 +100,14 @@ class AsyncLLM:
     def stats(self) -> EngineStats:
         """What the engine holds and has done; waits for a step under way."""
         return self._work.llm.stats()
+
+    async def sleep(self, *, weights: bool = False) -> int:
+        """As `LLM.sleep`. Requests are refused with InvalidOperation until `wake`."""
+        return await asyncio.to_thread(self._work.llm.sleep, weights=weights)
+
+    async def wake(self) -> None:
+        """As `LLM.wake`."""
+        await asyncio.to_thread(self._work.llm.wake)
 
     async def close(self) -> None:
         """End all requests, with InvalidOperation for their consumers, and give all back."""
@@ -241,7 +250,7 @@ class _Work:
         groups: list[list[Request]] = []
         try:
             self.llm._add([stream.tokens], [stream.params], groups)
-        except UsageError as error:  # refused: this caller's alone
+        except (UsageError, InvalidOperation) as error:  # refused: this caller's alone
             stream.put(error)
             return
         stream.requests = groups[0]

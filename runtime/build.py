@@ -2,16 +2,27 @@
 
 from dataclasses import dataclass
 
-from ..allocator import KVCache, KVLayout, PagedKVCache, PagedLayout, PagePool, SlotCache
+from ..allocator import (
+    KVCache,
+    KVLayout,
+    MemoryLimit,
+    PagedKVCache,
+    PagedLayout,
+    PagePool,
+    SlotCache,
+    parse_bytes,
+)
 from ..attention_backends import AttentionBackend, choose_backend, create_backend
 from ..vmem import VmemDriver, open_driver
 from ..vmem.errors import InvalidConfig
-from .config import EngineConfig, available_memory, parse_bytes
+from .config import EngineConfig, available_memory
 from .engine import Engine
+from .graphs import CudaRecorder, Recorder, Rerun
+from .memory_profile import memory_for_kv
 from .models import LoadedModel
 from .scheduler import Scheduler
 
-_AUTO_SHARE = {"cpu": 0.5, "cuda": 0.9}  # of the memory that is free when the engine is built
+_AUTO_SHARE = 0.5  # of a machine's memory that is free when the engine is built
 _ROW_TOKENS = 64  # about what a page should cover where the page size is ours to choose
 _MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 16 << 10, 2 << 20
 _MAX_PAGES = 24_000  # each may need a mapping of its own, and a process has 65,530 by default
@@ -28,6 +39,8 @@ class BuiltEngine:
 
     def close(self) -> None:
         """Give back all memory and address space."""
+        if self.engine.runner.graphs is not None:
+            self.engine.runner.graphs.forget()
         self.engine.cache.shutdown()
         if self.engine.states is not None:
             self.engine.states.clear()
@@ -42,17 +55,21 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         backend = choose_backend(needs)
     else:
         backend = create_backend(config.attention, needs)
+    no_graphs = why_no_graphs(loaded, config, backend)
     cache, driver = _build_cache(loaded, config, backend)
     scheduler = Scheduler(
         cache,
         max_seqs=config.max_seqs,
-        max_batch_tokens=config.max_batch_tokens or _BATCH_TOKENS[loaded.device.type],
+        max_batch_tokens=_max_batch_tokens(loaded, config),
         look_ahead_tokens=config.look_ahead_tokens,
         # A slot has keys and values from its start, but state of its last token only.
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
         policy=config.policy,
     )
-    built = BuiltEngine(Engine(loaded, cache, backend, scheduler), driver)
+    recorder = None if no_graphs else _recorder(loaded, driver)
+    overlap = _overlaps(loaded, config)
+    engine = Engine(loaded, cache, backend, scheduler, recorder, overlap=overlap)
+    built = BuiltEngine(engine, driver)
     try:
         for index in range(len(loaded.geometry)):
             backend.check_cache(*cache.layer(index))
@@ -60,6 +77,47 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         built.close()
         raise
     return built
+
+
+def why_no_graphs(
+    loaded: LoadedModel, config: EngineConfig, backend: AttentionBackend
+) -> str | None:
+    """Why decode steps run kernel by kernel, in words; None if they are recorded.
+
+    Raises InvalidConfig if `cuda_graphs=True` asks for what cannot be.
+    """
+    obstacle = None
+    if loaded.keeps_state:
+        obstacle = "layers with recurrent or convolution state cannot be recorded"
+    elif config.kv == "paged":
+        obstacle = "a paged cache cannot be recorded"
+    elif not backend.capabilities.graphs:
+        obstacle = f"attention backend {backend.name!r} cannot be recorded"
+    if config.cuda_graphs and obstacle:
+        raise InvalidConfig(f"cuda_graphs is True, but {obstacle}; leave it None")
+    if config.cuda_graphs is False:
+        return "cuda_graphs is False"
+    if config.cuda_graphs is None and loaded.device.type != "cuda":
+        return "there is nothing to gain on a CPU"
+    return obstacle
+
+
+def _overlaps(loaded: LoadedModel, config: EngineConfig) -> bool:
+    if config.overlap and loaded.keeps_state:
+        raise InvalidConfig(
+            "overlap is True, but layers with recurrent or convolution state go on from the step "
+            "before; leave it None"
+        )
+    if config.overlap is None:
+        return loaded.device.type == "cuda" and not loaded.keeps_state
+    return config.overlap
+
+
+def _recorder(loaded: LoadedModel, driver: VmemDriver | None) -> Recorder:
+    if loaded.device.type != "cuda":
+        return Rerun()
+    assert driver is not None, "only virtual memory is recorded"
+    return CudaRecorder(loaded.device, driver.still)
 
 
 def _build_cache(
@@ -73,13 +131,15 @@ def _build_cache(
         )
     max_parked = config.max_seqs if config.max_parked is None else config.max_parked
     num_slots = config.max_seqs + max_parked
+    limit = _limit(loaded, config, num_slots)
     if config.kv == "paged":
         paged = PagedLayout(loaded.geometry, loaded.dtype, max_len, config.block_tokens)
-        most = num_slots * paged.num_pages(max_len) * paged.page_bytes
+        limit = _at_most(limit, num_slots * paged.num_pages(max_len) * paged.page_bytes, config)
+        assert not isinstance(limit, MemoryLimit), "refused by the config"
         return (
             PagedKVCache(
                 paged,
-                _limit_bytes(loaded, config, most),
+                limit,
                 num_slots=num_slots,
                 max_parked=max_parked,
                 device=loaded.device,
@@ -90,8 +150,8 @@ def _build_cache(
     layers_per_range = config.layers_per_range
     if layers_per_range is None and loaded.device.type == "cpu":
         layers_per_range = 1
-    limit = _limit_bytes(loaded, config, num_slots * max_len * _token_bytes(loaded))
-    page_bytes = config.page_bytes or _page_bytes(loaded, layers_per_range, limit)
+    rough = _at_most(limit, num_slots * max_len * _token_bytes(loaded), config)
+    page_bytes = config.page_bytes or _page_bytes(loaded, layers_per_range, rough)
     driver = open_driver(loaded.device, page_bytes)
     try:
         layout = KVLayout(
@@ -106,7 +166,7 @@ def _build_cache(
         most = num_slots * layout.num_pages(max_len) * layout.page_bytes
         pool = PagePool(
             driver,
-            _limit_bytes(loaded, config, most),
+            _at_most(limit, most, config),
             low_watermark=_READY_ROWS * layout.num_ranges,
             sanitize=config.sanitize,
         )
@@ -116,14 +176,34 @@ def _build_cache(
         raise
 
 
-def _limit_bytes(loaded: LoadedModel, config: EngineConfig, most: int) -> int:
-    """The pool's limit; "auto" is a share of what is free, and no more than could be used."""
+def _max_batch_tokens(loaded: LoadedModel, config: EngineConfig) -> int:
+    return config.max_batch_tokens or _BATCH_TOKENS[loaded.device.type]
+
+
+def _limit(loaded: LoadedModel, config: EngineConfig, num_slots: int) -> int | MemoryLimit:
+    """What keys and values may take; "auto" is what a GPU, or half of what a CPU, has left."""
+    if isinstance(config.kv_memory, MemoryLimit):
+        return config.kv_memory
     if config.kv_memory != "auto":
         return parse_bytes(config.kv_memory)
-    return min(most, int(_AUTO_SHARE[loaded.device.type] * available_memory(loaded.device)))
+    if loaded.device.type == "cuda":
+        return memory_for_kv(
+            loaded,
+            max_batch_tokens=_max_batch_tokens(loaded, config),
+            max_seqs=config.max_seqs,
+            num_slots=num_slots,
+        )
+    return int(_AUTO_SHARE * available_memory(loaded.device))
 
 
-def _page_bytes(loaded: LoadedModel, layers_per_range: int | None, limit: int) -> int | None:
+def _at_most(limit: int | MemoryLimit, most: int, config: EngineConfig) -> int | MemoryLimit:
+    """The limit, but "auto" no more than the slots could ever use."""
+    return min(limit, most) if config.kv_memory == "auto" and isinstance(limit, int) else limit
+
+
+def _page_bytes(
+    loaded: LoadedModel, layers_per_range: int | None, limit: int | MemoryLimit
+) -> int | None:
     """On a CPU, a power of two that covers about `_ROW_TOKENS` tokens of a range.
 
     More, where the pool's limit would otherwise mean more pages than can be mapped one by one.
@@ -134,7 +214,8 @@ def _page_bytes(loaded: LoadedModel, layers_per_range: int | None, limit: int) -
     widest = max(g.num_kv_heads * (g.key_dim + g.value_dim) for g in loaded.geometry)
     layers = min(layers_per_range or len(loaded.geometry), len(loaded.geometry))
     wanted = min(layers * widest * loaded.dtype.itemsize * _ROW_TOKENS, _MAX_PAGE_BYTES)
-    wanted = max(wanted, _MIN_PAGE_BYTES, limit // _MAX_PAGES)
+    limit_bytes = limit.num_bytes if isinstance(limit, MemoryLimit) else limit
+    wanted = max(wanted, _MIN_PAGE_BYTES, limit_bytes // _MAX_PAGES)
     return 1 << (wanted - 1).bit_length()
 
 

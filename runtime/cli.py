@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -117,11 +118,49 @@ def generate(
 
 
 @app.command()
-def info() -> None:
-    """What this machine offers: drivers, attention backends, limits."""
+def quantize(
+    model: Annotated[str, typer.Argument(help="A dense model: a folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.")],
+    format: Annotated[
+        str, typer.Option(help="gptq, awq (with zero points) or compressed-tensors.")
+    ] = "gptq",
+    group: Annotated[
+        int, typer.Option(help="Weights that share a scale: 32, 64, 128, or -1 for whole rows.")
+    ] = 128,
+    method: Annotated[
+        str, typer.Option(help="rtn rounds to nearest; gptq makes up for errors on the text.")
+    ] = "rtn",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A text like those the model will meet; its last tenth measures."),
+    ] = None,
+    clip: Annotated[
+        bool, typer.Option(help="Search each group's range for the best place to clip it.")
+    ] = True,
+    sequence_tokens: Annotated[int, typer.Option(help="Of a calibration sequence.")] = 2048,
+    num_sequences: Annotated[int, typer.Option(help="Calibration sequences, at most.")] = 128,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Make a 4-bit checkpoint that transformers, vLLM and vkv load."""
+    from .quantize import QuantizeOptions, run_quantize
+
+    options: dict[str, Any] = {"format": format, "group": group, "method": method, "clip": clip}
+    options |= {"sequence_tokens": sequence_tokens, "num_sequences": num_sequences}
+    chosen = QuantizeOptions(calibration=calibration, **options)
+    run_quantize(model, out, chosen, device=device, dtype=dtype)
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint folder or hub id: what is chosen for it.")
+    ] = None,
+) -> None:
+    """What this machine offers: drivers, attention backends, limits; or what a model gets."""
     from .info import show_info
 
-    show_info()
+    show_info(model)
 
 
 def main() -> None:

@@ -3,21 +3,16 @@
 import difflib
 import math
 import os
-import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 import torch
 
-from ..allocator import Sanitize
+from ..allocator import MemoryLimit, Sanitize, parse_bytes
 from ..vmem.errors import DriverUnavailable, InvalidConfig
 from .scheduler import Policy
 
 KVKind = Literal["virtual", "paged"]
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_UNITS |= {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 _LEAST = {
     "max_seqs": 1,
@@ -39,7 +34,9 @@ class EngineConfig:
         max_seqs: requests that run at once.
         max_len: tokens of a request, prompt and output; None for what the model was made for.
         kv_memory: the most bytes that keys and values may take: an integer, a text such as
-            "64MiB", or "auto". Nothing is taken in advance.
+            "64MiB", a `MemoryLimit` that several engines share, or "auto": half of a machine's
+            free memory, or what the largest step leaves on a GPU (measured, `memory_profile`).
+            Nothing is taken in advance.
         max_batch_tokens: tokens of one step; None for 512 on a CPU, 2048 on a GPU.
         kv: contiguous slots in virtual memory, or the paged baseline.
         attention: a backend's name, or "auto".
@@ -53,7 +50,13 @@ class EngineConfig:
         prefix_reuse: begin a request with rows computed for the same tokens before.
         pack_weights: lay linear weights out anew for the CPU's kernels; None does so for models
             that vkv loaded itself, and leaves one that it was given as it is.
+        lm_head_bits: 4 or 8 to quantise the output layer at load; None leaves it as it is.
         sanitize: "zero" clears recycled memory before another request may see it.
+        cuda_graphs: record decode steps and replay them (`graphs`); None does so on a GPU where the
+            attention backend and the model can be recorded. True on a CPU runs the same code
+            without recording, which serves tests only.
+        overlap: prepare a step on the host while the device computes the one before, so that a
+            request's end is seen one step late; None does so on a GPU. The tokens are the same.
         policy: "splitfuse", or "prefill_first", a baseline to compare with (`scheduler`).
         idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
             back by itself; None for never.
@@ -61,7 +64,7 @@ class EngineConfig:
 
     max_seqs: int = 32
     max_len: int | None = None
-    kv_memory: int | str = "auto"
+    kv_memory: int | str | MemoryLimit = "auto"
     max_batch_tokens: int | None = None
     kv: KVKind = "virtual"
     attention: str = "auto"
@@ -73,7 +76,10 @@ class EngineConfig:
     look_ahead_tokens: int = 16
     prefix_reuse: bool = True
     pack_weights: bool | None = None
+    lm_head_bits: int | None = None
     sanitize: Sanitize = "never"
+    cuda_graphs: bool | None = None
+    overlap: bool | None = None
     policy: Policy = "splitfuse"
     idle_trim_s: float | None = None
 
@@ -99,37 +105,30 @@ class EngineConfig:
         for name in ("split_kv", "prefix_reuse"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use True or False")
-        if self.pack_weights not in (None, True, False):
-            raise InvalidConfig(f"pack_weights is {self.pack_weights!r}; use None, True or False")
+        for name in ("pack_weights", "cuda_graphs", "overlap"):
+            if getattr(self, name) not in (None, True, False):
+                raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use None, True or False")
+        if self.lm_head_bits not in (None, 4, 8):
+            raise InvalidConfig(f"lm_head_bits is {self.lm_head_bits!r}; use None, 4 or 8")
         if self.kv not in ("virtual", "paged"):
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
         if self.policy not in ("splitfuse", "prefill_first"):
             raise InvalidConfig(f"policy is {self.policy!r}; use 'splitfuse' or 'prefill_first'")
         if self.idle_trim_s is not None:
             _check_seconds("idle_trim_s", self.idle_trim_s)
-        if self.kv_memory != "auto":
+        if isinstance(self.kv_memory, MemoryLimit):
+            if self.kv == "paged":
+                raise InvalidConfig(
+                    "kv_memory is a MemoryLimit, and the paged baseline takes its memory in "
+                    "advance; give it bytes, or use kv='virtual'"
+                )
+        elif self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
 
 
 def _check_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise InvalidConfig(f"{name} is {value!r}; use a finite number of seconds, or None")
-
-
-def parse_bytes(size: int | str) -> int:
-    """Bytes from a number or a text such as "64MiB", "1.5 GB" or "2G" (binary). At least 1."""
-    number: float = -1
-    if isinstance(size, int) and not isinstance(size, bool):
-        number = size
-    elif isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
-        if match and match[2].upper() in _UNITS:
-            number = float(match[1]) * _UNITS[match[2].upper()]
-    if number < 1:
-        raise InvalidConfig(
-            f"{size!r} is not an amount of memory; use bytes or a text such as '64MiB' or '2GB'"
-        )
-    return int(number)
 
 
 def available_memory(device: torch.device) -> int:

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from ..allocator import SlotCache
 from ..attention_backends import AttentionBackend
 from ..vmem.errors import (
+    InvalidOperation,
     InvalidPrompt,
     InvalidSamplingParams,
     RequestTooLarge,
     RequestTooLong,
+    Shortage,
 )
 from .detokenizer import IncrementalDetokenizer, decode_logprobs
-from .model_runner import ModelRunner
+from .graphs import Recorder
+from .model_runner import LaunchedStep, ModelRunner
 from .models import LoadedModel
 from .request import Request, ScheduledRequest
 from .sampler import SampledToken, SamplingState
@@ -44,6 +47,8 @@ class EngineStats:
         num_preemptions: requests whose slot was taken away to be computed again.
         prefix_hit_tokens: prompt tokens that needed no computing.
         num_steps, num_prompt_tokens, num_output_tokens: work done.
+        num_graphs: recordings of decode steps that exist.
+        num_replays: steps that ran from one.
         num_computed_tokens: tokens that went through the model, those computed again included.
         mapping_time_s: time the step loop waited for memory.
         background_time_s: time the look-ahead thread spent on it instead.
@@ -69,6 +74,8 @@ class EngineStats:
     num_steps: int
     num_prompt_tokens: int
     num_output_tokens: int
+    num_graphs: int
+    num_replays: int
     num_computed_tokens: int
     mapping_time_s: float
     background_time_s: float
@@ -84,6 +91,8 @@ class Engine:
         cache: the slots.
         backend: the attention kernels.
         scheduler: chooses the batches.
+        recorder: records decode steps to replay them; None for never. Not for hybrids.
+        overlap: prepare a step while the device computes the one before. Not for hybrids.
     """
 
     def __init__(
@@ -92,16 +101,25 @@ class Engine:
         cache: SlotCache,
         backend: AttentionBackend,
         scheduler: Scheduler,
+        recorder: Recorder | None = None,
+        *,
+        overlap: bool = False,
     ) -> None:
         self.loaded = loaded
         self.cache = cache
         self.scheduler = scheduler
+        self.overlap = overlap
+        self._under_way: LaunchedStep | None = None
         self.states: StateRows | None = None
         if loaded.keeps_state:
+            assert recorder is None, "state is gathered and scattered by the host"
+            assert not overlap, "state goes on from the step before"
             self.states = StateRows(loaded.model.config, cache.num_slots)
             self.runner: ModelRunner = StateRunner(loaded, cache, backend, self.states)
         else:
-            self.runner = ModelRunner(loaded, cache, backend)
+            self.runner = ModelRunner(
+                loaded, cache, backend, recorder=recorder, max_seqs=scheduler.max_seqs
+            )
         # The longest sequence that the pool could hold if it were alone.
         limit = cache.pool.limit_pages
         self._longest = bisect.bisect_right(range(cache.max_len), limit, key=cache.num_pages) - 1
@@ -162,17 +180,67 @@ class Engine:
     def step(self) -> list[Request]:
         """One forward pass; returns the requests that got a token by it: none without work.
 
+        With `overlap`, those that got one by the pass before, which ran meanwhile.
+
         Raises a Shortage if memory is short for even one request; none is lost by that.
         """
         if not self.has_work:
             return []
         start = time.perf_counter()
-        batch = self.scheduler.schedule()
-        tokens = self.runner.run(batch)
-        advanced = self._postprocess(batch, tokens)
+        advanced = self._overlapped_step() if self.overlap else self._plain_step()
+        if not self.has_work:
+            self._under_way = None  # it computes what follows the ends of requests, for nobody
         self._step_time_s += time.perf_counter() - start
-        self._num_steps += 1
         return advanced
+
+    def _plain_step(self) -> list[Request]:
+        """Schedule, run, postprocess."""
+        batch = self.scheduler.schedule()
+        launched = self.runner.launch(batch)
+        self._advance(batch, launched)
+        return self._postprocess(launched)
+
+    def _overlapped_step(self) -> list[Request]:
+        """Schedule and launch a step, then postprocess the one before, while the device works.
+
+        So a request's end is seen one step late, and what that step computed for it is dropped.
+        """
+        advanced: list[Request] = []
+        if not all(request.can_run_ahead for request in self.scheduler.running):
+            advanced += self._catch_up()
+        try:
+            batch = self.scheduler.schedule()
+        except Shortage:
+            if self._under_way is None:
+                raise
+            return self._catch_up()  # a request may end by it, and leave its memory to others
+        if not batch:  # all wait for their last token
+            return advanced + self._catch_up()
+        before = self._under_way
+        wait = not all(item.request.can_run_ahead for item in batch)
+        launched = self.runner.launch(batch, before.tokens if before else None, wait=wait)
+        self._advance(batch, launched)
+        advanced += self._catch_up(launched)
+        return advanced + self._catch_up() if wait else advanced
+
+    def _catch_up(self, launched: LaunchedStep | None = None) -> list[Request]:
+        """Postprocess the step under way; `launched` takes its place."""
+        before, self._under_way = self._under_way, launched
+        if before is None:
+            return []
+        try:
+            return self._postprocess(before)
+        except InvalidOperation:
+            self._step_back()
+            raise
+
+    def _step_back(self) -> None:
+        """Forget what is under way: the next step computes it again."""
+        self._under_way = None
+        for request in self.requests:
+            request.num_pending = 0
+            request.num_computed = min(request.num_computed, request.num_tokens - 1)
+            request.sampling.num_output_tokens = request.num_output_tokens
 
     def abort(self, requests: Sequence[Request]) -> None:
         """Drop requests; the pages they hold go back at once. Finished ones are left alone."""
@@ -181,10 +249,13 @@ class Engine:
                 self.scheduler.abort(request)
                 self._close_text(request)
                 request.finish_reason = "abort"
+        if not self.has_work:
+            self._under_way = None
 
     def stats(self) -> EngineStats:
         """A snapshot of memory and work."""
         kv = self.cache.stats()
+        graphs = self.runner.graphs
         return EngineStats(
             virtual_bytes=kv.virtual_bytes,
             physical_bytes=kv.physical_bytes,
@@ -204,6 +275,8 @@ class Engine:
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
+            num_graphs=graphs.num_recordings if graphs else 0,
+            num_replays=graphs.num_replays if graphs else 0,
             num_computed_tokens=self._num_computed_tokens,
             mapping_time_s=kv.mapping_time_s,
             background_time_s=kv.background_time_s,
@@ -267,17 +340,25 @@ class Engine:
 
     # -- after the model ---------------------------------------------------------------------
 
-    def _postprocess(
-        self, batch: Sequence[ScheduledRequest], tokens: Sequence[SampledToken | None]
-    ) -> list[Request]:
-        advanced: list[Request] = []
-        for item, token in zip(batch, tokens, strict=True):
+    def _advance(self, batch: Sequence[ScheduledRequest], launched: LaunchedStep) -> None:
+        """Note what will be in the slots, and which tokens will come."""
+        self._num_steps += 1
+        for item in batch:
             request = item.request
             prompt_left = max(0, request.num_prompt_tokens - request.num_computed)
             self._num_prompt_tokens += min(item.num_tokens, prompt_left)
             request.num_computed += item.num_tokens
             self._num_computed_tokens += item.num_tokens
-            if token is not None:
+        for row, request in enumerate(launched.requests):
+            request.num_pending += 1
+            request.pending_row = row
+
+    def _postprocess(self, launched: LaunchedStep) -> list[Request]:
+        """Append a step's tokens, but none behind the end of a request."""
+        advanced: list[Request] = []
+        for request, token in zip(launched.requests, launched.wait(), strict=True):
+            if not request.is_finished:
+                request.num_pending -= 1
                 self._append(request, token)
                 advanced.append(request)
         return advanced

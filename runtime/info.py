@@ -1,22 +1,49 @@
 """`vkv info`: what this machine offers."""
 
+from collections.abc import Sequence
+
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from ..attention_backends import describe_backends
+from ..attention_backends import AttentionNeeds, describe_backends, explain_choice
+from ..quant import Int4Weight
+from ..quant.kernels import MANY_ROWS, choose_kernel, kernel_class, kernel_names
 from ..vmem import VmemDriver, open_driver
 from ..vmem.errors import VkvError
 from .bench.record import hardware, versions
+from .build import why_no_graphs
 from .config import available_memory
+from .llm import LLM
+
+# What models ask for beside a plain head size, and which ones.
+_KINDS = (
+    ("bfloat16", {}),
+    ("float32", {"dtype": torch.float32}),
+    ("bfloat16, soft cap (Gemma 2)", {"softcap": True, "window": True}),
+    ("bfloat16, sinks (GPT-OSS)", {"sinks": True, "window": True}),
+    ("bfloat16, heads of 192 and 128 (DeepSeek)", {"head_dims": frozenset({(192, 128)})}),
+    ("bfloat16, paged baseline", {"paged": True}),
+)
 
 
-def show_info() -> None:
-    """Print versions, drivers with their limits, and attention backends with their features."""
+def show_info(model: str | None = None) -> None:
+    """Print versions, drivers with their limits, attention backends, what is chosen when, and int4
+    kernels.
+
+    With a `model` (as of `LLM`), what is chosen for it instead, and why.
+    """
     console = Console()
+    if model is not None:
+        with LLM(model) as llm:
+            console.print(_model(llm))
+        return
     console.print(_machine())
     console.print(_drivers())
     console.print(_backends())
+    console.print(_choices())
+    console.print(_int4_kernels())
 
 
 def _machine() -> Table:
@@ -76,4 +103,81 @@ def _backends() -> Table:
             f"up to {tile - 1} tokens" if tile > 1 else "none",
             "yes" if backend["available"] else f"no: {backend['reason']}",
         )
+    return table
+
+
+def _int4_kernels() -> Table:
+    table = Table(title="Kernels for 4-bit weights, in order of preference")
+    for column in ("name", "chosen for (groups of 128)", "here"):
+        table.add_column(column)
+    chosen = _int4_choices()
+    for name in kernel_names():
+        why = kernel_class(name).unavailable_reason()
+        table.add_row(
+            name, "; ".join(chosen.get(name, [])) or "-", escape(f"no: {why}") if why else "yes"
+        )
+    return table
+
+
+def _int4_choices() -> dict[str, list[str]]:
+    """For each kernel, the devices, types and numbers of rows that it is chosen for."""
+    codes, scales = torch.zeros(64, 256, dtype=torch.uint8), torch.zeros(64, 2)
+    weight = Int4Weight.from_codes(codes, scales, None)
+    chosen: dict[str, list[str]] = {}
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in map(torch.device, devices):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            rows: dict[str, list[int]] = {}
+            for num_rows in range(1, MANY_ROWS + 1):
+                name = choose_kernel(weight, device, dtype, num_rows).name
+                rows.setdefault(name, []).append(num_rows)
+            for name, taken in rows.items():
+                last = f"to {taken[-1]}" if taken[-1] < MANY_ROWS else "and more"
+                kind = str(dtype).removeprefix("torch.")
+                chosen.setdefault(name, []).append(f"{device.type} {kind}, {taken[0]} {last} rows")
+    return chosen
+
+
+def _choices() -> Table:
+    table = Table(title="What attention='auto' takes")
+    for column in ("device", "for a model in", "backend", "decode steps", "passed over"):
+        table.add_column(column)
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    plain = {"dtype": torch.bfloat16, "head_dims": frozenset({(128, 128)})}
+    for device in devices:
+        for kind, changes in _KINDS:
+            choice = explain_choice(AttentionNeeds(device=device, **{**plain, **changes}))
+            recorded = device == "cuda" and choice.graphs
+            table.add_row(
+                device,
+                kind,
+                choice.name or "none",
+                "recorded" if recorded else "kernel by kernel",
+                _passed_over(choice.passed_over),
+            )
+    return table
+
+
+def _passed_over(reasons: Sequence[tuple[str, str]]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons) or "-"
+
+
+def _model(llm: LLM) -> Table:
+    loaded, cache = llm._loaded, llm.engine.cache
+    choice = explain_choice(loaded.needs(paged=False))
+    no_graphs = why_no_graphs(loaded, llm.config, llm.engine.runner.backend)
+    stats = llm.stats()
+    table = Table(title=loaded.name, show_header=False)
+    table.add_row("weights", f"{loaded.weight_bytes / 2**20:,.1f} MiB, {loaded.dtype}")
+    table.add_row("device", str(llm.device))
+    table.add_row("layers that attend", f"{len(loaded.attention_layers)}")
+    table.add_row("attention backend", llm.attention_backend)
+    table.add_row("passed over", _passed_over(choice.passed_over))
+    table.add_row("decode steps", f"kernel by kernel: {no_graphs}" if no_graphs else "recorded")
+    table.add_row("longest sequence", f"{cache.max_len:,} tokens")
+    table.add_row(
+        "page", f"{stats.page_bytes >> 10} KiB; a row of pages: {stats.row_tokens} tokens"
+    )
+    limit = stats.pages_limit * stats.page_bytes
+    table.add_row("memory for keys and values", f"up to {limit / 2**30:,.2f} GiB, none taken yet")
     return table

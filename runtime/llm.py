@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import reprlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,10 @@ from .interrupts import deferred_interrupt
 from .models import load_model
 from .outputs import FinishReason, RequestOutput
 from .progress import BatchProgress
+from .prompts import Message, Prompt, as_batch, as_token_ids, params_for_each
 from .request import Request, request_output
 from .sampling_params import SamplingParams
-
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
+from .sleep import Sleep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +84,12 @@ class LLM:
             device=resolve_device(device),
             dtype=dtype,
             pack_weights=self.config.pack_weights,
+            lm_head_bits=self.config.lm_head_bits,
         )
         self._built = build_engine(self._loaded, self.config)
         self._engine = self._built.engine
         self._lock = threading.RLock()
+        self._sleep = Sleep(self._engine)
         self._idle: IdleTrim | None = None
         if self.config.idle_trim_s is not None:
             self._idle = IdleTrim(self._engine, self._lock, self.config.idle_trim_s)
@@ -116,8 +116,8 @@ class LLM:
         Raises a `UsageError` before anything runs if a prompt or parameter is refused. On any
         error, Ctrl-C included, the requests' pages are given back.
         """
-        batch = _as_batch(prompts)
-        each = _params_for_each(params, len(batch))
+        batch = as_batch(prompts)
+        each = params_for_each(params, len(batch))
         return self._run(batch, each, progress)
 
     def chat(
@@ -135,7 +135,7 @@ class LLM:
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = messages if several else [messages]
         prompts = [self.render_chat(conversation) for conversation in conversations]  # type: ignore[arg-type]
-        each = _params_for_each(params or SamplingParams(max_tokens=None), len(prompts))
+        each = params_for_each(params or SamplingParams(max_tokens=None), len(prompts))
         return self._run(prompts, each, progress)
 
     def stream(
@@ -153,7 +153,7 @@ class LLM:
             raise InvalidSamplingParams(f"n = {params.n}: a stream has one output; use generate")
         tokens = self._tokenise(prompt)  # type: ignore[arg-type]
         with self._lock:
-            self._check_open()
+            self._check_awake()
             self._engine.check(tokens, params)  # now, not when the loop begins
         return self._stream(tokens, params)
 
@@ -239,6 +239,30 @@ class LLM:
             self._check_open()
             return self._engine.cache.trim()
 
+    def sleep(self, *, weights: bool = False) -> int:
+        """Give all memory of keys and values back until `wake`; returns the bytes.
+
+        Address space, slots and recorded decode steps stay. With `weights`, those on a GPU move to
+        host memory, too, and recordings are made anew afterwards; on a CPU they stay. Nothing can
+        be generated meanwhile. Prefixes of finished requests are forgotten.
+
+        Raises InvalidOperation, with nothing changed, while a request is unfinished.
+        """
+        with self._lock, deferred_interrupt():
+            self._check_open()
+            return self._sleep.begin(weights=weights)
+
+    def wake(self) -> None:
+        """End a `sleep`. Keys and values take memory when requests do; harmless when awake."""
+        with self._lock, deferred_interrupt():
+            self._check_open()
+            self._sleep.end()
+
+    @property
+    def is_asleep(self) -> bool:
+        """True between `sleep` and `wake`."""
+        return self._sleep.is_asleep
+
     def close(self) -> None:
         """Give everything back. The object is of no use afterwards; closing twice is harmless."""
         if not self._is_mine:
@@ -300,7 +324,7 @@ class LLM:
     ) -> None:
         """Queue prompts and put their requests into `groups`, where no interrupt loses them."""
         with self._lock, deferred_interrupt():
-            self._check_open()
+            self._check_awake()
             if self._idle is not None:
                 self._idle.work()
             for prompt, one in zip(prompts, params, strict=True):
@@ -322,7 +346,7 @@ class LLM:
 
     def _tokenise(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return _as_token_ids(prompt)
+            return as_token_ids(prompt)
         if self._loaded.tokenizer is None:
             raise InvalidPrompt(
                 f"{self._loaded.name} has no tokenizer; give prompts as lists of token ids, or "
@@ -342,42 +366,12 @@ class LLM:
         if self._closed:
             raise InvalidOperation("this LLM has been closed; create another")
 
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise InvalidPrompt(
-            f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, or a list "
-            "of either"
-        )
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _as_token_ids(prompt: Sequence[int]) -> list[int]:
-    if not isinstance(prompt, Sequence) or any(type(token) is not int for token in prompt):
-        raise InvalidPrompt(
-            f"{reprlib.repr(prompt)} is neither a text nor a list of token ids, which are plain "
-            "integers; call .tolist() on an array"
-        )
-    return list(prompt)
+    def _check_awake(self) -> None:
+        self._check_open()
+        self._sleep.check_awake()
 
 
 def _check_not_aborted(groups: Sequence[Sequence[Request]]) -> None:
     """What another thread cut short by `close` must not pass for a result."""
     if any(request.finish_reason == "abort" for group in groups for request in group):
         raise InvalidOperation("this LLM was closed while it generated; create another")
-
-
-def _params_for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise InvalidSamplingParams(
-            f"{len(params)} sampling parameters for {count} prompts; give one, or one for each"
-        )
-    return list(params)

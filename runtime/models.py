@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,13 @@ from transformers import (
 
 from ..allocator import LayerGeometry
 from ..attention_backends import AttentionNeeds, LayerAttention
+from ..quant import (
+    QuantError,
+    UnsupportedQuantization,
+    adopt,
+    int4_linears,
+    quantize_output,
+)
 from ..vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from .attention import ATTENTION_NAME, AttentionProbe, attention_step, register
 from .packing import can_pack, pack
@@ -84,9 +92,10 @@ class LoadedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of parameters, tied ones counted once, and of packed weights."""
+        """Bytes of parameters, tied ones counted once, of packed weights and of 4-bit ones."""
         parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return parameters + self.packed_bytes
+        int4 = sum(linear.num_bytes for _, linear in int4_linears(self.model))
+        return parameters + self.packed_bytes + int4
 
     def needs(self, *, paged: bool) -> AttentionNeeds:
         """What the attention backend must offer."""
@@ -108,6 +117,7 @@ def load_model(
     device: torch.device,
     dtype: str | torch.dtype = "auto",
     pack_weights: bool | None = None,
+    lm_head_bits: int | None = None,
 ) -> LoadedModel:
     """Load a causal language model and prepare it for contiguous slots.
 
@@ -118,6 +128,7 @@ def load_model(
         dtype: of weights and KV; "auto" is the checkpoint's own.
         pack_weights: lay linear weights out for the CPU's kernels (`packing`); None does so for
             models loaded here, and leaves a model built elsewhere as it is.
+        lm_head_bits: 4 or 8 to quantise the output layer, of a model loaded here.
 
     Raises BadCheckpoint if the folder cannot be read, UnsupportedModel if the architecture cannot
     run here, with the reason.
@@ -130,7 +141,7 @@ def load_model(
         model.set_attn_implementation(ATTENTION_NAME)
     else:
         home = _resolve(source)
-        model = _from_checkpoint(home, wanted_dtype)
+        model = _from_checkpoint(home, wanted_dtype, device)
         name = str(home) if source is not None else "the built-in tiny model"
     if wanted_dtype is not None:
         model = model.to(wanted_dtype)  # type: ignore[arg-type]
@@ -138,10 +149,15 @@ def load_model(
     text_config = model.config.get_text_config()
     _check_interface(model)
     layers, attention, geometry = _probe(model)
+    if lm_head_bits is not None:
+        _quantize_head(model, lm_head_bits, loaded_here=home is not None)
     wants_packing = pack_weights if pack_weights is not None else home is not None
     packed_bytes, model_dtype = 0, model.dtype
     if wants_packing and device.type == "cpu" and can_pack(model_dtype):
         packed_bytes = pack(model, lambda: _probe_rows(model))
+    if home is not None:
+        for _, linear in int4_linears(model):  # those that packing left where they are
+            linear.settle(model_dtype)
     return LoadedModel(
         name=name,
         model=model,
@@ -191,13 +207,17 @@ def _resolve(source: str | Path | None) -> str | Path:
 def _reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
     try:
         return read()
+    except UnsupportedQuantization as error:
+        raise UnsupportedModel(f"{home} cannot be loaded: {error}") from error
     except _UNREADABLE as error:
         raise BadCheckpoint(
             f"cannot read the {what} of {home}: {error}; check that the checkpoint is complete"
         ) from error
 
 
-def _from_checkpoint(home: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def _from_checkpoint(
+    home: str | Path, dtype: torch.dtype | None, device: torch.device
+) -> PreTrainedModel:
     config: PretrainedConfig = _reading("config", home, lambda: AutoConfig.from_pretrained(home))
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
@@ -206,6 +226,9 @@ def _from_checkpoint(home: str | Path, dtype: torch.dtype | None) -> PreTrainedM
             "generates text"
         )
     _check_architecture(config, mapping[type(config)])  # type: ignore[arg-type]
+    quantized = _reading("quantisation", home, lambda: adopt(config))
+    if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
+        dtype = torch.bfloat16  # the checkpoint's float16 is a GPU's; a CPU has no kernels for it
     loaded: Any = _reading(
         "weights",
         home,
@@ -224,6 +247,22 @@ def _from_checkpoint(home: str | Path, dtype: torch.dtype | None) -> PreTrainedM
             "that all of its *.safetensors are there"
         )
     return model
+
+
+def _quantize_head(model: PreTrainedModel, bits: int, *, loaded_here: bool) -> None:
+    """Exchange the output layer. A tied embedding stays, in its own type."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if not loaded_here or type(head) is not nn.Linear or name is None:
+        found = "is the caller's own" if not loaded_here else f"is a {type(head).__name__}"
+        raise InvalidConfig(
+            f"lm_head_bits is {bits}, and the output layer of {type(model).__name__} {found}; only "
+            "plain linear layers of models loaded by vkv are quantised: leave lm_head_bits out"
+        )
+    try:
+        model.set_submodule(name, quantize_output(head, bits))
+    except QuantError as error:
+        raise InvalidConfig(f"lm_head_bits is {bits}: {error}") from error
 
 
 def _check_architecture(config: PretrainedConfig, model_class: type) -> None:

@@ -2,26 +2,28 @@
 
 PyTorch's own linear rearranges a weight at every call, or does without; laid out ahead, a weight
 is read at memory speed: by vkv's kernel in bfloat16 where the processor has its instruction, by
-oneDNN's otherwise. Where a model calls several linears in a row on the same input (queries, keys
-and values; gate and up), one product computes them all: the first call computes, the others find
-their part. A gated feed-forward layer, and what `fusing` knows, is one pass more. The model's code
-stays as it is: only modules are exchanged.
+oneDNN's otherwise, and in 4 bits by the kernels of `quant`. Where a model calls several linears
+in a row on the same input (queries, keys and values; gate and up), one product computes them all:
+the first call computes, the others find their part. A gated feed-forward layer, and what `fusing`
+knows, is one pass more. The model's code stays as it is: only modules are exchanged.
 
 All of it is undone without loss, should the model not take it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import nn
 
+from ..quant import Int4Linear, can_concatenate, concatenate, split
 from ..vmem import linux
 from . import native_kernels
 from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of
 from .native_kernels import Gate, PanelLinear
 
+_Linear: TypeAlias = nn.Linear | Int4Linear
 _DTYPES = (torch.float32, torch.bfloat16)
 # Of the largest value. Two orders of the same sums differ by less; a mix-up by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -87,28 +89,42 @@ class PackedProduct:
     """The packed weights of one or more linears over the same input.
 
     Args:
-        linears: in the order of the model's calls.
+        linears: in the order of the model's calls; all dense, or all in 4 bits.
         gate: of two linears, gate and up, whose gated product alone is wanted.
     """
 
-    def __init__(self, linears: Iterable[nn.Linear], gate: Gate | None = None) -> None:
+    def __init__(self, linears: Iterable[_Linear], gate: Gate | None = None) -> None:
         linears = list(linears)
-        weight = linears[0].weight if len(linears) == 1 else torch.cat([p.weight for p in linears])
         self.in_features = linears[0].in_features
         self.out_features = tuple(linear.out_features for linear in linears)
         self.has_bias = tuple(linear.bias is not None for linear in linears)
         self.bias = _joined_bias(linears)
         self.gate = gate
-        self.num_bytes = weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
         self._input: torch.Tensor | None = None
         self._parts: tuple[torch.Tensor, ...] = ()
         self._gates_itself = False
-        self._product: _Product
-        if native_kernels.has_linear(weight.dtype) and self.in_features % 2 == 0:
-            self._gates_itself = gate is not None and self.out_features[0] % 32 == 0
-            self._product = PanelLinear(weight, self.bias, gate if self._gates_itself else None)
+        self._product: _Product | Int4Linear
+        int4 = [linear.weight_int4 for linear in linears if isinstance(linear, Int4Linear)]
+        if int4:
+            self._product = Int4Linear(concatenate(int4), self.bias)
         else:
-            self._product = _OneDnnLinear(weight, self.bias)
+            dense = [linear.weight for linear in linears if isinstance(linear, nn.Linear)]
+            self._product = self._lay_out(dense)
+
+    def _lay_out(self, weights: list[torch.Tensor]) -> _Product:
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self._weight_bytes = weight.nbytes
+        if native_kernels.has_linear(weight.dtype) and self.in_features % 2 == 0:
+            self._gates_itself = self.gate is not None and self.out_features[0] % 32 == 0
+            return PanelLinear(weight, self.bias, self.gate if self._gates_itself else None)
+        return _OneDnnLinear(weight, self.bias)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight and the bias."""
+        if isinstance(self._product, Int4Linear):
+            return self._product.num_bytes
+        return self._weight_bytes + (0 if self.bias is None else self.bias.nbytes)
 
     def compute(self, inputs: torch.Tensor, part: int) -> torch.Tensor:
         """The part's rows of the product; the other parts are kept until the last is fetched."""
@@ -131,16 +147,27 @@ class PackedProduct:
         assert self.gate is not None
         return native_kernels.gated(whole, self.gate)
 
-    def unpack(self) -> list[nn.Linear]:
+    def settle(self, dtype: torch.dtype) -> None:
+        """Keep nothing of the weight but what products of `dtype` read: no more `unpack`."""
+        if isinstance(self._product, Int4Linear):
+            self._product.settle(dtype)
+
+    def unpack(self) -> "list[_Linear]":
         """The linears again, bit for bit."""
+        biases: list[torch.Tensor | None] = [None] * len(self.out_features)
+        if self.bias is not None:
+            parts = zip(self.bias.split(self.out_features), self.has_bias, strict=True)
+            biases = [bias.clone() if has_bias else None for bias, has_bias in parts]
+        if isinstance(self._product, Int4Linear):
+            int4 = split(self._product.weight_int4, self.out_features)
+            return [Int4Linear(weight, bias) for weight, bias in zip(int4, biases, strict=True)]
         weights = self._product.dense().split(self.out_features)
-        biases = self.bias.split(self.out_features) if self.bias is not None else weights
-        linears = []
-        for weight, bias, has_bias in zip(weights, biases, self.has_bias, strict=True):
-            linear = nn.Linear(*reversed(weight.shape), bias=has_bias, device="meta")
+        linears: list[_Linear] = []
+        for weight, bias in zip(weights, biases, strict=True):
+            linear = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
             linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
-            if has_bias:
-                linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias, requires_grad=False)
             linears.append(linear)
         return linears
 
@@ -151,7 +178,7 @@ class _Place:
 
     parent: nn.Module
     name: str
-    linear: nn.Linear
+    linear: _Linear
     inputs: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -165,7 +192,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
-    """Lay out the `nn.Linear` modules that `run()` calls, and fuse what is around them.
+    """Lay out the linears that `run()` calls, dense or in 4 bits, and fuse what is around them.
 
     `run` runs a few tokens through the model and returns what came out, a row for each: once to
     see which linears share an input, and once more to see that the model takes the packed ones
@@ -178,7 +205,7 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
     files = linux.mapped_files(".safetensors")
     undo: list[Undo] = []
     gated: list[tuple[nn.Module, PackedProduct]] = []
-    num_bytes = 0
+    products: list[PackedProduct] = []
     try:
         for group in groups:  # one at a time: never two copies of the whole model
             parent = group[0].parent
@@ -186,7 +213,7 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
             gate = gate_of(parent) if is_gated and id(parent) in homes else None
             product = PackedProduct([place.linear for place in group], gate)
             undo.append(_exchange_linears(group, product, files))
-            num_bytes += product.num_bytes
+            products.append(product)
             if gate is not None:
                 gated.append((parent, product))
         for layer, product in gated:  # whose own linears are packed by now
@@ -194,7 +221,9 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
             undo.append(exchange(*homes[id(layer)], fused))
         undo += fuse_norms(model) + fuse_rotary(model)
         if _same(run(), expected):
-            return num_bytes
+            for product in products:
+                product.settle(expected[-1].dtype)
+            return sum(product.num_bytes for product in products)
     except (RuntimeError, AttributeError, TypeError, ValueError):
         pass  # it does not take them, and goes on as it was
     for back in reversed(undo):
@@ -208,7 +237,8 @@ def _exchange_linears(
     """Put the product's parts in the linears' places, and let the linears go."""
     for part, place in enumerate(group):
         setattr(place.parent, place.name, PackedLinear(product, part))
-        _let_go(place.linear.weight, files)
+        if isinstance(place.linear, nn.Linear):
+            _let_go(place.linear.weight, files)
         del place.linear
 
     def undo() -> None:
@@ -252,7 +282,7 @@ def _places(model: nn.Module) -> list[_Place]:
         _Place(parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear
+        if isinstance(child, nn.Linear | Int4Linear) and type(child) in (nn.Linear, Int4Linear)
     ]
     counts: dict[int, int] = {}
     for place in places:
@@ -294,16 +324,20 @@ def _shared_inputs(places: list[_Place], run: Callable[[], object]) -> list[list
 
 
 def _are_siblings(first: _Place, other: _Place) -> bool:
-    same_input = first.inputs[0] is other.inputs[0]
-    return first.parent is other.parent and same_input
+    if first.parent is not other.parent or first.inputs[0] is not other.inputs[0]:
+        return False
+    one, two = first.linear, other.linear
+    if isinstance(one, Int4Linear) and isinstance(two, Int4Linear):
+        return can_concatenate(one.weight_int4, two.weight_int4)
+    return isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
 
 
-def _joined_bias(linears: list[nn.Linear]) -> torch.Tensor | None:
-    if all(linear.bias is None for linear in linears):
+def _joined_bias(linears: Sequence[_Linear]) -> torch.Tensor | None:
+    biases = [linear.bias for linear in linears]
+    some = next((bias for bias in biases if bias is not None), None)
+    if some is None:
         return None
+    parts = zip(biases, linears, strict=True)
     return torch.cat(
-        [
-            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-            for linear in linears
-        ]
+        [some.new_zeros(linear.out_features) if bias is None else bias for bias, linear in parts]
     ).detach()

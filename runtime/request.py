@@ -25,7 +25,10 @@ class Request:
 
     Attributes:
         token_ids: the prompt's tokens, then the output's.
-        num_computed: tokens whose keys and values are in the slot.
+        num_computed: tokens whose keys and values are in the slot, or will be when the work
+            launched so far is done.
+        num_pending: further tokens that were sampled, but are known on the device alone.
+        pending_row: of the last of them: its row among those sampled in the same step.
         leader: the request that computes the same prompt; this one waits and shares its rows.
     """
 
@@ -51,6 +54,8 @@ class Request:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed = 0
+        self.num_pending = 0
+        self.pending_row = 0
         self.num_cached = 0  # prompt tokens found in a slot at the first admission
         self.state = RequestState.WAITING
         self.slot: Slot | None = None
@@ -66,12 +71,12 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens so far."""
-        return len(self.token_ids)
+        """Prompt and output tokens so far, pending ones included."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far, without those pending."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
@@ -83,6 +88,23 @@ class Request:
     def num_uncomputed(self) -> int:
         """Tokens still to go through the model; 1 while decoding."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def is_complete(self) -> bool:
+        """True if it has all tokens that it may have, once those pending are known."""
+        return self.num_output_tokens + self.num_pending >= self.max_tokens
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """True if its next token can be sampled before the host knows the last."""
+        return not self.sampling.has_penalties and self.params.logprobs is None
+
+    def ids(self, start: int, stop: int) -> list[int]:
+        """Tokens `start … stop`; one that is pending as `-1 - pending_row`."""
+        ids = self.token_ids[start:stop]
+        if stop > len(self.token_ids):
+            ids.append(-1 - self.pending_row)
+        return ids
 
     @property
     def scores_prompt(self) -> bool:

@@ -30,6 +30,7 @@ from torch import Tensor
 from ..vmem.errors import InvalidOperation
 from .outputs import Logprob
 from .sampling_params import SamplingParams
+from .transfer import select_rows, upload
 
 _NUM_LIKELY = 1024
 """Tokens that nearly always hold a top-p's mass; sorting so few is ten times as fast as all."""
@@ -146,6 +147,22 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
     assert len(logits) == len(states), (len(logits), len(states))
     if not states:
         return []
+    # Waited for once.
+    chosen, finite = choose(logits, states).tolist()
+    check_finite(finite)
+    sampled = _report(logits, chosen, states)
+    for state, token_id in zip(states, chosen, strict=True):
+        state.advance(token_id)
+    return sampled
+
+
+@torch.no_grad()
+def choose(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """The next token of every row, and whether it follows from the row (`check_finite`).
+
+    As of `sample`, but int64 [2, batch], on the device of `logits`, which need not be waited for;
+    no state is advanced.
+    """
     adjusted = _adjust(logits, states)
     # One pass for the greedy token (the first of equals, as argmax) and for the check of the row:
     # the largest value of a row with a NaN is NaN.
@@ -153,14 +170,9 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
     rows = [i for i, state in enumerate(states) if not state.params.greedy]
     for start in range(0, len(rows), _MAX_FLOAT32_ROWS):
         some = rows[start : start + _MAX_FLOAT32_ROWS]
-        token_ids[some] = _draw(adjusted[some], peaks[some], [states[i] for i in some])
-    # Stacked, so that the device is waited for once.
-    chosen, finite = torch.stack([token_ids, peaks.isfinite().long()]).tolist()
-    _check_finite(finite)
-    sampled = _report(logits, token_ids, chosen, states)
-    for state, token_id in zip(states, chosen, strict=True):
-        state.advance(token_id)
-    return sampled
+        where = upload(some, torch.long, logits.device)
+        token_ids[where] = _draw(adjusted[where], peaks[where], [states[i] for i in some])
+    return torch.stack([token_ids, peaks.isfinite().long()])
 
 
 @torch.no_grad()
@@ -182,12 +194,14 @@ def _adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     adjusted = logits.to(torch.float32, copy=True)
     if penalised:
         some = [states[i] for i in penalised]
-        adjusted[penalised] = _penalise(_select(adjusted, penalised), some)
+        where = upload(penalised, torch.long, logits.device)
+        adjusted[where] = _penalise(adjusted[where], some)
     if addends:
         rows, token_ids, values = zip(*addends, strict=True)
-        where = torch.tensor([rows, token_ids], device=logits.device)
+        where = upload([rows, token_ids], torch.long, logits.device)
         # Accumulating: one token may have both a bias and a bar.
-        adjusted.index_put_((where[0], where[1]), adjusted.new_tensor(values), accumulate=True)
+        added = upload(values, adjusted.dtype, logits.device)
+        adjusted.index_put_((where[0], where[1]), added, accumulate=True)
     return adjusted
 
 
@@ -242,8 +256,9 @@ def _floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingParams]) -
     floors = _column(scaled, [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])
     if rows:
         some = [params[i] for i in rows]
-        sorted_floors = _sorted_floors(_select(scaled, rows), _select(weights, rows), some)
-        floors[rows] = torch.maximum(floors[rows], sorted_floors)
+        where = upload(rows, torch.long, scaled.device)
+        sorted_floors = _sorted_floors(scaled[where], weights[where], some)
+        floors[where] = torch.maximum(floors[where], sorted_floors)
     return floors
 
 
@@ -254,11 +269,13 @@ def _sorted_floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingPar
     """
     vocab_size, device = scaled.shape[-1], scaled.device
     k = [min(p.top_k or vocab_size, vocab_size) for p in params]
-    top_k = torch.tensor(k, device=device)[:, None]  # [rows, 1]
+    top_k = upload(k, torch.long, device)[:, None]  # [rows, 1]
     top_p = _column(scaled, [p.top_p for p in params], torch.float64)
     total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
     num_likely = min(max(p.top_k or _NUM_LIKELY for p in params), vocab_size)
-    for num_sorted in (num_likely, vocab_size):
+    # On a GPU, to see whether the likely ones were enough would be to wait for it.
+    first = num_likely if device.type == "cpu" or max(k) <= num_likely else vocab_size
+    for num_sorted in (first, vocab_size):
         values = _largest(scaled, num_sorted)  # [rows, num_sorted]
         beyond_k = torch.arange(num_sorted, device=device) >= top_k
         mass = values.exp().masked_fill_(beyond_k, 0.0).cumsum(dim=-1, dtype=torch.float64)
@@ -279,14 +296,15 @@ def _largest(values: Tensor, num: int) -> Tensor:
 
 
 def _report(
-    logits: Tensor, token_ids: Tensor, chosen: Sequence[int], states: Sequence[SamplingState]
+    logits: Tensor, chosen: Sequence[int], states: Sequence[SamplingState]
 ) -> list[SampledToken]:
     """Wrap the chosen tokens, with log probabilities for the rows that ask for them."""
     sampled = [SampledToken(token_id) for token_id in chosen]
     asked = {i: k for i, s in enumerate(states) if (k := s.params.logprobs) is not None}
     if asked:
         rows = list(asked)
-        tables = _logprobs(_select(logits, rows), _select(token_ids, rows), list(asked.values()))
+        token_ids = upload([chosen[row] for row in rows], torch.long, logits.device)
+        tables = _logprobs(select_rows(logits, rows), token_ids, list(asked.values()))
         for row, table in zip(rows, tables, strict=True):
             token_id = chosen[row]
             sampled[row] = SampledToken(token_id, table[token_id].logprob, table)
@@ -325,7 +343,8 @@ def _table(
     return table
 
 
-def _check_finite(finite: Sequence[int]) -> None:
+def check_finite(finite: Sequence[int]) -> None:
+    """Raises InvalidOperation if a row's choice does not follow from it."""
     broken = [row for row, is_finite in enumerate(finite) if not is_finite]
     if broken:
         raise InvalidOperation(
@@ -335,11 +354,6 @@ def _check_finite(finite: Sequence[int]) -> None:
         )
 
 
-def _select(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """The named rows, ascending; without a copy if they are all."""
-    return tensor if len(rows) == len(tensor) else tensor[list(rows)]
-
-
 def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
     """One value per row, as [rows, 1] on the device (and in the dtype) of `like`."""
-    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device)[:, None]
+    return upload(values, dtype or like.dtype, like.device)[:, None]

@@ -83,7 +83,10 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Let go of a finished request; its slot is parked with what was computed."""
-        self._release(request, keep=True)
+        if request.state is RequestState.WAITING:  # preempted while its last token was pending
+            self.waiting.remove(request)
+        else:
+            self._release(request, keep=True)
         request.state = RequestState.FINISHED
 
     def abort(self, request: Request) -> None:
@@ -128,6 +131,8 @@ class Scheduler:
 
         Where memory is short, others are preempted, from the batch too if they are in it.
         """
+        if request.is_complete:
+            return budget
         while budget and request.state is RequestState.RUNNING:
             assert request.slot is not None
             count = min(request.num_uncomputed, budget)

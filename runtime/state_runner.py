@@ -7,7 +7,6 @@ attention layers see a flat batch all the same.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -49,9 +48,14 @@ class StateRunner(ModelRunner):
         self._index_of = {layer: i for i, layer in enumerate(loaded.attention_layers)}
 
     def _forward(
-        self, batch: Sequence[ScheduledRequest], ends: Sequence[int], rows: Sequence[int]
+        self,
+        batch: Sequence[ScheduledRequest],
+        ends: Sequence[int],
+        rows: Sequence[int],
+        last_tokens: torch.Tensor | None,
     ) -> torch.Tensor:
         """Logits of the flat rows `rows`, [len(rows), vocab]: one forward for each group."""
+        assert last_tokens is None, "a hybrid's steps wait for each other"
         decodes = [i for i, item in enumerate(batch) if item.start and item.num_tokens == 1]
         groups = [decodes] if decodes else []
         groups += [[i] for i in range(len(batch)) if i not in decodes]
@@ -67,21 +71,15 @@ class StateRunner(ModelRunner):
 
     def _forward_group(self, group: Sequence[ScheduledRequest]) -> torch.Tensor:
         """Logits of all tokens of decodes, or of one chunk of a prompt: [num_tokens, vocab]."""
-        device = self.loaded.device
         slots = [item.request.slot.index for item in group if item.request.slot is not None]
-        spans = [range(item.start, item.start + item.num_tokens) for item in group]
-        ids = [
-            item.request.token_ids[s.start : s.stop] for item, s in zip(group, spans, strict=True)
-        ]
-        ends = list(accumulate(item.num_tokens for item in group))
-        step = CacheStep(
-            self.cache, self.backend, self._attention_batch(group, ends), self.loaded.attention
-        )
+        inputs, batch = self._inputs(group)
+        step = CacheStep(self.cache, self.backend, batch, self.loaded.attention)
+        shape = (len(group), -1)  # decodes [B, 1], a chunk [1, num_tokens]
         state = self.states.gather(slots) if group[0].start else self.states.fresh()
         with attention_step(_SomeLayersStep(step, self._index_of)):
             output = self.loaded.model(
-                input_ids=torch.tensor(ids, device=device),  # [B, 1] or [1, num_tokens]
-                position_ids=torch.tensor([list(span) for span in spans], device=device),
+                input_ids=inputs.ids.view(shape),
+                position_ids=inputs.positions.view(shape),
                 past_key_values=state,
                 use_cache=True,
             )

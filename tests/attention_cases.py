@@ -35,6 +35,7 @@ class Case:
     sinks: bool = False
     interleaved: bool = False
     paged: bool = False
+    block_size: int = BLOCK_SIZE
     readable_tile: int = 1  # rows up to a multiple of it are finite: a declared over-read
     max_len_multiple: int = 1
     device: str = "cpu"
@@ -110,16 +111,18 @@ def _paged_cache(
 ) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
     """The same rows as `_slot_cache` with the same seed, in shuffled blocks; block lists."""
     keys, values, slots = _slot_cache(replace(case, paged=False), value_dim, kv_lens, generator)
-    counts = [-(-kv_len // BLOCK_SIZE) for kv_len in kv_lens]
+    counts = [-(-kv_len // case.block_size) for kv_len in kv_lens]
     free = torch.randperm(sum(counts) + 1, generator=generator).tolist()
     tables = [[free.pop() for _ in range(count)] for count in counts]
     paged = []
     for cache in (keys, values):
-        shape = (sum(counts) + 1, BLOCK_SIZE, *cache.shape[2:])
+        shape = (sum(counts) + 1, case.block_size, *cache.shape[2:])
         blocks = torch.full(shape, torch.nan, dtype=case.dtype, device=case.device)
         for slot, table, kv_len in zip(slots, tables, kv_lens, strict=True):
             for token in range(kv_len):
-                blocks[table[token // BLOCK_SIZE], token % BLOCK_SIZE] = cache[slot, token]
+                blocks[table[token // case.block_size], token % case.block_size] = cache[
+                    slot, token
+                ]
         paged.append(blocks)
     return paged[0], paged[1], tables
 

@@ -1,5 +1,6 @@
 """Fixtures every folder's tests share: drivers of virtual memory, and the marker for GPUs."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,11 @@ from vkv.vmem import CudaDriver, HostDriver, VmemDriver
 
 if TYPE_CHECKING:
     from vkv import LLM
+
+pytest_plugins = ("flash_standin",)
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing did yet
 
 # Times vary on shared machines, and no test here asserts one.
 settings.register_profile("vkv", deadline=None)

@@ -12,6 +12,7 @@ from vkv.attention_backends import (
     choose_backend,
     create_backend,
     describe_backends,
+    explain_choice,
     native_library,
 )
 from vkv.attention_backends.base import Capabilities, missing_features
@@ -42,6 +43,14 @@ def test_without_a_compiler_the_cpu_falls_back(monkeypatch: pytest.MonkeyPatch):
     assert choose_backend(needs()).name == "sdpa"
     with pytest.raises(UnsupportedAttention, match="no C compiler"):
         create_backend("native", needs())
+
+
+def test_a_choice_says_what_it_passed_over():
+    assert explain_choice(needs()) == ("native", (), False)
+    choice = explain_choice(needs(dtype=torch.float16))
+    assert choice.name == "sdpa"
+    assert choice.passed_over == (("native", "no torch.float16"),)
+    assert explain_choice(needs(dtype=torch.int8)).name is None
 
 
 def test_by_name():

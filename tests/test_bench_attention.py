@@ -1,12 +1,20 @@
 """`vkv bench attention`: that all contestants solve the same problem, and what is counted."""
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from vkv.attention_backends.native import NativeBackend
+from vkv.attention_backends.paged_sdpa import PagedSdpaBackend
 from vkv.attention_backends.sdpa import SdpaBackend
-from vkv.runtime.bench.attention import AttentionOptions, Shape, default_shapes, run
+from vkv.runtime.bench import attention
+from vkv.runtime.bench.attention import AttentionOptions, run
+from vkv.runtime.bench.attention_shapes import Shape, default_shapes, shapes_of_heads
+from vkv.runtime.bench.peer import WORKERS
+from vkv.vmem.errors import InvalidConfig
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
 SHAPES = (
@@ -47,6 +55,54 @@ def test_a_contestant_that_computes_something_else_is_found(
         run(AttentionOptions(shapes=SHAPES[:1], repeats=1), tmp_path, "x")
 
 
+_PEER = """
+import sys
+sys.path.insert(0, {workers!r})
+from protocol import answer_all
+
+
+def load(options):
+    assert options == {{"threads": 2, "dtype": "bfloat16"}}
+
+    def answer(request):
+        if "shape" in request:
+            assert request["layers"] > 0
+            return {{}}
+        return {{"seconds": 0.5, "result": [{value}] * 2 if request.get("result") else []}}
+
+    return answer
+
+
+answer_all(load)
+"""
+
+
+@pytest.mark.parametrize("value", [0.0, 99.0], ids=["agrees", "differs"])
+def test_a_peer_takes_its_turns_and_must_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def of_zeros(*args: object, out: torch.Tensor, **_: object) -> torch.Tensor:
+        return out.zero_()
+
+    for backend in (SdpaBackend, NativeBackend, PagedSdpaBackend):
+        monkeypatch.setattr(backend, "forward", of_zeros)
+    script = tmp_path / "peer.py"
+    script.write_text(_PEER.format(workers=str(WORKERS), value=value))
+    monkeypatch.setitem(attention.PEERS, "vllm", str(script))
+    peers = {"vllm": sys.executable}
+    options = AttentionOptions(
+        shapes=SHAPES[:1], repeats=2, max_bytes=1 << 16, threads=2, peers=peers
+    )
+    if value:
+        with pytest.raises(AssertionError, match="not close"):
+            run(options, tmp_path, "x")
+        return
+    path, (table,) = run(options, tmp_path, "x")
+    (cell,) = json.loads(path.read_text())["results"]["cells"]
+    assert cell["layer_s"]["vllm, its kernel"] == [0.5 / cell["layers"]] * 2
+    assert table.columns[-1] == "vllm, its kernel: times as long"
+
+
 def test_what_is_counted() -> None:
     shape = Shape(batch=2, context=10, queries=3, num_heads=4, num_kv_heads=2, head_dim=8)
     assert shape.kv_bytes(torch.bfloat16) == 2 * 2 * 10 * 2 * 8 * 2
@@ -65,3 +121,39 @@ def test_default_shapes() -> None:
     shapes = default_shapes((1, 8), (1024, 8192), 512)
     assert len(shapes) == 4 + 2 + 2
     assert {shape.num_heads // shape.num_kv_heads for shape in shapes} == {1, 4}
+
+
+def test_shapes_of_one_model() -> None:
+    shapes = shapes_of_heads("32:8x128", (1, 64), (1024, 8192), 4096)
+    assert [str(shape) for shape in shapes] == [
+        "decode, 1 x 1,024, 32:8x128",
+        "decode, 64 x 1,024, 32:8x128",
+        "decode, 1 x 8,192, 32:8x128",
+        "decode, 64 x 8,192, 32:8x128",
+        "chunk of 4096, 1 x 8,192, 32:8x128",
+    ]
+    assert len(shapes_of_heads("32:8x128", (1,), (1024,), 0)) == 1
+    for heads in ("32x128", "32:0x128", "32:7x128"):
+        with pytest.raises(InvalidConfig):
+            shapes_of_heads(heads, (1,), (1024,), 0)
+
+
+def test_a_paged_backend_gets_blocks_of_the_size_it_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = replace(PagedSdpaBackend.capabilities, block_multiple=48)
+    monkeypatch.setattr(PagedSdpaBackend, "capabilities", wide)
+    blocks = []
+    honest = PagedSdpaBackend.check_cache
+
+    def check_cache(self: PagedSdpaBackend, keys: torch.Tensor, values: torch.Tensor) -> None:
+        blocks.append(keys.shape[1])
+        honest(self, keys, values)
+
+    monkeypatch.setattr(PagedSdpaBackend, "check_cache", check_cache)
+    options = AttentionOptions(
+        shapes=SHAPES[:1], repeats=1, contiguous=("sdpa",), paged=("paged_sdpa",), label="wide"
+    )
+    path, _ = run(options, tmp_path, "x")
+    assert blocks == [48]
+    assert path.name.startswith("attention-wide_")

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from vkv.runtime.bench import throughput
-from vkv.runtime.bench.throughput import CELLS, Cell, ThroughputOptions, Worker, WorkerFailed
+from vkv.runtime.bench.peer import WORKERS, Worker, WorkerFailed
+from vkv.runtime.bench.throughput import CELLS, Cell, ThroughputOptions
 from vkv.vmem.errors import InvalidConfig
 
 FAKE = f"""
 import sys
-sys.path.insert(0, {str(throughput._WORKERS)!r})
+sys.path.insert(0, {str(WORKERS)!r})
 from protocol import expect, serve
 
 def load(options):

@@ -88,8 +88,16 @@ def test_generate_as_chat_answers() -> None:
 
 def test_info_names_drivers_and_backends() -> None:
     shown = run("info")
-    for name in ("sdpa", "torch_flash", "flashinfer", "paged_sdpa", "cpu", "cuda"):
+    for name in ("sdpa", "torch_flash", "flashinfer", "paged_sdpa", "cpu", "cuda", "Gemma 2"):
         assert name in shown
+
+
+def test_info_of_a_model_says_what_it_gets_and_why(llama_folder: Path) -> None:
+    shown = " ".join(run("info", str(llama_folder)).split())
+    assert "attention backend" in shown
+    assert "native" in shown
+    assert "kernel by kernel" in shown
+    assert "none taken yet" in shown
 
 
 @pytest.mark.usefixtures("quick_limits")

@@ -55,16 +55,16 @@ def test_ctrl_c_leaves_no_pages_behind(llm: LLM) -> None:
 def test_an_interrupt_within_a_step_waits_for_its_end(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = llm._engine.runner.run
+    launch = llm._engine.runner.launch
     completed = []
 
-    def interrupted(batch: Any) -> Any:
+    def interrupted(batch: Any, *args: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
-        tokens = run(batch)
+        launched = launch(batch, *args, **options)
         completed.append(batch)
-        return tokens
+        return launched
 
-    monkeypatch.setattr(llm._engine.runner, "run", interrupted)
+    monkeypatch.setattr(llm._engine.runner, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate("hello", zoo.greedy(50))
     assert len(completed) == 1
@@ -90,17 +90,17 @@ def test_an_interrupt_while_requests_are_queued_loses_none_of_them(
 
 def test_a_failing_step_gives_everything_back(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    run = llm._engine.runner.run
+    launch = llm._engine.runner.launch
 
-    def fail(batch: Any) -> Any:
+    def fail(batch: Any, *args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 5:
             raise RuntimeError("a kernel failed")
-        return run(batch)
+        return launch(batch, *args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(llm._engine.runner, "run", fail)
+        patched.setattr(llm._engine.runner, "launch", fail)
         with pytest.raises(RuntimeError, match="a kernel failed"):
             llm.generate(["a", "bc", "def"], zoo.greedy(50))
     zoo.assert_idle(llm)

@@ -30,13 +30,15 @@ import vkv
 assert "site-packages" in vkv.__path__[0], vkv.__path__
 import torch
 from vkv.attention_backends import native_library
+from vkv.quant import native_library as int4_library
 from vkv.runtime import native_kernels
 
+int4_library.load_library()
 native_library.load_library()
 native_kernels.available(torch.float32)
 with open("/proc/self/maps") as lines:
     mapped = lines.read()
-for folder in ("attention_backends", "runtime"):
+for folder in ("attention_backends", "quant", "runtime"):
     assert f"site-packages/vkv/{folder}/_native" in mapped, (
         f"{folder}'s kernels are compiled anew: the wheel lacks them, or they look older than "
         "their source"

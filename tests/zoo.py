@@ -253,7 +253,7 @@ def generate_alone(
     model: PreTrainedModel, prompt: Sequence[int], num_tokens: int, **options: Any
 ) -> list[int]:
     """The reference: `model.generate`, greedy, one prompt."""
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -269,7 +269,8 @@ def generate_alone(
 @torch.inference_mode()
 def full_logits(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
     """Logits after every token of one sequence, by one plain forward: float32 [tokens, vocab]."""
-    return model(torch.tensor([list(tokens)]), use_cache=False).logits[0].float()
+    ids = torch.tensor([list(tokens)], device=model.device)
+    return model(ids, use_cache=False).logits[0].float()
 
 
 def explain_difference(

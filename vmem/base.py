@@ -237,6 +237,12 @@ class VmemDriver(ABC):
                 )
             return self._tensor(address, shape, strides, dtype)
 
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """While it lasts no page comes, goes or moves: other threads that ask for it wait."""
+        with self._paging_lock, self._guarded():
+            yield
+
     @abstractmethod
     def record_fence(self) -> Fence:
         """Mark the work launched so far. Unmapping what it touches must wait for the fence."""

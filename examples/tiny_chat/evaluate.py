@@ -19,12 +19,15 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from vkv.quant import adopt, int4_linears
 
 from . import heldout, model_path
 from .heldout import Case
@@ -65,6 +68,19 @@ def make_cases(
     for kind in ("arithmetic", "echo"):
         cases[kind] = [heldout.skill_case(rng, count, kind) for _ in range(num_cases)]
     return cases
+
+
+def load_model(folder: Path, dtype: str) -> PreTrainedModel:
+    """Return the model; a 4-bit one computes with its dequantised weights, which is far faster
+    in float32 than to dequantise them at every token."""
+    config = AutoConfig.from_pretrained(folder)
+    adopt(config)  # which concerns 4-bit checkpoints alone
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).eval()
+    for name, layer in list(int4_linears(model)):
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=model.dtype)
+        dense.weight.data.copy_(layer.weight_int4.dequantize())
+        model.set_submodule(name, dense)
+    return model
 
 
 @torch.inference_mode()
@@ -150,7 +166,7 @@ def main(
     torch.set_num_threads(threads)
     console = Console()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    language_model = load_model(model, dtype)
     started = time.monotonic()
     results: dict[str, list[tuple[Case, str]]] = defaultdict(list)
     for name, cases in make_cases(tokenizer, num_cases, seed).items():

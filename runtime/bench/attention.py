@@ -2,16 +2,20 @@
 
 The caches are the engine's own: slots of mapped virtual memory in several layouts, and the paged
 baseline with its shuffled blocks, all holding the same numbers. A pass goes through as many layers
-as fit into `max_bytes`, so that keys and values come from memory rather than from the
-processor's caches; contestants take turns, pass by pass.
+as it takes for keys and values to come from memory rather than from the processor's caches;
+contestants take turns, pass by pass. On a GPU a pass is one CUDA graph, timed by events: what the
+kernels take, not what launching them takes.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,10 +38,15 @@ from ...attention_backends import (
 )
 from ...vmem import open_driver
 from ..progress import counted
-from .limits import Limits, measure_limits, synchronise
+from .attention_shapes import Shape
+from .limits import Limits, LimitsProbe
+from .peer import WORKERS, Worker, interpreter_of
 from .record import Table, require_matplotlib, write_record
 
+PEERS: Mapping[str, str] = {"vllm": "vllm_attention_worker.py"}
 _MAX_LAYERS = 24
+_MIN_LAYERS = 4  # where they fit; fewer would not show what interleaving layers costs
+_ENOUGH_BYTES = {"cpu": 1 << 40, "cuda": 1 << 30}  # far beyond a GPU's caches
 _BLOCK_TOKENS = 16
 _PAGE_BYTES = {"cpu": 256 << 10, "cuda": None}
 _LAYOUTS: Mapping[str, dict[str, Any]] = {  # of the contiguous caches
@@ -48,45 +57,6 @@ _LAYOUTS: Mapping[str, dict[str, Any]] = {  # of the contiguous caches
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """One problem: `batch` sequences of `context` tokens, of which the last `queries` are asked."""
-
-    batch: int
-    context: int
-    queries: int = 1
-    num_heads: int = 16
-    num_kv_heads: int = 4
-    head_dim: int = 64
-
-    def __str__(self) -> str:
-        kind = "decode" if self.queries == 1 else f"chunk of {self.queries}"
-        heads = f"{self.num_heads}:{self.num_kv_heads}x{self.head_dim}"
-        return f"{kind}, {self.batch} x {self.context:,}, {heads}"
-
-    def kv_bytes(self, dtype: torch.dtype) -> int:
-        """Keys and values of a layer."""
-        return 2 * self.batch * self.context * self.num_kv_heads * self.head_dim * dtype.itemsize
-
-    @property
-    def flops(self) -> int:
-        """Of both products of a layer, causally; two operations a multiply-add."""
-        keys_seen = self.queries * self.context - self.queries * (self.queries - 1) // 2
-        return 4 * self.batch * self.num_heads * self.head_dim * keys_seen
-
-
-def default_shapes(batches: Sequence[int], contexts: Sequence[int], chunk: int) -> list[Shape]:
-    """Decodes of each batch and context, other head counts, and prompt chunks."""
-    shapes = [Shape(batch=b, context=c) for c in contexts for b in batches]
-    middle = sorted(contexts)[len(contexts) // 2]
-    for heads, kv_heads, dim in ((32, 8, 128), (8, 8, 64)):
-        shapes.append(
-            Shape(batch=1, context=middle, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
-        )
-    shapes += [Shape(batch=1, context=c, queries=chunk) for c in contexts if c >= chunk]
-    return shapes
-
-
-@dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
     """What to run; see `vkv bench attention --help`.
 
@@ -94,6 +64,9 @@ class AttentionOptions:
         contiguous: backends over slots; the first is run in every layout.
         paged: backends over the paged cache.
         max_bytes: keys and values of one cache; larger problems are left out.
+        threads: of peers, which should be as many as PyTorch has here.
+        peers: other systems' kernels, each in its own interpreter.
+        label: a word for the record's name.
     """
 
     shapes: tuple[Shape, ...]
@@ -103,6 +76,9 @@ class AttentionOptions:
     paged: tuple[str, ...] = ("auto",)
     repeats: int = 7
     max_bytes: int = 128 << 20
+    threads: int = field(default_factory=torch.get_num_threads)
+    peers: Mapping[str, str] = field(default_factory=dict)  # name to interpreter
+    label: str = ""
     seed: int = 0
 
 
@@ -119,21 +95,27 @@ class Contestant:
 def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
     require_matplotlib()
-    limits = measure_limits(options.device, options.dtype)
+    commands = {
+        f"{name}, its kernel": [interpreter_of(name, path, PEERS), str(WORKERS / PEERS[name])]
+        for name, path in options.peers.items()
+    }
+    probe = LimitsProbe(options.device, options.dtype)
     fitting = [s for s in options.shapes if s.kv_bytes(options.dtype) <= options.max_bytes]
     results: list[dict[str, Any]] = []
-    with counted("attention", len(fitting)) as advance:
+    with _started(commands, options) as peers, counted("attention", len(fitting)) as advance:
         for shape in fitting:
-            layers = int(min(_MAX_LAYERS, options.max_bytes // shape.kv_bytes(options.dtype)))
-            with _contestants(shape, layers, options) as contestants:
-                seconds = _measure(contestants, shape, layers, options)
-            results.append({"shape": asdict(shape), "layers": layers, "layer_s": seconds})
+            probe.measure()
+            results.append(_cell(shape, options, peers))
+            if options.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the paged cache had, slots may have now
             advance()
+    probe.measure()
+    limits = probe.limits()
     tables = [_table(results, options.dtype, limits)]
     config = asdict(options) | {"dtype": str(options.dtype), "device": str(options.device)}
     path = write_record(
         folder,
-        "attention",
+        "-".join(filter(None, ("attention", options.label))),
         device=options.device,
         config=config,
         results={"cells": results},
@@ -143,6 +125,20 @@ def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, li
     )
     _plot(results, path.with_suffix(".png"))
     return path, tables
+
+
+def _num_layers(kv_bytes: int, options: AttentionOptions) -> int:
+    """How many layers of `kv_bytes` a pass goes through."""
+    enough = max(_MIN_LAYERS, _ENOUGH_BYTES[options.device.type] // kv_bytes)
+    return int(min(_MAX_LAYERS, enough, options.max_bytes // kv_bytes))
+
+
+def _cell(shape: Shape, options: AttentionOptions, peers: Mapping[str, Worker]) -> dict[str, Any]:
+    """One problem: what each contestant took."""
+    layers = _num_layers(shape.kv_bytes(options.dtype), options)
+    with _contestants(shape, layers, options) as contestants:
+        seconds = _measure(contestants, shape, layers, options, peers)
+    return {"shape": asdict(shape), "layers": layers, "layer_s": seconds}
 
 
 # -- contestants -----------------------------------------------------------------------------
@@ -163,12 +159,18 @@ def _contestants(
                 Contestant(name=f"{b.name}, {layout}", backend=b, cache=cache, batch=batch)
                 for b in backends
             ]
-        cache, batch = _filled(stack, shape, layers, options, None)
+        filled: dict[int, tuple[SlotCache, AttentionBatch]] = {}
         for name in options.paged:
             backend = create_backend(name, _needs(shape, options, True))
+            size = math.lcm(_BLOCK_TOKENS, backend.capabilities.block_multiple)
+            if size not in filled:
+                filled[size] = _filled(stack, shape, layers, options, size)
+            cache, batch = filled[size]
             contestants.append(
                 Contestant(name=backend.name, backend=backend, cache=cache, batch=batch)
             )
+        for contestant in contestants:
+            contestant.backend.check_cache(*contestant.cache.layer(0))
         yield contestants
 
 
@@ -184,15 +186,19 @@ def _filled(
     shape: Shape,
     layers: int,
     options: AttentionOptions,
-    knobs: Mapping[str, Any] | None,
+    knobs: Mapping[str, Any] | int,
 ) -> tuple[SlotCache, AttentionBatch]:
-    """A cache of the shape's sequences, closed by `stack`; `knobs` None means the paged one."""
+    """A cache of the shape's sequences, closed by `stack`.
+
+    Args:
+        knobs: of the layout of contiguous slots; or the tokens of a block, for the paged cache.
+    """
     geometry = LayerGeometry(
         num_kv_heads=shape.num_kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim
     )
     cache: SlotCache
-    if knobs is None:
-        paged = PagedLayout((geometry,) * layers, options.dtype, shape.context, _BLOCK_TOKENS)
+    if isinstance(knobs, int):
+        paged = PagedLayout((geometry,) * layers, options.dtype, shape.context, knobs)
         blocks = shape.batch * paged.num_pages(shape.context)
         cache = PagedKVCache(
             paged, blocks * paged.page_bytes, num_slots=shape.batch, device=options.device
@@ -209,15 +215,16 @@ def _filled(
     slots = [cache.open() for _ in range(shape.batch)]
     for slot in slots:
         cache.grow(slot, shape.context)
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator(options.device).manual_seed(options.seed)
+    token = (shape.num_kv_heads, shape.head_dim)
     rows = torch.randn(
-        2, shape.context, shape.num_kv_heads, shape.head_dim, generator=generator
-    ).to(options.device, options.dtype)
+        2, shape.context, *token, generator=generator, device=options.device, dtype=torch.float32
+    ).to(options.dtype)
     for slot in slots:
-        where = cache.locate([slot], [0], [shape.context])
+        where = [part.to(options.device) for part in cache.locate([slot], [0], [shape.context])]
         for layer in range(layers):
             for tensor, values in zip(cache.layer(layer), rows, strict=True):
-                tensor.index_put_(tuple(part.to(options.device) for part in where), values)
+                tensor.index_put_(tuple(where), values)
     starts, counts = [shape.context - shape.queries] * shape.batch, [shape.queries] * shape.batch
     ids = [slot.index for slot in slots]
 
@@ -239,8 +246,27 @@ def _filled(
 # -- measuring -------------------------------------------------------------------------------
 
 
+@contextmanager
+def _started(
+    commands: Mapping[str, Sequence[str]], options: AttentionOptions
+) -> Iterator[dict[str, Worker]]:
+    """The peers' processes. Raises WorkerFailed if one does not load."""
+    own = {"threads": options.threads, "dtype": str(options.dtype).removeprefix("torch.")}
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="vkv-bench-")))
+        peers: dict[str, Worker] = {}
+        for index, (name, command) in enumerate(commands.items()):
+            peers[name] = Worker(command, own, scratch / f"{index}.log")
+            stack.callback(peers[name].close)
+        yield peers
+
+
 def _measure(
-    contestants: Sequence[Contestant], shape: Shape, layers: int, options: AttentionOptions
+    contestants: Sequence[Contestant],
+    shape: Shape,
+    layers: int,
+    options: AttentionOptions,
+    peers: Mapping[str, Worker],
 ) -> dict[str, list[float]]:
     """Seconds a layer of each contestant, one figure a pass; all must agree on the result."""
     generator = torch.Generator().manual_seed(options.seed + 1)
@@ -253,15 +279,53 @@ def _measure(
         torch.testing.assert_close(
             _pass(contestant, query, layer, layers), expected, atol=3e-2, rtol=3e-2
         )
-    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    clock = _host_clock if options.device.type == "cpu" else _graph_clock
+    clocks = {c.name: clock(partial(_pass, c, query, layer, layers)) for c in contestants}
+    for name, peer in peers.items():
+        peer.ask({"shape": asdict(shape), "layers": layers, "seed": options.seed})
+        shown = torch.tensor(peer.ask({"pass": True, "result": True})["result"])
+        flat = expected.flatten()[: len(shown)].float()
+        torch.testing.assert_close(shown, flat, atol=3e-2, rtol=3e-2)
+        clocks[name] = partial(_peer_clock, peer)
+    seconds: dict[str, list[float]] = {name: [] for name in clocks}
     for _ in range(options.repeats):
-        for contestant in contestants:
-            synchronise(options.device)
-            start = time.perf_counter()
-            _pass(contestant, query, layer, layers)
-            synchronise(options.device)
-            seconds[contestant.name].append((time.perf_counter() - start) / layers)
+        for name, measured in clocks.items():
+            seconds[name].append(measured() / layers)
     return seconds
+
+
+def _host_clock(run: Callable[[], object]) -> Callable[[], float]:
+    """Runs a pass, each time it is called, and returns the seconds that it took."""
+
+    def measured() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return measured
+
+
+def _peer_clock(peer: Worker) -> float:
+    return peer.ask({"pass": True})["seconds"]
+
+
+def _graph_clock(run: Callable[[], object]) -> Callable[[], float]:
+    """As `_host_clock`, of the pass captured in a CUDA graph, between two events."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()  # the first is slower
+
+    def measured() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return measured
 
 
 @torch.inference_mode()

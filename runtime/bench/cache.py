@@ -23,13 +23,14 @@ import torch
 from rich.console import Console
 
 from ...vmem.errors import InvalidConfig
-from .limits import measure_limits
+from .limits import LimitsProbe
 from .memory import cache_bytes_per_token
+from .peer import WORKERS
 from .record import Table, require_matplotlib, write_record
 from .shapes import build_model
 
 KINDS = ("virtual", "dynamic", "static")
-_WORKER = Path(__file__).parent / "workers" / "cache_worker.py"
+_WORKER = WORKERS / "cache_worker.py"
 _COLOURS = {"virtual": "#0a7", "dynamic": "#d90", "static": "#c33"}
 
 
@@ -70,7 +71,8 @@ def run(options: CacheOptions, folder: Path, command: str) -> tuple[Path, list[T
         token_bytes = cache_bytes_per_token(model, dtype)
         model.save_pretrained(scratch)
         del model
-        cells = _measure(options, scratch, token_bytes)
+        probe = LimitsProbe(device, dtype, threads=options.threads)
+        cells = _measure(options, scratch, token_bytes, probe)
     tables = [_time_table(cells, options.kinds), _memory_table(cells, options.kinds)]
     path = write_record(
         folder,
@@ -79,14 +81,14 @@ def run(options: CacheOptions, folder: Path, command: str) -> tuple[Path, list[T
         config=asdict(options),
         results={"cells": cells},
         tables=tables,
-        limits=measure_limits(device, dtype),
+        limits=probe.limits(),
         command=command,
     )
     _plot(cells, options.kinds, path.with_suffix(".png"))
     return path, tables
 
 
-def _measure(options: CacheOptions, model: str, token_bytes: int) -> list[Cell]:
+def _measure(options: CacheOptions, model: str, token_bytes: int, probe: LimitsProbe) -> list[Cell]:
     console = Console(stderr=True)
     cells: list[Cell] = [
         {
@@ -98,6 +100,7 @@ def _measure(options: CacheOptions, model: str, token_bytes: int) -> list[Cell]:
         for batch, context in options.problems
     ]
     for repeat in range(options.repeats):
+        probe.measure()
         for cell in cells:
             for kind in options.kinds:
                 answer = _ask(options, model, cell, kind)
@@ -108,6 +111,7 @@ def _measure(options: CacheOptions, model: str, token_bytes: int) -> list[Cell]:
                     f"{answer['peak_bytes'] / 2**20:.0f} MiB",
                     highlight=False,
                 )
+    probe.measure()
     return cells
 
 

@@ -22,6 +22,14 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MaxSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
 Seed = Annotated[int, typer.Option(help="Of lengths, prompts and weights.")]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peer",
+        help="NAME=PYTHON: vllm (or, of whole systems, llama-cpp), and an interpreter that has it. "
+        "Repeatable.",
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Folder for record, table and plot.")]
 _OUT = Path("benchmarks")
 
@@ -96,12 +104,7 @@ def throughput(
     systems: Annotated[
         str, typer.Option(help="Which systems to compare, separated by commas.")
     ] = "vkv,vkv-paged,transformers,transformers-static,transformers-continuous",
-    peer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=PYTHON: vllm or llama-cpp, and an interpreter that has it. Repeatable."
-        ),
-    ] = None,
+    peer: Peers = None,
     cells: Annotated[
         str, typer.Option(help="What to time, separated by commas.")
     ] = "prefill-1,prefill-8,decode-1,decode-8,decode-32,ragged",
@@ -127,14 +130,6 @@ def throughput(
     if unknown := [name for name in named if name not in CELLS]:
         raise typer.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(CELLS)}")
     parse_dtype(dtype)
-    peers: dict[str, str] = {}
-    for text in peer or []:
-        name, separator, interpreter = text.partition("=")
-        if not separator:
-            raise typer.BadParameter(
-                f"{text!r}: write NAME=PYTHON, such as vllm=/opt/vllm/bin/python"
-            )
-        peers[name] = interpreter
     given: dict[str, Any] = {} if threads is None else {"threads": threads}
     options = ThroughputOptions(
         shape=shape,
@@ -142,7 +137,7 @@ def throughput(
         dtype=dtype,
         device=resolve_device(device),
         systems=tuple(name.strip() for name in systems.split(",") if name.strip()),
-        peers=peers,
+        peers=_interpreters(peer),
         cells=tuple(CELLS[name] for name in named),
         repeats=repeats,
         batch=batch,
@@ -163,7 +158,13 @@ def attention(
     contexts: Annotated[
         str, typer.Option(help="Tokens of each sequence, with commas.")
     ] = "1024,8192,32768",
-    chunk: Annotated[int, typer.Option(help="Queries of a prompt chunk.", min=1)] = 512,
+    chunk: Annotated[
+        int, typer.Option(help="Queries of a prompt chunk; 0 for none, with --heads.", min=0)
+    ] = 512,
+    heads: Annotated[
+        str,
+        typer.Option(help="Query heads:KV heads x size, such as 32:8x128; none for a selection."),
+    ] = "",
     contiguous: Annotated[
         str, typer.Option(help="Backends over slots; the first is run in every layout.")
     ] = "auto,sdpa",
@@ -172,27 +173,88 @@ def attention(
     max_memory: Annotated[
         str, typer.Option(help="Keys and values of one cache; larger problems are left out.")
     ] = "128MiB",
+    peer: Peers = None,
+    label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
     seed: Seed = 0,
     out: Out = _OUT,
 ) -> None:
     """Contiguous against paged attention, the kernels alone, on mapped virtual memory.
 
     Decodes and prompt chunks over slots in several layouts and over shuffled blocks that hold the
-    same numbers, in turns, beside the machine's memory bandwidth and matrix rate.
+    same numbers, in turns, beside the machine's memory bandwidth and matrix rate; on a CPU, vLLM's
+    paged kernel too, where `--peer` names an interpreter that has it.
     """
     import torch
 
     from ..config import parse_bytes, resolve_device
     from ..models import parse_dtype
-    from .attention import AttentionOptions, default_shapes, run
+    from .attention import AttentionOptions, run
+    from .attention_shapes import default_shapes, shapes_of_heads
 
     sizes = _numbers("batches", batches, int), _numbers("contexts", contexts, int)
+    if not heads and not chunk:
+        raise typer.BadParameter("--chunk 0 leaves prompts out, which takes --heads")
+    shapes = shapes_of_heads(heads, *sizes, chunk) if heads else default_shapes(*sizes, chunk)
     options = AttentionOptions(
-        shapes=tuple(default_shapes(*sizes, chunk)),
+        shapes=tuple(shapes),
         dtype=parse_dtype(dtype) or torch.bfloat16,
         device=resolve_device(device),
         contiguous=tuple(_items(contiguous)),
         paged=tuple(_items(paged)),
+        repeats=repeats,
+        max_bytes=parse_bytes(max_memory),
+        peers=_interpreters(peer),
+        label=label,
+        seed=seed,
+    )
+    path, tables = run(options, out, _command_line())
+    _show(path, tables)
+
+
+@bench.command()
+def linear(
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    layers: Annotated[
+        str, typer.Option(help="Whose layers: llama-455m, llama3-8b, llama2-70b/8; with commas.")
+    ] = "llama-455m,llama3-8b,llama2-70b/8",
+    rows: Annotated[str, typer.Option(help="Rows of a product, with commas.")] = (
+        "1,2,4,8,16,32,64,128,256"
+    ),
+    kernels: Annotated[
+        str,
+        typer.Option(help="Int4 kernels, with commas: auto, their names, or all for every one."),
+    ] = "auto",
+    group: Annotated[int, typer.Option(help="Columns that share a scale.", min=8)] = 128,
+    repeats: Annotated[int, typer.Option(help="Passes of each contestant.", min=1)] = 7,
+    max_memory: Annotated[
+        str, typer.Option(help="Dense weights of all copies of a layer.")
+    ] = "256MiB",
+    seed: Seed = 0,
+    out: Out = _OUT,
+) -> None:
+    """4-bit against dense linear layers, by number of rows, the products alone.
+
+    All products of a layer of real shapes, by vkv's int4 kernels and by the dense library, in
+    turns, beside the machine's memory bandwidth and matrix rate.
+    """
+    import torch
+
+    from ..config import parse_bytes, resolve_device
+    from ..models import parse_dtype
+    from .linear import LAYERS, LinearOptions, all_kernels, run
+
+    chosen = tuple(_items(layers))
+    if unknown := [name for name in chosen if name not in LAYERS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(LAYERS)}")
+    place, kind = resolve_device(device), parse_dtype(dtype) or torch.bfloat16
+    options = LinearOptions(
+        layers=chosen,
+        rows=tuple(_numbers("rows", rows, int)),
+        kernels=all_kernels(place, kind) if kernels == "all" else tuple(_items(kernels)),
+        group_size=group,
+        dtype=kind,
+        device=place,
         repeats=repeats,
         max_bytes=parse_bytes(max_memory),
         seed=seed,
@@ -301,8 +363,8 @@ def serve(
     ] = "splitfuse,prefill_first",
     max_seqs: MaxSeqs = 32,
     max_batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a step; none for the device's default.")
-    ] = None,
+        str, typer.Option(help="Tokens of a step; several with commas. Default: the device's own.")
+    ] = "",
     slo_ttft_ms: Annotated[
         float | None, typer.Option(help="Goodput: longest time to the first token.")
     ] = None,
@@ -315,6 +377,7 @@ def serve(
     sla_rates: Annotated[
         str, typer.Option(help="FastGen: output tokens a second to keep up, with commas.")
     ] = "2,4,6",
+    label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
     seed: Seed = 0,
     out: Out = _OUT,
 ) -> None:
@@ -342,13 +405,14 @@ def serve(
         scale=scale,
         policies=tuple(_items(policies)),
         max_seqs=max_seqs,
-        max_batch_tokens=max_batch_tokens,
+        budgets=tuple(_numbers("max-batch-tokens", max_batch_tokens, int)),
         targets=Targets(
             slo_ttft_ms=slo_ttft_ms,
             slo_tpot_ms=slo_tpot_ms,
             prompt_rate=sla_prompt_rate,
             rates=tuple(_numbers("sla-rates", sla_rates, float)),
         ),
+        label=label,
         seed=seed,
     )
     path, tables = run(options, out, _command_line())
@@ -368,6 +432,19 @@ def report(
 def _items(listed: str) -> list[str]:
     """What a list with commas names."""
     return [item.strip() for item in listed.split(",") if item.strip()]
+
+
+def _interpreters(given: list[str] | None) -> dict[str, str]:
+    """Interpreters by the names of peers."""
+    peers: dict[str, str] = {}
+    for text in given or []:
+        name, separator, interpreter = text.partition("=")
+        if not separator:
+            raise typer.BadParameter(
+                f"{text!r}: write NAME=PYTHON, such as vllm=/opt/vllm/bin/python"
+            )
+        peers[name] = interpreter
+    return peers
 
 
 def _numbers(name: str, listed: str, kind: Callable[[str], _Number]) -> list[_Number]:
@@ -392,7 +469,7 @@ def _show(path: Path, tables: list[Any]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
-    limits = Limits(**json.loads(path.read_text())["limits"])
+    limits = Limits.from_record(json.loads(path.read_text())["limits"])
     console.print(str(limits), style="dim")
     console.print(f"record: {path}", style="dim", soft_wrap=True)
 

@@ -10,15 +10,13 @@ prompt; `decode` is a call with many output tokens less a call with one; `ragged
 requests of all lengths.
 """
 
-import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,14 +26,14 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from ...vmem.errors import InvalidConfig
-from .limits import Limits, measure_limits
+from .limits import Limits, LimitsProbe
 from .memory import cache_bytes_per_token
+from .peer import WORKERS, Worker, WorkerFailed, import_bytes, interpreter_of
 from .record import Table, require_matplotlib, write_record
 from .shapes import build_model
 
 Samples = dict[str, dict[str, list[float]]]
 
-_WORKERS = Path(__file__).parent / "workers"
 SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vkv": ("vkv_worker.py", {"kv": "virtual"}),
     "vkv-paged": ("vkv_worker.py", {"kv": "paged"}),
@@ -119,81 +117,13 @@ class ThroughputOptions:
     seed: int = 0
 
 
-class WorkerFailed(Exception):
-    """A system did not answer, or answered with an error; `str()` says what."""
-
-
-class Worker:
-    """A system in a process of its own."""
-
-    def __init__(self, command: Sequence[str], options: Mapping[str, Any], log: Path) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(options["threads"])}
-        self._log = log
-        with log.open("a") as errors:
-            self._process = subprocess.Popen(
-                [*command, json.dumps(dict(options))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=environment,
-            )
-        try:
-            self._answer()
-        except BaseException:
-            self.close()
-            raise
-
-    def run(
-        self, prompts: Sequence[Sequence[int]], output_lens: Sequence[int]
-    ) -> tuple[float, int]:
-        """Seconds that the system took, and its peak resident bytes so far."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(
-                json.dumps({"prompts": prompts, "output_lens": output_lens}) + "\n"
-            )
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise WorkerFailed(self._last_words()) from error
-        answer = self._answer()
-        return answer["seconds"], answer["peak_rss_bytes"]
-
-    def close(self) -> None:
-        """End the process, gently if it goes."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise WorkerFailed(self._last_words())
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerFailed(answer["error"])
-        return answer
-
-    def _last_words(self) -> str:
-        lines = self._log.read_text().strip().splitlines()
-        return f"its process ended: {lines[-1] if lines else 'without a word'}"
-
-
 def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
     require_matplotlib()
     workers = _commands(options)
     dtype = getattr(torch, options.dtype)
-    limits = measure_limits(options.device, dtype)
-    import_bytes = _import_bytes()
+    probe = LimitsProbe(options.device, dtype, threads=options.threads)
+    constant = import_bytes()
     console = Console(stderr=True)
     samples: Samples = {name: {cell.name: [] for cell in options.cells} for name in workers}
     failures: dict[str, dict[str, str]] = {name: {} for name in workers}
@@ -202,10 +132,13 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
         model_folder, facts = _save_model(options, Path(scratch), dtype)
         for repeat in range(options.repeats):
             console.print(f"repeat {repeat + 1} of {options.repeats}")
+            probe.measure()
             with _started(workers, options, model_folder, failures) as running:
-                _one_repeat(running, options, facts, samples, failures, peaks, console)
+                _one_repeat(running, options, facts, samples, failures, peaks, probe, console)
+        probe.measure()
+    limits = probe.limits()
     name = options.shape if options.model is None else Path(options.model).name
-    facts["import_bytes"] = import_bytes
+    facts["import_bytes"] = constant
     tables = _tables(options, samples, failures, peaks, facts, limits)
     path = write_record(
         folder,
@@ -226,15 +159,6 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
     return path, tables
 
 
-def _import_bytes() -> int:
-    """Peak resident bytes of a process that loads vkv, PyTorch and transformers, and no model."""
-    program = "import vkv; vkv.LLM; from protocol import peak_rss_bytes; print(peak_rss_bytes())"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=_WORKERS, capture_output=True, text=True, check=True
-    )
-    return int(done.stdout)
-
-
 # -- running -------------------------------------------------------------------------------------
 
 
@@ -245,13 +169,10 @@ def _commands(options: ThroughputOptions) -> dict[str, tuple[list[str], dict[str
         if name not in SYSTEMS:
             raise InvalidConfig(f"system {name!r} is unknown; use some of {', '.join(SYSTEMS)}")
         script, own = SYSTEMS[name]
-        commands[name] = [sys.executable, str(_WORKERS / script)], own
+        commands[name] = [sys.executable, str(WORKERS / script)], own
     for name, interpreter in options.peers.items():
-        if name not in PEERS:
-            raise InvalidConfig(f"peer {name!r} is unknown; use some of {', '.join(PEERS)}")
-        if not Path(interpreter).is_file():
-            raise InvalidConfig(f"peer {name} has no interpreter at {interpreter}")
-        commands[name] = [interpreter, str(_WORKERS / PEERS[name])], {"eager": options.eager_peers}
+        interpreter = interpreter_of(name, interpreter, PEERS)
+        commands[name] = [interpreter, str(WORKERS / PEERS[name])], {"eager": options.eager_peers}
     return commands
 
 
@@ -317,6 +238,7 @@ def _one_repeat(
     samples: Samples,
     failures: dict[str, dict[str, str]],
     peaks: dict[str, int],
+    probe: LimitsProbe,
     console: Console,
 ) -> None:
     rng = random.Random(options.seed)
@@ -328,6 +250,8 @@ def _one_repeat(
         except WorkerFailed as error:
             failures[name] |= {cell.name: str(error) for cell in options.cells}
     for cell in options.cells:
+        if options.device.type == "cpu":  # a GPU's memory is the systems' now
+            probe.measure()
         prompts = [[rng.randrange(facts["vocab_size"]) for _ in range(n)] for n in cell.prompt_lens]
         for name, worker in running.items():
             if cell.name in failures[name]:

@@ -13,7 +13,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .allocator import KVCache, KVLayout, LayerGeometry, PagedKVCache, PagePool, Slot
+    from .allocator import (
+        KVCache,
+        KVLayout,
+        LayerGeometry,
+        MemoryLimit,
+        PagedKVCache,
+        PagePool,
+        Slot,
+    )
     from .runtime.async_llm import AsyncLLM
     from .runtime.config import EngineConfig
     from .runtime.engine import EngineStats
@@ -37,6 +45,7 @@ _HOMES = {
     "KVCache": ".allocator",
     "KVLayout": ".allocator",
     "LayerGeometry": ".allocator",
+    "MemoryLimit": ".allocator",
     "PagePool": ".allocator",
     "PagedKVCache": ".allocator",
     "Slot": ".allocator",
@@ -53,6 +62,7 @@ __all__ = [
     "KVCache",
     "KVLayout",
     "LayerGeometry",
+    "MemoryLimit",
     "PagePool",
     "PagedKVCache",
     "RequestOutput",

@@ -5,9 +5,9 @@ own, where vkv is not installed. A worker is started as
 
     python WORKER.py '{"model": FOLDER, "threads": 2, "dtype": "bfloat16", …}'
 
-It loads its system, says {"ready": true}, and then answers each line
-{"prompts": [[token ids]], "output_lens": [n, …]} with the seconds that generating took and its
-memory, or with the error that it met.
+It loads its system, says {"ready": true}, and then answers each line with its result and the
+process's memory, or with the error that it met. A system that generates is asked
+{"prompts": [[token ids]], "output_lens": [n, …]} and answers with the seconds that it took.
 """
 
 import json
@@ -18,9 +18,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Generate = Callable[[Sequence[Sequence[int]], Sequence[int]], None]
+Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def serve(load: Callable[[dict[str, Any]], Generate]) -> None:
+    """Answer with the time that the system loaded by `load(options)` takes to generate."""
+
+    def load_timed(options: dict[str, Any]) -> Answer:
+        generate = load(options)
+
+        def timed(request: dict[str, Any]) -> dict[str, Any]:
+            start = time.perf_counter()
+            generate(request["prompts"], request["output_lens"])
+            return {"seconds": time.perf_counter() - start}
+
+        return timed
+
+    answer_all(load_timed)
+
+
+def answer_all(load: Callable[[dict[str, Any]], Answer]) -> None:
     """Load a system by `load(options)` and answer until the harness hangs up.
 
     Standard output is for answers alone: whatever else the process prints goes to its errors.
@@ -29,17 +46,14 @@ def serve(load: Callable[[dict[str, Any]], Generate]) -> None:
     os.dup2(2, 1)
     options = json.loads(sys.argv[1])
     try:
-        generate = load(options)
+        system = load(options)
     except Exception as error:  # noqa: BLE001 - told to the harness, whatever it is
         answers.write(json.dumps({"error": _describe(error)}) + "\n")
         return
     answers.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
-        request = json.loads(line)
         try:
-            start = time.perf_counter()
-            generate(request["prompts"], request["output_lens"])
-            answer: dict[str, Any] = {"seconds": time.perf_counter() - start}
+            answer = system(json.loads(line))
         except Exception as error:  # noqa: BLE001 - told to the harness, whatever it is
             answer = {"error": _describe(error)}
         answers.write(json.dumps(answer | {"peak_rss_bytes": peak_rss_bytes()}) + "\n")

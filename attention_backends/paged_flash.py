@@ -1,0 +1,53 @@
+"""FlashAttention-2 inside PyTorch over a paged cache: what `torch_flash` is compared with.
+
+The same operator, given block tables in place of start rows. It takes them from PyTorch 2.12 on,
+in blocks of a multiple of 256 tokens.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from .base import AttentionBatch, LayerAttention, PerStep
+from .cuda import missing_gpu
+from .paged import check_block_size
+from .torch_flash import TorchFlashBackend, flash_forward
+
+
+class PagedFlashBackend(TorchFlashBackend):
+    name = "paged_flash"
+    capabilities = replace(
+        TorchFlashBackend.capabilities, contiguous=False, paged=True, block_multiple=256
+    )
+
+    def __init__(self) -> None:
+        self._offsets: PerStep[torch.Tensor] = PerStep()
+
+    @classmethod
+    def unavailable_reason(cls) -> str | None:
+        schema = torch.ops.aten._flash_attention_forward.default._schema
+        if all(argument.name != "block_table" for argument in schema.arguments):
+            return f"needs PyTorch 2.12 or later for block tables; this is {torch.__version__}"
+        return missing_gpu()
+
+    def check_cache(self, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
+        check_block_size(self.name, key_cache, self.capabilities.block_multiple)
+
+    def _flash(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+        layer: LayerAttention,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert batch.block_tables is not None, "a paged backend reads block tables"
+        offsets = self._offsets.get(batch, None, lambda: _offsets(batch.seqused_k))
+        return flash_forward(
+            query, key_cache, value_cache, offsets, batch, layer, block_table=batch.block_tables
+        )
+
+
+def _offsets(lengths: torch.Tensor) -> torch.Tensor:
+    """[0, l0, l0 + l1, …], int32 on the lengths' device."""
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))

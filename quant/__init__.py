@@ -1,0 +1,25 @@
+"""4-bit weights: checkpoints read into one canonical form, and the kernels that multiply by it."""
+
+from .errors import QuantError, UnsupportedQuantization
+from .linear import Int4Linear
+from .loading import adopt, int4_linears
+from .output_layer import quantize_output
+from .scheme import FormatName, Scheme
+from .weight import Int4Weight, can_concatenate, concatenate, pack, split, unpack
+
+__all__ = [
+    "FormatName",
+    "Int4Linear",
+    "Int4Weight",
+    "QuantError",
+    "Scheme",
+    "UnsupportedQuantization",
+    "adopt",
+    "can_concatenate",
+    "concatenate",
+    "int4_linears",
+    "pack",
+    "quantize_output",
+    "split",
+    "unpack",
+]

@@ -1,0 +1,120 @@
+"""A linear layer with a 4-bit weight."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import QuantError
+from .kernels import MANY_ROWS, Int4Kernel, choose_kernel, kernel
+from .weight import Int4Weight
+
+
+class Int4Linear(nn.Module):
+    """[..., in_features] to [..., out_features]; which kernel computes it depends on the batch.
+
+    The weight is laid out for a kernel when a batch first asks for it. `settle` does so ahead and
+    lets go of what no kernel reads. A kernel may be pinned by name, for tests and measurements.
+
+    Raises QuantError if a pinned kernel is unknown or cannot run here.
+    """
+
+    def __init__(
+        self,
+        weight: Int4Weight,
+        bias: torch.Tensor | None = None,
+        *,
+        kernel_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features
+        self.bias: torch.Tensor | None
+        self.permutation: torch.Tensor | None
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("permutation", weight.permutation, persistent=False)
+        self._pinned = kernel(kernel_name) if kernel_name is not None else None
+        self._weight: Int4Weight | None = replace(weight, permutation=None)
+        self._outline = self._weight.to("meta")
+        self._layouts: dict[str, Any] = {}
+        self._choices: dict[tuple[torch.dtype, int], Int4Kernel] = {}
+
+    @property
+    def weight_int4(self) -> Int4Weight:
+        """The weight in its canonical form. Raises QuantError once `settle` has let go of it."""
+        if self._weight is None:
+            raise QuantError(
+                f"the weight is laid out for {', '.join(self._layouts)} and no longer kept in its "
+                "canonical form; take it before `settle`"
+            )
+        return replace(self._weight, permutation=self.permutation)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that is kept: layouts, the canonical weight, bias and permutation."""
+        layouts = {id(layout): layout for layout in self._layouts.values()}
+        total = sum(kernel(name).num_bytes(self._layouts[name]) for name in self._layouts)
+        if self._weight is not None and id(self._weight) not in layouts:
+            total += self._weight.num_bytes
+        return total + sum(buffer.nbytes for buffer in self.buffers())
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        rows = inputs.reshape(-1, self.in_features)
+        if self.permutation is not None:
+            rows = rows[:, self.permutation]
+        chosen = self.kernel_for(inputs.device, inputs.dtype, rows.shape[0])
+        product = chosen.multiply(self._layout(chosen), rows)
+        if self.bias is not None:
+            product += self.bias
+        return product.view(*inputs.shape[:-1], self.out_features)
+
+    def kernel_for(self, device: torch.device, dtype: torch.dtype, num_rows: int) -> Int4Kernel:
+        """The kernel that multiplies [num_rows, in_features] of `dtype`."""
+        if self._pinned is not None:
+            return self._pinned
+        key = (dtype, min(num_rows, MANY_ROWS))
+        if key not in self._choices:
+            self._choices[key] = choose_kernel(self._outline, device, *key)
+        return self._choices[key]
+
+    def accepts(self, device: torch.device, dtype: torch.dtype, num_rows: int) -> bool:
+        """Whether the kernel that it would choose, or a pinned one, takes such a batch."""
+        return self.kernel_for(device, dtype, num_rows).accepts(
+            self._outline, device, dtype, num_rows
+        )
+
+    def settle(self, dtype: torch.dtype) -> None:
+        """Lay the weight out for every batch of `dtype`, and keep nothing else.
+
+        Afterwards inputs are of this dtype, on this device.
+        """
+        device = self.weight_int4.packed.device
+        for num_rows in range(1, MANY_ROWS + 1):
+            self._layout(self.kernel_for(device, dtype, num_rows))
+        self._weight = None
+
+    def _layout(self, chosen: Int4Kernel) -> Any:
+        if chosen.name not in self._layouts:
+            weight = self.weight_int4
+            self._layouts[chosen.name] = chosen.prepare(replace(weight, permutation=None))
+        return self._layouts[chosen.name]
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> "Int4Linear":
+        """Follow the module to another device. Codes and scales keep their types."""
+        if self._weight is not None:
+            moved = fn(torch.empty(0, device=self._weight.packed.device)).device
+            if moved != self._weight.packed.device:
+                self._weight = self._weight.to(moved)
+                self._layouts.clear()
+                self._choices.clear()
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"group_size={self._outline.group_size}"
+        )

@@ -1,0 +1,188 @@
+"""4-bit checkpoints through `transformers`' own `from_pretrained`.
+
+`transformers` lets a quantiser exchange modules before weights are read and after. Ours is
+registered under a name of its own, beside the built-in ones and whatever they need installed:
+`adopt` rewrites a config to it. Before reading, each quantised linear makes way for one that has
+the tensors of the checkpoint; after it, that one for an `Int4Linear`.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .errors import QuantError, UnsupportedQuantization
+from .formats import parse_config, read_layer, tensor_names
+from .linear import Int4Linear
+from .scheme import Scheme
+
+_METHOD = "vkv_int4"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+_Header = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]  # by name of tensor
+
+
+def adopt(config: PretrainedConfig) -> bool:
+    """Have `from_pretrained` read the checkpoint of this config with vkv's readers.
+
+    Returns False, with nothing changed, if its weights are not quantised or another quantiser of
+    `transformers` reads them. Raises UnsupportedQuantization for what nobody reads.
+    """
+    described = getattr(config, "quantization_config", None)
+    if described is None:
+        return False
+    if not isinstance(described, dict):
+        described = described.to_dict()
+    scheme = parse_config(described)
+    if scheme is None:
+        method = described.get("quant_method")
+        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            raise UnsupportedQuantization(
+                f"quantization_config.quant_method is {method!r}, which is unknown; there are "
+                "readers for gptq, awq, compressed-tensors and auto-round"
+            )
+        return False
+    _register()
+    config.quantization_config = {"quant_method": _METHOD, "described": described}  # type: ignore[attr-defined]
+    return True
+
+
+def int4_linears(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
+    """The 4-bit layers of a model, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, Int4Linear):
+            yield name, module
+
+
+class _StoredLinear(nn.Module):
+    """A linear as the checkpoint stores it: one buffer for each of its tensors."""
+
+    def __init__(self, header: _Header, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.tensor_names = tuple(header)
+        for name, (dtype, shape) in header.items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+        self.register_buffer("bias", bias)
+
+    def read(self, layer: str, scheme: Scheme) -> Int4Linear:
+        tensors = {name: getattr(self, name) for name in self.tensor_names}
+        return Int4Linear(read_layer(layer, tensors, scheme), self.bias)  # type: ignore[arg-type]
+
+
+class _Int4Config(QuantizationConfigMixin):
+    def __init__(self, *, described: dict[str, Any], **_: Any) -> None:
+        self.quant_method = _METHOD  # type: ignore[assignment]
+        self.described = described
+
+
+class _Int4Quantizer(HfQuantizer):
+    def __init__(self, quantization_config: _Int4Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        scheme = parse_config(quantization_config.described)
+        assert scheme is not None, "adopt() has seen to it"
+        self.scheme = scheme
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return False
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return False
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        header = _read_headers(checkpoint_files or ())
+        for layer, tensors in _layers(header, self.scheme).items():
+            linear = _linear(model, layer, next(iter(tensors)))
+            bias = None
+            if linear.bias is not None or f"{layer}.bias" in header:
+                bias = torch.empty(linear.out_features, dtype=linear.weight.dtype, device="meta")
+            model.set_submodule(layer, _StoredLinear(tensors, bias))
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        stored = [(n, m) for n, m in model.named_modules() if isinstance(m, _StoredLinear)]
+        while stored:  # one at a time, so that a layer's tensors go before the next is read
+            layer, module = stored.pop()
+            model.set_submodule(layer, module.read(layer, self.scheme))
+        return model
+
+
+@cache
+def _register() -> None:
+    register_quantization_config(_METHOD)(_Int4Config)
+    register_quantizer(_METHOD)(_Int4Quantizer)
+
+
+def _read_headers(files: Sequence[str]) -> _Header:
+    header: _Header = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - no mapping
+                    part = opened.get_slice(name)
+                    header[name] = (_DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
+        except SafetensorError as error:
+            raise QuantError(f"{file} is damaged or no safetensors file: {error}") from error
+    return header
+
+
+def _layers(header: _Header, scheme: Scheme) -> dict[str, _Header]:
+    """The tensors of each quantised layer, found by the one that all such layers have."""
+    required, optional = tensor_names(scheme.format)
+    layers: dict[str, _Header] = {}
+    for full_name in header:
+        layer, _, last = full_name.rpartition(".")
+        if last in (*required, *optional):
+            layers.setdefault(layer, {})[last] = header[full_name]
+    for layer, tensors in layers.items():
+        for name in required:
+            if name not in tensors:
+                raise QuantError(
+                    f"tensor {layer}.{name} is missing, beside {layer}.{next(iter(tensors))}; "
+                    "check that all of the checkpoint's *.safetensors are there"
+                )
+    if not layers:
+        raise QuantError(
+            f"config.json says {scheme.format}, and no tensor is called *.{required[0]}; check "
+            "that all of the checkpoint's *.safetensors are there"
+        )
+    return layers
+
+
+def _linear(model: PreTrainedModel, layer: str, tensor: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(layer)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        held = "no module" if module is None else f"a {type(module).__name__}"
+        raise UnsupportedQuantization(
+            f"tensor {layer}.{tensor} is quantised, and {type(model).__name__} has {held} of that "
+            "name where a linear layer is expected; expert weights that a model keeps in one "
+            "tensor for all experts are not covered"
+        )
+    return module

@@ -1,0 +1,44 @@
+/* Products by 4-bit weights: the ABI between native.py and int4.c.
+ *
+ * Element (n, k) of the weight is (code - zero) * scale, with a scale and a zero for every group
+ * of `group_size` consecutive k. Weights lie in tiles of 32 outputs:
+ *
+ *   codes   uint16 [N/32][K/8][2][16][2]  the four nibbles of [tile][block][half][lane][parity],
+ *                                         lowest first, are k = 8 block + 2 nibble + parity of
+ *                                         output 32 tile + 16 half + lane
+ *   scales  float  [N/32][K/group_size][32]
+ *   zeros   uint8  [N/32][K/group_size][32], or NULL where all are 8
+ *
+ * with N rounded up to a multiple of 32.
+ */
+#ifndef VKV_INT4_H
+#define VKV_INT4_H
+
+#include <stdint.h>
+
+/* An OpenMP runtime's way to run work(data) on several threads at once (GOMP_parallel). */
+typedef void (*vkv_parallel)(void (*work)(void *), void *data, unsigned num_threads,
+                             unsigned flags);
+
+struct vkv_int4 {
+    const void *inputs; /* bfloat16 [num_rows, in_features] */
+    void *out;          /* bfloat16 [num_rows, out_features] */
+    const void *codes;
+    const float *scales;
+    const uint8_t *zeros;
+    void *workspace; /* 64-byte aligned */
+    int64_t workspace_bytes;
+    int64_t num_rows, in_features, out_features; /* in_features: a multiple of group_size */
+    int64_t group_size;                          /* a multiple of 8 */
+    int32_t num_threads;
+    vkv_parallel parallel; /* NULL: everything on the calling thread */
+};
+
+/* Fills out. Returns 0, or the workspace bytes it needs if it was given fewer, with nothing done;
+ * -1 if this processor lacks AVX512-BF16. */
+int64_t vkv_int4_multiply(const struct vkv_int4 *args);
+
+/* Whether this processor has the instructions. */
+int32_t vkv_int4_supported(void);
+
+#endif

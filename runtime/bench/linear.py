@@ -1,0 +1,249 @@
+"""`vkv bench linear`: 4-bit against dense linear layers, the products alone, by number of rows.
+
+The shapes are those of a whole layer of real models. A pass goes through as many copies of the
+layer as fit into `max_bytes`, so that weights come from memory rather than from the processor's
+caches; contestants take turns, pass by pass, and must agree on the result.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ...quant import Int4Linear, Int4Weight
+from ...quant.kernels import MANY_ROWS, available_kernels
+from .. import native_kernels
+from ..packing import can_pack
+from ..progress import counted
+from .limits import Limits, LimitsProbe, synchronise
+from .record import Table, require_matplotlib, write_record
+
+# [out, in] of a layer's products, those over the same input joined.
+LAYERS: Mapping[str, tuple[tuple[int, int], ...]] = {
+    "llama-455m": ((1536, 1024), (1024, 1024), (9728, 1024), (1024, 4864)),
+    "llama3-8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
+    "llama2-70b/8": ((1280, 8192), (8192, 1024), (7168, 8192), (8192, 3584)),  # a slice of eight
+}
+_MAX_COPIES = 12
+_Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions:
+    """What to run; see `vkv bench linear --help`.
+
+    Attributes:
+        layers: names of `LAYERS`.
+        rows: numbers of rows, M.
+        kernels: int4 kernels; "auto" is the choice by batch, and comes first.
+        max_bytes: dense weights of all copies of a layer; at least one is made.
+    """
+
+    layers: tuple[str, ...]
+    rows: tuple[int, ...]
+    kernels: tuple[str, ...] = ("auto",)
+    group_size: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    repeats: int = 7
+    max_bytes: int = 256 << 20
+    seed: int = 0
+
+
+def run(options: LinearOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
+    """Measure, and write record, table and plot into `folder`; returns the record's path."""
+    require_matplotlib()
+    probe = LimitsProbe(options.device, options.dtype)
+    probe.measure()
+    cells: list[dict[str, Any]] = []
+    with counted("linears", len(options.layers) * len(options.rows)) as advance:
+        for name in options.layers:
+            products = _products(name, options)
+            for num_rows in options.rows:
+                cells.append(_measure(name, products, num_rows, options))
+                advance()
+            probe.measure()
+    limits = probe.limits()
+    tables = [_table(name, cells, limits) for name in options.layers]
+    path = write_record(
+        folder,
+        "linear",
+        device=options.device,
+        config=asdict(options) | {"shapes": dict(LAYERS)},
+        results={"cells": cells},
+        tables=tables,
+        limits=limits,
+        command=command,
+    )
+    _plot(options.layers, cells, path.with_suffix(".png"))
+    return path, tables
+
+
+# -- contestants -----------------------------------------------------------------------------
+
+
+def _products(name: str, options: LinearOptions) -> dict[str, list[list[_Product]]]:
+    """For each contestant, for each copy, the layer's products; every one with its own memory."""
+    elements = sum(out * inner for out, inner in LAYERS[name])
+    copies = max(1, min(_MAX_COPIES, options.max_bytes // (elements * options.dtype.itemsize)))
+    generator = torch.Generator().manual_seed(options.seed)
+    products: dict[str, list[list[_Product]]] = {}
+    for _ in range(copies):
+        layer: dict[str, list[_Product]] = {}
+        for out, inner in LAYERS[name]:
+            weight = _random_weight(out, inner, options.group_size, generator)
+            for contestant, product in _contestants(weight.to(options.device), options):
+                layer.setdefault(contestant, []).append(product)
+        for contestant, parts in layer.items():
+            products.setdefault(contestant, []).append(parts)
+    return products
+
+
+def _random_weight(out: int, inner: int, group_size: int, generator: torch.Generator) -> Int4Weight:
+    codes = torch.randint(0, 16, (out, inner), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(out, inner // group_size, generator=generator) * inner**-0.5
+    return Int4Weight.from_codes(codes, scales.half(), None)
+
+
+def _contestants(weight: Int4Weight, options: LinearOptions) -> Iterator[tuple[str, _Product]]:
+    """The int4 kernels, and the dense library on the dequantised weight."""
+    for kernel in options.kernels:
+        linear = Int4Linear(weight, kernel_name=None if kernel == "auto" else kernel)
+        linear.settle(options.dtype)
+        yield f"int4 {kernel}", linear
+    dense = weight.dequantize(options.dtype)
+    yield "dense", lambda inputs: functional.linear(inputs, dense)
+    if options.device.type == "cpu" and can_pack(options.dtype):
+        reordered = torch.ops.mkldnn._reorder_linear_weight(dense, 1)
+        yield (
+            "dense oneDNN, packed",
+            lambda inputs: torch.ops.mkldnn._linear_pointwise(
+                inputs, reordered, None, "none", [], ""
+            ),
+        )
+        if native_kernels.has_linear(options.dtype):
+            yield "dense vkv, packed", native_kernels.PanelLinear(dense, None, None)
+
+
+def all_kernels(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """ "auto", and every kernel that takes each batch of a common weight."""
+    weight = Int4Weight.from_codes(
+        torch.zeros(64, 256, dtype=torch.uint8), torch.zeros(64, 2), None
+    )
+    fitting = [
+        kernel.name
+        for kernel in available_kernels()
+        if all(kernel.accepts(weight, device, dtype, rows) for rows in (1, MANY_ROWS))
+    ]
+    return ("auto", *fitting)
+
+
+# -- measuring -------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _measure(
+    name: str,
+    products: Mapping[str, list[list[_Product]]],
+    num_rows: int,
+    options: LinearOptions,
+) -> dict[str, Any]:
+    """Seconds of each of a layer's products, by contestant and pass."""
+    generator = torch.Generator().manual_seed(options.seed + num_rows)
+    inputs = [
+        torch.randn(num_rows, inner, generator=generator).to(options.device, options.dtype)
+        for _, inner in LAYERS[name]
+    ]
+    reference = next(iter(products.values()))
+    for copies in products.values():  # also warms up
+        for layer, expected in zip(copies, reference, strict=True):
+            for product, wanted, x in zip(layer, expected, inputs, strict=True):
+                torch.testing.assert_close(product(x), wanted(x), atol=5e-2, rtol=5e-2)
+    seconds: dict[str, list[list[float]]] = {contestant: [] for contestant in products}
+    for _ in range(options.repeats):
+        for contestant, copies in products.items():
+            seconds[contestant].append(_pass(copies, inputs, options.device))
+    return {"layer": name, "rows": num_rows, "copies": len(reference), "product_s": seconds}
+
+
+def _pass(
+    copies: Sequence[Sequence[_Product]], inputs: Sequence[torch.Tensor], device: torch.device
+) -> list[float]:
+    """Seconds of each product, the mean over all copies."""
+    totals: list[float] = []
+    for index, x in enumerate(inputs):
+        synchronise(device)
+        start = time.perf_counter()
+        for layer in copies:
+            layer[index](x)
+        synchronise(device)
+        totals.append((time.perf_counter() - start) / len(copies))
+    return totals
+
+
+# -- results ---------------------------------------------------------------------------------
+
+
+def _layer_seconds(cell: Mapping[str, Any], contestant: str) -> list[float]:
+    return [sum(one) for one in cell["product_s"][contestant]]
+
+
+def _ratio(cell: Mapping[str, Any], contestant: str, first: str) -> float:
+    """How many times as long as `first`, the median over passes."""
+    ours, theirs = _layer_seconds(cell, first), _layer_seconds(cell, contestant)
+    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+
+
+def _table(name: str, cells: Sequence[Mapping[str, Any]], limits: Limits) -> Table:
+    mine = [cell for cell in cells if cell["layer"] == name]
+    contestants = list(mine[0]["product_s"]) if mine else []
+    first = contestants[0] if contestants else ""
+    elements = sum(out * inner for out, inner in LAYERS[name])
+    rows = []
+    for cell in mine:
+        seconds = statistics.median(_layer_seconds(cell, first))
+        read = elements / 2 / seconds  # the codes alone
+        flops = 2 * elements * cell["rows"] / seconds
+        rows.append(
+            [
+                str(cell["rows"]),
+                f"{seconds * 1e6:,.0f}",
+                f"{read / limits.read_bytes_per_s:.0%}",
+                f"{flops / limits.flops_per_s:.0%}",
+                *(f"{_ratio(cell, other, first):.2f}" for other in contestants[1:]),
+            ]
+        )
+    return Table(
+        title=f"Linears of one layer of {name}",
+        columns=[
+            "rows",
+            f"{first}, µs",
+            "of bandwidth",
+            "of matrix rate",
+            *(f"{other}: times as long" for other in contestants[1:]),
+        ],
+        rows=rows,
+    )
+
+
+def _plot(layers: Sequence[str], cells: Sequence[Mapping[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(layers), 4))
+    panels = figure.subplots(1, len(layers), squeeze=False)[0]
+    for axes, name in zip(panels, layers, strict=True):
+        mine = [cell for cell in cells if cell["layer"] == name]
+        first, *others = mine[0]["product_s"]
+        for other in others:
+            ratios = [_ratio(cell, other, first) for cell in mine]
+            axes.plot([cell["rows"] for cell in mine], ratios, marker="o", label=other)
+        axes.axhline(1, color="grey", linewidth=1)
+        axes.set(xscale="log", title=name, xlabel="rows", ylabel=f"time over that of {first}")
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,101 @@
+"""Systems to compare with, each in a process and an interpreter of its own (`workers/`)."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...vmem.errors import InvalidConfig, VkvError
+
+WORKERS = Path(__file__).parent / "workers"
+
+
+def interpreter_of(name: str, interpreter: str, known: Iterable[str]) -> str:
+    """The interpreter of a peer. Raises InvalidConfig if the peer or the file is unknown."""
+    if name not in known:
+        raise InvalidConfig(f"peer {name!r} is unknown; use some of {', '.join(known)}")
+    if not Path(interpreter).is_file():
+        raise InvalidConfig(f"peer {name} has no interpreter at {interpreter}")
+    return interpreter
+
+
+class WorkerFailed(VkvError):
+    """A system did not answer, or answered with an error; `str()` says what."""
+
+
+class Worker:
+    """A system in a process of its own."""
+
+    def __init__(self, command: Sequence[str], options: Mapping[str, Any], log: Path) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(options["threads"])}
+        self._log = log
+        with log.open("a") as errors:
+            self._process = subprocess.Popen(
+                [*command, json.dumps(dict(options))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+            )
+        try:
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], output_lens: Sequence[int]
+    ) -> tuple[float, int]:
+        """Seconds that the system took, and its peak resident bytes so far."""
+        answer = self.ask({"prompts": prompts, "output_lens": output_lens})
+        return answer["seconds"], answer["peak_rss_bytes"]
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to one request. Raises WorkerFailed with what the process says is wrong."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise WorkerFailed(self._last_words()) from error
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process, gently if it goes."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise WorkerFailed(self._last_words())
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerFailed(answer["error"])
+        return answer
+
+    def _last_words(self) -> str:
+        lines = self._log.read_text().strip().splitlines()
+        return f"its process ended: {lines[-1] if lines else 'without a word'}"
+
+
+def import_bytes() -> int:
+    """Peak resident bytes of a process that loads vkv, PyTorch and transformers, and no model."""
+    program = "import vkv; vkv.LLM; from protocol import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=WORKERS, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)

@@ -1,0 +1,69 @@
+"""What a GPU has left for keys and values: measured by running a step, not guessed."""
+
+import inspect
+
+import torch
+
+from ..attention_backends import LayerAttention
+from .attention import attention_step
+from .models import LoadedModel
+from .sampler import SamplingState, sample
+from .sampling_params import SamplingParams
+from .state_rows import StepState
+
+_HEADROOM = 0.04  # of the device: recorded steps, kernels' workspaces, fragmentation, neighbours
+_LEAST_HEADROOM = 512 << 20
+
+
+def memory_for_kv(
+    loaded: LoadedModel, *, max_batch_tokens: int, max_seqs: int, num_slots: int
+) -> int:
+    """Bytes that keys and values may take on the GPU, beside the largest step there can be.
+
+    The step is run once; what it took stays with PyTorch's allocator, for the steps to come, and
+    so is not free any more when the device is asked. Nothing is taken for keys and values.
+    """
+    state_bytes = profile_step(loaded, max_batch_tokens, max_seqs)
+    free, total = torch.cuda.mem_get_info(loaded.device)
+    headroom = max(int(_HEADROOM * total), _LEAST_HEADROOM)
+    return max(0, free - headroom - state_bytes * num_slots)
+
+
+@torch.inference_mode()
+def profile_step(loaded: LoadedModel, num_tokens: int, num_seqs: int) -> int:
+    """Run `num_tokens` tokens through the model and sample `num_seqs`; keys and values are lost.
+
+    Returns the bytes of state that a request has beside them.
+    """
+    model, device = loaded.model, loaded.device
+    num_seqs = min(num_seqs, num_tokens)
+    positions = torch.arange(num_tokens, device=device)[None] % loaded.max_positions
+    options: dict[str, object] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = num_seqs
+    state = StepState(model.config) if loaded.keeps_state else None
+    if state is not None:
+        options |= {"use_cache": True, "past_key_values": state}
+    with attention_step(_NoAttention()):
+        logits = model(
+            input_ids=torch.zeros_like(positions), position_ids=positions, **options
+        ).logits[0, -num_seqs:]
+    params = SamplingParams(temperature=1.0, top_p=0.9)
+    sample(logits, [SamplingState(params, index=index) for index in range(num_seqs)])
+    if state is None:
+        return 0
+    return sum(tensor.nbytes for tensor in state.states().values())
+
+
+class _NoAttention:
+    """Answers with zeros of the right shape: attention itself keeps little beside its result."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        wanted: LayerAttention,
+    ) -> torch.Tensor:
+        return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])

@@ -1,0 +1,20 @@
+"""Numbers from the host to the device, without waiting for the device."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def upload(
+    values: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """`values` on `device`. A copy from memory that is not pinned would wait for all kernels."""
+    pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
+def select_rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """The named rows, ascending; without a copy if they are all."""
+    if len(rows) == len(tensor):
+        return tensor
+    return tensor[upload(rows, torch.long, tensor.device)]

@@ -1,0 +1,185 @@
+"""4-bit checkpoints through `vkv.LLM`: the same tokens as dequantised weights, or a typed error."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from quantized import CONFIGS, quantize_folder
+from safetensors.torch import load_file, save_file
+from vkv import LLM, SamplingParams
+from vkv.quant import Int4Linear
+from vkv.vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
+
+GREEDY = SamplingParams(max_tokens=256, temperature=0)
+PROMPTS = [[1, 2, 3, 4], [9, 8, 7]]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    zoo.tiny_model("llama").save_pretrained(folder)
+    return folder
+
+
+def tokens(folder: Path, **options: Any) -> list[tuple[int, ...]]:
+    with LLM(folder, device="cpu", **options) as llm:
+        return [tuple(out.outputs[0].token_ids) for out in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_greedy_tokens_are_those_of_dequantised_weights(
+    dense: Path, tmp_path: Path, kind: str, symmetric: bool, act_order: bool
+) -> None:
+    if kind == "awq" and act_order:
+        pytest.skip("AWQ has no activation order")
+    int4, same = quantize_folder(
+        dense, tmp_path, kind, group_size=8, symmetric=symmetric, act_order=act_order
+    )
+    found = tokens(int4, dtype="float32")
+    assert found == tokens(same, dtype="float32")
+    assert all(len(row) == 256 for row in found)
+    assert len(set(found[0])) > 5, "a text of one word would hide a difference"
+
+
+def test_without_packing_it_is_the_same(dense: Path, tmp_path: Path) -> None:
+    int4, _ = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+    packed = tokens(int4, dtype="float32")
+    assert tokens(int4, dtype="float32", pack_weights=False) == packed
+
+
+def test_a_quarter_of_the_weights(dense: Path, tmp_path: Path) -> None:
+    """Layers shrink, embeddings stay; float16, a GPU's type, is read as bfloat16."""
+    int4, same = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+    config = json.loads((int4 / "config.json").read_text())
+    (int4 / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    with LLM(int4, device="cpu") as small, LLM(same, device="cpu", dtype="bfloat16") as large:
+        assert small._loaded.dtype == torch.bfloat16
+        kept = sum(p.nbytes for p in small._loaded.model.parameters())
+        layers = large._loaded.weight_bytes - kept
+        assert 0 < small._loaded.weight_bytes - kept < 0.8 * layers  # groups of 8 cost much
+
+
+def test_layers_that_are_not_quantised_stay_dense(dense: Path, tmp_path: Path) -> None:
+    int4, _ = quantize_folder(dense, tmp_path, "compressed-tensors", group_size=8)
+    with LLM(int4, device="cpu", dtype="float32", pack_weights=False) as llm:
+        model = llm._loaded.model
+        assert type(model.get_submodule("lm_head")) is torch.nn.Linear
+        assert type(model.get_submodule("model.layers.0.mlp.up_proj")) is Int4Linear
+
+
+def drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.scales"]
+
+
+def shorten(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.up_proj.qzeros"
+    tensors[name] = tensors[name][:1].contiguous()
+
+
+def retype(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.self_attn.q_proj.qweight"
+    tensors[name] = tensors[name].long()
+
+
+def poison(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.k_proj.scales"][0, 0] = float("inf")
+
+
+def misplace(tensors: dict[str, torch.Tensor]) -> None:
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        tensors[f"model.elsewhere.{part}"] = tensors.pop(f"model.layers.0.mlp.up_proj.{part}")
+
+
+def empty(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if not name.endswith("weight")]:
+        del tensors[name]
+    for name in [name for name in tensors if name.endswith("qweight")]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (drop, BadCheckpoint, r"model\.layers\.1\.mlp\.up_proj\.scales is missing"),
+        (shorten, BadCheckpoint, r"model\.layers\.1\.mlp\.up_proj\.qzeros is int32 \[1, "),
+        (retype, BadCheckpoint, r"model\.layers\.0\.self_attn\.q_proj\.qweight is int64"),
+        (poison, BadCheckpoint, r"model\.layers\.0\.self_attn\.k_proj\.scales holds values"),
+        (misplace, UnsupportedModel, r"model\.elsewhere\.\w+ is quantised"),
+        (empty, BadCheckpoint, r"no tensor is called \*\.qweight"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_damaged_checkpoint_names_the_tensor(
+    dense: Path,
+    tmp_path: Path,
+    damage: Callable[[dict[str, torch.Tensor]], None],
+    error: type[Exception],
+    message: str,
+) -> None:
+    int4, _ = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+    held = load_file(int4 / "model.safetensors")
+    damage(held)
+    save_file(held, int4 / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(error, match=message):
+        LLM(int4, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, -100])
+def test_a_truncated_file(dense: Path, tmp_path: Path, kept: int) -> None:
+    int4, _ = quantize_folder(dense, tmp_path, "awq", group_size=8)
+    file = int4 / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(BadCheckpoint, match=r"model\.safetensors is damaged"):
+        LLM(int4, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 8}, "only 4-bit weights"),
+        ({"quant_method": "of-tomorrow"}, "'of-tomorrow', which is unknown"),
+        ({"checkpoint_format": "marlin"}, "'marlin'"),
+    ],
+    ids=str,
+)
+def test_unknown_formats(dense: Path, tmp_path: Path, change: dict, message: str) -> None:
+    int4, _ = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+    config = json.loads((int4 / "config.json").read_text())
+    config["quantization_config"] |= change
+    (int4 / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=message):
+        LLM(int4, device="cpu")
+
+
+def test_fused_experts_are_refused_by_name(tmp_path: Path) -> None:
+    zoo.tiny_model("mixtral").save_pretrained(tmp_path / "moe")
+    int4, _ = quantize_folder(tmp_path / "moe", tmp_path, "gptq", group_size=8)
+    held = load_file(int4 / "model.safetensors")
+    expert = next(name for name in held if ".experts." in name and name.endswith("weight"))
+    layer = expert.removesuffix(".weight")
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        held[f"{layer}.{part}"] = held[f"model.layers.0.self_attn.q_proj.{part}"].clone()
+    save_file(held, int4 / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"experts.*for all experts are not covered"):
+        LLM(int4, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_output_layer_in_fewer_bits(dense: Path, bits: int) -> None:
+    with LLM(dense, device="cpu", dtype="bfloat16", lm_head_bits=bits, kv_memory="4MiB") as llm:
+        (out,) = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=20, temperature=0))
+        assert len(out.outputs[0].token_ids) == 20
+        assert type(llm._loaded.model.get_output_embeddings()) is not torch.nn.Linear
+
+
+def test_output_layers_that_cannot_be_quantised_are_refused(dense: Path) -> None:
+    with pytest.raises(InvalidConfig, match="lm_head_bits is 3"):
+        LLM(dense, device="cpu", lm_head_bits=3)
+    with pytest.raises(InvalidConfig, match="caller's own"):
+        LLM(zoo.tiny_model("llama"), device="cpu", lm_head_bits=8)
