@@ -34,7 +34,9 @@ class Limits:
     @classmethod
     def from_record(cls, fields: Mapping[str, Any]) -> Self:
         """From the `limits` of a record, where JSON has made lists of tuples."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        names = ("read_samples", "flops_samples")
+        samples: dict[str, Any] = {name: tuple(fields.get(name, ())) for name in names}
+        return cls(**{**fields, **samples})
 
     def __str__(self) -> str:
         times = len(self.read_samples)
