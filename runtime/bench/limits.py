@@ -34,9 +34,11 @@ class Limits:
     @classmethod
     def from_record(cls, fields: Mapping[str, Any]) -> Self:
         """From the `limits` of a record, where JSON has made lists of tuples."""
-        names = ("read_samples", "flops_samples")
-        samples: dict[str, Any] = {name: tuple(fields.get(name, ())) for name in names}
-        return cls(**{**fields, **samples})
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        return cls(**plain)
 
     def __str__(self) -> str:
         times = len(self.read_samples)
