@@ -84,7 +84,7 @@ def test_every_system_on_a_tiny_model(tmp_path: Path) -> None:
         shape="llama-tiny",
         dtype="float32",
         threads=1,
-        systems=("vkv", "vkv-paged", "transformers", "transformers-static"),
+        systems=tuple(throughput.SYSTEMS),
         cells=cells,
         repeats=1,
         batch=2,
