@@ -273,16 +273,14 @@ def _processors(device: torch.device) -> int:
 
 def _fastest(tiles: tuple[Tile, ...], run: Callable[[Tile], torch.Tensor]) -> Tile:
     """The tile that takes least time; each is compiled and warmed up first."""
-    from triton.runtime.errors import (  # as above
-        OutOfResources,  # pyright: ignore[reportMissingImports]
-    )
+    from triton.runtime import errors  # pyright: ignore[reportMissingImports] - as above
 
     times: dict[Tile, float] = {}
     for tile in tiles:
         try:
             for _ in range(3):
                 run(tile)
-        except OutOfResources:
+        except errors.OutOfResources:
             continue  # this card has too little shared memory for it
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from ..vmem.errors import InvalidConfig, InvalidOperation, RequestTooLong, UsageError
 from .virtual_rows import Arena, Rows
@@ -36,22 +41,23 @@ class VirtualCache(DynamicCache):
     """Keys and values for `model.generate(past_key_values=…)`, grown in place page by page.
 
     Nothing is reserved before the first token and nothing is copied when a sequence grows. Memory
-    is at most 17/16 of what the tokens take and two pages a layer. A layer with a sliding window
-    gives back the pages behind it with the next token, and takes up to four pages more than what
-    its window holds. Growing attention layers are virtual; a layer of any other kind (recurrent
-    or convolution state, an indexer) is the one that `DynamicCache` would use.
+    is at most 65/64 of what the tokens take, and two pages for every head of each sequence (on a
+    GPU: two for all of them). A layer with a sliding window gives back the pages behind it with
+    the next token. Growing attention layers are virtual; a layer of any other kind (recurrent or
+    convolution state alone, an indexer) is the one that `DynamicCache` would use.
 
     Memory is returned when the cache and every tensor taken from it are gone. A tensor taken from
-    it is good until the cache is next written to, cropped or reordered: `clone` it to keep it. A
-    reorder of beams works in place; where the batch changes its size, one layer exists twice for
-    a moment. `copy.deepcopy` gives a cache apart, with memory of its own. For inference: no
-    gradient flows through it.
+    it is good until the cache is next written to, cropped or reordered: `clone` it to keep it, or
+    to save it, since its storage spans the addresses of `max_len` tokens. A reorder of beams works
+    in place; where the batch changes its size, one layer exists twice for a moment.
+    `copy.deepcopy` gives a cache apart, with memory of its own. For inference: no gradient flows
+    through it.
 
     Args:
         config: of the model, `model.config`.
         max_len: the most tokens of a sequence, prompt and output; None for what the model was
             made for (`max_position_embeddings`). Costs addresses, not memory.
-        page_bytes: size of a physical page; None for 64 KiB on a CPU, and a GPU's own size.
+        page_bytes: size of a physical page; None for 16 KiB on a CPU, and a GPU's own size.
 
     Raises InvalidConfig for a `max_len` that is no positive integer, or missing where the config
     names none. Going beyond `max_len` raises RequestTooLong from the model's forward, and memory
@@ -258,10 +264,60 @@ class VirtualSlidingWindowLayer(VirtualLayer):
         return max(length - self.sliding_window + 1, 0)
 
 
+class VirtualHybridLayer(LinearAttentionLayer, VirtualLayer):
+    """Attention and a recurrence side by side in one layer, as Falcon H1 has them.
+
+    Keys and values are virtual; convolution and recurrent state is kept by `transformers`.
+    """
+
+    is_compileable = False
+
+    def __init__(self, arena: Arena, max_len: int, number_of_states: int) -> None:
+        VirtualLayer.__init__(self, arena, max_len)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VirtualHybridLayer":
+        clone = VirtualLayer.__deepcopy__(self, memo)
+        assert isinstance(clone, VirtualHybridLayer)
+        for name in LinearAttentionLayer(number_of_states=self.number_of_states).__dict__:
+            setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
+        return clone
+
+    def lazy_initialization(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *states: torch.Tensor, **named: Any
+    ) -> None:
+        """Of keys and values, which come by place, or of a state, which comes by name."""
+        if states:
+            VirtualLayer.lazy_initialization(self, *states)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **named)
+
+    def get_max_length(self) -> int:
+        """The most tokens that the layer can hold."""
+        return self.max_len
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `VirtualLayer.crop`, where `transformers` can undo the state; it raises elsewhere."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        VirtualLayer.crop(self, tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget all tokens, and give addresses and memory back."""
+        LinearAttentionLayer.reset(self)
+        VirtualLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let sequence `i` of the batch be what sequence `beam_idx[i]` was."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
+        VirtualLayer.reorder_cache(self, beam_idx)
+
+
 def _virtual(layer: Any, arena: Arena, max_len: int) -> Any:
     """The virtual layer in place of a growing one; `layer` itself if it is of another kind."""
     if type(layer) is DynamicLayer:
         return VirtualLayer(arena, max_len)
     if type(layer) is DynamicSlidingWindowLayer:
         return VirtualSlidingWindowLayer(arena, max_len, layer.sliding_window)
+    if type(layer) is LinearAttentionAndFullAttentionLayer:
+        return VirtualHybridLayer(arena, max_len, layer.number_of_states)
     return layer

@@ -1,8 +1,9 @@
 """Rows in virtual memory that grow in place: where `VirtualCache` keeps keys and values.
 
-A *row* is one token of every sequence of a batch, [batch, heads, dim], and the rows of a layer
-follow each other. So a batch grows at one end only, whatever its size, and a layer needs one run
-of pages for its keys and one for its values.
+On a CPU every head of every sequence has a *lane* of addresses, in which its tokens follow each
+other: kernels there read one head at a time, twice to five times as fast as over tokens whose
+heads lie side by side. On a GPU, where pages are megabytes, one lane has whole tokens of all
+sequences. All lanes of a layer's keys, or of its values, grow together.
 """
 
 import copy
@@ -10,8 +11,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,24 +20,38 @@ import torch
 from ..vmem import Page, VmemDriver, open_driver
 from ..vmem.errors import ForkedProcess, InvalidOperation
 
-_AHEAD = 16  # beside each so many pages that rows need, one more may be mapped
-_CPU_PAGE_BYTES = 64 << 10  # every layer takes two pages at least; a GPU has its own size
+_AHEAD = 64  # beside each so many pages that a lane needs, one more may be mapped
+_CPU_PAGE_BYTES = 16 << 10  # every head takes two pages at least; a GPU has its own size
 _COPY_BYTES = 4 << 20  # rows are copied in portions of about this size
 
 
 @dataclass
 class Range:
-    """A reserved range of addresses and the one run of pages mapped in it."""
+    """A reserved range of addresses: lanes of equal size, each with one run of pages.
+
+    Attributes:
+        first_page: where the runs begin in their lanes, in pages.
+        runs: the pages of each lane, equally many in all.
+    """
 
     driver: VmemDriver
     address: int
-    size: int
+    lane_bytes: int
+    runs: list[list[Page]]
     first_page: int = 0
-    pages: list[Page] = field(default_factory=list)
+
+    @property
+    def num_pages(self) -> int:
+        """Of one lane."""
+        return len(self.runs[0])
 
     @property
     def end_page(self) -> int:
-        return self.first_page + len(self.pages)
+        return self.first_page + self.num_pages
+
+    def page_address(self, lane: int, page: int) -> int:
+        """Where page `page` of a lane lies, counted from the lane's beginning."""
+        return self.address + lane * self.lane_bytes + page * self.driver.page_bytes
 
 
 class Arena:
@@ -47,7 +62,7 @@ class Arena:
     so a range that is let go is queued, and given back as soon as no call is under way.
 
     Args:
-        page_bytes: size of a physical page; None for 64 KiB on a CPU, and a GPU's own size.
+        page_bytes: size of a physical page; None for 16 KiB on a CPU, and a GPU's own size.
     """
 
     def __init__(self, page_bytes: int | None = None) -> None:
@@ -68,34 +83,36 @@ class Arena:
     def virtual_bytes(self) -> int:
         return sum(d.reserved_bytes for d in self._drivers.values())
 
-    def reserve(self, device: torch.device, size: int) -> Range:
-        """At least `size` bytes of addresses on `device`, unbacked."""
+    def reserve(self, device: torch.device, lane_bytes: int, num_lanes: int) -> Range:
+        """Unbacked addresses on `device`: `num_lanes` lanes of at least `lane_bytes`."""
         with self._calling():
-            driver = self._drivers.get(device)
-            if driver is None:
-                page_bytes = self.page_bytes
-                if page_bytes is None and device.type == "cpu":
-                    page_bytes = _CPU_PAGE_BYTES
-                driver = self._drivers[device] = open_driver(device, page_bytes)
-            size = _ceil_div(max(size, 1), driver.page_bytes) * driver.page_bytes
-            return Range(driver, driver.reserve(size), size)
+            driver = self._driver_of(device)
+            lane_bytes = _ceil_div(max(lane_bytes, 1), driver.page_bytes) * driver.page_bytes
+            address = driver.reserve(num_lanes * lane_bytes)
+            return Range(driver, address, lane_bytes, [[] for _ in range(num_lanes)])
+
+    def has_mappings_for(self, device: torch.device, num_lanes: int) -> bool:
+        """Whether so many lanes leave half of the mappings to others; each takes two."""
+        with self._calling():
+            driver = self._driver_of(device)
+            return driver.num_mappings + 2 * num_lanes <= driver.max_mappings // 2
 
     def back(self, area: Range, start: int, end: int) -> None:
-        """Let pages lie behind bytes `start … end` of `area`, and nothing much beside them.
+        """Let pages lie behind bytes `start … end` of every lane, and nothing much beside them.
 
         Pages wholly before `start` go back to the system, and so do those behind `end` but one
-        in sixteen; as many are mapped ahead where pages are missing, so that the number of calls
-        and of mappings grows with the logarithm of the length. Raises OutOfPages or
+        in sixty-four; as many are mapped ahead where a lane that has pages lacks some, so that
+        the number of calls grows with the logarithm of the length. Raises OutOfPages or
         OutOfMappings, with `start … end` backed as far as before.
         """
         page_bytes = area.driver.page_bytes
         first, needed = start // page_bytes, _ceil_div(end, page_bytes)
-        ahead = min(max(needed - first - 1, 0) // _AHEAD, area.size // page_bytes - needed)
+        ahead = min(max(needed - first - 1, 0) // _AHEAD, area.lane_bytes // page_bytes - needed)
         with self._calling():
             self._drop(area, 0, max(first - area.first_page, 0))
-            self._drop(area, max(needed + ahead - area.first_page, 0), len(area.pages))
-            if not area.pages:
-                area.first_page = first
+            self._drop(area, max(needed + ahead - area.first_page, 0), area.num_pages)
+            if not area.num_pages:
+                area.first_page, ahead = first, 0
             if needed > area.end_page:
                 self._extend(area, needed + ahead - area.end_page)
 
@@ -122,30 +139,51 @@ class Arena:
 
     def _free(self, area: Range) -> None:
         with suppress(ForkedProcess):  # in a child: the pages are its parent's
-            self._drop(area, 0, len(area.pages))
+            self._drop(area, 0, area.num_pages)
             area.driver.free(area.address)
 
+    def _driver_of(self, device: torch.device) -> VmemDriver:
+        driver = self._drivers.get(device)
+        if driver is None:
+            page_bytes = self.page_bytes
+            if page_bytes is None and device.type == "cpu":
+                page_bytes = _CPU_PAGE_BYTES
+            # A tensor over several lanes spans the gaps between them: whatever PyTorch does with
+            # the whole of its storage (saving it, say) must meet readable addresses.
+            driver = open_driver(device, page_bytes, readable_gaps=True)
+            self._drivers[device] = driver
+        return driver
+
     def _extend(self, area: Range, num_pages: int) -> None:
-        driver = area.driver
-        pages = driver.create(num_pages)
-        try:
-            driver.map(area.address + area.end_page * driver.page_bytes, pages)
-        except BaseException:
-            driver.release(pages)
-            raise
-        area.pages.extend(pages)
+        """Map `num_pages` more at the end of every lane, or nothing at all."""
+        driver, end = area.driver, area.end_page
+        num_lanes, size = len(area.runs), num_pages * driver.page_bytes
+        starts = [area.page_address(lane, end) for lane in range(num_lanes)]
+        homes = [home for s in starts for home in range(s, s + size, driver.page_bytes)]
+        pages = driver.create(len(homes), homes)
+        runs = [pages[i : i + num_pages] for i in range(0, len(pages), num_pages)]
+        with ExitStack() as undo:
+            undo.callback(driver.release, pages)
+            for start, run in zip(starts, runs, strict=True):
+                driver.map(start, run)
+                undo.callback(driver.unmap, start, size)
+            undo.pop_all()
+        for held, run in zip(area.runs, runs, strict=True):
+            held.extend(run)
 
     def _drop(self, area: Range, start: int, stop: int) -> None:
-        """Give back `area.pages[start:stop]`, which are at either end of the run."""
-        driver, leaving = area.driver, area.pages[start:stop]
-        if not leaving:
+        """Give back the pages `start … stop` of every run, which are at either end of it."""
+        driver, num_pages = area.driver, min(stop, area.num_pages) - start
+        if num_pages <= 0:
             return
         driver.record_fence().wait()  # kernels that were launched may still touch them
-        address = area.address + (area.first_page + start) * driver.page_bytes
-        driver.unmap(address, len(leaving) * driver.page_bytes)
-        del area.pages[start:stop]
+        leaving = [page for run in area.runs for page in run[start : start + num_pages]]
+        for lane, run in enumerate(area.runs):
+            address = area.page_address(lane, area.first_page + start)
+            driver.unmap(address, num_pages * driver.page_bytes)
+            del run[start : start + num_pages]
         if start == 0:
-            area.first_page += len(leaving)
+            area.first_page += num_pages
         driver.release(leaving)
 
 
@@ -171,12 +209,12 @@ class Rows:
 
     Args:
         arena: where the memory comes from.
-        shape: of a row, (batch, heads, dim).
-        max_len: the most rows, in tokens.
+        shape: of one token's states, (batch, heads, dim).
+        max_len: the most tokens.
         dtype, device: of the states.
 
     Attributes:
-        start, end: the rows that are held, counted from the first ever. A caller that needs the
+        start, end: the tokens that are held, counted from the first ever. A caller that needs the
             first ones no longer moves `start`, and the next growth gives their pages back.
     """
 
@@ -193,8 +231,12 @@ class Rows:
         self.max_len = max_len
         self.start = self.end = 0
         self._arena = arena
-        self._row_bytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
-        self._range = arena.reserve(device, max_len * self._row_bytes)
+        batch, heads, dim = shape
+        self._num_lanes = 1
+        if device.type == "cpu" and arena.has_mappings_for(device, batch * heads):
+            self._num_lanes = max(batch * heads, 1)
+        self._token_bytes = batch * heads * dim * dtype.itemsize // self._num_lanes  # in a lane
+        self._range = arena.reserve(device, max_len * self._token_bytes, self._num_lanes)
         self._lease = Lease(arena, self._range)
         self._lay_out()
 
@@ -204,14 +246,14 @@ class Rows:
         return clone
 
     def states(self, start: int | None = None) -> torch.Tensor:
-        """Rows `start` (None: the first held) to the end, [batch, heads, num_tokens, dim]."""
-        return self._between(self.start if start is None else start, self.end).permute(1, 2, 0, 3)
+        """Tokens `start` (None: the first held) to the end, [batch, heads, num_tokens, dim]."""
+        return self._between(self.start if start is None else start, self.end)
 
     def make_room(self, states: torch.Tensor) -> None:
-        """Back the rows that `states`, [batch, heads, num_tokens, dim], will be appended to.
+        """Back the tokens that `states`, [batch, heads, num_tokens, dim], will be appended as.
 
         Raises InvalidOperation if they are of another batch or of other heads; a Shortage if
-        memory is short. No row has changed then.
+        memory is short. No token has changed then.
         """
         batch, heads, num_tokens, dim = states.shape
         if (batch, heads, dim) != self.shape:
@@ -222,23 +264,23 @@ class Rows:
         self._back(self.start, self.end + num_tokens)
 
     def append(self, states: torch.Tensor) -> None:
-        """Write `states`, [batch, heads, num_tokens, dim], behind the rows held.
+        """Write `states`, [batch, heads, num_tokens, dim], behind the tokens held.
 
         There must be room for them.
         """
         end = self.end + states.shape[2]
-        self._between(self.end, end).copy_(states.detach().permute(2, 0, 1, 3))
+        self._between(self.end, end).copy_(states.detach())
         self.end = end
 
     def cut(self, start: int, end: int) -> None:
-        """Of the rows held, hold `start … end` only; pages that back no other are given back."""
+        """Of the tokens held, hold `start … end` only; pages that back no other are given back."""
         self.start, self.end = start, end
         self._back(start, end, shrink=True)
 
     def select(self, indices: torch.Tensor) -> "Rows":
-        """The rows of the sequences `indices`, int64 [new_batch].
+        """The tokens of the sequences `indices`, int64 [new_batch].
 
-        In place if the batch stays as large, else in memory of their own, with the old rows left
+        In place if the batch stays as large, else in memory of their own, with the old ones left
         as they are. Raises a Shortage, with nothing changed.
         """
         in_place = len(indices) == self.shape[0]
@@ -251,42 +293,46 @@ class Rows:
         return Rows(arena, shape, self.max_len, self.dtype, self._backed.device)
 
     def _copy(self, source: "Rows", indices: torch.Tensor | None) -> None:
-        """Take the rows of `source`, or of some of its sequences, a portion at a time."""
+        """Take the tokens of `source`, or of some of its sequences, a portion at a time."""
         self._back(source.start, source.end)
         self.start, self.end = source.start, source.end
-        portion = max(1, _COPY_BYTES // max(self._row_bytes, 1))
+        portion = max(1, _COPY_BYTES // max(self._token_bytes * self._num_lanes, 1))
         for start in range(self.start, self.end, portion):
             end = min(start + portion, self.end)
-            rows = source._between(start, end)
-            self._between(start, end).copy_(rows if indices is None else rows[:, indices])
+            states = source._between(start, end)
+            self._between(start, end).copy_(states if indices is None else states[indices])
 
     def _between(self, start: int, end: int) -> torch.Tensor:
-        """Rows `start … end`, which are backed: [num_tokens, batch, heads, dim]."""
-        return self._backed[start - self._first : end - self._first]
+        """Tokens `start … end`, which are backed: [batch, heads, num_tokens, dim]."""
+        return self._backed[:, :, start - self._first : end - self._first]
 
     def _back(self, start: int, end: int, *, shrink: bool = False) -> None:
-        area, row_bytes = self._range, self._row_bytes
-        lacks = end > self._first + len(self._backed)
-        has_spare = start * row_bytes // area.driver.page_bytes > area.first_page
-        if shrink or lacks or has_spare:  # seldom: a page holds many rows
+        area, token_bytes = self._range, self._token_bytes
+        lacks = end > self._first + self._backed.shape[2]
+        has_spare = start * token_bytes // area.driver.page_bytes > area.first_page
+        if shrink or lacks or has_spare:  # seldom: a page holds many tokens
             try:
-                self._arena.back(area, start * row_bytes, end * row_bytes)
+                self._arena.back(area, start * token_bytes, end * token_bytes)
             finally:
                 self._lay_out()
 
     def _lay_out(self) -> None:
-        """Lay a tensor over the rows that are backed, and over no others: whatever PyTorch does
-        with the whole of a storage (saving it, say) then meets memory."""
-        area, row_bytes = self._range, max(self._row_bytes, 1)
+        """Lay a tensor over the tokens that are backed, and over no others."""
+        area, token_bytes = self._range, max(self._token_bytes, 1)
         page_bytes = area.driver.page_bytes
         batch, heads, dim = self.shape
-        self._first = _ceil_div(area.first_page * page_bytes, row_bytes)
-        end = max(self._first, min(area.end_page * page_bytes // row_bytes, self.max_len))
+        self._first = _ceil_div(area.first_page * page_bytes, token_bytes)
+        end = max(self._first, min(area.end_page * page_bytes // token_bytes, self.max_len))
+        if self._num_lanes == 1:
+            strides = heads * dim, dim, batch * heads * dim, 1
+        else:
+            lane = area.lane_bytes // self.dtype.itemsize
+            strides = heads * lane, lane, dim, 1
         with torch.inference_mode(False):  # or it could be written to in that mode only
             self._backed = area.driver.tensor(
-                area.address + self._first * self._row_bytes,
-                (end - self._first, batch, heads, dim),
-                (batch * heads * dim, heads * dim, dim, 1),
+                area.address + self._first * self._token_bytes,
+                (batch, heads, end - self._first, dim),
+                strides,
                 self.dtype,
             )
         self._lease.extend_to(self._backed)

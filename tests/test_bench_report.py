@@ -45,7 +45,7 @@ def _redate(path: Path, date: str, **changes: Any) -> Path:
 def test_a_record_keeps_what_its_page_needs(tmp_path: Path) -> None:
     content = json.loads(_write(tmp_path, "memory", "1.5").read_text())
     assert content["config"] == {"dtype": "torch.float32"}
-    assert Limits(**content["limits"]) == _LIMITS
+    assert Limits.from_record(content["limits"]) == _LIMITS
     assert Table(**content["tables"][0]).rows == [["virtual", "1.5"]]
 
 

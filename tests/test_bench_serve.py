@@ -250,7 +250,7 @@ def _run(folder: Path, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("quick_limits")
 def test_all_four_quadrants_by_both_policies(tmp_path: Path) -> None:
-    record = _run(tmp_path, num_requests=5, clients=(3,), scale=0.05, max_batch_tokens=32)
+    record = _run(tmp_path, num_requests=5, clients=(3,), scale=0.05, budgets=(32,))
     runs = record["results"]["runs"]
     names = {(r["workload"], r["policy"]) for r in runs}
     assert len(names) == len(runs) == 8
@@ -287,6 +287,29 @@ def test_rates_take_the_place_of_clients(tmp_path: Path) -> None:
     assert len(record["tables"]) == 2
 
 
+@pytest.mark.usefixtures("quick_limits")
+def test_budgets_are_compared_by_policy(tmp_path: Path) -> None:
+    record = _run(
+        tmp_path,
+        workloads=("fastgen-2600-60",),
+        clients=(3,),
+        num_requests=4,
+        scale=0.05,
+        budgets=(32, 64),
+    )
+    runs = {(r["policy"], r["max_batch_tokens"]): r for r in record["results"]["runs"]}
+    assert len(runs) == len(record["results"]["runs"]) == 4
+    assert runs["splitfuse", 32]["max_step_tokens"] == 32
+    assert runs["splitfuse", 64]["max_step_tokens"] == 64
+    policies, budgets = record["tables"][2:]
+    assert [row[2] for row in policies["rows"]] == ["splitfuse, 32", "splitfuse, 64"]
+    assert budgets["title"].startswith("Other budgets to 32 tokens a step")
+    assert [row[2] for row in budgets["rows"]] == ["splitfuse, 64", "prefill_first, 64"]
+    small, large = runs["splitfuse", 32], runs["splitfuse", 64]
+    ratio = large["p99_itl_ms"] / small["p99_itl_ms"]
+    assert budgets["rows"][0][budgets["columns"].index("p99 ITL")] == f"{ratio:.2f}"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -298,6 +321,7 @@ def test_rates_take_the_place_of_clients(tmp_path: Path) -> None:
         ({"clients": ()}, "clients is empty"),
         ({"num_requests": 0}, "must all be positive"),
         ({"rates": (0.0,)}, "must all be positive"),
+        ({"budgets": (512, 0)}, "must all be positive"),
         ({"clients": (-1,)}, "must all be positive"),
     ],
 )

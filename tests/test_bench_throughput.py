@@ -88,7 +88,7 @@ def test_every_system_on_a_tiny_model(tmp_path: Path) -> None:
         shape="llama-tiny",
         dtype="float32",
         threads=1,
-        systems=("vkv", "vkv-paged", "transformers", "transformers-static"),
+        systems=tuple(throughput.SYSTEMS),
         cells=cells,
         repeats=1,
         batch=2,
@@ -101,6 +101,8 @@ def test_every_system_on_a_tiny_model(tmp_path: Path) -> None:
         assert rates["p"][0] > 0
         assert rates["r"][0] > 0
     assert set(results["peak_rss_bytes"]) == set(options.systems)
+    imports = results["model"]["import_bytes"]
+    assert 50 << 20 < imports < min(results["peak_rss_bytes"].values())
     assert path.with_suffix(".png").stat().st_size > 1000
     assert tables[0].rows[0][0] == "vkv"
     assert [row[0] for row in tables[1].rows] == list(options.systems[1:])

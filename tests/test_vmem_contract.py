@@ -49,6 +49,26 @@ def test_created_pages_are_zero_wherever_they_are_mapped(driver, page):
     assert not view(driver, address + page, 3 * page).any()
 
 
+def test_pages_with_a_home_are_as_any_others(driver, page):
+    address = driver.reserve(4 * page)
+    homes = [address, address + 2 * page, address + 3 * page]
+    with pytest.raises(InvalidConfig, match="2 pages cannot have 3 homes"):
+        driver.create(2, homes)
+    for _ in range(2):
+        pages = driver.create(3, homes)
+        driver.map(address + 2 * page, pages[1:])
+        assert not view(driver, address + 2 * page, 2 * page).any()
+        view(driver, address + 2 * page, 2 * page).fill_(7)
+        unmap(driver, address + 2 * page, 2 * page)
+        driver.map(address + page, pages[1:2])  # a home is no duty
+        assert holds(view(driver, address + page, page), 7)
+        others = driver.create(3, homes)  # while those live
+        assert len({*pages, *others}) == 6
+        unmap(driver, address + page, page)
+        driver.release([*pages, *others])
+    assert driver.num_pages == 0
+
+
 def test_pages_given_back_to_the_system_come_back_zeroed(driver, page):
     address = driver.reserve(4 * page)
     pages = driver.create(4)

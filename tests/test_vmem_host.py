@@ -46,6 +46,31 @@ def test_a_run_is_split_only_where_page_numbers_jump(driver):
     assert driver.num_mappings == len(kernel_mappings(address, 8 * PAGE)) == 5
 
 
+def test_pages_at_home_take_one_mapping_in_whatever_order_they_come(driver):
+    address = driver.reserve(64 * PAGE)
+    for start in (4, 0, 2, 6):
+        home = address + start * PAGE
+        driver.map(home, driver.create(2, [home, home + PAGE]))
+    assert driver.num_mappings == len(kernel_mappings(address, 64 * PAGE)) == 2
+    assert resident_bytes(driver) == 8 * PAGE
+    pages = list(driver.mapped(address, 8 * PAGE).values())
+    driver.unmap(address, 8 * PAGE)
+    driver.release(pages)
+    assert resident_bytes(driver) == 0
+    assert driver.create(2) == [0, 1]  # numbers of homes are not among those used again
+
+
+def test_gaps_can_be_readable_and_cost_nothing():
+    with HostDriver(page_bytes=PAGE, readable_gaps=True) as driver:
+        address = driver.reserve(64 * PAGE)
+        driver.map(address + PAGE, driver.create(1))
+        whole = driver.tensor(address, (64 * PAGE,), (1,), torch.uint8)
+        whole[PAGE : 2 * PAGE] = 1
+        assert whole.clone().sum() == PAGE
+        driver.unmap(address + PAGE, PAGE)
+        assert whole.clone().sum() == 0
+
+
 def test_the_lowest_released_numbers_are_created_again_first(driver):
     pages = driver.create(8)
     driver.release([pages[6], pages[1], pages[4], pages[2]])

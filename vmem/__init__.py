@@ -10,9 +10,12 @@ from .host import HostDriver
 __all__ = ["CudaDriver", "Fence", "HostDriver", "Page", "VmemDriver", "open_driver"]
 
 
-def open_driver(device: torch.device | str, page_bytes: int | None = None) -> VmemDriver:
+def open_driver(
+    device: torch.device | str, page_bytes: int | None = None, *, readable_gaps: bool = False
+) -> VmemDriver:
     """A driver for `device`, `cpu` or `cuda[:index]`; `page_bytes` defaults to the device's best.
 
+    With `readable_gaps`, unbacked addresses of the host read as zeros; a GPU faults all the same.
     Raises InvalidConfig for any other device, DriverUnavailable where CUDA is missing.
     """
     try:
@@ -21,7 +24,9 @@ def open_driver(device: torch.device | str, page_bytes: int | None = None) -> Vm
         raise InvalidConfig(f"{device!r} is no device; use 'cpu' or 'cuda'") from error
     match device.type:
         case "cpu":
-            return HostDriver() if page_bytes is None else HostDriver(page_bytes)
+            if page_bytes is None:
+                return HostDriver(readable_gaps=readable_gaps)
+            return HostDriver(page_bytes, readable_gaps=readable_gaps)
         case "cuda":
             index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
             return CudaDriver(index if device.index is None else device.index, page_bytes)

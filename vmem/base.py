@@ -118,17 +118,23 @@ class VmemDriver(ABC):
 
     # -- physical pages --------------------------------------------------------------------
 
-    def create(self, num_pages: int) -> list[Page]:
+    def create(self, num_pages: int, homes: Sequence[int] | None = None) -> list[Page]:
         """Create `num_pages` physical pages, zero-filled, each of `page_bytes`.
+
+        `homes` says where each is going to be mapped, an address a page, for pages that stay at
+        one address as long as they live. Where mappings are counted by how pages adjoin (the
+        host), those that adjoin at home then take one mapping, in whatever order they came.
 
         Raises OutOfPages, with none created, if the device's memory is exhausted.
         """
         if num_pages < 1:
             raise InvalidConfig(f"num_pages is {num_pages}; at least one page must be created")
+        if homes is not None and len(homes) != num_pages:
+            raise InvalidConfig(f"{num_pages} pages cannot have {len(homes)} homes")
         with self._paging_lock:
             with self._guarded():
                 pass  # refused before the work, not after it
-            pages = self._create(num_pages)
+            pages = self._create(num_pages) if homes is None else self._create_for(homes)
             with self._lock:
                 for page in pages:
                     self._map_counts[page] = 0
@@ -296,6 +302,10 @@ class VmemDriver(ABC):
     @abstractmethod
     def _create(self, num_pages: int) -> list[Page]:
         """Called without the lock of the page table, and one at a time."""
+
+    def _create_for(self, homes: Sequence[int]) -> list[Page]:
+        """As `_create`, for pages whose addresses are known."""
+        return self._create(len(homes))
 
     @abstractmethod
     def _release(self, pages: Sequence[Page]) -> None: ...

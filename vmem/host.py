@@ -40,10 +40,13 @@ class HostDriver(VmemDriver):
         page_bytes: int = 2 << 20,
         max_mappings: int | None = None,
         want_huge_pages: bool = True,
+        readable_gaps: bool = False,
     ) -> None:
         """Args: page_bytes, a multiple of the system's page size; max_mappings, the budget of
         VMAs (default: half of what the system allows the process); want_huge_pages, whether to
-        ask for them where `page_bytes` allows: `create` is slower, mapping and reading faster."""
+        ask for them where `page_bytes` allows: `create` is slower, mapping and reading faster;
+        readable_gaps, whether unbacked addresses read as zeros instead of faulting, for tensors
+        that span them and may be read whole (writing faults all the same)."""
         super().__init__(
             device=torch.device("cpu"), granularity=linux.PAGE_SIZE, page_bytes=page_bytes
         )
@@ -52,6 +55,7 @@ class HostDriver(VmemDriver):
         self.huge_pages: bool | None = None
         self._try_huge_pages = want_huge_pages and page_bytes % linux.HUGE_PAGE_SIZE == 0
         self._max_mappings = max_mappings or linux.max_map_count() // 2
+        self._gap_access = linux.PROT_READ if readable_gaps else linux.PROT_NONE
         self._num_mappings = 0
         self._next_page = 0  # the memfd holds, or held, the pages below it
         self._punched: list[int] = []  # heap of released numbers below `_next_page`
@@ -82,7 +86,7 @@ class HostDriver(VmemDriver):
         self._num_mappings -= 1
 
     def _reserve_aligned(self, kind: str, size: int, shortage: type[Exception]) -> int:
-        """PROT_NONE address space, aligned by reserving more and trimming both ends."""
+        """Unbacked address space, aligned by reserving more and trimming both ends."""
         slack = self._alignment - linux.PAGE_SIZE
         start = self._map_unbacked(kind, None, size + slack, shortage)
         head = -start % self._alignment
@@ -104,15 +108,34 @@ class HostDriver(VmemDriver):
         with ExitStack() as undo:
             pages = self._take_numbers(num_pages, undo)
             for first, count in _adjacent_runs(pages):
-                offset, size = first * self.page_bytes, count * self.page_bytes
-                undo.callback(self._punch, "create", offset, size)
-                # Unlike a first touch, which kills by SIGBUS, fallocate reports a shortage.
-                self._call(
-                    "create", linux.fallocate, self._memfd, 0, offset, size, shortage=OutOfPages
-                )
+                self._allocate(first, count, undo)
             self.huge_pages = self._touch(pages)
             undo.pop_all()
         return pages
+
+    def _create_for(self, homes: Sequence[int]) -> list[Page]:
+        """Number the pages by their homes, so that what adjoins there adjoins in the memfd.
+
+        The memfd is sparse, and no address is as low as the numbers that `_create` counts up. Where
+        a number is taken, by a page that was mapped elsewhere or outlived its reservation, any
+        other does.
+        """
+        pages = [Page(home // self.page_bytes) for home in homes]
+        if any(page in self._map_counts for page in pages) or len(set(pages)) < len(pages):
+            return self._create(len(homes))
+        self._check_memory(len(pages))
+        with ExitStack() as undo:
+            for first, count in _adjacent_runs(pages):
+                self._allocate(first, count, undo)
+            undo.pop_all()
+        return pages
+
+    def _allocate(self, first: int, count: int, undo: ExitStack) -> None:
+        """Memory for `count` pages numbered from `first`, zeroed when it is first mapped."""
+        offset, size = first * self.page_bytes, count * self.page_bytes
+        undo.callback(self._punch, "create", offset, size)
+        # Unlike a first touch, which kills by SIGBUS, fallocate reports a shortage.
+        self._call("create", linux.fallocate, self._memfd, 0, offset, size, shortage=OutOfPages)
 
     def _check_memory(self, num_pages: int) -> None:
         available = linux.available_bytes()
@@ -167,7 +190,7 @@ class HostDriver(VmemDriver):
     def _release(self, pages: Sequence[Page]) -> None:
         for first, count in _adjacent_runs(sorted(pages)):
             self._punch("release", first * self.page_bytes, count * self.page_bytes)
-            for number in range(first, first + count):
+            for number in range(first, min(first + count, self._next_page)):
                 heapq.heappush(self._punched, number)
 
     def _punch(self, kind: str, offset: int, size: int) -> None:
@@ -219,10 +242,10 @@ class HostDriver(VmemDriver):
     def _map_unbacked(
         self, kind: str, address: int | None, size: int, shortage: type[Exception]
     ) -> int:
-        """Address space that faults when touched: at `address`, over what is there, or anywhere."""
+        """Address space without memory: at `address`, over what is there, or anywhere."""
         flags = linux.MAP_UNBACKED | (linux.MAP_FIXED if address is not None else 0)
         return self._call(
-            kind, linux.mmap, address, size, linux.PROT_NONE, flags, -1, 0, shortage=shortage
+            kind, linux.mmap, address, size, self._gap_access, flags, -1, 0, shortage=shortage
         )
 
     # -- the budget of mappings ------------------------------------------------------------

@@ -39,7 +39,7 @@ from ...attention_backends import (
 from ...vmem import open_driver
 from ..progress import counted
 from .attention_shapes import Shape
-from .limits import Limits, measure_limits
+from .limits import Limits, LimitsProbe
 from .peer import WORKERS, Worker, interpreter_of
 from .record import Table, require_matplotlib, write_record
 
@@ -99,16 +99,18 @@ def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, li
         f"{name}, its kernel": [interpreter_of(name, path, PEERS), str(WORKERS / PEERS[name])]
         for name, path in options.peers.items()
     }
-    before = measure_limits(options.device, options.dtype)
+    probe = LimitsProbe(options.device, options.dtype)
     fitting = [s for s in options.shapes if s.kv_bytes(options.dtype) <= options.max_bytes]
     results: list[dict[str, Any]] = []
     with _started(commands, options) as peers, counted("attention", len(fitting)) as advance:
         for shape in fitting:
+            probe.measure()
             results.append(_cell(shape, options, peers))
             if options.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the paged cache had, slots may have now
             advance()
-    limits = before.joined(measure_limits(options.device, options.dtype))
+    probe.measure()
+    limits = probe.limits()
     tables = [_table(results, options.dtype, limits)]
     config = asdict(options) | {"dtype": str(options.dtype), "device": str(options.device)}
     path = write_record(

@@ -283,6 +283,55 @@ def linear(
 
 
 @bench.command()
+def cache(
+    shape: Shape = "llama-455m",
+    dtype: Dtype = "bfloat16",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of every process. Default: the usable cores.")
+    ] = None,
+    problems: Annotated[
+        str, typer.Option(help="Batch x tokens of context, with commas.")
+    ] = "1x1024,1x4096,1x16384,8x1024",
+    kinds: Annotated[
+        str, typer.Option(help="Which caches to compare, separated by commas.")
+    ] = "virtual,dynamic,static",
+    steps: Annotated[int, typer.Option(help="Tokens to decode and time.", min=1)] = 24,
+    max_prefill: Annotated[
+        int, typer.Option(help="Prompts up to so many tokens go through the model, too.")
+    ] = 1024,
+    repeats: Annotated[int, typer.Option(help="Repeats, each in fresh processes.", min=1)] = 3,
+    seed: Seed = 0,
+    out: Out = _OUT,
+) -> None:
+    """VirtualCache against transformers' DynamicCache and StaticCache, under model.generate.
+
+    On the CPU: time of a decoded token and of a prompt, and peak memory beyond the model's. The
+    context is filled with random keys and values; the caches take turns in fresh processes.
+    """
+    from ..models import parse_dtype
+    from .cache import CacheOptions, run
+
+    parse_dtype(dtype)
+    pairs = [_numbers("problems", item.replace("x", ","), int) for item in _items(problems)]
+    if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+        raise typer.BadParameter(f"--problems {problems!r}: write BATCHxCONTEXT, such as 1x4096")
+    given: dict[str, Any] = {} if threads is None else {"threads": threads}
+    options = CacheOptions(
+        shape=shape,
+        dtype=dtype,
+        problems=tuple((batch, context) for batch, context in pairs),
+        kinds=tuple(_items(kinds)),
+        steps=steps,
+        max_prefill=max_prefill,
+        repeats=repeats,
+        seed=seed,
+        **given,
+    )
+    path, tables = run(options, out, _command_line())
+    _show(path, tables)
+
+
+@bench.command()
 def vmm(
     device: Device = "auto",
     pages: Annotated[
@@ -333,8 +382,8 @@ def serve(
     ] = "splitfuse,prefill_first",
     max_seqs: MaxSeqs = 32,
     max_batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a step; none for the device's default.")
-    ] = None,
+        str, typer.Option(help="Tokens of a step; several with commas. Default: the device's own.")
+    ] = "",
     slo_ttft_ms: Annotated[
         float | None, typer.Option(help="Goodput: longest time to the first token.")
     ] = None,
@@ -347,6 +396,7 @@ def serve(
     sla_rates: Annotated[
         str, typer.Option(help="FastGen: output tokens a second to keep up, with commas.")
     ] = "2,4,6",
+    label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
     seed: Seed = 0,
     out: Out = _OUT,
 ) -> None:
@@ -374,13 +424,14 @@ def serve(
         scale=scale,
         policies=tuple(_items(policies)),
         max_seqs=max_seqs,
-        max_batch_tokens=max_batch_tokens,
+        budgets=tuple(_numbers("max-batch-tokens", max_batch_tokens, int)),
         targets=Targets(
             slo_ttft_ms=slo_ttft_ms,
             slo_tpot_ms=slo_tpot_ms,
             prompt_rate=sla_prompt_rate,
             rates=tuple(_numbers("sla-rates", sla_rates, float)),
         ),
+        label=label,
         seed=seed,
     )
     path, tables = run(options, out, _command_line())
@@ -437,7 +488,7 @@ def _show(path: Path, tables: list[Any]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
-    limits = Limits(**json.loads(path.read_text())["limits"])
+    limits = Limits.from_record(json.loads(path.read_text())["limits"])
     console.print(str(limits), style="dim")
     console.print(f"record: {path}", style="dim", soft_wrap=True)
 

@@ -20,7 +20,7 @@ from ...quant.kernels import MANY_ROWS, available_kernels
 from .. import native_kernels
 from ..packing import can_pack
 from ..progress import counted
-from .limits import Limits, measure_limits, synchronise
+from .limits import Limits, LimitsProbe, synchronise
 from .record import Table, require_matplotlib, write_record
 
 # [out, in] of a layer's products, those over the same input joined.
@@ -58,7 +58,8 @@ class LinearOptions:
 def run(options: LinearOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
     require_matplotlib()
-    limits = measure_limits(options.device, options.dtype)
+    probe = LimitsProbe(options.device, options.dtype)
+    probe.measure()
     cells: list[dict[str, Any]] = []
     with counted("linears", len(options.layers) * len(options.rows)) as advance:
         for name in options.layers:
@@ -66,6 +67,8 @@ def run(options: LinearOptions, folder: Path, command: str) -> tuple[Path, list[
             for num_rows in options.rows:
                 cells.append(_measure(name, products, num_rows, options))
                 advance()
+            probe.measure()
+    limits = probe.limits()
     tables = [_table(name, cells, limits) for name in options.layers]
     path = write_record(
         folder,

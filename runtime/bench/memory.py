@@ -34,7 +34,7 @@ from ..llm import LLM
 from ..models import load_model
 from ..sampling_params import SamplingParams
 from .checkpoints import cache_bytes_per_token, gains_table, parse_format, save_checkpoints
-from .limits import measure_limits
+from .limits import LimitsProbe
 from .memory_results import (
     FinalUse,
     MemorySample,
@@ -87,13 +87,16 @@ def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[
     rest: dict[str, list[MemorySample]] = {}
     ends = {kind: FinalUse() for kind in options.kinds}
     engines: dict[str, dict[str, Any]] = {}
+    probe = LimitsProbe(options.device, options.dtype)
     for kind in options.kinds:
+        probe.measure()
         if kind in ("virtual", "paged"):
             samples[kind], rest[kind], engines[kind] = _run_engine(
                 model, work, options, kind, ends[kind]
             )
         else:
             samples[kind] = list(_fill_caches(model, work, options, kind, ends[kind]))
+    probe.measure()
     summary = {kind: summarise(rows, ends[kind]) for kind, rows in samples.items()}
     tables = [memory_table(summary)]
     if engines:
@@ -116,7 +119,7 @@ def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[
             "rest": {kind: columns(rows) for kind, rows in rest.items()},
         },
         tables=tables,
-        limits=measure_limits(options.device, options.dtype),
+        limits=probe.limits(),
         command=command,
     )
     title = (

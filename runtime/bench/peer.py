@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,3 +104,12 @@ class Worker:
     def _last_words(self) -> str:
         lines = self._log.read_text().strip().splitlines()
         return f"its process ended: {lines[-1] if lines else 'without a word'}"
+
+
+def import_bytes() -> int:
+    """Peak resident bytes of a process that loads vkv, PyTorch and transformers, and no model."""
+    program = "import vkv; vkv.LLM; from protocol import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=WORKERS, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)

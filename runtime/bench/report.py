@@ -81,7 +81,7 @@ def _section(record: Record) -> str:
         "- " + ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     if "limits" in content:
-        lines.append(f"- {Limits(**content['limits'])}")
+        lines.append(f"- {Limits.from_record(content['limits'])}")
     lines += ["", _tables(record)]
     plot = record.path.with_suffix(".png")
     if plot.exists():

@@ -1,11 +1,12 @@
 """`vkv bench serve`: latency and throughput while requests arrive, in this process.
 
 The lengths of published traces, arriving at a rate or from clients that wait for their answers,
-run through the engine once for each scheduling policy: SplitFuse, and prefill-first to compare
-with. Every policy gets the same requests at the same times.
+run through the engine once for each scheduling policy, SplitFuse and prefill-first to compare
+with, and for each budget of tokens a step. All get the same requests at the same times.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from ...vmem.errors import InvalidConfig
 from ..llm import LLM
 from ..progress import counted
-from .limits import measure_limits
+from .limits import LimitsProbe
 from .load import Trace, drive, gamma_arrivals
 from .record import Table, require_matplotlib, write_record
 from .serve_metrics import Targets, fastgen_metrics, vllm_metrics
@@ -24,7 +25,7 @@ from .shapes import build_model
 from .workloads import FASTGEN, WorkItem, traffic
 
 POLICIES = ("splitfuse", "prefill_first")
-_RATIOS = {  # of SplitFuse to prefill-first
+_RATIOS = {  # of one run to another
     "request_throughput": "requests/s",
     "output_throughput": "output tokens/s",
     "median_ttft_ms": "median TTFT",
@@ -45,6 +46,8 @@ class ServeOptions:
         rates: requests a second, one load each; in place of `clients` where there are any.
         cv: variation of the times between arrivals; 1 for Poisson.
         scale: what lengths are multiplied by.
+        budgets: tokens of a step, one run each; none for the device's default.
+        label: a word for the record's name.
     """
 
     shape: str = "llama-tiny"
@@ -58,19 +61,21 @@ class ServeOptions:
     scale: float = 1.0
     policies: tuple[str, ...] = POLICIES
     max_seqs: int = 32
-    max_batch_tokens: int | None = None
+    budgets: tuple[int, ...] = ()
     targets: Targets = Targets()  # noqa: RUF009 - immutable
+    label: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("workloads", "clients", "policies"):
             if not getattr(self, name):
                 raise InvalidConfig(f"{name} is empty; give one at least")
-        numbers = (self.num_requests, self.cv, self.scale, *self.clients, *self.rates)
-        if min(numbers) <= 0:
+        lists = (self.clients, self.rates, self.budgets)
+        if min(self.num_requests, self.cv, self.scale, *itertools.chain(*lists)) <= 0:
             raise InvalidConfig(
                 f"num_requests {self.num_requests}, cv {self.cv}, scale {self.scale}, clients "
-                f"{self.clients} and rates {self.rates} must all be positive"
+                f"{self.clients}, rates {self.rates} and budgets {self.budgets} must all be "
+                "positive"
             )
         if unknown := [policy for policy in self.policies if policy not in POLICIES]:
             raise InvalidConfig(f"policy is {unknown[0]!r}; use some of {', '.join(POLICIES)}")
@@ -78,13 +83,19 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a workload under a load, by a policy."""
+    """One run: a workload under a load, by a policy with so many tokens a step."""
 
     workload: str
     load: str
     policy: str
+    budget: int
     trace: Trace
     metrics: Mapping[str, float]
+
+    @property
+    def way(self) -> str:
+        """How it was scheduled, in words."""
+        return f"{self.policy}, {self.budget}"
 
 
 def run(options: ServeOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
@@ -104,25 +115,30 @@ def run(options: ServeOptions, folder: Path, command: str) -> tuple[Path, list[T
     for name, work in works.items():
         _check_lengths(name, work, model.config.max_position_embeddings)
     loads = _loads(options)
-    total = len(works) * len(loads) * len(options.policies) * options.num_requests
+    plan = list(itertools.product(works, loads, options.policies, options.budgets or (None,)))
     cells: list[Cell] = []
-    with counted("requests", total) as advance:
-        for workload, work in works.items():
-            for load, arrivals_s in loads.items():
-                for policy in options.policies:
-                    trace, more = _serve(model, work, arrivals_s, options, policy, advance)
-                    metrics = vllm_metrics(trace, options.targets)
-                    metrics |= fastgen_metrics(trace, options.targets) | more
-                    cells.append(Cell(workload, load, policy, trace, metrics))
+    probe = LimitsProbe(options.device, options.dtype)
+    with counted("requests", len(plan) * options.num_requests) as advance:
+        for workload, load, policy, budget in plan:
+            probe.measure()
+            trace, more = _serve(
+                model, works[workload], loads[load], options, policy, budget, advance
+            )
+            metrics = vllm_metrics(trace, options.targets)
+            metrics |= fastgen_metrics(trace, options.targets) | more
+            cells.append(
+                Cell(workload, load, policy, int(more["max_batch_tokens"]), trace, metrics)
+            )
+    probe.measure()
     tables = _tables(cells, options)
     path = write_record(
         folder,
-        f"serve-{options.shape}",
+        "-".join(filter(None, ("serve", options.shape, options.label))),
         device=options.device,
         config=asdict(options),
         results={"runs": [_as_record(cell) for cell in cells]},
         tables=tables,
-        limits=measure_limits(options.device, options.dtype),
+        limits=probe.limits(),
         command=command,
     )
     _plot(cells, path.with_suffix(".png"))
@@ -165,6 +181,7 @@ def _serve(
     arrivals_s: Sequence[float],
     options: ServeOptions,
     policy: str,
+    budget: int | None,
     advance: Any,
 ) -> tuple[Trace, dict[str, float]]:
     """One run on an engine of its own, warmed up by a short request."""
@@ -174,7 +191,7 @@ def _serve(
         device=options.device,
         max_seqs=options.max_seqs,
         max_len=max(item.num_tokens for item in work),
-        max_batch_tokens=options.max_batch_tokens,
+        max_batch_tokens=budget,
         prefix_reuse=False,  # the prompts are random
         policy=policy,
     ) as llm:
@@ -182,7 +199,9 @@ def _serve(
         before = llm.stats()
         trace = drive(llm.engine, work, arrivals_s, on_finish=advance)
         stats = llm.stats()
+        resolved = llm.engine.scheduler.max_batch_tokens
     return trace, {
+        "max_batch_tokens": resolved,
         "num_preemptions": stats.num_preemptions,
         "mapping_share": (stats.mapping_time_s - before.mapping_time_s)
         / (stats.step_time_s - before.step_time_s),
@@ -212,16 +231,22 @@ def _as_record(cell: Cell) -> dict[str, Any]:
 
 def _tables(cells: Sequence[Cell], options: ServeOptions) -> list[Table]:
     tables = [_latency_table(cells), _throughput_table(cells, options.targets)]
-    pairs = _ratio_rows(cells)
-    if pairs:
-        tables.append(
-            Table(
-                title="SplitFuse to prefill-first, ratios of the same run",
-                columns=["workload", "load", *_RATIOS.values()],
-                rows=pairs,
-            )
-        )
-    return tables
+    first = cells[0].budget
+    return [
+        *tables,
+        *_ratio_table(
+            "SplitFuse to prefill-first, ratios of the same run",
+            cells,
+            is_baseline=lambda cell: cell.policy == "prefill_first",
+            alike=lambda cell: (cell.workload, cell.load, cell.budget),
+        ),
+        *_ratio_table(
+            f"Other budgets to {first} tokens a step, ratios of the same run",
+            cells,
+            is_baseline=lambda cell: cell.budget == first,
+            alike=lambda cell: (cell.workload, cell.load, cell.policy),
+        ),
+    ]
 
 
 def _latency_table(cells: Sequence[Cell]) -> Table:
@@ -232,10 +257,10 @@ def _latency_table(cells: Sequence[Cell]) -> Table:
     }
     return Table(
         title="Latency, ms",
-        columns=["workload", "load", "policy"]
+        columns=["workload", "load", "policy, budget"]
         + [f"{what} {field.split('_')[0]}" for what, fields in shown.items() for field in fields],
         rows=[
-            [cell.workload, cell.load, cell.policy]
+            [cell.workload, cell.load, cell.way]
             + [
                 f"{cell.metrics[field]:.1f}" if field in cell.metrics else "–"
                 for fields in shown.values()
@@ -261,9 +286,9 @@ def _throughput_table(cells: Sequence[Cell], targets: Targets) -> Table:
         del columns["request_goodput"]
     return Table(
         title="Throughput and size of steps",
-        columns=["workload", "load", "policy", *columns.values()],
+        columns=["workload", "load", "policy, budget", *columns.values()],
         rows=[
-            [cell.workload, cell.load, cell.policy]
+            [cell.workload, cell.load, cell.way]
             + [_rounded(cell.metrics[name]) for name in columns]
             for cell in cells
         ],
@@ -274,19 +299,26 @@ def _rounded(number: float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _ratio_rows(cells: Sequence[Cell]) -> list[list[str]]:
-    """SplitFuse's figures over prefill-first's, wherever both ran."""
-    baseline = {(c.workload, c.load): c.metrics for c in cells if c.policy == "prefill_first"}
+def _ratio_table(
+    title: str,
+    cells: Sequence[Cell],
+    *,
+    is_baseline: Callable[[Cell], bool],
+    alike: Callable[[Cell], Hashable],
+) -> list[Table]:
+    """Figures over those of the baseline that is `alike`; no table where none is."""
+    baseline = {alike(cell): cell.metrics for cell in cells if is_baseline(cell)}
     rows = []
     for cell in cells:
-        other = baseline.get((cell.workload, cell.load))
-        if cell.policy == "splitfuse" and other is not None:
+        other = baseline.get(alike(cell))
+        if other is not None and not is_baseline(cell):
             ratios = [
                 f"{cell.metrics[name] / other[name]:.2f}" if other.get(name) else "–"
                 for name in _RATIOS
             ]
-            rows.append([cell.workload, cell.load, *ratios])
-    return rows
+            rows.append([cell.workload, cell.load, cell.way, *ratios])
+    columns = ["workload", "load", "policy, budget", *_RATIOS.values()]
+    return [Table(title=title, columns=columns, rows=rows)] if rows else []
 
 
 def _plot(cells: Sequence[Cell], path: Path) -> None:
@@ -299,7 +331,7 @@ def _plot(cells: Sequence[Cell], path: Path) -> None:
     for column, workload in enumerate(workloads):
         gaps, steps = panels[0, column], panels[1, column]
         for cell in (cell for cell in cells if cell.workload == workload):
-            label = f"{cell.policy}, {cell.load}"
+            label = f"{cell.way}, {cell.load}"
             ms = sorted(gap * 1e3 for r in cell.trace.requests for gap in r.gaps_s)
             gaps.plot(ms, [1 - index / len(ms) for index in range(len(ms))], label=label)
             steps.plot(cell.trace.step_ends_s, cell.trace.step_tokens, ".", markersize=3)

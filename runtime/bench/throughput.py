@@ -29,8 +29,8 @@ from rich.console import Console
 
 from ...vmem.errors import InvalidConfig
 from .checkpoints import Checkpoints, parse_format, save_checkpoints
-from .limits import measure_limits
-from .peer import WORKERS, Timing, Worker, WorkerFailed, interpreter_of
+from .limits import LimitsProbe
+from .peer import WORKERS, Timing, Worker, WorkerFailed, import_bytes, interpreter_of
 from .record import Table, require_matplotlib, write_record
 from .throughput_results import Results, draw, tables
 
@@ -128,7 +128,8 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
     require_matplotlib()
     workers = _commands(options)
     dtype = getattr(torch, options.dtype)
-    before = measure_limits(options.device, dtype)
+    probe = LimitsProbe(options.device, dtype, threads=options.threads)
+    constant = import_bytes()
     console = Console(stderr=True)
     results = Results.of(workers, [cell.name for cell in options.cells])
     with tempfile.TemporaryDirectory(prefix="vkv-bench-") as home:
@@ -138,15 +139,18 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
         )
         for repeat in range(options.repeats):
             console.print(f"repeat {repeat + 1} of {options.repeats}")
+            probe.measure()
             with _started(workers, options, checkpoints, scratch, results) as running:
-                _one_repeat(running, options, checkpoints, results, console)
-    limits = before.joined(measure_limits(options.device, dtype))
+                _one_repeat(running, options, checkpoints, results, probe, console)
+        probe.measure()
+    limits = probe.limits()
     shown = tables(
         results,
         checkpoints,
         baseline=next(iter(workers)),
         int4=[name for name in INT4_SYSTEMS if name in workers],
         held_tokens=max(cell.held_tokens for cell in options.cells),
+        import_bytes=constant,
         dtype=options.dtype,
         limits=limits,
     )
@@ -163,6 +167,7 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
                 "kv_bytes_per_token": checkpoints.kv_bytes_per_token,
                 "vocab_size": checkpoints.vocab_size,
                 "group_size": checkpoints.group_size,
+                "import_bytes": constant,
             },
             "tokens_per_s": results.samples,
             "failures": results.failures,
@@ -241,6 +246,7 @@ def _one_repeat(
     options: ThroughputOptions,
     checkpoints: Checkpoints,
     results: Results,
+    probe: LimitsProbe,
     console: Console,
 ) -> None:
     rng = random.Random(options.seed)
@@ -252,6 +258,8 @@ def _one_repeat(
         except WorkerFailed as error:
             results.fail(name, error)
     for cell in options.cells:
+        if options.device.type == "cpu":  # a GPU's memory is the systems' now
+            probe.measure()
         prompts = [
             [rng.randrange(checkpoints.vocab_size) for _ in range(n)] for n in cell.prompt_lens
         ]

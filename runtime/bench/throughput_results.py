@@ -45,13 +45,15 @@ def tables(
     baseline: str,
     int4: Sequence[str],
     held_tokens: int,
+    import_bytes: int,
     dtype: str,
     limits: Limits,
 ) -> list[Table]:
     """Rates, their ratios, memory, and the machine's limits.
 
     Ratios are to `baseline` and to the first of `int4`, the systems whose weights free memory that
-    `baseline` takes. `held_tokens` is the most tokens whose KV is held at once.
+    `baseline` takes. `held_tokens` is the most tokens whose KV is held at once,
+    `import_bytes` what a process takes that loads no model.
     """
     names = list(next(iter(results.samples.values())))
     found = [
@@ -64,7 +66,7 @@ def tables(
             ],
         ),
         *(_ratio_table(results, name, names) for name in (baseline, *int4[:1])),
-        _memory_table(results, held_tokens * checkpoints.kv_bytes_per_token),
+        _memory_table(results, held_tokens * checkpoints.kv_bytes_per_token, import_bytes),
     ]
     compared = (baseline, *int4)
     weights = {name: results.weights[name] for name in compared if name in results.weights}
@@ -94,15 +96,27 @@ def _ratio_table(results: Results, baseline: str, names: Sequence[str]) -> Table
     )
 
 
-def _memory_table(results: Results, held_bytes: int) -> Table:
-    rows = [["the most KV", f"{held_bytes / 2**20:.0f}", "", ""]]
+def _memory_table(results: Results, held_bytes: int, import_bytes: int) -> Table:
+    rows = [
+        ["the most KV", f"{held_bytes / 2**20:.0f}", "", "", "", ""],
+        ["a process that only imports vkv", f"{import_bytes / 2**20:.0f}", "", "", "", ""],
+    ]
     for name, peak in results.peaks.items():
         weights = results.weights[name]
-        beyond = peak - weights - held_bytes
-        rows.append([name, *(f"{value / 2**20:.0f}" for value in (peak, weights, beyond))])
+        needed = weights + held_bytes
+        over = peak - needed - import_bytes
+        mebibytes = (f"{number / 2**20:.0f}" for number in (peak, weights, peak - needed, over))
+        rows.append([name, *mebibytes, f"{over / needed:+.0%}"])
     return Table(
         title="Peak resident memory",
-        columns=["system", "MiB", "weights, MiB", "beyond weights and the most KV, MiB"],
+        columns=[
+            "system",
+            "MiB",
+            "its weights, MiB",
+            "beyond them and the most KV, MiB",
+            "beyond those and the imports, MiB",
+            "of weights and the most KV",
+        ],
         rows=rows,
     )
 

@@ -18,7 +18,7 @@ import torch
 from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import InvalidConfig
 from ..progress import counted
-from .limits import measure_limits
+from .limits import LimitsProbe
 from .record import Table, require_matplotlib, write_record
 
 _HOST_PAGE_BYTES = (64 << 10, 256 << 10, 1 << 20, 2 << 20)
@@ -94,8 +94,10 @@ def run(options: VmmOptions, folder: Path, command: str) -> tuple[Path, list[Tab
     page_sizes = options.page_bytes or _default_page_bytes(options.device)
     plan = _plan(page_sizes, options)
     timings: list[RunTimings] = []
+    probe = LimitsProbe(options.device, torch.float32)
     with counted("vmm", sum(len(runs) for runs in plan.values())) as advance:
         for page_bytes, runs in plan.items():
+            probe.measure()
             with open_driver(options.device, page_bytes) as driver:
                 _live(driver, 1, 1)  # what happens only once, beforehand
                 for num_pages in runs:
@@ -109,6 +111,7 @@ def run(options: VmmOptions, folder: Path, command: str) -> tuple[Path, list[Tab
                         )
                     )
                     advance()
+    probe.measure()
     tables = [_operation_table(timings, per_page) for per_page in (True, False)]
     tables.append(_call_table(timings))
     path = write_record(
@@ -118,7 +121,7 @@ def run(options: VmmOptions, folder: Path, command: str) -> tuple[Path, list[Tab
         config=asdict(options),
         results={"timings": [asdict(t) for t in timings]},
         tables=tables,
-        limits=measure_limits(options.device, torch.float32),
+        limits=probe.limits(),
         command=command,
     )
     _plot(timings, path.with_suffix(".png"))

@@ -1,20 +1,32 @@
 """`transformers`' own generate, over its dynamic or static cache, or its continuous batching."""
 
+import itertools
+import math
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from protocol import Generate, System, expect, serve
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+_PAGE_TOKENS = 64  # of a page of continuous batching
 
 
-def load(options: dict[str, Any]) -> System:
+def load(options: dict[str, Any], closing: ExitStack) -> System:
     torch.set_num_threads(options["threads"])
     model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=options["dtype"])
     model = model.to(options["device"]).eval()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     if options["cache"] == "continuous":
-        return System(_continuous(model), weight_bytes)
+        room = options["total_tokens"], options["max_seqs"]
+        return System(_continuous(model, *room, closing), weight_bytes)
     return System(_padded(model, options["cache"], options["batch"]), weight_bytes)
 
 
@@ -47,25 +59,44 @@ def _padded(model: PreTrainedModel, cache: str, batch: int) -> Generate:
     return generate
 
 
-def _continuous(model: PreTrainedModel) -> Generate:
+def _continuous(
+    model: PreTrainedModel, total_tokens: int, max_seqs: int, closing: ExitStack
+) -> Generate:
+    """One manager for all calls, since stopping it takes seconds, with the memory that it needs.
+
+    By default its cache would take more than half of what is free.
+    """
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    room = ContinuousBatchingConfig(
+        page_size=_PAGE_TOKENS,
+        num_blocks=math.ceil(total_tokens / _PAGE_TOKENS) + max_seqs,
+        allow_block_sharing=False,  # the same prompts come again
+    )
+
+    manager = closing.enter_context(
+        model.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=room
+        )
+    )
+    names = map(str, itertools.count())
+
     def generate(prompts: Sequence[Sequence[int]], output_lens: Sequence[int]) -> None:
-        config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-        with model.continuous_batching_context_manager(generation_config=config) as manager:
-            for index, (prompt, length) in enumerate(zip(prompts, output_lens, strict=True)):
-                manager.add_request(list(prompt), str(index), max_new_tokens=length)
-            left, tokens = len(prompts), 0
-            while left:
-                result = manager.get_result(timeout=1)
-                if result is None:
-                    if not manager.is_running():
-                        raise RuntimeError("continuous batching stopped by itself")
-                elif result.is_finished():
-                    tokens += len(result.generated_tokens)
-                    left -= 1
+        for prompt, length in zip(prompts, output_lens, strict=True):
+            manager.add_request(list(prompt), next(names), max_new_tokens=length)
+        left, tokens = len(prompts), 0
+        while left:
+            result = manager.get_result(timeout=1)
+            if result is None:
+                if not manager.is_running():
+                    raise RuntimeError("continuous batching stopped by itself")
+            elif result.is_finished():
+                tokens += len(result.generated_tokens)
+                left -= 1
         expect(tokens, sum(output_lens))
 
     return generate
 
 
 if __name__ == "__main__":
-    serve(load)
+    with ExitStack() as at_the_end:
+        serve(partial(load, closing=at_the_end))

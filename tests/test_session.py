@@ -1,0 +1,86 @@
+"""An interactive session, as in a notebook: memory is back at its floor when names are dropped.
+
+The session runs in a process of its own, in IPython's shell, which holds on to results (`_`,
+`Out`), to the exception shown last and to everything in its namespace.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SESSION = """
+import json, os, sys
+from IPython.core.interactiveshell import InteractiveShell
+
+shell = InteractiveShell.instance()
+shell.run_line_magic("xmode", "Minimal")
+
+def held():
+    with open("/proc/self/status") as lines:
+        fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["RssShmem"].split()[0]) * 1024  # mapped pages of memfds
+
+def memfds():
+    links = (os.path.join("/proc/self/fd", number) for number in os.listdir("/proc/self/fd"))
+    return sum("memfd:vkv" in os.readlink(link) for link in links if os.path.islink(link))
+
+def cell(source, fails=False):
+    result = shell.run_cell(source, store_history=True)
+    assert result.success is not fails, result
+
+figures = []
+shell.user_ns["folder"] = sys.argv[1]
+cell("import vkv, torch; torch.set_num_threads(1)")
+cell("from transformers import AutoModelForCausalLM")
+cell("model = AutoModelForCausalLM.from_pretrained(folder)")
+for name, opening, use, closing in json.load(sys.stdin):
+    floor, files = held(), memfds()
+    cell(opening)
+    for line in use:
+        cell(line)
+    used = held() - floor
+    for line in closing:
+        cell(line)
+    left = held() - floor
+    figures.append([name, used, left, memfds() - files])
+print("figures", json.dumps(figures))
+"""
+
+_OPEN = "llm = vkv.LLM(folder, device='cpu', dtype='float32', kv_memory='64MiB', max_len=512)"
+_USE = [
+    "llm.generate(['hello'] * 4, vkv.SamplingParams(max_tokens=60, ignore_eos=True))",
+    "llm.stats()",
+]
+_CACHE = "cache = vkv.VirtualCache(model.config, max_len=512)"
+_DECODE = ["out = model.generate(torch.zeros(2, 40, dtype=int), past_key_values=cache)", "out"]
+_ENDINGS = [
+    ("close", _OPEN, _USE, ["llm.close()"]),
+    ("del", _OPEN, _USE, ["del llm"]),
+    ("with", _OPEN, _USE, ["with llm: llm.generate('hi')"]),
+    ("a stream half read", _OPEN, [*_USE, "s = llm.stream('hi'); next(s)"], ["del llm, s"]),
+    ("another in its place", _OPEN, _USE, [_OPEN, "llm.close()"]),
+    ("cache", _CACHE, _DECODE, ["del cache"]),
+    ("cache, reset", _CACHE, _DECODE, ["cache.reset()"]),
+]
+
+
+@pytest.mark.timeout(240)
+def test_memory_is_back_at_its_floor(llama_folder: Path) -> None:
+    pytest.importorskip("IPython")
+    done = subprocess.run(
+        [sys.executable, "-c", SESSION, str(llama_folder)],
+        input=json.dumps(_ENDINGS),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("figures ")]
+    for name, used, left, files in json.loads(line.removeprefix("figures ")):
+        assert used >= 64 << 10, f"{name}: {used} bytes were held"
+        assert left == 0, f"{name}: {left} bytes are still held"
+        reset = name == "cache, reset"  # it can be filled again
+        assert files == reset, f"{name}: {files} memory files are still open"
