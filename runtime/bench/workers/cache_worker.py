@@ -48,12 +48,12 @@ def make_cache(kind: str, model: PreTrainedModel, max_len: int) -> Cache:
 
 
 @torch.no_grad()
-def fill(cache: Cache, model: PreTrainedModel, batch: int, num_tokens: int) -> None:
-    """Random keys and values, through `update` as from the model."""
-    config = model.config
-    shape = batch, num_tokens, config.num_key_value_heads, config.head_dim
-    for layer in range(config.num_hidden_layers):
-        states = torch.randn(shape, dtype=model.dtype).transpose(1, 2)
+def fill(cache: Cache, model: PreTrainedModel, states: torch.Tensor) -> None:
+    """Give every layer `states`, [batch, heads, tokens, dim], through `update` as the model does.
+
+    The same ones for all: what is made for each layer would itself be memory, and be measured.
+    """
+    for layer in range(model.config.num_hidden_layers):
         cache.update(states, states, layer)
 
 
@@ -91,11 +91,14 @@ def main() -> None:
     steps, max_len = options["steps"], context + options["steps"] + 1
     ids = torch.randint(model.config.vocab_size, (batch, context + 1))
     decode(make_cache(kind, model, 32), model, ids[:, :16], 8)  # warm, and all weights resident
+    config = model.config
+    shape = batch, context, config.num_key_value_heads, config.head_dim
+    states = torch.randn(shape, dtype=model.dtype).transpose(1, 2)  # as a projection leaves them
     gc.collect()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     cache = make_cache(kind, model, max_len)
-    fill(cache, model, batch, context)
+    fill(cache, model, states)
     filled = memory("VmRSS") - before
     answer: dict[str, Any] = {"token_s": decode(cache, model, ids, steps)[1:]}
     answer |= {"peak_bytes": memory("VmHWM") - before, "filled_bytes": filled}
