@@ -14,7 +14,7 @@
 
 enum {
     CHUNK = 256,              /* elements widened at a time */
-    SHARE_ELEMENTS = 16 << 10 /* below it, another thread costs more than it saves */
+    SHARE_ELEMENTS = 64 << 10 /* below it, waiting for another thread costs more than it saves */
 };
 
 /* Rows first .. last of one of the kernels below. */
