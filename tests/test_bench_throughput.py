@@ -147,10 +147,11 @@ def test_4_bit_weights_beside_dense_ones(tmp_path: Path) -> None:
     weights, model = results["weight_bytes"], results["model"]
     assert model["group_size"] == 64  # its layers have 64 and 128 inputs
     assert weights["transformers"] == model["weight_bytes"]
-    # The linear layers of the decoder, at 4.5 bits or a little more where they had 32.
+    # The linear layers of the decoder had 32 bits; codes and scales of groups of 64 have 4.25,
+    # and kernels may want some more.
     linears = 4 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
     saved = model["weight_bytes"] - weights["vkv-int4"]
-    assert 0.80 < saved / (4 * linears) < 1 - 4.25 / 32
+    assert 0.80 < saved / (4 * linears) <= 1 - 4.25 / 32
     assert weights["vkv-int4-head"] < weights["vkv-int4"] - 4 * 64 * 512 // 2
     by_title = {table.title: table for table in tables}
     ratios = by_title["vkv-int4 over each (median of paired ratios)"]
@@ -174,7 +175,7 @@ def test_checkpoints_of_every_format_hold_what_they_say(quant: str, tmp_path: Pa
     saved = checkpoints.save_checkpoints("llama-tiny", None, torch.bfloat16, quant, tmp_path)
     assert saved.int4 is not None
     dense, int4 = (
-        load_model(folder, device=torch.device("cpu"), dtype="bfloat16")
+        load_model(folder, device=torch.device("cpu"), dtype="bfloat16", pack_weights=False)
         for folder in (saved.dense, saved.int4)
     )
     assert len(list(int4_linears(int4.model))) == 4 * 7
