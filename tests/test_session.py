@@ -19,13 +19,18 @@ shell = InteractiveShell.instance()
 shell.run_line_magic("xmode", "Minimal")
 
 def held():
-    with open("/proc/self/status") as lines:
-        fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["RssShmem"].split()[0]) * 1024  # mapped pages of memfds
+    with open("/proc/self/smaps_rollup") as lines:  # counts exactly, which status does not
+        fields = dict(line.split(":", 1) for line in lines if line.startswith("Pss_Shmem"))
+    return int(fields["Pss_Shmem"].split()[0]) * 1024  # mapped pages of memfds, not shared
+
+def target(number):
+    try:
+        return os.readlink(f"/proc/self/fd/{number}")
+    except FileNotFoundError:  # the shell's own threads close files of theirs meanwhile
+        return ""
 
 def memfds():
-    links = (os.path.join("/proc/self/fd", number) for number in os.listdir("/proc/self/fd"))
-    return sum("memfd:vkv" in os.readlink(link) for link in links if os.path.islink(link))
+    return sum("memfd:vkv" in target(number) for number in os.listdir("/proc/self/fd"))
 
 def cell(source, fails=False):
     result = shell.run_cell(source, store_history=True)
