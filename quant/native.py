@@ -1,4 +1,4 @@
-"""vkv's own CPU kernel: a small C library (`native/`) for processors with AVX512-BF16.
+"""vkv's own CPU kernel: a small C library (`native/`) for processors with AVX512-BF16 or AVX2.
 
 It serves every batch: codes are looked up in registers, so that no dequantised weight is ever
 written anywhere.
@@ -33,18 +33,19 @@ class _Tiles:
 class NativeKernel(Int4Kernel):
     name = "native"
 
-    def __init__(self) -> None:
+    def __init__(self, instruction_set: str | None = None) -> None:
         self._library = native_library.load_library()
+        self._instruction_set = instruction_set or native_library.instruction_sets()[0]
         self._parallel = native_library.openmp_parallel()
         self._local = local()  # of each thread: engines share this object
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
         try:
-            supported = native_library.load_library().vkv_int4_supported()
+            supported = native_library.instruction_sets()
         except QuantError as error:
             return str(error)
-        return None if supported else "this processor lacks AVX512-BF16"
+        return None if supported else "this processor has neither AVX512-BF16 nor AVX2"
 
     def accepts(
         self, weight: Int4Weight, device: torch.device, dtype: torch.dtype, num_rows: int
@@ -66,6 +67,7 @@ class NativeKernel(Int4Kernel):
             in_features=weight.in_features,
             out_features=weight.out_features,
             group_size=weight.group_size,
+            instruction_set=self._instruction_set.encode(),
             parallel=self._parallel,
         )
         return _Tiles(words, scales, zeros, weight.out_features, args)

@@ -31,6 +31,7 @@ class Int4Args(ctypes.Structure):
         ("workspace_bytes", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in ("num_rows", "in_features", "out_features")),
         ("group_size", ctypes.c_int64),
+        ("instruction_set", ctypes.c_char_p),
         ("num_threads", ctypes.c_int32),
         ("parallel", ctypes.c_void_p),
     )
@@ -45,8 +46,19 @@ def load_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_find()))
     library.vkv_int4_multiply.argtypes = [ctypes.POINTER(Int4Args)]
     library.vkv_int4_multiply.restype = ctypes.c_int64
+    library.vkv_int4_supported.argtypes = [ctypes.c_char_p]
     library.vkv_int4_supported.restype = ctypes.c_int32
     return library
+
+
+@cache
+def instruction_sets() -> tuple[str, ...]:
+    """Those of this processor that there are kernels for, the fastest first.
+
+    Raises QuantError as `load_library` does.
+    """
+    supported = load_library().vkv_int4_supported
+    return tuple(name for name in ("avx512_bf16", "avx2") if supported(name.encode()))
 
 
 @cache
@@ -88,7 +100,8 @@ def _compile(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            command = [*compiler.split(), *_FLAGS, str(_SOURCE / "int4.c"), "-o", str(made)]
+            sources = map(str, sorted(_SOURCE.glob("*.c")))
+            command = [*compiler.split(), *_FLAGS, *sources, "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             made.replace(path)
     except subprocess.CalledProcessError as error:

@@ -5,6 +5,7 @@ are [rows, elements], the last dimension contiguous.
 """
 
 import ctypes
+import threading
 from enum import IntEnum
 from functools import cache
 from itertools import pairwise
@@ -18,7 +19,7 @@ from ..vmem.errors import UnsupportedAttention
 _SOURCE = Path(__file__).parent / "native"
 _BUILT = Path(__file__).parent / "_native.abi3.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum vkv_dtype
-_PANEL = 64  # VKV_PANEL
+_PANELS = (16, 64)  # VKV_PANEL_AVX2, VKV_PANEL_AVX512
 
 _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _THREADS = (("num_threads", _INT32), ("parallel", _POINTER))
@@ -33,9 +34,10 @@ class Gate(IntEnum):
 
 class _Linear(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("inputs", "weight", "bias", "out")),
-        *((name, _INT64) for name in ("input_stride", "out_stride")),
-        *((name, _INT32) for name in ("num_rows", "num_columns", "num_pairs", "gate")),
+        *((name, _POINTER) for name in ("inputs", "weight", "bias", "out", "workspace")),
+        *((name, _INT64) for name in ("workspace_bytes", "input_stride", "out_stride")),
+        *((name, _INT32) for name in ("num_rows", "num_columns", "num_pairs")),
+        *((name, _INT32) for name in ("panel_columns", "gate")),
         *_THREADS,
     )
 
@@ -68,6 +70,21 @@ class _Gated(ctypes.Structure):
     )
 
 
+class _Workspace(threading.local):
+    """Memory for the kernels to work in: every thread has its own."""
+
+    def __init__(self) -> None:
+        self.grow(1 << 16)
+
+    def grow(self, num_bytes: int) -> None:
+        self._memory = torch.empty(num_bytes + 64, dtype=torch.uint8)
+        self.address = -(-self._memory.data_ptr() // 64) * 64
+        self.num_bytes = num_bytes
+
+
+_workspace = _Workspace()
+
+
 def available(dtype: torch.dtype) -> bool:
     """Whether there is a library here, or a compiler to make it, and kernels for `dtype`."""
     if dtype not in _DTYPES:
@@ -79,9 +96,21 @@ def available(dtype: torch.dtype) -> bool:
     return True
 
 
-def has_linear(dtype: torch.dtype) -> bool:
-    """Whether `PanelLinear` runs here, and nothing that PyTorch has is known to be faster."""
-    return dtype == torch.bfloat16 and available(dtype) and bool(_library().vkv_has_linear())
+def best_panel(dtype: torch.dtype) -> int | None:
+    """Columns of the panels that `PanelLinear` lays weights of `dtype` out in here.
+
+    None where it does not run, or where PyTorch has kernels that do as well or better.
+    """
+    if dtype != torch.bfloat16 or not available(dtype):
+        return None
+    return _library().vkv_best_panel() or None
+
+
+def usable_panels() -> list[int]:
+    """Columns of every kind of panel that this processor has a kernel for."""
+    if not available(torch.bfloat16):
+        return []
+    return [columns for columns in _PANELS if _library().vkv_has_panel(columns)]
 
 
 class PanelLinear:
@@ -92,26 +121,32 @@ class PanelLinear:
         bias: [out_features] or None.
         gate: with one, the first half of the columns passes it and multiplies the second; the
             half is then a multiple of 32.
+        panel: columns of a panel, of `usable_panels()`.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None = None
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        gate: Gate | None = None,
+        *,
+        panel: int,
     ) -> None:
         self._shape = weight.shape
         columns, pairs = weight.shape[0], weight.shape[1] // 2
         self.out_features = columns if gate is None else columns // 2
-        self._weight = torch.empty(-(-columns // _PANEL), pairs, _PANEL, dtype=torch.int32)
+        self._weight = torch.empty(-(-columns // panel), pairs, panel, dtype=torch.int32)
         words = weight.detach().contiguous().view(torch.int32)
         _library().vkv_pack(
-            words.data_ptr(), self._weight.data_ptr(), columns, pairs, gate is not None
+            words.data_ptr(), self._weight.data_ptr(), columns, pairs, panel, gate is not None
         )
-        self._bias = None if bias is None else _panel_bias(bias, gate)
-        self._gate = gate
+        self._bias = None if bias is None else _panel_bias(bias, gate, panel)
         self._args = _Linear(
             weight=self._weight.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
             num_columns=columns,
             num_pairs=pairs,
+            panel_columns=panel,
             gate=gate or 0,
             parallel=openmp_parallel(),
         )
@@ -124,14 +159,21 @@ class PanelLinear:
         args.inputs, args.out = inputs.data_ptr(), out.data_ptr()
         args.input_stride, args.out_stride = stride, self.out_features
         args.num_rows, args.num_threads = num_rows, torch.get_num_threads()
-        _library().vkv_linear(ctypes.byref(args))
+        args.workspace, args.workspace_bytes = _workspace.address, _workspace.num_bytes
+        while needed := _library().vkv_linear(ctypes.byref(args)):
+            _workspace.grow(needed)
+            args.workspace, args.workspace_bytes = _workspace.address, _workspace.num_bytes
         return out
 
     def dense(self) -> torch.Tensor:
         """The weight again, bit for bit."""
         weight = torch.empty(self._shape[0], self._shape[1] // 2, dtype=torch.int32)
         _library().vkv_unpack(
-            self._weight.data_ptr(), weight.data_ptr(), *weight.shape, self._gate is not None
+            self._weight.data_ptr(),
+            weight.data_ptr(),
+            *weight.shape,
+            self._args.panel_columns,
+            self._args.gate != 0,
         )
         return weight.view(torch.bfloat16)
 
@@ -216,12 +258,12 @@ def _rows(inputs: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     return inputs, inputs.numel() // shape[-1], outer[-1][1]
 
 
-def _panel_bias(bias: torch.Tensor, gate: Gate | None) -> torch.Tensor:
+def _panel_bias(bias: torch.Tensor, gate: Gate | None, panel: int) -> torch.Tensor:
     """The bias in float32, in the order of the panels' columns, zero behind the last."""
     bias = bias.detach().float()
     if gate is not None:  # [2, panels, half a panel] to [panels, 2, half a panel]
-        bias = bias.view(2, -1, _PANEL // 2).transpose(0, 1).reshape(-1)
-    return torch.nn.functional.pad(bias, (0, -len(bias) % _PANEL)).contiguous()
+        bias = bias.view(2, -1, panel // 2).transpose(0, 1).reshape(-1)
+    return torch.nn.functional.pad(bias, (0, -len(bias) % panel)).contiguous()
 
 
 @cache
@@ -230,7 +272,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(find_library(_SOURCE, _BUILT)))
     for name in ("vkv_pack", "vkv_unpack"):
         function = getattr(library, name)
-        function.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT32]
+        function.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32]
         function.restype = None
     for name, struct in (
         ("vkv_linear", _Linear),
@@ -241,5 +283,7 @@ def _library() -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes = [ctypes.POINTER(struct)]
         function.restype = None
-    library.vkv_has_linear.restype = _INT32
+    library.vkv_linear.restype = _INT64
+    library.vkv_has_panel.argtypes = [_INT32]
+    library.vkv_has_panel.restype = library.vkv_best_panel.restype = _INT32
     return library

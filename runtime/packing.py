@@ -1,7 +1,7 @@
 """Linear layers as a CPU's kernels like them: weights laid out once, at load.
 
 PyTorch's own linear rearranges a weight at every call, or does without; laid out ahead, a weight
-is read at memory speed: by vkv's kernel in bfloat16 where the processor has its instruction, by
+is read at memory speed: by vkv's kernel in bfloat16 on a processor without a matrix unit, by
 oneDNN's otherwise, and in 4 bits by the kernels of `quant`. Where a model calls several linears
 in a row on the same input (queries, keys and values; gate and up), one product computes them all:
 the first call computes, the others find their part. A gated feed-forward layer, and what `fusing`
@@ -114,9 +114,11 @@ class PackedProduct:
     def _lay_out(self, weights: list[torch.Tensor]) -> _Product:
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self._weight_bytes = weight.nbytes
-        if native_kernels.has_linear(weight.dtype) and self.in_features % 2 == 0:
+        panel = native_kernels.best_panel(weight.dtype)
+        if panel is not None and self.in_features % 2 == 0:
             self._gates_itself = self.gate is not None and self.out_features[0] % 32 == 0
-            return PanelLinear(weight, self.bias, self.gate if self._gates_itself else None)
+            gate = self.gate if self._gates_itself else None
+            return PanelLinear(weight, self.bias, gate, panel=panel)
         return _OneDnnLinear(weight, self.bias)
 
     @property
@@ -183,7 +185,12 @@ class _Place:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has kernels for packed weights of `dtype` on this processor."""
+    """Whether there are kernels for packed weights of `dtype` on this processor."""
+    return native_kernels.best_panel(dtype) is not None or one_dnn_packs(dtype)
+
+
+def one_dnn_packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has them."""
     if not torch.backends.mkldnn.is_available() or dtype not in _DTYPES:
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
@@ -283,11 +290,17 @@ def _places(model: nn.Module) -> list[_Place]:
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.Linear | Int4Linear) and type(child) in (nn.Linear, Int4Linear)
+        if isinstance(child, Int4Linear) or _has_kernel(child)
     ]
     counts: dict[int, int] = {}
     for place in places:
         counts[id(place.linear)] = counts.get(id(place.linear), 0) + 1
     return [place for place in places if counts[id(place.linear)] == 1]
+
+
+def _has_kernel(linear: nn.Linear) -> bool:
+    """Whether the weight can be laid out: vkv's own kernel wants an even number of inputs."""
+    return linear.in_features % 2 == 0 or one_dnn_packs(linear.weight.dtype)
 
 
 def _shared_inputs(places: list[_Place], run: Callable[[], object]) -> list[list[_Place]]:

@@ -19,9 +19,13 @@ ACTIVATIONS = {
 pytestmark = pytest.mark.skipif(
     not native_kernels.available(torch.float32), reason="no C compiler, no built kernels"
 )
-needs_linear = pytest.mark.skipif(
-    not native_kernels.has_linear(torch.bfloat16), reason="the linear kernel is not for this CPU"
-)
+
+
+@pytest.fixture(params=[16, 64], ids=["avx2", "avx512_bf16"])
+def panel(request: pytest.FixtureRequest) -> int:
+    if request.param not in native_kernels.usable_panels():
+        pytest.skip("this processor lacks the instructions")
+    return request.param
 
 
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"], autouse=True)
@@ -41,41 +45,38 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor, *, terms: int = 1) 
     assert off <= ROUNDING[found.dtype] + 1e-7 * terms, f"off by {off:.2e}"
 
 
-@needs_linear
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("columns", "inputs"), [(64, 32), (1, 2), (63, 18), (65, 64), (200, 96)])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
-def test_linear(rows: int, columns: int, inputs: int, with_bias: bool) -> None:
+def test_linear(panel: int, rows: int, columns: int, inputs: int, with_bias: bool) -> None:
     weight = torch.randn(columns, inputs).bfloat16()
     bias = torch.randn(columns).bfloat16() if with_bias else None
     x = torch.randn(rows, 2 * inputs).bfloat16()[:, :inputs]  # rows with gaps between
-    linear = PanelLinear(weight, bias)
+    linear = PanelLinear(weight, bias, panel=panel)
     exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert_rounded(linear(x), exact, terms=inputs)
     assert torch.equal(linear.dense(), weight)
 
 
-@needs_linear
 @pytest.mark.parametrize("gate", list(Gate))
 @pytest.mark.parametrize("columns", [32, 96])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
-def test_gated_linear(gate: Gate, columns: int, with_bias: bool) -> None:
+def test_gated_linear(panel: int, gate: Gate, columns: int, with_bias: bool) -> None:
     weight = torch.randn(2 * columns, 48).bfloat16() / 3
     bias = torch.randn(2 * columns).bfloat16() if with_bias else None
     x = torch.randn(3, 3, 48).bfloat16()
-    linear = PanelLinear(weight, bias, gate)
+    linear = PanelLinear(weight, bias, gate, panel=panel)
     both = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     first, second = both.chunk(2, dim=-1)
     assert_rounded(linear(x), ACTIVATIONS[gate](first) * second, terms=48)
     assert torch.equal(linear.dense(), weight)
 
 
-@needs_linear
-def test_no_weight_behind_the_last_is_used() -> None:
+def test_no_weight_behind_the_last_is_used(panel: int) -> None:
     weight = torch.full((70, 4), float("nan")).bfloat16()
     weight[:65] = 1
     assert torch.equal(
-        PanelLinear(weight[:65], None)(torch.ones(1, 4).bfloat16()),
+        PanelLinear(weight[:65], None, panel=panel)(torch.ones(1, 4).bfloat16()),
         torch.full((1, 65), 4.0).bfloat16(),
     )
 

@@ -5,6 +5,8 @@ import torch
 from quantized import random_weight
 from vkv.quant import Int4Linear, QuantError, quantize_output
 from vkv.quant.kernels import choose_kernel, kernel_class, kernel_names
+from vkv.quant.native import NativeKernel
+from vkv.quant.native_library import instruction_sets
 
 CPU = torch.device("cpu")
 SHAPES = [  # N, K, group size
@@ -42,16 +44,25 @@ def test_products_on_a_cpu(name: str, symmetric: bool, shape: tuple[int, int, in
             assert relative_error(found, inputs.double() @ dense.T) < 1e-2
 
 
-@pytest.mark.skipif(
-    kernel_class("native").unavailable_reason() is not None, reason="no native kernel here"
-)
-def test_the_native_kernel_rounds_no_weight() -> None:
-    """What it is off by is the rounding of its results alone, far below that of weights."""
-    weight = random_weight(256, 512, 64, symmetric=False)
-    inputs = torch.randn(7, 512).to(torch.bfloat16)
-    exact = inputs.double() @ weight.dequantize(torch.float64).T
-    found = Int4Linear(weight, kernel_name="native")(inputs)
-    torch.testing.assert_close(found.double(), exact, rtol=2**-8 + 1e-5, atol=1e-4)
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512_bf16"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(256, 512, 64), (100, 256, 32), (33, 1200, 400), (1, 8, 8)])
+def test_the_native_kernel_rounds_no_weight(
+    instruction_set: str, symmetric: bool, shape: tuple[int, int, int]
+) -> None:
+    """What it is off by is the rounding of results, and of inputs to 16 bits with AVX2."""
+    if why := NativeKernel.unavailable_reason():
+        pytest.skip(why)
+    if instruction_set not in instruction_sets():
+        pytest.skip("this processor lacks the instructions")
+    weight = random_weight(*shape, symmetric=symmetric)
+    kernel = NativeKernel(instruction_set)
+    layout = kernel.prepare(weight)
+    for num_rows in (1, 2, 3, 4, 6, 7, 13, 40):
+        inputs = torch.randn(num_rows, shape[1]).to(torch.bfloat16)
+        exact = inputs.double() @ weight.dequantize(torch.float64).T
+        found = kernel.multiply(layout, inputs)
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8 + 1e-5, atol=5e-4)
 
 
 @pytest.mark.skipif(

@@ -30,15 +30,16 @@ struct vkv_int4 {
     int64_t workspace_bytes;
     int64_t num_rows, in_features, out_features; /* in_features: a multiple of group_size */
     int64_t group_size;                          /* a multiple of 8 */
+    const char *instruction_set;                 /* "avx512_bf16" or "avx2" */
     int32_t num_threads;
     vkv_parallel parallel; /* NULL: everything on the calling thread */
 };
 
 /* Fills out. Returns 0, or the workspace bytes it needs if it was given fewer, with nothing done;
- * -1 if this processor lacks AVX512-BF16. */
+ * -1 if this processor lacks the instruction set. */
 int64_t vkv_int4_multiply(const struct vkv_int4 *args);
 
-/* Whether this processor has the instructions. */
-int32_t vkv_int4_supported(void);
+/* Whether this processor has the instruction set, and there is a kernel for it. */
+int32_t vkv_int4_supported(const char *instruction_set);
 
 #endif

@@ -18,7 +18,7 @@ from torch.nn import functional
 from ...quant import Int4Linear, Int4Weight
 from ...quant.kernels import MANY_ROWS, available_kernels
 from .. import native_kernels
-from ..packing import can_pack
+from ..packing import one_dnn_packs
 from ..progress import counted
 from .limits import Limits, LimitsProbe, synchronise
 from .record import Table, require_matplotlib, write_record
@@ -118,7 +118,7 @@ def _contestants(weight: Int4Weight, options: LinearOptions) -> Iterator[tuple[s
         yield f"int4 {kernel}", linear
     dense = weight.dequantize(options.dtype)
     yield "dense", lambda inputs: functional.linear(inputs, dense)
-    if options.device.type == "cpu" and can_pack(options.dtype):
+    if options.device.type == "cpu" and one_dnn_packs(options.dtype):
         reordered = torch.ops.mkldnn._reorder_linear_weight(dense, 1)
         yield (
             "dense oneDNN, packed",
@@ -126,8 +126,9 @@ def _contestants(weight: Int4Weight, options: LinearOptions) -> Iterator[tuple[s
                 inputs, reordered, None, "none", [], ""
             ),
         )
-        if native_kernels.has_linear(options.dtype):
-            yield "dense vkv, packed", native_kernels.PanelLinear(dense, None, None)
+    panel = native_kernels.best_panel(options.dtype)
+    if options.device.type == "cpu" and panel is not None:
+        yield "dense vkv, packed", native_kernels.PanelLinear(dense, None, panel=panel)
 
 
 def all_kernels(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:

@@ -1,16 +1,15 @@
 /* Norms, rotary embedding and gates in one pass each, where PyTorch makes five to ten. */
 #include "kernels.h"
+#include "scalars.h"
 
 #include <math.h>
 #include <stddef.h>
-#include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
 #else
 #define CLONES
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 enum {
     CHUNK = 256,              /* elements widened at a time */
@@ -43,20 +42,6 @@ static void run(rows_kernel kernel, const void *args, int64_t num_rows, int64_t 
         parallel(work, &job, (unsigned)num_threads, 0);
     else
         kernel(args, 0, num_rows);
-}
-
-INLINE float from_bf16(uint16_t x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float result;
-    memcpy(&result, &bits, 4);
-    return result;
-}
-
-INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even; a NaN stays one */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)(x != x ? (bits >> 16 | 0x40) : rounded);
 }
 
 INLINE void take(const void *from, int64_t at, int count, int32_t dtype, float *goal) {
@@ -144,24 +129,6 @@ void vkv_rotate(const struct vkv_rotate *args) {
 
 /* -- gates ----------------------------------------------------------------------------------- */
 
-INLINE float exp2_of(float x) { /* relative error about 1e-7 from -126 to 127 */
-    x = x < -126.0f ? -126.0f : x > 127.0f ? 127.0f : x;
-    const float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);
-    float p = 1.535336e-4f;
-    p = p * f + 1.339887e-3f;
-    p = p * f + 9.618437e-3f;
-    p = p * f + 5.550332e-2f;
-    p = p * f + 2.402264e-1f;
-    p = p * f + 6.931472e-1f;
-    p = p * f + 1.0f;
-    int32_t bits, power;
-    memcpy(&bits, &p, 4);
-    memcpy(&power, &shifted, 4);
-    bits += (power - 0x4b400000) << 23;
-    memcpy(&p, &bits, 4);
-    return p;
-}
-
 CLONES static void gated_rows(const void *data, int64_t first, int64_t last) {
     const struct vkv_gated *a = data;
     float x[CHUNK], up[CHUNK];
@@ -170,12 +137,7 @@ CLONES static void gated_rows(const void *data, int64_t first, int64_t last) {
             const int count = chunk_at(at, a->dim);
             take(a->inputs, r * a->input_stride + at, count, a->dtype, x);
             take(a->inputs, r * a->input_stride + a->dim + at, count, a->dtype, up);
-            /* x * sigmoid(y): y is x for SiLU, and for GELU's tanh form twice its cubic. */
-            for (int i = 0; i < count; i++) {
-                float y = x[i];
-                if (a->gate == VKV_GELU_TANH) y *= 1.59576912f * (1.0f + 0.044715f * y * y);
-                x[i] = x[i] / (1.0f + exp2_of(-1.44269504f * y)) * up[i];
-            }
+            for (int i = 0; i < count; i++) x[i] = gate_of(x[i], a->gate) * up[i];
             give(x, count, a->dtype, a->out, r * a->dim + at);
         }
 }

@@ -1,0 +1,49 @@
+/* What the kernel of an instruction set supplies, and int4.c calls. */
+#ifndef VKV_INT4_KERNEL_H
+#define VKV_INT4_KERNEL_H
+
+#include "int4.h"
+
+enum {
+    TILE = 32,    /* outputs */
+    BLOCK = 8,    /* inputs of one register of codes, for half a tile */
+    STRETCH = 256 /* inputs, at most, that are summed before scales come in */
+};
+
+/* What a kernel keeps of a stretch of a row's inputs. */
+struct vkv_int4_note {
+    float sum;    /* of the inputs as they are multiplied */
+    float factor; /* that their products are to be multiplied by */
+};
+
+/* A stretch is up to STRETCH inputs of one group, a multiple of BLOCK. */
+struct vkv_int4_kernel {
+    int64_t rows;        /* of the inputs that it takes at a time, at most */
+    int32_t reads_a_row; /* a single row may be read as it is given, unless it needs notes */
+    int32_t centred;     /* codes are multiplied less 8: notes matter to other zeros only */
+
+    /* Brings a stretch of some rows side by side, two bytes an input, as `multiply` reads them, and
+     * fills notes [rows]. */
+    void (*arrange)(const uint16_t *inputs, int64_t rows, int64_t in_features, int64_t length,
+                    void *arranged, struct vkv_int4_note *notes);
+
+    /* totals [rows][TILE] += the product of a stretch with a tile. Zeros may be NULL, all 8. */
+    void (*multiply)(int64_t rows, const uint8_t *codes, const void *inputs, int64_t length,
+                     const float *scales, const uint8_t *zeros, const struct vkv_int4_note *notes,
+                     float *totals);
+
+    /* totals [num_rows][TILE] as bfloat16, to a tile of the outputs. */
+    void (*write_out)(const struct vkv_int4 *args, int64_t tile, const float *totals);
+};
+
+extern const struct vkv_int4_kernel vkv_int4_avx2;   /* AVX2 and FMA */
+extern const struct vkv_int4_kernel vkv_int4_avx512; /* AVX512-BF16 */
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline float to_float(uint16_t x) {
+    const union { uint32_t bits; float value; } both = {(uint32_t)x << 16};
+    return both.value;
+}
+
+#endif

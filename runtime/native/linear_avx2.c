@@ -1,0 +1,181 @@
+/* The linear for processors with AVX2.
+ *
+ * Half of a word is one bfloat16 of a pair, and a shift or a mask away from its float: weights are
+ * widened in registers, between multiplications. Inputs are widened ahead, the rows of a tile side
+ * by side, so that a tile reads them in order. A tile is up to six rows against a panel of 16
+ * columns: 12 accumulators of 8 lanes. Threads take a few panels at a time from a counter, as many
+ * as stay in the second cache while all rows pass by.
+ */
+#include "kernels.h"
+#include "scalars.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+enum {
+    PANEL = VKV_PANEL_AVX2,
+    ROWS = 6,
+    AHEAD_BYTES = 2048,
+    SHARE_BYTES = 128 << 10,   /* of panels that a thread takes at a time, about */
+    SHARES_A_THREAD = 8,       /* for an even load */
+    THREADED_ELEMENTS = 64 << 10 /* of inputs, from which widening is worth other threads */
+};
+
+#define TARGET __attribute__((target("avx2,fma")))
+
+struct job {
+    const struct vkv_linear *args;
+    float *inputs;              /* [tile][2 num_pairs][rows of the tile] */
+    int64_t num_tiles, share;   /* tiles of rows; panels of a share */
+    int64_t next_tile, next_panel; /* atomic */
+};
+
+/* Rows are divided evenly among tiles. */
+static int64_t first_row(const struct job *job, int64_t tile) {
+    return job->args->num_rows * tile / job->num_tiles;
+}
+
+TARGET static void widen(void *data) {
+    struct job *job = data;
+    const struct vkv_linear *args = job->args;
+    const int64_t dim = 2 * (int64_t)args->num_pairs;
+    for (;;) {
+        const int64_t tile = __atomic_fetch_add(&job->next_tile, 1, __ATOMIC_RELAXED);
+        if (tile >= job->num_tiles) return;
+        const int64_t first = first_row(job, tile), rows = first_row(job, tile + 1) - first;
+        const uint16_t *from = args->inputs + first * args->input_stride;
+        float *to = job->inputs + first * dim;
+        if (rows == 1) {
+            for (int64_t k = 0; k < dim; k++) to[k] = from_bf16(from[k]);
+            continue;
+        }
+        for (int64_t k = 0; k < dim; k += 32) /* a line of each row at a time */
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = k; i < k + 32 && i < dim; i++)
+                    to[i * rows + r] = from_bf16(from[r * args->input_stride + i]);
+    }
+}
+
+/* Writes a tile's sums, each row's PANEL side by side. */
+INLINE TARGET void write_out(const struct vkv_linear *args, const float *sums, int rows,
+                             int64_t panel, int64_t row) {
+    const int columns = args->gate ? PANEL / 2 : PANEL;
+    const int64_t at = panel * columns;
+    const int64_t left = (args->gate ? args->num_columns / 2 : args->num_columns) - at;
+    for (int r = 0; r < rows; r++, sums += PANEL) {
+        uint16_t results[PANEL];
+        if (args->gate == VKV_SILU)
+            for (int i = 0; i < PANEL / 2; i++)
+                results[i] = to_bf16(gate_of(sums[i], VKV_SILU) * sums[PANEL / 2 + i]);
+        else if (args->gate)
+            for (int i = 0; i < PANEL / 2; i++)
+                results[i] = to_bf16(gate_of(sums[i], VKV_GELU_TANH) * sums[PANEL / 2 + i]);
+        else
+            for (int i = 0; i < PANEL; i++) results[i] = to_bf16(sums[i]);
+        uint16_t *out = args->out + (row + r) * args->out_stride + at;
+        memcpy(out, results, sizeof(uint16_t) * (size_t)(left < columns ? left : columns));
+    }
+}
+
+/* The first tile fetches the weights ahead; later ones find them in the cache. */
+INLINE TARGET void tile(const int rows, const int fetch, const struct job *job, int64_t panel,
+                        int64_t row) {
+    const struct vkv_linear *args = job->args;
+    const int odd = rows <= 3 ? rows : 0; /* two sums for one, lest each wait for the last */
+    const __m256i mask = _mm256_set1_epi32((int)0xffff0000);
+    __m256 low[ROWS], high[ROWS];
+    for (int r = 0; r < rows + odd; r++) low[r] = high[r] = _mm256_setzero_ps();
+    if (args->bias)
+        for (int r = 0; r < rows; r++) {
+            low[r] = _mm256_loadu_ps(args->bias + panel * PANEL);
+            high[r] = _mm256_loadu_ps(args->bias + panel * PANEL + 8);
+        }
+    const int32_t *weight = args->weight + panel * PANEL * args->num_pairs;
+    const float *inputs = job->inputs + row * 2 * args->num_pairs;
+    for (int64_t i = 0; i < args->num_pairs; i++, weight += PANEL, inputs += 2 * rows) {
+        const __m256i first = _mm256_loadu_si256((const __m256i *)weight);
+        const __m256i second = _mm256_loadu_si256((const __m256i *)(weight + 8));
+        if (fetch) __builtin_prefetch((const char *)weight + AHEAD_BYTES);
+        __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(first, 16));
+        __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(second, 16));
+        for (int r = 0; r < rows; r++) {
+            const __m256 input = _mm256_broadcast_ss(inputs + r);
+            low[r] = _mm256_fmadd_ps(a, input, low[r]);
+            high[r] = _mm256_fmadd_ps(b, input, high[r]);
+        }
+        a = _mm256_castsi256_ps(_mm256_and_si256(first, mask));
+        b = _mm256_castsi256_ps(_mm256_and_si256(second, mask));
+        for (int r = 0; r < rows; r++) {
+            const __m256 input = _mm256_broadcast_ss(inputs + rows + r);
+            low[r + odd] = _mm256_fmadd_ps(a, input, low[r + odd]);
+            high[r + odd] = _mm256_fmadd_ps(b, input, high[r + odd]);
+        }
+    }
+    float sums[ROWS * PANEL];
+    for (int r = 0; r < rows; r++) {
+        if (odd) {
+            low[r] = _mm256_add_ps(low[r], low[r + odd]);
+            high[r] = _mm256_add_ps(high[r], high[r + odd]);
+        }
+        _mm256_storeu_ps(sums + r * PANEL, low[r]);
+        _mm256_storeu_ps(sums + r * PANEL + 8, high[r]);
+    }
+    write_out(args, sums, rows, panel, row);
+}
+
+/* The number of rows becomes a constant, so that sums stay in registers. */
+TARGET static void tile_of(int64_t rows, int fetch, const struct job *job, int64_t panel,
+                           int64_t row) {
+#define CASE(n)                                 \
+    case n:                                     \
+        if (fetch) tile(n, 1, job, panel, row); \
+        else tile(n, 0, job, panel, row);       \
+        break;
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+    }
+#undef CASE
+}
+
+static int64_t num_panels(const struct vkv_linear *args) {
+    return (args->num_columns + PANEL - 1) / PANEL;
+}
+
+TARGET static void multiply(void *data) {
+    struct job *job = data;
+    const int64_t panels = num_panels(job->args);
+    for (;;) {
+        const int64_t first =
+            __atomic_fetch_add(&job->next_panel, job->share, __ATOMIC_RELAXED);
+        if (first >= panels) return;
+        const int64_t last = first + job->share < panels ? first + job->share : panels;
+        for (int64_t t = 0; t < job->num_tiles; t++) {
+            const int64_t row = first_row(job, t), rows = first_row(job, t + 1) - row;
+            for (int64_t p = first; p < last; p++) tile_of(rows, t == 0, job, p, row);
+        }
+    }
+}
+
+static void run(struct job *job, void (*work)(void *), int threaded) {
+    if (threaded && job->args->num_threads > 1 && job->args->parallel)
+        job->args->parallel(work, job, (unsigned)job->args->num_threads, 0);
+    else
+        work(job);
+}
+
+int64_t vkv_linear_avx2(const struct vkv_linear *args) {
+    const int64_t elements = 2 * (int64_t)args->num_rows * args->num_pairs;
+    const int64_t needed = elements * (int64_t)sizeof(float);
+    if (args->workspace_bytes < needed) return needed;
+    struct job job = {.args = args, .inputs = args->workspace};
+    job.num_tiles = (args->num_rows + ROWS - 1) / ROWS;
+    const int64_t even = num_panels(args) / (SHARES_A_THREAD * (int64_t)args->num_threads);
+    job.share = SHARE_BYTES / (4 * PANEL * (int64_t)args->num_pairs);
+    if (job.share > even) job.share = even;
+    if (job.share < 1) job.share = 1;
+    run(&job, widen, elements > THREADED_ELEMENTS);
+    run(&job, multiply, 1);
+    return 0;
+}
+
+#endif

@@ -1,0 +1,50 @@
+/* Arithmetic of one number, written so that a compiler makes vectors of it. */
+#ifndef VKV_SCALARS_H
+#define VKV_SCALARS_H
+
+#include "kernels.h"
+
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float from_bf16(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+
+INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even; a NaN stays one */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)(x != x ? (bits >> 16 | 0x40) : rounded);
+}
+
+INLINE float exp2_of(float x) { /* relative error about 1e-7 from -126 to 127 */
+    x = x < -126.0f ? -126.0f : x > 127.0f ? 127.0f : x;
+    const float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);
+    float p = 1.535336e-4f;
+    p = p * f + 1.339887e-3f;
+    p = p * f + 9.618437e-3f;
+    p = p * f + 5.550332e-2f;
+    p = p * f + 2.402264e-1f;
+    p = p * f + 6.931472e-1f;
+    p = p * f + 1.0f;
+    int32_t bits, power;
+    memcpy(&bits, &p, 4);
+    memcpy(&power, &shifted, 4);
+    bits += (power - 0x4b400000) << 23;
+    memcpy(&p, &bits, 4);
+    return p;
+}
+
+/* x * sigmoid(y): y is x for SiLU, and for GELU's tanh form twice its cubic. */
+INLINE float gate_of(float x, int32_t gate) {
+    float y = x;
+    if (gate == VKV_GELU_TANH) y *= 1.59576912f * (1.0f + 0.044715f * y * y);
+    return x / (1.0f + exp2_of(-1.44269504f * y));
+}
+
+#endif
