@@ -52,6 +52,16 @@ def test_what_is_measured_is_positive_and_survives_a_record() -> None:
     assert Limits.from_record(json.loads(json.dumps(asdict(found)))) == found
 
 
+@pytest.mark.parametrize(("has_kernel", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_the_rate_is_of_a_type_that_the_processor_multiplies(
+    monkeypatch: pytest.MonkeyPatch, has_kernel: bool, dtype: str
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_kernel)
+    probe = LimitsProbe(torch.device("cpu"), torch.bfloat16)
+    probe.measure()
+    assert probe.limits().dtype == dtype
+
+
 def test_words() -> None:
     once = Limits(read_bytes_per_s=43.21e9, flops_per_s=1234e9, dtype="bfloat16")
     assert str(once) == (

@@ -63,11 +63,14 @@ class LimitsProbe:
     ) -> None:
         """
         Args:
-            dtype: of the matrix product; reading is a sum over float32, which two cores do at
-                memory speed.
+            dtype: of the matrix product, or float32 on a processor for whose bfloat16 PyTorch
+                has no kernel: it would say little of the machine. Reading is a sum over
+                float32, which two cores do at memory speed.
             threads: of PyTorch, on a CPU, while it measures; None for those in use.
         """
-        self._device, self._dtype, self._threads = device, dtype, threads
+        has_kernel = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self._dtype = dtype if has_kernel else torch.float32
+        self._device, self._threads = device, threads
         self._reads: list[float] = []
         self._flops: list[float] = []
 
