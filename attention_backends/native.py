@@ -28,7 +28,7 @@ class _Sequences:
 
 class NativeBackend(AttentionBackend):
     name = "native"
-    capabilities = Capabilities(devices=frozenset({"cpu"}), dtypes=frozenset(_DTYPES))
+    capabilities = Capabilities(devices=frozenset({"cpu"}), dtypes=frozenset(_DTYPES), graphs=True)
 
     def __init__(self) -> None:
         self._library = native_library.load_library()

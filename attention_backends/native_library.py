@@ -66,7 +66,7 @@ def load_library() -> ctypes.CDLL:
     library.vkv_attend.argtypes = [ctypes.POINTER(AttentionArgs)]
     library.vkv_attend.restype = ctypes.c_int64
     library.vkv_store.argtypes = [ctypes.POINTER(Rows), ctypes.POINTER(Sequences)]
-    library.vkv_store.restype = None
+    library.vkv_store.restype = ctypes.c_int64
     library.vkv_instruction_set.argtypes = [ctypes.c_int32]
     library.vkv_instruction_set.restype = ctypes.c_char_p
     return library

@@ -21,6 +21,7 @@ from .graphs import CudaRecorder, Recorder, Rerun
 from .memory_profile import memory_for_kv
 from .models import LoadedModel
 from .scheduler import Scheduler
+from .tape import TapeRecorder
 
 _AUTO_SHARE = 0.5  # of a machine's memory that is free when the engine is built
 _ROW_TOKENS = 64  # about what a page should cover where the page size is ours to choose
@@ -66,7 +67,7 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
         policy=config.policy,
     )
-    recorder = None if no_graphs else _recorder(loaded, driver)
+    recorder = None if no_graphs else _recorder(loaded, backend, driver)
     overlap = _overlaps(loaded, config)
     engine = Engine(loaded, cache, backend, scheduler, recorder, overlap=overlap)
     built = BuiltEngine(engine, driver)
@@ -84,7 +85,7 @@ def why_no_graphs(
 ) -> str | None:
     """Why decode steps run kernel by kernel, in words; None if they are recorded.
 
-    Raises InvalidConfig if `cuda_graphs=True` asks for what cannot be.
+    Raises InvalidConfig if `record_decodes=True` asks for what cannot be.
     """
     obstacle = None
     if loaded.keeps_state:
@@ -93,12 +94,10 @@ def why_no_graphs(
         obstacle = "a paged cache cannot be recorded"
     elif not backend.capabilities.graphs:
         obstacle = f"attention backend {backend.name!r} cannot be recorded"
-    if config.cuda_graphs and obstacle:
-        raise InvalidConfig(f"cuda_graphs is True, but {obstacle}; leave it None")
-    if config.cuda_graphs is False:
-        return "cuda_graphs is False"
-    if config.cuda_graphs is None and loaded.device.type != "cuda":
-        return "there is nothing to gain on a CPU"
+    if config.record_decodes and obstacle:
+        raise InvalidConfig(f"record_decodes is True, but {obstacle}; leave it None")
+    if config.record_decodes is False:
+        return "record_decodes is False"
     return obstacle
 
 
@@ -113,9 +112,11 @@ def _overlaps(loaded: LoadedModel, config: EngineConfig) -> bool:
     return config.overlap
 
 
-def _recorder(loaded: LoadedModel, driver: VmemDriver | None) -> Recorder:
+def _recorder(
+    loaded: LoadedModel, backend: AttentionBackend, driver: VmemDriver | None
+) -> Recorder:
     if loaded.device.type != "cuda":
-        return Rerun()
+        return TapeRecorder() if backend.name == "native" else Rerun()
     assert driver is not None, "only virtual memory is recorded"
     return CudaRecorder(loaded.device, driver.still)
 

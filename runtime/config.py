@@ -52,9 +52,9 @@ class EngineConfig:
             that vkv loaded itself, and leaves one that it was given as it is.
         lm_head_bits: 4 or 8 to quantise the output layer at load; None leaves it as it is.
         sanitize: "zero" clears recycled memory before another request may see it.
-        cuda_graphs: record decode steps and replay them (`graphs`); None does so on a GPU where the
-            attention backend and the model can be recorded. True on a CPU runs the same code
-            without recording, which serves tests only.
+        record_decodes: record decode steps and replay them, as CUDA graphs (`graphs`) or on a CPU
+            as a list of calls (`tape`); None does so where the attention backend and the model
+            can be recorded.
         overlap: prepare a step on the host while the device computes the one before, so that a
             request's end is seen one step late; None does so on a GPU. The tokens are the same.
         policy: "splitfuse", or "prefill_first", a baseline to compare with (`scheduler`).
@@ -78,7 +78,7 @@ class EngineConfig:
     pack_weights: bool | None = None
     lm_head_bits: int | None = None
     sanitize: Sanitize = "never"
-    cuda_graphs: bool | None = None
+    record_decodes: bool | None = None
     overlap: bool | None = None
     policy: Policy = "splitfuse"
     idle_trim_s: float | None = None
@@ -105,7 +105,7 @@ class EngineConfig:
         for name in ("split_kv", "prefix_reuse"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use True or False")
-        for name in ("pack_weights", "cuda_graphs", "overlap"):
+        for name in ("pack_weights", "record_decodes", "overlap"):
             if getattr(self, name) not in (None, True, False):
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use None, True or False")
         if self.lm_head_bits not in (None, 4, 8):

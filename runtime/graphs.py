@@ -1,14 +1,14 @@
-"""Decode steps recorded once and replayed: CUDA graphs by size of batch.
+"""Decode steps recorded once and replayed: CUDA graphs by size of batch, or `tape` on a CPU.
 
 A step of a small batch takes the host longer to launch than the device to run. A recording of all
 its kernels is launched at once. That a slot's addresses never change is what makes it easy here:
 whatever differs from step to step (tokens, positions, slots, lengths) lies in tensors that are
 filled anew before a replay, and memory may be mapped behind a slot between two replays.
 
-Batches come in a few sizes. A smaller one is padded with rows that harm nobody: such a row writes
-its keys and values where the next token of some request will go, a row which is mapped but not
-read before that token overwrites it, and attends to the first token of that slot alone. Where no
-slot has such a row, the padding repeats the shortest request, and writes what that request writes.
+On a GPU batches come in a few sizes. A smaller one is padded with rows that harm nobody: such a
+row writes its keys and values where the next token of some request will go, a row which is mapped
+but not read before that token overwrites it, and attends to the first token of that slot alone.
+Where no slot has such a row, the padding repeats the shortest request, and writes what it writes.
 """
 
 import logging
@@ -33,13 +33,25 @@ Forward = Callable[[torch.Tensor, torch.Tensor, AttentionBatch], torch.Tensor]
 _log = logging.getLogger(__name__)
 
 
+class Unrecordable(RuntimeError):
+    """What was to be recorded, or a recording, cannot stand for the run; `str()` says why."""
+
+
 class Recorder(Protocol):
-    """How a device records work and plays it again."""
+    """How a device records work and plays it again.
+
+    Attributes:
+        pads: batches come in a few sizes and lengths, and smaller ones are padded; otherwise every
+            size has a recording of its own.
+    """
+
+    pads: bool
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """Returns what does again what `run` does, on the same tensors, for the same result.
 
-        Raises RuntimeError if `run` does what cannot be recorded.
+        Raises RuntimeError if `run` does what cannot be recorded. What it returned raises
+        Unrecordable if it sees that the recording is not good for other numbers.
         """
         ...
 
@@ -49,6 +61,8 @@ class Recorder(Protocol):
 
 class Rerun:
     """For a device without graphs: to replay is to run again. It gains nothing but a test."""
+
+    pads = True
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         return run
@@ -64,6 +78,8 @@ class CudaRecorder:
         device: whose streams record.
         still: held during a recording, so that no thread maps or makes memory meanwhile.
     """
+
+    pads = True
 
     def __init__(
         self, device: torch.device, still: Callable[[], AbstractContextManager[None]]
@@ -136,8 +152,11 @@ class DecodeGraphs:
         self._cache = cache
         self._recorder = recorder
         self._device = device
-        self._batch_sizes = _steps(1, 2, max_seqs)
-        self._lengths = _steps(min(_SHORTEST, cache.max_len), 4, cache.max_len)
+        self._batch_sizes: Sequence[int] = range(1, max_seqs + 1)
+        self._lengths = [cache.max_len]
+        if recorder.pads:
+            self._batch_sizes = _steps(1, 2, max_seqs)
+            self._lengths = _steps(min(_SHORTEST, cache.max_len), 4, cache.max_len)
         self._recordings: dict[tuple[int, int], _Recording] = {}
         self.refused: str | None = None
         self.num_replays = 0
@@ -167,8 +186,12 @@ class DecodeGraphs:
             self._recordings[key] = recording
         else:
             recording.inputs.fill(values, last_tokens)
+        try:
+            logits = recording.replay()
+        except Unrecordable as error:
+            return self._refuse(error)
         self.num_replays += 1
-        return recording.replay()[: len(batch)]
+        return logits[: len(batch)]
 
     def forget(self) -> None:
         """Drop all recordings: addresses that they hold, of weights for one, will change."""
@@ -190,10 +213,12 @@ class DecodeGraphs:
         try:
             return _Recording(inputs, self._recorder.record(run))
         except RuntimeError as error:
-            self.refused = str(error)
-            self.forget()
-            _log.warning("decode steps are not recorded and run one kernel at a time: %s", error)
-            return None
+            return self._refuse(error)
+
+    def _refuse(self, error: RuntimeError) -> None:
+        self.refused = str(error)
+        self.forget()
+        _log.warning("decode steps are not recorded and run one kernel at a time: %s", error)
 
     def _values(self, batch: Sequence[ScheduledRequest], size: int) -> StepValues:
         """The step's numbers, padded to `size` rows."""

@@ -89,12 +89,27 @@ class _Workspace(threading.local):
 _workspace = _Workspace()
 
 
+class _Add(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("left", "right", "out")),
+        ("count", _INT64),
+        ("dtype", _INT32),
+        *_THREADS,
+    )
+
+
+class Call(ctypes.Structure):
+    """`struct vkv_call`: a kernel's address, and those of its arguments."""
+
+    _fields_ = tuple((name, _POINTER) for name in ("function", "first", "second"))
+
+
 def available(dtype: torch.dtype) -> bool:
     """Whether there is a library here, or a compiler to make it, and kernels for `dtype`."""
     if dtype not in _DTYPES:
         return False
     try:
-        _library()
+        library()
     except UnsupportedAttention:
         return False
     return True
@@ -107,14 +122,14 @@ def best_panel(dtype: torch.dtype) -> int | None:
     """
     if dtype != torch.bfloat16 or not available(dtype):
         return None
-    return _library().vkv_best_panel() or None
+    return library().vkv_best_panel() or None
 
 
 def usable_panels() -> list[int]:
     """Columns of every kind of panel that this processor has a kernel for."""
     if not available(torch.bfloat16):
         return []
-    return [columns for columns in _PANELS if _library().vkv_has_panel(columns)]
+    return [columns for columns in _PANELS if library().vkv_has_panel(columns)]
 
 
 class PanelLinear:
@@ -141,7 +156,7 @@ class PanelLinear:
         self.out_features = columns if gate is None else columns // 2
         self._weight = _on_huge_pages(-(-columns // panel), pairs, panel)
         words = weight.detach().contiguous().view(torch.int32)
-        _library().vkv_pack(
+        library().vkv_pack(
             words.data_ptr(), self._weight.data_ptr(), columns, pairs, panel, gate is not None
         )
         self._bias = None if bias is None else _panel_bias(bias, gate, panel)
@@ -164,7 +179,7 @@ class PanelLinear:
         args.input_stride, args.out_stride = stride, self.out_features
         args.num_rows, args.num_threads = num_rows, torch.get_num_threads()
         args.workspace, args.workspace_bytes = _workspace.address, _workspace.num_bytes
-        while needed := _library().vkv_linear(ctypes.byref(args)):
+        while needed := library().vkv_linear(ctypes.byref(args)):
             _workspace.grow(needed)
             args.workspace, args.workspace_bytes = _workspace.address, _workspace.num_bytes
         return out
@@ -172,7 +187,7 @@ class PanelLinear:
     def dense(self) -> torch.Tensor:
         """The weight again, bit for bit."""
         weight = torch.empty(self._shape[0], self._shape[1] // 2, dtype=torch.int32)
-        _library().vkv_unpack(
+        library().vkv_unpack(
             self._weight.data_ptr(),
             weight.data_ptr(),
             *weight.shape,
@@ -204,7 +219,7 @@ class RmsNorm:
         args.inputs, args.out = inputs.data_ptr(), out.data_ptr()
         args.input_stride, args.num_rows = stride, num_rows
         args.num_threads = torch.get_num_threads()
-        _library().vkv_rms_norm(ctypes.byref(args))
+        library().vkv_rms_norm(ctypes.byref(args))
         return out
 
 
@@ -225,7 +240,7 @@ def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> to
         num_threads=torch.get_num_threads(),
         parallel=openmp_parallel(),
     )
-    _library().vkv_rotate(ctypes.byref(args))
+    library().vkv_rotate(ctypes.byref(args))
     return out
 
 
@@ -245,8 +260,22 @@ def gated(inputs: torch.Tensor, gate: Gate) -> torch.Tensor:
         num_threads=torch.get_num_threads(),
         parallel=openmp_parallel(),
     )
-    _library().vkv_gated(ctypes.byref(args))
+    library().vkv_gated(ctypes.byref(args))
     return out
+
+
+def add(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """out = left + right, all of one shape and dtype, without gaps."""
+    args = _Add(
+        left=left.data_ptr(),
+        right=right.data_ptr(),
+        out=out.data_ptr(),
+        count=out.numel(),
+        dtype=_DTYPES[out.dtype],
+        num_threads=torch.get_num_threads(),
+        parallel=openmp_parallel(),
+    )
+    library().vkv_add(ctypes.byref(args))
 
 
 def _rows(inputs: torch.Tensor) -> tuple[torch.Tensor, int, int]:
@@ -287,7 +316,7 @@ def _panel_bias(bias: torch.Tensor, gate: Gate | None, panel: int) -> torch.Tens
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """The kernels, compiled now if need be. The GIL is free while they run."""
     library = ctypes.CDLL(str(find_library(_SOURCE, _BUILT)))
     for name in ("vkv_pack", "vkv_unpack"):
@@ -299,11 +328,13 @@ def _library() -> ctypes.CDLL:
         ("vkv_rms_norm", _RmsNorm),
         ("vkv_rotate", _Rotate),
         ("vkv_gated", _Gated),
+        ("vkv_add", _Add),
     ):
         function = getattr(library, name)
         function.argtypes = [ctypes.POINTER(struct)]
-        function.restype = None
-    library.vkv_linear.restype = _INT64
+        function.restype = _INT64
+    library.vkv_replay.argtypes = [_POINTER, _INT64, _INT64, ctypes.POINTER(_INT64)]
+    library.vkv_replay.restype = _INT64
     library.vkv_has_panel.argtypes = [_INT32]
     library.vkv_has_panel.restype = library.vkv_best_panel.restype = _INT32
     return library

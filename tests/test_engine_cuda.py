@@ -121,7 +121,7 @@ def test_no_layer_waits_for_the_device(dtype: torch.dtype, monkeypatch: pytest.M
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(ModelRunner, "_call_model", strict)
-    with _open("llama", dtype, cuda_graphs=False) as llm:
+    with _open("llama", dtype, record_decodes=False) as llm:
         _generate(llm)
 
 
@@ -146,11 +146,15 @@ def test_a_greedy_step_waits_for_its_tokens_alone(overlap: bool, num_waits: int)
     assert len(waits) == num_waits
 
 
-@pytest.mark.parametrize("cuda_graphs", [False, None])
-def test_overlap_changes_no_token(cuda_graphs: bool | None) -> None:
+@pytest.mark.parametrize("record_decodes", [False, None])
+def test_overlap_changes_no_token(record_decodes: bool | None) -> None:
     outputs = []
     for overlap in (False, True):
-        options = {"overlap": overlap, "cuda_graphs": cuda_graphs, "max_seqs": 8}  # so none waits
+        options = {
+            "overlap": overlap,
+            "record_decodes": record_decodes,
+            "max_seqs": 8,
+        }  # so none waits
         with _open("llama", torch.bfloat16, **options) as llm:
             outputs.append(_generate(llm))
     assert outputs[0] == outputs[1]

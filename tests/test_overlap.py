@@ -98,7 +98,7 @@ def test_penalties_scores_and_several_outputs_beside_plain_requests() -> None:
 
 def test_recorded_steps_take_pending_tokens(flash_standin: str) -> None:
     params = [zoo.greedy(n) for n in (30, 9, 17, 1, 40, 12, 3, 25, 2)]
-    options = {"attention": flash_standin, "cuda_graphs": True}
+    options = {"attention": flash_standin, "record_decodes": True}
     _, overlapped = _compare(_PROMPTS, params, **options)
     assert overlapped.num_replays > 20
 

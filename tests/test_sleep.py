@@ -40,7 +40,7 @@ def test_asleep_it_holds_nothing_and_awake_it_gives_the_same(llm: LLM) -> None:
 
 
 def test_recorded_steps_outlive_a_sleep(flash_standin: str) -> None:
-    options = zoo.with_defaults({"attention": flash_standin, "cuda_graphs": True})
+    options = zoo.with_defaults({"attention": flash_standin, "record_decodes": True})
     with LLM(zoo.tiny_model("llama"), device="cpu", **options) as llm:
         expected = _tokens(llm)
         graphs = llm.engine.runner.graphs

@@ -39,6 +39,14 @@ struct scratch {
     int query_words, value_width;
 };
 
+/* Keys and values of BLOCK tokens or fewer, of one KV head. */
+struct block {
+    const char *keys, *values;
+    int64_t key_stride, value_stride; /* bytes from token to token */
+    int start, len; /* first token, and how many */
+    int ahead;      /* tokens of it whose row a block on is read later: worth fetching */
+};
+
 struct plan {
     int64_t num_shares, num_parts, scratch_bytes, part_bytes;
     int64_t shares_at, left_at, parts_at, scratch_at, total_bytes;
@@ -389,7 +397,7 @@ int64_t vkv_attend(const struct vkv_attention *args) {
 
 /* -- new tokens ------------------------------------------------------------------------------ */
 
-void vkv_store(const struct vkv_rows *rows, const struct vkv_sequences *sequences) {
+int64_t vkv_store(const struct vkv_rows *rows, const struct vkv_sequences *sequences) {
     const int64_t item = rows->item_bytes, head_bytes = item * rows->dim;
     const int whole = rows->row_head_stride == rows->dim && rows->head_stride == rows->dim;
     for (int32_t b = 0; b < sequences->num_seqs; b++) {
@@ -408,4 +416,5 @@ void vkv_store(const struct vkv_rows *rows, const struct vkv_sequences *sequence
                        (size_t)head_bytes);
         }
     }
+    return 0;
 }

@@ -46,7 +46,7 @@ struct vkv_attention {
 int64_t vkv_attend(const struct vkv_attention *args);
 
 /* Copies the rows of new tokens, [num_tokens, num_heads, dim], to the last rows of their sequences
- * in a cache, [num_slots, tokens, num_heads, dim]. */
+ * in a cache, [num_slots, tokens, num_heads, dim]. Returns 0. */
 struct vkv_rows {
     const void *rows;
     void *cache;
@@ -58,7 +58,7 @@ struct vkv_sequences {
     const int32_t *query_starts, *kv_lens, *slots;
     int32_t num_seqs;
 };
-void vkv_store(const struct vkv_rows *rows, const struct vkv_sequences *sequences);
+int64_t vkv_store(const struct vkv_rows *rows, const struct vkv_sequences *sequences);
 
 /* The instruction set in use for a dtype: "avx512_bf16", "avx512", "avx2" or "portable". */
 const char *vkv_instruction_set(int32_t dtype);

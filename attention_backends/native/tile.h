@@ -8,6 +8,7 @@
  *
  * Keys are transposed a block of BLOCK tokens at a time, so that a lane is a token, and values
  * laid out so that a lane is a dimension; both products are then the same small matrix product.
+ * For few rows of floats that costs more than it saves, and both are read as they lie.
  * The softmax runs along, block by block, in base 2.
  *
  * Source: FlashAttention-2, arXiv:2307.08691, section 3 (the online softmax).
@@ -69,6 +70,21 @@ INLINE VEC NAME(exp2)(VEC x) {
 #define WORDS(count) (count)
 #endif
 
+#if !PAIRS
+/* LANES bfloat16 as floats. */
+INLINE IVEC NAME(widen)(const void *row) {
+#if LANES == 16
+    return (IVEC)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(row)), 16);
+#elif LANES == 8
+    return (IVEC)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(row)), 16);
+#else
+    IVEC words;
+    for (int i = 0; i < LANES; i++) words[i] = (int32_t)((uint32_t)((const uint16_t *)row)[i] << 16);
+    return words;
+#endif
+}
+#endif
+
 /* LANES words from the first `count` elements at `row`, zero behind them. */
 INLINE IVEC NAME(load_words)(const void *row, int count, int is_bf16) {
 #if PAIRS
@@ -83,6 +99,7 @@ INLINE IVEC NAME(load_words)(const void *row, int count, int is_bf16) {
         memcpy(words, row, 4 * (size_t)count);
         return *(IVEC *)words;
     }
+    if (count == LANES) return NAME(widen)(row);
     uint16_t halves[LANES] = {0};
     memcpy(halves, row, 2 * (size_t)count);
     for (int i = 0; i < LANES; i++) words[i] = (int32_t)((uint32_t)halves[i] << 16);
@@ -255,6 +272,121 @@ static void NAME(pack_values)(const char *rows, int64_t stride, int num_tokens, 
 #endif
 }
 
+/* -- few rows, as of a decode: keys and values are read as they lie ------------------------------ */
+
+#if PAIRS
+#define FEW_ROWS 0 /* laying out is cheap there */
+#else
+#define FEW_ROWS 8
+
+INLINE VEC NAME(load_whole)(const char *row, const int is_bf16) {
+    return is_bf16 ? (VEC)NAME(widen)(row) : *(const VEC *)row;
+}
+
+INLINE void NAME(fetch)(const char *row, int num_bytes) {
+    for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(row + i);
+}
+
+/* scores[rows][BLOCK] of the tokens of a block, and of some behind them, which mean nothing. */
+INLINE void NAME(score_rows)(const int rows, const int is_bf16, const struct block *block, int dim,
+                             const int32_t *query, int query_words, float *scores) {
+    const int item = is_bf16 ? 2 : 4, last = block->len - 1;
+    for (int t = 0; t < block->len; t += LANES) {
+        IVEC parts[4][LANES]; /* of a lane each, to be summed */
+        for (int i = 0; i < LANES; i += 2) {
+            const char *k = block->keys + (t + i < last ? t + i : last) * block->key_stride;
+            const char *l = block->keys + (t + i + 1 < last ? t + i + 1 : last) * block->key_stride;
+            if (t + i + 1 < block->ahead) {
+                NAME(fetch)(k + BLOCK * block->key_stride, dim * item);
+                NAME(fetch)(l + BLOCK * block->key_stride, dim * item);
+            }
+            VEC a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
+            for (int d = 0; d < dim; d += LANES, k += LANES * item, l += LANES * item) {
+                const VEC x = NAME(load_whole)(k, is_bf16), y = NAME(load_whole)(l, is_bf16);
+#define ROW(r, a, b)                                              \
+    if (r < rows) {                                               \
+        const VEC q = *(const VEC *)(query + r * query_words + d); \
+        a += x * q;                                               \
+        b += y * q;                                               \
+    }
+                ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
+#undef ROW
+            }
+            parts[0][i] = (IVEC)a0, parts[0][i + 1] = (IVEC)b0;
+            parts[1][i] = (IVEC)a1, parts[1][i + 1] = (IVEC)b1;
+            parts[2][i] = (IVEC)a2, parts[2][i + 1] = (IVEC)b2;
+            parts[3][i] = (IVEC)a3, parts[3][i + 1] = (IVEC)b3;
+        }
+        for (int r = 0; r < rows; r++) {
+            NAME(transpose)(parts[r]);
+            VEC sum = (VEC)parts[r][0];
+            for (int i = 1; i < LANES; i++) sum += (VEC)parts[r][i];
+            NAME(store)(scores + r * BLOCK + t, sum);
+        }
+    }
+}
+
+/* out[rows][width] += weights[rows][BLOCK] times the values of a block. */
+INLINE void NAME(add_values)(const int rows, const int is_bf16, const struct block *block, int dim,
+                             const int32_t *weights, float *out, int width) {
+    const int item = is_bf16 ? 2 : 4;
+    for (int d = 0; d < dim; d += 2 * LANES) {
+        VEC a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
+        const char *row = block->values + d * item;
+        for (int t = 0; t < block->len; t++, row += block->value_stride) {
+            if (d == 0 && t < block->ahead)
+                NAME(fetch)(row + BLOCK * block->value_stride, dim * item);
+            const VEC x = NAME(load_whole)(row, is_bf16);
+            const VEC y = NAME(load_whole)(row + LANES * item, is_bf16);
+#define ROW(r, a, b)                                                   \
+    if (r < rows) {                                                    \
+        const VEC weight = (VEC)NAME(isplat)(weights[r * BLOCK + t]); \
+        a += weight * x;                                               \
+        b += weight * y;                                               \
+    }
+            ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
+#undef ROW
+        }
+#define ROW(r, a, b)                                                          \
+    if (r < rows) {                                                           \
+        float *goal = out + r * width + d;                                    \
+        NAME(store)(goal, NAME(load)(goal) + a);                              \
+        NAME(store)(goal + LANES, NAME(load)(goal + LANES) + b);              \
+    }
+        ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
+#undef ROW
+    }
+}
+
+/* Numbers of rows and types become constants, so that sums stay in registers. */
+#define FOR_EACH_FEW(call)                                                       \
+    for (int r = 0; r < rows; r += 4) {                                          \
+        const int some = rows - r < 4 ? rows - r : 4;                            \
+        if (is_bf16 && some == 1) call(1, 1); else if (is_bf16 && some == 2) call(2, 1);   \
+        else if (is_bf16 && some == 3) call(3, 1); else if (is_bf16) call(4, 1); \
+        else if (some == 1) call(1, 0); else if (some == 2) call(2, 0);          \
+        else if (some == 3) call(3, 0); else call(4, 0);                         \
+    }
+
+static void NAME(score_few)(int rows, int is_bf16, const struct block *block, int dim,
+                            const int32_t *query, int query_words, float *scores) {
+#define CALL(n, bf16)                                                                       \
+    NAME(score_rows)(n, bf16, block, dim, query + r * query_words, query_words, scores + r * BLOCK)
+    FOR_EACH_FEW(CALL)
+#undef CALL
+}
+
+static void NAME(add_few)(int rows, int is_bf16, const struct block *block, int dim,
+                          const int32_t *weights, float *out, int width) {
+#define CALL(n, bf16) \
+    NAME(add_values)(n, bf16, block, dim, weights + r * BLOCK, out + r * width, width)
+    FOR_EACH_FEW(CALL)
+#undef CALL
+}
+
+#undef FOR_EACH_FEW
+#endif
+
 /* -- the softmax ----------------------------------------------------------------------------- */
 
 /* One row: scores[BLOCK] become weights, of which columns outside [first, last) are zero; its
@@ -325,28 +457,44 @@ static void NAME(take_queries)(const struct vkv_attention *args, const struct sh
             }
 }
 
-/* The rows of one KV head against one packed block, a few rows at a time. */
-static void NAME(attend_block)(const struct vkv_attention *args, const struct share *share,
-                               struct scratch *s, int head, int block_start, int block_len) {
-    const int group = args->num_heads / args->num_kv_heads;
+/* The rows of one KV head against one block, a few rows at a time. */
+INLINE void NAME(attend_block)(const struct vkv_attention *args, const struct share *share,
+                               struct scratch *s, int head, const struct block *block) {
+    const int group = args->num_heads / args->num_kv_heads, is_bf16 = args->dtype == VKV_BFLOAT16;
     const int rows = (share->last_query - share->first_query) * group;
     const int base = (head - share->first_head) * rows, width = s->value_width;
-    const int columns = (block_len + LANES - 1) / LANES * LANES; /* of keys that were packed */
+    const int columns = (block->len + LANES - 1) / LANES * LANES; /* of keys that were packed */
+    const int as_they_lie = rows <= FEW_ROWS && args->key_dim % LANES == 0 &&
+                            args->value_dim % (2 * LANES) == 0;
+    if (!as_they_lie) {
+        NAME(pack_keys)(block->keys, block->key_stride, block->len, block->ahead, args->key_dim,
+                        is_bf16, s->keys);
+        NAME(pack_values)(block->values, block->value_stride, block->len, block->ahead,
+                          args->value_dim, width, is_bf16, s->values);
+    }
     for (int r = 0; r < rows; r += SOFTMAX_ROWS) {
         const int count = rows - r < SOFTMAX_ROWS ? rows - r : SOFTMAX_ROWS;
         const int last_seen = share->first_position + (r + count - 1) / group;
         const int first_seen = share->first_position + r / group;
-        if (last_seen < block_start) continue; /* this block is all to come for these rows */
-        if (args->window && first_seen - args->window >= block_start + block_len - 1) continue;
-        memset(s->scores, 0, sizeof(float) * BLOCK * (size_t)count);
-        NAME(multiply)(count, s->query + (base + r) * s->query_words, s->query_words, s->keys,
-                       BLOCK, WORDS(args->key_dim), s->scores, BLOCK, columns);
+        if (last_seen < block->start) continue; /* this block is all to come for these rows */
+        if (args->window && first_seen - args->window >= block->start + block->len - 1) continue;
+        const int32_t *query = s->query + (base + r) * s->query_words;
+#if FEW_ROWS
+        if (as_they_lie) {
+            NAME(score_few)(rows, is_bf16, block, args->key_dim, query, s->query_words, s->scores);
+        } else
+#endif
+        {
+            memset(s->scores, 0, sizeof(float) * BLOCK * (size_t)count);
+            NAME(multiply)(count, query, s->query_words, s->keys, BLOCK, WORDS(args->key_dim),
+                           s->scores, BLOCK, columns);
+        }
         for (int i = 0; i < count; i++) {
             const int position = share->first_position + (r + i) / group, row = base + r + i;
-            int last = position + 1 - block_start, first = 0;
-            if (last > block_len) last = block_len;
-            if (args->window && position - args->window >= block_start)
-                first = position - args->window + 1 - block_start;
+            int last = position + 1 - block->start, first = 0;
+            if (last > block->len) last = block->len;
+            if (args->window && position - args->window >= block->start)
+                first = position - args->window + 1 - block->start;
             int32_t *weights = s->weights + i * WORDS(BLOCK);
             if (last <= first) {
                 memset(weights, 0, 4 * (size_t)WORDS(BLOCK));
@@ -355,14 +503,21 @@ static void NAME(attend_block)(const struct vkv_attention *args, const struct sh
             NAME(softmax_row)(args, s->scores + i * BLOCK, first, last, weights, s->peaks + row,
                               s->sums + row, s->out + row * width, width);
         }
-        NAME(multiply)(count, s->weights, WORDS(BLOCK), s->values, width, WORDS(block_len),
-                       s->out + (base + r) * width, width, width);
+        float *out = s->out + (base + r) * width;
+#if FEW_ROWS
+        if (as_they_lie) {
+            NAME(add_few)(rows, is_bf16, block, args->value_dim, s->weights, out, width);
+            continue;
+        }
+#endif
+        NAME(multiply)(count, s->weights, WORDS(BLOCK), s->values, width, WORDS(block->len), out,
+                       width, width);
     }
 }
 
 static void NAME(attend)(const struct vkv_attention *args, const struct share *share,
                          struct scratch *s) {
-    const int is_bf16 = args->dtype == VKV_BFLOAT16, item = is_bf16 ? 2 : 4;
+    const int item = args->dtype == VKV_BFLOAT16 ? 2 : 4;
     const int64_t slot = args->slots[share->seq];
     const int64_t key_stride = item * args->key_token_stride;
     const int64_t value_stride = item * args->value_token_stride;
@@ -373,22 +528,25 @@ static void NAME(attend)(const struct vkv_attention *args, const struct share *s
     }
     memset(s->out, 0, sizeof(float) * (size_t)share->num_rows * (size_t)s->value_width);
     for (int t = share->first_key; t < share->last_key; t += BLOCK) {
-        const int left = share->last_key - t, len = left < BLOCK ? left : BLOCK;
+        const int left = share->last_key - t;
         for (int h = share->first_head; h < share->last_head; h++) {
-            const char *keys = (const char *)args->keys +
-                               item * (slot * args->key_slot_stride + h * args->key_head_stride);
-            const char *values =
-                (const char *)args->values +
-                item * (slot * args->value_slot_stride + h * args->value_head_stride);
-            NAME(pack_keys)(keys + t * key_stride, key_stride, len, left - BLOCK, args->key_dim,
-                            is_bf16, s->keys);
-            NAME(pack_values)(values + t * value_stride, value_stride, len, left - BLOCK,
-                              args->value_dim, s->value_width, is_bf16, s->values);
-            NAME(attend_block)(args, share, s, h, t, len);
+            const struct block block = {
+                .keys = (const char *)args->keys + t * key_stride +
+                        item * (slot * args->key_slot_stride + h * args->key_head_stride),
+                .values = (const char *)args->values + t * value_stride +
+                          item * (slot * args->value_slot_stride + h * args->value_head_stride),
+                .key_stride = key_stride,
+                .value_stride = value_stride,
+                .start = t,
+                .len = left < BLOCK ? left : BLOCK,
+                .ahead = left - BLOCK,
+            };
+            NAME(attend_block)(args, share, s, h, &block);
         }
     }
 }
 
+#undef FEW_ROWS
 #undef VEC
 #undef IVEC
 #undef INLINE

@@ -90,8 +90,9 @@ CLONES static void rms_norm_rows(const void *data, int64_t first, int64_t last) 
     }
 }
 
-void vkv_rms_norm(const struct vkv_rms_norm *args) {
+int64_t vkv_rms_norm(const struct vkv_rms_norm *args) {
     run(rms_norm_rows, args, args->num_rows, args->dim, args->num_threads, args->parallel);
+    return 0;
 }
 
 /* -- rotary embedding ------------------------------------------------------------------------ */
@@ -122,9 +123,10 @@ CLONES static void rotate_rows(const void *data, int64_t first, int64_t last) {
         }
 }
 
-void vkv_rotate(const struct vkv_rotate *args) {
+int64_t vkv_rotate(const struct vkv_rotate *args) {
     run(rotate_rows, args, args->num_tokens, (int64_t)args->num_heads * args->dim,
         args->num_threads, args->parallel);
+    return 0;
 }
 
 /* -- gates ----------------------------------------------------------------------------------- */
@@ -142,7 +144,29 @@ CLONES static void gated_rows(const void *data, int64_t first, int64_t last) {
         }
 }
 
-void vkv_gated(const struct vkv_gated *args) {
+int64_t vkv_gated(const struct vkv_gated *args) {
     run(gated_rows, args, args->num_rows, 4 * (int64_t)args->dim, args->num_threads,
         args->parallel);
+    return 0;
+}
+
+/* -- residual connections --------------------------------------------------------------------- */
+
+/* In stretches of CHUNK elements. */
+CLONES static void add_chunks(const void *data, int64_t first, int64_t last) {
+    const struct vkv_add *a = data;
+    float left[CHUNK], right[CHUNK];
+    for (int64_t at = first * CHUNK; at < last * CHUNK && at < a->count; at += CHUNK) {
+        const int count = a->count - at < CHUNK ? (int)(a->count - at) : CHUNK;
+        take(a->left, at, count, a->dtype, left);
+        take(a->right, at, count, a->dtype, right);
+        for (int i = 0; i < count; i++) left[i] += right[i];
+        give(left, count, a->dtype, a->out, at);
+    }
+}
+
+int64_t vkv_add(const struct vkv_add *args) {
+    run(add_chunks, args, (args->count + CHUNK - 1) / CHUNK, CHUNK, args->num_threads,
+        args->parallel);
+    return 0;
 }

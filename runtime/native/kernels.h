@@ -52,6 +52,8 @@ void vkv_pack(const int32_t *weight, int32_t *packed, int64_t num_columns, int64
 void vkv_unpack(const int32_t *packed, int32_t *weight, int64_t num_columns, int64_t num_pairs,
                 int64_t panel_columns, int32_t gated);
 
+/* The kernels below need no workspace, and return 0. */
+
 /* out[r] = x[r] / sqrt(mean(x[r]²) + eps) * (offset + weight). */
 struct vkv_rms_norm {
     const void *inputs; /* [num_rows, dim] */
@@ -63,7 +65,7 @@ struct vkv_rms_norm {
     int32_t num_threads;
     vkv_parallel parallel;
 };
-void vkv_rms_norm(const struct vkv_rms_norm *args);
+int64_t vkv_rms_norm(const struct vkv_rms_norm *args);
 
 /* Rotates the halves of every head: out = x * cos + (-second half, first half) * sin. */
 struct vkv_rotate {
@@ -76,7 +78,7 @@ struct vkv_rotate {
     int32_t num_threads;
     vkv_parallel parallel;
 };
-void vkv_rotate(const struct vkv_rotate *args);
+int64_t vkv_rotate(const struct vkv_rotate *args);
 
 /* out[r][i] = gate(x[r][i]) * x[r][dim + i]: the gate, where no linear kernel has it built in. */
 struct vkv_gated {
@@ -87,6 +89,32 @@ struct vkv_gated {
     int32_t num_threads;
     vkv_parallel parallel;
 };
-void vkv_gated(const struct vkv_gated *args);
+int64_t vkv_gated(const struct vkv_gated *args);
+
+/* out = left + right, a residual connection. */
+struct vkv_add {
+    const void *left, *right;
+    void *out; /* [count], like both without gaps */
+    int64_t count;
+    int32_t dtype;
+    int32_t num_threads;
+    vkv_parallel parallel;
+};
+int64_t vkv_add(const struct vkv_add *args);
+
+/* A call of a kernel, of this library or another, that returns 0 when it is done, or the bytes of
+ * workspace that it lacks. */
+struct vkv_call {
+    union {
+        int64_t (*with_one)(const void *);
+        int64_t (*with_two)(const void *, const void *);
+    };
+    const void *first, *second; /* its arguments; the second NULL if it takes one */
+};
+
+/* Makes calls from `first` on. Returns num_calls, or the index of a call that did not return 0,
+ * and what it returned in `needed`. */
+int64_t vkv_replay(const struct vkv_call *calls, int64_t first, int64_t num_calls,
+                   int64_t *needed);
 
 #endif

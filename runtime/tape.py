@@ -1,0 +1,318 @@
+"""Decode steps recorded on a CPU: the calls of kernels that a step made, made again.
+
+A model's Python takes as long as a third of a small batch's step. What a step does hardly changes
+from one to the next, and its numbers lie in tensors at fixed addresses (`graphs`). So a step is
+watched once: every call of vkv's kernels is kept with its arguments, every other operation of
+PyTorch with its tensors. To replay is to make the calls again: those of vkv's kernels in one call
+from Python, whatever lies between them one by one.
+
+Watching is by a dispatch mode, below the model's code, which stays as it is. What a step allocates
+lies in a pool that all recordings share, since one is played at a time; memory is used again
+within a step as it was when the step was watched.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ..attention_backends import native_library as attention_library
+from ..quant import native_library as quant_library
+from ..quant.errors import QuantError
+from ..vmem.errors import UnsupportedAttention
+from . import native_kernels
+from .graphs import Unrecordable
+from .native_kernels import Call
+
+_ALIGNMENT = 64
+_PAGE = 4096
+_KERNELS = (  # which libraries have which kernels
+    (native_kernels.library, ("linear", "rms_norm", "rotate", "gated", "add")),
+    (attention_library.load_library, ("attend", "store")),
+    (quant_library.load_library, ("int4_multiply",)),
+)
+_only_one = threading.Lock()  # watches at a time: kernels are watched where all threads call them
+
+
+class TapeRecorder:
+    """Records what runs on a CPU. On a device, work outlives the calls that launch it."""
+
+    pads = False  # a recording is cheap to make, a padded row costs as much as any other
+
+    def __init__(self) -> None:
+        self._pool = _Pool()
+
+    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        tape = _Tape(self._pool)
+        with _only_one, _watched_kernels(tape), tape:
+            out = run()
+        return _Replay(tape, out, run)
+
+    def forget(self) -> None:
+        self._pool = _Pool()
+
+
+class _Pool:
+    """Memory that recordings share. A stretch is free once no tensor of the model lies in it."""
+
+    def __init__(self) -> None:
+        self._stretches: dict[int, list[torch.Tensor]] = {}  # by size
+        self._owned: set[int] = set()  # addresses
+        self._uses_when_free = _uses(torch.empty(_ALIGNMENT, dtype=torch.uint8))
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor without gaps, in memory that no other tensor lies in."""
+        count = 1
+        for size in shape:
+            count *= size
+        num_bytes = count * dtype.itemsize
+        stretch = self._free(_rounded(num_bytes))
+        return stretch[:num_bytes].view(dtype).view(shape)
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._owned
+
+    def _free(self, num_bytes: int) -> torch.Tensor:
+        stretches = self._stretches.setdefault(num_bytes, [])
+        for stretch in stretches:
+            if _uses(stretch) == self._uses_when_free:
+                return stretch
+        stretches.append(torch.empty(num_bytes, dtype=torch.uint8))
+        self._owned.add(stretches[-1].untyped_storage().data_ptr())
+        return stretches[-1]
+
+
+class _Tape(TorchDispatchMode):
+    """What one thread does meanwhile, in order."""
+
+    def __init__(self, pool: _Pool) -> None:
+        super().__init__()
+        self.pool = pool
+        self.steps: list[Callable[[], None] | list[_NativeCall]] = []
+        self._thread = threading.get_ident()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tags = getattr(func, "tags", ())
+        if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+            raise Unrecordable(f"{func} depends on what tensors hold")
+        idle_dropout = func is torch.ops.aten.dropout.default and not args[2]
+        if torch.Tag.nondeterministic_seeded in tags and not idle_dropout:
+            raise Unrecordable(f"{func} draws random numbers")
+        if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty):
+            return self._empty(func, args, kwargs)
+        if func is torch.ops.aten.add.Tensor and _is_plain_addition(args, kwargs):
+            out = self.pool.take(args[0].shape, args[0].dtype)
+            native_kernels.add(args[0], args[1], out)  # watched as all kernels are
+            return out
+        known = {_memory(tensor) for tensor in _tensors((args, kwargs))}
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            self._again(func, args, kwargs, ())
+            return result
+        values, layout = tree_flatten(result)
+        outs = [None if value is None else self._fresh(func, value, known) for value in values]
+        if any(out is not None for out in outs):
+            self._again(func, args, kwargs, outs)
+        kept = (value if out is None else out for value, out in zip(values, outs, strict=True))
+        return tree_unflatten(list(kept), layout)
+
+    def _fresh(self, func: Any, value: Any, known: set[int]) -> torch.Tensor | None:
+        """A result moved to the pool; None if it is a view of what went in."""
+        if not isinstance(value, torch.Tensor):
+            raise Unrecordable(f"{func} returns {type(value).__name__}, not a tensor")
+        if not _is_strided(value) or value.device.type != "cpu":
+            raise Unrecordable(f"{func} returns a tensor of another kind")
+        if _memory(value) in known:
+            return None
+        return self.pool.take(value.shape, value.dtype).copy_(value)
+
+    def add_call(self, function: Any, structs: Sequence[ctypes.Structure]) -> None:
+        """Keep a call of a kernel, by the thread that is watched."""
+        if threading.get_ident() != self._thread:
+            return
+        if not self.steps or not isinstance(self.steps[-1], list):
+            self.steps.append([])
+        assert isinstance(self.steps[-1], list)
+        self.steps[-1].append(_NativeCall(function, structs))
+
+    def _empty(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        like = args[0] if isinstance(args[0], torch.Tensor) else None
+        shape: Any = args[0] if like is None else args[1]
+        dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
+        return self.pool.take(shape, dtype)
+
+    def _again(
+        self, func: Any, args: Any, kwargs: dict[str, Any], outs: Sequence[torch.Tensor | None]
+    ) -> None:
+        """Keep an operation, on tensors that do not hold on to the pool's memory."""
+        args, kwargs, outs = tree_map(self._detached, (args, kwargs, list(outs)))
+
+        def again() -> None:
+            results = func(*args, **kwargs)
+            for out, found in zip(outs, tree_flatten(results)[0] if outs else (), strict=True):
+                if out is not None:
+                    out.copy_(found)
+
+        self.steps.append(again)
+
+    def _detached(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not _is_strided(value):
+            return value
+        return _unowned(value) if self.pool.owns(value) else value
+
+
+class _NativeCall:
+    """A kernel's address, and arguments of its own."""
+
+    def __init__(self, function: Any, structs: Sequence[ctypes.Structure]) -> None:
+        self.function = ctypes.cast(function, ctypes.c_void_p).value
+        self.structs = [type(struct).from_buffer_copy(struct) for struct in structs]
+
+    def addresses(self) -> tuple[int | None, int, int | None]:
+        first, second = (*map(ctypes.addressof, self.structs), None)[:2]
+        assert first is not None
+        return self.function, first, second
+
+
+class _Replay:
+    """Plays a tape. The first time, what comes out must be what the model computes."""
+
+    def __init__(self, tape: _Tape, out: torch.Tensor, run: Callable[[], torch.Tensor]) -> None:
+        if not tape.pool.owns(out):
+            raise Unrecordable("the logits are no result of what was recorded")
+        self._out = _unowned(out)
+        self._pool = tape.pool  # whose memory the arguments point to
+        self._run: Callable[[], torch.Tensor] | None = run  # until it was compared
+        self._parts: list[Callable[[], None]] = []
+        for step in tape.steps:
+            part = _Calls(step) if isinstance(step, list) else step
+            self._parts.append(part)
+
+    def __call__(self) -> torch.Tensor:
+        expected = None if self._run is None else self._run()
+        for part in self._parts:
+            part()
+        if expected is not None:
+            self._run = None
+            if not torch.equal(self._out.view(torch.uint8), expected.view(torch.uint8)):
+                raise Unrecordable("a replayed step came to other logits")
+        return self._out
+
+
+class _Calls:
+    """Calls of kernels, one after the other, in one call from Python."""
+
+    def __init__(self, calls: Sequence[_NativeCall]) -> None:
+        self._structs = [struct for call in calls for struct in call.structs]
+        self._calls = (Call * len(calls))(*(call.addresses() for call in calls))
+        self._num_threads = 0
+        self._needed = ctypes.c_int64()
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._grow(_PAGE)
+
+    def __call__(self) -> None:
+        if self._num_threads != torch.get_num_threads():
+            self._num_threads = torch.get_num_threads()
+            self._set("num_threads", self._num_threads)
+        done, library = 0, native_kernels.library()
+        while True:
+            done = library.vkv_replay(
+                self._calls, done, len(self._calls), ctypes.byref(self._needed)
+            )
+            if done == len(self._calls):
+                return
+            assert self._needed.value > 0, "kernels that run once run again"
+            self._grow(self._needed.value)
+
+    def _grow(self, num_bytes: int) -> None:
+        self._workspace = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
+        address = -(-self._workspace.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        self._set("workspace", address)
+        self._set("workspace_bytes", num_bytes)
+
+    def _set(self, name: str, value: int) -> None:
+        for struct in self._structs:
+            if hasattr(struct, name):
+                setattr(struct, name, value)
+
+
+@contextmanager
+def _watched_kernels(tape: _Tape) -> Iterator[None]:
+    """Have all calls of kernels, from Python, tell the tape."""
+    originals: list[tuple[ctypes.CDLL, str, Any]] = []
+    for load, names in _KERNELS:
+        try:
+            library = load()
+        except (UnsupportedAttention, QuantError):
+            continue
+        for name in names:
+            originals.append((library, f"vkv_{name}", getattr(library, f"vkv_{name}")))
+    try:
+        for library, name, function in originals:
+            setattr(library, name, _watched(function, tape))
+        yield
+    finally:
+        for library, name, function in originals:
+            setattr(library, name, function)
+
+
+def _watched(function: Any, tape: _Tape) -> Callable[..., int]:
+    def call(*references: Any) -> int:
+        needed = function(*references)
+        if not needed:  # or it did nothing, and will be called again
+            tape.add_call(function, [reference._obj for reference in references])
+        return needed
+
+    return call
+
+
+def _is_plain_addition(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    left, right = args[:2]
+    return (
+        not kwargs
+        and isinstance(right, torch.Tensor)
+        and left.dtype == right.dtype
+        and left.shape == right.shape
+        and left.is_contiguous()
+        and right.is_contiguous()
+        and native_kernels.available(left.dtype)
+    )
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
+
+
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_mkldnn
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What tells a tensor's memory from that of others."""
+    return tensor.untyped_storage().data_ptr() if _is_strided(tensor) else id(tensor)
+
+
+def _uses(tensor: torch.Tensor) -> int:
+    """Tensors and the like that hold on to the tensor's memory."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def _unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, not holding on to its memory, which the pool keeps."""
+    storage = tensor.untyped_storage()
+    memory = (ctypes.c_char * int(storage.nbytes())).from_address(storage.data_ptr())
+    flat = torch.frombuffer(memory, dtype=tensor.dtype)
+    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _rounded(num_bytes: int) -> int:
+    """A power of two, so that batches of about one size share memory."""
+    return max(_ALIGNMENT, 1 << (num_bytes - 1).bit_length()) if num_bytes else _ALIGNMENT
