@@ -86,9 +86,9 @@ class Capabilities:
         over_read_tokens: rows are loaded in tiles of this many tokens, so that up to
             `ceil(len / tile) * tile` rows must be backed and finite. 1: never reads past the
             length.
-        graphs: a batch of decodes can be recorded as a CUDA graph and replayed with other numbers
-            in its tensors: of the batch, `store` and `forward` use the tensors, and `max_seqlen_q`
-            and `max_seqlen_k` as upper bounds, and nothing else.
+        graphs: a batch of decodes can be recorded (on CUDA as a graph) and replayed with other
+            numbers in its tensors: of the batch, `store` and `forward` use the tensors, and
+            `max_seqlen_q` and `max_seqlen_k` as upper bounds, and nothing else.
     """
 
     devices: frozenset[str]

@@ -52,7 +52,7 @@ class BackendChoice(NamedTuple):
 
     name: str | None
     passed_over: tuple[tuple[str, str], ...]  # (name, reason), best first
-    graphs: bool  # whether it can be recorded as a CUDA graph
+    graphs: bool  # whether its decodes can be recorded and replayed
 
 
 def backend_names() -> tuple[str, ...]:

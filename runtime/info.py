@@ -147,12 +147,11 @@ def _choices() -> Table:
     for device in devices:
         for kind, changes in _KINDS:
             choice = explain_choice(AttentionNeeds(device=device, **{**plain, **changes}))
-            recorded = device == "cuda" and choice.graphs
             table.add_row(
                 device,
                 kind,
                 choice.name or "none",
-                "recorded" if recorded else "kernel by kernel",
+                "recorded" if choice.graphs else "kernel by kernel",
                 _passed_over(choice.passed_over),
             )
     return table

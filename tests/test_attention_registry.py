@@ -46,7 +46,7 @@ def test_without_a_compiler_the_cpu_falls_back(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_choice_says_what_it_passed_over():
-    assert explain_choice(needs()) == ("native", (), False)
+    assert explain_choice(needs()) == ("native", (), True)
     choice = explain_choice(needs(dtype=torch.float16))
     assert choice.name == "sdpa"
     assert choice.passed_over == (("native", "no torch.float16"),)

@@ -96,7 +96,7 @@ def test_info_of_a_model_says_what_it_gets_and_why(llama_folder: Path) -> None:
     shown = " ".join(run("info", str(llama_folder)).split())
     assert "attention backend" in shown
     assert "native" in shown
-    assert "kernel by kernel" in shown
+    assert "decode steps │ recorded" in shown
     assert "none taken yet" in shown
 
 
