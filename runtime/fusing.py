@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..quant import Int4Linear
 from . import native_kernels
 from .native_kernels import Gate
 
@@ -76,15 +77,20 @@ def fuse_rotary(model: nn.Module) -> list[Undo]:
     return undo
 
 
-def gate_of(module: nn.Module) -> Gate | None:
-    """The gate of a layer that computes down_proj(act_fn(gate_proj(x)) * up_proj(x)), else None."""
+def gate_of(module: nn.Module, dtype: torch.dtype) -> Gate | None:
+    """The gate of a layer that computes down_proj(act_fn(gate_proj(x)) * up_proj(x)), else None.
+
+    Its linears may be dense or in 4 bits; `dtype` is that of their inputs.
+    """
     children = dict(module.named_children())
     if set(children) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or _has_hooks(module):
         return None
     gate_proj, up_proj = children["gate_proj"], children["up_proj"]
-    if type(gate_proj) is not nn.Linear or type(up_proj) is not nn.Linear:
+    if not isinstance(gate_proj, nn.Linear | Int4Linear) or type(up_proj) is not type(gate_proj):
         return None
-    x = _random(_NUM_TEST_ROWS, gate_proj.in_features, like=gate_proj.weight)
+    if type(gate_proj) not in (nn.Linear, Int4Linear) or not native_kernels.available(dtype):
+        return None
+    x = _random(_NUM_TEST_ROWS, gate_proj.in_features, like=torch.empty(0, dtype=dtype))
     wide = 3 * _random(_NUM_TEST_ROWS, 64, like=torch.empty(0))  # float32 tells activations apart
     for gate, activation in _ACTIVATIONS.items():
         if not _close(children["act_fn"](wide), activation(wide)):

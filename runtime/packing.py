@@ -208,7 +208,7 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
     """
     expected: list[torch.Tensor] = []
     groups = _shared_inputs(_places(model), lambda: expected.extend(run()))
-    homes = _homes(model)
+    homes, dtype = _homes(model), expected[-1].dtype
     files = linux.mapped_files(".safetensors")
     undo: list[Undo] = []
     gated: list[tuple[nn.Module, PackedProduct]] = []
@@ -217,7 +217,7 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
         for group in groups:  # one at a time: never two copies of the whole model
             parent = group[0].parent
             is_gated = [place.name for place in group] == ["gate_proj", "up_proj"]
-            gate = gate_of(parent) if is_gated and id(parent) in homes else None
+            gate = gate_of(parent, dtype) if is_gated and id(parent) in homes else None
             product = PackedProduct([place.linear for place in group], gate)
             undo.append(_exchange_linears(group, product, files))
             products.append(product)
@@ -229,7 +229,7 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
         undo += fuse_norms(model) + fuse_rotary(model)
         if _same(run(), expected):
             for product in products:
-                product.settle(expected[-1].dtype)
+                product.settle(dtype)
             return sum(product.num_bytes for product in products)
     except (RuntimeError, AttributeError, TypeError, ValueError):
         pass  # it does not take them, and goes on as it was

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import zoo
+from quantized import random_weight
 from torch import nn
 from vkv import LLM
+from vkv.quant import Int4Linear
 from vkv.runtime import native_kernels
 from vkv.runtime.fusing import FusedNorm, fuse_norms, fuse_rotary, gate_of
 from vkv.runtime.models import load_model
@@ -103,8 +105,21 @@ class Feedforward(nn.Module):
 def test_what_only_looks_alike_is_left() -> None:
     odd = nn.Sequential(OddRMSNorm())
     assert fuse_norms(odd) == []
-    assert gate_of(Feedforward(nn.SiLU())) is Gate.SILU
-    assert gate_of(Feedforward(nn.GELU(approximate="tanh"))) is Gate.GELU_TANH
-    assert gate_of(Feedforward(nn.GELU())) is None, "the exact GELU is another function"
-    assert gate_of(Feedforward(nn.ReLU())) is None
-    assert gate_of(Feedforward(nn.SiLU(), swapped=True)) is None
+    assert gate_of(Feedforward(nn.SiLU()), torch.float32) is Gate.SILU
+    assert gate_of(Feedforward(nn.GELU(approximate="tanh")), torch.float32) is Gate.GELU_TANH
+    assert gate_of(Feedforward(nn.GELU()), torch.float32) is None, (
+        "the exact GELU is another function"
+    )
+    assert gate_of(Feedforward(nn.ReLU()), torch.float32) is None
+    assert gate_of(Feedforward(nn.SiLU(), swapped=True), torch.float32) is None
+
+
+@torch.inference_mode()
+def test_a_gate_between_linears_in_4_bits() -> None:
+    layer = Feedforward(nn.SiLU())
+    layer.gate_proj, layer.up_proj = (  # type: ignore[assignment]
+        Int4Linear(random_weight(16, 8, 8, seed=seed)) for seed in (1, 2)
+    )
+    assert gate_of(layer.bfloat16(), torch.bfloat16) is Gate.SILU
+    layer.swapped = True
+    assert gate_of(layer, torch.bfloat16) is None
