@@ -43,9 +43,11 @@ class Recorder(Protocol):
     Attributes:
         pads: batches come in a few sizes and lengths, and smaller ones are padded; otherwise every
             size has a recording of its own.
+        refusal_level: of the log's entry that a model is not recorded.
     """
 
     pads: bool
+    refusal_level: int
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """Returns what does again what `run` does, on the same tensors, for the same result.
@@ -63,6 +65,7 @@ class Rerun:
     """For a device without graphs: to replay is to run again. It gains nothing but a test."""
 
     pads = True
+    refusal_level = logging.WARNING
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         return run
@@ -80,6 +83,7 @@ class CudaRecorder:
     """
 
     pads = True
+    refusal_level = logging.WARNING
 
     def __init__(
         self, device: torch.device, still: Callable[[], AbstractContextManager[None]]
@@ -218,7 +222,11 @@ class DecodeGraphs:
     def _refuse(self, error: RuntimeError) -> None:
         self.refused = str(error)
         self.forget()
-        _log.warning("decode steps are not recorded and run one kernel at a time: %s", error)
+        _log.log(
+            self._recorder.refusal_level,
+            "decode steps are not recorded and run one kernel at a time: %s",
+            error,
+        )
 
     def _values(self, batch: Sequence[ScheduledRequest], size: int) -> StepValues:
         """The step's numbers, padded to `size` rows."""

@@ -12,6 +12,7 @@ within a step as it was when the step was watched.
 """
 
 import ctypes
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from .graphs import Unrecordable
 from .native_kernels import Call
 
 _ALIGNMENT = 64
-_PAGE = 4096
+_NUM_COMPARED = 3  # recordings whose first replay is compared with a run
 _KERNELS = (  # which libraries have which kernels
     (native_kernels.library, ("linear", "rms_norm", "rotate", "gated", "add")),
     (attention_library.load_library, ("attend", "store")),
@@ -43,24 +44,40 @@ class TapeRecorder:
     """Records what runs on a CPU. On a device, work outlives the calls that launch it."""
 
     pads = False  # a recording is cheap to make, a padded row costs as much as any other
+    refusal_level = logging.INFO  # many a model decides in Python; it runs as it always did
 
     def __init__(self) -> None:
         self._pool = _Pool()
+        self._num_recorded = 0
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         tape = _Tape(self._pool)
         with _only_one, _watched_kernels(tape), tape:
             out = run()
-        return _Replay(tape, out, run)
+        self._num_recorded += 1
+        return _Replay(tape, out, run if self._num_recorded <= _NUM_COMPARED else None)
 
     def forget(self) -> None:
         self._pool = _Pool()
+
+
+class _Workspace:
+    """What kernels ask for to work in, one at a time."""
+
+    def __init__(self) -> None:
+        self.grow(1 << 16)
+
+    def grow(self, num_bytes: int) -> None:
+        self._memory = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
+        self.address = -(-self._memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        self.num_bytes = num_bytes
 
 
 class _Pool:
     """Memory that recordings share. A stretch is free once no tensor of the model lies in it."""
 
     def __init__(self) -> None:
+        self.workspace = _Workspace()
         self._stretches: dict[int, list[torch.Tensor]] = {}  # by size
         self._owned: set[int] = set()  # addresses
         self._uses_when_free = _uses(torch.empty(_ALIGNMENT, dtype=torch.uint8))
@@ -183,18 +200,20 @@ class _NativeCall:
 
 
 class _Replay:
-    """Plays a tape. The first time, what comes out must be what the model computes."""
+    """Plays a tape. With `run`, what comes out the first time must be what the model computes."""
 
-    def __init__(self, tape: _Tape, out: torch.Tensor, run: Callable[[], torch.Tensor]) -> None:
+    def __init__(
+        self, tape: _Tape, out: torch.Tensor, run: Callable[[], torch.Tensor] | None
+    ) -> None:
         if not tape.pool.owns(out):
             raise Unrecordable("the logits are no result of what was recorded")
         self._out = _unowned(out)
         self._pool = tape.pool  # whose memory the arguments point to
-        self._run: Callable[[], torch.Tensor] | None = run  # until it was compared
-        self._parts: list[Callable[[], None]] = []
-        for step in tape.steps:
-            part = _Calls(step) if isinstance(step, list) else step
-            self._parts.append(part)
+        self._run = run
+        self._parts: list[Callable[[], None]] = [
+            _Calls(step, tape.pool.workspace) if isinstance(step, list) else step
+            for step in tape.steps
+        ]
 
     def __call__(self) -> torch.Tensor:
         expected = None if self._run is None else self._run()
@@ -210,18 +229,16 @@ class _Replay:
 class _Calls:
     """Calls of kernels, one after the other, in one call from Python."""
 
-    def __init__(self, calls: Sequence[_NativeCall]) -> None:
+    def __init__(self, calls: Sequence[_NativeCall], workspace: _Workspace) -> None:
         self._structs = [struct for call in calls for struct in call.structs]
         self._calls = (Call * len(calls))(*(call.addresses() for call in calls))
-        self._num_threads = 0
         self._needed = ctypes.c_int64()
-        self._workspace = torch.empty(0, dtype=torch.uint8)
-        self._grow(_PAGE)
+        self._workspace = workspace
+        self._settings: dict[str, int] = {}  # that the arguments have now
 
     def __call__(self) -> None:
-        if self._num_threads != torch.get_num_threads():
-            self._num_threads = torch.get_num_threads()
-            self._set("num_threads", self._num_threads)
+        self._set("num_threads", torch.get_num_threads())
+        self._set_workspace()
         done, library = 0, native_kernels.library()
         while True:
             done = library.vkv_replay(
@@ -230,15 +247,18 @@ class _Calls:
             if done == len(self._calls):
                 return
             assert self._needed.value > 0, "kernels that run once run again"
-            self._grow(self._needed.value)
+            self._workspace.grow(self._needed.value)
+            self._set_workspace()
 
-    def _grow(self, num_bytes: int) -> None:
-        self._workspace = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
-        address = -(-self._workspace.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        self._set("workspace", address)
-        self._set("workspace_bytes", num_bytes)
+    def _set_workspace(self) -> None:
+        self._set("workspace", self._workspace.address)
+        self._set("workspace_bytes", self._workspace.num_bytes)
 
     def _set(self, name: str, value: int) -> None:
+        """Set an argument of all kernels that have it, unless it is set."""
+        if self._settings.get(name) == value:
+            return
+        self._settings[name] = value
         for struct in self._structs:
             if hasattr(struct, name):
                 setattr(struct, name, value)

@@ -121,6 +121,7 @@ def test_preemption_and_sampling_go_on_as_without_recordings(flash_standin: str)
 
 class _Refusing:
     pads = True
+    refusal_level = logging.WARNING
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         raise RuntimeError("operation not permitted when stream is capturing")
