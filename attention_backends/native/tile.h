@@ -358,15 +358,19 @@ INLINE void NAME(add_values)(const int rows, const int is_bf16, const struct blo
     }
 }
 
-/* Numbers of rows and types become constants, so that sums stay in registers. */
-#define FOR_EACH_FEW(call)                                                       \
-    for (int r = 0; r < rows; r += 4) {                                          \
-        const int some = rows - r < 4 ? rows - r : 4;                            \
-        if (is_bf16 && some == 1) call(1, 1); else if (is_bf16 && some == 2) call(2, 1);   \
-        else if (is_bf16 && some == 3) call(3, 1); else if (is_bf16) call(4, 1); \
-        else if (some == 1) call(1, 0); else if (some == 2) call(2, 0);          \
-        else if (some == 3) call(3, 0); else call(4, 0);                         \
-    }
+/* Four rows at a time; their number and type become constants, so that sums stay in registers. */
+#define FOR_EACH_FEW(CALL)                                              \
+    for (int r = 0; r < rows; r += 4)                                   \
+        switch (4 * is_bf16 + (rows - r < 4 ? rows - r : 4)) {          \
+            case 1: CALL(1, 0); break;                                  \
+            case 2: CALL(2, 0); break;                                  \
+            case 3: CALL(3, 0); break;                                  \
+            case 4: CALL(4, 0); break;                                  \
+            case 5: CALL(1, 1); break;                                  \
+            case 6: CALL(2, 1); break;                                  \
+            case 7: CALL(3, 1); break;                                  \
+            case 8: CALL(4, 1); break;                                  \
+        }
 
 static void NAME(score_few)(int rows, int is_bf16, const struct block *block, int dim,
                             const int32_t *query, int query_words, float *scores) {
