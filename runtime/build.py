@@ -92,6 +92,8 @@ def why_no_graphs(
         obstacle = "layers with recurrent or convolution state cannot be recorded"
     elif config.kv == "paged":
         obstacle = "a paged cache cannot be recorded"
+    elif any(m._forward_hooks or m._forward_pre_hooks for m in loaded.model.modules()):
+        obstacle = "the model's forward hooks would not run in replayed steps"
     elif not backend.capabilities.graphs:
         obstacle = f"attention backend {backend.name!r} cannot be recorded"
     if config.record_decodes and obstacle:

@@ -52,8 +52,9 @@ class Recorder(Protocol):
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """Returns what does again what `run` does, on the same tensors, for the same result.
 
-        Raises RuntimeError if `run` does what cannot be recorded. What it returned raises
-        Unrecordable if it sees that the recording is not good for other numbers.
+        The first replay is of the numbers that were recorded. Raises RuntimeError if `run` does
+        what cannot be recorded; what it returned does so if it sees that the recording is not
+        good for other numbers.
         """
         ...
 
@@ -192,7 +193,7 @@ class DecodeGraphs:
             recording.inputs.fill(values, last_tokens)
         try:
             logits = recording.replay()
-        except Unrecordable as error:
+        except RuntimeError as error:
             return self._refuse(error)
         self.num_replays += 1
         return logits[: len(batch)]
@@ -216,10 +217,10 @@ class DecodeGraphs:
 
         try:
             return _Recording(inputs, self._recorder.record(run))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             return self._refuse(error)
 
-    def _refuse(self, error: RuntimeError) -> None:
+    def _refuse(self, error: Exception) -> None:
         self.refused = str(error)
         self.forget()
         _log.log(

@@ -12,6 +12,7 @@ within a step as it was when the step was watched.
 """
 
 import ctypes
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -31,7 +33,17 @@ from .graphs import Unrecordable
 from .native_kernels import Call
 
 _ALIGNMENT = 64
-_NUM_COMPARED = 3  # recordings whose first replay is compared with a run
+_NUM_COMPARED = 3  # recordings whose replay is compared with a run
+_EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default)
+# What a model may call that depends on numbers, without a tag or an operation to show for it.
+_READS = ("tolist", "numpy", "__array__", "item", "__dlpack__")
+_LOOKS = (
+    "aten.where.default",
+    "aten.nonzero_numpy.default",
+    "aten.repeat_interleave.self_Tensor",
+    "aten.tensor_split.tensor_indices_or_sections",
+    "aten.narrow.Tensor",
+)
 _KERNELS = (  # which libraries have which kernels
     (native_kernels.library, ("linear", "rms_norm", "rotate", "gated", "add")),
     (attention_library.load_library, ("attend", "store")),
@@ -52,8 +64,9 @@ class TapeRecorder:
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         tape = _Tape(self._pool)
-        with _only_one, _watched_kernels(tape), tape:
+        with _only_one, _watched_kernels(tape), _Guard(), tape:
             out = run()
+        self._pool.check_free(but=out)
         self._num_recorded += 1
         return _Replay(tape, out, run if self._num_recorded <= _NUM_COMPARED else None)
 
@@ -94,6 +107,17 @@ class _Pool:
     def owns(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._owned
 
+    def check_free(self, *, but: torch.Tensor) -> None:
+        """Raises Unrecordable if the model keeps a tensor, which replays would overwrite."""
+        mine = but.untyped_storage().data_ptr()
+        for collect in (True, False):
+            stretches = (stretch for group in self._stretches.values() for stretch in group)
+            if all(s.data_ptr() == mine or _uses(s) == self._uses_when_free for s in stretches):
+                return
+            if collect:
+                gc.collect()
+        raise Unrecordable("a tensor of the step is kept for the next")
+
     def _free(self, num_bytes: int) -> torch.Tensor:
         stretches = self._stretches.setdefault(num_bytes, [])
         for stretch in stretches:
@@ -102,6 +126,17 @@ class _Pool:
         stretches.append(torch.empty(num_bytes, dtype=torch.uint8))
         self._owned.add(stretches[-1].untyped_storage().data_ptr())
         return stretches[-1]
+
+
+class _Guard(TorchFunctionMode):
+    """Refuses what reads a tensor's numbers unseen by the tape."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _READS:
+            raise Unrecordable(f"Tensor.{func.__name__} depends on what tensors hold")
+        return func(*args, **(kwargs or {}))
 
 
 class _Tape(TorchDispatchMode):
@@ -118,14 +153,15 @@ class _Tape(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         tags = getattr(func, "tags", ())
-        if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+        looks = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+        if looks or str(func) in _LOOKS:
             raise Unrecordable(f"{func} depends on what tensors hold")
         idle_dropout = func is torch.ops.aten.dropout.default and not args[2]
         if torch.Tag.nondeterministic_seeded in tags and not idle_dropout:
             raise Unrecordable(f"{func} draws random numbers")
-        if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty):
+        if func in _EMPTY and _is_on_cpu(kwargs):
             return self._empty(func, args, kwargs)
-        if func is torch.ops.aten.add.Tensor and _is_plain_addition(args, kwargs):
+        if func is torch.ops.aten.add.Tensor and self._adds_plainly(args, kwargs):
             out = self.pool.take(args[0].shape, args[0].dtype)
             native_kernels.add(args[0], args[1], out)  # watched as all kernels are
             return out
@@ -160,10 +196,23 @@ class _Tape(TorchDispatchMode):
         assert isinstance(self.steps[-1], list)
         self.steps[-1].append(_NativeCall(function, structs))
 
+    def _adds_plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether vkv's kernel can add these, which stay where they are."""
+        left, right = args[:2]
+        return (
+            not kwargs
+            and isinstance(right, torch.Tensor)
+            and (left.dtype, left.shape) == (right.dtype, right.shape)
+            and all(x.is_contiguous() and self.pool.owns(x) for x in (left, right))
+            and native_kernels.available(left.dtype)
+        )
+
     def _empty(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         like = args[0] if isinstance(args[0], torch.Tensor) else None
         shape: Any = args[0] if like is None else args[1]
         dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
+        if dtype == torch.uint8:  # a workspace, which kernels keep
+            return func(*args, **kwargs)
         return self.pool.take(shape, dtype)
 
     def _again(
@@ -175,8 +224,11 @@ class _Tape(TorchDispatchMode):
         def again() -> None:
             results = func(*args, **kwargs)
             for out, found in zip(outs, tree_flatten(results)[0] if outs else (), strict=True):
-                if out is not None:
-                    out.copy_(found)
+                if out is None:
+                    continue
+                if out.shape != found.shape:
+                    raise Unrecordable(f"{func} came to another shape")
+                out.copy_(found)
 
         self.steps.append(again)
 
@@ -200,7 +252,10 @@ class _NativeCall:
 
 
 class _Replay:
-    """Plays a tape. With `run`, what comes out the first time must be what the model computes."""
+    """Plays a tape. The first time, that has been done: it was watched.
+
+    With `run`, what comes out the second time, of other numbers, must be what the model computes.
+    """
 
     def __init__(
         self, tape: _Tape, out: torch.Tensor, run: Callable[[], torch.Tensor] | None
@@ -210,18 +265,23 @@ class _Replay:
         self._out = _unowned(out)
         self._pool = tape.pool  # whose memory the arguments point to
         self._run = run
+        self._is_done = True
         self._parts: list[Callable[[], None]] = [
             _Calls(step, tape.pool.workspace) if isinstance(step, list) else step
             for step in tape.steps
         ]
 
     def __call__(self) -> torch.Tensor:
+        if self._is_done:
+            self._is_done = False
+            return self._out
         expected = None if self._run is None else self._run()
         for part in self._parts:
             part()
         if expected is not None:
             self._run = None
-            if not torch.equal(self._out.view(torch.uint8), expected.view(torch.uint8)):
+            found, expected = (x.contiguous().flatten() for x in (self._out, expected))
+            if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
                 raise Unrecordable("a replayed step came to other logits")
         return self._out
 
@@ -294,17 +354,8 @@ def _watched(function: Any, tape: _Tape) -> Callable[..., int]:
     return call
 
 
-def _is_plain_addition(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    left, right = args[:2]
-    return (
-        not kwargs
-        and isinstance(right, torch.Tensor)
-        and left.dtype == right.dtype
-        and left.shape == right.shape
-        and left.is_contiguous()
-        and right.is_contiguous()
-        and native_kernels.available(left.dtype)
-    )
+def _is_on_cpu(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("device") in (None, torch.device("cpu"))
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

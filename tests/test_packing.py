@@ -128,3 +128,12 @@ print(resident() - before, llm._loaded.packed_bytes)
     grown, packed = map(int, run.stdout.split())
     assert packed > 90 << 20
     assert grown < packed // 2
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no packed kernels")
+@torch.inference_mode()
+def test_logits_may_be_of_another_type() -> None:
+    model = zoo.tiny_model("llama").bfloat16()
+    ids = torch.tensor([[1, 2, 3]])
+    packed = pack(model, lambda: [model.model(ids)[0][0], model(ids).logits[0].float()])
+    assert packed > 0

@@ -58,11 +58,13 @@ def test_the_native_kernel_rounds_no_weight(
     weight = random_weight(*shape, symmetric=symmetric)
     kernel = NativeKernel(instruction_set)
     layout = kernel.prepare(weight)
+    generator = torch.Generator().manual_seed(5)
     for num_rows in (1, 2, 3, 4, 6, 7, 13, 40):
-        inputs = torch.randn(num_rows, shape[1]).to(torch.bfloat16)
+        inputs = torch.randn(num_rows, shape[1], generator=generator).to(torch.bfloat16)
         exact = inputs.double() @ weight.dequantize(torch.float64).T
         found = kernel.multiply(layout, inputs)
-        torch.testing.assert_close(found.double(), exact, rtol=2**-8 + 1e-5, atol=5e-4)
+        # Weights rounded to bfloat16 would be off by 0.014 to 0.034 beyond the results' rounding.
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8 + 1e-5, atol=2e-3)
 
 
 @pytest.mark.skipif(

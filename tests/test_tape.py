@@ -113,6 +113,7 @@ def test_closing_gives_the_pool_back() -> None:
 def _replays(run: Callable[[], torch.Tensor], inputs: torch.Tensor) -> None:
     """Record with some numbers, replay with others."""
     replay = TapeRecorder().record(run)
+    assert torch.equal(replay(), run())
     for seed in range(3):
         inputs.copy_(torch.randn(inputs.shape, generator=torch.Generator().manual_seed(seed)))
         expected = run().clone()
@@ -163,12 +164,15 @@ def test_memory_is_used_again_within_a_step_and_by_the_next_recording() -> None:
             y = norm(y)
         return y
 
-    replays = {rows: recorder.record(lambda rows=rows: run(rows)) for rows in inputs}
+    replays = {}
+    for rows in inputs:
+        replays[rows] = recorder.record(lambda rows=rows: run(rows))
+        assert torch.equal(replays[rows](), run(rows))
     held = sum(s.nbytes for group in recorder._pool._stretches.values() for s in group)
     assert held <= 3 * inputs[8].nbytes
     for rows, replay in replays.items():
-        for _ in range(2):
-            assert torch.equal(replay(), run(rows))
+        inputs[rows].neg_()
+        assert torch.equal(replay(), run(rows))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +181,9 @@ def test_memory_is_used_again_within_a_step_and_by_the_next_recording() -> None:
         (lambda x: x[x > 0], "depends on what tensors hold"),
         (lambda x: x * x.sum().item(), "depends on what tensors hold"),
         (lambda x: x if x.sum() > 0 else -x, "not a tensor"),
+        (lambda x: torch.cat([p * 2 for p in x.split(x[0].int().tolist())]), "tolist"),
+        (lambda x: x + float(x.numpy().sum()), "numpy"),
+        (lambda x: x.repeat_interleave(x[0].int(), dim=0), "depends on what tensors hold"),
         (lambda x: x + torch.rand_like(x), "random"),
         (lambda x: x, "no result"),
     ],
@@ -193,6 +200,7 @@ def test_what_cannot_be_recorded_is_refused(
 def test_numbers_that_python_kept_are_found_out() -> None:
     x, factor = torch.ones(4, 4), [1.0]
     replay = TapeRecorder().record(lambda: x * factor[0])
+    replay()
     factor[0] = 2.0
     with pytest.raises(Unrecordable, match="other logits"):
         replay()
@@ -214,4 +222,26 @@ def test_kernels_of_other_threads_are_not_recorded() -> None:
 
     replay = TapeRecorder().record(run)
     assert [len(part._calls) for part in replay._parts] == [1]  # type: ignore[attr-defined]
-    assert torch.equal(replay(), norm(x))
+    for _ in range(2):
+        assert torch.equal(replay(), norm(x))
+
+
+def test_a_tensor_that_the_model_keeps_is_not_overwritten() -> None:
+    x, kept = torch.ones(4, 4), []
+
+    def run() -> torch.Tensor:
+        kept.append(x * 3)
+        return kept[-1] + 1
+
+    with pytest.raises(Unrecordable, match="kept"):
+        TapeRecorder().record(run)
+
+
+def test_a_model_with_hooks_runs_them_every_step() -> None:
+    model, calls = zoo.tiny_model("llama"), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with LLM(model, device="cpu", **zoo.with_defaults({})) as llm:
+        assert llm.engine.runner.graphs is None
+        calls.clear()
+        llm.generate([[3, 4, 5]], zoo.greedy(6))
+    assert len(calls) == 6
