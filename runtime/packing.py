@@ -112,7 +112,7 @@ class PackedProduct:
             self._product = self._lay_out(dense)
 
     def _lay_out(self, weights: list[torch.Tensor]) -> _Product:
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        weight = weights[0] if len(weights) == 1 else _joined(weights)
         self._weight_bytes = weight.nbytes
         panel = native_kernels.best_panel(weight.dtype)
         if panel is not None and self.in_features % 2 == 0:
@@ -345,6 +345,13 @@ def _are_siblings(first: _Place, other: _Place) -> bool:
     if isinstance(one, Int4Linear) and isinstance(two, Int4Linear):
         return can_concatenate(one.weight_int4, two.weight_int4)
     return isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
+
+
+def _joined(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The weights below one another, apart: the heap would keep a hole for each that is let go."""
+    shape = sum(len(weight) for weight in weights), weights[0].shape[1]
+    apart = native_kernels.empty_apart(shape, weights[0].dtype)
+    return torch.cat([weight.detach() for weight in weights], out=apart)
 
 
 def _joined_bias(linears: Sequence[_Linear]) -> torch.Tensor | None:
