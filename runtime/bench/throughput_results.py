@@ -127,7 +127,7 @@ def _limits_table(results: Results, limits: Limits, dtype: str) -> Table:
         columns=["limit", "value"],
         rows=[
             ["reading memory, GB/s", f"{limits.read_bytes_per_s / 1e9:.1f}"],
-            [f"matrix product in {dtype}, TFLOP/s", f"{limits.flops_per_s / 1e12:.2f}"],
+            [f"matrix product in {limits.dtype}, TFLOP/s", f"{limits.flops_per_s / 1e12:.2f}"],
             *(
                 [
                     f"steps a second if the weights of {name} are read once",
