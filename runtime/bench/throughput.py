@@ -151,7 +151,6 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
         int4=[name for name in INT4_SYSTEMS if name in workers],
         held_tokens=max(cell.held_tokens for cell in options.cells),
         import_bytes=constant,
-        dtype=options.dtype,
         limits=limits,
     )
     name = options.shape if options.model is None else Path(options.model).name

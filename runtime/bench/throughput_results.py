@@ -46,7 +46,6 @@ def tables(
     int4: Sequence[str],
     held_tokens: int,
     import_bytes: int,
-    dtype: str,
     limits: Limits,
 ) -> list[Table]:
     """Rates, their ratios, memory, and the machine's limits.
@@ -72,7 +71,7 @@ def tables(
     weights = {name: results.weights[name] for name in compared if name in results.weights}
     if len(weights) > 1 and baseline in weights:
         found.append(gains_table(weights, checkpoints.kv_bytes_per_token))
-    found.append(_limits_table(results, limits, dtype))
+    found.append(_limits_table(results, limits))
     failed = [
         [system, cell, text]
         for system, cells in results.failures.items()
@@ -121,7 +120,7 @@ def _memory_table(results: Results, held_bytes: int, import_bytes: int) -> Table
     )
 
 
-def _limits_table(results: Results, limits: Limits, dtype: str) -> Table:
+def _limits_table(results: Results, limits: Limits) -> Table:
     return Table(
         title="Limits of this machine, measured in this run",
         columns=["limit", "value"],
