@@ -75,8 +75,8 @@ class _Gated(ctypes.Structure):
     )
 
 
-class _Workspace(threading.local):
-    """Memory for the kernels to work in: every thread has its own."""
+class Workspace:
+    """Memory for kernels to work in, one at a time, and what they are told of it."""
 
     def __init__(self) -> None:
         self.grow(1 << 16)
@@ -87,7 +87,11 @@ class _Workspace(threading.local):
         self.num_bytes = num_bytes
 
 
-_workspace = _Workspace()
+class _ThreadWorkspace(threading.local, Workspace):
+    """Every thread has its own."""
+
+
+_workspace = _ThreadWorkspace()
 
 
 class _Add(ctypes.Structure):

@@ -14,6 +14,7 @@ within a step as it was when the step was watched.
 import ctypes
 import gc
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from ..quant.errors import QuantError
 from ..vmem.errors import UnsupportedAttention
 from . import native_kernels
 from .graphs import Unrecordable
-from .native_kernels import Call
+from .native_kernels import Call, Workspace
 
 _ALIGNMENT = 64
 _NUM_COMPARED = 3  # recordings whose replay is compared with a run
@@ -74,33 +75,18 @@ class TapeRecorder:
         self._pool = _Pool()
 
 
-class _Workspace:
-    """What kernels ask for to work in, one at a time."""
-
-    def __init__(self) -> None:
-        self.grow(1 << 16)
-
-    def grow(self, num_bytes: int) -> None:
-        self._memory = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
-        self.address = -(-self._memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        self.num_bytes = num_bytes
-
-
 class _Pool:
     """Memory that recordings share. A stretch is free once no tensor of the model lies in it."""
 
     def __init__(self) -> None:
-        self.workspace = _Workspace()
+        self.workspace = Workspace()
         self._stretches: dict[int, list[torch.Tensor]] = {}  # by size
         self._owned: set[int] = set()  # addresses
         self._uses_when_free = _uses(torch.empty(_ALIGNMENT, dtype=torch.uint8))
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor without gaps, in memory that no other tensor lies in."""
-        count = 1
-        for size in shape:
-            count *= size
-        num_bytes = count * dtype.itemsize
+        num_bytes = math.prod(shape) * dtype.itemsize
         stretch = self._free(_rounded(num_bytes))
         return stretch[:num_bytes].view(dtype).view(shape)
 
@@ -289,7 +275,7 @@ class _Replay:
 class _Calls:
     """Calls of kernels, one after the other, in one call from Python."""
 
-    def __init__(self, calls: Sequence[_NativeCall], workspace: _Workspace) -> None:
+    def __init__(self, calls: Sequence[_NativeCall], workspace: Workspace) -> None:
         self._structs = [struct for call in calls for struct in call.structs]
         self._calls = (Call * len(calls))(*(call.addresses() for call in calls))
         self._needed = ctypes.c_int64()

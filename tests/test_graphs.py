@@ -5,7 +5,7 @@ the host frozen as a recording would have them.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,36 +30,25 @@ def _graphs(llm: LLM) -> DecodeGraphs:
     return graphs
 
 
-def _check(llm: LLM, model_type: str, lengths: Sequence[int], counts: Sequence[int]) -> None:
-    """Each output is what `model.generate` makes of its prompt alone."""
-    reference = zoo.tiny_model(model_type, attention="eager")
-    prompts = zoo.random_prompts(lengths)
-    outs = llm.generate(prompts, [zoo.greedy(count) for count in counts])
-    for prompt, out, count in zip(prompts, outs, counts, strict=True):
-        expected = zoo.generate_alone(reference, prompt, count)
-        got = list(out.outputs[0].token_ids)
-        assert got == expected, zoo.explain_difference(reference, prompt, got, expected)
-    llm.engine.cache.check_invariants()
-    zoo.assert_idle(llm)
-
-
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gpt_oss", "gpt2"])
 def test_replayed_steps_give_the_tokens_of_generate(
     flash_standin: str,
     model_type: str,
 ) -> None:
     with _open(model_type, flash_standin, max_batch_tokens=24) as llm:
-        _check(llm, model_type, [5, 40, 1, 17, 16, 9, 30, 22, 3], [30, 9, 17, 1, 40, 12, 3, 25, 33])
+        zoo.check_generate(
+            llm, model_type, [5, 40, 1, 17, 16, 9, 30, 22, 3], [30, 9, 17, 1, 40, 12, 3, 25, 33]
+        )
         assert _graphs(llm).num_replays > 20
         assert {size for size, _ in _graphs(llm)._recordings} >= {1, 2, 4, 7}
 
 
 def test_recordings_are_made_once_and_their_tensors_stay(flash_standin: str) -> None:
     with _open("llama", flash_standin) as llm:
-        _check(llm, "llama", [5, 9, 12], [20, 20, 20])
+        zoo.check_generate(llm, "llama", [5, 9, 12], [20, 20, 20])
         recordings = dict(_graphs(llm)._recordings)
         where = {key: r.inputs._buffer.data_ptr() for key, r in recordings.items()}
-        _check(llm, "llama", [7, 3, 18], [20, 20, 20])
+        zoo.check_generate(llm, "llama", [7, 3, 18], [20, 20, 20])
         assert _graphs(llm)._recordings == recordings
         assert where == {key: r.inputs._buffer.data_ptr() for key, r in recordings.items()}
         assert llm.stats().num_graphs == len(recordings) == 1
@@ -72,9 +61,9 @@ def test_longer_contexts_have_recordings_of_their_own(
 ) -> None:
     monkeypatch.setattr("vkv.runtime.graphs._SHORTEST", 16)
     with _open("gpt_oss", flash_standin) as llm:  # whose window is 13: below, at and above a bound
-        _check(llm, "gpt_oss", [3, 10, 60], [40, 30, 20])
+        zoo.check_generate(llm, "gpt_oss", [3, 10, 60], [40, 30, 20])
         assert {length for _, length in _graphs(llm)._recordings} == {64, 256}
-        _check(llm, "gpt_oss", [4], [30])
+        zoo.check_generate(llm, "gpt_oss", [4], [30])
         assert {length for _, length in _graphs(llm)._recordings} == {16, 64, 256}
 
 
@@ -94,7 +83,7 @@ def test_padding_writes_where_nobody_reads_or_what_its_request_writes(
     monkeypatch.setattr(DecodeGraphs, "_padding", spy)
     # All at the same length, and nothing mapped ahead: at the end of a row no slot has another.
     with _open("llama", flash_standin, look_ahead_tokens=0, max_parked=0) as llm:
-        _check(llm, "llama", [10, 10, 10], [40, 40, 40])
+        zoo.check_generate(llm, "llama", [10, 10, 10], [40, 40, 40])
         assert {write_at - own for write_at, _, own in seen} == {0, 1}
         assert all(write_at < backed for write_at, backed, _ in seen)
 
@@ -138,7 +127,7 @@ def test_a_model_that_cannot_be_recorded_runs_without(
         graphs = _graphs(llm)
         graphs._recorder = _Refusing()
         with caplog.at_level(logging.WARNING):
-            _check(llm, "llama", [5, 12], [10, 10])
+            zoo.check_generate(llm, "llama", [5, 12], [10, 10])
         assert "not permitted" in (graphs.refused or "")
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert llm.stats().num_graphs == llm.stats().num_replays == 0

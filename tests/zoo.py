@@ -287,6 +287,21 @@ def explain_difference(
     )
 
 
+def check_generate(
+    llm: LLM, model_type: str, lengths: Sequence[int], counts: Sequence[int]
+) -> None:
+    """Each output of random prompts is what `model.generate` makes of its prompt alone."""
+    reference = tiny_model(model_type, attention="eager")
+    prompts = random_prompts(lengths)
+    outs = llm.generate(prompts, [greedy(count) for count in counts])
+    for prompt, out, count in zip(prompts, outs, counts, strict=True):
+        expected = generate_alone(reference, prompt, count)
+        got = list(out.outputs[0].token_ids)
+        assert got == expected, explain_difference(reference, prompt, got, expected)
+    llm.engine.cache.check_invariants()
+    assert_idle(llm)
+
+
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Engine options for tiny models: rows of a few tokens, so that memory really moves."""
     defaults = {"page_bytes": 4096, "layers_per_range": 64, "max_len": 256, "kv_memory": "8MiB"}
