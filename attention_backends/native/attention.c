@@ -39,12 +39,21 @@ struct scratch {
     int query_words, value_width;
 };
 
+/* Where fetching is, a block before reading: rows of all KV heads of a share, which lie side by
+ * side, line by line. Heads that lie apart are long streams, which processors fetch by themselves. */
+struct ahead {
+    const char *row;
+    int64_t stride, row_bytes, at; /* at: the next line of the row */
+    int64_t num_rows;              /* left */
+};
+
 /* Keys and values of BLOCK tokens or fewer, of one KV head. */
 struct block {
     const char *keys, *values;
     int64_t key_stride, value_stride; /* bytes from token to token */
     int start, len; /* first token, and how many */
     int ahead;      /* tokens of it whose row a block on is read later: worth fetching */
+    struct ahead *keys_ahead, *values_ahead; /* used instead where few rows are attended */
 };
 
 struct plan {

@@ -8,7 +8,7 @@
  *
  * Keys are transposed a block of BLOCK tokens at a time, so that a lane is a token, and values
  * laid out so that a lane is a dimension; both products are then the same small matrix product.
- * For few rows of floats that costs more than it saves, and both are read as they lie.
+ * Few rows of floats are few_rows.h's.
  * The softmax runs along, block by block, in base 2.
  *
  * Source: FlashAttention-2, arXiv:2307.08691, section 3 (the online softmax).
@@ -33,6 +33,17 @@ INLINE void NAME(store)(float *p, VEC x) { *(VEC *)p = x; }
 #if LANES == 16
 INLINE float NAME(highest)(VEC x) { return _mm512_reduce_max_ps((__m512)x); }
 INLINE float NAME(total)(VEC x) { return _mm512_reduce_add_ps((__m512)x); }
+#elif LANES == 8
+INLINE float NAME(highest)(VEC x) {
+    __m128 top = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+    return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
+}
+INLINE float NAME(total)(VEC x) {
+    __m128 sum = _mm256_castps256_ps128((__m256)x) + _mm256_extractf128_ps((__m256)x, 1);
+    sum += _mm_movehl_ps(sum, sum);
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
 #else
 INLINE float NAME(highest)(VEC x) {
     float top = x[0];
@@ -272,123 +283,8 @@ static void NAME(pack_values)(const char *rows, int64_t stride, int num_tokens, 
 #endif
 }
 
-/* -- few rows, as of a decode: keys and values are read as they lie ------------------------------ */
-
-#if PAIRS
-#define FEW_ROWS 0 /* laying out is cheap there */
-#else
-#define FEW_ROWS 8
-
-INLINE VEC NAME(load_whole)(const char *row, const int is_bf16) {
-    return is_bf16 ? (VEC)NAME(widen)(row) : *(const VEC *)row;
-}
-
-INLINE void NAME(fetch)(const char *row, int num_bytes) {
-    for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(row + i);
-}
-
-/* scores[rows][BLOCK] of the tokens of a block, and of some behind them, which mean nothing. */
-INLINE void NAME(score_rows)(const int rows, const int is_bf16, const struct block *block, int dim,
-                             const int32_t *query, int query_words, float *scores) {
-    const int item = is_bf16 ? 2 : 4, last = block->len - 1;
-    for (int t = 0; t < block->len; t += LANES) {
-        IVEC parts[4][LANES]; /* of a lane each, to be summed */
-        for (int i = 0; i < LANES; i += 2) {
-            const char *k = block->keys + (t + i < last ? t + i : last) * block->key_stride;
-            const char *l = block->keys + (t + i + 1 < last ? t + i + 1 : last) * block->key_stride;
-            if (t + i + 1 < block->ahead) {
-                NAME(fetch)(k + BLOCK * block->key_stride, dim * item);
-                NAME(fetch)(l + BLOCK * block->key_stride, dim * item);
-            }
-            VEC a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
-            for (int d = 0; d < dim; d += LANES, k += LANES * item, l += LANES * item) {
-                const VEC x = NAME(load_whole)(k, is_bf16), y = NAME(load_whole)(l, is_bf16);
-#define ROW(r, a, b)                                              \
-    if (r < rows) {                                               \
-        const VEC q = *(const VEC *)(query + r * query_words + d); \
-        a += x * q;                                               \
-        b += y * q;                                               \
-    }
-                ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
-#undef ROW
-            }
-            parts[0][i] = (IVEC)a0, parts[0][i + 1] = (IVEC)b0;
-            parts[1][i] = (IVEC)a1, parts[1][i + 1] = (IVEC)b1;
-            parts[2][i] = (IVEC)a2, parts[2][i + 1] = (IVEC)b2;
-            parts[3][i] = (IVEC)a3, parts[3][i + 1] = (IVEC)b3;
-        }
-        for (int r = 0; r < rows; r++) {
-            NAME(transpose)(parts[r]);
-            VEC sum = (VEC)parts[r][0];
-            for (int i = 1; i < LANES; i++) sum += (VEC)parts[r][i];
-            NAME(store)(scores + r * BLOCK + t, sum);
-        }
-    }
-}
-
-/* out[rows][width] += weights[rows][BLOCK] times the values of a block. */
-INLINE void NAME(add_values)(const int rows, const int is_bf16, const struct block *block, int dim,
-                             const int32_t *weights, float *out, int width) {
-    const int item = is_bf16 ? 2 : 4;
-    for (int d = 0; d < dim; d += 2 * LANES) {
-        VEC a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
-        const char *row = block->values + d * item;
-        for (int t = 0; t < block->len; t++, row += block->value_stride) {
-            if (d == 0 && t < block->ahead)
-                NAME(fetch)(row + BLOCK * block->value_stride, dim * item);
-            const VEC x = NAME(load_whole)(row, is_bf16);
-            const VEC y = NAME(load_whole)(row + LANES * item, is_bf16);
-#define ROW(r, a, b)                                                   \
-    if (r < rows) {                                                    \
-        const VEC weight = (VEC)NAME(isplat)(weights[r * BLOCK + t]); \
-        a += weight * x;                                               \
-        b += weight * y;                                               \
-    }
-            ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
-#undef ROW
-        }
-#define ROW(r, a, b)                                                          \
-    if (r < rows) {                                                           \
-        float *goal = out + r * width + d;                                    \
-        NAME(store)(goal, NAME(load)(goal) + a);                              \
-        NAME(store)(goal + LANES, NAME(load)(goal + LANES) + b);              \
-    }
-        ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
-#undef ROW
-    }
-}
-
-/* Four rows at a time; their number and type become constants, so that sums stay in registers. */
-#define FOR_EACH_FEW(CALL)                                              \
-    for (int r = 0; r < rows; r += 4)                                   \
-        switch (4 * is_bf16 + (rows - r < 4 ? rows - r : 4)) {          \
-            case 1: CALL(1, 0); break;                                  \
-            case 2: CALL(2, 0); break;                                  \
-            case 3: CALL(3, 0); break;                                  \
-            case 4: CALL(4, 0); break;                                  \
-            case 5: CALL(1, 1); break;                                  \
-            case 6: CALL(2, 1); break;                                  \
-            case 7: CALL(3, 1); break;                                  \
-            case 8: CALL(4, 1); break;                                  \
-        }
-
-static void NAME(score_few)(int rows, int is_bf16, const struct block *block, int dim,
-                            const int32_t *query, int query_words, float *scores) {
-#define CALL(n, bf16)                                                                       \
-    NAME(score_rows)(n, bf16, block, dim, query + r * query_words, query_words, scores + r * BLOCK)
-    FOR_EACH_FEW(CALL)
-#undef CALL
-}
-
-static void NAME(add_few)(int rows, int is_bf16, const struct block *block, int dim,
-                          const int32_t *weights, float *out, int width) {
-#define CALL(n, bf16) \
-    NAME(add_values)(n, bf16, block, dim, weights + r * BLOCK, out + r * width, width)
-    FOR_EACH_FEW(CALL)
-#undef CALL
-}
-
-#undef FOR_EACH_FEW
+#if !PAIRS /* laying out is cheap there */
+#include "few_rows.h"
 #endif
 
 /* -- the softmax ----------------------------------------------------------------------------- */
@@ -449,12 +345,21 @@ static void NAME(take_queries)(const struct vkv_attention *args, const struct sh
     const int is_bf16 = args->dtype == VKV_BFLOAT16, item = is_bf16 ? 2 : 4;
     const int group = args->num_heads / args->num_kv_heads;
     int32_t *goal = s->query;
+#if !PAIRS
+    const int few = NAME(are_few)(args, share);
+#endif
     for (int h = share->first_head; h < share->last_head; h++)
         for (int q = share->first_query; q < share->last_query; q++)
             for (int g = 0; g < group; g++, goal += s->query_words) {
                 const char *row = (const char *)args->query +
                                   item * (q * args->query_token_stride +
                                           (h * group + g) * args->query_head_stride);
+#if !PAIRS
+                for (int d = 0; few && d < args->key_dim; d += 2 * LANES)
+                    NAME(load_two)(row + d * item, is_bf16, (VEC *)(goal + d),
+                                   (VEC *)(goal + d + LANES));
+                if (few) continue;
+#endif
                 for (int d = 0; d < args->key_dim; d += ROW_WORDS)
                     *(IVEC *)(goal + WORDS(d)) =
                         NAME(load_words)(row + d * item, args->key_dim - d, is_bf16);
@@ -468,9 +373,12 @@ INLINE void NAME(attend_block)(const struct vkv_attention *args, const struct sh
     const int rows = (share->last_query - share->first_query) * group;
     const int base = (head - share->first_head) * rows, width = s->value_width;
     const int columns = (block->len + LANES - 1) / LANES * LANES; /* of keys that were packed */
-    const int as_they_lie = rows <= FEW_ROWS && args->key_dim % LANES == 0 &&
-                            args->value_dim % (2 * LANES) == 0;
-    if (!as_they_lie) {
+#if PAIRS
+    const int few = 0;
+#else
+    const int few = NAME(are_few)(args, share);
+#endif
+    if (!few) {
         NAME(pack_keys)(block->keys, block->key_stride, block->len, block->ahead, args->key_dim,
                         is_bf16, s->keys);
         NAME(pack_values)(block->values, block->value_stride, block->len, block->ahead,
@@ -483,8 +391,8 @@ INLINE void NAME(attend_block)(const struct vkv_attention *args, const struct sh
         if (last_seen < block->start) continue; /* this block is all to come for these rows */
         if (args->window && first_seen - args->window >= block->start + block->len - 1) continue;
         const int32_t *query = s->query + (base + r) * s->query_words;
-#if FEW_ROWS
-        if (as_they_lie) {
+#if !PAIRS
+        if (few) {
             NAME(score_few)(rows, is_bf16, block, args->key_dim, query, s->query_words, s->scores);
         } else
 #endif
@@ -508,8 +416,8 @@ INLINE void NAME(attend_block)(const struct vkv_attention *args, const struct sh
                               s->sums + row, s->out + row * width, width);
         }
         float *out = s->out + (base + r) * width;
-#if FEW_ROWS
-        if (as_they_lie) {
+#if !PAIRS
+        if (few) {
             NAME(add_few)(rows, is_bf16, block, args->value_dim, s->weights, out, width);
             continue;
         }
@@ -531,26 +439,59 @@ static void NAME(attend)(const struct vkv_attention *args, const struct share *s
         s->sums[i] = 0;
     }
     memset(s->out, 0, sizeof(float) * (size_t)share->num_rows * (size_t)s->value_width);
+    const char *const keys = (const char *)args->keys + item * slot * args->key_slot_stride;
+    const char *const values = (const char *)args->values + item * slot * args->value_slot_stride;
+    const int64_t key_head = item * args->key_head_stride;
+    const int64_t value_head = item * args->value_head_stride;
+#if !PAIRS
+    const int num_heads = share->last_head - share->first_head;
+    struct ahead keys_ahead = {
+        .row = keys + share->first_key * key_stride + share->first_head * key_head,
+        .stride = key_stride,
+        .row_bytes = num_heads * key_head,
+        .num_rows = share->last_key - share->first_key,
+    };
+    struct ahead values_ahead = {
+        .row = values + share->first_key * value_stride + share->first_head * value_head,
+        .stride = value_stride,
+        .row_bytes = num_heads * value_head,
+        .num_rows = share->last_key - share->first_key,
+    };
+    if (args->key_head_stride != args->key_dim) keys_ahead.num_rows = 0;
+    if (args->value_head_stride != args->value_dim) values_ahead.num_rows = 0;
+    const int in_one = values_ahead.row == keys_ahead.row + keys_ahead.row_bytes &&
+                       value_stride == key_stride;
+    if (in_one) keys_ahead.row_bytes += values_ahead.row_bytes;
+    if (NAME(are_few)(args, share)) {
+        NAME(fetch)(&keys_ahead, BLOCK * keys_ahead.row_bytes);
+        if (!in_one) NAME(fetch)(&values_ahead, BLOCK * values_ahead.row_bytes);
+    }
+#endif
     for (int t = share->first_key; t < share->last_key; t += BLOCK) {
         const int left = share->last_key - t;
         for (int h = share->first_head; h < share->last_head; h++) {
             const struct block block = {
-                .keys = (const char *)args->keys + t * key_stride +
-                        item * (slot * args->key_slot_stride + h * args->key_head_stride),
-                .values = (const char *)args->values + t * value_stride +
-                          item * (slot * args->value_slot_stride + h * args->value_head_stride),
+                .keys = keys + t * key_stride + h * key_head,
+                .values = values + t * value_stride + h * value_head,
                 .key_stride = key_stride,
                 .value_stride = value_stride,
                 .start = t,
                 .len = left < BLOCK ? left : BLOCK,
                 .ahead = left - BLOCK,
+#if !PAIRS
+                .keys_ahead = &keys_ahead,
+                .values_ahead = in_one ? &keys_ahead : &values_ahead,
+#endif
             };
             NAME(attend_block)(args, share, s, h, &block);
         }
     }
+#if !PAIRS
+    if (args->dtype == VKV_BFLOAT16 && NAME(are_few)(args, share))
+        NAME(put_in_order)(s->out, share->num_rows * s->value_width);
+#endif
 }
 
-#undef FEW_ROWS
 #undef VEC
 #undef IVEC
 #undef INLINE

@@ -1,0 +1,191 @@
+/* Few query rows of floats against a block, as in a decode: laying keys and values out would cost
+ * more than it saves, so both are read as they lie. tile.h includes this file where a vector's
+ * words are floats.
+ *
+ * Of bfloat16, the even and the odd elements of a vector are each one operation away from being
+ * floats. Queries are taken in that order, which a sum over them does not notice, and results are
+ * put in order once, when a share is done.
+ */
+
+enum {
+    NAME(FEW_ROWS) = 8,
+    NAME(TOKENS) = 8 /* of values at a time: their rows stay in the first cache at any stride */
+};
+
+/* Whether a share's rows are few, and its heads whole vectors. */
+INLINE int NAME(are_few)(const struct vkv_attention *args, const struct share *share) {
+    const int group = args->num_heads / args->num_kv_heads;
+    return (share->last_query - share->first_query) * group <= NAME(FEW_ROWS) &&
+           args->key_dim % (2 * LANES) == 0 && args->value_dim % (2 * LANES) == 0;
+}
+
+/* 2 * LANES elements: of bfloat16 the even ones and the odd ones, of floats a half and a half. */
+INLINE void NAME(load_two)(const char *row, const int is_bf16, VEC *x, VEC *y) {
+    if (is_bf16) {
+        IVEC pairs;
+        memcpy(&pairs, row, sizeof pairs);
+        *x = (VEC)(pairs << 16);
+        *y = (VEC)(pairs & (int32_t)0xffff0000);
+    } else {
+        memcpy(x, row, sizeof *x);
+        memcpy(y, row + sizeof *x, sizeof *y);
+    }
+}
+
+/* Undoes that order in the rows of a share's result. */
+static void NAME(put_in_order)(float *out, int num_floats) {
+    for (int i = 0; i < num_floats; i += 2 * LANES) {
+        float apart[2 * LANES];
+        memcpy(apart, out + i, sizeof apart);
+        for (int d = 0; d < LANES; d++) {
+            out[i + 2 * d] = apart[d];
+            out[i + 2 * d + 1] = apart[LANES + d];
+        }
+    }
+}
+
+/* Lane i of the result is the sum of vector i's lanes. The vectors are overwritten. */
+INLINE VEC NAME(sums)(VEC *x) {
+#if LANES == 8
+    __m256 *v = (__m256 *)x;
+    for (int i = 0; i < 4; i++)
+        v[i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]) +
+               _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 2; i++) {
+        const __m256d a = (__m256d)v[2 * i], b = (__m256d)v[2 * i + 1];
+        v[i] = (__m256)_mm256_unpacklo_pd(a, b) + (__m256)_mm256_unpackhi_pd(a, b);
+    }
+    return (VEC)(_mm256_permute2f128_ps(v[0], v[1], 0x20) +
+                 _mm256_permute2f128_ps(v[0], v[1], 0x31));
+#else
+    NAME(transpose)((IVEC *)x);
+    VEC sum = x[0];
+    for (int i = 1; i < LANES; i++) sum += x[i];
+    return sum;
+#endif
+}
+
+/* Fetches the next lines of the rows to come. As many as are read meanwhile, since memory has only
+ * so many reads under way, and for the second four rows (NULL) none. */
+INLINE void NAME(fetch)(struct ahead *ahead, int64_t num_bytes) {
+    if (!ahead) return;
+    for (; num_bytes > 0 && ahead->num_rows > 0; num_bytes -= 64) {
+        __builtin_prefetch(ahead->row + ahead->at);
+        ahead->at += 64;
+        if (ahead->at < ahead->row_bytes) continue;
+        ahead->at = 0;
+        ahead->row += ahead->stride;
+        ahead->num_rows--;
+    }
+}
+
+/* scores[rows][BLOCK] of the tokens of a block, and of some behind them, which mean nothing. */
+INLINE void NAME(score_rows)(const int rows, const int is_bf16, const struct block *block, int dim,
+                             const int32_t *query, int query_words, float *scores,
+                             struct ahead *ahead) {
+    const int item = is_bf16 ? 2 : 4, last = block->len - 1;
+    for (int t = 0; t < block->len; t += LANES) {
+        VEC parts[4][LANES]; /* of a token each, to be summed */
+        for (int i = 0; i < LANES; i += 2) {
+            const char *k = block->keys + (t + i < last ? t + i : last) * block->key_stride;
+            const char *l = block->keys + (t + i + 1 < last ? t + i + 1 : last) * block->key_stride;
+            VEC a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
+            NAME(fetch)(ahead, 2 * dim * item);
+            for (int d = 0; d < dim; d += 2 * LANES) {
+                VEC k0, k1, l0, l1;
+                NAME(load_two)(k + d * item, is_bf16, &k0, &k1);
+                NAME(load_two)(l + d * item, is_bf16, &l0, &l1);
+#define ROW(r, a, b)                                                      \
+    if (r < rows) {                                                       \
+        const float *q = (const float *)query + r * query_words + d;      \
+        const VEC q0 = NAME(load)(q), q1 = NAME(load)(q + LANES);         \
+        a += k0 * q0;                                                     \
+        b += l0 * q0;                                                     \
+        a += k1 * q1;                                                     \
+        b += l1 * q1;                                                     \
+    }
+                ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
+#undef ROW
+            }
+            parts[0][i] = a0, parts[0][i + 1] = b0;
+            parts[1][i] = a1, parts[1][i + 1] = b1;
+            parts[2][i] = a2, parts[2][i + 1] = b2;
+            parts[3][i] = a3, parts[3][i + 1] = b3;
+        }
+        for (int r = 0; r < rows; r++) NAME(store)(scores + r * BLOCK + t, NAME(sums)(parts[r]));
+    }
+}
+
+/* out[rows][width] += weights[rows][BLOCK] times the values of a block. */
+INLINE void NAME(add_values)(const int rows, const int is_bf16, const struct block *block, int dim,
+                             const int32_t *weights, float *out, int width,
+                             struct ahead *ahead) {
+    const int item = is_bf16 ? 2 : 4;
+    for (int t = 0; t < block->len; t += NAME(TOKENS)) {
+        const int end = t + NAME(TOKENS) < block->len ? t + NAME(TOKENS) : block->len;
+        for (int d = 0; d < dim; d += 2 * LANES) {
+            const char *row = block->values + t * block->value_stride + d * item;
+            float *goal = out + d;
+            VEC a0, a1, a2, a3, b0, b1, b2, b3;
+            NAME(fetch)(ahead, NAME(TOKENS) * 2 * LANES * item);
+#define ROW(r, a, b)                            \
+    if (r < rows) {                             \
+        a = NAME(load)(goal + r * width);         \
+        b = NAME(load)(goal + r * width + LANES); \
+    }
+            ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
+#undef ROW
+            for (int u = t; u < end; u++, row += block->value_stride) {
+                VEC x, y;
+                NAME(load_two)(row, is_bf16, &x, &y);
+#define ROW(r, a, b)                                                  \
+    if (r < rows) {                                                   \
+        const VEC weight = (VEC)NAME(isplat)(weights[r * BLOCK + u]); \
+        a += weight * x;                                              \
+        b += weight * y;                                              \
+    }
+                ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
+#undef ROW
+            }
+#define ROW(r, a, b)                               \
+    if (r < rows) {                                \
+        NAME(store)(goal + r * width, a);          \
+        NAME(store)(goal + r * width + LANES, b);  \
+    }
+            ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
+#undef ROW
+        }
+    }
+}
+
+/* Four rows at a time; their number and type become constants, so that sums stay in registers. */
+#define FOR_EACH_FEW(CALL)                                              \
+    for (int r = 0; r < rows; r += 4)                                   \
+        switch (4 * is_bf16 + (rows - r < 4 ? rows - r : 4)) {          \
+            case 1: CALL(1, 0); break;                                  \
+            case 2: CALL(2, 0); break;                                  \
+            case 3: CALL(3, 0); break;                                  \
+            case 4: CALL(4, 0); break;                                  \
+            case 5: CALL(1, 1); break;                                  \
+            case 6: CALL(2, 1); break;                                  \
+            case 7: CALL(3, 1); break;                                  \
+            case 8: CALL(4, 1); break;                                  \
+        }
+
+static void NAME(score_few)(int rows, int is_bf16, const struct block *block, int dim,
+                            const int32_t *query, int query_words, float *scores) {
+#define CALL(n, bf16)                                                                       \
+    NAME(score_rows)(n, bf16, block, dim, query + r * query_words, query_words, scores + r * BLOCK, r ? NULL : block->keys_ahead)
+    FOR_EACH_FEW(CALL)
+#undef CALL
+}
+
+static void NAME(add_few)(int rows, int is_bf16, const struct block *block, int dim,
+                          const int32_t *weights, float *out, int width) {
+#define CALL(n, bf16) \
+    NAME(add_values)(n, bf16, block, dim, weights + r * BLOCK, out + r * width, width, r ? NULL : block->values_ahead)
+    FOR_EACH_FEW(CALL)
+#undef CALL
+}
+
+#undef FOR_EACH_FEW
