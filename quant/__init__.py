@@ -6,6 +6,7 @@ from .loading import adopt, int4_linears
 from .output_layer import quantize_output
 from .scheme import FormatName, Scheme
 from .weight import Int4Weight, can_concatenate, concatenate, pack, split, unpack
+from .weight_memory import empty_apart, trim_heap
 
 __all__ = [
     "FormatName",
@@ -17,9 +18,11 @@ __all__ = [
     "adopt",
     "can_concatenate",
     "concatenate",
+    "empty_apart",
     "int4_linears",
     "pack",
     "quantize_output",
     "split",
+    "trim_heap",
     "unpack",
 ]

@@ -10,6 +10,7 @@ from torch import nn
 from .errors import QuantError
 from .kernels import MANY_ROWS, Int4Kernel, choose_kernel, kernel
 from .weight import Int4Weight
+from .weight_memory import trim_heap
 
 
 class Int4Linear(nn.Module):
@@ -99,6 +100,7 @@ class Int4Linear(nn.Module):
         if chosen.name not in self._layouts:
             weight = self.weight_int4
             self._layouts[chosen.name] = chosen.prepare(replace(weight, permutation=None))
+            trim_heap()
         return self._layouts[chosen.name]
 
     def _apply(

@@ -26,6 +26,7 @@ from .errors import QuantError, UnsupportedQuantization
 from .formats import parse_config, read_layer, tensor_names
 from .linear import Int4Linear
 from .scheme import Scheme
+from .weight_memory import trim_heap
 
 _METHOD = "vkv_int4"
 _DTYPES = {
@@ -128,6 +129,8 @@ class _Int4Quantizer(HfQuantizer):
         while stored:  # one at a time, so that a layer's tensors go before the next is read
             layer, module = stored.pop()
             model.set_submodule(layer, module.read(layer, self.scheme))
+            del module
+            trim_heap()
         return model
 
 

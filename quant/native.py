@@ -14,6 +14,7 @@ from . import native_library
 from .errors import QuantError
 from .kernels import Int4Kernel
 from .weight import Int4Weight, pack
+from .weight_memory import empty_apart
 
 _TILE = 32  # outputs of a tile
 _BLOCK = 8  # inputs of a block
@@ -57,7 +58,9 @@ class NativeKernel(Int4Kernel):
         missing = -weight.out_features % _TILE
         codes = torch.nn.functional.pad(weight.codes(), (0, 0, 0, missing))
         blocks = codes.view(-1, 2, 16, weight.in_features // _BLOCK, 4, 2)
-        words = pack(blocks.permute(0, 3, 1, 2, 5, 4).contiguous())  # nibbles last
+        packed = pack(blocks.permute(0, 3, 1, 2, 5, 4).contiguous())  # nibbles last
+        words = empty_apart(packed.shape, torch.uint8)
+        words.copy_(packed)
         scales = _in_tiles(weight.scales.float(), missing)
         zeros = None if weight.zeros is None else _in_tiles(weight.zeros, missing)
         args = native_library.Int4Args(

@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import nn
 
-from ..quant import Int4Linear, can_concatenate, concatenate, split
+from ..quant import Int4Linear, can_concatenate, concatenate, empty_apart, split, trim_heap
 from ..vmem import linux
 from . import native_kernels
 from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of
@@ -104,9 +104,12 @@ class PackedProduct:
         self._parts: tuple[torch.Tensor, ...] = ()
         self._gates_itself = False
         self._product: _Product | Int4Linear
-        int4 = [linear.weight_int4 for linear in linears if isinstance(linear, Int4Linear)]
-        if int4:
-            self._product = Int4Linear(concatenate(int4), self.bias)
+        int4 = [linear for linear in linears if isinstance(linear, Int4Linear)]
+        if len(int4) == 1:
+            self._product = int4[0]  # and what it has been laid out for
+        elif int4:
+            weight = concatenate([linear.weight_int4 for linear in int4])
+            self._product = Int4Linear(weight, self.bias)
         else:
             dense = [linear.weight for linear in linears if isinstance(linear, nn.Linear)]
             self._product = self._lay_out(dense)
@@ -221,6 +224,7 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
             product = PackedProduct([place.linear for place in group], gate)
             undo.append(_exchange_linears(group, product, files))
             products.append(product)
+            trim_heap()
             if gate is not None:
                 gated.append((parent, product))
         for layer, product in gated:  # whose own linears are packed by now
@@ -230,6 +234,7 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
         if _same(run(), expected, _TOLERANCE[dtype]):
             for product in products:
                 product.settle(dtype)
+                trim_heap()
             return sum(product.num_bytes for product in products)
     except (RuntimeError, AttributeError, TypeError, ValueError, OSError):
         pass  # it does not take them, and goes on as it was
@@ -350,7 +355,7 @@ def _are_siblings(first: _Place, other: _Place) -> bool:
 def _joined(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """The weights below one another, apart: the heap would keep a hole for each that is let go."""
     shape = sum(len(weight) for weight in weights), weights[0].shape[1]
-    apart = native_kernels.empty_apart(shape, weights[0].dtype)
+    apart = empty_apart(shape, weights[0].dtype)
     return torch.cat([weight.detach() for weight in weights], out=apart)
 
 

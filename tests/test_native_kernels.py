@@ -1,8 +1,6 @@
 """The CPU kernels between attention calls, against PyTorch in float64."""
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -118,26 +116,3 @@ def test_extreme_gates_stay_finite() -> None:
     for gate in Gate:
         expected = ACTIVATIONS[gate](x[:, :5])
         torch.testing.assert_close(gated(x, gate), expected, atol=1e-30, rtol=1e-5)
-
-
-def test_memory_apart_is_advised_to_lie_on_huge_pages_and_goes_back() -> None:
-    tensor = native_kernels.empty_apart((3 << 20,), torch.int32)
-    address = tensor.data_ptr()
-    assert address % (2 << 20) == 0
-    assert "hg" in _flags_at(
-        address
-    )  # of private memory: that of files and the like has its own rule
-    del tensor
-    assert _flags_at(address) == []
-
-
-def _flags_at(address: int) -> list[str]:
-    """Flags of private memory at an address, of /proc/self/smaps; none where nothing is mapped."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            start, end = (int(part, 16) for part in line.split()[0].split("-"))
-            inside = start <= address < end and line.split()[1].endswith("p")
-        elif inside and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    return []
