@@ -100,8 +100,8 @@ class PackedProduct:
         self.has_bias = tuple(linear.bias is not None for linear in linears)
         self.bias = _joined_bias(linears)
         self.gate = gate
-        self._input: torch.Tensor | None = None
-        self._parts: tuple[torch.Tensor, ...] = ()
+        # An input and its product, in one place: another thread's never come between them.
+        self._last: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self._gates_itself = False
         self._product: _Product | Int4Linear
         int4 = [linear for linear in linears if isinstance(linear, Int4Linear)]
@@ -133,16 +133,15 @@ class PackedProduct:
 
     def compute(self, inputs: torch.Tensor, part: int) -> torch.Tensor:
         """The part's rows of the product; the other parts are kept until the last is fetched."""
-        if self._input is not inputs:
+        last = self._last
+        if last is None or last[0] is not inputs:
             whole = self._product(inputs)
             if len(self.out_features) == 1:
                 return whole
-            self._input = inputs
-            self._parts = whole.split(self.out_features, dim=-1)
-        result = self._parts[part]
+            last = self._last = inputs, whole.split(self.out_features, dim=-1)
         if part == len(self.out_features) - 1:
-            self._input, self._parts = None, ()
-        return result
+            self._last = None
+        return last[1][part]
 
     def gated(self, inputs: torch.Tensor) -> torch.Tensor:
         """gate(first part) * second part."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,33 @@ def test_a_shared_input_is_one_product() -> None:
     torch.testing.assert_close(block.k(x), expected[0], atol=0, rtol=0)
     torch.testing.assert_close(block.v(y), expected[1], atol=0, rtol=0)
     block(x)
-    assert block.q.product._input is None, "the last part lets the input go"
+    assert block.q.product._last is None, "the last part lets the input go"
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
+def test_threads_that_share_a_product_get_their_own_parts() -> None:
+    block = Block()
+    inputs = [torch.randn(1, 32), torch.randn(1, 32)]
+    pack(block, lambda: [block(inputs[0])])
+    product = block.q.product
+    expected = [[product.compute(x, part).clone() for part in range(3)] for x in inputs]
+
+    def ask(which: int) -> bool:
+        with torch.inference_mode():
+            return all(
+                torch.equal(product.compute(inputs[which], part), expected[which][part])
+                for _ in range(2000)
+                for part in range(3)
+            )
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            assert all(threads.map(ask, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @torch.inference_mode()
