@@ -1,6 +1,7 @@
 """What multiplies by a 4-bit weight: the common contract, the table of kernels, and the choice."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
@@ -85,10 +86,14 @@ def kernel(name: str) -> Int4Kernel:
     return chosen()
 
 
+def available_kernels() -> Iterator[Int4Kernel]:
+    """The kernels that can run here, in order of preference; none is made before its turn."""
+    return (kernel(name) for name in _TABLE if _is_available(name))
+
+
 @cache
-def available_kernels() -> tuple[Int4Kernel, ...]:
-    """The kernels that can run here, in order of preference."""
-    return tuple(kernel(n) for n in _TABLE if kernel_class(n).unavailable_reason() is None)
+def _is_available(name: str) -> bool:
+    return kernel_class(name).unavailable_reason() is None
 
 
 def choose_kernel(

@@ -53,6 +53,11 @@ class Int4Linear(nn.Module):
         return replace(self._weight, permutation=self.permutation)
 
     @property
+    def is_settled(self) -> bool:
+        """Whether only layouts are kept, and the canonical weight is gone."""
+        return self._weight is None
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all that is kept: layouts, the canonical weight, bias and permutation."""
         layouts = {id(layout): layout for layout in self._layouts.values()}
@@ -89,11 +94,13 @@ class Int4Linear(nn.Module):
     def settle(self, dtype: torch.dtype) -> None:
         """Lay the weight out for every batch of `dtype`, and keep nothing else.
 
-        Afterwards inputs are of this dtype, on this device.
+        Afterwards inputs are of this dtype, on this device. A second time nothing happens.
         """
+        if self.is_settled:
+            return
         device = self.weight_int4.packed.device
-        for num_rows in range(1, MANY_ROWS + 1):
-            self._layout(self.kernel_for(device, dtype, num_rows))
+        chosen = {self.kernel_for(device, dtype, rows) for rows in range(1, MANY_ROWS + 1)}
+        self._layouts = {one.name: self._layout(one) for one in chosen}
         self._weight = None
 
     def _layout(self, chosen: Int4Kernel) -> Any:

@@ -23,8 +23,10 @@ def empty_apart(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     num_bytes = count * dtype.itemsize
     memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     offset = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
-    if whole := num_bytes // _HUGE_PAGE * _HUGE_PAGE:
-        with suppress(OSError):  # a kernel without huge pages
+    whole = num_bytes // _HUGE_PAGE * _HUGE_PAGE
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # or a short weight would take a whole one
+        if whole:
             memory.madvise(mmap.MADV_HUGEPAGE, offset, whole)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
 

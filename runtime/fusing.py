@@ -83,7 +83,7 @@ def gate_of(module: nn.Module, dtype: torch.dtype) -> Gate | None:
     Its linears may be dense or in 4 bits; `dtype` is that of their inputs.
     """
     children = dict(module.named_children())
-    if set(children) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or _has_hooks(module):
+    if set(children) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or has_hooks(module):
         return None
     gate_proj, up_proj = children["gate_proj"], children["up_proj"]
     if not isinstance(gate_proj, nn.Linear | Int4Linear) or type(up_proj) is not type(gate_proj):
@@ -111,7 +111,7 @@ def _fused_norm(norm: nn.Module) -> FusedNorm | None:
     weight, eps = getattr(norm, "weight", None), _epsilon(norm)
     if not type(norm).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor):
         return None
-    if weight.dim() != 1 or eps is None or not _takes_one_tensor(norm) or _has_hooks(norm):
+    if weight.dim() != 1 or eps is None or not _takes_one_tensor(norm) or has_hooks(norm):
         return None
     if len(list(norm.parameters())) != 1 or not native_kernels.available(weight.dtype):
         return None
@@ -182,7 +182,7 @@ def _takes_one_tensor(module: nn.Module) -> bool:
     return len(inspect.signature(module.forward).parameters) == 1
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from ..quant import Int4Linear, can_concatenate, concatenate, empty_apart, split, trim_heap
 from ..vmem import linux
 from . import native_kernels
-from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of
+from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of, has_hooks
 from .native_kernels import Gate, PanelLinear
 
 _Linear: TypeAlias = nn.Linear | Int4Linear
@@ -162,6 +162,8 @@ class PackedProduct:
         if self.bias is not None:
             parts = zip(self.bias.split(self.out_features), self.has_bias, strict=True)
             biases = [bias.clone() if has_bias else None for bias, has_bias in parts]
+        if isinstance(self._product, Int4Linear) and len(self.out_features) == 1:
+            return [self._product]
         if isinstance(self._product, Int4Linear):
             int4 = split(self._product.weight_int4, self.out_features)
             return [Int4Linear(weight, bias) for weight, bias in zip(int4, biases, strict=True)]
@@ -296,6 +298,7 @@ def _places(model: nn.Module) -> list[_Place]:
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.Linear | Int4Linear) and type(child) in (nn.Linear, Int4Linear)
+        if not has_hooks(child)
         if isinstance(child, Int4Linear) or _has_kernel(child)
     ]
     counts: dict[int, int] = {}
@@ -347,7 +350,8 @@ def _are_siblings(first: _Place, other: _Place) -> bool:
         return False
     one, two = first.linear, other.linear
     if isinstance(one, Int4Linear) and isinstance(two, Int4Linear):
-        return can_concatenate(one.weight_int4, two.weight_int4)
+        both_whole = not one.is_settled and not two.is_settled
+        return both_whole and can_concatenate(one.weight_int4, two.weight_int4)
     return isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
 
 

@@ -108,9 +108,11 @@ def test_every_instruction_set_of_this_machine(monkeypatch: pytest.MonkeyPatch):
             for index, dtype in enumerate(DTYPES):
                 seen.add(library.vkv_instruction_set(index))
                 for chunks in BATCHES.values():
-                    for key_dim, value_dim in ((16, 24), (72, 64)):
+                    for key_dim, value_dim in ((16, 24), (72, 64), (64, 32), (32, 64)):
                         case = Case(chunks=chunks, dtype=dtype, key_dim=key_dim)
                         check(replace(case, value_dim=value_dim, window=90, sinks=True))
+                    case = Case(chunks=chunks, dtype=dtype, num_heads=16, num_kv_heads=2)
+                    check(replace(case, key_dim=64, value_dim=64))  # eight rows of a KV head
     finally:
         library.vkv_limit_instruction_set(b"avx512_bf16")
     assert b"portable" in seen

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from quantized import round_to_nearest
 from torch import nn
 from vkv import LLM, SamplingParams
+from vkv.quant import Int4Linear
 from vkv.runtime.packing import PackedLinear, can_pack, pack
 
 DTYPES = [
@@ -71,6 +73,66 @@ def test_a_shared_input_is_one_product() -> None:
     torch.testing.assert_close(block.v(y), expected[1], atol=0, rtol=0)
     block(x)
     assert block.q.product._last is None, "the last part lets the input go"
+
+
+def in_4_bits() -> Block:
+    block = Block()
+    for name, linear in list(block.named_children()):
+        weight = round_to_nearest(linear.weight.detach(), 8, symmetric=True)
+        setattr(block, name, Int4Linear(weight, linear.bias))
+    return block
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("settled", [False, True])
+def test_4_bit_linears_are_put_back(settled: bool) -> None:
+    block = in_4_bits()
+    before = dict(block.named_children())
+    weights = {name: linear.weight_int4 for name, linear in before.items()}
+    if settled:
+        for linear in before.values():
+            linear.settle(torch.float32)
+    x = torch.randn(1, 32)
+    expected = block(x)
+    outputs = [expected, expected + 1]  # it does not take the packed ones, so it seems
+
+    def run() -> list[torch.Tensor]:
+        block(x)
+        return [outputs.pop(0)]
+
+    assert pack(block, run) == 0
+    torch.testing.assert_close(block(x), expected, atol=0, rtol=0)
+    for name, linear in block.named_children():
+        assert type(linear) is Int4Linear
+        if name in ("out", "twice") or settled:
+            assert linear is before[name]
+        else:
+            assert torch.equal(linear.weight_int4.packed, weights[name].packed)
+
+
+@torch.inference_mode()
+def test_4_bit_linears_keep_only_what_is_read() -> None:
+    block = in_4_bits().bfloat16()
+    x = torch.randn(1, 32).bfloat16()
+    block.out(torch.randn(1, 88))  # a layout for another type
+    pack(block, lambda: [block(x)])
+    for name in ("out", "twice", "q"):
+        product = getattr(block, name).product._product
+        chosen = product.kernel_for(x.device, x.dtype, 1).name
+        assert product.is_settled
+        assert chosen in product._layouts
+        assert "dequantize" not in product._layouts or chosen == "dequantize"
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
+def test_linears_with_hooks_stay() -> None:
+    block = Block()
+    x = torch.randn(1, 32)
+    block.out.register_forward_hook(lambda *_: None)
+    assert pack(block, lambda: [block(x)])
+    assert type(block.out) is nn.Linear
+    assert isinstance(block.q, PackedLinear)
 
 
 @torch.inference_mode()

@@ -47,16 +47,16 @@ static void NAME(put_in_order)(float *out, int num_floats) {
 /* Lane i of the result is the sum of vector i's lanes. The vectors are overwritten. */
 INLINE VEC NAME(sums)(VEC *x) {
 #if LANES == 8
-    __m256 *v = (__m256 *)x;
-    for (int i = 0; i < 4; i++)
-        v[i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]) +
-               _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
-    for (int i = 0; i < 2; i++) {
-        const __m256d a = (__m256d)v[2 * i], b = (__m256d)v[2 * i + 1];
-        v[i] = (__m256)_mm256_unpacklo_pd(a, b) + (__m256)_mm256_unpackhi_pd(a, b);
+    for (int i = 0; i < 4; i++) {
+        const __m256 a = (__m256)x[2 * i], b = (__m256)x[2 * i + 1];
+        x[i] = (VEC)(_mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b));
     }
-    return (VEC)(_mm256_permute2f128_ps(v[0], v[1], 0x20) +
-                 _mm256_permute2f128_ps(v[0], v[1], 0x31));
+    for (int i = 0; i < 2; i++) {
+        const __m256d a = (__m256d)x[2 * i], b = (__m256d)x[2 * i + 1];
+        x[i] = (VEC)_mm256_unpacklo_pd(a, b) + (VEC)_mm256_unpackhi_pd(a, b);
+    }
+    const __m256 a = (__m256)x[0], b = (__m256)x[1];
+    return (VEC)(_mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31));
 #else
     NAME(transpose)((IVEC *)x);
     VEC sum = x[0];

@@ -459,7 +459,8 @@ static void NAME(attend)(const struct vkv_attention *args, const struct share *s
     };
     if (args->key_head_stride != args->key_dim) keys_ahead.num_rows = 0;
     if (args->value_head_stride != args->value_dim) values_ahead.num_rows = 0;
-    const int in_one = values_ahead.row == keys_ahead.row + keys_ahead.row_bytes &&
+    const int in_one = keys_ahead.num_rows && values_ahead.num_rows &&
+                       values_ahead.row == keys_ahead.row + keys_ahead.row_bytes &&
                        value_stride == key_stride;
     if (in_one) keys_ahead.row_bytes += values_ahead.row_bytes;
     if (NAME(are_few)(args, share)) {
