@@ -122,7 +122,40 @@ def test_a_system_that_fails_leaves_the_others(tmp_path: Path) -> None:
     results = json.loads(path.read_text())["results"]
     assert "No module named 'vllm'" in results["failures"]["vllm"]["r"]
     assert len(results["tokens_per_s"]["vkv"]["r"]) == 1
-    assert tables[-1].title == "Failed"
+    assert tables[-1].title == "Not measured"
+
+
+def test_an_interrupted_run_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes in the second repeat, while the second system runs."""
+    calls = []
+    measure = throughput._measure
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(throughput, "_measure", interrupted)
+    options = ThroughputOptions(
+        shape="llama-tiny",
+        dtype="float32",
+        threads=1,
+        systems=("vkv", "vkv-paged"),
+        cells=(Cell(name="r", kind="total", prompt_lens=(5,), output_lens=(7,)),),
+        repeats=2,
+    )
+    path, tables = throughput.run(options, tmp_path, "vkv bench throughput")
+    results = json.loads(path.read_text())["results"]
+    assert [len(results["tokens_per_s"][name]["r"]) for name in options.systems] == [2, 1]
+    assert results["failures"] == {
+        "vkv": {},
+        "vkv-paged": {"r": "interrupted after 1 of 2 repeats"},
+    }
+    ratio = results["tokens_per_s"]["vkv"]["r"][0] / results["tokens_per_s"]["vkv-paged"]["r"][0]
+    assert tables[1].rows == [["vkv-paged", f"{ratio:.2f}"]]
 
 
 def test_4_bit_weights_beside_dense_ones(tmp_path: Path) -> None:

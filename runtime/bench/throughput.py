@@ -124,7 +124,10 @@ class ThroughputOptions:
 
 
 def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
-    """Measure, and write record, table and plot into `folder`; returns the record's path."""
+    """Measure, and write record, table and plot into `folder`; returns the record's path.
+
+    Interrupted (Ctrl-C), it writes what it has measured, and the record says what is missing.
+    """
     require_matplotlib()
     workers = _commands(options)
     dtype = getattr(torch, options.dtype)
@@ -137,11 +140,17 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
         checkpoints = save_checkpoints(
             options.shape, options.model, dtype, options.quant, scratch=scratch
         )
-        for repeat in range(options.repeats):
-            console.print(f"repeat {repeat + 1} of {options.repeats}")
-            probe.measure()
-            with _started(workers, options, checkpoints, scratch, results) as running:
-                _one_repeat(running, options, checkpoints, results, probe, console)
+        try:
+            for repeat in range(options.repeats):
+                console.print(f"repeat {repeat + 1} of {options.repeats}")
+                probe.measure()
+                with _started(workers, options, checkpoints, scratch, results) as running:
+                    _one_repeat(running, options, checkpoints, results, probe, console)
+        except KeyboardInterrupt:
+            if not results.has_samples:
+                raise
+            results.interrupt(options.repeats)
+            console.print("interrupted; the record holds what was measured until here")
         probe.measure()
     limits = probe.limits()
     shown = tables(

@@ -37,6 +37,19 @@ class Results:
         """Note a system that cannot be measured at all."""
         self.failures[system] |= {cell: str(error) for cell in self.samples[system]}
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether anything has been measured."""
+        return any(rates for cells in self.samples.values() for rates in cells.values())
+
+    def interrupt(self, repeats: int) -> None:
+        """Note what is missing of so many repeats: the user ended it, nothing failed."""
+        for system, cells in self.samples.items():
+            for cell, rates in cells.items():
+                if len(rates) < repeats and cell not in self.failures[system]:
+                    text = f"interrupted after {len(rates)} of {repeats} repeats"
+                    self.failures[system][cell] = text
+
 
 def tables(
     results: Results,
@@ -78,7 +91,7 @@ def tables(
         for cell, text in cells.items()
     ]
     if failed:
-        found.append(Table(title="Failed", columns=["system", "cell", "reason"], rows=failed))
+        found.append(Table(title="Not measured", columns=["system", "cell", "reason"], rows=failed))
     return found
 
 
@@ -139,13 +152,12 @@ def _limits_table(results: Results, limits: Limits) -> Table:
 
 
 def _median(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.1f}" if values else "failed"
+    return f"{statistics.median(values):.1f}" if values else "none"
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    if not theirs or len(ours) != len(theirs):
-        return ""
-    return f"{statistics.median(a / b for a, b in zip(ours, theirs, strict=True)):.2f}"
+    pairs = list(zip(ours, theirs, strict=False))  # one may have been cut short
+    return f"{statistics.median(a / b for a, b in pairs):.2f}" if pairs else ""
 
 
 def draw(samples: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
