@@ -138,7 +138,7 @@ def throughput(
     Each system runs in a process of its own on the same model, prompts, output lengths and
     threads, taking turns cell by cell; medians and ratios of interleaved repeats. --quant adds
     vkv-int4, whose output layer stays dense, vkv-int4-head, where it is in 4 bits too, and to
-    llama.cpp its own Q4_0.
+    llama.cpp its own Q4_0. Ctrl-C ends it and writes what has been measured.
     """
     from ..config import resolve_device
     from ..models import parse_dtype
