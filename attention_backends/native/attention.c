@@ -40,7 +40,7 @@ struct scratch {
 };
 
 /* Where fetching is, a block before reading: rows of all KV heads of a share, which lie side by
- * side, line by line. Heads that lie apart are long streams, which processors fetch by themselves. */
+ * side, line by line. Heads that lie apart are long streams, left to the processor's prefetching. */
 struct ahead {
     const char *row;
     int64_t stride, row_bytes, at; /* at: the next line of the row */

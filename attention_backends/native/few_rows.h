@@ -79,6 +79,40 @@ INLINE void NAME(fetch)(struct ahead *ahead, int64_t num_bytes) {
     }
 }
 
+/* Starts to fetch a share's keys and values, a block ahead: two streams, or one where
+ * values lie right behind keys. */
+static void NAME(start_fetching)(const struct vkv_attention *args, const struct share *share,
+                                 struct ahead streams[2], struct ahead **keys,
+                                 struct ahead **values) {
+    const int64_t item = args->dtype == VKV_BFLOAT16 ? 2 : 4, slot = args->slots[share->seq];
+    const int num_heads = share->last_head - share->first_head;
+    const int num_rows = share->last_key - share->first_key;
+    streams[0] = (struct ahead){
+        .row = (const char *)args->keys + item * (slot * args->key_slot_stride +
+                                                  share->first_key * args->key_token_stride +
+                                                  share->first_head * args->key_head_stride),
+        .stride = item * args->key_token_stride,
+        .row_bytes = item * num_heads * args->key_dim,
+        .num_rows = args->key_head_stride == args->key_dim ? num_rows : 0,
+    };
+    streams[1] = (struct ahead){
+        .row = (const char *)args->values + item * (slot * args->value_slot_stride +
+                                                    share->first_key * args->value_token_stride +
+                                                    share->first_head * args->value_head_stride),
+        .stride = item * args->value_token_stride,
+        .row_bytes = item * num_heads * args->value_dim,
+        .num_rows = args->value_head_stride == args->value_dim ? num_rows : 0,
+    };
+    *keys = streams, *values = streams + 1;
+    if (streams[0].num_rows && streams[1].num_rows && streams[0].stride == streams[1].stride &&
+        streams[1].row == streams[0].row + streams[0].row_bytes) {
+        streams[0].row_bytes += streams[1].row_bytes;
+        *values = streams;
+    }
+    NAME(fetch)(*keys, BLOCK * (*keys)->row_bytes);
+    if (*values != *keys) NAME(fetch)(*values, BLOCK * (*values)->row_bytes);
+}
+
 /* scores[rows][BLOCK] of the tokens of a block, and of some behind them, which mean nothing. */
 INLINE void NAME(score_rows)(const int rows, const int is_bf16, const struct block *block, int dim,
                              const int32_t *query, int query_words, float *scores,
@@ -95,14 +129,14 @@ INLINE void NAME(score_rows)(const int rows, const int is_bf16, const struct blo
                 VEC k0, k1, l0, l1;
                 NAME(load_two)(k + d * item, is_bf16, &k0, &k1);
                 NAME(load_two)(l + d * item, is_bf16, &l0, &l1);
-#define ROW(r, a, b)                                                      \
-    if (r < rows) {                                                       \
-        const float *q = (const float *)query + r * query_words + d;      \
-        const VEC q0 = NAME(load)(q), q1 = NAME(load)(q + LANES);         \
-        a += k0 * q0;                                                     \
-        b += l0 * q0;                                                     \
-        a += k1 * q1;                                                     \
-        b += l1 * q1;                                                     \
+#define ROW(r, a, b)                                                 \
+    if (r < rows) {                                                  \
+        const float *q = (const float *)query + r * query_words + d; \
+        const VEC q0 = NAME(load)(q), q1 = NAME(load)(q + LANES);    \
+        a += k0 * q0;                                                \
+        b += l0 * q0;                                                \
+        a += k1 * q1;                                                \
+        b += l1 * q1;                                                \
     }
                 ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
 #undef ROW
@@ -128,8 +162,8 @@ INLINE void NAME(add_values)(const int rows, const int is_bf16, const struct blo
             float *goal = out + d;
             VEC a0, a1, a2, a3, b0, b1, b2, b3;
             NAME(fetch)(ahead, NAME(TOKENS) * 2 * LANES * item);
-#define ROW(r, a, b)                            \
-    if (r < rows) {                             \
+#define ROW(r, a, b)                              \
+    if (r < rows) {                               \
         a = NAME(load)(goal + r * width);         \
         b = NAME(load)(goal + r * width + LANES); \
     }
@@ -147,10 +181,10 @@ INLINE void NAME(add_values)(const int rows, const int is_bf16, const struct blo
                 ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
 #undef ROW
             }
-#define ROW(r, a, b)                               \
-    if (r < rows) {                                \
-        NAME(store)(goal + r * width, a);          \
-        NAME(store)(goal + r * width + LANES, b);  \
+#define ROW(r, a, b)                              \
+    if (r < rows) {                               \
+        NAME(store)(goal + r * width, a);         \
+        NAME(store)(goal + r * width + LANES, b); \
     }
             ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
 #undef ROW
@@ -174,16 +208,18 @@ INLINE void NAME(add_values)(const int rows, const int is_bf16, const struct blo
 
 static void NAME(score_few)(int rows, int is_bf16, const struct block *block, int dim,
                             const int32_t *query, int query_words, float *scores) {
-#define CALL(n, bf16)                                                                       \
-    NAME(score_rows)(n, bf16, block, dim, query + r * query_words, query_words, scores + r * BLOCK, r ? NULL : block->keys_ahead)
+#define CALL(n, bf16)                                                            \
+    NAME(score_rows)(n, bf16, block, dim, query + r * query_words, query_words, \
+                     scores + r * BLOCK, r ? NULL : block->keys_ahead)
     FOR_EACH_FEW(CALL)
 #undef CALL
 }
 
 static void NAME(add_few)(int rows, int is_bf16, const struct block *block, int dim,
                           const int32_t *weights, float *out, int width) {
-#define CALL(n, bf16) \
-    NAME(add_values)(n, bf16, block, dim, weights + r * BLOCK, out + r * width, width, r ? NULL : block->values_ahead)
+#define CALL(n, bf16)                                                                   \
+    NAME(add_values)(n, bf16, block, dim, weights + r * BLOCK, out + r * width, width, \
+                     r ? NULL : block->values_ahead)
     FOR_EACH_FEW(CALL)
 #undef CALL
 }

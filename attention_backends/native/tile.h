@@ -443,30 +443,11 @@ static void NAME(attend)(const struct vkv_attention *args, const struct share *s
     const char *const values = (const char *)args->values + item * slot * args->value_slot_stride;
     const int64_t key_head = item * args->key_head_stride;
     const int64_t value_head = item * args->value_head_stride;
+    struct ahead *keys_ahead = NULL, *values_ahead = NULL;
 #if !PAIRS
-    const int num_heads = share->last_head - share->first_head;
-    struct ahead keys_ahead = {
-        .row = keys + share->first_key * key_stride + share->first_head * key_head,
-        .stride = key_stride,
-        .row_bytes = num_heads * key_head,
-        .num_rows = share->last_key - share->first_key,
-    };
-    struct ahead values_ahead = {
-        .row = values + share->first_key * value_stride + share->first_head * value_head,
-        .stride = value_stride,
-        .row_bytes = num_heads * value_head,
-        .num_rows = share->last_key - share->first_key,
-    };
-    if (args->key_head_stride != args->key_dim) keys_ahead.num_rows = 0;
-    if (args->value_head_stride != args->value_dim) values_ahead.num_rows = 0;
-    const int in_one = keys_ahead.num_rows && values_ahead.num_rows &&
-                       values_ahead.row == keys_ahead.row + keys_ahead.row_bytes &&
-                       value_stride == key_stride;
-    if (in_one) keys_ahead.row_bytes += values_ahead.row_bytes;
-    if (NAME(are_few)(args, share)) {
-        NAME(fetch)(&keys_ahead, BLOCK * keys_ahead.row_bytes);
-        if (!in_one) NAME(fetch)(&values_ahead, BLOCK * values_ahead.row_bytes);
-    }
+    struct ahead streams[2];
+    const int few = NAME(are_few)(args, share);
+    if (few) NAME(start_fetching)(args, share, streams, &keys_ahead, &values_ahead);
 #endif
     for (int t = share->first_key; t < share->last_key; t += BLOCK) {
         const int left = share->last_key - t;
@@ -479,16 +460,14 @@ static void NAME(attend)(const struct vkv_attention *args, const struct share *s
                 .start = t,
                 .len = left < BLOCK ? left : BLOCK,
                 .ahead = left - BLOCK,
-#if !PAIRS
-                .keys_ahead = &keys_ahead,
-                .values_ahead = in_one ? &keys_ahead : &values_ahead,
-#endif
+                .keys_ahead = keys_ahead,
+                .values_ahead = values_ahead,
             };
             NAME(attend_block)(args, share, s, h, &block);
         }
     }
 #if !PAIRS
-    if (args->dtype == VKV_BFLOAT16 && NAME(are_few)(args, share))
+    if (few && args->dtype == VKV_BFLOAT16)
         NAME(put_in_order)(s->out, share->num_rows * s->value_width);
 #endif
 }
