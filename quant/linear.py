@@ -102,6 +102,7 @@ class Int4Linear(nn.Module):
         chosen = {self.kernel_for(device, dtype, rows) for rows in range(1, MANY_ROWS + 1)}
         self._layouts = {one.name: self._layout(one) for one in chosen}
         self._weight = None
+        trim_heap()
 
     def _layout(self, chosen: Int4Kernel) -> Any:
         if chosen.name not in self._layouts:

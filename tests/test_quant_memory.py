@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from vkv.quant import empty_apart, trim_heap
+from quantized import random_weight
+from vkv.quant import Int4Linear, empty_apart, trim_heap
+from vkv.quant.native import NativeKernel
 
 
 def test_memory_apart_is_advised_to_lie_on_huge_pages_and_goes_back() -> None:
@@ -27,6 +29,23 @@ def test_holes_in_the_heap_go_back() -> None:
     trim_heap()
     assert _resident_bytes() < before - (16 << 20)
     assert all(tensor.sum() == 25 << 10 for tensor in held)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc's heap")
+def test_settled_weights_leave_nothing_to_give_back() -> None:
+    linears = [Int4Linear(random_weight(448, 448, 64, seed=seed)) for seed in range(200)]
+    for linear in linears:  # 100 KiB each, on the heap
+        linear.settle(torch.bfloat16)
+    before = _resident_bytes()
+    trim_heap()
+    assert before - _resident_bytes() < 4 << 20
+
+
+@pytest.mark.skipif(NativeKernel.unavailable_reason() is not None, reason="no native kernel here")
+def test_codes_lie_on_huge_pages() -> None:
+    layout = NativeKernel().prepare(random_weight(4096, 1024, 64))
+    assert layout.codes.data_ptr() % (2 << 20) == 0
+    assert "hg" in _flags_at(layout.codes.data_ptr())
 
 
 def _resident_bytes() -> int:
