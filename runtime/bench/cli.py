@@ -1,44 +1,30 @@
 """The `vkv bench` commands: options in, tables and the record's place out."""
 
-import json
-import shlex
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
-_Number = TypeVar("_Number", int, float)
+from .options import (
+    OUT,
+    Device,
+    Dtype,
+    MaxSeqs,
+    Out,
+    Peers,
+    Quant,
+    Seed,
+    Shape,
+    command_line,
+    interpreters,
+    items,
+    numbers,
+    show,
+)
 
 bench = typer.Typer(
     help="Measure: each run writes a record, a table and a plot.", no_args_is_help=True
 )
-
-Shape = Annotated[
-    str, typer.Option(help="llama-tiny, llama-455m, qwen2-0.5b or llama3-8b; random weights.")
-]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-MaxSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
-Seed = Annotated[int, typer.Option(help="Of lengths, prompts and weights.")]
-Peers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--peer",
-        help="NAME=PYTHON: vllm (or, of whole systems, llama-cpp), and an interpreter that has it. "
-        "Repeatable.",
-    ),
-]
-Quant = Annotated[
-    str | None,
-    typer.Option(
-        help="gptq, awq or compressed-tensors: also run the same weights rounded to 4 bits, in a "
-        "checkpoint of that format."
-    ),
-]
-Out = Annotated[Path, typer.Option(help="Folder for record, table and plot.")]
-_OUT = Path("benchmarks")
 
 
 @bench.command()
@@ -71,7 +57,7 @@ def memory(
         float, typer.Option(min=0.01, help="Rest after which memory goes back, in seconds.")
     ] = 1.0,
     seed: Seed = 0,
-    out: Out = _OUT,
+    out: Out = OUT,
 ) -> None:
     """Memory held against tokens held, over ragged requests, and after them.
 
@@ -82,7 +68,7 @@ def memory(
     from ..models import parse_dtype
     from .memory import KINDS, MemoryOptions, run
 
-    chosen = tuple(_items(kinds))
+    chosen = tuple(items(kinds))
     if unknown := [kind for kind in chosen if kind not in KINDS]:
         raise typer.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(KINDS)}")
     import torch
@@ -101,8 +87,8 @@ def memory(
         idle_s=idle_s,
         seed=seed,
     )
-    path, tables = run(options, out, _command_line())
-    _show(path, tables)
+    path, tables = run(options, out, command_line())
+    show(path, tables)
 
 
 @bench.command()
@@ -131,7 +117,7 @@ def throughput(
     ] = False,
     label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
     seed: Seed = 0,
-    out: Out = _OUT,
+    out: Out = OUT,
 ) -> None:
     """Tokens a second, offline, against transformers, vLLM and llama.cpp.
 
@@ -156,7 +142,7 @@ def throughput(
         quant=quant,
         device=resolve_device(device),
         systems=tuple(name.strip() for name in systems.split(",") if name.strip()),
-        peers=_interpreters(peer),
+        peers=interpreters(peer),
         cells=tuple(CELLS[name] for name in named),
         repeats=repeats,
         batch=batch,
@@ -165,8 +151,8 @@ def throughput(
         seed=seed,
         **given,
     )
-    path, tables = run(options, out, _command_line())
-    _show(path, tables)
+    path, tables = run(options, out, command_line())
+    show(path, tables)
 
 
 @bench.command()
@@ -195,7 +181,7 @@ def attention(
     peer: Peers = None,
     label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
     seed: Seed = 0,
-    out: Out = _OUT,
+    out: Out = OUT,
 ) -> None:
     """Contiguous against paged attention, the kernels alone, on mapped virtual memory.
 
@@ -210,7 +196,7 @@ def attention(
     from .attention import AttentionOptions, run
     from .attention_shapes import default_shapes, shapes_of_heads
 
-    sizes = _numbers("batches", batches, int), _numbers("contexts", contexts, int)
+    sizes = numbers("batches", batches, int), numbers("contexts", contexts, int)
     if not heads and not chunk:
         raise typer.BadParameter("--chunk 0 leaves prompts out, which takes --heads")
     shapes = shapes_of_heads(heads, *sizes, chunk) if heads else default_shapes(*sizes, chunk)
@@ -218,16 +204,16 @@ def attention(
         shapes=tuple(shapes),
         dtype=parse_dtype(dtype) or torch.bfloat16,
         device=resolve_device(device),
-        contiguous=tuple(_items(contiguous)),
-        paged=tuple(_items(paged)),
+        contiguous=tuple(items(contiguous)),
+        paged=tuple(items(paged)),
         repeats=repeats,
         max_bytes=parse_bytes(max_memory),
-        peers=_interpreters(peer),
+        peers=interpreters(peer),
         label=label,
         seed=seed,
     )
-    path, tables = run(options, out, _command_line())
-    _show(path, tables)
+    path, tables = run(options, out, command_line())
+    show(path, tables)
 
 
 @bench.command()
@@ -250,7 +236,7 @@ def linear(
         str, typer.Option(help="Dense weights of all copies of a layer.")
     ] = "256MiB",
     seed: Seed = 0,
-    out: Out = _OUT,
+    out: Out = OUT,
 ) -> None:
     """4-bit against dense linear layers, by number of rows, the products alone.
 
@@ -263,14 +249,14 @@ def linear(
     from ..models import parse_dtype
     from .linear import LAYERS, LinearOptions, all_kernels, run
 
-    chosen = tuple(_items(layers))
+    chosen = tuple(items(layers))
     if unknown := [name for name in chosen if name not in LAYERS]:
         raise typer.BadParameter(f"{', '.join(unknown)}: use some of {', '.join(LAYERS)}")
     place, kind = resolve_device(device), parse_dtype(dtype) or torch.bfloat16
     options = LinearOptions(
         layers=chosen,
-        rows=tuple(_numbers("rows", rows, int)),
-        kernels=all_kernels(place, kind) if kernels == "all" else tuple(_items(kernels)),
+        rows=tuple(numbers("rows", rows, int)),
+        kernels=all_kernels(place, kind) if kernels == "all" else tuple(items(kernels)),
         group_size=group,
         dtype=kind,
         device=place,
@@ -278,8 +264,8 @@ def linear(
         max_bytes=parse_bytes(max_memory),
         seed=seed,
     )
-    path, tables = run(options, out, _command_line())
-    _show(path, tables)
+    path, tables = run(options, out, command_line())
+    show(path, tables)
 
 
 @bench.command()
@@ -301,7 +287,7 @@ def cache(
     ] = 1024,
     repeats: Annotated[int, typer.Option(help="Repeats, each in fresh processes.", min=1)] = 3,
     seed: Seed = 0,
-    out: Out = _OUT,
+    out: Out = OUT,
 ) -> None:
     """VirtualCache against transformers' DynamicCache and StaticCache, under model.generate.
 
@@ -312,7 +298,7 @@ def cache(
     from .cache import CacheOptions, run
 
     parse_dtype(dtype)
-    pairs = [_numbers("problems", item.replace("x", ","), int) for item in _items(problems)]
+    pairs = [numbers("problems", item.replace("x", ","), int) for item in items(problems)]
     if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
         raise typer.BadParameter(f"--problems {problems!r}: write BATCHxCONTEXT, such as 1x4096")
     given: dict[str, Any] = {} if threads is None else {"threads": threads}
@@ -320,15 +306,15 @@ def cache(
         shape=shape,
         dtype=dtype,
         problems=tuple((batch, context) for batch, context in pairs),
-        kinds=tuple(_items(kinds)),
+        kinds=tuple(items(kinds)),
         steps=steps,
         max_prefill=max_prefill,
         repeats=repeats,
         seed=seed,
         **given,
     )
-    path, tables = run(options, out, _command_line())
-    _show(path, tables)
+    path, tables = run(options, out, command_line())
+    show(path, tables)
 
 
 @bench.command()
@@ -340,7 +326,7 @@ def vmm(
     runs: Annotated[str, typer.Option(help="Lengths of runs, in pages.")] = "1,2,8,32,128,512",
     repeats: Annotated[int, typer.Option(help="Lives of each run.")] = 7,
     max_memory: Annotated[str, typer.Option(help="The most memory to take at once.")] = "512MiB",
-    out: Out = _OUT,
+    out: Out = OUT,
 ) -> None:
     """Every driver call by page size and run length: create, map, access, unmap, release."""
     from ..config import parse_bytes, resolve_device
@@ -348,13 +334,13 @@ def vmm(
 
     options = VmmOptions(
         device=resolve_device(device),
-        page_bytes=tuple(parse_bytes(size) for size in _items(pages)),
-        runs=tuple(_numbers("runs", runs, int)),
+        page_bytes=tuple(parse_bytes(size) for size in items(pages)),
+        runs=tuple(numbers("runs", runs, int)),
         repeats=repeats,
         max_bytes=parse_bytes(max_memory),
     )
-    path, tables = run(options, out, _command_line())
-    _show(path, tables)
+    path, tables = run(options, out, command_line())
+    show(path, tables)
 
 
 @bench.command()
@@ -398,7 +384,7 @@ def serve(
     ] = "2,4,6",
     label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
     seed: Seed = 0,
-    out: Out = _OUT,
+    out: Out = OUT,
 ) -> None:
     """TTFT, TPOT and ITL while requests arrive; SplitFuse against prefill-first.
 
@@ -416,82 +402,33 @@ def serve(
         shape=shape,
         dtype=parse_dtype(dtype) or torch.float32,
         device=resolve_device(device),
-        workloads=tuple(_items(workload)),
+        workloads=tuple(items(workload)),
         num_requests=num_requests,
-        clients=tuple(_numbers("clients", clients, int)),
-        rates=tuple(_numbers("rate", rate, float)),
+        clients=tuple(numbers("clients", clients, int)),
+        rates=tuple(numbers("rate", rate, float)),
         cv=cv,
         scale=scale,
-        policies=tuple(_items(policies)),
+        policies=tuple(items(policies)),
         max_seqs=max_seqs,
-        budgets=tuple(_numbers("max-batch-tokens", max_batch_tokens, int)),
+        budgets=tuple(numbers("max-batch-tokens", max_batch_tokens, int)),
         targets=Targets(
             slo_ttft_ms=slo_ttft_ms,
             slo_tpot_ms=slo_tpot_ms,
             prompt_rate=sla_prompt_rate,
-            rates=tuple(_numbers("sla-rates", sla_rates, float)),
+            rates=tuple(numbers("sla-rates", sla_rates, float)),
         ),
         label=label,
         seed=seed,
     )
-    path, tables = run(options, out, _command_line())
-    _show(path, tables)
+    path, tables = run(options, out, command_line())
+    show(path, tables)
 
 
 @bench.command()
 def report(
-    folder: Annotated[Path, typer.Option(help="Where the records are and the page goes.")] = _OUT,
+    folder: Annotated[Path, typer.Option(help="Where the records are and the page goes.")] = OUT,
 ) -> None:
     """All records on one page, REPORT.md: the newest of each kind and machine."""
     from .report import report as write_report
 
     typer.echo(write_report(folder))
-
-
-def _items(listed: str) -> list[str]:
-    """What a list with commas names."""
-    return [item.strip() for item in listed.split(",") if item.strip()]
-
-
-def _interpreters(given: list[str] | None) -> dict[str, str]:
-    """Interpreters by the names of peers."""
-    peers: dict[str, str] = {}
-    for text in given or []:
-        name, separator, interpreter = text.partition("=")
-        if not separator:
-            raise typer.BadParameter(
-                f"{text!r}: write NAME=PYTHON, such as vllm=/opt/vllm/bin/python"
-            )
-        peers[name] = interpreter
-    return peers
-
-
-def _numbers(name: str, listed: str, kind: Callable[[str], _Number]) -> list[_Number]:
-    try:
-        return [kind(item) for item in _items(listed)]
-    except ValueError as error:
-        raise typer.BadParameter(f"--{name} {listed!r}: give numbers, with commas") from error
-
-
-def _show(path: Path, tables: list[Any]) -> None:
-    """Print the tables of a benchmark, the machine's limits and where the record is."""
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    from .limits import Limits
-
-    console = Console()
-    for table in tables:
-        shown = RichTable(title=table.title)
-        for index, column in enumerate(table.columns):
-            shown.add_column(column, justify="left" if index == 0 else "right")
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
-    limits = Limits.from_record(json.loads(path.read_text())["limits"])
-    console.print(str(limits), style="dim")
-    console.print(f"record: {path}", style="dim", soft_wrap=True)
-
-
-def _command_line() -> str:
-    return "vkv " + shlex.join(sys.argv[1:])
