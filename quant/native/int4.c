@@ -8,10 +8,13 @@
 #include <stddef.h>
 #include <string.h>
 
+enum { SHARE_BYTES = 128 << 10, SHARES_A_THREAD = 8 };
+
 struct job {
     const struct vkv_int4 *args;
     const struct vkv_int4_kernel *kernel;
     int64_t next_tile, next_block, next_thread; /* atomic */
+    int64_t num_tiles, share;                   /* tiles, and how many a thread takes at a time */
     int64_t block_rows, num_blocks;             /* rows of a block, and blocks */
     int64_t stretches;                          /* of a row */
     const uint16_t *inputs;            /* [block][in_features][rows], as kernels differ */
@@ -61,11 +64,12 @@ static void multiply(void *data) {
     const int64_t thread = __atomic_fetch_add(&job->next_thread, 1, __ATOMIC_RELAXED);
     if (thread >= job->args->num_threads) return; /* more came than there is scratch for */
     float *totals = (float *)(job->scratch + thread * job->scratch_bytes);
-    const int64_t num_tiles = (job->args->out_features + TILE - 1) / TILE;
     for (;;) {
-        const int64_t tile = __atomic_fetch_add(&job->next_tile, 1, __ATOMIC_RELAXED);
-        if (tile >= num_tiles) return;
-        multiply_tile(job, tile, totals);
+        const int64_t first =
+            __atomic_fetch_add(&job->next_tile, job->share, __ATOMIC_RELAXED);
+        if (first >= job->num_tiles) return;
+        const int64_t last = least(first + job->share, job->num_tiles);
+        for (int64_t tile = first; tile < last; tile++) multiply_tile(job, tile, totals);
     }
 }
 
@@ -96,11 +100,21 @@ static void run(struct job *job, void (*work)(void *), int threaded) {
         work(job);
 }
 
+/* Tiles side by side, since kernels fetch ahead what follows; enough shares for an even load. */
+static int64_t share_of(const struct vkv_int4 *args, int64_t num_tiles) {
+    const int64_t near = SHARE_BYTES / (args->in_features * (TILE / 2));
+    const int64_t even = num_tiles / (SHARES_A_THREAD * (int64_t)args->num_threads);
+    const int64_t share = least(near, even);
+    return share > 1 ? share : 1;
+}
+
 static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_kernel *kernel) {
     struct job job = {.args = args, .kernel = kernel};
     job.num_blocks = (args->num_rows + kernel->rows - 1) / kernel->rows;
     job.block_rows = (args->num_rows + job.num_blocks - 1) / job.num_blocks;
     job.num_blocks = (args->num_rows + job.block_rows - 1) / job.block_rows;
+    job.num_tiles = (args->out_features + TILE - 1) / TILE;
+    job.share = share_of(args, job.num_tiles);
     job.stretches = args->in_features / args->group_size * group_stretches(args);
     job.scratch_bytes = args->num_rows * TILE * (int64_t)sizeof(float);
     const int64_t inputs_bytes = round_up(args->num_rows * args->in_features * 2, 64);

@@ -18,94 +18,108 @@
 #endif
 
 enum {
-    ROWS = 6,     /* at a time: their sums fill the registers */
-    AHEAD = 1024, /* bytes of codes that are fetched before they are needed */
+    ROWS = 4,     /* at a time; six were no faster for many rows, and overflowed the registers */
+    AHEAD = 4096, /* bytes of codes that are fetched before they are needed */
     LARGEST = 32767,
     NEUTRAL = 8 /* the zero of weights that have none */
 };
 
+static inline int32_t sum_lanes(__m256i x) {
+    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+}
+
+/* The largest without its sign: a NaN is larger than all numbers, and stays. */
+static inline uint16_t largest_of(const uint16_t *inputs, int64_t length) {
+    const __m128i size = _mm_set1_epi16(0x7fff), ones = _mm_set1_epi16(-1);
+    __m128i largest = _mm_setzero_si128();
+    for (int64_t k = 0; k < length; k += 8)
+        largest = _mm_max_epu16(
+            largest, _mm_and_si128(_mm_loadu_si128((const __m128i *)(inputs + k)), size));
+    return (uint16_t)~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(largest, ones)), 0);
+}
+
 /* Pairs of inputs of 16 bits, [length / 2][rows]. */
 static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_features, int64_t length,
                     void *arranged, struct vkv_int4_note *notes) {
-    int16_t *to = arranged;
     for (int64_t m = 0; m < rows; m++, inputs += in_features) {
-        uint16_t largest = 0; /* without its sign: a NaN is larger than all numbers, and stays */
-        for (int64_t k = 0; k < length; k++) {
-            const uint16_t size = inputs[k] & 0x7fff;
-            largest = size > largest ? size : largest;
+        const float largest = to_float(largest_of(inputs, length));
+        const __m256 shrink = _mm256_set1_ps(largest != 0 ? LARGEST / largest : 0);
+        int32_t *pairs = (int32_t *)arranged + m;
+        __m256i sum = _mm256_setzero_si256();
+        for (int64_t k = 0; k < length; k += 8) {
+            const __m128i from = _mm_loadu_si128((const __m128i *)(inputs + k));
+            const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(from), 16);
+            const __m256i x = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(bits), shrink));
+            sum = _mm256_add_epi32(sum, x);
+            int32_t four[4]; /* pairs */
+            _mm_storeu_si128((__m128i *)four, _mm_packs_epi32(_mm256_castsi256_si128(x),
+                                                              _mm256_extracti128_si256(x, 1)));
+            for (int i = 0; i < 4; i++, pairs += rows) *pairs = four[i];
         }
-        const float factor = to_float(largest) / LARGEST;
-        const float shrink = largest ? LARGEST / to_float(largest) : 0.0f;
-        int32_t numbers[STRETCH], sum = 0;
-        for (int64_t k = 0; k < length; k++) {
-            const __m128 x = _mm_set_ss(to_float(inputs[k]) * shrink);
-            sum += numbers[k] = _mm_cvtss_si32(x);
-        }
-        for (int64_t k = 0; k < length; k += 2) {
-            to[k * rows + 2 * m] = (int16_t)numbers[k];
-            to[k * rows + 2 * m + 1] = (int16_t)numbers[k + 1];
-        }
-        notes[m] = (struct vkv_int4_note){.sum = (float)sum, .factor = factor};
+        notes[m] = (struct vkv_int4_note){(float)sum_lanes(sum), largest / LARGEST};
     }
 }
 
-/* Loops over rows are unrolled, so that every sum has a register. */
-#define FOR_ROWS _Pragma("GCC unroll 6") for (int m = 0; m < rows; m++)
+/* Loops are unrolled, so that every sum has a register. */
+#define UNROLLED(i, count) _Pragma("GCC unroll 4") for (int i = 0; i < count; i++)
 
-static inline __attribute__((always_inline)) __m256i codes_at(__m256i words, int nibble) {
-    if (nibble) words = _mm256_srli_epi16(words, 4 * nibble);
-    return nibble == 3 ? words : _mm256_and_si256(words, _mm256_set1_epi16(15));
+static inline __m256 zeros_at(const uint8_t *zeros) {
+    if (!zeros) return _mm256_set1_ps(NEUTRAL);
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)zeros)));
 }
 
-/* Sums of one stretch of half a tile: its first eight outputs and its last. */
+/* totals [rows][TILE] += the products of a stretch with some eights of outputs. */
 static inline __attribute__((always_inline)) void
-sum_products(const int rows, const uint8_t *codes, const int32_t *inputs, int64_t num_blocks,
-             __m256i *low, __m256i *high) {
-    FOR_ROWS low[m] = high[m] = _mm256_setzero_si256();
+multiply_eights(const int rows, const int eights, const uint8_t *codes, const int32_t *inputs,
+                int64_t num_blocks, const float *scales, const uint8_t *zeros,
+                const struct vkv_int4_note *notes, float *totals) {
+    __m256i sums[4][ROWS];
+    UNROLLED(e, eights) UNROLLED(m, rows) sums[e][m] = _mm256_setzero_si256();
     for (int64_t b = 0; b < num_blocks; b++, codes += 128, inputs += 4 * rows) {
-        const __m256i first = _mm256_loadu_si256((const __m256i *)codes);
-        const __m256i second = _mm256_loadu_si256((const __m256i *)(codes + 32));
-        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
-#pragma GCC unroll 4
-        for (int s = 0; s < 4; s++) {
-            const __m256i a = codes_at(first, s), c = codes_at(second, s);
-            FOR_ROWS {
-                const __m256i pair = _mm256_set1_epi32(inputs[s * rows + m]);
-                low[m] = _mm256_add_epi32(low[m], _mm256_madd_epi16(a, pair));
-                high[m] = _mm256_add_epi32(high[m], _mm256_madd_epi16(c, pair));
+        UNROLLED(line, eights / 2)
+            _mm_prefetch((const char *)codes + 64 * line + AHEAD, _MM_HINT_T0);
+        UNROLLED(nibble, 4) {
+            __m256i wide[4];
+            UNROLLED(e, eights) {
+                wide[e] = _mm256_loadu_si256((const __m256i *)(codes + 32 * e));
+                if (nibble) wide[e] = _mm256_srli_epi16(wide[e], 4 * nibble);
+                if (nibble < 3) wide[e] = _mm256_and_si256(wide[e], _mm256_set1_epi16(15));
+            }
+            UNROLLED(m, rows) {
+                const __m256i pair = _mm256_set1_epi32(inputs[nibble * rows + m]);
+                UNROLLED(e, eights) {
+                    sums[e][m] = _mm256_add_epi32(sums[e][m], _mm256_madd_epi16(wide[e], pair));
+                    /* Compilers know that the order of integer sums does not matter, and take one
+                     * that needs more registers than there are. */
+                    __asm__("" : "+x"(sums[e][m]));
+                }
             }
         }
     }
-}
-
-/* totals [rows][TILE] += scales * (sums - zeros * inputs) * factors, for eight outputs. */
-static inline __attribute__((always_inline)) void
-scale_in(const int rows, const __m256i *sums, float *totals, const float *scales,
-         const uint8_t *zeros, const struct vkv_int4_note *notes) {
-    __m256 zero = _mm256_set1_ps(NEUTRAL);
-    if (zeros)
-        zero = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)zeros)));
-    FOR_ROWS {
-        float *total = totals + m * TILE;
-        const __m256 sum = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(&notes[m].sum),
-                                            _mm256_cvtepi32_ps(sums[m]));
-        const __m256 scale =
-            _mm256_mul_ps(_mm256_loadu_ps(scales), _mm256_broadcast_ss(&notes[m].factor));
-        _mm256_storeu_ps(total, _mm256_fmadd_ps(scale, sum, _mm256_loadu_ps(total)));
+    UNROLLED(e, eights) {
+        const __m256 zero = zeros_at(zeros ? zeros + 8 * e : NULL);
+        const __m256 scale = _mm256_loadu_ps(scales + 8 * e);
+        UNROLLED(m, rows) {
+            float *total = totals + m * TILE + 8 * e;
+            const __m256 sum = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(&notes[m].sum),
+                                                _mm256_cvtepi32_ps(sums[e][m]));
+            const __m256 factor = _mm256_mul_ps(scale, _mm256_broadcast_ss(&notes[m].factor));
+            _mm256_storeu_ps(total, _mm256_fmadd_ps(factor, sum, _mm256_loadu_ps(total)));
+        }
     }
 }
 
+/* Up to two rows have registers for a whole tile at a time, whose codes are then read in order. */
 static inline __attribute__((always_inline)) void
 multiply_rows(const int rows, const uint8_t *codes, const void *inputs, int64_t length,
               const float *scales, const uint8_t *zeros, const struct vkv_int4_note *notes,
               float *totals) {
-    for (int at = 0; at < TILE; at += 16) {
-        __m256i low[ROWS], high[ROWS];
-        sum_products(rows, codes + 4 * at, inputs, length / BLOCK, low, high);
-        scale_in(rows, low, totals + at, scales + at, zeros ? zeros + at : zeros, notes);
-        scale_in(rows, high, totals + at + 8, scales + at + 8, zeros ? zeros + at + 8 : zeros,
-                 notes);
-    }
+    const int eights = rows <= 2 ? 4 : 2;
+    for (int at = 0; at < TILE; at += 8 * eights)
+        multiply_eights(rows, eights, codes + 4 * at, inputs, length / BLOCK, scales + at,
+                        zeros ? zeros + at : NULL, notes, totals + at);
 }
 
 /* The number of rows becomes a constant, so that sums stay in registers. */
@@ -117,7 +131,7 @@ static void multiply(int64_t rows, const uint8_t *codes, const void *inputs, int
     case n:                                                                    \
         multiply_rows(n, codes, inputs, length, scales, zeros, notes, totals); \
         break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+        CASE(1) CASE(2) CASE(3) CASE(4)
 #undef CASE
     }
 }

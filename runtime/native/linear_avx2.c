@@ -77,42 +77,60 @@ INLINE TARGET void write_out(const struct vkv_linear *args, const float *sums, i
     }
 }
 
+/* Loops are unrolled, so that every sum has a register. */
+#define FOR_ROWS(r, count) _Pragma("GCC unroll 6") for (int r = 0; r < count; r++)
+
+static const uint32_t UPPER_HALF[8] __attribute__((aligned(32))) = {
+    0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+    0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+
+/* Reads once more what a compiler would keep in a register, where there is none left. */
+INLINE TARGET __m256i load_again(const void *from) {
+    __asm__("" : "+r"(from));
+    return _mm256_loadu_si256((const __m256i *)from);
+}
+
 /* The first tile fetches the weights ahead; later ones find them in the cache. */
 INLINE TARGET void tile(const int rows, const int fetch, const struct job *job, int64_t panel,
                         int64_t row) {
     const struct vkv_linear *args = job->args;
     const int odd = rows <= 3 ? rows : 0; /* two sums for one, lest each wait for the last */
-    const __m256i mask = _mm256_set1_epi32((int)0xffff0000);
     __m256 low[ROWS], high[ROWS];
-    for (int r = 0; r < rows + odd; r++) low[r] = high[r] = _mm256_setzero_ps();
+    FOR_ROWS(r, rows + odd) low[r] = high[r] = _mm256_setzero_ps();
     if (args->bias)
-        for (int r = 0; r < rows; r++) {
+        FOR_ROWS(r, rows) {
             low[r] = _mm256_loadu_ps(args->bias + panel * PANEL);
             high[r] = _mm256_loadu_ps(args->bias + panel * PANEL + 8);
         }
     const int32_t *weight = args->weight + panel * PANEL * args->num_pairs;
     const float *inputs = job->inputs + row * 2 * args->num_pairs;
     for (int64_t i = 0; i < args->num_pairs; i++, weight += PANEL, inputs += 2 * rows) {
-        const __m256i first = _mm256_loadu_si256((const __m256i *)weight);
-        const __m256i second = _mm256_loadu_si256((const __m256i *)(weight + 8));
         if (fetch) __builtin_prefetch((const char *)weight + AHEAD_BYTES);
+        __m256i first = _mm256_loadu_si256((const __m256i *)weight);
+        __m256i second = _mm256_loadu_si256((const __m256i *)(weight + 8));
         __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(first, 16));
         __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(second, 16));
-        for (int r = 0; r < rows; r++) {
+        FOR_ROWS(r, rows) {
             const __m256 input = _mm256_broadcast_ss(inputs + r);
             low[r] = _mm256_fmadd_ps(a, input, low[r]);
             high[r] = _mm256_fmadd_ps(b, input, high[r]);
         }
-        a = _mm256_castsi256_ps(_mm256_and_si256(first, mask));
-        b = _mm256_castsi256_ps(_mm256_and_si256(second, mask));
-        for (int r = 0; r < rows; r++) {
+        __m256i upper = _mm256_load_si256((const __m256i *)UPPER_HALF);
+        if (rows > 3) {
+            first = load_again(weight);
+            second = load_again(weight + 8);
+        }
+        if (rows == ROWS) upper = load_again(UPPER_HALF);
+        a = _mm256_castsi256_ps(_mm256_and_si256(first, upper));
+        b = _mm256_castsi256_ps(_mm256_and_si256(second, upper));
+        FOR_ROWS(r, rows) {
             const __m256 input = _mm256_broadcast_ss(inputs + rows + r);
             low[r + odd] = _mm256_fmadd_ps(a, input, low[r + odd]);
             high[r + odd] = _mm256_fmadd_ps(b, input, high[r + odd]);
         }
     }
     float sums[ROWS * PANEL];
-    for (int r = 0; r < rows; r++) {
+    FOR_ROWS(r, rows) {
         if (odd) {
             low[r] = _mm256_add_ps(low[r], low[r + odd]);
             high[r] = _mm256_add_ps(high[r], high[r + odd]);
