@@ -9,7 +9,7 @@
 
 enum {
     NAME(FEW_ROWS) = 8,
-    NAME(TOKENS) = 8 /* of values at a time: their rows stay in the first cache at any stride */
+    NAME(TOKENS) = 16 /* of values at a time: their rows stay in the caches at any stride */
 };
 
 /* Whether a share's rows are few, and its heads whole vectors. */
@@ -69,14 +69,16 @@ INLINE VEC NAME(sums)(VEC *x) {
  * so many reads under way, and for the second four rows (NULL) none. */
 INLINE void NAME(fetch)(struct ahead *ahead, int64_t num_bytes) {
     if (!ahead) return;
-    for (; num_bytes > 0 && ahead->num_rows > 0; num_bytes -= 64) {
-        __builtin_prefetch(ahead->row + ahead->at);
-        ahead->at += 64;
-        if (ahead->at < ahead->row_bytes) continue;
-        ahead->at = 0;
-        ahead->row += ahead->stride;
-        ahead->num_rows--;
+    struct ahead to = *ahead; /* in registers */
+    for (; num_bytes > 0 && to.num_rows > 0; num_bytes -= 64) {
+        __builtin_prefetch(to.row + to.at);
+        to.at += 64;
+        if (to.at < to.row_bytes) continue;
+        to.at = 0;
+        to.row += to.stride;
+        to.num_rows--;
     }
+    *ahead = to;
 }
 
 /* Starts to fetch a share's keys and values, a block ahead: two streams, or one where
