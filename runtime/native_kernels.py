@@ -37,8 +37,8 @@ class _Linear(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("inputs", "weight", "bias", "out", "workspace")),
         *((name, _INT64) for name in ("workspace_bytes", "input_stride", "out_stride")),
-        *((name, _INT32) for name in ("num_rows", "num_columns", "num_pairs")),
-        *((name, _INT32) for name in ("panel_columns", "gate")),
+        *((name, _INT32) for name in ("num_rows", "num_columns", "num_words")),
+        *((name, _INT32) for name in ("panel_columns", "gate", "dtype")),
         *_THREADS,
     )
 
@@ -121,27 +121,27 @@ def best_panel(dtype: torch.dtype) -> int | None:
 
     None where it does not run, or where PyTorch has kernels that do as well or better.
     """
-    if dtype != torch.bfloat16 or not available(dtype):
+    if not available(dtype):
         return None
-    return library().vkv_best_panel() or None
+    return library().vkv_best_panel(_DTYPES[dtype]) or None
 
 
-def usable_panels() -> list[int]:
-    """Columns of every kind of panel that this processor has a kernel for."""
-    if not available(torch.bfloat16):
+def usable_panels(dtype: torch.dtype) -> list[int]:
+    """Columns of every kind of panel that this processor has a kernel of `dtype` for."""
+    if not available(dtype):
         return []
-    return [columns for columns in _PANELS if library().vkv_has_panel(columns)]
+    return [columns for columns in _PANELS if library().vkv_has_panel(columns, _DTYPES[dtype])]
 
 
 class PanelLinear:
-    """A linear in bfloat16 whose weight lies in panels, as `native/kernels.h` says.
+    """A linear whose weight lies in panels, as `native/kernels.h` says.
 
     Args:
-        weight: [out_features, in_features], in_features even.
+        weight: bfloat16 or float32 [out_features, in_features], in_features even.
         bias: [out_features] or None.
         gate: with one, the first half of the columns passes it and multiplies the second; the
             half is then a multiple of 32.
-        panel: columns of a panel, of `usable_panels()`.
+        panel: columns of a panel, of `usable_panels(dtype)`.
     """
 
     def __init__(
@@ -152,22 +152,23 @@ class PanelLinear:
         *,
         panel: int,
     ) -> None:
-        self._shape = weight.shape
-        columns, pairs = weight.shape[0], weight.shape[1] // 2
-        self.out_features = columns if gate is None else columns // 2
-        self._weight = empty_apart((-(-columns // panel), pairs, panel), torch.int32)
+        self._dtype = weight.dtype
         words = weight.detach().contiguous().view(torch.int32)
+        self._shape = columns, num_words = words.shape
+        self.out_features = columns if gate is None else columns // 2
+        self._weight = empty_apart((-(-columns // panel), num_words, panel), torch.int32)
         library().vkv_pack(
-            words.data_ptr(), self._weight.data_ptr(), columns, pairs, panel, gate is not None
+            words.data_ptr(), self._weight.data_ptr(), columns, num_words, panel, gate is not None
         )
         self._bias = None if bias is None else _panel_bias(bias, gate, panel)
         self._args = _Linear(
             weight=self._weight.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
             num_columns=columns,
-            num_pairs=pairs,
+            num_words=num_words,
             panel_columns=panel,
             gate=gate or 0,
+            dtype=_DTYPES[weight.dtype],
             parallel=openmp_parallel(),
         )
 
@@ -187,7 +188,7 @@ class PanelLinear:
 
     def dense(self) -> torch.Tensor:
         """The weight again, bit for bit."""
-        weight = torch.empty(self._shape[0], self._shape[1] // 2, dtype=torch.int32)
+        weight = torch.empty(self._shape, dtype=torch.int32)
         library().vkv_unpack(
             self._weight.data_ptr(),
             weight.data_ptr(),
@@ -195,7 +196,7 @@ class PanelLinear:
             self._args.panel_columns,
             self._args.gate != 0,
         )
-        return weight.view(torch.bfloat16)
+        return weight.view(self._dtype)
 
 
 class RmsNorm:
@@ -320,6 +321,7 @@ def library() -> ctypes.CDLL:
         function.restype = _INT64
     library.vkv_replay.argtypes = [_POINTER, _INT64, _INT64, ctypes.POINTER(_INT64)]
     library.vkv_replay.restype = _INT64
-    library.vkv_has_panel.argtypes = [_INT32]
+    library.vkv_has_panel.argtypes = [_INT32, _INT32]
+    library.vkv_best_panel.argtypes = [_INT32]
     library.vkv_has_panel.restype = library.vkv_best_panel.restype = _INT32
     return library

@@ -21,11 +21,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=[16, 64], ids=["avx2", "avx512_bf16"])
-def panel(request: pytest.FixtureRequest) -> int:
-    if request.param not in native_kernels.usable_panels():
+@pytest.fixture(
+    params=[(16, torch.float32), (16, torch.bfloat16), (64, torch.bfloat16)],
+    ids=["avx2-float32", "avx2-bfloat16", "avx512_bf16"],
+)
+def kind(request: pytest.FixtureRequest) -> tuple[int, torch.dtype]:
+    """Columns of a panel and the type of the weight."""
+    panel, dtype = request.param
+    if panel not in native_kernels.usable_panels(dtype):
         pytest.skip("this processor lacks the instructions")
-    return request.param
+    return panel, dtype
 
 
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"], autouse=True)
@@ -48,10 +53,13 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor, *, terms: int = 1) 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("columns", "inputs"), [(64, 32), (1, 2), (63, 18), (65, 64), (200, 96)])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
-def test_linear(panel: int, rows: int, columns: int, inputs: int, with_bias: bool) -> None:
-    weight = torch.randn(columns, inputs).bfloat16()
-    bias = torch.randn(columns).bfloat16() if with_bias else None
-    x = torch.randn(rows, 2 * inputs).bfloat16()[:, :inputs]  # rows with gaps between
+def test_linear(
+    kind: tuple[int, torch.dtype], rows: int, columns: int, inputs: int, with_bias: bool
+) -> None:
+    panel, dtype = kind
+    weight = torch.randn(columns, inputs).to(dtype)
+    bias = torch.randn(columns).to(dtype) if with_bias else None
+    x = torch.randn(rows, 2 * inputs).to(dtype)[:, :inputs]  # rows with gaps between
     linear = PanelLinear(weight, bias, panel=panel)
     exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert_rounded(linear(x), exact, terms=inputs)
@@ -61,10 +69,13 @@ def test_linear(panel: int, rows: int, columns: int, inputs: int, with_bias: boo
 @pytest.mark.parametrize("gate", list(Gate))
 @pytest.mark.parametrize("columns", [32, 96])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
-def test_gated_linear(panel: int, gate: Gate, columns: int, with_bias: bool) -> None:
-    weight = torch.randn(2 * columns, 48).bfloat16() / 3
-    bias = torch.randn(2 * columns).bfloat16() if with_bias else None
-    x = torch.randn(3, 3, 48).bfloat16()
+def test_gated_linear(
+    kind: tuple[int, torch.dtype], gate: Gate, columns: int, with_bias: bool
+) -> None:
+    panel, dtype = kind
+    weight = torch.randn(2 * columns, 48).to(dtype) / 3
+    bias = torch.randn(2 * columns).to(dtype) if with_bias else None
+    x = torch.randn(3, 3, 48).to(dtype)
     linear = PanelLinear(weight, bias, gate, panel=panel)
     both = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     first, second = both.chunk(2, dim=-1)
@@ -72,12 +83,13 @@ def test_gated_linear(panel: int, gate: Gate, columns: int, with_bias: bool) -> 
     assert torch.equal(linear.dense(), weight)
 
 
-def test_no_weight_behind_the_last_is_used(panel: int) -> None:
-    weight = torch.full((70, 4), float("nan")).bfloat16()
+def test_no_weight_behind_the_last_is_used(kind: tuple[int, torch.dtype]) -> None:
+    panel, dtype = kind
+    weight = torch.full((70, 4), float("nan")).to(dtype)
     weight[:65] = 1
     assert torch.equal(
-        PanelLinear(weight[:65], None, panel=panel)(torch.ones(1, 4).bfloat16()),
-        torch.full((1, 65), 4.0).bfloat16(),
+        PanelLinear(weight[:65], None, panel=panel)(torch.ones(1, 4).to(dtype)),
+        torch.full((1, 65), 4.0).to(dtype),
     )
 
 

@@ -13,22 +13,23 @@ enum vkv_gate { VKV_NO_GATE = 0, VKV_SILU = 1, VKV_GELU_TANH = 2 };
 typedef void (*vkv_parallel)(void (*work)(void *), void *data, unsigned num_threads,
                              unsigned flags);
 
-/* out = inputs x weightᵀ + bias in bfloat16, or with a gate, gate(first half) * second half.
+/* out = inputs x weightᵀ + bias, or with a gate, gate(first half) * second half.
  *
- * The weight lies in panels of some columns, [panel][pair of inputs][column][2]: a thread reads it
- * in order, once for every six rows of the input, from the cache all but the first time. The
- * panel's width tells the kernel.
+ * A row of the input is a number of 32-bit words: pairs of bfloat16, or an even number of floats.
+ * The weight lies in panels of some columns, [panel][word][column]: a thread reads it in order, once
+ * for every six rows of the input, from the cache all but the first time. The panel's width tells
+ * the kernel.
  */
 enum { VKV_PANEL_AVX2 = 16, VKV_PANEL_AVX512 = 64 };
 
 struct vkv_linear {
-    const uint16_t *inputs; /* [num_rows, 2 num_pairs] */
+    const void *inputs; /* [num_rows, num_words], strides in elements */
     const int32_t *weight;
     const float *bias; /* [panels * panel_columns], in the order of the panels, or NULL */
-    uint16_t *out;     /* [num_rows, num_columns], or half of that with a gate */
+    void *out;         /* [num_rows, num_columns], or half of that with a gate */
     void *workspace;   /* 64-byte aligned */
     int64_t workspace_bytes, input_stride, out_stride;
-    int32_t num_rows, num_columns, num_pairs, panel_columns, gate;
+    int32_t num_rows, num_columns, num_words, panel_columns, gate, dtype;
     int32_t num_threads;
     vkv_parallel parallel; /* NULL: everything on the calling thread */
 };
@@ -36,20 +37,20 @@ struct vkv_linear {
 /* Fills out. Returns 0, or the workspace bytes it needs if it was given fewer, with nothing done. */
 int64_t vkv_linear(const struct vkv_linear *args);
 int64_t vkv_linear_avx2(const struct vkv_linear *args);   /* AVX2 and FMA */
-int64_t vkv_linear_avx512(const struct vkv_linear *args); /* AVX512-BF16 */
+int64_t vkv_linear_avx512(const struct vkv_linear *args); /* AVX512-BF16, for bfloat16 alone */
 
-/* Whether this processor has the instructions of the panels' kernel. */
-int32_t vkv_has_panel(int32_t panel_columns);
+/* Whether this processor has the instructions of the panels' kernel, and that takes the dtype. */
+int32_t vkv_has_panel(int32_t panel_columns, int32_t dtype);
 
 /* The panels to lay a weight out in here; 0 where PyTorch has kernels that do as well or better. */
-int32_t vkv_best_panel(void);
+int32_t vkv_best_panel(int32_t dtype);
 
-/* weight [num_columns, num_pairs] words of two bfloat16, to and from panels (zero behind the last
- * column). With `gated`, the columns of both halves lie in turns of half a panel; then a half is a
- * multiple of half a panel. */
-void vkv_pack(const int32_t *weight, int32_t *packed, int64_t num_columns, int64_t num_pairs,
+/* weight [num_columns, num_words], to and from panels (zero behind the last column). With `gated`,
+ * the columns of both halves lie in turns of half a panel; then a half is a multiple of half a
+ * panel. */
+void vkv_pack(const int32_t *weight, int32_t *packed, int64_t num_columns, int64_t num_words,
               int64_t panel_columns, int32_t gated);
-void vkv_unpack(const int32_t *packed, int32_t *weight, int64_t num_columns, int64_t num_pairs,
+void vkv_unpack(const int32_t *packed, int32_t *weight, int64_t num_columns, int64_t num_words,
                 int64_t panel_columns, int32_t gated);
 
 /* The kernels below need no workspace, and return 0. */

@@ -1,4 +1,4 @@
-/* Linear layers in bfloat16: how their weights lie, and which kernel reads them. */
+/* Linear layers: how their weights lie, and which kernel reads them. */
 #include "kernels.h"
 
 #include <stddef.h>
@@ -11,29 +11,29 @@ static int64_t column_at(int64_t panel, int64_t within, int64_t panel_columns,
     return panel * half + within % half + (within < half ? 0 : num_columns / 2);
 }
 
-void vkv_pack(const int32_t *weight, int32_t *packed, int64_t num_columns, int64_t num_pairs,
+void vkv_pack(const int32_t *weight, int32_t *packed, int64_t num_columns, int64_t num_words,
               int64_t panel_columns, int32_t gated) {
     const int64_t panels = (num_columns + panel_columns - 1) / panel_columns;
     for (int64_t p = 0; p < panels; p++)
-        for (int64_t first = 0; first < num_pairs; first += 16)
+        for (int64_t first = 0; first < num_words; first += 16)
             for (int64_t c = 0; c < panel_columns; c++) {
                 const int64_t column = column_at(p, c, panel_columns, num_columns, gated);
-                const int64_t last = first + 16 < num_pairs ? first + 16 : num_pairs;
+                const int64_t last = first + 16 < num_words ? first + 16 : num_words;
                 for (int64_t i = first; i < last; i++)
-                    packed[(p * num_pairs + i) * panel_columns + c] =
-                        column < num_columns ? weight[column * num_pairs + i] : 0;
+                    packed[(p * num_words + i) * panel_columns + c] =
+                        column < num_columns ? weight[column * num_words + i] : 0;
             }
 }
 
-void vkv_unpack(const int32_t *packed, int32_t *weight, int64_t num_columns, int64_t num_pairs,
+void vkv_unpack(const int32_t *packed, int32_t *weight, int64_t num_columns, int64_t num_words,
                 int64_t panel_columns, int32_t gated) {
     const int64_t panels = (num_columns + panel_columns - 1) / panel_columns;
     for (int64_t p = 0; p < panels; p++)
         for (int64_t c = 0; c < panel_columns; c++) {
             const int64_t column = column_at(p, c, panel_columns, num_columns, gated);
             if (column >= num_columns) continue;
-            for (int64_t i = 0; i < num_pairs; i++)
-                weight[column * num_pairs + i] = packed[(p * num_pairs + i) * panel_columns + c];
+            for (int64_t i = 0; i < num_words; i++)
+                weight[column * num_words + i] = packed[(p * num_words + i) * panel_columns + c];
         }
 }
 
@@ -50,18 +50,18 @@ static int has_amx_bf16(void) {
     return d >> 22 & 1;
 }
 
-int32_t vkv_has_panel(int32_t panel_columns) {
+int32_t vkv_has_panel(int32_t panel_columns, int32_t dtype) {
     __builtin_cpu_init();
-    if (panel_columns == VKV_PANEL_AVX512) return has_avx512_bf16();
+    if (panel_columns == VKV_PANEL_AVX512) return dtype == VKV_BFLOAT16 && has_avx512_bf16();
     return panel_columns == VKV_PANEL_AVX2 && __builtin_cpu_supports("avx2") &&
            __builtin_cpu_supports("fma");
 }
 
-int32_t vkv_best_panel(void) {
+int32_t vkv_best_panel(int32_t dtype) {
     if (has_amx_bf16()) return 0;
-    if (vkv_has_panel(VKV_PANEL_AVX512)) return VKV_PANEL_AVX512;
-    if (__builtin_cpu_supports("avx512bw")) return 0; /* oneDNN has bfloat16 there */
-    return vkv_has_panel(VKV_PANEL_AVX2) ? VKV_PANEL_AVX2 : 0;
+    if (vkv_has_panel(VKV_PANEL_AVX512, dtype)) return VKV_PANEL_AVX512;
+    if (__builtin_cpu_supports("avx512bw")) return 0; /* oneDNN has wider ones */
+    return vkv_has_panel(VKV_PANEL_AVX2, dtype) ? VKV_PANEL_AVX2 : 0;
 }
 
 int64_t vkv_linear(const struct vkv_linear *args) {
@@ -71,8 +71,10 @@ int64_t vkv_linear(const struct vkv_linear *args) {
 
 #else
 
-int32_t vkv_has_panel(int32_t panel_columns) { return (void)panel_columns, 0; }
-int32_t vkv_best_panel(void) { return 0; }
+int32_t vkv_has_panel(int32_t panel_columns, int32_t dtype) {
+    return (void)panel_columns, (void)dtype, 0;
+}
+int32_t vkv_best_panel(int32_t dtype) { return (void)dtype, 0; }
 int64_t vkv_linear(const struct vkv_linear *args) { return (void)args, 0; }
 
 #endif

@@ -2,7 +2,7 @@
  *
  * Half of a word is one bfloat16 of a pair, and a shift or a mask away from its float: weights are
  * widened in registers, between multiplications. Inputs are widened ahead, the rows of a tile side
- * by side, so that a tile reads them in order. A tile is up to six rows against a panel of 16
+ * by side, so that a tile reads them in order. Floats go the same way, but for the widening. A tile is up to six rows against a panel of 16
  * columns: 12 accumulators of 8 lanes. Threads take a few panels at a time from a counter, as many
  * as stay in the second cache while all rows pass by.
  */
@@ -25,7 +25,8 @@ enum {
 
 struct job {
     const struct vkv_linear *args;
-    float *inputs;              /* [tile][2 num_pairs][rows of the tile] */
+    float *inputs;              /* [tile][dim][rows of the tile] */
+    int64_t dim;                /* of a row, in elements */
     int64_t num_tiles, share;   /* tiles of rows; panels of a share */
     int64_t next_tile, next_panel; /* atomic */
 };
@@ -35,45 +36,56 @@ static int64_t first_row(const struct job *job, int64_t tile) {
     return job->args->num_rows * tile / job->num_tiles;
 }
 
+INLINE TARGET void widen_tile(const int is_bf16, const struct job *job, int64_t first,
+                              int64_t rows) {
+    const int64_t stride = job->args->input_stride, dim = job->dim;
+    const uint16_t *halves = (const uint16_t *)job->args->inputs + first * stride;
+    const float *floats = (const float *)job->args->inputs + first * stride;
+    float *to = job->inputs + first * dim;
+    if (rows == 1) {
+        for (int64_t k = 0; k < dim; k++) to[k] = is_bf16 ? from_bf16(halves[k]) : floats[k];
+        return;
+    }
+    for (int64_t k = 0; k < dim; k += 32) /* a line or two of each row at a time */
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = k; i < k + 32 && i < dim; i++)
+                to[i * rows + r] =
+                    is_bf16 ? from_bf16(halves[r * stride + i]) : floats[r * stride + i];
+}
+
 TARGET static void widen(void *data) {
     struct job *job = data;
-    const struct vkv_linear *args = job->args;
-    const int64_t dim = 2 * (int64_t)args->num_pairs;
     for (;;) {
         const int64_t tile = __atomic_fetch_add(&job->next_tile, 1, __ATOMIC_RELAXED);
         if (tile >= job->num_tiles) return;
         const int64_t first = first_row(job, tile), rows = first_row(job, tile + 1) - first;
-        const uint16_t *from = args->inputs + first * args->input_stride;
-        float *to = job->inputs + first * dim;
-        if (rows == 1) {
-            for (int64_t k = 0; k < dim; k++) to[k] = from_bf16(from[k]);
-            continue;
-        }
-        for (int64_t k = 0; k < dim; k += 32) /* a line of each row at a time */
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t i = k; i < k + 32 && i < dim; i++)
-                    to[i * rows + r] = from_bf16(from[r * args->input_stride + i]);
+        if (job->args->dtype == VKV_BFLOAT16) widen_tile(1, job, first, rows);
+        else widen_tile(0, job, first, rows);
     }
 }
 
-/* Writes a tile's sums, each row's PANEL side by side. */
-INLINE TARGET void write_out(const struct vkv_linear *args, const float *sums, int rows,
-                             int64_t panel, int64_t row) {
+/* Writes a tile's sums, each row's PANEL side by side; a gate overwrites their first half. */
+INLINE TARGET void write_out(const int is_bf16, const struct vkv_linear *args, float *sums,
+                             int rows, int64_t panel, int64_t row) {
     const int columns = args->gate ? PANEL / 2 : PANEL;
     const int64_t at = panel * columns;
     const int64_t left = (args->gate ? args->num_columns / 2 : args->num_columns) - at;
+    const size_t count = (size_t)(left < columns ? left : columns);
     for (int r = 0; r < rows; r++, sums += PANEL) {
-        uint16_t results[PANEL];
         if (args->gate == VKV_SILU)
             for (int i = 0; i < PANEL / 2; i++)
-                results[i] = to_bf16(gate_of(sums[i], VKV_SILU) * sums[PANEL / 2 + i]);
+                sums[i] = gate_of(sums[i], VKV_SILU) * sums[PANEL / 2 + i];
         else if (args->gate)
             for (int i = 0; i < PANEL / 2; i++)
-                results[i] = to_bf16(gate_of(sums[i], VKV_GELU_TANH) * sums[PANEL / 2 + i]);
-        else
-            for (int i = 0; i < PANEL; i++) results[i] = to_bf16(sums[i]);
-        uint16_t *out = args->out + (row + r) * args->out_stride + at;
-        memcpy(out, results, sizeof(uint16_t) * (size_t)(left < columns ? left : columns));
+                sums[i] = gate_of(sums[i], VKV_GELU_TANH) * sums[PANEL / 2 + i];
+        const int64_t goal = (row + r) * args->out_stride + at;
+        if (!is_bf16) {
+            memcpy((float *)args->out + goal, sums, sizeof(float) * count);
+            continue;
+        }
+        uint16_t rounded[PANEL];
+        for (int i = 0; i < PANEL; i++) rounded[i] = to_bf16(sums[i]);
+        memcpy((uint16_t *)args->out + goal, rounded, sizeof(uint16_t) * count);
     }
 }
 
@@ -91,8 +103,8 @@ INLINE TARGET __m256i load_again(const void *from) {
 }
 
 /* The first tile fetches the weights ahead; later ones find them in the cache. */
-INLINE TARGET void tile(const int rows, const int fetch, const struct job *job, int64_t panel,
-                        int64_t row) {
+INLINE TARGET void tile(const int rows, const int fetch, const int is_bf16, const struct job *job,
+                        int64_t panel, int64_t row) {
     const struct vkv_linear *args = job->args;
     const int odd = rows <= 3 ? rows : 0; /* two sums for one, lest each wait for the last */
     __m256 low[ROWS], high[ROWS];
@@ -102,27 +114,34 @@ INLINE TARGET void tile(const int rows, const int fetch, const struct job *job, 
             low[r] = _mm256_loadu_ps(args->bias + panel * PANEL);
             high[r] = _mm256_loadu_ps(args->bias + panel * PANEL + 8);
         }
-    const int32_t *weight = args->weight + panel * PANEL * args->num_pairs;
-    const float *inputs = job->inputs + row * 2 * args->num_pairs;
-    for (int64_t i = 0; i < args->num_pairs; i++, weight += PANEL, inputs += 2 * rows) {
+    const int32_t *weight = args->weight + panel * PANEL * args->num_words;
+    const int32_t *end = weight + (int64_t)PANEL * args->num_words;
+    const float *inputs = job->inputs + row * job->dim;
+    for (; weight < end; weight += is_bf16 ? PANEL : 2 * PANEL, inputs += 2 * rows) {
         if (fetch) __builtin_prefetch((const char *)weight + AHEAD_BYTES);
+        if (fetch && !is_bf16) __builtin_prefetch((const char *)weight + AHEAD_BYTES + 64);
         __m256i first = _mm256_loadu_si256((const __m256i *)weight);
         __m256i second = _mm256_loadu_si256((const __m256i *)(weight + 8));
-        __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(first, 16));
-        __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(second, 16));
+        __m256 a = _mm256_castsi256_ps(is_bf16 ? _mm256_slli_epi32(first, 16) : first);
+        __m256 b = _mm256_castsi256_ps(is_bf16 ? _mm256_slli_epi32(second, 16) : second);
         FOR_ROWS(r, rows) {
             const __m256 input = _mm256_broadcast_ss(inputs + r);
             low[r] = _mm256_fmadd_ps(a, input, low[r]);
             high[r] = _mm256_fmadd_ps(b, input, high[r]);
         }
-        __m256i upper = _mm256_load_si256((const __m256i *)UPPER_HALF);
-        if (rows > 3) {
-            first = load_again(weight);
-            second = load_again(weight + 8);
+        if (is_bf16) {
+            __m256i upper = _mm256_load_si256((const __m256i *)UPPER_HALF);
+            if (rows > 3) {
+                first = load_again(weight);
+                second = load_again(weight + 8);
+            }
+            if (rows == ROWS) upper = load_again(UPPER_HALF);
+            a = _mm256_castsi256_ps(_mm256_and_si256(first, upper));
+            b = _mm256_castsi256_ps(_mm256_and_si256(second, upper));
+        } else {
+            a = _mm256_loadu_ps((const float *)weight + PANEL);
+            b = _mm256_loadu_ps((const float *)weight + PANEL + 8);
         }
-        if (rows == ROWS) upper = load_again(UPPER_HALF);
-        a = _mm256_castsi256_ps(_mm256_and_si256(first, upper));
-        b = _mm256_castsi256_ps(_mm256_and_si256(second, upper));
         FOR_ROWS(r, rows) {
             const __m256 input = _mm256_broadcast_ss(inputs + rows + r);
             low[r + odd] = _mm256_fmadd_ps(a, input, low[r + odd]);
@@ -138,18 +157,18 @@ INLINE TARGET void tile(const int rows, const int fetch, const struct job *job, 
         _mm256_storeu_ps(sums + r * PANEL, low[r]);
         _mm256_storeu_ps(sums + r * PANEL + 8, high[r]);
     }
-    write_out(args, sums, rows, panel, row);
+    write_out(is_bf16, args, sums, rows, panel, row);
 }
 
 /* The number of rows becomes a constant, so that sums stay in registers. */
 TARGET static void tile_of(int64_t rows, int fetch, const struct job *job, int64_t panel,
                            int64_t row) {
-#define CASE(n)                                 \
-    case n:                                     \
-        if (fetch) tile(n, 1, job, panel, row); \
-        else tile(n, 0, job, panel, row);       \
-        break;
-    switch (rows) {
+#define CASE(n)                                                                      \
+    case n: tile(n, 0, 0, job, panel, row); break;                                   \
+    case n + ROWS: tile(n, 1, 0, job, panel, row); break;                            \
+    case n + 2 * ROWS: tile(n, 0, 1, job, panel, row); break;                        \
+    case n + 3 * ROWS: tile(n, 1, 1, job, panel, row); break;
+    switch (rows + ROWS * (fetch + 2 * (job->args->dtype == VKV_BFLOAT16))) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
     }
 #undef CASE
@@ -182,13 +201,14 @@ static void run(struct job *job, void (*work)(void *), int threaded) {
 }
 
 int64_t vkv_linear_avx2(const struct vkv_linear *args) {
-    const int64_t elements = 2 * (int64_t)args->num_rows * args->num_pairs;
+    struct job job = {.args = args, .inputs = args->workspace};
+    job.dim = args->num_words * (args->dtype == VKV_BFLOAT16 ? 2 : 1);
+    const int64_t elements = args->num_rows * job.dim;
     const int64_t needed = elements * (int64_t)sizeof(float);
     if (args->workspace_bytes < needed) return needed;
-    struct job job = {.args = args, .inputs = args->workspace};
     job.num_tiles = (args->num_rows + ROWS - 1) / ROWS;
     const int64_t even = num_panels(args) / (SHARES_A_THREAD * (int64_t)args->num_threads);
-    job.share = SHARE_BYTES / (4 * PANEL * (int64_t)args->num_pairs);
+    job.share = SHARE_BYTES / (4 * PANEL * (int64_t)args->num_words);
     if (job.share > even) job.share = even;
     if (job.share < 1) job.share = 1;
     run(&job, widen, elements > THREADED_ELEMENTS);

@@ -63,10 +63,10 @@ INLINE void tile(const int rows, const int fetch, const struct vkv_linear *args,
             ? _mm512_loadu_ps(args->bias + panel * PANEL + 16 * v) : _mm512_setzero_ps();
         for (int r = 0; r < rows; r++) acc[r][v] = start;
     }
-    const int32_t *weight = args->weight + panel * PANEL * args->num_pairs;
-    const char *inputs = (const char *)(args->inputs + first_row * args->input_stride);
+    const int32_t *weight = args->weight + panel * PANEL * args->num_words;
     const int64_t stride = 2 * args->input_stride;
-    for (int i = 0; i < args->num_pairs; i++, weight += PANEL, inputs += 4) {
+    const char *inputs = (const char *)args->inputs + first_row * stride;
+    for (int i = 0; i < args->num_words; i++, weight += PANEL, inputs += 4) {
         __m512bh column[VECTORS];
         for (int v = 0; v < VECTORS; v++) {
             column[v] = (__m512bh)_mm512_loadu_si512(weight + 16 * v);
@@ -81,7 +81,7 @@ INLINE void tile(const int rows, const int fetch, const struct vkv_linear *args,
         }
     }
     for (int r = 0; r < rows; r++) {
-        uint16_t *out = args->out + (first_row + r) * args->out_stride;
+        uint16_t *out = (uint16_t *)args->out + (first_row + r) * args->out_stride;
         if (args->gate) {
             const int64_t at = panel * (PANEL / 2);
             for (int v = 0; v < VECTORS / 2; v++)
