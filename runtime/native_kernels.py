@@ -142,6 +142,8 @@ class PanelLinear:
         gate: with one, the first half of the columns passes it and multiplies the second; the
             half is then a multiple of 32.
         panel: columns of a panel, of `usable_panels(dtype)`.
+
+    Raises ValueError if in_features is odd or zero; a call, TypeError for inputs of another type.
     """
 
     def __init__(
@@ -153,6 +155,8 @@ class PanelLinear:
         panel: int,
     ) -> None:
         self._dtype = weight.dtype
+        if weight.shape[1] == 0 or weight.shape[1] % 2:
+            raise ValueError(f"panels hold pairs of inputs, and there are {weight.shape[1]}")
         words = weight.detach().contiguous().view(torch.int32)
         self._shape = columns, num_words = words.shape
         self.out_features = columns if gate is None else columns // 2
@@ -174,6 +178,8 @@ class PanelLinear:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
+        if inputs.dtype != self._dtype:
+            raise TypeError(f"the weight is {self._dtype} and the inputs are {inputs.dtype}")
         inputs, num_rows, stride = _rows(inputs)
         out = inputs.new_empty((*inputs.shape[:-1], self.out_features))
         args = _Linear.from_buffer_copy(self._args)  # threads may share the module

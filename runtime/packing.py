@@ -1,8 +1,8 @@
 """Linear layers as a CPU's kernels like them: weights laid out once, at load.
 
 PyTorch's own linear rearranges a weight at every call, or does without; laid out ahead, a weight
-is read at memory speed: by vkv's kernel in bfloat16 on a processor without a matrix unit, by
-oneDNN's otherwise, and in 4 bits by the kernels of `quant`. Where a model calls several linears
+is read at memory speed: by vkv's kernel where `best_panel` names one, by oneDNN's otherwise, and
+in 4 bits by the kernels of `quant`. Where a model calls several linears
 in a row on the same input (queries, keys and values; gate and up), one product computes them all:
 the first call computes, the others find their part. A gated feed-forward layer, and what `fusing`
 knows, is one pass more. The model's code stays as it is: only modules are exchanged.
@@ -118,7 +118,7 @@ class PackedProduct:
         weight = weights[0] if len(weights) == 1 else _joined(weights)
         self._weight_bytes = weight.nbytes
         panel = native_kernels.best_panel(weight.dtype)
-        if panel is not None and self.in_features % 2 == 0:
+        if panel is not None and self.in_features and self.in_features % 2 == 0:
             self._gates_itself = self.gate is not None and self.out_features[0] % 32 == 0
             gate = self.gate if self._gates_itself else None
             return PanelLinear(weight, self.bias, gate, panel=panel)

@@ -51,7 +51,9 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor, *, terms: int = 1) 
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("columns", "inputs"), [(64, 32), (1, 2), (63, 18), (65, 64), (200, 96)])
+@pytest.mark.parametrize(
+    ("columns", "inputs"), [(64, 32), (1, 2), (63, 18), (65, 64), (200, 96), (795, 2048)]
+)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 def test_linear(
     kind: tuple[int, torch.dtype], rows: int, columns: int, inputs: int, with_bias: bool
@@ -81,6 +83,20 @@ def test_gated_linear(
     first, second = both.chunk(2, dim=-1)
     assert_rounded(linear(x), ACTIVATIONS[gate](first) * second, terms=48)
     assert torch.equal(linear.dense(), weight)
+
+
+def test_inputs_of_another_type_are_refused(kind: tuple[int, torch.dtype]) -> None:
+    panel, dtype = kind
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    with pytest.raises(TypeError, match="and the inputs are"):
+        PanelLinear(torch.ones(4, 8, dtype=dtype), None, panel=panel)(torch.ones(1, 8, dtype=other))
+
+
+@pytest.mark.parametrize("inputs", [0, 7])
+def test_odd_and_no_inputs_are_refused(kind: tuple[int, torch.dtype], inputs: int) -> None:
+    panel, dtype = kind
+    with pytest.raises(ValueError, match=f"there are {inputs}"):
+        PanelLinear(torch.ones(4, inputs, dtype=dtype), None, panel=panel)
 
 
 def test_no_weight_behind_the_last_is_used(kind: tuple[int, torch.dtype]) -> None:

@@ -12,7 +12,8 @@ from quantized import round_to_nearest
 from torch import nn
 from vkv import LLM, SamplingParams
 from vkv.quant import Int4Linear
-from vkv.runtime.packing import PackedLinear, can_pack, pack
+from vkv.runtime import native_kernels
+from vkv.runtime.packing import PackedLinear, can_pack, one_dnn_packs, pack
 
 DTYPES = [
     pytest.param(
@@ -20,6 +21,20 @@ DTYPES = [
     )
     for dtype in (torch.float32, torch.bfloat16)
 ]
+
+
+KERNELS = [*DTYPES, pytest.param(None, id="oneDNN")]
+
+
+@pytest.fixture
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The parameter; oneDNN's kernels in float32 for None, wherever vkv's own are faster."""
+    if request.param is not None:
+        return request.param
+    if not one_dnn_packs(torch.float32):
+        pytest.skip("oneDNN packs nothing here")
+    monkeypatch.setattr(native_kernels, "best_panel", lambda dtype: None)
+    return torch.float32
 
 
 class Block(nn.Module):
@@ -42,7 +57,7 @@ class Block(nn.Module):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KERNELS, indirect=True)
 def test_same_results(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     block = Block().to(dtype)
@@ -162,11 +177,11 @@ def test_threads_that_share_a_product_get_their_own_parts() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
-def test_a_model_that_reads_its_weights_is_put_back() -> None:
-    block = Block(reads_weight=True)
+@pytest.mark.parametrize("dtype", KERNELS, indirect=True)
+def test_a_model_that_reads_its_weights_is_put_back(dtype: torch.dtype) -> None:
+    block = Block(reads_weight=True).to(dtype)
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    x = torch.randn(1, 32)
+    x = torch.randn(1, 32, dtype=dtype)
     assert pack(block, lambda: [block(x)]) == 0
     after = block.state_dict()
     assert after.keys() == before.keys()
@@ -176,8 +191,15 @@ def test_a_model_that_reads_its_weights_is_put_back() -> None:
 
 
 @pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "phi3"])
-def test_engine_on_packed_weights(model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [
+        *((name, torch.float32) for name in ("llama", "gemma2", "gpt_oss", "deepseek_v3", "phi3")),
+        pytest.param("llama", None, id="llama-oneDNN"),
+    ],
+    indirect=["dtype"],
+)
+def test_engine_on_packed_weights(model_type: str, dtype: torch.dtype) -> None:
     """Same tokens; the model that a caller built stays as it was unless told otherwise."""
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
     params = SamplingParams(temperature=0, max_tokens=12)

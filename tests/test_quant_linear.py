@@ -71,7 +71,8 @@ def test_the_native_kernel_rounds_no_weight(
     kernel_class("native").unavailable_reason() is not None, reason="no native kernel here"
 )
 def test_threads_do_not_change_the_native_kernel() -> None:
-    linear = Int4Linear(random_weight(500, 512, 64, symmetric=False), kernel_name="native")
+    # Tiles enough for shares of several, and a last share with fewer.
+    linear = Int4Linear(random_weight(1590, 512, 64, symmetric=False), kernel_name="native")
     inputs = torch.randn(200, 512).to(torch.bfloat16)
     threads = torch.get_num_threads()
     try:
@@ -82,6 +83,28 @@ def test_threads_do_not_change_the_native_kernel() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512_bf16"])
+@pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row(instruction_set: str, special: float) -> None:
+    if why := NativeKernel.unavailable_reason():
+        pytest.skip(why)
+    if instruction_set not in instruction_sets():
+        pytest.skip("this processor lacks the instructions")
+    kernel = NativeKernel(instruction_set)
+    layout = kernel.prepare(random_weight(64, 128, 32, symmetric=False))
+    inputs = torch.randn(4, 128).to(torch.bfloat16)
+    expected = kernel.multiply(layout, inputs)
+    inputs[2] = 0
+    inputs[2, 70] = special
+    found = kernel.multiply(layout, inputs)
+    if special == 0:
+        assert not found[2].any()
+    else:
+        assert not found[2].isfinite().any()
+    others = [0, 1, 3]
+    assert torch.equal(found[others], expected[others])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -2,13 +2,14 @@
  *
  * Integers: a code is moved down within its half word and multiplied by an input of 16 bits, two
  * of each at a time. For that, a stretch of inputs is divided by its largest and rounded to 16
- * bits, which keeps of all but the smallest what a bfloat16 has. Sums are exact: a stretch of 256
- * products of 4 and 16 bits fills 28.
+ * bits, which keeps of all but the smallest what a bfloat16 has; an infinity or a NaN makes all
+ * results of its row NaN. Sums are exact: a stretch of 256 products of 4 and 16 bits fills 28.
  */
 #include "kernel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <math.h>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -44,7 +45,8 @@ static inline uint16_t largest_of(const uint16_t *inputs, int64_t length) {
 static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_features, int64_t length,
                     void *arranged, struct vkv_int4_note *notes) {
     for (int64_t m = 0; m < rows; m++, inputs += in_features) {
-        const float largest = to_float(largest_of(inputs, length));
+        float largest = to_float(largest_of(inputs, length));
+        if (largest == INFINITY) largest = NAN; /* its integers mean nothing */
         const __m256 shrink = _mm256_set1_ps(largest != 0 ? LARGEST / largest : 0);
         int32_t *pairs = (int32_t *)arranged + m;
         __m256i sum = _mm256_setzero_si256();

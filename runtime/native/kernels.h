@@ -23,7 +23,7 @@ typedef void (*vkv_parallel)(void (*work)(void *), void *data, unsigned num_thre
 enum { VKV_PANEL_AVX2 = 16, VKV_PANEL_AVX512 = 64 };
 
 struct vkv_linear {
-    const void *inputs; /* [num_rows, num_words], strides in elements */
+    const void *inputs; /* num_rows rows of num_words words; strides count elements */
     const int32_t *weight;
     const float *bias; /* [panels * panel_columns], in the order of the panels, or NULL */
     void *out;         /* [num_rows, num_columns], or half of that with a gate */

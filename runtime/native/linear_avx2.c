@@ -2,9 +2,9 @@
  *
  * Half of a word is one bfloat16 of a pair, and a shift or a mask away from its float: weights are
  * widened in registers, between multiplications. Inputs are widened ahead, the rows of a tile side
- * by side, so that a tile reads them in order. Floats go the same way, but for the widening. A tile is up to six rows against a panel of 16
+ * by side, so that a tile reads them in order. A tile is up to six rows against a panel of 16
  * columns: 12 accumulators of 8 lanes. Threads take a few panels at a time from a counter, as many
- * as stay in the second cache while all rows pass by.
+ * as stay in the second cache while all rows pass by. Floats go the same way, but for the widening.
  */
 #include "kernels.h"
 #include "scalars.h"
@@ -39,18 +39,19 @@ static int64_t first_row(const struct job *job, int64_t tile) {
 INLINE TARGET void widen_tile(const int is_bf16, const struct job *job, int64_t first,
                               int64_t rows) {
     const int64_t stride = job->args->input_stride, dim = job->dim;
-    const uint16_t *halves = (const uint16_t *)job->args->inputs + first * stride;
-    const float *floats = (const float *)job->args->inputs + first * stride;
+    const void *inputs = job->args->inputs;
     float *to = job->inputs + first * dim;
+#define INPUT(r, k)                                                               \
+    (is_bf16 ? from_bf16(((const uint16_t *)inputs)[(first + (r)) * stride + (k)]) \
+             : ((const float *)inputs)[(first + (r)) * stride + (k)])
     if (rows == 1) {
-        for (int64_t k = 0; k < dim; k++) to[k] = is_bf16 ? from_bf16(halves[k]) : floats[k];
+        for (int64_t k = 0; k < dim; k++) to[k] = INPUT(0, k);
         return;
     }
     for (int64_t k = 0; k < dim; k += 32) /* a line or two of each row at a time */
         for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = k; i < k + 32 && i < dim; i++)
-                to[i * rows + r] =
-                    is_bf16 ? from_bf16(halves[r * stride + i]) : floats[r * stride + i];
+            for (int64_t i = k; i < k + 32 && i < dim; i++) to[i * rows + r] = INPUT(r, i);
+#undef INPUT
 }
 
 TARGET static void widen(void *data) {
@@ -160,18 +161,22 @@ INLINE TARGET void tile(const int rows, const int fetch, const int is_bf16, cons
     write_out(is_bf16, args, sums, rows, panel, row);
 }
 
-/* The number of rows becomes a constant, so that sums stay in registers. */
+/* The number of rows becomes a constant, so that sums stay in registers. Tiles after the first have
+ * four rows or more. */
 TARGET static void tile_of(int64_t rows, int fetch, const struct job *job, int64_t panel,
                            int64_t row) {
-#define CASE(n)                                                                      \
-    case n: tile(n, 0, 0, job, panel, row); break;                                   \
-    case n + ROWS: tile(n, 1, 0, job, panel, row); break;                            \
-    case n + 2 * ROWS: tile(n, 0, 1, job, panel, row); break;                        \
-    case n + 3 * ROWS: tile(n, 1, 1, job, panel, row); break;
-    switch (rows + ROWS * (fetch + 2 * (job->args->dtype == VKV_BFLOAT16))) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#define FETCHING(n)                                           \
+    case n: tile(n, 1, 0, job, panel, row); break;            \
+    case n + ROWS: tile(n, 1, 1, job, panel, row); break;
+#define FINDING(n)                                            \
+    case n + 2 * ROWS: tile(n, 0, 0, job, panel, row); break; \
+    case n + 3 * ROWS: tile(n, 0, 1, job, panel, row); break;
+    switch (rows + ROWS * ((job->args->dtype == VKV_BFLOAT16) + 2 * !fetch)) {
+        FETCHING(1) FETCHING(2) FETCHING(3) FETCHING(4) FETCHING(5) FETCHING(6)
+        FINDING(4) FINDING(5) FINDING(6)
     }
-#undef CASE
+#undef FETCHING
+#undef FINDING
 }
 
 static int64_t num_panels(const struct vkv_linear *args) {
