@@ -143,6 +143,7 @@ class DecodeGraphs:
     Attributes:
         refused: why the model cannot be recorded, once that was seen; then nothing is recorded.
         num_replays: steps that ran from a recording.
+        recorder: what makes recordings.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class DecodeGraphs:
     ) -> None:
         self._forward = forward
         self._cache = cache
-        self._recorder = recorder
+        self.recorder = recorder
         self._device = device
         self._batch_sizes: Sequence[int] = range(1, max_seqs + 1)
         self._lengths = [cache.max_len]
@@ -201,7 +202,7 @@ class DecodeGraphs:
     def forget(self) -> None:
         """Drop all recordings: addresses that they hold, of weights for one, will change."""
         self._recordings.clear()
-        self._recorder.forget()
+        self.recorder.forget()
 
     def _record(
         self, values: StepValues, last_tokens: torch.Tensor | None, size: int, length: int
@@ -216,7 +217,7 @@ class DecodeGraphs:
             return self._forward(inputs.ids, inputs.positions, bounds)
 
         try:
-            return _Recording(inputs, self._recorder.record(run))
+            return _Recording(inputs, self.recorder.record(run))
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             return self._refuse(error)
 
@@ -224,7 +225,7 @@ class DecodeGraphs:
         self.refused = str(error)
         self.forget()
         _log.log(
-            self._recorder.refusal_level,
+            self.recorder.refusal_level,
             "decode steps are not recorded and run one kernel at a time: %s",
             error,
         )

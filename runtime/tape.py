@@ -16,6 +16,8 @@ import gc
 import logging
 import math
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,13 +55,34 @@ _KERNELS = (  # which libraries have which kernels
 _only_one = threading.Lock()  # watches at a time: kernels are watched where all threads call them
 
 
+class KernelClock:
+    """Seconds of a replayed step by kernel, each call timed by itself.
+
+    Attributes:
+        seconds: by name: those of `_KERNELS`, and "torch" for every operation of PyTorch.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def time(self, name: str, call: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        call()
+        self.seconds[name] += time.perf_counter() - start
+
+
 class TapeRecorder:
-    """Records what runs on a CPU. On a device, work outlives the calls that launch it."""
+    """Records what runs on a CPU. On a device, work outlives the calls that launch it.
+
+    Attributes:
+        clock: if set, replays make one call at a time, and time it.
+    """
 
     pads = False  # a recording is cheap to make, a padded row costs as much as any other
     refusal_level = logging.INFO  # many a model decides in Python; it runs as it always did
 
     def __init__(self) -> None:
+        self.clock: KernelClock | None = None
         self._pool = _Pool()
         self._num_recorded = 0
 
@@ -69,7 +92,8 @@ class TapeRecorder:
             out = run()
         self._pool.check_free(but=out)
         self._num_recorded += 1
-        return _Replay(tape, out, run if self._num_recorded <= _NUM_COMPARED else None)
+        compared = run if self._num_recorded <= _NUM_COMPARED else None
+        return _Replay(self, tape, out, compared)
 
     def forget(self) -> None:
         self._pool = _Pool()
@@ -173,14 +197,14 @@ class _Tape(TorchDispatchMode):
             return None
         return self.pool.take(value.shape, value.dtype).copy_(value)
 
-    def add_call(self, function: Any, structs: Sequence[ctypes.Structure]) -> None:
+    def add_call(self, name: str, function: Any, structs: Sequence[ctypes.Structure]) -> None:
         """Keep a call of a kernel, by the thread that is watched."""
         if threading.get_ident() != self._thread:
             return
         if not self.steps or not isinstance(self.steps[-1], list):
             self.steps.append([])
         assert isinstance(self.steps[-1], list)
-        self.steps[-1].append(_NativeCall(function, structs))
+        self.steps[-1].append(_NativeCall(name, function, structs))
 
     def _adds_plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether vkv's kernel can add these, which stay where they are."""
@@ -225,9 +249,10 @@ class _Tape(TorchDispatchMode):
 
 
 class _NativeCall:
-    """A kernel's address, and arguments of its own."""
+    """A kernel's name, its address, and arguments of its own."""
 
-    def __init__(self, function: Any, structs: Sequence[ctypes.Structure]) -> None:
+    def __init__(self, name: str, function: Any, structs: Sequence[ctypes.Structure]) -> None:
+        self.name = name
         self.function = ctypes.cast(function, ctypes.c_void_p).value
         self.structs = [type(struct).from_buffer_copy(struct) for struct in structs]
 
@@ -244,10 +269,15 @@ class _Replay:
     """
 
     def __init__(
-        self, tape: _Tape, out: torch.Tensor, run: Callable[[], torch.Tensor] | None
+        self,
+        recorder: TapeRecorder,
+        tape: _Tape,
+        out: torch.Tensor,
+        run: Callable[[], torch.Tensor] | None,
     ) -> None:
         if not tape.pool.owns(out):
             raise Unrecordable("the logits are no result of what was recorded")
+        self._recorder = recorder
         self._out = _unowned(out)
         self._pool = tape.pool  # whose memory the arguments point to
         self._run = run
@@ -262,8 +292,14 @@ class _Replay:
             self._is_done = False
             return self._out
         expected = None if self._run is None else self._run()
+        clock = self._recorder.clock
         for part in self._parts:
-            part()
+            if clock is None:
+                part()
+            elif isinstance(part, _Calls):
+                part.timed(clock)
+            else:
+                clock.time("torch", part)
         if expected is not None:
             self._run = None
             found, expected = (x.contiguous().flatten() for x in (self._out, expected))
@@ -276,6 +312,7 @@ class _Calls:
     """Calls of kernels, one after the other, in one call from Python."""
 
     def __init__(self, calls: Sequence[_NativeCall], workspace: Workspace) -> None:
+        self._names = [call.name for call in calls]
         self._structs = [struct for call in calls for struct in call.structs]
         self._calls = (Call * len(calls))(*(call.addresses() for call in calls))
         self._needed = ctypes.c_int64()
@@ -283,14 +320,20 @@ class _Calls:
         self._settings: dict[str, int] = {}  # that the arguments have now
 
     def __call__(self) -> None:
+        self._make(0, len(self._calls))
+
+    def timed(self, clock: KernelClock) -> None:
+        """The same, in as many calls as there are."""
+        for index, name in enumerate(self._names):
+            clock.time(name, lambda index=index: self._make(index, index + 1))
+
+    def _make(self, done: int, last: int) -> None:
         self._set("num_threads", torch.get_num_threads())
         self._set_workspace()
-        done, library = 0, native_kernels.library()
+        library = native_kernels.library()
         while True:
-            done = library.vkv_replay(
-                self._calls, done, len(self._calls), ctypes.byref(self._needed)
-            )
-            if done == len(self._calls):
+            done = library.vkv_replay(self._calls, done, last, ctypes.byref(self._needed))
+            if done == last:
                 return
             assert self._needed.value > 0, "kernels that run once run again"
             self._workspace.grow(self._needed.value)
@@ -323,18 +366,18 @@ def _watched_kernels(tape: _Tape) -> Iterator[None]:
             originals.append((library, f"vkv_{name}", getattr(library, f"vkv_{name}")))
     try:
         for library, name, function in originals:
-            setattr(library, name, _watched(function, tape))
+            setattr(library, name, _watched(name.removeprefix("vkv_"), function, tape))
         yield
     finally:
         for library, name, function in originals:
             setattr(library, name, function)
 
 
-def _watched(function: Any, tape: _Tape) -> Callable[..., int]:
+def _watched(kernel: str, function: Any, tape: _Tape) -> Callable[..., int]:
     def call(*references: Any) -> int:
         needed = function(*references)
         if not needed:  # or it did nothing, and will be called again
-            tape.add_call(function, [reference._obj for reference in references])
+            tape.add_call(kernel, function, [reference._obj for reference in references])
         return needed
 
     return call

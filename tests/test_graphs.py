@@ -125,7 +125,7 @@ def test_a_model_that_cannot_be_recorded_runs_without(
 ) -> None:
     with _open("llama", flash_standin) as llm:
         graphs = _graphs(llm)
-        graphs._recorder = _Refusing()
+        graphs.recorder = _Refusing()
         with caplog.at_level(logging.WARNING):
             zoo.check_generate(llm, "llama", [5, 12], [10, 10])
         assert "not permitted" in (graphs.refused or "")

@@ -89,7 +89,7 @@ def test_the_number_of_threads_may_change() -> None:
 def test_closing_gives_the_pool_back() -> None:
     with _open("llama") as llm:
         zoo.check_generate(llm, "llama", [5, 9], [12, 12])
-        recorder = _graphs(llm)._recorder
+        recorder = _graphs(llm).recorder
         assert recorder._pool._stretches  # type: ignore[attr-defined]
     assert not recorder._pool._stretches  # type: ignore[attr-defined]
 
