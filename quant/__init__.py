@@ -3,7 +3,7 @@
 from .errors import QuantError, UnsupportedQuantization
 from .linear import Int4Linear
 from .loading import adopt, int4_linears
-from .output_layer import quantize_output
+from .output_layer import Int8Linear, quantize_output
 from .scheme import FormatName, Scheme
 from .weight import Int4Weight, can_concatenate, concatenate, pack, split, unpack
 from .weight_memory import empty_apart, trim_heap
@@ -12,6 +12,7 @@ __all__ = [
     "FormatName",
     "Int4Linear",
     "Int4Weight",
+    "Int8Linear",
     "QuantError",
     "Scheme",
     "UnsupportedQuantization",

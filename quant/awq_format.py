@@ -5,7 +5,7 @@ qzeros   int32 [groups, N/8]  in the same order
 scales   float [groups, N]
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,15 @@ def parse_config(config: Mapping[str, Any]) -> Scheme:
     return Scheme(format="awq")
 
 
+def features(qweight: Sequence[int]) -> tuple[int, int]:
+    """Outputs and inputs of a layer whose `qweight` has this shape."""
+    return qweight[1] * CODES_PER_WORD, qweight[0]
+
+
 def read(tensors: LayerTensors, scheme: Scheme) -> Int4Weight:
     """The weight of one layer; raises QuantError, which names the tensor."""
     qweight = tensors.get("qweight", torch.int32, None, None)
-    in_features, out_features = qweight.shape[0], qweight.shape[1] * CODES_PER_WORD
+    out_features, in_features = features(qweight.shape)
     scales = tensors.finite("scales", tensors.get("scales", None, None, out_features))
     groups = scales.shape[0]
     if not groups or in_features % groups or in_features // groups % 2:

@@ -7,7 +7,7 @@ weight_shape       int64 [2]            N and K
 weight_g_idx       int32 [K]            only with activation order `group`
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,10 +62,15 @@ def parse_config(config: Mapping[str, Any]) -> Scheme:
     return Scheme(format="compressed-tensors")
 
 
+def features(weight_packed: Sequence[int]) -> tuple[int, int]:
+    """Outputs and inputs of a layer whose `weight_packed` has this shape."""
+    return weight_packed[0], weight_packed[1] * CODES_PER_WORD
+
+
 def read(tensors: LayerTensors, scheme: Scheme) -> Int4Weight:
     """The weight of one layer; raises QuantError, which names the tensor."""
     words = tensors.get("weight_packed", torch.int32, None, None)
-    out_features, in_features = words.shape[0], words.shape[1] * CODES_PER_WORD
+    out_features, in_features = features(words.shape)
     shape = tensors.get("weight_shape", torch.int64, 2).tolist()
     if shape != [out_features, in_features]:
         raise tensors.refuse(

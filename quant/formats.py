@@ -1,6 +1,6 @@
 """The formats of checkpoints by name: what their configs say, and their readers and writers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +41,11 @@ def parse_config(config: Mapping[str, Any]) -> Scheme | None:
 def tensor_names(name: FormatName) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The tensors that a layer must have, and those it may; the first marks a layer."""
     return _MODULES[name].REQUIRED, _MODULES[name].OPTIONAL
+
+
+def features(name: FormatName, codes: Sequence[int]) -> tuple[int, int]:
+    """Outputs and inputs of a layer, from the shape of the tensor that marks it, of two sizes."""
+    return _MODULES[name].features(codes)
 
 
 def read_layer(layer: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Int4Weight:

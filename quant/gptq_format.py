@@ -8,7 +8,7 @@
 The first version stores zeros less one, so that a zero of 0 wraps to 15. It is read back as 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,10 +47,15 @@ def parse_config(config: Mapping[str, Any]) -> Scheme:
     return Scheme(format="gptq", zero_offset=_ZERO_OFFSETS[kind])
 
 
+def features(qweight: Sequence[int]) -> tuple[int, int]:
+    """Outputs and inputs of a layer whose `qweight` has this shape."""
+    return qweight[1], qweight[0] * CODES_PER_WORD
+
+
 def read(tensors: LayerTensors, scheme: Scheme) -> Int4Weight:
     """The weight of one layer; raises QuantError, which names the tensor."""
     qweight = tensors.get("qweight", torch.int32, None, None)
-    in_features, out_features = qweight.shape[0] * CODES_PER_WORD, qweight.shape[1]
+    out_features, in_features = features(qweight.shape)
     scales = tensors.finite("scales", tensors.get("scales", None, None, out_features))
     groups = scales.shape[0]
     if not groups or in_features % groups:

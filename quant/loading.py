@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import QuantError, UnsupportedQuantization
-from .formats import parse_config, read_layer, tensor_names
+from .formats import features, parse_config, read_layer, tensor_names
 from .linear import Int4Linear
 from .scheme import Scheme
 from .weight_memory import trim_heap
@@ -116,6 +116,7 @@ class _Int4Quantizer(HfQuantizer):
         header = _read_headers(checkpoint_files or ())
         for layer, tensors in _layers(header, self.scheme).items():
             linear = _linear(model, layer, next(iter(tensors)))
+            _check_size(linear, layer, tensors, self.scheme)
             bias = None
             if linear.bias is not None or f"{layer}.bias" in header:
                 bias = torch.empty(linear.out_features, dtype=linear.weight.dtype, device="meta")
@@ -189,3 +190,21 @@ def _linear(model: PreTrainedModel, layer: str, tensor: str) -> nn.Linear:
             "tensor for all experts are not covered"
         )
     return module
+
+
+def _check_size(linear: nn.Linear, layer: str, tensors: _Header, scheme: Scheme) -> None:
+    """Refuse codes for another size than that of the linear which makes way for them.
+
+    That the other tensors fit the codes is seen to when they are read.
+    """
+    marker = tensor_names(scheme.format)[0][0]
+    _, shape = tensors[marker]
+    if len(shape) != 2:
+        return  # which its reader refuses
+    found, expected = features(scheme.format, shape), (linear.out_features, linear.in_features)
+    if found != expected:
+        raise QuantError(
+            f"tensor {layer}.{marker} is {list(shape)}, in 4 bits a weight of {list(found)} "
+            f"(outputs, inputs), and the model's layer is {list(expected)}; use weights and "
+            "config.json of one checkpoint, with 4 bits in all quantised layers"
+        )

@@ -27,6 +27,10 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+LmHeadBits = Annotated[
+    int | None,
+    typer.Option(help="4 or 8: round the output layer to so many bits at load. Default: as it is."),
+]
 KVMemory = Annotated[
     str, typer.Option(help="The most memory KV may take, such as 64MiB. Taken only as it is used.")
 ]
@@ -53,6 +57,7 @@ def chat(
     seed: Seed = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    lm_head_bits: LmHeadBits = None,
     kv_memory: KVMemory = "auto",
     max_len: MaxLen = None,
     attention: Attention = "auto",
@@ -67,7 +72,8 @@ def chat(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
     options: dict[str, Any] = {"kv_memory": kv_memory, "attention": attention, "kv": kv}
-    with LLM(model, device=device, dtype=dtype, max_seqs=1, max_len=max_len, **options) as llm:
+    options |= {"max_seqs": 1, "max_len": max_len, "lm_head_bits": lm_head_bits}
+    with LLM(model, device=device, dtype=dtype, **options) as llm:
         run_chat(llm, params, system=system)
 
 
@@ -90,6 +96,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    lm_head_bits: LmHeadBits = None,
     kv_memory: KVMemory = "auto",
     max_seqs: MaxSeqs = 32,
     max_len: MaxLen = None,
@@ -112,7 +119,7 @@ def generate(
         stop=stop,
     )
     options: dict[str, Any] = {"kv_memory": kv_memory, "attention": attention, "kv": kv}
-    options |= {"max_seqs": max_seqs, "max_len": max_len}
+    options |= {"max_seqs": max_seqs, "max_len": max_len, "lm_head_bits": lm_head_bits}
     with LLM(model, device=device, dtype=dtype, **options) as llm:
         run_generate(llm, texts, params, as_chat=as_chat, as_json=as_json)
 

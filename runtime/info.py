@@ -1,6 +1,8 @@
 """`vkv info`: what this machine offers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
 
 import torch
 from rich.console import Console
@@ -8,14 +10,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..attention_backends import AttentionNeeds, describe_backends, explain_choice
-from ..quant import Int4Weight
-from ..quant.kernels import MANY_ROWS, choose_kernel, kernel_class, kernel_names
+from ..quant import Int4Linear, Int4Weight, Int8Linear
+from ..quant.kernels import MANY_ROWS, Int4Kernel, choose_kernel, kernel_class, kernel_names
 from ..vmem import VmemDriver, open_driver
 from ..vmem.errors import VkvError
 from .bench.record import hardware, versions
 from .build import why_no_graphs
 from .config import available_memory
 from .llm import LLM
+from .models import LoadedModel
+from .packing import int4_products
 
 # What models ask for beside a plain head size, and which ones.
 _KINDS = (
@@ -127,15 +131,25 @@ def _int4_choices() -> dict[str, list[str]]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in map(torch.device, devices):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            rows: dict[str, list[int]] = {}
-            for num_rows in range(1, MANY_ROWS + 1):
-                name = choose_kernel(weight, device, dtype, num_rows).name
-                rows.setdefault(name, []).append(num_rows)
-            for name, taken in rows.items():
-                last = f"to {taken[-1]}" if taken[-1] < MANY_ROWS else "and more"
+            choose = partial(choose_kernel, weight, device, dtype)
+            for name, rows in _by_rows(choose):
                 kind = str(dtype).removeprefix("torch.")
-                chosen.setdefault(name, []).append(f"{device.type} {kind}, {taken[0]} {last} rows")
+                chosen.setdefault(name, []).append(f"{device.type} {kind}, {rows}")
     return chosen
+
+
+def _by_rows(choose: Callable[[int], Int4Kernel]) -> Iterator[tuple[str, str]]:
+    """The kernels that `choose` gives from one row to many, each with the rows it takes."""
+    for name, group in groupby(range(1, MANY_ROWS + 1), lambda rows: choose(rows).name):
+        taken = list(group)
+        if taken[-1] == MANY_ROWS:
+            yield name, f"{_rows(taken[0])} and more"
+        else:
+            yield name, _rows(taken[0]) if len(taken) == 1 else f"{taken[0]} to {_rows(taken[-1])}"
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def _choices() -> Table:
@@ -169,6 +183,8 @@ def _model(llm: LLM) -> Table:
     table = Table(title=loaded.name, show_header=False)
     table.add_row("weights", f"{loaded.weight_bytes / 2**20:,.1f} MiB, {loaded.dtype}")
     table.add_row("device", str(llm.device))
+    for row in _int4_rows(loaded):
+        table.add_row(*row)
     table.add_row("layers that attend", f"{len(loaded.attention_layers)}")
     table.add_row("attention backend", llm.attention_backend)
     table.add_row("passed over", _passed_over(choice.passed_over))
@@ -180,3 +196,26 @@ def _model(llm: LLM) -> Table:
     limit = stats.pages_limit * stats.page_bytes
     table.add_row("memory for keys and values", f"up to {limit / 2**30:,.2f} GiB, none taken yet")
     return table
+
+
+def _int4_rows(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
+    """What computes the products of a model with 4-bit weights; no rows for any other."""
+    head = loaded.model.get_output_embeddings()
+    in_head = [] if head is None else [linear for _, linear in int4_products(head)]
+    inner = [(name, one) for name, one in int4_products(loaded.model) if one not in in_head]
+    by_kernels: dict[str, list[str]] = {}
+    for name, linear in inner:
+        by_kernels.setdefault(_kernels(linear, loaded), []).append(name)
+    for kernels, names in by_kernels.items():
+        which = f": {len(names)} of {len(inner)}, such as {names[0]}"
+        yield "4-bit products", kernels + (which if len(by_kernels) > 1 else "")
+    if in_head:
+        bits = 8 if isinstance(head, Int8Linear) else 4
+        yield "output layer", f"{bits} bits: {_kernels(in_head[0], loaded)}"
+    elif inner:
+        yield "output layer", "dense"
+
+
+def _kernels(linear: Int4Linear, loaded: LoadedModel) -> str:
+    choose = partial(linear.kernel_for, loaded.device, loaded.dtype)
+    return ", ".join(f"{name} ({rows})" for name, rows in _by_rows(choose))

@@ -10,7 +10,7 @@ knows, is one pass more. The model's code stays as it is: only modules are excha
 All of it is undone without loss, should the model not take it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -131,6 +131,11 @@ class PackedProduct:
             return self._product.num_bytes
         return self._weight_bytes + (0 if self.bias is None else self.bias.nbytes)
 
+    @property
+    def int4(self) -> Int4Linear | None:
+        """The one 4-bit layer that computes all parts, if they are in 4 bits."""
+        return self._product if isinstance(self._product, Int4Linear) else None
+
     def compute(self, inputs: torch.Tensor, part: int) -> torch.Tensor:
         """The part's rows of the product; the other parts are kept until the last is fetched."""
         last = self._last
@@ -241,6 +246,17 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
     for back in reversed(undo):
         back()
     return 0
+
+
+def int4_products(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
+    """The products by 4-bit weights, packed or not, each with the first module that it serves."""
+    seen: set[Int4Linear] = set()
+    for name, module in model.named_modules():
+        packed = isinstance(module, PackedLinear | PackedGatedLayer)
+        linear = module.product.int4 if packed else module
+        if isinstance(linear, Int4Linear) and linear not in seen:
+            seen.add(linear)
+            yield name, linear
 
 
 def _exchange_linears(

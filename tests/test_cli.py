@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from typer.testing import CliRunner
+from vkv.quant import quantize_output
 from vkv.runtime import cli
 from vkv.runtime.chat import ChatSession
 from vkv.runtime.llm import LLM
@@ -86,6 +87,23 @@ def test_generate_as_chat_answers() -> None:
     assert "4821" in out
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("command", [["chat"], ["generate", "hello"]])
+def test_the_output_layer_is_quantised_if_asked_for(
+    monkeypatch: pytest.MonkeyPatch, command: list[str], bits: int
+) -> None:
+    asked: list[int] = []
+
+    def quantize(head: torch.nn.Linear, bits: int) -> torch.nn.Module:
+        asked.append(bits)
+        return quantize_output(head, bits)
+
+    monkeypatch.setattr("vkv.runtime.models.quantize_output", quantize)
+    arguments = [*command, "--lm-head-bits", str(bits), "--max-tokens", "4"]
+    assert run(*arguments, stdin="hello\n").strip()
+    assert asked == [bits]
+
+
 def test_info_names_drivers_and_backends() -> None:
     shown = run("info")
     for name in ("sdpa", "torch_flash", "flashinfer", "paged_sdpa", "cpu", "cuda", "Gemma 2"):
@@ -118,6 +136,7 @@ def test_bench_memory_writes_a_true_record(tmp_path: Path) -> None:
     assert results["engines"]["virtual"]["worst_waste_rows_per_request"] <= 1
     assert results["engines"]["virtual"]["physical_bytes_before_rest"] > 0
     assert results["engines"]["virtual"]["physical_bytes_after_rest"] == 0
+    _check_returns(results, record["tables"][1])
     _check_times(results)
     assert record["limits"]["read_bytes_per_s"] > 0
     assert "matrix product" in " ".join(shown.split())
@@ -125,6 +144,27 @@ def test_bench_memory_writes_a_true_record(tmp_path: Path) -> None:
     assert results["summary"]["static"]["mean_waste"] > results["summary"]["virtual"]["mean_waste"]
     assert path.with_suffix(".md").exists()
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def _check_returns(results: dict[str, Any], table: dict[str, Any]) -> None:
+    """What the engine's table says of driver calls and of the way back, from the samples."""
+    places = [
+        table["columns"].index(name)
+        for name in ("driver calls a token, steady", "s to memory returned (waited)")
+    ]
+    for row, kind in zip(table["rows"], ("virtual", "paged"), strict=True):
+        work, rest = results["samples"][kind], results["rest"][kind]
+        calls, tokens = work["driver_calls"], work["output_tokens"]
+        half = next(i for i, count in enumerate(tokens) if 2 * count >= tokens[-1])
+        steady = (calls[-1] - calls[half]) / (tokens[-1] - tokens[half])
+        returned = "stays"
+        if kind == "virtual":
+            first = next(i for i, size in enumerate(rest["physical_bytes"]) if size == 0)
+            assert 0 <= steady < calls[-1] / tokens[-1]  # the first requests found nothing mapped
+            assert calls[-1] <= sum(results["engines"][kind]["driver_calls"].values())
+            returned = f"{rest['time_s'][first] - work['time_s'][-1]:.3f} (0.02)"
+            assert float(returned.split()[0]) >= 0.02
+        assert [row[place] for place in places] == [f"{steady:.3f}", returned]
 
 
 def _check_times(results: dict[str, Any]) -> None:
@@ -147,6 +187,7 @@ def _check_times(results: dict[str, Any]) -> None:
         (["chat", "--kv-memory", "much"], "'much'"),
         (["chat", "--temperature", "-1"], "temperature"),
         (["generate", "x", "--model", "./nowhere"], "nowhere"),
+        (["chat", "--lm-head-bits", "3"], "lm_head_bits is 3"),
         (["generate", "x", "--attention", "magic"], "magic"),
         (["bench", "memory", "--shape", "giant"], "giant"),
     ],

@@ -1,5 +1,9 @@
 """The engine on a GPU: same tokens, same logits, recorded steps, memory that comes and goes."""
 
+import os
+import shutil
+import subprocess
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +20,7 @@ pytestmark = pytest.mark.gpu
 _LENGTHS = [5, 40, 1, 17, 90, 9, 30, 22]
 _COUNTS = [30, 9, 17, 1, 20, 40, 12, 3]
 _SHAPES = ["llama", "qwen3", "gemma2", "gpt_oss"]
+_NEAR_BYTES = 32 << 20  # `nvidia-smi` counts in MiB, and all of the card where it names no process
 
 
 @contextmanager
@@ -40,6 +45,28 @@ def _free_bytes() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
+def _smi_bytes() -> int:
+    """What this process has on the card; all that is used there if its number is not known there.
+
+    In a container, `nvidia-smi` lists processes by numbers that they do not see, or none.
+    """
+    query = [
+        f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}",
+        "--format=csv,noheader,nounits",
+    ]
+    listed = _smi("--query-compute-apps=pid,used_memory", *query)
+    for line in listed.splitlines():
+        pid, _, used = line.partition(",")
+        if pid.strip() == str(os.getpid()) and used.strip().isdecimal():
+            return int(used) << 20
+    return int(_smi("--query-gpu=memory.used", *query)) << 20
+
+
+def _smi(*arguments: str) -> str:
+    done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
 @pytest.mark.parametrize("model_type", _SHAPES)
 def test_tokens_are_those_of_generate_in_fp32(model_type: str) -> None:
     reference = zoo.tiny_model(model_type).cuda()
@@ -60,22 +87,7 @@ def test_logits_are_those_of_a_plain_forward_in_bf16(model_type: str) -> None:
     with _open(model_type, torch.bfloat16) as llm:
         params = [zoo.greedy(count, logprobs=1) for count in _COUNTS]
         outs = llm.generate(prompts, params)
-    for prompt, out in zip(prompts, outs, strict=True):
-        tokens = list(out.outputs[0].token_ids)
-        scores = out.outputs[0].logprobs
-        assert scores is not None
-        got = torch.tensor([table[t].logprob for table, t in zip(scores, tokens, strict=True)])
-        sequence, own = [*prompt, *tokens], torch.tensor(tokens)[:, None]
-        plain, true = (
-            zoo.full_logits(model, sequence[:-1])[len(prompt) - 1 :]
-            .log_softmax(-1)
-            .cpu()
-            .gather(1, own)[:, 0]
-            for model in (reference, exact)
-        )
-        # As near to the truth as `transformers` itself comes, and no bug is as small as that.
-        allowed = 2 * (plain - true).abs().max() + 0.05
-        assert (got - true).abs().max() <= allowed
+    zoo.check_scores(prompts, outs, reference, exact)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt_oss"])
@@ -196,6 +208,35 @@ def test_memory_is_taken_with_use_and_goes_back() -> None:
         assert held > 0
         assert llm.trim() == held
         assert _free_bytes() - full == held
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs nvidia-smi")
+def test_nvidia_smi_agrees_that_memory_comes_and_goes() -> None:
+    """Pages of 16 MiB, one for each request at least; a request that runs keeps the rest there."""
+    options = {"page_bytes": 16 << 20, "kv_memory": "1GiB", "max_seqs": 40, "idle_trim_s": 0.1}
+    with _open("llama", torch.bfloat16, **options) as llm:
+        for _ in range(2):  # at first recordings and workspaces are made, which stay
+            _wait_for_return(llm)
+            free, used = _free_bytes(), _smi_bytes()
+            running = llm.stream([1, 2, 3], zoo.greedy(200))
+            next(running)
+            llm.generate(zoo.random_prompts([9] * 36), zoo.greedy(9))
+            taken, shown = free - _free_bytes(), _smi_bytes() - used
+            held = llm.stats().physical_bytes
+            list(running)
+        assert held >= 36 * (16 << 20)
+        assert held <= taken <= held + _NEAR_BYTES
+        assert abs(shown - taken) <= _NEAR_BYTES
+        _wait_for_return(llm)
+        assert abs(free - _free_bytes()) <= _NEAR_BYTES
+        assert abs(_smi_bytes() - used) <= _NEAR_BYTES
+
+
+def _wait_for_return(llm: LLM) -> None:
+    deadline = time.monotonic() + 20  # a failure, not a measure of speed
+    while llm.stats().physical_bytes:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_sleep_gives_memory_and_weights_back_and_wakes_the_same() -> None:

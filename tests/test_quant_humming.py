@@ -1,8 +1,9 @@
-"""The adapter to humming-kernels: what it hands over. The package itself is not run here."""
+"""The adapter to humming-kernels: what it hands over; the package itself runs on a GPU only."""
 
 import pytest
 import torch
 from quantized import random_weight
+from vkv.quant import Int4Linear
 from vkv.quant.humming import HummingKernel, HummingLayout, layer_options, layer_tensors
 
 
@@ -44,3 +45,20 @@ def test_where_it_cannot_run_it_says_what_to_do(monkeypatch):
     assert "vkv[marlin]" in str(HummingKernel.unavailable_reason())
     cpu = torch.device("cpu")
     assert not HummingKernel().accepts(random_weight(64, 64, 32), cpu, torch.float16, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [64, 256])
+def test_products_are_right(group: int, symmetric: bool, dtype: torch.dtype) -> None:
+    if why := HummingKernel.unavailable_reason():
+        pytest.skip(why)
+    weight = random_weight(128, 256, group, symmetric=symmetric, act_order=True).to("cuda")
+    linear = Int4Linear(weight, kernel_name="humming")
+    dense = weight.dequantize(torch.float64)
+    for rows in (1, 3, 16, 300):
+        inputs = torch.randn(rows, 256, device="cuda").to(dtype)
+        expected = inputs.double() @ dense.T
+        error = (linear(inputs).double() - expected).norm() / expected.norm()
+        assert error < (1e-3 if dtype == torch.float16 else 1e-2)

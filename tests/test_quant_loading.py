@@ -1,6 +1,7 @@
 """4-bit checkpoints through `vkv.LLM`: the same tokens as dequantised weights, or a typed error."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from quantized import CONFIGS, quantize_folder
+from quantized import CONFIGS, SCHEMES, quantize_folder, random_weight
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from vkv import LLM, SamplingParams
 from vkv.quant import Int4Linear
+from vkv.quant.formats import write_layer
+from vkv.runtime.packing import int4_products
 from vkv.vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 
 GREEDY = SamplingParams(max_tokens=256, temperature=0)
@@ -45,6 +49,32 @@ def test_greedy_tokens_are_those_of_dequantised_weights(
     assert found == tokens(same, dtype="float32")
     assert all(len(row) == 256 for row in found)
     assert len(set(found[0])) > 5, "a text of one word would hide a difference"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_scores_are_those_of_dequantised_weights_in_bf16(
+    tmp_path: Path, kind: str, device: str
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256}  # groups of 32, which all kernels take
+    zoo.tiny_model("llama", **sizes).save_pretrained(tmp_path / "source")
+    int4, same = quantize_folder(tmp_path / "source", tmp_path, kind, group_size=32)
+    prompts, counts = zoo.random_prompts([5, 40, 1, 17]), [30, 9, 17, 20]
+    options: dict[str, Any] = {"max_batch_tokens": 48, "max_len": 256, "kv_memory": "64MiB"}
+    with LLM(int4, device=device, dtype="bfloat16", **options) as llm:
+        outs = llm.generate(prompts, [zoo.greedy(count, logprobs=1) for count in counts])
+        kernels = {
+            linear.kernel_for(torch.device(device), torch.bfloat16, 1).name
+            for _, linear in int4_products(llm._loaded.model)
+        }
+    assert kernels
+    if device == "cuda":
+        assert kernels <= {"humming", "triton"}, "on a card since Ampere it is one made for it"
+    plain, exact = (
+        AutoModelForCausalLM.from_pretrained(same, dtype=dtype).to(device).eval()
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    zoo.check_scores(prompts, outs, plain, exact)
 
 
 def test_without_packing_it_is_the_same(dense: Path, tmp_path: Path) -> None:
@@ -127,6 +157,43 @@ def test_a_damaged_checkpoint_names_the_tensor(
     damage(held)
     save_file(held, int4 / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(error, match=message):
+        LLM(int4, device="cpu", dtype="float32")
+
+
+def of_another_size(kind: str) -> dict[str, torch.Tensor]:
+    """A layer of 48 outputs and 64 inputs, whose tensors agree with one another."""
+    return write_layer(random_weight(48, 64, 8), SCHEMES[kind])
+
+
+def of_eight_bits(kind: str) -> dict[str, torch.Tensor]:
+    """A layer of 48 outputs and 32 inputs, four codes a word."""
+    tensors = write_layer(random_weight(48, 32, 8), SCHEMES[kind])
+    doubled = {"gptq": (0, 1), "gptq_v2": (0, 1), "awq": (1, 1), "compressed-tensors": (1, 0)}
+    names = ("weight_packed",) if kind == "compressed-tensors" else ("qweight", "qzeros")
+    for name, dim in zip(names, doubled[kind], strict=False):
+        tensors[name] = tensors[name].repeat_interleave(2, dim=dim)
+    return tensors
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("layer", [of_another_size, of_eight_bits])
+def test_a_layer_that_the_model_has_in_another_size_is_named(
+    dense: Path,
+    tmp_path: Path,
+    kind: str,
+    layer: Callable[[str], dict[str, torch.Tensor]],
+) -> None:
+    """Its tensors fit one another, so that nothing but the model's own layer tells."""
+    int4, _ = quantize_folder(dense, tmp_path, kind, group_size=8)
+    held = load_file(int4 / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    for full_name in [full_name for full_name in held if full_name.startswith(f"{name}.")]:
+        del held[full_name]
+    held |= {f"{name}.{part}": tensor.clone() for part, tensor in layer(kind).items()}
+    save_file(held, int4 / "model.safetensors", metadata={"format": "pt"})
+    sizes = r"a weight of (\[48, 64\]|\[96, 32\]) .*the model's layer is \[48, 32\]"
+    message = rf"{re.escape(name)}\.\w+ is \[.*{sizes}; use .* 4 bits in all"
+    with pytest.raises(BadCheckpoint, match=message):
         LLM(int4, device="cpu", dtype="float32")
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel: its layout exactly, its numerics through Triton's interpreter or a GPU."""
+"""The Triton kernel: its layout exactly, its numerics in Triton's interpreter and on a GPU."""
 
 import importlib.util
 import json
@@ -33,10 +33,12 @@ _SMALL = Tile(rows=16, outputs=128, num_warps=4, num_stages=3)
 _NUMPY = "ignore:invalid value encountered:RuntimeWarning"
 
 
-@pytest.fixture(scope="module")
-def device() -> torch.device:
-    """A GPU; without one the CPU, where conftest.py has Triton interpret its kernels."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, where conftest.py has Triton interpret its kernels; a GPU, if there is one."""
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU here, and one process does not interpret too")
+    return torch.device(request.param)
 
 
 def weight_and_layout(

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from vkv import LLM, SamplingParams
+from vkv import LLM, RequestOutput, SamplingParams
 
 torch.set_num_threads(1)  # more threads only hinder operations as tiny as these
 
@@ -122,12 +122,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "stablelm": {},
     "starcoder2": {"sliding_window": _WINDOW},
-}
-_MAMBA: dict[str, Any] = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 8,
-    "mamba_d_state": 8,
-    "mamba_chunk_size": 8,
 }
 # Some of their layers keep recurrent or convolution state.
 HYBRIDS: dict[str, dict[str, Any]] = {
@@ -300,6 +294,34 @@ def check_generate(
         assert got == expected, explain_difference(reference, prompt, got, expected)
     llm.engine.cache.check_invariants()
     assert_idle(llm)
+
+
+def check_scores(
+    prompts: Sequence[Sequence[int]],
+    outs: Sequence[RequestOutput],
+    plain: PreTrainedModel,
+    exact: PreTrainedModel,
+) -> None:
+    """Each output token's score is as near to that of `exact`, in float32, as `plain` itself comes.
+
+    `plain` computes in the type of the outputs, and no bug is as small as what that moves scores
+    by between two batch shapes. The outputs hold `logprobs`.
+    """
+    for prompt, out in zip(prompts, outs, strict=True):
+        tokens = list(out.outputs[0].token_ids)
+        scores = out.outputs[0].logprobs
+        assert scores is not None
+        got = torch.tensor([table[t].logprob for table, t in zip(scores, tokens, strict=True)])
+        sequence, own = [*prompt, *tokens], torch.tensor(tokens)[:, None]
+        rounded, true = (
+            full_logits(model, sequence[:-1])[len(prompt) - 1 :]
+            .log_softmax(-1)
+            .cpu()
+            .gather(1, own)[:, 0]
+            for model in (plain, exact)
+        )
+        allowed = 2 * (rounded - true).abs().max() + 0.05
+        assert (got - true).abs().max() <= allowed
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
