@@ -1,10 +1,14 @@
 """From a model and its options to an engine: driver, pages, slots, kernels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ..allocator import (
     KVCache,
     KVLayout,
+    LayerGeometry,
     MemoryLimit,
     PagedKVCache,
     PagedLayout,
@@ -28,7 +32,7 @@ _ROW_TOKENS = 64  # about what a page should cover where the page size is ours t
 _MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 16 << 10, 2 << 20
 _MAX_PAGES = 24_000  # each may need a mapping of its own, and a process has 65,530 by default
 _BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
-_READY_ROWS = 2  # rows of pages kept created, so that growth seldom waits for the system
+READY_ROWS = 2  # rows of pages kept created, so that growth seldom waits for the system
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def _build_cache(
         pool = PagePool(
             driver,
             _at_most(limit, most, config),
-            low_watermark=_READY_ROWS * layout.num_ranges,
+            low_watermark=READY_ROWS * layout.num_ranges,
             sanitize=config.sanitize,
         )
         return KVCache(layout, pool, num_slots=num_slots, max_parked=max_parked), driver
@@ -207,17 +211,26 @@ def _at_most(limit: int | MemoryLimit, most: int, config: EngineConfig) -> int |
 def _page_bytes(
     loaded: LoadedModel, layers_per_range: int | None, limit: int | MemoryLimit
 ) -> int | None:
+    """A size for a CPU's pages; a GPU has one of its own."""
+    if loaded.device.type != "cpu":
+        return None
+    limit_bytes = limit.num_bytes if isinstance(limit, MemoryLimit) else limit
+    return host_page_bytes(loaded.geometry, loaded.dtype, layers_per_range, limit_bytes)
+
+
+def host_page_bytes(
+    geometry: Sequence[LayerGeometry],
+    dtype: torch.dtype,
+    layers_per_range: int | None,
+    limit_bytes: int,
+) -> int:
     """On a CPU, a power of two that covers about `_ROW_TOKENS` tokens of a range.
 
     More, where the pool's limit would otherwise mean more pages than can be mapped one by one.
-    A GPU has a size of its own.
     """
-    if loaded.device.type != "cpu":
-        return None
-    widest = max(g.num_kv_heads * (g.key_dim + g.value_dim) for g in loaded.geometry)
-    layers = min(layers_per_range or len(loaded.geometry), len(loaded.geometry))
-    wanted = min(layers * widest * loaded.dtype.itemsize * _ROW_TOKENS, _MAX_PAGE_BYTES)
-    limit_bytes = limit.num_bytes if isinstance(limit, MemoryLimit) else limit
+    widest = max(g.num_kv_heads * (g.key_dim + g.value_dim) for g in geometry)
+    layers = min(layers_per_range or len(geometry), len(geometry))
+    wanted = min(layers * widest * dtype.itemsize * _ROW_TOKENS, _MAX_PAGE_BYTES)
     wanted = max(wanted, _MIN_PAGE_BYTES, limit_bytes // _MAX_PAGES)
     return 1 << (wanted - 1).bit_length()
 

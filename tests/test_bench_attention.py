@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 from vkv.attention_backends.native import NativeBackend
 from vkv.attention_backends.paged_sdpa import PagedSdpaBackend
 from vkv.attention_backends.sdpa import SdpaBackend
+from vkv.runtime import cli
 from vkv.runtime.bench import attention
 from vkv.runtime.bench.attention import AttentionOptions, run
+from vkv.runtime.bench.attention_layouts import slot_layouts
 from vkv.runtime.bench.attention_shapes import Shape, default_shapes, shapes_of_heads
 from vkv.runtime.bench.peer import WORKERS
 from vkv.vmem.errors import InvalidConfig
@@ -113,14 +117,94 @@ def test_what_is_counted() -> None:
 def test_what_is_too_large_is_left_out(tmp_path: Path) -> None:
     shapes = (*SHAPES, Shape(batch=1, context=4096))
     options = AttentionOptions(shapes=shapes, repeats=1, max_bytes=1 << 16)
-    _, (table,) = run(options, tmp_path, "x")
+    path, (table,) = run(options, tmp_path, "x")
     assert len(table.rows) == 2
+    (left_out,) = json.loads(path.read_text())["results"]["left_out"]
+    assert Shape(**left_out["shape"]) == shapes[-1]
+    assert left_out["why"] == "keys and values take 4 MiB a layer, above --max-memory (0.0625 MiB)"
+    note = f"Left out: decode, 1 x 4,096, 16:4x64: {left_out['why']}."
+    assert table.notes == [note]
+    assert f"\n\n{note}\n" in path.with_suffix(".md").read_text()
+
+
+def test_what_is_left_out_is_printed(tmp_path: Path) -> None:
+    shown = _bench("--max-memory", "64KiB", "--contexts", "100,4096", out=tmp_path)
+    assert "Left out: decode, 1 x 4,096, 4:2x16: keys and values take 0.5 MiB a layer" in shown
+    assert "decode, 1 x 100" not in shown.partition("Left out")[2]
+
+
+def test_nothing_is_left_out_of_what_fits(tmp_path: Path) -> None:
+    assert "Left out" not in _bench("--contexts", "100", out=tmp_path)
+
+
+def _bench(*arguments: str, out: Path) -> str:
+    """What `vkv bench attention` prints for small heads and one short pass, in one line."""
+    small = ["--heads", "4:2x16", "--batches", "1", "--chunk", "0", "--repeats", "1"]
+    done = CliRunner().invoke(
+        cli.app, ["bench", "attention", *small, *arguments, "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    return " ".join(done.output.split())
+
+
+def _layouts_measured(folder: Path) -> list[list[str]]:
+    """Backend and layout of each contestant over slots."""
+    (path,) = folder.glob("*.json")
+    (cell,) = json.loads(path.read_text())["results"]["cells"]
+    names = (name.split(", ", 1) for name in cell["layer_s"])
+    return [name for name in names if len(name) == 2]
+
+
+def test_layouts_by_default(tmp_path: Path) -> None:
+    _bench("--contexts", "100", out=tmp_path)
+    assert _layouts_measured(tmp_path) == [
+        ["native", "g=1"], ["sdpa", "g=1"], ["native", "g=1, split K/V"], ["native", "g=all"],
+    ]  # fmt: skip
+
+
+def test_layouts_by_layers_per_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int | None, bool]] = []
+
+    class Layout(attention.KVLayout):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            made.append((self.layers_per_range, self.split_kv))
+
+    monkeypatch.setattr(attention, "KVLayout", Layout)
+    _bench("--contexts", "100", "--layers-per-range", "2,1, 4-split,all,02", out=tmp_path)
+    assert made == [(2, False), (1, False), (4, True), (None, False)]
+    assert _layouts_measured(tmp_path) == [
+        ["native", "g=2"],
+        ["sdpa", "g=2"],
+        ["native", "g=1"],
+        ["native", "g=4, split K/V"],
+        ["native", "g=all"],
+    ]
+
+
+@pytest.mark.parametrize("listed", ["0", "two", "1-split-split", "-1", ","])
+def test_layouts_that_there_are_not(listed: str, tmp_path: Path) -> None:
+    arguments = ["bench", "attention", f"--layers-per-range={listed}", "--out", str(tmp_path)]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(done.exception, InvalidConfig)
+    assert "such as 1,1-split,all" in str(done.exception)
+
+
+def test_help_names_layouts_and_heads() -> None:
+    command = typer.main.get_command(cli.app).commands["bench"].commands["attention"]  # type: ignore[attr-defined]
+    options = {option.name: option for option in command.params}
+    assert options["layers_per_range"].default == "1,1-split,all"
+    assert "1,2,4,all" in options["layers_per_range"].help
+    assert slot_layouts(["1", "1-split", "all"]) == AttentionOptions(shapes=()).layouts
+    for shape in default_shapes((1,), (1024,), 512):
+        heads = f"{shape.num_heads}:{shape.num_kv_heads}x{shape.head_dim}"
+        assert heads in options["heads"].help
 
 
 def test_default_shapes() -> None:
     shapes = default_shapes((1, 8), (1024, 8192), 512)
-    assert len(shapes) == 4 + 2 + 2
-    assert {shape.num_heads // shape.num_kv_heads for shape in shapes} == {1, 4}
+    assert len(shapes) == 4 + 3 + 2
+    assert {shape.num_heads // shape.num_kv_heads for shape in shapes} == {1, 4, 8}
 
 
 def test_shapes_of_one_model() -> None:

@@ -1,6 +1,7 @@
 """`vkv bench report`: one page from the records of a folder."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -87,6 +88,93 @@ def test_machines_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(kept) == 2
     assert len({record.machine for record in kept}) == 2
     assert {record.what for record in kept} == {"memory"}
+
+
+def _on(monkeypatch: pytest.MonkeyPatch, capability: str, model: str | None) -> None:
+    """Records are made on a processor of that kind, all sold under one name."""
+    monkeypatch.setattr(records, "_processor", lambda: "One Name")
+    monkeypatch.setattr(records, "_cpu_model", lambda: model)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+
+_SOLD_AS_ONE = [
+    ("AVX2", "family 25 model 1"),
+    ("AVX512", "family 25 model 17"),
+    ("AVX512", "family 26 model 2"),
+]
+
+
+def test_processors_of_one_name_are_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, (capability, model) in enumerate(_SOLD_AS_ONE):
+        _on(monkeypatch, capability, model)
+        _redate(_write(tmp_path, "memory", f"1.{number}"), f"2026-01-0{number + 1}")
+        _redate(_write(tmp_path, "memory", f"2.{number}"), f"2026-02-0{number + 1}")
+    assert len(newest_records(tmp_path)) == 3
+    page = report(tmp_path).read_text()
+    for number, (capability, model) in enumerate(_SOLD_AS_ONE):
+        assert f"| virtual | 2.{number} |" in page
+        assert f"| virtual | 1.{number} |" not in page
+        assert f"{capability}, {model}, 2026-02-0{number + 1}\n" in page
+
+
+def test_records_without_a_model_are_told_apart_by_what_they_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, capability in enumerate(["AVX2", "AVX512", "AVX512"]):
+        _on(monkeypatch, capability, None)
+        path = _redate(_write(tmp_path, "memory", f"{number}.5"), f"2026-01-0{number + 1}")
+        assert "cpu_model" not in json.loads(path.read_text())["hardware"]
+    page = report(tmp_path).read_text()
+    assert [f"| virtual | {number}.5 |" in page for number in range(3)] == [True, False, True]
+
+
+def test_a_record_of_another_processor_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    for number, (capability, model) in enumerate(_SOLD_AS_ONE * 2):
+        _on(monkeypatch, capability, model)
+        names.append(_write(tmp_path, "memory", f"{number}.5").name.split("_")[1])
+    cores = f"one-name-{len(os.sched_getaffinity(0))}c"
+    assert names[:3] == [cores, f"{cores}-avx512", f"{cores}-avx512-family-26-model-2"]
+    assert names[3:] == names[:3]  # one of the same processor is
+    page = report(tmp_path).read_text()
+    assert all(f"| virtual | {number}.5 |" in page for number in (3, 4, 5))
+    links = re.findall(r"\]\(#([^)]+)\)", page)
+    assert len(set(links)) == 3
+
+
+def test_a_gpu_is_a_machine_whatever_processor_is_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for date, (capability, model) in zip(("2026-01-01", "2026-01-02"), _SOLD_AS_ONE, strict=False):
+        _on(monkeypatch, capability, model)
+        path = _write(tmp_path, "memory", "1")
+        machine = json.loads(path.read_text())["hardware"] | {"gpu": "NVIDIA H100"}
+        _redate(path, date, hardware=machine)
+    (record,) = newest_records(tmp_path)
+    assert record.heading == "memory, NVIDIA H100, 2026-01-02"
+
+
+def test_the_processor_of_this_machine_is_numbered_as_linux_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    info = Path("/proc/cpuinfo").read_text()
+    numbers = re.findall(r"^(?:cpu family|model)\s*: (\d+)$", info, flags=re.MULTILINE)
+    found = records.hardware(torch.device("cpu"))
+    if numbers:  # not on Arm
+        assert found["cpu_model"] == f"family {numbers[0]} model {numbers[1]}"
+    else:
+        assert "cpu_model" not in found
+    monkeypatch.setattr(records, "_cpuinfo", lambda: {"CPU part": "0xd40"})
+    assert "cpu_model" not in records.hardware(torch.device("cpu"))
+
+
+def test_notes_stand_under_their_table() -> None:
+    table = Table(title="Some", columns=["what"], rows=[["row"]], notes=["Left out: a.", "And b."])
+    assert table.markdown().endswith("| row |\n\nLeft out: a.\n\nAnd b.\n")
 
 
 def test_tables_of_older_records_come_from_the_page_beside_them(tmp_path: Path) -> None:

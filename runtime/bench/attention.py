@@ -8,7 +8,6 @@ kernels take, not what launching them takes.
 """
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,8 +37,10 @@ from ...attention_backends import (
 )
 from ...vmem import open_driver
 from ..progress import counted
+from .attention_layouts import DEFAULT, SlotLayout, slot_layouts
+from .attention_results import attention_table, draw
 from .attention_shapes import Shape
-from .limits import Limits, LimitsProbe
+from .limits import LimitsProbe
 from .peer import WORKERS, Worker, interpreter_of
 from .record import Table, require_matplotlib, write_record
 
@@ -49,11 +50,6 @@ _MIN_LAYERS = 4  # where they fit; fewer would not show what interleaving layers
 _ENOUGH_BYTES = {"cpu": 1 << 40, "cuda": 1 << 30}  # far beyond a GPU's caches
 _BLOCK_TOKENS = 16
 _PAGE_BYTES = {"cpu": 256 << 10, "cuda": None}
-_LAYOUTS: Mapping[str, dict[str, Any]] = {  # of the contiguous caches
-    "g=1": {"layers_per_range": 1},
-    "g=1, split K/V": {"layers_per_range": 1, "split_kv": True},
-    "g=all": {},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +58,9 @@ class AttentionOptions:
 
     Attributes:
         contiguous: backends over slots; the first is run in every layout.
+        layouts: of slots; all backends are run in the first.
         paged: backends over the paged cache.
-        max_bytes: keys and values of one cache; larger problems are left out.
+        max_bytes: keys and values of one cache; larger problems are left out, and named.
         threads: of peers, which should be as many as PyTorch has here.
         peers: other systems' kernels, each in its own interpreter.
         label: a word for the record's name.
@@ -73,6 +70,7 @@ class AttentionOptions:
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     contiguous: tuple[str, ...] = ("auto", "sdpa")
+    layouts: tuple[SlotLayout, ...] = slot_layouts(DEFAULT.split(","))
     paged: tuple[str, ...] = ("auto",)
     repeats: int = 7
     max_bytes: int = 128 << 20
@@ -100,7 +98,8 @@ def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, li
         for name, path in options.peers.items()
     }
     probe = LimitsProbe(options.device, options.dtype)
-    fitting = [s for s in options.shapes if s.kv_bytes(options.dtype) <= options.max_bytes]
+    left_out = _too_large(options)
+    fitting = [shape for shape in options.shapes if shape not in left_out]
     results: list[dict[str, Any]] = []
     with _started(commands, options) as peers, counted("attention", len(fitting)) as advance:
         for shape in fitting:
@@ -111,20 +110,36 @@ def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, li
             advance()
     probe.measure()
     limits = probe.limits()
-    tables = [_table(results, options.dtype, limits)]
+    reasons = [{"shape": asdict(shape), "why": why} for shape, why in left_out.items()]
+    tables = [attention_table(results, reasons, options.dtype, limits)]
     config = asdict(options) | {"dtype": str(options.dtype), "device": str(options.device)}
     path = write_record(
         folder,
         "-".join(filter(None, ("attention", options.label))),
         device=options.device,
         config=config,
-        results={"cells": results},
+        results={"cells": results, "left_out": reasons},
         tables=tables,
         limits=limits,
         command=command,
     )
-    _plot(results, path.with_suffix(".png"))
+    draw(results, path.with_suffix(".png"))
     return path, tables
+
+
+def _too_large(options: AttentionOptions) -> dict[Shape, str]:
+    """The problems of which not even one layer fits, and why."""
+    limit = options.max_bytes
+    sizes = {shape: shape.kv_bytes(options.dtype) for shape in options.shapes}
+    return {
+        shape: f"keys and values take {_mib(size)} a layer, above --max-memory ({_mib(limit)})"
+        for shape, size in sizes.items()
+        if size > limit
+    }
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.6g} MiB"
 
 
 def _num_layers(kv_bytes: int, options: AttentionOptions) -> int:
@@ -151,10 +166,10 @@ def _contestants(
     """All backends over their caches, which hold the same keys and values."""
     contestants: list[Contestant] = []
     with ExitStack() as stack:
-        for index, (layout, knobs) in enumerate(_LAYOUTS.items()):
+        for index, layout in enumerate(options.layouts):
             names = options.contiguous if index == 0 else options.contiguous[:1]
             backends = [create_backend(name, _needs(shape, options, False)) for name in names]
-            cache, batch = _filled(stack, shape, layers, options, knobs)
+            cache, batch = _filled(stack, shape, layers, options, layout)
             contestants += [
                 Contestant(name=f"{b.name}, {layout}", backend=b, cache=cache, batch=batch)
                 for b in backends
@@ -186,19 +201,19 @@ def _filled(
     shape: Shape,
     layers: int,
     options: AttentionOptions,
-    knobs: Mapping[str, Any] | int,
+    how: SlotLayout | int,
 ) -> tuple[SlotCache, AttentionBatch]:
     """A cache of the shape's sequences, closed by `stack`.
 
     Args:
-        knobs: of the layout of contiguous slots; or the tokens of a block, for the paged cache.
+        how: the layout of contiguous slots; or the tokens of a block, for the paged cache.
     """
     geometry = LayerGeometry(
         num_kv_heads=shape.num_kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim
     )
     cache: SlotCache
-    if isinstance(knobs, int):
-        paged = PagedLayout((geometry,) * layers, options.dtype, shape.context, knobs)
+    if isinstance(how, int):
+        paged = PagedLayout((geometry,) * layers, options.dtype, shape.context, how)
         blocks = shape.batch * paged.num_pages(shape.context)
         cache = PagedKVCache(
             paged, blocks * paged.page_bytes, num_slots=shape.batch, device=options.device
@@ -207,7 +222,12 @@ def _filled(
         driver = open_driver(options.device, _PAGE_BYTES[options.device.type])
         stack.callback(driver.close)
         layout = KVLayout(
-            (geometry,) * layers, options.dtype, shape.context, driver.page_bytes, **knobs
+            (geometry,) * layers,
+            options.dtype,
+            shape.context,
+            driver.page_bytes,
+            layers_per_range=how.layers_per_range,
+            split_kv=how.split_kv,
         )
         limit = shape.batch * layout.num_pages(shape.context) * layout.page_bytes
         cache = KVCache(layout, PagePool(driver, limit), num_slots=shape.batch)
@@ -343,66 +363,3 @@ def _pass(
         keys, values = contestant.cache.layer(index)
         contestant.backend.forward(query, keys, values, contestant.batch, layer, out=out)
     return out
-
-
-# -- results ---------------------------------------------------------------------------------
-
-
-def _table(results: Sequence[Mapping[str, Any]], dtype: torch.dtype, limits: Limits) -> Table:
-    names = list(results[0]["layer_s"]) if results else []
-    rows = []
-    for cell in results:
-        shape, times = Shape(**cell["shape"]), cell["layer_s"]
-        ours = times[names[0]]
-        seconds = statistics.median(ours)
-        if shape.queries == 1:
-            rate = shape.kv_bytes(dtype) / seconds
-            reached = f"{rate / 1e9:.1f} GB/s, {rate / limits.read_bytes_per_s:.0%}"
-        else:
-            rate = shape.flops / seconds
-            reached = f"{rate / 1e9:.0f} GFLOP/s, {rate / limits.flops_per_s:.0%}"
-        others = [
-            f"{statistics.median(b / a for a, b in zip(ours, times[name], strict=True)):.2f}"
-            for name in names[1:]
-        ]
-        rows.append([str(shape), f"{seconds * 1e6:,.0f}", reached, *others])
-    first = names[0] if names else "first"
-    return Table(
-        title=f"Attention of one layer in {str(dtype).removeprefix('torch.')}",
-        columns=[
-            "problem",
-            f"{first}, µs",
-            "reached, of the limit",
-            *(f"{name}: times as long" for name in names[1:]),
-        ],
-        rows=rows,
-    )
-
-
-def _plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 0.5 * len(results) + 2))
-    axes = figure.subplots()
-    names = list(results[0]["layer_s"]) if results else []
-    for place, name in enumerate(names):
-        axes.barh(
-            [index + 0.8 * place / len(names) for index in range(len(results))],
-            [
-                statistics.median(cell["layer_s"][name])
-                / statistics.median(cell["layer_s"][names[0]])
-                for cell in results
-            ],
-            height=0.8 / len(names),
-            label=name,
-        )
-    axes.set_yticks(
-        [index + 0.4 for index in range(len(results))],
-        [str(Shape(**cell["shape"])) for cell in results],
-        fontsize=8,
-    )
-    axes.invert_yaxis()
-    axes.set_xlabel(f"time over that of {names[0]}" if names else "")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)

@@ -37,11 +37,11 @@ class Shape:
 
 
 def default_shapes(batches: Sequence[int], contexts: Sequence[int], chunk: int) -> list[Shape]:
-    """Decodes of each batch and context, other head counts, and prompt chunks."""
+    """Decodes of each batch and context, one of each other head counts, and prompt chunks."""
     small = Shape(batch=1, context=1)
     shapes = _decodes(small, batches, contexts)
     middle = sorted(contexts)[len(contexts) // 2]
-    for heads, kv_heads, dim in ((32, 8, 128), (8, 8, 64)):
+    for heads, kv_heads, dim in ((32, 8, 128), (32, 4, 128), (8, 8, 64)):
         shapes.append(
             Shape(batch=1, context=middle, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
         )

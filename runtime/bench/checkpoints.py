@@ -16,7 +16,7 @@ from ...quant.scheme import FormatName
 from ...vmem.errors import InvalidConfig
 from ..progress import counted
 from .record import Table
-from .shapes import build_model
+from .shapes import build_model, kv_geometry
 
 _GROUP_SIZES = (128, 64, 32)
 
@@ -79,9 +79,8 @@ def parse_format(quant: str | None) -> FormatName | None:
 
 def cache_bytes_per_token(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values over all layers."""
-    config = model.config
-    heads = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * heads * dtype.itemsize
+    num_kv_heads, head_dim = kv_geometry(model.config)
+    return 2 * model.config.num_hidden_layers * num_kv_heads * head_dim * dtype.itemsize
 
 
 def gains_table(weight_bytes: Mapping[str, int], kv_bytes_per_token: int) -> Table:

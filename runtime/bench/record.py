@@ -22,17 +22,24 @@ _PACKAGES = ("vkv", "torch", "transformers", "numpy", "cuda-python", "flashinfer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of a result, for the terminal and for Markdown."""
+    """Rows of a result, for the terminal and for Markdown.
+
+    Attributes:
+        notes: what the rows do not say; a paragraph each, under the table.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
 
     def markdown(self) -> str:
         """The table in Markdown, numbers to the right."""
         lines = [f"### {self.title}", "", "| " + " | ".join(self.columns) + " |"]
         lines.append("|" + "|".join(["---"] + ["---:"] * (len(self.columns) - 1)) + "|")
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        for note in self.notes:
+            lines += ["", note]
         return "\n".join(lines) + "\n"
 
 
@@ -43,7 +50,10 @@ def require_matplotlib() -> None:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the benchmark ran on: processor or GPU, cores in use, memory."""
+    """What the benchmark ran on: processor or GPU, cores in use, memory.
+
+    `cpu_model` is left out where the system does not number its processors.
+    """
     found: dict[str, Any] = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -53,6 +63,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "system": platform.release(),
         "load_before": os.getloadavg()[0],
     }
+    if model := _cpu_model():
+        found["cpu_model"] = model
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
@@ -82,11 +94,13 @@ def write_record(
 ) -> Path:
     """Write `<what>_<hardware>_<date>.json` and the tables beside it; returns the JSON's path.
 
+    A record of the same processor is written over. One of another processor that sells under the
+    same name is not: `<hardware>` then says more of the processor.
     What JSON does not know, a `torch.dtype` for one, is written as its text.
     """
     machine = hardware(device)
     today = datetime.date.today().isoformat()
-    path = folder / f"{what}_{_slug(machine)}_{today}.json"
+    path = _free_path(folder, what, machine, today)
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "what": what,
@@ -111,15 +125,55 @@ def place(machine: Mapping[str, Any]) -> str:
     return machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
 
 
+def identity(machine: Mapping[str, Any]) -> str:
+    """`place`, and all that a record says of which processor that is.
+
+    One name is sold for several: the capability tells some apart, the model all; older records
+    lack it.
+    """
+    if "gpu" in machine:
+        return place(machine)
+    more = (machine.get("cpu_capability"), machine.get("cpu_model"))
+    return ", ".join([place(machine), *filter(None, more)])
+
+
 def _processor() -> str:
-    with open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
+    return _cpuinfo().get("model name") or platform.machine()
 
 
-def _slug(machine: Mapping[str, Any]) -> str:
-    name = machine.get("gpu") or f"{machine['processor']}-{machine['cores']}c"
+def _cpu_model() -> str | None:
+    """Family and model, such as "family 25 model 1", which differ where marketing names do not."""
+    found = _cpuinfo()
+    if "cpu family" not in found or "model" not in found:
+        return None
+    return f"family {found['cpu family']} model {found['model']}"
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux knows of the first processor."""
+    first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
+    fields = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
+def _free_path(folder: Path, what: str, machine: Mapping[str, Any], date: str) -> Path:
+    """The shortest name that no record of another processor has."""
+    more = [machine["cpu_capability"], machine.get("cpu_model", "")]
+    names = [" ".join([_short_name(machine), *more[:count]]) for count in range(len(more) + 1)]
+    paths = [folder / f"{what}_{_slug(name)}_{date}.json" for name in names]
+    return next((path for path in paths if not _is_of_another(path, machine)), paths[-1])
+
+
+def _is_of_another(path: Path, machine: Mapping[str, Any]) -> bool:
+    if not path.exists():
+        return False
+    return identity(json.loads(path.read_text())["hardware"]) != identity(machine)
+
+
+def _short_name(machine: Mapping[str, Any]) -> str:
+    return machine.get("gpu") or f"{machine['processor']}-{machine['cores']}c"
+
+
+def _slug(name: str) -> str:
     name = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")

@@ -1,5 +1,8 @@
 """`vkv bench report`: the newest record of each kind and machine, on one Markdown page.
 
+Machines are told apart by their GPU or, without one, by number of cores and processor: name,
+vector instructions, and family and model where the record has them.
+
 The record (JSON) is the source of everything but the plot, which is linked. Records written
 before tables were part of them have theirs read from the Markdown beside them.
 """
@@ -12,7 +15,7 @@ from typing import Any
 
 from ...vmem.errors import InvalidConfig
 from .limits import Limits
-from .record import Table, place
+from .record import Table, identity, place
 
 PAGE = "REPORT.md"
 _FIELDS = {"what", "date", "command", "hardware", "versions", "config", "results"}
@@ -31,12 +34,12 @@ class Record:
 
     @property
     def machine(self) -> str:
-        """The machine's part of the file name, `<what>_<hardware>_<date>`."""
-        return self.path.stem.removeprefix(f"{self.what}_").removesuffix(f"_{self.content['date']}")
+        """Which machine it is of, in words."""
+        return identity(self.content["hardware"])
 
     @property
     def heading(self) -> str:
-        return f"{self.what}, {place(self.content['hardware'])}, {self.content['date']}"
+        return f"{self.what}, {self.machine}, {self.content['date']}"
 
 
 def report(folder: Path) -> Path:
@@ -95,6 +98,7 @@ def _machine_line(machine: Mapping[str, Any]) -> str:
         f"{machine['threads']} threads",
         f"{machine['memory_gib']} GiB",
         machine["cpu_capability"],
+        *([f"processor {machine['cpu_model']}"] if "cpu_model" in machine else []),
         f"Linux {machine['system']}",
         f"load {machine['load_before']:.1f} before the record was written",
     ]

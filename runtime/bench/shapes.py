@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...vmem.errors import InvalidConfig
 
@@ -71,3 +71,11 @@ def build_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.config.name_or_path = shape
     return model.eval()
+
+
+def kv_geometry(config: PreTrainedConfig) -> tuple[int, int]:
+    """KV heads of a layer and the size of one, whether or not the architecture names them."""
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return num_kv_heads, head_dim

@@ -22,6 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache
+from vkv.runtime.bench.shapes import kv_geometry
 
 
 class Clock(StoppingCriteria):
@@ -91,8 +92,7 @@ def main() -> None:
     steps, max_len = options["steps"], context + options["steps"] + 1
     ids = torch.randint(model.config.vocab_size, (batch, context + 1))
     decode(make_cache(kind, model, 32), model, ids[:, :16], 8)  # warm, and all weights resident
-    config = model.config
-    shape = batch, context, config.num_key_value_heads, config.head_dim
+    shape = batch, context, *kv_geometry(model.config)
     states = torch.randn(shape, dtype=model.dtype).transpose(1, 2)  # as a projection leaves them
     gc.collect()
     before = memory("VmRSS")
