@@ -5,8 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/.triton
+OLDEST := .venv-oldest
 
-.PHONY: help install chat test lint wheel-test gpu-kit gpu-check clean
+.PHONY: help install chat test test-oldest lint wheel-test gpu-kit gpu-check clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -32,6 +33,18 @@ chat: $(INSTALLED) ## Chat with the built-in tiny model, on the CPU
 test: $(TRITON) ## Run the test suite; ARGS goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
+# The same pins, but for what must be as old: that transformers wants a huggingface_hub below 2.
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt >$(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+	  transformers==5.17.0 torch==2.13.0 -e '.[dev]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed ## Run what meets transformers with the oldest version that vkv takes
+	$(OLDEST)/bin/python -m pytest tests/test_virtual_cache.py tests/test_models.py \
+	  tests/test_hybrids.py tests/test_engine.py $(ARGS)
+
 lint: $(INSTALLED) ## Lint, check the format and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +60,4 @@ gpu-check: $(INSTALLED) ## Rehearse on the CPU what `gpu_check.py` does on such 
 	$(BIN)/python benchmarks/gpu_check.py --device cpu --out build/gpu-check $(ARGS)
 
 clean: ## Remove the virtual environment and what builds leave behind
-	rm -rf $(VENV) build dist gpu-kit *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist gpu-kit *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """vkv's own CPU kernels: attention that reads each key and value once, at memory speed.
 
 A small C library (`native/`) over contiguous strided slots. It knows token and slot strides and
-nothing else of how memory is arranged: no pages, no block tables.
+nothing else of how memory is arranged.
 """
 
 import ctypes

@@ -33,7 +33,12 @@ def memory_for_kv(
 def profile_step(loaded: LoadedModel, num_tokens: int, num_seqs: int) -> int:
     """Run `num_tokens` tokens through the model and sample `num_seqs`; keys and values are lost.
 
-    Returns the bytes of state that a request has beside them.
+    A hybrid's decodes run too: the states of all of them are copied out of their rows meanwhile.
+    A step that scores a prompt (`prompt_logprobs`) has logits of each of its tokens, not of
+    `num_seqs` alone: half a GiB for 2,048 tokens of 128k in bfloat16. Few ask for it, and every
+    GPU would keep that much free, so it comes out of the headroom.
+
+    Returns the bytes of state that a request has beside its keys and values.
     """
     model, device = loaded.model, loaded.device
     num_seqs = min(num_seqs, num_tokens)
@@ -52,7 +57,12 @@ def profile_step(loaded: LoadedModel, num_tokens: int, num_seqs: int) -> int:
     sample(logits, [SamplingState(params, index=index) for index in range(num_seqs)])
     if state is None:
         return 0
-    return sum(tensor.nbytes for tensor in state.states().values())
+    state_bytes = sum(tensor.nbytes for tensor in state.states().values())
+    ones = positions[0, :num_seqs, None]  # [num_seqs, 1]
+    options = {"use_cache": True, "past_key_values": StepState(model.config)}
+    with attention_step(_NoAttention()):
+        model(input_ids=torch.zeros_like(ones), position_ids=ones, **options)
+    return state_bytes
 
 
 class _NoAttention:

@@ -62,19 +62,23 @@ class StateRunner(ModelRunner):
         chosen: dict[int, torch.Tensor] = {}  # [vocab], by flat row
         wanted = set(rows)
         for group in groups:
-            logits = self._forward_group([batch[i] for i in group])  # [tokens of the group, vocab]
             flat = [row for i in group for row in range(ends[i] - batch[i].num_tokens, ends[i])]
-            chosen.update((row, logits[index]) for index, row in enumerate(flat) if row in wanted)
+            keep = [index for index, row in enumerate(flat) if row in wanted]
+            logits = self._forward_group([batch[i] for i in group], keep)  # [len(keep), vocab]
+            chosen.update((flat[index], row) for index, row in zip(keep, logits, strict=True))
         if not rows:
             return torch.empty(0, self.loaded.vocab_size, device=self.loaded.device)
         return torch.stack([chosen[row] for row in rows])
 
-    def _forward_group(self, group: Sequence[ScheduledRequest]) -> torch.Tensor:
-        """Logits of all tokens of decodes, or of one chunk of a prompt: [num_tokens, vocab]."""
+    def _forward_group(
+        self, group: Sequence[ScheduledRequest], keep: Sequence[int]
+    ) -> torch.Tensor:
+        """Logits of the tokens `keep` of decodes, or of one chunk: [len(keep), vocab]."""
         slots = [item.request.slot.index for item in group if item.request.slot is not None]
-        inputs, batch = self._inputs(group)
+        inputs, batch = self._inputs(group, keep)
         step = CacheStep(self.cache, self.backend, batch, self.loaded.attention)
         shape = (len(group), -1)  # decodes [B, 1], a chunk [1, num_tokens]
+        selects = self._selects_logits and len(group) == 1  # the same tokens in every row of [B, 1]
         state = self.states.gather(slots) if group[0].start else self.states.fresh()
         with attention_step(_SomeLayersStep(step, self._index_of)):
             output = self.loaded.model(
@@ -82,6 +86,8 @@ class StateRunner(ModelRunner):
                 position_ids=inputs.positions.view(shape),
                 past_key_values=state,
                 use_cache=True,
+                **({"logits_to_keep": inputs.keep} if selects else {}),
             )
         self.states.scatter(slots, state)
-        return output.logits.flatten(0, 1)
+        logits = output.logits.flatten(0, 1)
+        return logits if selects else logits[inputs.keep]

@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
 
@@ -264,10 +265,11 @@ class VirtualSlidingWindowLayer(VirtualLayer):
         return max(length - self.sliding_window + 1, 0)
 
 
-class VirtualHybridLayer(LinearAttentionLayer, VirtualLayer):
+class VirtualHybridLayer(LinearAttentionAndFullAttentionLayer, VirtualLayer):
     """Attention and a recurrence side by side in one layer, as Falcon H1 has them.
 
-    Keys and values are virtual; convolution and recurrent state is kept by `transformers`.
+    Keys and values are virtual; convolution and recurrent state is kept by `transformers`, which
+    looks for its own class of layer when it decides how long a mask must be.
     """
 
     is_compileable = False
@@ -312,6 +314,20 @@ class VirtualHybridLayer(LinearAttentionLayer, VirtualLayer):
         VirtualLayer.reorder_cache(self, beam_idx)
 
 
+class VirtualSlidingHybridLayer(VirtualHybridLayer, VirtualSlidingWindowLayer):
+    """Attention over a window and a recurrence side by side in one layer, as Zaya has them."""
+
+    def __init__(
+        self, arena: Arena, max_len: int, number_of_states: int, sliding_window: int
+    ) -> None:
+        VirtualSlidingWindowLayer.__init__(self, arena, max_len, sliding_window)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def get_max_length(self) -> int:
+        """The window: as for `transformers`' own sliding layers."""
+        return self.sliding_window
+
+
 def _virtual(layer: Any, arena: Arena, max_len: int) -> Any:
     """The virtual layer in place of a growing one; `layer` itself if it is of another kind."""
     if type(layer) is DynamicLayer:
@@ -320,4 +336,7 @@ def _virtual(layer: Any, arena: Arena, max_len: int) -> Any:
         return VirtualSlidingWindowLayer(arena, max_len, layer.sliding_window)
     if type(layer) is LinearAttentionAndFullAttentionLayer:
         return VirtualHybridLayer(arena, max_len, layer.number_of_states)
+    if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+        states, window = layer.number_of_states, layer.sliding_window
+        return VirtualSlidingHybridLayer(arena, max_len, states, window)
     return layer

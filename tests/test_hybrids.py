@@ -47,6 +47,39 @@ def test_a_preempted_request_computes_its_state_again(model_type: str) -> None:
         zoo.assert_idle(llm)
 
 
+@pytest.mark.parametrize("selects", [True, False])
+@pytest.mark.parametrize("model_type", zoo.HYBRIDS)
+def test_only_rows_that_are_wanted_become_logits(model_type: str, selects: bool) -> None:
+    """Of a prompt's chunks the last token alone, or every one whose successor is scored."""
+    other = zoo.random_prompts([19], seed=1)[0]
+    reference = zoo.tiny_model(model_type)
+    expected = [zoo.generate_alone(reference, prompt, 5) for prompt in (PROMPT, other)]
+    shapes: list[tuple[int, ...]] = []
+    with _llm(zoo.tiny_model(model_type), max_batch_tokens=16) as llm:
+        runner = llm._engine.runner
+        assert runner._selects_logits
+        runner._selects_logits = selects  # else as with a model that cannot
+        llm._loaded.model.register_forward_hook(
+            lambda _, __, output: shapes.append(tuple(output.logits.shape[:2]))
+        )
+        outputs = llm.generate([PROMPT, other], zoo.greedy(5))
+        assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+        if selects:
+            assert max(rows for _, rows in shapes) == 1
+            assert sum(batch * rows for batch, rows in shapes) == 2 * 5
+        else:
+            assert sum(batch * rows for batch, rows in shapes) == len(PROMPT) + len(other) + 2 * 4
+        shapes.clear()
+        (scored,) = llm.generate(PROMPT, zoo.greedy(1, prompt_logprobs=0))
+    assert sum(rows for _, rows in shapes) == len(PROMPT)
+    scores = zoo.full_logits(reference, PROMPT).log_softmax(dim=-1)
+    assert scored.prompt_logprobs is not None
+    for position, token in enumerate(PROMPT[1:]):
+        found = scored.prompt_logprobs[position + 1]
+        assert found is not None
+        assert found[token].logprob == pytest.approx(float(scores[position, token]), abs=1e-3)
+
+
 def test_an_aborted_request_leaves_no_state_to_the_next() -> None:
     expected = zoo.generate_alone(zoo.tiny_model("qwen3_next"), PROMPT, 8)
     with _llm(zoo.tiny_model("qwen3_next"), max_seqs=1) as llm:

@@ -87,6 +87,15 @@ def test_all_folders_are_there_to_be_read():
     assert sum(1 for _ in (ROOT / "allocator").glob("*.py")) > 5
 
 
+def test_the_native_kernels_never_hear_of_pages():
+    """Virtual memory is no business of a kernel: not a word of it, in code or comment."""
+    folder = ROOT / "attention_backends"
+    sources = [folder / "native.py", *sorted((folder / "native").iterdir())]
+    assert {path.suffix for path in sources} == {".py", ".c", ".h"}
+    for path in sources:
+        assert "page" not in path.read_text().lower(), f"{path.name} speaks of pages"
+
+
 @pytest.mark.parametrize(
     ("file", "statement", "why"),
     [

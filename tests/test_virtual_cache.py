@@ -21,7 +21,13 @@ from transformers import (
     FalconConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 from vkv.runtime import virtual_rows
 from vkv.runtime.virtual_cache import VirtualLayer, VirtualSlidingWindowLayer
 from vkv.runtime.virtual_rows import Arena
@@ -32,6 +38,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = 4096  # some tens of tokens of a tiny model, so that pages come and go
 NUM_TOKENS = 14
 NUM_HEADS = 2 * 2 * 4  # of `states`: keys and values, two sequences
+STOCK = {  # layers of `transformers` that hold keys and values, all of them exchanged
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+}
 
 # -- the tokens of stock `generate` ----------------------------------------------------------
 
@@ -52,6 +64,14 @@ _OTHERS = {  # a window that only the mask knows, convolutions, attention within
 }
 _RECURRENT = {  # some layers hold convolution and recurrent state, which cannot be undone
     name: {} for name in zoo.HYBRIDS if name != "lfm2"
+}
+_RECURRENT["zaya"] = {  # state beside attention in every layer, of which one has a window
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "sliding_window": 13,
+    "num_experts": 4,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 24,
+    "router_hidden_size": 16,
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     **{name: {} for name in zoo.ARCHITECTURES},
@@ -129,6 +149,7 @@ def test_generate_gives_the_tokens_of_the_stock_cache(architecture: str, mode: s
     assert torch.equal(generate(model, ids, cache, **MODES[mode]), expected)
     assert cache.stats().tokens == ids.shape[1] + NUM_TOKENS - 1
     assert any(isinstance(layer, VirtualLayer) for layer in cache.layers)
+    assert not any(type(layer) in STOCK for layer in cache.layers)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -445,8 +466,9 @@ def test_a_copy_is_complete_and_apart(llama) -> None:
     assert not twin.layers[0].keys.any()
 
 
-def test_a_copy_of_a_hybrid_has_a_state_of_its_own() -> None:
-    model = model_of("falcon_h1")
+@pytest.mark.parametrize("architecture", ["falcon_h1", "zaya"])
+def test_a_copy_of_a_hybrid_has_a_state_of_its_own(architecture: str) -> None:
+    model = model_of(architecture)
     cache = virtual(model)
     said = generate(model, prompts(2), cache)
     twin = copy.deepcopy(cache)

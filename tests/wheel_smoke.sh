@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the wheel, installs it into a clean environment, and chats from a folder far away.
+# Builds the sdist and from it the wheel, installs that into a clean environment, and chats from a
+# folder far away; then has the sdist's own C sources compiled at their first use.
 # An unlisted package works in an editable install and is missing from the wheel: this finds it.
 set -euo pipefail
 
@@ -7,8 +8,8 @@ repository=$(cd "$(dirname "$0")/.." && pwd)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-rm -rf "$repository/build"  # else a file that has gone would still be packed
-"${BUILDER:-python3}" -m build --wheel --outdir "$scratch/dist" "$repository" >"$scratch/build.log" 2>&1 ||
+rm -rf "$repository"/{build,vkv.egg-info}  # else a file that has gone would still be packed
+"${BUILDER:-python3}" -m build --outdir "$scratch/dist" "$repository" >"$scratch/build.log" 2>&1 ||
   { cat "$scratch/build.log"; exit 1; }
 wheel=$(ls "$scratch"/dist/vkv-*.whl)
 
@@ -17,6 +18,45 @@ wheel=$(ls "$scratch"/dist/vkv-*.whl)
   -c "$repository/constraints.txt" "$wheel"
 
 cd "$scratch"
+mkdir sdist
+tar -xzf dist/vkv-*.tar.gz --strip-components=1 -C sdist
+XDG_CACHE_HOME="$scratch/cache" venv/bin/python - "$repository" sdist from_sdist <<'PY'
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+repository, sdist, root = map(Path, sys.argv[1:])
+FOLDERS = ("attention_backends", "quant", "runtime")
+for folder in FOLDERS:
+    found, wanted = (
+        sorted(path.name for path in (home / folder / "native").glob("*.[ch]"))
+        for home in (sdist, repository)
+    )
+    assert found == wanted, f"the sdist has {found} of {folder}/native: {wanted}"
+assert not list(sdist.rglob("*.so")), "the sdist has compiled libraries"
+
+settings = tomllib.loads((sdist / "pyproject.toml").read_text())["tool"]["setuptools"]
+for package, folder in settings["package-dir"].items():  # what an install without a compiler does
+    shutil.copytree(sdist / folder, root.joinpath(*package.split(".")), dirs_exist_ok=True)
+sys.path.insert(0, str(root.resolve()))
+
+import torch
+from vkv.attention_backends import native_library
+from vkv.quant import native_library as int4_library
+from vkv.runtime import native_kernels
+
+for module in (native_library, int4_library, native_kernels):
+    assert root.resolve() in Path(module.__file__).resolve().parents, module.__file__
+native_library.load_library()
+int4_library.load_library()
+native_kernels.available(torch.float32)
+with open("/proc/self/maps") as lines:
+    mapped = {line.split()[-1] for line in lines if "/cache/vkv/" in line}
+assert len(mapped) == len(FOLDERS), f"of {len(FOLDERS)} libraries, {mapped} were compiled"
+PY
+echo "the sdist's kernels compile at their first use"
+
 venv/bin/python - "$wheel" <<'PY'
 import sys
 import zipfile
