@@ -6,7 +6,7 @@ has not run on a GPU yet.
 The package takes `weight`, int32 [N, K/8], codes in the order of the columns, the first in the
 lowest bits; `weight_scale` [N, groups]; and `zero_point`, int32 [N/8, groups], eight rows a word.
 Without zero points codes stand for themselves less 8. It compiles its kernels when they are first
-used, which takes `nvcc`.
+used, with NVRTC where `cuda.bindings` imports and with `nvcc` elsewhere.
 """
 
 from collections.abc import Iterator

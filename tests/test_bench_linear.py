@@ -1,11 +1,13 @@
 """`vkv bench linear`: that all contestants compute the same products, and what is counted."""
 
 import json
+import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from vkv.quant import Int4Linear
+from vkv.quant import Int4Linear, Int4Weight
 from vkv.runtime.bench import linear as bench
 from vkv.runtime.bench.linear import LAYERS, LinearOptions, all_kernels, run
 from vkv.runtime.bench.shapes import SHAPES
@@ -46,6 +48,54 @@ def test_every_kernel_that_takes_all_batches() -> None:
     names = all_kernels(torch.device("cpu"), torch.bfloat16)
     assert (names[0], names[-1]) == ("auto", "dequantize")
     assert "int4pack" not in names  # for few rows only
+
+
+def test_bytes_are_those_of_codes_scales_inputs_and_outputs(tmp_path: Path) -> None:
+    path, (table,) = run(OPTIONS, tmp_path, "x")
+    record = json.loads(path.read_text())
+    codes, scales = (64 * 128 + 32 * 256) // 2, 2 * (64 * 1 + 32 * 2)
+    for cell in record["results"]["cells"]:
+        values = cell["rows"] * (128 + 64 + 256 + 32)
+        assert cell["moved_bytes"] == codes + scales + 2 * values
+    cell = record["results"]["cells"][0]
+    seconds = statistics.median(map(sum, cell["product_s"]["int4 auto"]))
+    share = cell["moved_bytes"] / seconds / record["limits"]["read_bytes_per_s"]
+    assert table.rows[0][2] == f"{share:.0%}"
+
+
+def test_zeros_are_counted_where_a_weight_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = Int4Weight.from_codes(
+        torch.zeros(64, 128, dtype=torch.uint8),
+        torch.ones(64, 1, dtype=torch.float16),
+        torch.full((64, 1), 8, dtype=torch.uint8),
+    )
+    monkeypatch.setattr(bench, "LAYERS", {"small": ((64, 128),)})
+    monkeypatch.setattr(bench, "_random_weight", lambda *_: weight)
+    assert bench._copies("small", OPTIONS).int4_bytes == 64 * 128 // 2 + 64 * 2 + 64
+
+
+def test_each_product_is_timed_by_the_device_s_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here by one that counts what it is given: on a GPU, what a graph is captured of."""
+    passes = []
+
+    def clock(once):
+        passes.append(once)
+        return lambda: float(len(passes))
+
+    monkeypatch.setattr(bench, "_host_clock", clock)
+    copies = bench._copies("small", OPTIONS)
+    cell = bench._measure("small", copies, 1, OPTIONS)
+    assert len(passes) == 2 * len(copies.products)  # both products of the layer
+    for seconds in cell["product_s"].values():  # of the one copy's share
+        assert seconds == [[len(passes) / 2] * 2] * OPTIONS.repeats
+    products, inputs = passes[1].args
+    assert products == [layer[1] for layer in copies.products["int4 auto"]]
+    assert inputs.shape == (1, 256)
+
+
+def test_a_label_is_part_of_the_record_s_name(tmp_path: Path) -> None:
+    path, _ = run(replace(OPTIONS, label="avx2"), tmp_path, "x")
+    assert path.name.startswith("linear-avx2_")
 
 
 @pytest.mark.parametrize("name", ["llama-455m", "llama3-8b"])

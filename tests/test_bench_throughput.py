@@ -11,6 +11,7 @@ from vkv.quant import int4_linears
 from vkv.runtime.bench import checkpoints, memory, throughput
 from vkv.runtime.bench.memory import MemoryOptions
 from vkv.runtime.bench.peer import WORKERS, Worker, WorkerFailed
+from vkv.runtime.bench.record import Table
 from vkv.runtime.bench.throughput import CELLS, Cell, ThroughputOptions
 from vkv.runtime.models import load_model
 from vkv.vmem.errors import InvalidConfig
@@ -70,6 +71,42 @@ def test_the_ragged_cell_is_the_published_workload() -> None:
     assert len(set(ragged.prompt_lens)) > 20
 
 
+def test_the_ragged_cell_of_a_gpu_is_the_same_for_twice_the_requests() -> None:
+    ragged = CELLS["ragged-64"]
+    assert len(ragged.prompt_lens) == len(ragged.output_lens) == 64
+    assert (sum(ragged.prompt_lens), sum(ragged.output_lens)) == (2 * 8769, 2 * 3550)
+    assert "ragged-64" not in [cell.name for cell in ThroughputOptions().cells]
+
+
+def test_a_decode_step_reads_what_is_there_by_then() -> None:
+    """The first step makes the second token, and reads the prompt's rows and one more."""
+    cell = Cell(name="x", kind="decode", prompt_lens=(10, 20), output_lens=(4, 4))
+    assert cell.decode_step.num_tokens == 2
+    assert cell.decode_step.kv_tokens == (11 + 12 + 13 + 21 + 22 + 23) / 3
+
+
+def test_a_gpu_s_checkpoint_is_drawn_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU in place of the GPU, under the same call."""
+    draw = throughput.build_model
+    drawn = []
+
+    def draw_here(shape, *, dtype, device):
+        drawn.append(device.type)
+        return draw(shape, dtype=dtype, device=torch.device("cpu"))
+
+    monkeypatch.setattr(throughput, "build_model", draw_here)
+    options = ThroughputOptions(shape="llama-tiny", device=torch.device("cuda"))
+    folder = throughput._drawn_on_a_gpu(options, torch.float32, tmp_path)
+    saved = checkpoints.save_checkpoints(
+        "llama-tiny", folder, torch.float32, "gptq", tmp_path / "scratch"
+    )
+    assert drawn == ["cuda"]
+    assert str(saved.dense) == folder
+    assert saved.int4 is not None
+    on_a_cpu = ThroughputOptions(shape="llama-tiny", device=torch.device("cpu"))
+    assert throughput._drawn_on_a_gpu(on_a_cpu, torch.float32, tmp_path) is None
+
+
 def test_tokens_are_counted_by_kind() -> None:
     cell = Cell(name="x", kind="prefill", prompt_lens=(5, 7), output_lens=(1, 1))
     assert cell.num_tokens == 12
@@ -106,6 +143,18 @@ def test_every_system_on_a_tiny_model(tmp_path: Path) -> None:
     assert path.with_suffix(".png").stat().st_size > 1000
     assert tables[0].rows[0][0] == "vkv"
     assert [row[0] for row in tables[1].rows] == list(options.systems[1:])
+    _check_decode_limit(json.loads(path.read_text()), tables[-1], cells[1])
+
+
+def _check_decode_limit(record: dict, table: Table, cell: Cell) -> None:
+    """What weights and KV allow in steps, and the share of that which was reached."""
+    read, results = record["limits"]["read_bytes_per_s"], record["results"]
+    num_bytes = results["weight_bytes"]["vkv"]
+    num_bytes += results["model"]["kv_bytes_per_token"] * 2 * (9 + 15)  # two, half of 30 on
+    limit = read / num_bytes
+    reached = results["tokens_per_s"]["vkv"][cell.name][0] / 2 / limit
+    words = "steps a second in d if weights and KV of vkv are read once"
+    assert list(table.rows[-1]) == [words, f"{limit:.1f}, {reached:.0%} reached"]
 
 
 def test_a_system_that_fails_leaves_the_others(tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from typer.testing import CliRunner
+from vkv.runtime.bench import linear, throughput
+from vkv.runtime.bench.cli import bench
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
 
@@ -67,6 +71,18 @@ def test_failed_tests_are_counted_and_run_again_alone(
     assert check.outcomes[0].detail.startswith("1 passed, 2 failed, 0 skipped")
 
 
+@pytest.mark.parametrize(("code", "is_kept"), [("", True), ("raise SystemExit('no')", False)])
+def test_what_fails_its_trial_is_left_out_of_later_steps(
+    gpu_check: ModuleType, tmp_path: Path, code: str, is_kept: bool
+) -> None:
+    """And only from the kit's own folder."""
+    check = make_check(gpu_check, tmp_path)
+    (check.site / "extra").mkdir()
+    check.run(gpu_check.Step("trial", ("-c", code), 20, tries="extra"))
+    assert (check.site / "extra").exists() == is_kept
+    assert ("go on without extra" in check.outcomes[0].detail) != is_kept
+
+
 def test_without_a_kit_it_says_how_to_get_one(gpu_check: ModuleType, tmp_path: Path) -> None:
     check = make_check(gpu_check, tmp_path)
     check.install()
@@ -83,3 +99,32 @@ def test_the_plan_compares_each_library_with_itself(gpu_check: ModuleType, devic
     if device == "cuda":
         for command in attention:
             assert "--contiguous torch_flash,flashinfer --paged paged_flashinfer" in command
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_plan_s_benchmarks_are_commands_that_exist(
+    gpu_check: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their options are parsed and their names looked up; nothing is measured."""
+    asked = []
+    for module in (linear, throughput):
+        monkeypatch.setattr(module, "run", lambda options, *_: asked.append(options) or (None, []))
+    monkeypatch.setattr("vkv.runtime.bench.cli.show", lambda *_: None)
+    monkeypatch.setattr("vkv.runtime.config.resolve_device", torch.device)
+    for step in gpu_check.plan(device, []):
+        if step.name.startswith(("bench linear", "bench throughput")):
+            result = CliRunner().invoke(bench, step.command[3:])
+            assert result.exit_code == 0, result.output
+    dense, plain, small, padded = asked
+    assert (plain.device.type, dense.device.type) == (device, device)
+    assert "transformers-continuous" in dense.systems
+    assert (dense.quant, small.quant) == (None, "gptq")
+    assert "transformers" in padded.systems
+    # No record is written over another.
+    assert len({one.label or one.quant for one in (dense, small, padded)}) == 3
+    if device == "cuda":
+        assert "8192x8192" in plain.layers
+        assert "ragged-64" in {cell.name for cell in padded.cells} & {
+            cell.name for cell in dense.cells
+        }
+        assert [cell.name for cell in small.cells] == ["decode-1", "decode-16"]

@@ -299,7 +299,7 @@ def _measure(
         torch.testing.assert_close(
             _pass(contestant, query, layer, layers), expected, atol=3e-2, rtol=3e-2
         )
-    clock = _host_clock if options.device.type == "cpu" else _graph_clock
+    clock = _host_clock if options.device.type == "cpu" else graph_clock
     clocks = {c.name: clock(partial(_pass, c, query, layer, layers)) for c in contestants}
     for name, peer in peers.items():
         peer.ask({"shape": asdict(shape), "layers": layers, "seed": options.seed})
@@ -334,7 +334,7 @@ def _peer_clock(peer: Worker) -> float:
     return peer.ask({"pass": True})["seconds"]
 
 
-def _graph_clock(run: Callable[[], object]) -> Callable[[], float]:
+def graph_clock(run: Callable[[], object]) -> Callable[[], float]:
     """As `_host_clock`, of the pass captured in a CUDA graph, between two events."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()

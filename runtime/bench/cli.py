@@ -168,15 +168,25 @@ def attention(
     ] = 512,
     heads: Annotated[
         str,
-        typer.Option(help="Query heads:KV heads x size, such as 32:8x128; none for a selection."),
+        typer.Option(
+            help="Query heads:KV heads x size, such as 32:8x128. Default: 16:4x64, and one decode "
+            "each with 32:8x128, 32:4x128 and 8:8x64."
+        ),
     ] = "",
     contiguous: Annotated[
         str, typer.Option(help="Backends over slots; the first is run in every layout.")
     ] = "auto,sdpa",
+    layers_per_range: Annotated[
+        str,
+        typer.Option(
+            help="Layouts of slots, with commas: how many layers share a range, such as "
+            "1,2,4,all; -split for keys and values in ranges of their own."
+        ),
+    ] = "1,1-split,all",
     paged: Annotated[str, typer.Option(help="Backends over the paged cache.")] = "auto",
     repeats: Annotated[int, typer.Option(help="Passes of each contestant.", min=1)] = 7,
     max_memory: Annotated[
-        str, typer.Option(help="Keys and values of one cache; larger problems are left out.")
+        str, typer.Option(help="Keys and values of one cache; larger problems are named, not run.")
     ] = "128MiB",
     peer: Peers = None,
     label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
@@ -194,6 +204,7 @@ def attention(
     from ..config import parse_bytes, resolve_device
     from ..models import parse_dtype
     from .attention import AttentionOptions, run
+    from .attention_layouts import slot_layouts
     from .attention_shapes import default_shapes, shapes_of_heads
 
     sizes = numbers("batches", batches, int), numbers("contexts", contexts, int)
@@ -205,6 +216,7 @@ def attention(
         dtype=parse_dtype(dtype) or torch.bfloat16,
         device=resolve_device(device),
         contiguous=tuple(items(contiguous)),
+        layouts=slot_layouts(items(layers_per_range)),
         paged=tuple(items(paged)),
         repeats=repeats,
         max_bytes=parse_bytes(max_memory),
@@ -221,7 +233,10 @@ def linear(
     dtype: Dtype = "bfloat16",
     device: Device = "auto",
     layers: Annotated[
-        str, typer.Option(help="Whose layers: llama-455m, llama3-8b, llama2-70b/8; with commas.")
+        str,
+        typer.Option(
+            help="Whose layers: llama-455m, llama3-8b, llama2-70b/8, 8192x8192; with commas."
+        ),
     ] = "llama-455m,llama3-8b,llama2-70b/8",
     rows: Annotated[str, typer.Option(help="Rows of a product, with commas.")] = (
         "1,2,4,8,16,32,64,128,256"
@@ -235,6 +250,7 @@ def linear(
     max_memory: Annotated[
         str, typer.Option(help="Dense weights of all copies of a layer.")
     ] = "256MiB",
+    label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
     seed: Seed = 0,
     out: Out = OUT,
 ) -> None:
@@ -262,6 +278,7 @@ def linear(
         device=place,
         repeats=repeats,
         max_bytes=parse_bytes(max_memory),
+        label=label,
         seed=seed,
     )
     path, tables = run(options, out, command_line())
@@ -338,6 +355,72 @@ def vmm(
         runs=tuple(numbers("runs", runs, int)),
         repeats=repeats,
         max_bytes=parse_bytes(max_memory),
+    )
+    path, tables = run(options, out, command_line())
+    show(path, tables)
+
+
+@bench.command()
+def stall(
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of a step. Default: 32 on a GPU, 8 on a CPU.", min=1)
+    ] = None,
+    heads: Annotated[
+        str,
+        typer.Option(
+            help="Query heads:KV heads x size. Default: 32:8x128 on a GPU, 16:4x64 on a CPU."
+        ),
+    ] = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    batch: Annotated[int, typer.Option(help="Sequences that decode.", min=1)] = 4,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that they start with, about. Default: 32768 on a GPU, 4096 on a CPU.",
+            min=1,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Decode steps of a run.", min=1)] = 500,
+    look_ahead_tokens: Annotated[
+        int, typer.Option(help="Tokens mapped ahead of each sequence.", min=1)
+    ] = 16,
+    page: Annotated[
+        str, typer.Option(help="Page size, such as 64KiB; none for the engine's choice.")
+    ] = "",
+    repeats: Annotated[
+        int, typer.Option(help="Runs with look-ahead, and as many without.", min=1)
+    ] = 3,
+    label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
+    seed: Seed = 0,
+    out: Out = OUT,
+) -> None:
+    """Whether mapping memory is hidden behind the computation, step by step.
+
+    Decodes over slots that grow as in the engine, all layers' attention and no more, with mapping
+    in the background and, in turns with it, without: how long each step waited for memory.
+    """
+    import torch
+
+    from ..config import parse_bytes, resolve_device
+    from ..models import parse_dtype
+    from .attention_shapes import shapes_of_heads
+    from .stall import DEFAULTS, StallOptions, run
+
+    place = resolve_device(device)
+    usual = DEFAULTS[place.type]
+    (shape,) = shapes_of_heads(heads or usual.heads, (batch,), (context or usual.context,), 0)
+    options = StallOptions(
+        shape=shape,
+        layers=layers or usual.layers,
+        steps=steps,
+        look_ahead_tokens=look_ahead_tokens,
+        page_bytes=parse_bytes(page) if page else None,
+        dtype=parse_dtype(dtype) or torch.bfloat16,
+        device=place,
+        repeats=repeats,
+        label=label,
+        seed=seed,
     )
     path, tables = run(options, out, command_line())
     show(path, tables)
@@ -432,3 +515,49 @@ def report(
     from .report import report as write_report
 
     typer.echo(write_report(folder))
+
+
+@bench.command()
+def profile(
+    shape: Shape = "llama-455m",
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint folder, in place of a shape.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    quant: Annotated[
+        str | None,
+        typer.Option(help="gptq, awq or compressed-tensors: the weights rounded to 4 bits."),
+    ] = None,
+    batches: Annotated[
+        str, typer.Option(help="Requests that decode together, with commas.")
+    ] = "1,8,32",
+    context: Annotated[int, typer.Option(help="Tokens of each before it decodes.", min=1)] = 128,
+    steps: Annotated[
+        int, typer.Option(help="Decodes timed call by call, and as many undisturbed.", min=1)
+    ] = 24,
+    label: Annotated[str, typer.Option(help="A word to add to the record's name.")] = "",
+    seed: Seed = 0,
+    out: Out = OUT,
+) -> None:
+    """Where a decode step's time goes on a CPU, kernel by kernel.
+
+    Beside what reading all weights once, and multiplying by them, would take at the machine's
+    limits. Only of models whose decodes are recorded; `vkv info MODEL` says whether they are.
+    """
+    from ..models import parse_dtype
+    from .profile import ProfileOptions, run
+
+    parse_dtype(dtype)
+    options = ProfileOptions(
+        shape=shape,
+        model=model,
+        dtype=dtype,
+        quant=quant,
+        batches=tuple(numbers("batches", batches, int)),
+        context=context,
+        steps=steps,
+        label=label,
+        seed=seed,
+    )
+    path, tables = run(options, out, command_line())
+    show(path, tables)

@@ -2,13 +2,16 @@
 
 The shapes are those of a whole layer of real models. A pass goes through as many copies of the
 layer as fit into `max_bytes`, so that weights come from memory rather than from the processor's
-caches; contestants take turns, pass by pass, and must agree on the result.
+caches; contestants take turns, pass by pass, and must agree on the result. On a GPU a pass of a
+product is one CUDA graph, timed by events, as decode steps are replayed: at few rows, launching the
+kernels one by one takes longer than they do.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ from ...quant.kernels import MANY_ROWS, available_kernels
 from .. import native_kernels
 from ..packing import one_dnn_packs
 from ..progress import counted
-from .limits import Limits, LimitsProbe, synchronise
+from .attention import graph_clock
+from .limits import Limits, LimitsProbe
 from .record import Table, require_matplotlib, write_record
 
 # [out, in] of a layer's products, those over the same input joined.
@@ -28,6 +32,7 @@ LAYERS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "llama-455m": ((1536, 1024), (1024, 1024), (9728, 1024), (1024, 4864)),
     "llama3-8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
     "llama2-70b/8": ((1280, 8192), (8192, 1024), (7168, 8192), (8192, 3584)),  # a slice of eight
+    "8192x8192": ((8192, 8192),),  # what MARLIN's figures are of
 }
 _MAX_COPIES = 12
 _Product = Callable[[torch.Tensor], torch.Tensor]
@@ -42,6 +47,7 @@ class LinearOptions:
         rows: numbers of rows, M.
         kernels: int4 kernels; "auto" is the choice by batch, and comes first.
         max_bytes: dense weights of all copies of a layer; at least one is made.
+        label: a word for the record's name.
     """
 
     layers: tuple[str, ...]
@@ -52,6 +58,7 @@ class LinearOptions:
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     repeats: int = 7
     max_bytes: int = 256 << 20
+    label: str = ""
     seed: int = 0
 
 
@@ -63,16 +70,17 @@ def run(options: LinearOptions, folder: Path, command: str) -> tuple[Path, list[
     cells: list[dict[str, Any]] = []
     with counted("linears", len(options.layers) * len(options.rows)) as advance:
         for name in options.layers:
-            products = _products(name, options)
+            copies = _copies(name, options)
             for num_rows in options.rows:
-                cells.append(_measure(name, products, num_rows, options))
+                cells.append(_measure(name, copies, num_rows, options))
                 advance()
+            del copies  # before the next ones are made
             probe.measure()
     limits = probe.limits()
     tables = [_table(name, cells, limits) for name in options.layers]
     path = write_record(
         folder,
-        "linear",
+        "-".join(filter(None, ("linear", options.label))),
         device=options.device,
         config=asdict(options) | {"shapes": dict(LAYERS)},
         results={"cells": cells},
@@ -87,21 +95,37 @@ def run(options: LinearOptions, folder: Path, command: str) -> tuple[Path, list[
 # -- contestants -----------------------------------------------------------------------------
 
 
-def _products(name: str, options: LinearOptions) -> dict[str, list[list[_Product]]]:
-    """For each contestant, for each copy, the layer's products; every one with its own memory."""
+@dataclass(frozen=True, kw_only=True)
+class _Copies:
+    """Copies of a layer, every product of each with its own memory.
+
+    Attributes:
+        products: for each contestant, for each copy, the layer's products.
+        int4_bytes: codes, scales and zeros of one copy.
+    """
+
+    products: Mapping[str, Sequence[Sequence[_Product]]]
+    int4_bytes: int
+
+
+def _copies(name: str, options: LinearOptions) -> _Copies:
+    """As many copies as `max_bytes` allows."""
     elements = sum(out * inner for out, inner in LAYERS[name])
     copies = max(1, min(_MAX_COPIES, options.max_bytes // (elements * options.dtype.itemsize)))
     generator = torch.Generator().manual_seed(options.seed)
     products: dict[str, list[list[_Product]]] = {}
+    int4_bytes = 0
     for _ in range(copies):
         layer: dict[str, list[_Product]] = {}
+        int4_bytes = 0
         for out, inner in LAYERS[name]:
             weight = _random_weight(out, inner, options.group_size, generator)
+            int4_bytes += weight.num_bytes
             for contestant, product in _contestants(weight.to(options.device), options):
                 layer.setdefault(contestant, []).append(product)
         for contestant, parts in layer.items():
             products.setdefault(contestant, []).append(parts)
-    return products
+    return _Copies(products=products, int4_bytes=int4_bytes)
 
 
 def _random_weight(out: int, inner: int, group_size: int, generator: torch.Generator) -> Int4Weight:
@@ -150,41 +174,63 @@ def all_kernels(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
 @torch.inference_mode()
 def _measure(
     name: str,
-    products: Mapping[str, list[list[_Product]]],
+    copies: _Copies,
     num_rows: int,
     options: LinearOptions,
 ) -> dict[str, Any]:
-    """Seconds of each of a layer's products, by contestant and pass."""
+    """Seconds of each of a layer's products, by contestant and pass.
+
+    `moved_bytes` is what they move at least with the weight in 4 bits: its codes, scales and
+    zeros, inputs and outputs, each once.
+    """
     generator = torch.Generator().manual_seed(options.seed + num_rows)
     inputs = [
         torch.randn(num_rows, inner, generator=generator).to(options.device, options.dtype)
         for _, inner in LAYERS[name]
     ]
-    reference = next(iter(products.values()))
-    for copies in products.values():  # also warms up
-        for layer, expected in zip(copies, reference, strict=True):
+    reference = next(iter(copies.products.values()))
+    for layers in copies.products.values():  # also warms up
+        for layer, expected in zip(layers, reference, strict=True):
             for product, wanted, x in zip(layer, expected, inputs, strict=True):
                 torch.testing.assert_close(product(x), wanted(x), atol=5e-2, rtol=5e-2)
-    seconds: dict[str, list[list[float]]] = {contestant: [] for contestant in products}
+    clock = _host_clock if options.device.type == "cpu" else graph_clock
+    clocks = {
+        contestant: [
+            clock(partial(_pass, [layer[index] for layer in layers], x))
+            for index, x in enumerate(inputs)
+        ]
+        for contestant, layers in copies.products.items()
+    }
+    seconds: dict[str, list[list[float]]] = {contestant: [] for contestant in clocks}
     for _ in range(options.repeats):
-        for contestant, copies in products.items():
-            seconds[contestant].append(_pass(copies, inputs, options.device))
-    return {"layer": name, "rows": num_rows, "copies": len(reference), "product_s": seconds}
+        for contestant, measured in clocks.items():
+            seconds[contestant].append([once() / len(reference) for once in measured])
+    rows_bytes = sum(x.nbytes for x in inputs)
+    rows_bytes += sum(num_rows * out * options.dtype.itemsize for out, _ in LAYERS[name])
+    return {
+        "layer": name,
+        "rows": num_rows,
+        "copies": len(reference),
+        "moved_bytes": copies.int4_bytes + rows_bytes,
+        "product_s": seconds,
+    }
 
 
-def _pass(
-    copies: Sequence[Sequence[_Product]], inputs: Sequence[torch.Tensor], device: torch.device
-) -> list[float]:
-    """Seconds of each product, the mean over all copies."""
-    totals: list[float] = []
-    for index, x in enumerate(inputs):
-        synchronise(device)
+def _pass(products: Sequence[_Product], inputs: torch.Tensor) -> None:
+    """The same product of all copies."""
+    for product in products:
+        product(inputs)
+
+
+def _host_clock(run: Callable[[], object]) -> Callable[[], float]:
+    """Runs a pass, each time it is called, and returns the seconds that it took."""
+
+    def measured() -> float:
         start = time.perf_counter()
-        for layer in copies:
-            layer[index](x)
-        synchronise(device)
-        totals.append((time.perf_counter() - start) / len(copies))
-    return totals
+        run()
+        return time.perf_counter() - start
+
+    return measured
 
 
 # -- results ---------------------------------------------------------------------------------
@@ -208,13 +254,13 @@ def _table(name: str, cells: Sequence[Mapping[str, Any]], limits: Limits) -> Tab
     rows = []
     for cell in mine:
         seconds = statistics.median(_layer_seconds(cell, first))
-        read = elements / 2 / seconds  # the codes alone
+        rate = cell["moved_bytes"] / seconds
         flops = 2 * elements * cell["rows"] / seconds
         rows.append(
             [
                 str(cell["rows"]),
                 f"{seconds * 1e6:,.0f}",
-                f"{read / limits.read_bytes_per_s:.0%}",
+                f"{rate / limits.read_bytes_per_s:.0%}",
                 f"{flops / limits.flops_per_s:.0%}",
                 *(f"{_ratio(cell, other, first):.2f}" for other in contestants[1:]),
             ]

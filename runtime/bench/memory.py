@@ -11,7 +11,11 @@ steps, when the tokens are most, and, as "never used", what was left of each req
 it had its last token.
 
 After the last request the engine rests, and memory goes back by itself (`IdleTrim`); the samples
-go on until then and as long again. The paged pool was allocated whole and stays.
+go on until then and as long again. The paged pool was allocated whole and stays. The time to memory
+returned counts from the end of the last request, the rest that the engine waits out included.
+
+Driver calls a token are those of the second half of the output tokens: by then finished requests
+have left memory that the next ones take over.
 """
 
 import os
@@ -42,13 +46,16 @@ from .memory_results import (
     draw,
     engine_table,
     memory_table,
+    return_time_s,
+    steady_calls_per_token,
     summarise,
 )
 from .record import Table, require_matplotlib, write_record
-from .shapes import build_model
+from .shapes import build_model, kv_geometry
 from .workloads import WorkItem, ragged
 
 _PATIENCE_S = 10.0  # for a trim that is late
+_WHEN_DUE_S = 1e-3  # between samples then
 
 KINDS = ("virtual", "paged", "static", "dynamic")
 
@@ -213,6 +220,9 @@ def _run_engine(
             "mapping_share": stats.mapping_time_s / stats.step_time_s,
             "background_time_s": stats.background_time_s,
             "driver_calls": stats.driver_calls,
+            "steady_driver_calls_per_token": steady_calls_per_token(samples),
+            "idle_s": options.idle_s,
+            "return_time_s": return_time_s(samples[-1], rest),
             "physical_bytes_before_rest": stats.physical_bytes,
             "physical_bytes_after_rest": after.physical_bytes,
             "pages_held_after_rest": after.pages_held,
@@ -231,7 +241,8 @@ def _rest(llm: LLM, idle_s: float, token_bytes: int, start: float) -> Iterator[M
             patience = _PATIENCE_S if stats.pages_held else 0.0
             if now - begin > 2 * idle_s + patience:
                 return
-            time.sleep(idle_s / 50)
+            is_due = stats.pages_held and now - begin > idle_s
+            time.sleep(_WHEN_DUE_S if is_due else idle_s / 50)
 
 
 def _sample(stats: EngineStats, token_bytes: int, time_s: float) -> MemorySample:
@@ -246,6 +257,7 @@ def _sample(stats: EngineStats, token_bytes: int, time_s: float) -> MemorySample
         physical_bytes=stats.physical_bytes,
         virtual_bytes=stats.virtual_bytes,
         rss_bytes=_rss_bytes(),
+        driver_calls=sum(stats.driver_calls.values()),
         time_s=time_s,
     )
 
@@ -305,11 +317,9 @@ def _append(
     num_tokens: int,
     options: MemoryOptions,
 ) -> None:
-    config = model.config
-    new = torch.zeros(
-        batch_size, config.num_key_value_heads, num_tokens, config.head_dim, dtype=options.dtype
-    )
-    for layer in range(config.num_hidden_layers):
+    num_kv_heads, head_dim = kv_geometry(model.config)
+    new = torch.zeros(batch_size, num_kv_heads, num_tokens, head_dim, dtype=options.dtype)
+    for layer in range(model.config.num_hidden_layers):
         cache.update(new, new, layer)
 
 

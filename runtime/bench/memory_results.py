@@ -24,6 +24,7 @@ class MemorySample:
         physical_bytes: all memory that exists for KV.
         virtual_bytes: address space reserved for it.
         rss_bytes: memory of the process, model and libraries included.
+        driver_calls: system or driver calls so far, of all kinds.
         time_s: since the first request; 0 where no model runs.
     """
 
@@ -36,6 +37,7 @@ class MemorySample:
     physical_bytes: int = 0
     virtual_bytes: int = 0
     rss_bytes: int = 0
+    driver_calls: int = 0
     time_s: float = 0.0
 
 
@@ -63,6 +65,24 @@ def summarise(samples: Sequence[MemorySample], ends: FinalUse) -> dict[str, floa
         "waste_when_fullest": 1 - fullest.token_bytes / fullest.kv_bytes,
         "waste_at_the_end": 1 - ends.token_bytes / ends.kv_bytes,
     }
+
+
+def steady_calls_per_token(samples: Sequence[MemorySample]) -> float:
+    """Driver calls for each output token, once half of the tokens have come."""
+    last = samples[-1]
+    half = next(s for s in samples if 2 * s.output_tokens >= last.output_tokens)
+    if half is last:  # a single step
+        return 0.0
+    num_tokens = last.output_tokens - half.output_tokens
+    return (last.driver_calls - half.driver_calls) / max(1, num_tokens)
+
+
+def return_time_s(last: MemorySample, rest: Sequence[MemorySample]) -> float | None:
+    """Seconds from the last step of the work until memory was back; None if none came back."""
+    least = rest[-1].physical_bytes
+    if least >= last.physical_bytes:
+        return None
+    return next(s for s in rest if s.physical_bytes <= least).time_s - last.time_s
 
 
 def columns(samples: Sequence[MemorySample]) -> dict[str, list[float]]:
@@ -111,8 +131,10 @@ def engine_table(engines: dict[str, dict[str, Any]]) -> Table:
             "step time, s",
             "mapping, share of step",
             "mapped in background, s",
+            "driver calls a token, steady",
             "MiB before rest",
             "MiB after rest",
+            "s to memory returned (waited)",
         ],
         rows=[
             [
@@ -123,8 +145,12 @@ def engine_table(engines: dict[str, dict[str, Any]]) -> Table:
                 f"{e['step_time_s']:.1f}",
                 f"{e['mapping_share']:.2%}",
                 f"{e['background_time_s']:.2f}",
+                f"{e['steady_driver_calls_per_token']:.3f}",
                 f"{e['physical_bytes_before_rest'] / 2**20:.1f}",
                 f"{e['physical_bytes_after_rest'] / 2**20:.1f}",
+                "stays"
+                if e["return_time_s"] is None
+                else f"{e['return_time_s']:.3f} ({e['idle_s']:g})",
             ]
             for kind, e in engines.items()
         ],

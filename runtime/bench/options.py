@@ -78,6 +78,8 @@ def show(path: Path, tables: list[Any]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
+        for note in table.notes:
+            console.print(note, markup=False, highlight=False)
     limits = Limits.from_record(json.loads(path.read_text())["limits"])
     console.print(str(limits), style="dim")
     console.print(f"record: {path}", style="dim", soft_wrap=True)

@@ -7,7 +7,8 @@ fifth of its speed for as long as it lives.
 
 A system is timed from outside, by whole calls. `prefill` is the time to the first token of every
 prompt; `decode` is a call with many output tokens less a call with one; `ragged` is a call with
-requests of all lengths.
+requests of all lengths. On a GPU a system has run the very same call once before, since graphs are
+captured and kernels chosen when a batch of a new size comes.
 
 With a `quant` format, the same weights are also rounded to 4 bits, into a checkpoint that vkv runs
 beside the dense one, with the output layer dense and (`-head`) in 4 bits too. llama.cpp then runs
@@ -32,7 +33,8 @@ from .checkpoints import Checkpoints, parse_format, save_checkpoints
 from .limits import LimitsProbe
 from .peer import WORKERS, Timing, Worker, WorkerFailed, import_bytes, interpreter_of
 from .record import Table, require_matplotlib, write_record
-from .throughput_results import Results, draw, tables
+from .shapes import build_model
+from .throughput_results import DecodeStep, Results, draw, tables
 
 SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vkv": ("vkv_worker.py", {"kv": "virtual"}),
@@ -70,13 +72,25 @@ class Cell:
         """The most tokens whose KV is held at once."""
         return sum(self.prompt_lens) + sum(self.output_lens)
 
+    @property
+    def decode_step(self) -> DecodeStep:
+        """The mean of the steps that a decode is timed for: those after the first token."""
+        num_steps = max(self.output_lens) - 1
+        lengths = zip(self.prompt_lens, self.output_lens, strict=True)
+        read = sum((n - 1) * prompt + n * (n - 1) // 2 for prompt, n in lengths)
+        return DecodeStep(num_tokens=self.num_tokens / num_steps, kv_tokens=read / num_steps)
 
-def _ragged_cell(seed: int = 7) -> Cell:
-    """32 requests of 8,769 prompt and 3,550 output tokens in all."""
+
+def _ragged_cell(name: str, num_requests: int, seed: int = 7) -> Cell:
+    """Requests of 274 prompt and 111 output tokens on average, as 8,769 and 3,550 are of 32."""
     rng = random.Random(seed)
-    prompts = _spread([rng.randint(16, 532) for _ in range(32)], 8769)
-    outputs = _spread([rng.randint(16, 206) for _ in range(32)], 3550)
-    return Cell(name="ragged", kind="total", prompt_lens=prompts, output_lens=outputs)
+    prompts = _spread(
+        [rng.randint(16, 532) for _ in range(num_requests)], 8769 * num_requests // 32
+    )
+    outputs = _spread(
+        [rng.randint(16, 206) for _ in range(num_requests)], 3550 * num_requests // 32
+    )
+    return Cell(name=name, kind="total", prompt_lens=prompts, output_lens=outputs)
 
 
 def _spread(lengths: Sequence[int], total: int) -> tuple[int, ...]:
@@ -98,9 +112,13 @@ CELLS: Mapping[str, Cell] = {
         _uniform("decode-1", "decode", 1, 128, 65),
         _uniform("decode-8", "decode", 8, 128, 65),
         _uniform("decode-32", "decode", 32, 128, 49),
-        _ragged_cell(),
+        _ragged_cell("ragged", 32),
+        # For GPUs: too long for the weakest of the systems on a CPU.
+        _uniform("decode-16", "decode", 16, 128, 65),
+        _ragged_cell("ragged-64", 64),
     )
 }
+_ON_A_CPU = ("prefill-1", "prefill-8", "decode-1", "decode-8", "decode-32", "ragged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +133,7 @@ class ThroughputOptions:
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     systems: tuple[str, ...] = tuple(SYSTEMS)
     peers: Mapping[str, str] = field(default_factory=dict)  # name to interpreter
-    cells: tuple[Cell, ...] = tuple(CELLS.values())
+    cells: tuple[Cell, ...] = tuple(CELLS[name] for name in _ON_A_CPU)
     repeats: int = 3
     batch: int = 8  # of the padded batches of transformers, in `ragged`
     eager_peers: bool = False
@@ -137,9 +155,8 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
     results = Results.of(workers, [cell.name for cell in options.cells])
     with tempfile.TemporaryDirectory(prefix="vkv-bench-") as home:
         scratch = Path(home)
-        checkpoints = save_checkpoints(
-            options.shape, options.model, dtype, options.quant, scratch=scratch
-        )
+        model = options.model or _drawn_on_a_gpu(options, dtype, scratch)
+        checkpoints = save_checkpoints(options.shape, model, dtype, options.quant, scratch=scratch)
         try:
             for repeat in range(options.repeats):
                 console.print(f"repeat {repeat + 1} of {options.repeats}")
@@ -158,6 +175,7 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
         checkpoints,
         baseline=next(iter(workers)),
         int4=[name for name in INT4_SYSTEMS if name in workers],
+        decodes={cell.name: cell.decode_step for cell in options.cells if cell.kind == "decode"},
         held_tokens=max(cell.held_tokens for cell in options.cells),
         import_bytes=constant,
         limits=limits,
@@ -191,6 +209,16 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
 
 
 # -- running -------------------------------------------------------------------------------------
+
+
+def _drawn_on_a_gpu(options: ThroughputOptions, dtype: torch.dtype, scratch: Path) -> str | None:
+    """A checkpoint of the shape, whose random weights take a CPU minutes; None without a GPU."""
+    if options.device.type != "cuda":
+        return None
+    folder = scratch / "drawn"
+    build_model(options.shape, dtype=dtype, device=options.device).save_pretrained(folder)
+    torch.cuda.empty_cache()  # all of the GPU is the systems'
+    return str(folder)
 
 
 def _commands(options: ThroughputOptions) -> dict[str, tuple[list[str], dict[str, Any]]]:
@@ -275,6 +303,8 @@ def _one_repeat(
             if cell.name in results.failures[name]:
                 continue
             try:
+                if options.device.type == "cuda":
+                    worker.run(prompts, cell.output_lens)
                 rate, timing = _measure(worker, cell, prompts)
             except WorkerFailed as error:
                 results.failures[name][cell.name] = str(error)

@@ -10,6 +10,14 @@ from .limits import Limits
 from .record import Table
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodeStep:
+    """A step of a decode, on average: tokens that it makes, and tokens whose KV it reads."""
+
+    num_tokens: float
+    kv_tokens: float
+
+
 @dataclass(kw_only=True)
 class Results:
     """What came of each system, by name.
@@ -57,6 +65,7 @@ def tables(
     *,
     baseline: str,
     int4: Sequence[str],
+    decodes: Mapping[str, DecodeStep],
     held_tokens: int,
     import_bytes: int,
     limits: Limits,
@@ -64,8 +73,8 @@ def tables(
     """Rates, their ratios, memory, and the machine's limits.
 
     Ratios are to `baseline` and to the first of `int4`, the systems whose weights free memory that
-    `baseline` takes. `held_tokens` is the most tokens whose KV is held at once,
-    `import_bytes` what a process takes that loads no model.
+    `baseline` takes. `decodes` are the cells that time decodes, `held_tokens` is the most tokens
+    whose KV is held at once, `import_bytes` what a process takes that loads no model.
     """
     names = list(next(iter(results.samples.values())))
     found = [
@@ -84,7 +93,10 @@ def tables(
     weights = {name: results.weights[name] for name in compared if name in results.weights}
     if len(weights) > 1 and baseline in weights:
         found.append(gains_table(weights, checkpoints.kv_bytes_per_token))
-    found.append(_limits_table(results, limits))
+    kv_bytes = {
+        cell: step.kv_tokens * checkpoints.kv_bytes_per_token for cell, step in decodes.items()
+    }
+    found.append(_limits_table(results, limits, weights, decodes, kv_bytes))
     failed = [
         [system, cell, text]
         for system, cells in results.failures.items()
@@ -133,7 +145,27 @@ def _memory_table(results: Results, held_bytes: int, import_bytes: int) -> Table
     )
 
 
-def _limits_table(results: Results, limits: Limits) -> Table:
+def _limits_table(
+    results: Results,
+    limits: Limits,
+    weights: Mapping[str, int],
+    decodes: Mapping[str, DecodeStep],
+    kv_bytes: Mapping[str, float],
+) -> Table:
+    """Of memory and matrix units, and what memory allows in steps.
+
+    For the systems of `weights`, also the steps of each decode, whose KV of `kv_bytes` is read too,
+    and the share of them that the system reached.
+    """
+    steps = []
+    for name, weight_bytes in weights.items():
+        for cell, step in decodes.items():
+            limit = limits.read_bytes_per_s / (weight_bytes + kv_bytes[cell])
+            rates = results.samples[name][cell]
+            reached = statistics.median(rates) / step.num_tokens / limit if rates else None
+            share = "" if reached is None else f", {reached:.0%} reached"
+            what = f"steps a second in {cell} if weights and KV of {name} are read once"
+            steps.append([what, f"{limit:.1f}{share}"])
     return Table(
         title="Limits of this machine, measured in this run",
         columns=["limit", "value"],
@@ -143,10 +175,11 @@ def _limits_table(results: Results, limits: Limits) -> Table:
             *(
                 [
                     f"steps a second if the weights of {name} are read once",
-                    f"{limits.read_bytes_per_s / weights:.1f}",
+                    f"{limits.read_bytes_per_s / weight_bytes:.1f}",
                 ]
-                for name, weights in results.weights.items()
+                for name, weight_bytes in results.weights.items()
             ),
+            *steps,
         ],
     )
 
