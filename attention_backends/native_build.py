@@ -17,7 +17,7 @@ from pathlib import Path
 from ..vmem.errors import UnsupportedAttention
 
 _UNPACKING_S = 60  # an installer writes a wheel's files within it, in any order
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
+_FLAGS = ("-O3", "-std=gnu11", "-fno-trapping-math", "-fPIC", "-shared")
 
 
 def find_library(folder: Path, built: Path) -> Path:

@@ -19,7 +19,7 @@ from .errors import QuantError
 _SOURCE = Path(__file__).parent / "native"
 _BUILT = Path(__file__).parent / "_native.abi3.so"
 _UNPACKING_S = 60  # an installer writes a wheel's files within it, in any order
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
+_FLAGS = ("-O3", "-std=gnu11", "-fno-trapping-math", "-fPIC", "-shared")
 
 
 class Int4Args(ctypes.Structure):

@@ -1,8 +1,9 @@
 """`vkv bench profile`: where a decode step's time goes on a CPU, kernel by kernel.
 
 The engine decodes a batch from recordings, as it always does. Every other step makes the recorded
-calls one at a time and times each; the steps between run undisturbed, and are what a step takes as
-a whole. What no kernel accounts for is the engine's: scheduling, the step's numbers, sampling.
+calls one at a time and times each; what no kernel accounts for is the engine's: scheduling, the
+step's numbers, sampling, and some microseconds a call that timing takes itself. The steps between
+run undisturbed, and show what that comes to.
 """
 
 import random
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 from ...vmem.errors import InvalidConfig
 from ..llm import LLM
 from ..models import parse_dtype
+from ..packing import PackedGatedLayer, PackedLinear
 from ..progress import counted
 from ..sampling_params import SamplingParams
 from ..tape import KernelClock, TapeRecorder
@@ -39,6 +42,7 @@ _ROWS = {  # kernels, by what they do
     "operations of PyTorch": ("torch",),
 }
 _REST = "the engine, sampling, Python"
+_CLOCKED = "step"  # in `kernel_s`: all of a step whose kernels are timed
 _WARM_UPS = 4  # decodes: a recording is made by the first and compared with a run by the second
 
 
@@ -69,7 +73,7 @@ class BatchProfile:
 
     Attributes:
         step_s: of undisturbed steps.
-        kernel_s: of the others, by kernel.
+        kernel_s: of the others, by kernel; "step" is all of it.
     """
 
     batch: int
@@ -82,10 +86,13 @@ class BatchProfile:
 
     @property
     def parts_s(self) -> dict[str, float]:
-        """Medians by row of the table, without rows of nothing; they add up to `median_s`."""
+        """Medians by row of the table, of steps whose kernels are timed."""
+        kernels = [times for name, times in self.kernel_s.items() if name != _CLOCKED]
+        steps = zip(self.kernel_s[_CLOCKED], *kernels, strict=True)
+        rest = [whole - sum(parts) for whole, *parts in steps]
         medians = {name: statistics.median(times) for name, times in self.kernel_s.items()}
         parts = {row: sum(medians.get(n, 0.0) for n in names) for row, names in _ROWS.items()}
-        return parts | {_REST: self.median_s - sum(parts.values())}
+        return parts | {_REST: statistics.median(rest)}
 
 
 def run(options: ProfileOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
@@ -137,7 +144,7 @@ def run(options: ProfileOptions, folder: Path, command: str) -> tuple[Path, list
 def _measure(
     options: ProfileOptions, checkpoints: Checkpoints, dtype: torch.dtype, probe: LimitsProbe
 ) -> tuple[list[BatchProfile], int]:
-    """The profile of each batch, and the bytes of the weights as they were loaded."""
+    """The profile of each batch, and the bytes of weights that each step reads."""
     num_decodes = _WARM_UPS + 2 * options.steps
     with LLM(
         str(checkpoints.int4 or checkpoints.dense),
@@ -152,7 +159,7 @@ def _measure(
         for batch in options.batches:
             profiles.append(_decode(llm, options, batch, checkpoints.vocab_size))
             probe.measure()
-        return profiles, llm.weight_bytes
+        return profiles, _product_bytes(llm)
 
 
 def _decode(llm: LLM, options: ProfileOptions, batch: int, vocab_size: int) -> BatchProfile:
@@ -176,7 +183,7 @@ def _decode(llm: LLM, options: ProfileOptions, batch: int, vocab_size: int) -> B
             llm.engine.step()
             spent = time.perf_counter() - start
             if recorder.clock is not None:
-                for name, seconds in recorder.clock.seconds.items():
+                for name, seconds in {_CLOCKED: spent, **recorder.clock.seconds}.items():
                     kernel_s.setdefault(name, []).append(seconds)
             elif index >= _WARM_UPS:
                 step_s.append(spent)
@@ -195,6 +202,15 @@ def _recorder(llm: LLM) -> TapeRecorder:
     if graphs.refused is not None:
         raise InvalidConfig(f"decode steps of this model are not recorded: {graphs.refused}")
     return graphs.recorder
+
+
+def _product_bytes(llm: LLM) -> int:
+    """Of linear layers as they are laid out; embeddings are looked up, a row a token."""
+    modules = list(llm.engine.loaded.model.modules())
+    packed = {id(m.product): m.product for m in modules if isinstance(m, PackedLinear)}
+    packed |= {id(m.product): m.product for m in modules if isinstance(m, PackedGatedLayer)}
+    plain = sum(m.weight.nbytes for m in modules if isinstance(m, nn.Linear))
+    return plain + sum(product.num_bytes for product in packed.values())
 
 
 def _flops_per_token(checkpoints: Checkpoints, dtype: torch.dtype) -> int:
@@ -218,7 +234,9 @@ def _table(
         for row in (*_ROWS, _REST)
         if any(part[row] for part in parts)
     ]
-    rows.append(["together", *(_milliseconds(profile.median_s) for profile in profiles)])
+    whole = (statistics.median(profile.kernel_s[_CLOCKED]) for profile in profiles)
+    rows.append(["together", *map(_milliseconds, whole)])
+    rows.append(["undisturbed", *(_milliseconds(profile.median_s) for profile in profiles)])
     read_s = weight_bytes / limits.read_bytes_per_s
     rows.append(["limit: weights read once", *(_milliseconds(read_s) for _ in profiles)])
     products = (profile.batch * flops / limits.flops_per_s for profile in profiles)

@@ -5,12 +5,6 @@
 #include <math.h>
 #include <stddef.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define CLONES
-#endif
-
 enum {
     CHUNK = 256,              /* elements widened at a time */
     SHARE_ELEMENTS = 64 << 10 /* below it, waiting for another thread costs more than it saves */
@@ -18,6 +12,29 @@ enum {
 
 /* Rows first .. last of one of the kernels below. */
 typedef void (*rows_kernel)(const void *args, int64_t first, int64_t last);
+
+/* best_NAME(): the kernel NAME, compiled for what this processor has. (GCC's `target_clones` will
+ * not do: it takes "arch=haswell" for that one processor alone.) */
+#define VERSION(name, suffix, attributes)                                                    \
+    attributes static void name##_##suffix(const void *args, int64_t first, int64_t last) { \
+        name(args, first, last);                                                             \
+    }
+#if defined(__x86_64__)
+#define VERSIONS(name)                                               \
+    VERSION(name, avx512, __attribute__((target("avx512f"))))        \
+    VERSION(name, avx2, __attribute__((target("avx2,fma"))))         \
+    VERSION(name, plain, )                                           \
+    static rows_kernel best_##name(void) {                           \
+        __builtin_cpu_init();                                        \
+        if (__builtin_cpu_supports("avx512f")) return name##_avx512; \
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return name##_avx2; \
+        return name##_plain;                                         \
+    }
+#else
+#define VERSIONS(name)      \
+    VERSION(name, plain, )  \
+    static rows_kernel best_##name(void) { return name##_plain; }
+#endif
 
 struct job {
     rows_kernel kernel;
@@ -66,7 +83,7 @@ INLINE int chunk_at(int at, int dim) { return dim - at < CHUNK ? dim - at : CHUN
 
 /* -- norms ----------------------------------------------------------------------------------- */
 
-CLONES static void rms_norm_rows(const void *data, int64_t first, int64_t last) {
+INLINE void rms_norm_rows(const void *data, int64_t first, int64_t last) {
     const struct vkv_rms_norm *a = data;
     float x[CHUNK], w[CHUNK];
     for (int64_t r = first; r < last; r++) {
@@ -90,14 +107,16 @@ CLONES static void rms_norm_rows(const void *data, int64_t first, int64_t last) 
     }
 }
 
+VERSIONS(rms_norm_rows)
+
 int64_t vkv_rms_norm(const struct vkv_rms_norm *args) {
-    run(rms_norm_rows, args, args->num_rows, args->dim, args->num_threads, args->parallel);
+    run(best_rms_norm_rows(), args, args->num_rows, args->dim, args->num_threads, args->parallel);
     return 0;
 }
 
 /* -- rotary embedding ------------------------------------------------------------------------ */
 
-CLONES static void rotate_rows(const void *data, int64_t first, int64_t last) {
+INLINE void rotate_rows(const void *data, int64_t first, int64_t last) {
     const struct vkv_rotate *a = data;
     const int half = a->dim / 2;
     float low[CHUNK], high[CHUNK], out[CHUNK];
@@ -123,15 +142,17 @@ CLONES static void rotate_rows(const void *data, int64_t first, int64_t last) {
         }
 }
 
+VERSIONS(rotate_rows)
+
 int64_t vkv_rotate(const struct vkv_rotate *args) {
-    run(rotate_rows, args, args->num_tokens, (int64_t)args->num_heads * args->dim,
+    run(best_rotate_rows(), args, args->num_tokens, (int64_t)args->num_heads * args->dim,
         args->num_threads, args->parallel);
     return 0;
 }
 
 /* -- gates ----------------------------------------------------------------------------------- */
 
-CLONES static void gated_rows(const void *data, int64_t first, int64_t last) {
+INLINE void gated_rows(const void *data, int64_t first, int64_t last) {
     const struct vkv_gated *a = data;
     float x[CHUNK], up[CHUNK];
     for (int64_t r = first; r < last; r++)
@@ -144,8 +165,10 @@ CLONES static void gated_rows(const void *data, int64_t first, int64_t last) {
         }
 }
 
+VERSIONS(gated_rows)
+
 int64_t vkv_gated(const struct vkv_gated *args) {
-    run(gated_rows, args, args->num_rows, 4 * (int64_t)args->dim, args->num_threads,
+    run(best_gated_rows(), args, args->num_rows, 4 * (int64_t)args->dim, args->num_threads,
         args->parallel);
     return 0;
 }
@@ -153,7 +176,7 @@ int64_t vkv_gated(const struct vkv_gated *args) {
 /* -- residual connections --------------------------------------------------------------------- */
 
 /* In stretches of CHUNK elements. */
-CLONES static void add_chunks(const void *data, int64_t first, int64_t last) {
+INLINE void add_chunks(const void *data, int64_t first, int64_t last) {
     const struct vkv_add *a = data;
     float left[CHUNK], right[CHUNK];
     for (int64_t at = first * CHUNK; at < last * CHUNK && at < a->count; at += CHUNK) {
@@ -165,8 +188,10 @@ CLONES static void add_chunks(const void *data, int64_t first, int64_t last) {
     }
 }
 
+VERSIONS(add_chunks)
+
 int64_t vkv_add(const struct vkv_add *args) {
-    run(add_chunks, args, (args->count + CHUNK - 1) / CHUNK, CHUNK, args->num_threads,
+    run(best_add_chunks(), args, (args->count + CHUNK - 1) / CHUNK, CHUNK, args->num_threads,
         args->parallel);
     return 0;
 }

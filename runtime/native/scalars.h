@@ -23,7 +23,8 @@ INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even; a NaN stays one 
 }
 
 INLINE float exp2_of(float x) { /* relative error about 1e-7 from -126 to 127 */
-    x = x < -126.0f ? -126.0f : x > 127.0f ? 127.0f : x;
+    x = x < -126.0f ? -126.0f : x; /* one after the other: nested, a compiler makes branches */
+    x = x > 127.0f ? 127.0f : x;
     const float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);
     float p = 1.535336e-4f;
     p = p * f + 1.339887e-3f;
