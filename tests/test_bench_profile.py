@@ -30,7 +30,7 @@ def _record(options: ProfileOptions, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("quant", [None, "gptq"])
 def test_every_kernel_of_a_step_is_timed(tmp_path: Path, quant: str | None) -> None:
     options = ProfileOptions(
-        shape="llama-tiny", quant=quant, batches=(1, 3), context=8, steps=3, dtype="bfloat16"
+        shape="llama-tiny", quant=quant, batches=(1, 3), context=300, steps=3, dtype="bfloat16"
     )
     record = _record(options, tmp_path)
     profiles = record["results"]["profiles"]

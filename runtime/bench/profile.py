@@ -145,12 +145,11 @@ def _measure(
     options: ProfileOptions, checkpoints: Checkpoints, dtype: torch.dtype, probe: LimitsProbe
 ) -> tuple[list[BatchProfile], int]:
     """The profile of each batch, and the bytes of weights that each step reads."""
-    num_decodes = _WARM_UPS + 2 * options.steps
     with LLM(
         str(checkpoints.int4 or checkpoints.dense),
         device="cpu",
         dtype=dtype,
-        max_len=options.context + num_decodes + 1,
+        max_len=options.context + _num_outputs(options, max(options.batches)),
         max_seqs=max(options.batches),
         prefix_reuse=False,
         max_parked=0,
@@ -164,7 +163,8 @@ def _measure(
 
 def _decode(llm: LLM, options: ProfileOptions, batch: int, vocab_size: int) -> BatchProfile:
     num_decodes = _WARM_UPS + 2 * options.steps
-    params = SamplingParams(temperature=0, max_tokens=num_decodes + 1, ignore_eos=True)
+    max_tokens = _num_outputs(options, batch)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     chooser = random.Random(options.seed)
     for index in range(batch):
         prompt = [chooser.randrange(vocab_size) for _ in range(options.context)]
@@ -193,6 +193,11 @@ def _decode(llm: LLM, options: ProfileOptions, batch: int, vocab_size: int) -> B
     while llm.engine.has_work:
         llm.engine.step()
     return BatchProfile(batch=batch, step_s=step_s, kernel_s=kernel_s)
+
+
+def _num_outputs(options: ProfileOptions, batch: int) -> int:
+    """Of each request: the first to be admitted decodes while the last is, for a step each."""
+    return _WARM_UPS + 2 * options.steps + batch + 1
 
 
 def _recorder(llm: LLM) -> TapeRecorder:
