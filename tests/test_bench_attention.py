@@ -15,7 +15,7 @@ from vkv.attention_backends.sdpa import SdpaBackend
 from vkv.runtime import cli
 from vkv.runtime.bench import attention
 from vkv.runtime.bench.attention import AttentionOptions, run
-from vkv.runtime.bench.attention_layouts import slot_layouts
+from vkv.runtime.bench.attention_layouts import HeadMajor, slot_layouts
 from vkv.runtime.bench.attention_shapes import Shape, default_shapes, shapes_of_heads
 from vkv.runtime.bench.peer import WORKERS
 from vkv.vmem.errors import InvalidConfig
@@ -180,6 +180,23 @@ def test_layouts_by_layers_per_range(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ["native", "g=4, split K/V"],
         ["native", "g=all"],
     ]
+
+
+def test_heads_side_by_side_or_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bench itself sees that both come to the same results."""
+    strides: list[tuple[int, ...]] = []
+    layer = HeadMajor.layer
+
+    def seen(self: HeadMajor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = layer(self, index)
+        strides.append(keys.stride())
+        return keys, values
+
+    monkeypatch.setattr(HeadMajor, "layer", seen)
+    _bench("--contexts", "100", "--layers-per-range", "1,head-major", out=tmp_path)
+    assert _layouts_measured(tmp_path)[-1] == ["native", "head-major"]
+    for _, token, head, _ in strides:
+        assert token < head
 
 
 @pytest.mark.parametrize("listed", ["0", "two", "1-split-split", "-1", ","])

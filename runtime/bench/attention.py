@@ -37,7 +37,7 @@ from ...attention_backends import (
 )
 from ...vmem import open_driver
 from ..progress import counted
-from .attention_layouts import DEFAULT, SlotLayout, slot_layouts
+from .attention_layouts import DEFAULT, HeadMajor, SlotLayout, slot_layouts
 from .attention_results import attention_table, draw
 from .attention_shapes import Shape
 from .limits import LimitsProbe
@@ -86,7 +86,7 @@ class Contestant:
 
     name: str
     backend: AttentionBackend
-    cache: SlotCache
+    cache: SlotCache | HeadMajor
     batch: AttentionBatch
 
 
@@ -174,7 +174,7 @@ def _contestants(
                 Contestant(name=f"{b.name}, {layout}", backend=b, cache=cache, batch=batch)
                 for b in backends
             ]
-        filled: dict[int, tuple[SlotCache, AttentionBatch]] = {}
+        filled: dict[int, tuple[SlotCache | HeadMajor, AttentionBatch]] = {}
         for name in options.paged:
             backend = create_backend(name, _needs(shape, options, True))
             size = math.lcm(_BLOCK_TOKENS, backend.capabilities.block_multiple)
@@ -202,14 +202,16 @@ def _filled(
     layers: int,
     options: AttentionOptions,
     how: SlotLayout | int,
-) -> tuple[SlotCache, AttentionBatch]:
+) -> tuple[SlotCache | HeadMajor, AttentionBatch]:
     """A cache of the shape's sequences, closed by `stack`.
 
     Args:
         how: the layout of contiguous slots; or the tokens of a block, for the paged cache.
     """
+    heads_apart = isinstance(how, SlotLayout) and how.head_major
+    lanes = shape.num_kv_heads if heads_apart else 1  # slots of a sequence
     geometry = LayerGeometry(
-        num_kv_heads=shape.num_kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim
+        num_kv_heads=shape.num_kv_heads // lanes, key_dim=shape.head_dim, value_dim=shape.head_dim
     )
     cache: SlotCache
     if isinstance(how, int):
@@ -229,10 +231,11 @@ def _filled(
             layers_per_range=how.layers_per_range,
             split_kv=how.split_kv,
         )
-        limit = shape.batch * layout.num_pages(shape.context) * layout.page_bytes
-        cache = KVCache(layout, PagePool(driver, limit), num_slots=shape.batch)
+        num_slots = shape.batch * lanes
+        limit = num_slots * layout.num_pages(shape.context) * layout.page_bytes
+        cache = KVCache(layout, PagePool(driver, limit), num_slots=num_slots)
     stack.callback(cache.shutdown)
-    slots = [cache.open() for _ in range(shape.batch)]
+    slots = [cache.open() for _ in range(shape.batch * lanes)]
     for slot in slots:
         cache.grow(slot, shape.context)
     generator = torch.Generator(options.device).manual_seed(options.seed)
@@ -240,18 +243,21 @@ def _filled(
     rows = torch.randn(
         2, shape.context, *token, generator=generator, device=options.device, dtype=torch.float32
     ).to(options.dtype)
-    for slot in slots:
+    for index, slot in enumerate(slots):
         where = [part.to(options.device) for part in cache.locate([slot], [0], [shape.context])]
+        lane = slice(index % lanes, index % lanes + 1) if heads_apart else slice(None)
         for layer in range(layers):
             for tensor, values in zip(cache.layer(layer), rows, strict=True):
-                tensor.index_put_(tuple(where), values)
+                tensor.index_put_(tuple(where), values[:, lane])
+    slots = slots[: shape.batch]  # by the numbers that a backend sees
     starts, counts = [shape.context - shape.queries] * shape.batch, [shape.queries] * shape.batch
     ids = [slot.index for slot in slots]
 
     def int32(values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=options.device)
 
-    return cache, AttentionBatch(
+    seen = HeadMajor(cache, shape.num_kv_heads) if heads_apart else cache
+    return seen, AttentionBatch(
         query_lens=tuple(counts),
         kv_lens=(shape.context,) * shape.batch,
         slots=tuple(ids),

@@ -180,7 +180,8 @@ def attention(
         str,
         typer.Option(
             help="Layouts of slots, with commas: how many layers share a range, such as "
-            "1,2,4,all; -split for keys and values in ranges of their own."
+            "1,2,4,all; -split for keys and values in ranges of their own; head-major for the "
+            "tokens of each head, not the heads of each token, side by side."
         ),
     ] = "1,1-split,all",
     paged: Annotated[str, typer.Option(help="Backends over the paged cache.")] = "auto",
