@@ -2,13 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import standin
 import torch
+from allocator_model import one_thread  # noqa: F401 - of every test
 from typer.testing import CliRunner
 from vkv.allocator import KVCache, Slot
 from vkv.runtime import cli
@@ -30,15 +31,6 @@ OPTIONS = StallOptions(
     page_bytes=PAGE_BYTES,
     repeats=2,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other take long where other work runs beside the tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Watched(HostDriver):

@@ -109,7 +109,8 @@ def test_the_plan_s_benchmarks_are_commands_that_exist(
     asked = []
     for module in (linear, throughput):
         monkeypatch.setattr(module, "run", lambda options, *_: asked.append(options) or (None, []))
-    monkeypatch.setattr("vkv.runtime.bench.cli.show", lambda *_: None)
+    for commands in ("cli", "kernel_cli"):
+        monkeypatch.setattr(f"vkv.runtime.bench.{commands}.show", lambda *_: None)
     monkeypatch.setattr("vkv.runtime.config.resolve_device", torch.device)
     for step in gpu_check.plan(device, []):
         if step.name.startswith(("bench linear", "bench throughput")):

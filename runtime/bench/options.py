@@ -1,4 +1,4 @@
-"""What the `vkv bench` commands share: their options, lists out of words, and results shown."""
+"""What the `vkv bench` commands share: the group, options, lists out of words, results shown."""
 
 import json
 import shlex
@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+
+bench = typer.Typer(
+    help="Measure: each run writes a record, a table and a plot.", no_args_is_help=True
+)
 
 _Number = TypeVar("_Number", int, float)
 
@@ -33,6 +37,8 @@ Quant = Annotated[
         "checkpoint of that format."
     ),
 ]
+Model = Annotated[str | None, typer.Option(help="A checkpoint folder, in place of a shape.")]
+Label = Annotated[str, typer.Option(help="A word to add to the record's name.")]
 Out = Annotated[Path, typer.Option(help="Folder for record, table and plot.")]
 OUT = Path("benchmarks")
 
