@@ -30,8 +30,10 @@ $(TRITON): $(INSTALLED)
 chat: $(INSTALLED) ## Chat with the built-in tiny model, on the CPU
 	@$(BIN)/vkv chat --device cpu $(ARGS)
 
+# In several processes (tests/conftest.py says how many). They share the processors, so a thread that
+# waits for another must not keep one busy.
 test: $(TRITON) ## Run the test suite; ARGS goes to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # The same pins, but for what must be as old: that transformers wants a huggingface_hub below 2.
 $(OLDEST)/.installed: pyproject.toml constraints.txt

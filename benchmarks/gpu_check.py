@@ -69,14 +69,14 @@ def main() -> int:
     records = options.out if options.pack is None else Path(tempfile.mkdtemp(prefix="vkv-records-"))
     records.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    check = Check(options, records, deadline)
-    check.install()
-    for step in plan(options.device, check.backends()):
-        if options.only and not any(word in step.name for word in options.only):
-            continue
-        check.run(step)
-    check.summarise()
-    shutil.rmtree(check.site)
+    with tempfile.TemporaryDirectory(prefix="vkv-site-") as site:
+        check = Check(options, records, Path(site), deadline)
+        check.install()
+        for step in plan(options.device, check.backends()):
+            if options.only and not any(word in step.name for word in options.only):
+                continue
+            check.run(step)
+        check.summarise()
     return any(outcome.status in ("failed", "timed out") for outcome in check.outcomes)
 
 
@@ -259,15 +259,20 @@ def _pytest(name: str, device: str, arguments: Sequence[str], limit_s: float) ->
 
 
 class Check:
-    """Runs steps one after the other and remembers what became of them."""
+    """Runs steps one after the other and remembers what became of them.
 
-    def __init__(self, options: argparse.Namespace, records: Path, deadline: float) -> None:
+    Args: site, an empty folder that packages are installed into; deadline, of the monotonic clock.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, records: Path, site: Path, deadline: float
+    ) -> None:
         self.options = options
         self.records = records.resolve()
         self.deadline = deadline
         self.started = time.monotonic()
         self.outcomes: list[Outcome] = []
-        self.site = Path(tempfile.mkdtemp(prefix="vkv-site-"))
+        self.site = site
         self.environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(

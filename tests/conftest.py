@@ -24,6 +24,12 @@ settings.register_profile("vkv", deadline=None)
 settings.load_profile("vkv")
 
 
+@pytest.hookimpl(optionalhook=True)  # a machine with a GPU may have no xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """Each worker imports PyTorch; those on one GPU would see each other's memory."""
+    return 0 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 4)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

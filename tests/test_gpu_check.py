@@ -30,9 +30,10 @@ def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def make_check(gpu_check: ModuleType, folder: Path, budget: float = 100.0):
     options = argparse.Namespace(device="cpu", budget=budget, out=folder, kit=folder, pack=True)
-    records = folder / "records"
+    records, site = folder / "records", folder / "site"
     records.mkdir()
-    return gpu_check.Check(options, records, time.monotonic() + budget)
+    site.mkdir()
+    return gpu_check.Check(options, records, site, time.monotonic() + budget)
 
 
 def test_a_failing_step_stops_no_other(gpu_check: ModuleType, tmp_path: Path) -> None:
