@@ -16,6 +16,7 @@
 
 enum {
     BLOCK = 64,         /* keys at a time */
+    FEW_TOKENS = 16,    /* and where few rows are attended: of all heads they stay near */
     SOFTMAX_ROWS = 24,  /* query rows at a time: their scores stay in the first cache */
     MAX_ROWS = 512,     /* query rows of a share: the packing of a block is spread over them */
     MIN_ROWS = 64,      /* unless a head has fewer; below it, packing costs more than it saves */
@@ -39,8 +40,8 @@ struct scratch {
     int query_words, value_width;
 };
 
-/* Where fetching is, a block before reading: rows of all KV heads of a share, which lie side by
- * side, line by line. Heads that lie apart are long streams, left to the processor's prefetching. */
+/* Where fetching is, FEW_TOKENS before reading: rows of all KV heads of a share, which lie side by
+ * side, line by line. Of heads that lie apart a share has one. */
 struct ahead {
     const char *row;
     int64_t stride, row_bytes, at; /* at: the next line of the row */
@@ -53,7 +54,6 @@ struct block {
     int64_t key_stride, value_stride; /* bytes from token to token */
     int start, len; /* first token, and how many */
     int ahead;      /* tokens of it whose row a block on is read later: worth fetching */
-    struct ahead *keys_ahead, *values_ahead; /* used instead where few rows are attended */
 };
 
 struct plan {
@@ -184,6 +184,8 @@ static void tile_shape(const struct vkv_attention *args, int32_t *tile_queries,
     int64_t rows = (int64_t)num_tokens * args->num_heads / wanted;
     rows = min64(max64(rows, MIN_ROWS), MAX_ROWS);
     *tile_queries = (int32_t)max64(1, rows / group);
+    *tile_heads = 1;
+    if (args->key_head_stride != args->key_dim) return; /* each a stream of its own */
     /* A decode's tile is one query: take several heads at once, which lie side by side. */
     const int64_t queries = max64(1, num_tokens / args->num_seqs);
     *tile_heads = (int32_t)min64(max64(1, rows / (group * min64(queries, *tile_queries))),

@@ -7,10 +7,7 @@
  * put in order once, when a share is done.
  */
 
-enum {
-    NAME(FEW_ROWS) = 8,
-    NAME(TOKENS) = 16 /* of values at a time: their rows stay in the caches at any stride */
-};
+enum { NAME(FEW_ROWS) = 8 };
 
 /* Whether a share's rows are few, and its heads whole vectors. */
 INLINE int NAME(are_few)(const struct vkv_attention *args, const struct share *share) {
@@ -65,13 +62,13 @@ INLINE VEC NAME(sums)(VEC *x) {
 #endif
 }
 
-/* Fetches the next lines of the rows to come. As many as are read meanwhile, since memory has only
- * so many reads under way, and for the second four rows (NULL) none. */
+/* Fetches the next lines of the rows to come, to the second cache. As many as are read meanwhile,
+ * since memory has only so many reads under way, and for the second four rows (NULL) none. */
 INLINE void NAME(fetch)(struct ahead *ahead, int64_t num_bytes) {
     if (!ahead) return;
     struct ahead to = *ahead; /* in registers */
     for (; num_bytes > 0 && to.num_rows > 0; num_bytes -= 64) {
-        __builtin_prefetch(to.row + to.at);
+        __builtin_prefetch(to.row + to.at, 0, 2);
         to.at += 64;
         if (to.at < to.row_bytes) continue;
         to.at = 0;
@@ -81,56 +78,21 @@ INLINE void NAME(fetch)(struct ahead *ahead, int64_t num_bytes) {
     *ahead = to;
 }
 
-/* Starts to fetch a share's keys and values, a block ahead: two streams, or one where
- * values lie right behind keys. */
-static void NAME(start_fetching)(const struct vkv_attention *args, const struct share *share,
-                                 struct ahead streams[2], struct ahead **keys,
-                                 struct ahead **values) {
-    const int64_t item = args->dtype == VKV_BFLOAT16 ? 2 : 4, slot = args->slots[share->seq];
-    const int num_heads = share->last_head - share->first_head;
-    const int num_rows = share->last_key - share->first_key;
-    streams[0] = (struct ahead){
-        .row = (const char *)args->keys + item * (slot * args->key_slot_stride +
-                                                  share->first_key * args->key_token_stride +
-                                                  share->first_head * args->key_head_stride),
-        .stride = item * args->key_token_stride,
-        .row_bytes = item * num_heads * args->key_dim,
-        .num_rows = args->key_head_stride == args->key_dim ? num_rows : 0,
-    };
-    streams[1] = (struct ahead){
-        .row = (const char *)args->values + item * (slot * args->value_slot_stride +
-                                                    share->first_key * args->value_token_stride +
-                                                    share->first_head * args->value_head_stride),
-        .stride = item * args->value_token_stride,
-        .row_bytes = item * num_heads * args->value_dim,
-        .num_rows = args->value_head_stride == args->value_dim ? num_rows : 0,
-    };
-    *keys = streams, *values = streams + 1;
-    if (streams[0].num_rows && streams[1].num_rows && streams[0].stride == streams[1].stride &&
-        streams[1].row == streams[0].row + streams[0].row_bytes) {
-        streams[0].row_bytes += streams[1].row_bytes;
-        *values = streams;
-    }
-    NAME(fetch)(*keys, BLOCK * (*keys)->row_bytes);
-    if (*values != *keys) NAME(fetch)(*values, BLOCK * (*values)->row_bytes);
-}
-
-/* scores[rows][BLOCK] of the tokens of a block, and of some behind them, which mean nothing. */
-INLINE void NAME(score_rows)(const int rows, const int is_bf16, const struct block *block, int dim,
-                             const int32_t *query, int query_words, float *scores,
-                             struct ahead *ahead) {
-    const int item = is_bf16 ? 2 : 4, last = block->len - 1;
-    for (int t = 0; t < block->len; t += LANES) {
-        VEC parts[4][LANES]; /* of a token each, to be summed */
-        for (int i = 0; i < LANES; i += 2) {
-            const char *k = block->keys + (t + i < last ? t + i : last) * block->key_stride;
-            const char *l = block->keys + (t + i + 1 < last ? t + i + 1 : last) * block->key_stride;
-            VEC a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
-            NAME(fetch)(ahead, 2 * dim * item);
-            for (int d = 0; d < dim; d += 2 * LANES) {
-                VEC k0, k1, l0, l1;
-                NAME(load_two)(k + d * item, is_bf16, &k0, &k1);
-                NAME(load_two)(l + d * item, is_bf16, &l0, &l1);
+/* scores[rows][LANES] of `len` tokens; any behind them mean nothing. */
+INLINE void NAME(score_rows)(const int rows, const int is_bf16, const char *keys, int64_t stride,
+                             int len, int dim, const int32_t *query, int query_words,
+                             float *scores, struct ahead *ahead) {
+    const int item = is_bf16 ? 2 : 4, last = len - 1;
+    VEC parts[4][LANES]; /* of a token each, to be summed */
+    for (int i = 0; i < LANES; i += 2) {
+        const char *k = keys + (i < last ? i : last) * stride;
+        const char *l = keys + (i + 1 < last ? i + 1 : last) * stride;
+        VEC a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
+        NAME(fetch)(ahead, 2 * dim * item);
+        for (int d = 0; d < dim; d += 2 * LANES) {
+            VEC k0, k1, l0, l1;
+            NAME(load_two)(k + d * item, is_bf16, &k0, &k1);
+            NAME(load_two)(l + d * item, is_bf16, &l0, &l1);
 #define ROW(r, a, b)                                                 \
     if (r < rows) {                                                  \
         const float *q = (const float *)query + r * query_words + d; \
@@ -140,57 +102,52 @@ INLINE void NAME(score_rows)(const int rows, const int is_bf16, const struct blo
         a += k1 * q1;                                                \
         b += l1 * q1;                                                \
     }
-                ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
+            ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
 #undef ROW
-            }
-            parts[0][i] = a0, parts[0][i + 1] = b0;
-            parts[1][i] = a1, parts[1][i + 1] = b1;
-            parts[2][i] = a2, parts[2][i + 1] = b2;
-            parts[3][i] = a3, parts[3][i + 1] = b3;
         }
-        for (int r = 0; r < rows; r++) NAME(store)(scores + r * BLOCK + t, NAME(sums)(parts[r]));
+        parts[0][i] = a0, parts[0][i + 1] = b0;
+        parts[1][i] = a1, parts[1][i + 1] = b1;
+        parts[2][i] = a2, parts[2][i + 1] = b2;
+        parts[3][i] = a3, parts[3][i + 1] = b3;
     }
+    for (int r = 0; r < rows; r++) NAME(store)(scores + r * FEW_TOKENS, NAME(sums)(parts[r]));
 }
 
-/* out[rows][width] += weights[rows][BLOCK] times the values of a block. */
-INLINE void NAME(add_values)(const int rows, const int is_bf16, const struct block *block, int dim,
-                             const int32_t *weights, float *out, int width,
+/* out[rows][width] += weights[rows][FEW_TOKENS] times the values of `len` tokens. */
+INLINE void NAME(add_values)(const int rows, const int is_bf16, const char *values, int64_t stride,
+                             int len, int dim, const int32_t *weights, float *out, int width,
                              struct ahead *ahead) {
     const int item = is_bf16 ? 2 : 4;
-    for (int t = 0; t < block->len; t += NAME(TOKENS)) {
-        const int end = t + NAME(TOKENS) < block->len ? t + NAME(TOKENS) : block->len;
-        for (int d = 0; d < dim; d += 2 * LANES) {
-            const char *row = block->values + t * block->value_stride + d * item;
-            float *goal = out + d;
-            VEC a0, a1, a2, a3, b0, b1, b2, b3;
-            NAME(fetch)(ahead, NAME(TOKENS) * 2 * LANES * item);
-#define ROW(r, a, b)                              \
-    if (r < rows) {                               \
-        a = NAME(load)(goal + r * width);         \
-        b = NAME(load)(goal + r * width + LANES); \
+    for (int d = 0; d < dim; d += 2 * LANES) {
+        const char *row = values + d * item;
+        VEC a0, a1, a2, a3, b0, b1, b2, b3;
+        NAME(fetch)(ahead, len * 2 * LANES * item);
+#define ROW(r, a, b)                                 \
+    if (r < rows) {                                  \
+        a = NAME(load)(out + r * width + d);         \
+        b = NAME(load)(out + r * width + d + LANES); \
     }
-            ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
+        ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
 #undef ROW
-            for (int u = t; u < end; u++, row += block->value_stride) {
-                VEC x, y;
-                NAME(load_two)(row, is_bf16, &x, &y);
-#define ROW(r, a, b)                                                  \
-    if (r < rows) {                                                   \
-        const VEC weight = (VEC)NAME(isplat)(weights[r * BLOCK + u]); \
-        a += weight * x;                                              \
-        b += weight * y;                                              \
-    }
-                ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
-#undef ROW
-            }
-#define ROW(r, a, b)                              \
-    if (r < rows) {                               \
-        NAME(store)(goal + r * width, a);         \
-        NAME(store)(goal + r * width + LANES, b); \
+        for (int t = 0; t < len; t++, row += stride) {
+            VEC x, y;
+            NAME(load_two)(row, is_bf16, &x, &y);
+#define ROW(r, a, b)                                                       \
+    if (r < rows) {                                                        \
+        const VEC weight = (VEC)NAME(isplat)(weights[r * FEW_TOKENS + t]); \
+        a += weight * x;                                                   \
+        b += weight * y;                                                   \
     }
             ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
 #undef ROW
         }
+#define ROW(r, a, b)                                 \
+    if (r < rows) {                                  \
+        NAME(store)(out + r * width + d, a);         \
+        NAME(store)(out + r * width + d + LANES, b); \
+    }
+        ROW(0, a0, b0) ROW(1, a1, b1) ROW(2, a2, b2) ROW(3, a3, b3)
+#undef ROW
     }
 }
 
@@ -208,22 +165,86 @@ INLINE void NAME(add_values)(const int rows, const int is_bf16, const struct blo
             case 8: CALL(4, 1); break;                                  \
         }
 
-static void NAME(score_few)(int rows, int is_bf16, const struct block *block, int dim,
-                            const int32_t *query, int query_words, float *scores) {
-#define CALL(n, bf16)                                                            \
-    NAME(score_rows)(n, bf16, block, dim, query + r * query_words, query_words, \
-                     scores + r * BLOCK, r ? NULL : block->keys_ahead)
+static void NAME(score_few)(int rows, int is_bf16, const char *keys, int64_t stride, int len,
+                            int dim, const int32_t *query, int query_words, float *scores,
+                            struct ahead *ahead) {
+#define CALL(n, bf16)                                                                        \
+    NAME(score_rows)(n, bf16, keys, stride, len, dim, query + r * query_words, query_words, \
+                     scores + r * FEW_TOKENS, r ? NULL : ahead)
     FOR_EACH_FEW(CALL)
 #undef CALL
 }
 
-static void NAME(add_few)(int rows, int is_bf16, const struct block *block, int dim,
-                          const int32_t *weights, float *out, int width) {
-#define CALL(n, bf16)                                                                   \
-    NAME(add_values)(n, bf16, block, dim, weights + r * BLOCK, out + r * width, width, \
-                     r ? NULL : block->values_ahead)
+static void NAME(add_few)(int rows, int is_bf16, const char *values, int64_t stride, int len,
+                          int dim, const int32_t *weights, float *out, int width,
+                          struct ahead *ahead) {
+#define CALL(n, bf16)                                                            \
+    NAME(add_values)(n, bf16, values, stride, len, dim, weights + r * FEW_TOKENS, \
+                     out + r * width, width, r ? NULL : ahead)
     FOR_EACH_FEW(CALL)
 #undef CALL
 }
 
 #undef FOR_EACH_FEW
+
+/* The rows of a share's keys or values; none to fetch where its heads lie apart. */
+INLINE struct ahead NAME(stream)(const struct share *share, const char *rows, int64_t stride,
+                                 int64_t head_stride, int64_t head_bytes) {
+    const int num_heads = share->last_head - share->first_head;
+    const int is_row = num_heads == 1 || head_stride == head_bytes;
+    return (struct ahead){
+        .row = rows,
+        .stride = stride,
+        .row_bytes = num_heads * head_bytes,
+        .num_rows = is_row ? share->last_key - share->first_key : 0,
+    };
+}
+
+/* A share of few rows, FEW_TOKENS at a time, while as much of the next is fetched as is read: in
+ * one stream where values lie right behind keys. */
+static void NAME(attend_few)(const struct vkv_attention *args, const struct share *share,
+                             struct scratch *s) {
+    const int is_bf16 = args->dtype == VKV_BFLOAT16, item = is_bf16 ? 2 : 4;
+    const int group = args->num_heads / args->num_kv_heads, width = s->value_width;
+    const int rows = (share->last_query - share->first_query) * group; /* of a KV head */
+    const int64_t slot = args->slots[share->seq];
+    const int64_t key_stride = item * args->key_token_stride;
+    const int64_t value_stride = item * args->value_token_stride;
+    const int64_t key_head = item * args->key_head_stride;
+    const int64_t value_head = item * args->value_head_stride;
+    const char *keys = (const char *)args->keys + item * slot * args->key_slot_stride +
+                       share->first_key * key_stride + share->first_head * key_head;
+    const char *values = (const char *)args->values + item * slot * args->value_slot_stride +
+                         share->first_key * value_stride + share->first_head * value_head;
+    struct ahead key_rows = NAME(stream)(share, keys, key_stride, key_head, item * args->key_dim);
+    struct ahead value_rows =
+        NAME(stream)(share, values, value_stride, value_head, item * args->value_dim);
+    struct ahead *keys_ahead = &key_rows, *values_ahead = &value_rows;
+    if (key_rows.num_rows && value_rows.num_rows && key_stride == value_stride &&
+        values == keys + key_rows.row_bytes) {
+        key_rows.row_bytes += value_rows.row_bytes;
+        value_rows.num_rows = 0;
+        values_ahead = keys_ahead;
+    }
+    NAME(fetch)(&key_rows, FEW_TOKENS * key_rows.row_bytes);
+    NAME(fetch)(&value_rows, FEW_TOKENS * value_rows.row_bytes);
+    for (int start = share->first_key; start < share->last_key; start += FEW_TOKENS) {
+        const int left = share->last_key - start, len = left < FEW_TOKENS ? left : FEW_TOKENS;
+        for (int h = 0; h < share->last_head - share->first_head; h++) {
+            const int32_t *query = s->query + h * rows * s->query_words;
+            for (int t = 0; t < len; t += LANES)
+                NAME(score_few)(rows, is_bf16, keys + t * key_stride + h * key_head, key_stride,
+                                len - t < LANES ? len - t : LANES, args->key_dim, query,
+                                s->query_words, s->scores + t, keys_ahead);
+            for (int r = 0; r < rows; r++)
+                NAME(weigh)(FEW_TOKENS, args, share, s, h * rows + r, r / group, start, len,
+                            s->scores + r * FEW_TOKENS, s->weights + r * FEW_TOKENS);
+            NAME(add_few)(rows, is_bf16, values + h * value_head, value_stride, len,
+                          args->value_dim, s->weights, s->out + h * rows * width, width,
+                          values_ahead);
+        }
+        keys += FEW_TOKENS * key_stride;
+        values += FEW_TOKENS * value_stride;
+    }
+    if (is_bf16) NAME(put_in_order)(s->out, share->num_rows * width);
+}

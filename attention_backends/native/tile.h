@@ -226,8 +226,8 @@ INLINE void NAME(transpose)(IVEC *row) {
 }
 #endif
 
-/* Keys of `num_tokens` tokens as packed[word][token], BLOCK tokens wide, of which only whole vectors
- * that hold a token are written: zero behind the last. */
+/* Keys of `num_tokens` tokens as packed[word][token], BLOCK tokens wide, of which only whole
+ * vectors that hold a token are written: zero behind the last. */
 static void NAME(pack_keys)(const char *rows, int64_t stride, int num_tokens, int num_ahead,
                             int dim, int is_bf16, int32_t *packed) {
     const int item = is_bf16 ? 2 : 4;
@@ -283,22 +283,19 @@ static void NAME(pack_values)(const char *rows, int64_t stride, int num_tokens, 
 #endif
 }
 
-#if !PAIRS /* laying out is cheap there */
-#include "few_rows.h"
-#endif
-
 /* -- the softmax ----------------------------------------------------------------------------- */
 
-/* One row: scores[BLOCK] become weights, of which columns outside [first, last) are zero; its
+/* One row: scores[columns] become weights, of which those outside [first, last) are zero; its
  * running maximum, sum and output row follow. */
-INLINE void NAME(softmax_row)(const struct vkv_attention *args, float *scores, int first, int last,
-                              int32_t *weights, float *peak, float *sum, float *out, int width) {
+INLINE void NAME(softmax_row)(const int columns, const struct vkv_attention *args,
+                              const float *scores, int first, int last, int32_t *weights,
+                              float *peak, float *sum, float *out, int width) {
     const float log2e = 1.44269504f;
-    const int masked = first > 0 || last < BLOCK;
+    const int masked = first > 0 || last < columns;
     VEC x[BLOCK / LANES], top = NAME(splat)(-FLT_MAX);
     IVEC lane, seen[BLOCK / LANES];
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    for (int v = 0; v < BLOCK / LANES; v++) {
+    for (int v = 0; v < columns / LANES; v++) {
         x[v] = NAME(load)(scores + v * LANES);
         if (args->softcap != 0.0f) { /* tanh(y) = 1 - 2 / (exp(2 y) + 1) */
             VEC y = x[v] * (2 * log2e * args->scale / args->softcap);
@@ -316,17 +313,17 @@ INLINE void NAME(softmax_row)(const struct vkv_attention *args, float *scores, i
     }
     const float within = NAME(highest)(top), highest = within > *peak ? within : *peak;
     VEC total = (VEC){0};
-    for (int v = 0; v < BLOCK / LANES; v++) {
+    for (int v = 0; v < columns / LANES; v++) {
         x[v] = NAME(exp2)(x[v] - highest);
         if (masked) x[v] = (VEC)((IVEC)x[v] & seen[v]);
         total += x[v];
     }
 #if PAIRS
-    for (int v = 0; v < BLOCK / LANES; v += 2)
+    for (int v = 0; v < columns / LANES; v += 2)
         *(IVEC *)(weights + v * LANES / 2) =
             (IVEC)_mm512_cvtne2ps_pbh((__m512)x[v + 1], (__m512)x[v]);
 #else
-    for (int v = 0; v < BLOCK / LANES; v++) *(VEC *)(weights + v * LANES) = x[v];
+    for (int v = 0; v < columns / LANES; v++) *(VEC *)(weights + v * LANES) = x[v];
 #endif
     if (highest > *peak) {
         VEC shrink = NAME(exp2)(NAME(splat)(*peak - highest));
@@ -336,6 +333,27 @@ INLINE void NAME(softmax_row)(const struct vkv_attention *args, float *scores, i
     }
     *sum += NAME(total)(total);
 }
+
+/* Row `row` of the share, of its query `query`, against `len` tokens from `start` on, in
+ * columns of its own: the softmax within its causal bounds and its window. */
+INLINE void NAME(weigh)(const int columns, const struct vkv_attention *args,
+                        const struct share *share, struct scratch *s, int row, int query,
+                        int start, int len, const float *scores, int32_t *weights) {
+    const int position = share->first_position + query;
+    int last = position + 1 - start, first = 0;
+    if (last > len) last = len;
+    if (args->window && position - args->window >= start)
+        first = position - args->window + 1 - start;
+    if (last <= first)
+        memset(weights, 0, 4 * (size_t)WORDS(columns));
+    else
+        NAME(softmax_row)(columns, args, scores, first, last, weights, s->peaks + row,
+                          s->sums + row, s->out + row * s->value_width, s->value_width);
+}
+
+#if !PAIRS /* laying out is cheap there */
+#include "few_rows.h"
+#endif
 
 /* -- one share -------------------------------------------------------------------------------- */
 
@@ -373,57 +391,24 @@ INLINE void NAME(attend_block)(const struct vkv_attention *args, const struct sh
     const int rows = (share->last_query - share->first_query) * group;
     const int base = (head - share->first_head) * rows, width = s->value_width;
     const int columns = (block->len + LANES - 1) / LANES * LANES; /* of keys that were packed */
-#if PAIRS
-    const int few = 0;
-#else
-    const int few = NAME(are_few)(args, share);
-#endif
-    if (!few) {
-        NAME(pack_keys)(block->keys, block->key_stride, block->len, block->ahead, args->key_dim,
-                        is_bf16, s->keys);
-        NAME(pack_values)(block->values, block->value_stride, block->len, block->ahead,
-                          args->value_dim, width, is_bf16, s->values);
-    }
+    NAME(pack_keys)(block->keys, block->key_stride, block->len, block->ahead, args->key_dim,
+                    is_bf16, s->keys);
+    NAME(pack_values)(block->values, block->value_stride, block->len, block->ahead,
+                      args->value_dim, width, is_bf16, s->values);
     for (int r = 0; r < rows; r += SOFTMAX_ROWS) {
         const int count = rows - r < SOFTMAX_ROWS ? rows - r : SOFTMAX_ROWS;
         const int last_seen = share->first_position + (r + count - 1) / group;
         const int first_seen = share->first_position + r / group;
         if (last_seen < block->start) continue; /* this block is all to come for these rows */
         if (args->window && first_seen - args->window >= block->start + block->len - 1) continue;
-        const int32_t *query = s->query + (base + r) * s->query_words;
-#if !PAIRS
-        if (few) {
-            NAME(score_few)(rows, is_bf16, block, args->key_dim, query, s->query_words, s->scores);
-        } else
-#endif
-        {
-            memset(s->scores, 0, sizeof(float) * BLOCK * (size_t)count);
-            NAME(multiply)(count, query, s->query_words, s->keys, BLOCK, WORDS(args->key_dim),
-                           s->scores, BLOCK, columns);
-        }
-        for (int i = 0; i < count; i++) {
-            const int position = share->first_position + (r + i) / group, row = base + r + i;
-            int last = position + 1 - block->start, first = 0;
-            if (last > block->len) last = block->len;
-            if (args->window && position - args->window >= block->start)
-                first = position - args->window + 1 - block->start;
-            int32_t *weights = s->weights + i * WORDS(BLOCK);
-            if (last <= first) {
-                memset(weights, 0, 4 * (size_t)WORDS(BLOCK));
-                continue;
-            }
-            NAME(softmax_row)(args, s->scores + i * BLOCK, first, last, weights, s->peaks + row,
-                              s->sums + row, s->out + row * width, width);
-        }
-        float *out = s->out + (base + r) * width;
-#if !PAIRS
-        if (few) {
-            NAME(add_few)(rows, is_bf16, block, args->value_dim, s->weights, out, width);
-            continue;
-        }
-#endif
-        NAME(multiply)(count, s->weights, WORDS(BLOCK), s->values, width, WORDS(block->len), out,
-                       width, width);
+        memset(s->scores, 0, sizeof(float) * BLOCK * (size_t)count);
+        NAME(multiply)(count, s->query + (base + r) * s->query_words, s->query_words, s->keys,
+                       BLOCK, WORDS(args->key_dim), s->scores, BLOCK, columns);
+        for (int i = 0; i < count; i++)
+            NAME(weigh)(BLOCK, args, share, s, base + r + i, (r + i) / group, block->start,
+                        block->len, s->scores + i * BLOCK, s->weights + i * WORDS(BLOCK));
+        NAME(multiply)(count, s->weights, WORDS(BLOCK), s->values, width, WORDS(block->len),
+                       s->out + (base + r) * width, width, width);
     }
 }
 
@@ -439,16 +424,16 @@ static void NAME(attend)(const struct vkv_attention *args, const struct share *s
         s->sums[i] = 0;
     }
     memset(s->out, 0, sizeof(float) * (size_t)share->num_rows * (size_t)s->value_width);
+#if !PAIRS
+    if (NAME(are_few)(args, share)) {
+        NAME(attend_few)(args, share, s);
+        return;
+    }
+#endif
     const char *const keys = (const char *)args->keys + item * slot * args->key_slot_stride;
     const char *const values = (const char *)args->values + item * slot * args->value_slot_stride;
     const int64_t key_head = item * args->key_head_stride;
     const int64_t value_head = item * args->value_head_stride;
-    struct ahead *keys_ahead = NULL, *values_ahead = NULL;
-#if !PAIRS
-    struct ahead streams[2];
-    const int few = NAME(are_few)(args, share);
-    if (few) NAME(start_fetching)(args, share, streams, &keys_ahead, &values_ahead);
-#endif
     for (int t = share->first_key; t < share->last_key; t += BLOCK) {
         const int left = share->last_key - t;
         for (int h = share->first_head; h < share->last_head; h++) {
@@ -460,16 +445,10 @@ static void NAME(attend)(const struct vkv_attention *args, const struct share *s
                 .start = t,
                 .len = left < BLOCK ? left : BLOCK,
                 .ahead = left - BLOCK,
-                .keys_ahead = keys_ahead,
-                .values_ahead = values_ahead,
             };
             NAME(attend_block)(args, share, s, h, &block);
         }
     }
-#if !PAIRS
-    if (few && args->dtype == VKV_BFLOAT16)
-        NAME(put_in_order)(s->out, share->num_rows * s->value_width);
-#endif
 }
 
 #undef VEC
