@@ -31,7 +31,7 @@ _AUTO_SHARE = 0.5  # of a machine's memory that is free when the engine is built
 _ROW_TOKENS = 64  # about what a page should cover where the page size is ours to choose
 _MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 16 << 10, 2 << 20
 _MAX_PAGES = 24_000  # each may need a mapping of its own, and a process has 65,530 by default
-_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
+_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 READY_ROWS = 2  # rows of pages kept created, so that growth seldom waits for the system
 
 

@@ -37,7 +37,7 @@ class EngineConfig:
             "64MiB", a `MemoryLimit` that several engines share, or "auto": half of a machine's
             free memory, or what the largest step leaves on a GPU (measured, `memory_profile`).
             Nothing is taken in advance.
-        max_batch_tokens: tokens of one step; None for 512 on a CPU, 2048 on a GPU.
+        max_batch_tokens: tokens of one step; None for 256 on a CPU, 2048 on a GPU.
         kv: contiguous slots in virtual memory, or the paged baseline.
         attention: a backend's name, or "auto".
         page_bytes: size of a physical page; None for a size that suits the model.

@@ -177,6 +177,7 @@ def _run_engine(
         max_len=max(item.num_tokens for item in work),
         look_ahead_tokens=options.look_ahead_tokens,
         kv_memory=_fair_limit(model, work, options),
+        pack_weights=True,  # as for a checkpoint: its steps are what waiting is compared with
     )
     samples: list[MemorySample] = []
     with LLM(model, dtype=options.dtype, device=options.device, **asdict(config)) as llm:

@@ -194,6 +194,7 @@ def _serve(
         max_batch_tokens=budget,
         prefix_reuse=False,  # the prompts are random
         policy=policy,
+        pack_weights=True,  # as for a checkpoint
     ) as llm:
         drive(llm.engine, [WorkItem(work[0].prompt[:16], 1)], [0.0])
         before = llm.stats()
