@@ -66,11 +66,12 @@ class Outcome:
 def main() -> int:
     options = _parse()
     deadline = time.monotonic() + options.budget
-    records = options.out if options.pack is None else Path(tempfile.mkdtemp(prefix="vkv-records-"))
-    records.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="vkv-site-") as site:
-        check = Check(options, records, Path(site), deadline)
+    with tempfile.TemporaryDirectory(prefix="vkv-check-") as scratch:
+        site, records = Path(scratch) / "site", Path(scratch) / "records"
+        site.mkdir()
+        records.mkdir()
+        check = Check(options, options.out if options.pack is None else records, site, deadline)
         check.install()
         for step in plan(options.device, check.backends()):
             if options.only and not any(word in step.name for word in options.only):

@@ -30,7 +30,7 @@ from ..quant import (
 )
 from ..vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from .attention import ATTENTION_NAME, AttentionProbe, attention_step, register
-from .packing import can_pack, pack
+from .packing import can_pack, pack, packed_bytes
 from .state_probe import probe_state
 from .state_rows import STATE_LAYER_TYPES, keeps_state
 
@@ -69,7 +69,6 @@ class LoadedModel:
         geometry: per layer that attends, the shape of its keys and values.
         eos_token_ids: tokens that end a generation.
         max_positions: the longest sequence the model was made for.
-        packed_bytes: weights laid out for the CPU's kernels, which are no parameters any more.
     """
 
     name: str
@@ -83,7 +82,6 @@ class LoadedModel:
     vocab_size: int
     eos_token_ids: frozenset[int]
     max_positions: int
-    packed_bytes: int = 0
 
     @property
     def keeps_state(self) -> bool:
@@ -95,7 +93,7 @@ class LoadedModel:
         """Bytes of parameters, tied ones counted once, of packed weights and of 4-bit ones."""
         parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
         int4 = sum(linear.num_bytes for _, linear in int4_linears(self.model))
-        return parameters + self.packed_bytes + int4
+        return parameters + packed_bytes(self.model) + int4
 
     def needs(self, *, paged: bool) -> AttentionNeeds:
         """What the attention backend must offer."""
@@ -152,9 +150,9 @@ def load_model(
     if lm_head_bits is not None:
         _quantize_head(model, lm_head_bits, loaded_here=home is not None)
     wants_packing = pack_weights if pack_weights is not None else home is not None
-    packed_bytes, model_dtype = 0, model.dtype
+    model_dtype = model.dtype
     if wants_packing and device.type == "cpu" and can_pack(model_dtype):
-        packed_bytes = pack(model, lambda: _probe_rows(model))
+        pack(model, lambda: _probe_rows(model))
     if home is not None:
         for _, linear in int4_linears(model):  # those that packing left where they are
             linear.settle(model_dtype)
@@ -170,7 +168,6 @@ def load_model(
         vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
         eos_token_ids=_eos_token_ids(model),
         max_positions=_max_positions(text_config),
-        packed_bytes=packed_bytes,
     )
 
 

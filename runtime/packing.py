@@ -213,7 +213,7 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
     `run` runs a few tokens through the model and returns what came out, a row for each: once to
     see which linears share an input, and once more to see that the model takes the packed ones
     and computes the same. If it does not (it reads a weight itself, say), all is put back, bit for
-    bit, and nothing is packed. Returns the bytes of packed weights.
+    bit, and nothing is packed. Returns the bytes of packed weights, an earlier call's included.
     """
     expected: list[torch.Tensor] = []
     groups = _shared_inputs(_places(model), lambda: expected.extend(run()))
@@ -240,12 +240,22 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
         if _same(run(), expected, _TOLERANCE[dtype]):
             for product in products:
                 product.settle(dtype)
-            return sum(product.num_bytes for product in products)
+            return packed_bytes(model)
     except (RuntimeError, AttributeError, TypeError, ValueError, OSError):
         pass  # it does not take them, and goes on as it was
     for back in reversed(undo):
         back()
-    return 0
+    return packed_bytes(model)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of packed weights, which are no parameters any more."""
+    products = {
+        module.product
+        for module in model.modules()
+        if isinstance(module, PackedLinear | PackedGatedLayer)
+    }
+    return sum(product.num_bytes for product in products)
 
 
 def int4_products(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:

@@ -162,7 +162,7 @@ def test_strided_queries_and_results():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [24, 64])
 def test_heads_that_lie_apart(dtype, dim):
-    """The tokens of each KV head side by side, of keys alone and of both: decodes and chunks."""
+    """The tokens of each KV head side by side, of keys or values or both: decodes and chunks."""
     for chunks in BATCHES.values():
         problem = make_problem(
             Case(chunks=chunks, dtype=dtype, num_heads=8, num_kv_heads=4, key_dim=dim)
@@ -170,7 +170,7 @@ def test_heads_that_lie_apart(dtype, dim):
         query, keys, values, *rest = problem.args
         apart = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (keys, values)]
         expected = NativeBackend().forward(*problem.args)
-        for caches in ((apart[0], values), apart):
+        for caches in ((apart[0], values), (keys, apart[1]), apart):
             out = NativeBackend().forward(query, *caches, *rest)
             torch.testing.assert_close(
                 out, expected, atol=1e-2 if dtype.itemsize < 4 else 1e-6, rtol=1e-2

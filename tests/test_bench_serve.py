@@ -291,6 +291,7 @@ def test_weights_are_packed_as_those_of_a_checkpoint(
     )
 
 
+@pytest.mark.usefixtures("quick_limits")
 def test_rates_take_the_place_of_clients(tmp_path: Path) -> None:
     record = _run(
         tmp_path,

@@ -13,7 +13,7 @@ from torch import nn
 from vkv import LLM, SamplingParams
 from vkv.quant import Int4Linear
 from vkv.runtime import native_kernels
-from vkv.runtime.packing import PackedLinear, can_pack, one_dnn_packs, pack
+from vkv.runtime.packing import PackedLinear, can_pack, one_dnn_packs, pack, packed_bytes
 
 DTYPES = [
     pytest.param(
@@ -212,12 +212,15 @@ def test_engine_on_packed_weights(model_type: str, dtype: torch.dtype) -> None:
         assert any(isinstance(m, PackedLinear) for m in model.modules())
         assert llm._loaded.weight_bytes >= plain_bytes
         got = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+        bytes_of_packed = llm._loaded.weight_bytes
     assert got == expected
+    with LLM(model) as llm:  # as it was left
+        assert llm._loaded.weight_bytes == bytes_of_packed
 
 
 def test_the_built_in_model_is_packed() -> None:
     with LLM(device="cpu") as llm:
-        assert (llm._loaded.packed_bytes > 0) == can_pack(llm._loaded.dtype)
+        assert (packed_bytes(llm._loaded.model) > 0) == can_pack(llm._loaded.dtype)
 
 
 @pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
@@ -233,7 +236,8 @@ def resident():
 vkv.LLM(device="cpu", max_len=64).close()  # all libraries are loaded by now
 before = resident()
 llm = vkv.LLM({str(tmp_path)!r}, device="cpu", max_len=64)
-print(resident() - before, llm._loaded.packed_bytes)
+from vkv.runtime.packing import packed_bytes
+print(resident() - before, packed_bytes(llm._loaded.model))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     grown, packed = map(int, run.stdout.split())

@@ -185,7 +185,8 @@ static void tile_shape(const struct vkv_attention *args, int32_t *tile_queries,
     rows = min64(max64(rows, MIN_ROWS), MAX_ROWS);
     *tile_queries = (int32_t)max64(1, rows / group);
     *tile_heads = 1;
-    if (args->key_head_stride != args->key_dim) return; /* each a stream of its own */
+    if (args->key_head_stride != args->key_dim || args->value_head_stride != args->value_dim)
+        return; /* each head is a stream of its own */
     /* A decode's tile is one query: take several heads at once, which lie side by side. */
     const int64_t queries = max64(1, num_tokens / args->num_seqs);
     *tile_heads = (int32_t)min64(max64(1, rows / (group * min64(queries, *tile_queries))),
