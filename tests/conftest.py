@@ -1,6 +1,7 @@
 """Fixtures every folder's tests share: drivers of virtual memory, and the marker for GPUs."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,12 @@ if not torch.cuda.is_available():
 # Times vary on shared machines, and no test here asserts one.
 settings.register_profile("vkv", deadline=None)
 settings.load_profile("vkv")
+
+
+def pytest_configure() -> None:
+    """What a shell runs in the background ignores Ctrl-C, which tests send to themselves."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)  # a machine with a GPU may have no xdist
