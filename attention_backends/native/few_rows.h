@@ -187,19 +187,6 @@ static void NAME(add_few)(int rows, int is_bf16, const char *values, int64_t str
 
 #undef FOR_EACH_FEW
 
-/* The rows of a share's keys or values; none to fetch where its heads lie apart. */
-INLINE struct ahead NAME(stream)(const struct share *share, const char *rows, int64_t stride,
-                                 int64_t head_stride, int64_t head_bytes) {
-    const int num_heads = share->last_head - share->first_head;
-    const int is_row = num_heads == 1 || head_stride == head_bytes;
-    return (struct ahead){
-        .row = rows,
-        .stride = stride,
-        .row_bytes = num_heads * head_bytes,
-        .num_rows = is_row ? share->last_key - share->first_key : 0,
-    };
-}
-
 /* A share of few rows, FEW_TOKENS at a time, while as much of the next is fetched as is read: in
  * one stream where values lie right behind keys. */
 static void NAME(attend_few)(const struct vkv_attention *args, const struct share *share,
@@ -216,12 +203,18 @@ static void NAME(attend_few)(const struct vkv_attention *args, const struct shar
                        share->first_key * key_stride + share->first_head * key_head;
     const char *values = (const char *)args->values + item * slot * args->value_slot_stride +
                          share->first_key * value_stride + share->first_head * value_head;
-    struct ahead key_rows = NAME(stream)(share, keys, key_stride, key_head, item * args->key_dim);
-    struct ahead value_rows =
-        NAME(stream)(share, values, value_stride, value_head, item * args->value_dim);
+    /* A share has one head, or heads that lie side by side (tile_shape): a token's are one row. */
+    const int64_t num_heads = share->last_head - share->first_head;
+    struct ahead key_rows = {.row = keys,
+                             .stride = key_stride,
+                             .row_bytes = num_heads * item * args->key_dim,
+                             .num_rows = share->last_key - share->first_key};
+    struct ahead value_rows = {.row = values,
+                               .stride = value_stride,
+                               .row_bytes = num_heads * item * args->value_dim,
+                               .num_rows = key_rows.num_rows};
     struct ahead *keys_ahead = &key_rows, *values_ahead = &value_rows;
-    if (key_rows.num_rows && value_rows.num_rows && key_stride == value_stride &&
-        values == keys + key_rows.row_bytes) {
+    if (key_stride == value_stride && values == keys + key_rows.row_bytes) {
         key_rows.row_bytes += value_rows.row_bytes;
         value_rows.num_rows = 0;
         values_ahead = keys_ahead;
@@ -230,7 +223,7 @@ static void NAME(attend_few)(const struct vkv_attention *args, const struct shar
     NAME(fetch)(&value_rows, FEW_TOKENS * value_rows.row_bytes);
     for (int start = share->first_key; start < share->last_key; start += FEW_TOKENS) {
         const int left = share->last_key - start, len = left < FEW_TOKENS ? left : FEW_TOKENS;
-        for (int h = 0; h < share->last_head - share->first_head; h++) {
+        for (int h = 0; h < num_heads; h++) {
             const int32_t *query = s->query + h * rows * s->query_words;
             for (int t = 0; t < len; t += LANES)
                 NAME(score_few)(rows, is_bf16, keys + t * key_stride + h * key_head, key_stride,
