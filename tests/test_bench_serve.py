@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import zoo
 from vkv import LLM
-from vkv.runtime import packing
-from vkv.runtime.bench import serve
 from vkv.runtime.bench.load import RequestTrace, Trace, drive, gamma_arrivals
 from vkv.runtime.bench.serve import ServeOptions, run
 from vkv.runtime.bench.serve_metrics import (
@@ -270,25 +268,6 @@ def test_all_four_quadrants_by_both_policies(tmp_path: Path) -> None:
         assert splitfuse["input_lens"] == prefill_first["input_lens"]
         assert splitfuse["output_lens"] == prefill_first["output_lens"]
     assert [table["title"] for table in record["tables"]][-1].startswith("SplitFuse to prefill")
-
-
-@pytest.mark.usefixtures("quick_limits")
-def test_weights_are_packed_as_those_of_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The model is built here, and a model that is handed over keeps its own linears by default."""
-    build, built = serve.build_model, []
-
-    def build_and_keep(*args: Any, **options: Any) -> Any:
-        built.append(build(*args, **options))
-        return built[0]
-
-    monkeypatch.setattr(serve, "build_model", build_and_keep)
-    options = ServeOptions(workloads=("sharegpt",), num_requests=2, clients=(1,), scale=0.02)
-    run(options, tmp_path, "vkv bench serve")  # both policies, on the same model
-    assert packing.can_pack(options.dtype) == any(
-        isinstance(module, packing.PackedLinear) for module in built[0].modules()
-    )
 
 
 @pytest.mark.usefixtures("quick_limits")

@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2Config
-from vkv.runtime.bench import cache, memory
+from vkv.runtime import packing
+from vkv.runtime.bench import cache, memory, serve
 from vkv.runtime.bench.cache import CacheOptions
 from vkv.runtime.bench.checkpoints import cache_bytes_per_token, save_checkpoints
 from vkv.runtime.bench.memory import MemoryOptions
+from vkv.runtime.bench.serve import ServeOptions
 from vkv.runtime.bench.shapes import SHAPES, build_model, kv_geometry
 
 _HEAD_DIM = 32
@@ -63,6 +67,31 @@ def test_bench_memory_of_every_shape(shape: str, tmp_path: Path) -> None:
     for of_kind in samples.values():
         both = zip(of_kind["token_bytes"], of_kind["kv_bytes"], strict=True)
         assert all(tokens <= backed for tokens, backed in both)
+
+
+@pytest.mark.parametrize(
+    ("bench", "options"),
+    [
+        (memory, MemoryOptions(num_requests=2, output_lens=(2, 4), idle_s=0.01)),
+        (serve, ServeOptions(workloads=("sharegpt",), num_requests=2, clients=(1,), scale=0.02)),
+    ],
+    ids=["memory", "serve"],
+)
+@pytest.mark.usefixtures("small_shapes")
+def test_weights_are_packed_as_those_of_a_checkpoint(
+    bench: ModuleType, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The benchmark builds its model, and one that is handed over keeps its own linears."""
+    built = []
+
+    def build_and_keep(*args: Any, **kwargs: Any) -> Any:
+        built.append(build_model(*args, **kwargs))
+        return built[0]
+
+    monkeypatch.setattr(bench, "build_model", build_and_keep)
+    bench.run(options, tmp_path, "x")  # on several engines, one after the other
+    assert len(built) == 1
+    assert (packing.packed_bytes(built[0]) > 0) == packing.can_pack(options.dtype)
 
 
 @pytest.mark.usefixtures("small_shapes")
