@@ -271,6 +271,12 @@ def test_all_four_quadrants_by_both_policies(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick_limits")
+def test_outputs_of_one_token_have_no_gaps(tmp_path: Path) -> None:
+    record = _run(tmp_path, workloads=("fastgen-1200-60",), num_requests=2, scale=0.01)
+    assert {n for run in record["results"]["runs"] for n in run["output_lens"]} == {1}
+
+
+@pytest.mark.usefixtures("quick_limits")
 def test_rates_take_the_place_of_clients(tmp_path: Path) -> None:
     record = _run(
         tmp_path,

@@ -331,14 +331,16 @@ def _plot(cells: Sequence[Cell], path: Path) -> None:
     panels = figure.subplots(2, len(workloads), squeeze=False)
     for column, workload in enumerate(workloads):
         gaps, steps = panels[0, column], panels[1, column]
+        scale = "linear"  # of no gaps at all, where every output is one token
         for cell in (cell for cell in cells if cell.workload == workload):
             label = f"{cell.way}, {cell.load}"
             ms = sorted(gap * 1e3 for r in cell.trace.requests for gap in r.gaps_s)
+            scale = "log" if ms else scale
             gaps.plot(ms, [1 - index / len(ms) for index in range(len(ms))], label=label)
             steps.plot(cell.trace.step_ends_s, cell.trace.step_tokens, ".", markersize=3)
         gaps.set_title(workload)
-        gaps.set_xscale("log")
-        gaps.set_yscale("log")
+        gaps.set_xscale(scale)
+        gaps.set_yscale(scale)
         gaps.set_xlabel("inter-token gap, ms")
         gaps.set_ylabel("share of gaps that are longer")
         steps.set_xlabel("s")
