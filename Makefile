@@ -44,22 +44,29 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed ## Run what meets transformers with the oldest version that vkv takes
-	$(OLDEST)/bin/python -m pytest tests/test_virtual_cache.py tests/test_models.py \
-	  tests/test_hybrids.py tests/test_engine.py $(ARGS)
+	$(OLDEST)/bin/python -m pytest tests/runtime/virtual_cache tests/runtime/model \
+	  tests/runtime/engine/test_engine.py $(ARGS)
 
+# The folders as they are once installed, for the type checker: one namespace, `vkv`.
 lint: $(INSTALLED) ## Lint, check the format and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@rm -rf build/types && mkdir -p build/types/vkv
+	@for part in vmem allocator attention_backends quant runtime; do \
+	  ln -s $(CURDIR)/$$part build/types/vkv/$$part; done
+	@ln -s $(CURDIR)/benchmarks/harness build/types/vkv/bench
+	@ln -s $(CURDIR)/examples/tiny_chat build/types/vkv/tiny_chat
+	@ln -s $(CURDIR)/runtime/facade/__init__.py build/types/vkv/__init__.py
 	$(BIN)/pyright
 
 wheel-test: $(INSTALLED) ## Build the wheel, install it into a clean environment and chat from there
 	PYTHON=$(PYTHON) BUILDER=$(BIN)/python tests/wheel_smoke.sh
 
 gpu-kit: $(INSTALLED) ## Gather what a bare machine with a GPU lacks into gpu-kit/
-	$(BIN)/python benchmarks/gpu_kit.py $(ARGS)
+	$(BIN)/python benchmarks/gpu/gpu_kit.py $(ARGS)
 
 gpu-check: $(INSTALLED) ## Rehearse on the CPU what `gpu_check.py` does on such a machine
-	$(BIN)/python benchmarks/gpu_check.py --device cpu --out build/gpu-check $(ARGS)
+	$(BIN)/python benchmarks/gpu/gpu_check.py --device cpu --out build/gpu-check $(ARGS)
 
 clean: ## Remove the virtual environment and what builds leave behind
 	rm -rf $(VENV) $(OLDEST) build dist gpu-kit *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,13 +4,7 @@ A backend is one small file: `AttentionBackend` says what it does, `Capabilities
 Ask for one by name with `create_backend`, or let `choose_backend` pick.
 """
 
-from .base import (
-    AttentionBackend,
-    AttentionBatch,
-    AttentionNeeds,
-    Capabilities,
-    LayerAttention,
-)
+from .base import AttentionBackend, AttentionBatch, AttentionNeeds, Capabilities, LayerAttention
 from .merge import merge_attention
 from .registry import (
     BackendChoice,

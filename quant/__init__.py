@@ -1,10 +1,10 @@
 """4-bit weights: checkpoints read into one canonical form, and the kernels that multiply by it."""
 
 from .errors import QuantError, UnsupportedQuantization
+from .formats.scheme import FormatName, Scheme
 from .linear import Int4Linear
 from .loading import adopt, int4_linears
 from .output_layer import Int8Linear, quantize_output
-from .scheme import FormatName, Scheme
 from .weight import Int4Weight, can_concatenate, concatenate, pack, split, unpack
 from .weight_memory import empty_apart, trim_heap
 

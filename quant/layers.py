@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import QuantError, UnsupportedQuantization
-from .gptq import Hessian
+from .quantise.gptq import Hessian
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

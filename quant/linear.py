@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .errors import QuantError
-from .kernels import MANY_ROWS, Int4Kernel, choose_kernel, kernel
+from .kernels.table import MANY_ROWS, Int4Kernel, choose_kernel, kernel
 from .weight import Int4Weight
 from .weight_memory import trim_heap
 

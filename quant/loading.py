@@ -23,9 +23,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import QuantError, UnsupportedQuantization
-from .formats import features, parse_config, read_layer, tensor_names
+from .formats.scheme import Scheme
+from .formats.table import features, parse_config, read_layer, tensor_names
 from .linear import Int4Linear
-from .scheme import Scheme
 from .weight_memory import trim_heap
 
 _METHOD = "vkv_int4"

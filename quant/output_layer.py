@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import QuantError
 from .linear import Int4Linear
-from .rounding import Rounding, round_to_nearest
+from .quantise.rounding import Rounding, round_to_nearest
 from .weight import SYMMETRIC_ZERO, Int4Weight, concatenate
 
 BITS = (4, 8)

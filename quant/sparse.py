@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional
 
 from .errors import QuantError
-from .gptq import Hessian, gptq
-from .rounding import Rounding, round_to_nearest
+from .quantise.gptq import Hessian, gptq
+from .quantise.rounding import Rounding, round_to_nearest
 from .weight import SYMMETRIC_ZERO, Int4Weight, pack, unpack
 
 

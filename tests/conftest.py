@@ -116,7 +116,7 @@ def llm(llama_folder: Path) -> Iterator["LLM"]:
 @pytest.fixture
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks measure the machine's limits on next to nothing, so in no time."""
-    from vkv.runtime.bench import limits
+    from vkv.bench import limits
 
     monkeypatch.setitem(limits._READ_BYTES, "cpu", 1 << 16)
     monkeypatch.setitem(limits._MATRIX_SIZE, "cpu", 16)

@@ -21,10 +21,13 @@ ALLOWED = {
         "allocator",
         "attention_backends",
         "tiny_chat.model_path",  # the model of a bare `LLM()`, installed from examples/
+        "bench.cli",  # started by the command
     },
+    "benchmarks/harness": {"vmem", "quant", "allocator", "attention_backends", "runtime"},
 }
-SCRIPTS = "runtime/bench/workers"  # processes of their own, which see the library from outside
-USERS = ("tests", "examples", "benchmarks")  # they see the library as anybody does: `from vkv…`
+INSTALLED = {"benchmarks/harness": "bench"}  # in `vkv`
+SCRIPTS = "benchmarks/harness/peers/workers"  # processes of their own, outside the library
+USERS = ("tests", "examples", "benchmarks/gpu")  # they see the library as anybody does: `from vkv…`
 
 
 def violations(root: Path) -> list[str]:
@@ -50,7 +53,7 @@ def _imported(node: ast.AST) -> Iterator[str]:
 
 
 def _objection(path: Path, level: int, name: str) -> str | None:
-    folder = path.parts[0]
+    folder = _folder(path)
     if not level:
         top = name.split(".")[0]
         if top in ALLOWED:
@@ -64,16 +67,30 @@ def _objection(path: Path, level: int, name: str) -> str | None:
         if f"{target}.".startswith(f"{here}."):
             return None
         return f"`{'.' * level}{name}` leaves its package; use `from vkv…`"
-    if any(f"{target}.".startswith(f"{home}.") for home in {folder, *ALLOWED[folder]}):
+    own = INSTALLED.get(folder, folder)
+    if any(f"{target}.".startswith(f"{home}.") for home in {own, *ALLOWED[folder]}):
         return None
     return f"{folder} may not import `{target}`"
 
 
 def _resolve(path: Path, level: int, name: str) -> str:
     """The dotted path, from the root of the library, that a relative import means."""
-    package = () if path.parent.as_posix() == FACADE else path.parent.parts
+    package = () if path.parent.as_posix() == FACADE else _package(path)
     assert level <= len(package) + 1, f"{path} climbs out of the library"
     return ".".join([*package[: len(package) - level + 1], name])
+
+
+def _folder(path: Path) -> str:
+    """The entry of ALLOWED or USERS that a file belongs to."""
+    return next(f for f in (*ALLOWED, *USERS) if path.is_relative_to(f))
+
+
+def _package(path: Path) -> tuple[str, ...]:
+    """The package of a file, from the root of the library."""
+    for home, name in INSTALLED.items():
+        if path.is_relative_to(home):
+            return (name, *path.parent.relative_to(home).parts)
+    return path.parent.parts
 
 
 def test_every_folder_imports_only_what_it_may():
@@ -110,6 +127,8 @@ def test_the_native_kernels_never_hear_of_pages():
         ("allocator/a.py", "import vmem.host as host", "second copy"),
         ("allocator/a.py", "from vkv.vmem import Page", "imports are relative"),
         ("runtime/a.py", "import vkv", "imports are relative"),
+        ("runtime/a.py", "from ..bench.load import serve", "may not import `bench.load.serve`"),
+        ("benchmarks/harness/a.py", "import vkv", "imports are relative"),
         ("runtime/a.py", "def f():\n    from vkv.vmem import Page", "imports are relative"),
         ("tests/test_a.py", "from allocator import Slot", "second copy of `vkv.allocator`"),
         ("examples/chat/a.py", "import runtime.llm", "second copy"),
@@ -134,8 +153,10 @@ def test_a_planted_violation_is_caught(tmp_path, file, statement, why):
         ("allocator/deep/a.py", "from ...vmem.errors import VkvError\nfrom ..slot import Slot"),
         ("attention_backends/a.py", "from ..allocator import Slot\nfrom ..vmem import errors"),
         ("attention_backends/a.py", "from ..vmem.errors import VkvError"),
-        ("runtime/a.py", "from ..quant import x\nfrom .bench import y"),
-        ("runtime/bench/a.py", "from ...allocator import Slot\nfrom ..engine import Engine"),
+        ("runtime/a.py", "from ..quant import x"),
+        ("runtime/cli/main.py", "from ...bench.cli import bench"),
+        ("benchmarks/harness/a.py", "from ..allocator import Slot\nfrom .load import x"),
+        ("benchmarks/harness/load/a.py", "from ...runtime.frontend.llm import LLM"),
         ("runtime/facade/__init__.py", "from .allocator import Slot\nfrom .runtime.llm import LLM"),
         ("tests/test_a.py", "import vkv\nfrom vkv.allocator import Slot"),
         ("examples/chat/a.py", "from .words import a\nfrom vkv import LLM"),

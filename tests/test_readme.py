@@ -10,7 +10,7 @@ from pathlib import Path
 import architectures
 import pytest
 import typer
-from vkv.runtime import cli
+from vkv.runtime.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -86,7 +86,7 @@ _PROMISED = [
 def test_the_architectures_named_are_those_proven() -> None:
     text = (ROOT / "README.md").read_text()
     (listed,) = re.findall(r"<!-- architectures -->(.*?)<!-- end -->", text, flags=re.DOTALL)
-    assert listed.strip() == architectures.table(), "run `python tests/architectures.py`, paste"
+    assert listed.strip() == architectures.table(), "python tests/support/architectures.py"
     assert set(_PROMISED) <= set(re.findall(r"^\| `(\w+)` .*tokens, logits", listed, re.MULTILINE))
 
 

@@ -27,7 +27,7 @@ import tomllib
 from pathlib import Path
 
 repository, sdist, root = map(Path, sys.argv[1:])
-FOLDERS = ("attention_backends", "quant", "runtime")
+FOLDERS = ("attention_backends", "quant/kernels", "runtime/cpu_kernels")
 for folder in FOLDERS:
     found, wanted = (
         sorted(path.name for path in (home / folder / "native").glob("*.[ch]"))
@@ -43,8 +43,8 @@ sys.path.insert(0, str(root.resolve()))
 
 import torch
 from vkv.attention_backends import native_library
-from vkv.quant import native_library as int4_library
-from vkv.runtime import native_kernels
+from vkv.quant.kernels import native_library as int4_library
+from vkv.runtime.cpu_kernels import kernels as native_kernels
 
 for module in (native_library, int4_library, native_kernels):
     assert root.resolve() in Path(module.__file__).resolve().parents, module.__file__
@@ -70,15 +70,15 @@ import vkv
 assert "site-packages" in vkv.__path__[0], vkv.__path__
 import torch
 from vkv.attention_backends import native_library
-from vkv.quant import native_library as int4_library
-from vkv.runtime import native_kernels
+from vkv.quant.kernels import native_library as int4_library
+from vkv.runtime.cpu_kernels import kernels as native_kernels
 
 int4_library.load_library()
 native_library.load_library()
 native_kernels.available(torch.float32)
 with open("/proc/self/maps") as lines:
     mapped = lines.read()
-for folder in ("attention_backends", "quant", "runtime"):
+for folder in ("attention_backends", "quant/kernels", "runtime/cpu_kernels"):
     assert f"site-packages/vkv/{folder}/_native" in mapped, (
         f"{folder}'s kernels are compiled anew: the wheel lacks them, or they look older than "
         "their source"

@@ -22,26 +22,26 @@ if TYPE_CHECKING:
         PagePool,
         Slot,
     )
-    from .runtime.async_llm import AsyncLLM
-    from .runtime.config import EngineConfig
-    from .runtime.engine import EngineStats
-    from .runtime.llm import LLM, StreamDelta
-    from .runtime.outputs import CompletionOutput, RequestOutput
-    from .runtime.sampling_params import SamplingParams
-    from .runtime.virtual_cache import VirtualCache
+    from .runtime.engine.config import EngineConfig
+    from .runtime.engine.engine import EngineStats
+    from .runtime.frontend.async_llm import AsyncLLM
+    from .runtime.frontend.llm import LLM, StreamDelta
+    from .runtime.request.outputs import CompletionOutput, RequestOutput
+    from .runtime.request.sampling_params import SamplingParams
+    from .runtime.virtual_cache.cache import VirtualCache
     from .vmem import open_driver
     from .vmem.errors import VkvError
 
 _HOMES = {
-    "AsyncLLM": ".runtime.async_llm",
-    "LLM": ".runtime.llm",
-    "StreamDelta": ".runtime.llm",
-    "SamplingParams": ".runtime.sampling_params",
-    "RequestOutput": ".runtime.outputs",
-    "CompletionOutput": ".runtime.outputs",
-    "EngineConfig": ".runtime.config",
-    "EngineStats": ".runtime.engine",
-    "VirtualCache": ".runtime.virtual_cache",
+    "AsyncLLM": ".runtime.frontend.async_llm",
+    "LLM": ".runtime.frontend.llm",
+    "StreamDelta": ".runtime.frontend.llm",
+    "SamplingParams": ".runtime.request.sampling_params",
+    "RequestOutput": ".runtime.request.outputs",
+    "CompletionOutput": ".runtime.request.outputs",
+    "EngineConfig": ".runtime.engine.config",
+    "EngineStats": ".runtime.engine.engine",
+    "VirtualCache": ".runtime.virtual_cache.cache",
     "KVCache": ".allocator",
     "KVLayout": ".allocator",
     "LayerGeometry": ".allocator",

@@ -1,0 +1,1 @@
+"""The benchmark harness, installed as `vkv.bench`."""

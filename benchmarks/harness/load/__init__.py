@@ -1,0 +1,1 @@
+"""Requests that arrive over time: workloads, their client, `vkv bench serve`."""

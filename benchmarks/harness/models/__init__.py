@@ -1,0 +1,1 @@
+"""Whole models: throughput, memory, caches, where a step goes."""

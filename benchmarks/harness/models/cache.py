@@ -1,0 +1,225 @@
+"""`vkv bench cache`: `VirtualCache` against the caches of `transformers`, under its own generate.
+
+Every figure comes from a fresh process (`workers/cache_worker.py`), the caches taking turns. A
+cache is filled with random keys and values through its `update`, as the model would, and then
+`model.generate` decodes: a long prompt through the model would take minutes and leave the same
+memory. Prompts up to `max_prefill` tokens do go through the model, and are timed.
+
+Memory is what the process has resident beyond the loaded and warm model, at its highest.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ...vmem.errors import InvalidConfig
+from ..limits import LimitsProbe
+from ..peers.peer import WORKERS
+from ..record import Table, require_matplotlib, write_record
+from .checkpoints import cache_bytes_per_token
+from .shapes import build_model
+
+KINDS = ("virtual", "dynamic", "static")
+_WORKER = WORKERS / "cache_worker.py"
+_COLOURS = {"virtual": "#0a7", "dynamic": "#d90", "static": "#c33"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What to run; see `vkv bench cache --help`.
+
+    Attributes:
+        problems: batch and tokens of context of each.
+    """
+
+    shape: str = "llama-455m"
+    dtype: str = "bfloat16"
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    problems: tuple[tuple[int, int], ...] = ((1, 1024), (1, 4096), (1, 16_384), (8, 1024))
+    kinds: tuple[str, ...] = KINDS
+    steps: int = 24
+    max_prefill: int = 1024
+    repeats: int = 3
+    seed: int = 0
+
+
+Cell = dict[str, Any]
+"""`batch`, `context`, `token_bytes`, and `runs`: the answers of the workers, by kind."""
+
+
+def run(options: CacheOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
+    """Measure, and write record, table and plot into `folder`; returns the record's path.
+
+    Raises InvalidConfig for a kind that there is not, RuntimeError if a process fails.
+    """
+    require_matplotlib()
+    if unknown := [kind for kind in options.kinds if kind not in KINDS]:
+        raise InvalidConfig(f"{', '.join(unknown)}: use some of {', '.join(KINDS)}")
+    dtype, device = getattr(torch, options.dtype), torch.device("cpu")
+    with tempfile.TemporaryDirectory(prefix="vkv-bench-") as scratch:
+        model = build_model(options.shape, dtype=dtype, device=device, seed=options.seed)
+        token_bytes = cache_bytes_per_token(model, dtype)
+        model.save_pretrained(scratch)
+        del model
+        probe = LimitsProbe(device, dtype, threads=options.threads)
+        cells = _measure(options, scratch, token_bytes, probe)
+    tables = [_time_table(cells, options.kinds), _memory_table(cells, options.kinds)]
+    path = write_record(
+        folder,
+        f"cache-{options.shape}",
+        device=device,
+        config=asdict(options),
+        results={"cells": cells},
+        tables=tables,
+        limits=probe.limits(),
+        command=command,
+    )
+    _plot(cells, options.kinds, path.with_suffix(".png"))
+    return path, tables
+
+
+def _measure(options: CacheOptions, model: str, token_bytes: int, probe: LimitsProbe) -> list[Cell]:
+    console = Console(stderr=True)
+    cells: list[Cell] = [
+        {
+            "batch": batch,
+            "context": context,
+            "token_bytes": token_bytes,
+            "runs": {kind: [] for kind in options.kinds},
+        }
+        for batch, context in options.problems
+    ]
+    for repeat in range(options.repeats):
+        probe.measure()
+        for cell in cells:
+            for kind in options.kinds:
+                answer = _ask(options, model, cell, kind)
+                cell["runs"][kind].append(answer)
+                console.print(
+                    f"{repeat + 1}/{options.repeats}  {cell['batch']} x {cell['context']}  {kind}: "
+                    f"{statistics.median(answer['token_s']) * 1e3:.1f} ms a token, "
+                    f"{answer['peak_bytes'] / 2**20:.0f} MiB",
+                    highlight=False,
+                )
+    probe.measure()
+    return cells
+
+
+def _ask(options: CacheOptions, model: str, cell: Cell, kind: str) -> dict[str, Any]:
+    wanted = {
+        "model": model,
+        "kind": kind,
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "batch": cell["batch"],
+        "context": cell["context"],
+        "steps": options.steps,
+        "prefill": cell["batch"] * cell["context"] <= options.max_prefill,
+    }
+    done = subprocess.run(
+        [sys.executable, str(_WORKER), json.dumps(wanted)],
+        env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        raise RuntimeError(f"the process of the {kind} cache ended: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# -- results ---------------------------------------------------------------------------------
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell['batch']} x {cell['context']:,}"
+
+
+def _token_ms(cell: Cell, kind: str) -> float:
+    return statistics.median(t for run in cell["runs"][kind] for t in run["token_s"]) * 1e3
+
+
+def _peak_mib(cell: Cell, kind: str) -> float:
+    return max(run["peak_bytes"] for run in cell["runs"][kind]) / 2**20
+
+
+def _prefill_ms(cell: Cell, kind: str) -> float | None:
+    times = [run["prefill_s"] for run in cell["runs"][kind] if "prefill_s" in run]
+    return statistics.median(times) * 1e3 if times else None
+
+
+def _time_table(cells: Sequence[Cell], kinds: Sequence[str]) -> Table:
+    rows: list[list[str]] = []
+    for cell in cells:
+        row = [_name(cell)]
+        row += [f"{_token_ms(cell, kind):.1f}" for kind in kinds]
+        row += [f"{_token_ms(cell, kind) / _token_ms(cell, kinds[0]):.2f}" for kind in kinds[1:]]
+        for kind in kinds:
+            prefill = _prefill_ms(cell, kind)
+            row.append("" if prefill is None else f"{prefill:,.0f}")
+        rows.append(row)
+    return Table(
+        title="A decoded token, and a prompt (medians)",
+        columns=[
+            "batch x context",
+            *(f"{kind}, ms a token" for kind in kinds),
+            *(f"{kind}: times as long" for kind in kinds[1:]),
+            *(f"{kind}, ms a prompt" for kind in kinds),
+        ],
+        rows=rows,
+    )
+
+
+def _memory_table(cells: Sequence[Cell], kinds: Sequence[str]) -> Table:
+    def held(cell: Mapping[str, Any]) -> float:
+        return cell["batch"] * cell["context"] * cell["token_bytes"] / 2**20
+
+    return Table(
+        title="Peak memory beyond the model, filled and decoding",
+        columns=[
+            "batch x context",
+            "keys and values, MiB",
+            *(f"{kind}, MiB" for kind in kinds),
+        ],
+        rows=[
+            [_name(c), f"{held(c):.0f}", *(f"{_peak_mib(c, kind):.0f}" for kind in kinds)]
+            for c in cells
+        ],
+    )
+
+
+def _plot(cells: Sequence[Cell], kinds: Sequence[str], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4))
+    left, right = figure.subplots(1, 2)
+    for axes, value, label in (
+        (left, _token_ms, "ms a decoded token"),
+        (right, _peak_mib, "peak memory beyond the model, MiB"),
+    ):
+        for place, kind in enumerate(kinds):
+            axes.bar(
+                [index + 0.8 * (place + 0.5) / len(kinds) for index in range(len(cells))],
+                [value(cell, kind) for cell in cells],
+                width=0.8 / len(kinds),
+                label=kind,
+                color=_COLOURS[kind],
+            )
+        axes.set_xticks(
+            [index + 0.4 for index in range(len(cells))], [_name(cell) for cell in cells]
+        )
+        axes.set_ylabel(label)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,332 @@
+"""`vkv bench throughput`: tokens a second, offline, against what a user would pick instead.
+
+Every system runs in a process of its own (`workers/`), on the same checkpoint, prompts, output
+lengths and threads, greedy and without an end token. Within a repeat the systems take turns cell
+by cell, and each repeat starts them anew: where a process happens to lie in memory can cost a
+fifth of its speed for as long as it lives.
+
+A system is timed from outside, by whole calls. `prefill` is the time to the first token of every
+prompt; `decode` is a call with many output tokens less a call with one; `ragged` is a call with
+requests of all lengths. On a GPU a system has run the very same call once before, since graphs are
+captured and kernels chosen when a batch of a new size comes.
+
+With a `quant` format, the same weights are also rounded to 4 bits, into a checkpoint that vkv runs
+beside the dense one, with the output layer dense and (`-head`) in 4 bits too. llama.cpp then runs
+its own Q4_0 as well, with embeddings and output layer in Q8_0: its own tool makes them Q6_K.
+"""
+
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from ...vmem.errors import InvalidConfig
+from ..limits import LimitsProbe
+from ..peers.peer import WORKERS, Timing, Worker, WorkerFailed, import_bytes, interpreter_of
+from ..record import Table, require_matplotlib, write_record
+from .checkpoints import Checkpoints, parse_format, save_checkpoints
+from .shapes import build_model
+from .throughput_results import DecodeStep, Results, draw, tables
+
+SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "vkv": ("vkv_worker.py", {"kv": "virtual"}),
+    "vkv-paged": ("vkv_worker.py", {"kv": "paged"}),
+    "transformers": ("transformers_worker.py", {"cache": "dynamic"}),
+    "transformers-static": ("transformers_worker.py", {"cache": "static"}),
+    "transformers-continuous": ("transformers_worker.py", {"cache": "continuous"}),
+}
+# On the same weights in 4 bits, with `--quant`.
+INT4_SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "vkv-int4": ("vkv_worker.py", {"kv": "virtual"}),
+    "vkv-int4-head": ("vkv_worker.py", {"kv": "virtual", "lm_head_bits": 4}),
+}
+PEERS: Mapping[str, str] = {"vllm": "vllm_worker.py", "llama-cpp": "llama_cpp_worker.py"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One thing to time. `seconds` of it are divided into `num_tokens`."""
+
+    name: str
+    kind: Literal["prefill", "decode", "total"]
+    prompt_lens: tuple[int, ...]
+    output_lens: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens that are counted: of prompts, or of outputs."""
+        if self.kind == "prefill":
+            return sum(self.prompt_lens)
+        return sum(self.output_lens) - (len(self.output_lens) if self.kind == "decode" else 0)
+
+    @property
+    def held_tokens(self) -> int:
+        """The most tokens whose KV is held at once."""
+        return sum(self.prompt_lens) + sum(self.output_lens)
+
+    @property
+    def decode_step(self) -> DecodeStep:
+        """The mean of the steps that a decode is timed for: those after the first token."""
+        num_steps = max(self.output_lens) - 1
+        lengths = zip(self.prompt_lens, self.output_lens, strict=True)
+        read = sum((n - 1) * prompt + n * (n - 1) // 2 for prompt, n in lengths)
+        return DecodeStep(num_tokens=self.num_tokens / num_steps, kv_tokens=read / num_steps)
+
+
+def _ragged_cell(name: str, num_requests: int, seed: int = 7) -> Cell:
+    """Requests of 274 prompt and 111 output tokens on average, as 8,769 and 3,550 are of 32."""
+    rng = random.Random(seed)
+    prompts = _spread(
+        [rng.randint(16, 532) for _ in range(num_requests)], 8769 * num_requests // 32
+    )
+    outputs = _spread(
+        [rng.randint(16, 206) for _ in range(num_requests)], 3550 * num_requests // 32
+    )
+    return Cell(name=name, kind="total", prompt_lens=prompts, output_lens=outputs)
+
+
+def _spread(lengths: Sequence[int], total: int) -> tuple[int, ...]:
+    """The lengths, stretched to add up to `total`."""
+    scaled = [max(1, n * total // sum(lengths)) for n in lengths]
+    scaled[-1] += total - sum(scaled)
+    return tuple(scaled)
+
+
+def _uniform(name: str, kind: Any, batch: int, prompt: int, output: int) -> Cell:
+    return Cell(name=name, kind=kind, prompt_lens=(prompt,) * batch, output_lens=(output,) * batch)
+
+
+CELLS: Mapping[str, Cell] = {
+    cell.name: cell
+    for cell in (
+        _uniform("prefill-1", "prefill", 1, 512, 1),
+        _uniform("prefill-8", "prefill", 8, 256, 1),
+        _uniform("decode-1", "decode", 1, 128, 65),
+        _uniform("decode-8", "decode", 8, 128, 65),
+        _uniform("decode-32", "decode", 32, 128, 49),
+        _ragged_cell("ragged", 32),
+        # For GPUs: too long for the weakest of the systems on a CPU.
+        _uniform("decode-16", "decode", 16, 128, 65),
+        _ragged_cell("ragged-64", 64),
+    )
+}
+_ON_A_CPU = ("prefill-1", "prefill-8", "decode-1", "decode-8", "decode-32", "ragged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputOptions:
+    """What to run; see `vkv bench throughput --help`."""
+
+    shape: str = "llama-455m"
+    model: str | None = None
+    dtype: str = "bfloat16"
+    quant: str | None = None  # format of the 4-bit checkpoint
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    systems: tuple[str, ...] = tuple(SYSTEMS)
+    peers: Mapping[str, str] = field(default_factory=dict)  # name to interpreter
+    cells: tuple[Cell, ...] = tuple(CELLS[name] for name in _ON_A_CPU)
+    repeats: int = 3
+    batch: int = 8  # of the padded batches of transformers, in `ragged`
+    eager_peers: bool = False
+    label: str = ""  # behind the record's name
+    seed: int = 0
+
+
+def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
+    """Measure, and write record, table and plot into `folder`; returns the record's path.
+
+    Interrupted (Ctrl-C), it writes what it has measured, and the record says what is missing.
+    """
+    require_matplotlib()
+    workers = _commands(options)
+    dtype = getattr(torch, options.dtype)
+    probe = LimitsProbe(options.device, dtype, threads=options.threads)
+    constant = import_bytes()
+    console = Console(stderr=True)
+    results = Results.of(workers, [cell.name for cell in options.cells])
+    with tempfile.TemporaryDirectory(prefix="vkv-bench-") as home:
+        scratch = Path(home)
+        model = options.model or _drawn_on_a_gpu(options, dtype, scratch)
+        checkpoints = save_checkpoints(options.shape, model, dtype, options.quant, scratch=scratch)
+        try:
+            for repeat in range(options.repeats):
+                console.print(f"repeat {repeat + 1} of {options.repeats}")
+                probe.measure()
+                with _started(workers, options, checkpoints, scratch, results) as running:
+                    _one_repeat(running, options, checkpoints, results, probe, console)
+        except KeyboardInterrupt:
+            if not results.has_samples:
+                raise
+            results.interrupt(options.repeats)
+            console.print("interrupted; the record holds what was measured until here")
+        probe.measure()
+    limits = probe.limits()
+    shown = tables(
+        results,
+        checkpoints,
+        baseline=next(iter(workers)),
+        int4=[name for name in INT4_SYSTEMS if name in workers],
+        decodes={cell.name: cell.decode_step for cell in options.cells if cell.kind == "decode"},
+        held_tokens=max(cell.held_tokens for cell in options.cells),
+        import_bytes=constant,
+        limits=limits,
+    )
+    name = options.shape if options.model is None else Path(options.model).name
+    parts = ["throughput", name, options.quant, options.label]
+    path = write_record(
+        folder,
+        "-".join(part for part in parts if part),
+        device=options.device,
+        config=asdict(options) | {"device": str(options.device)},
+        results={
+            "model": {
+                "weight_bytes": checkpoints.weight_bytes,
+                "kv_bytes_per_token": checkpoints.kv_bytes_per_token,
+                "vocab_size": checkpoints.vocab_size,
+                "group_size": checkpoints.group_size,
+                "import_bytes": constant,
+            },
+            "tokens_per_s": results.samples,
+            "failures": results.failures,
+            "peak_rss_bytes": results.peaks,
+            "weight_bytes": results.weights,
+        },
+        tables=shown,
+        limits=limits,
+        command=command,
+    )
+    draw(results.samples, path.with_suffix(".png"))
+    return path, shown
+
+
+# -- running -------------------------------------------------------------------------------------
+
+
+def _drawn_on_a_gpu(options: ThroughputOptions, dtype: torch.dtype, scratch: Path) -> str | None:
+    """A checkpoint of the shape, whose random weights take a CPU minutes; None without a GPU."""
+    if options.device.type != "cuda":
+        return None
+    folder = scratch / "drawn"
+    build_model(options.shape, dtype=dtype, device=options.device).save_pretrained(folder)
+    torch.cuda.empty_cache()  # all of the GPU is the systems'
+    return str(folder)
+
+
+def _commands(options: ThroughputOptions) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """For each system: how its worker is started, and the options that are its own."""
+    quant = parse_format(options.quant)
+    commands: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for name in options.systems:
+        if name not in SYSTEMS:
+            raise InvalidConfig(f"system {name!r} is unknown; use some of {', '.join(SYSTEMS)}")
+        script, own = SYSTEMS[name]
+        commands[name] = [sys.executable, str(WORKERS / script)], own
+    for name, (script, own) in INT4_SYSTEMS.items() if quant else ():
+        commands[name] = [sys.executable, str(WORKERS / script)], own
+    for name, interpreter in options.peers.items():
+        interpreter = interpreter_of(name, interpreter, PEERS)
+        command = [interpreter, str(WORKERS / PEERS[name])]
+        commands[name] = command, {"eager": options.eager_peers}
+        if quant and name == "llama-cpp":
+            commands["llama-cpp-q4_0"] = command, {"weights": "q4_0"}
+    return commands
+
+
+@contextmanager
+def _started(
+    workers: Mapping[str, tuple[list[str], dict[str, Any]]],
+    options: ThroughputOptions,
+    checkpoints: Checkpoints,
+    scratch: Path,
+    results: Results,
+) -> Iterator[dict[str, Worker]]:
+    """All systems, loaded; one that does not load fails in every cell."""
+    common = {
+        "scratch": str(scratch),
+        "device": str(options.device),
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "batch": options.batch,
+        "max_seqs": max(len(cell.prompt_lens) for cell in options.cells),
+        "max_len": max(
+            prompt + output
+            for cell in options.cells
+            for prompt, output in zip(cell.prompt_lens, cell.output_lens, strict=True)
+        ),
+        "total_tokens": max(cell.held_tokens for cell in options.cells),
+    }
+    with ExitStack() as stack:
+        running: dict[str, Worker] = {}
+        for name, (command, own) in workers.items():
+            model = checkpoints.int4 if name in INT4_SYSTEMS else checkpoints.dense
+            given = common | own | {"model": str(model)}
+            try:
+                running[name] = Worker(command, given, scratch / f"{name}.log")
+                stack.callback(running[name].close)
+            except WorkerFailed as error:
+                results.fail(name, error)
+        yield running
+
+
+def _one_repeat(
+    running: dict[str, Worker],
+    options: ThroughputOptions,
+    checkpoints: Checkpoints,
+    results: Results,
+    probe: LimitsProbe,
+    console: Console,
+) -> None:
+    rng = random.Random(options.seed)
+    first = options.cells[0]
+    warm_up = [[1] * first.prompt_lens[0]], [min(8, first.output_lens[0])]
+    for name, worker in running.items():
+        try:
+            worker.run(*warm_up)
+        except WorkerFailed as error:
+            results.fail(name, error)
+    for cell in options.cells:
+        if options.device.type == "cpu":  # a GPU's memory is the systems' now
+            probe.measure()
+        prompts = [
+            [rng.randrange(checkpoints.vocab_size) for _ in range(n)] for n in cell.prompt_lens
+        ]
+        for name, worker in running.items():
+            if cell.name in results.failures[name]:
+                continue
+            try:
+                if options.device.type == "cuda":
+                    worker.run(prompts, cell.output_lens)
+                rate, timing = _measure(worker, cell, prompts)
+            except WorkerFailed as error:
+                results.failures[name][cell.name] = str(error)
+                console.print(f"  {cell.name:10} {name}: {error}", markup=False)
+            else:
+                results.samples[name][cell.name].append(rate)
+                results.peaks[name] = timing.peak_rss_bytes
+                results.weights[name] = timing.weight_bytes or checkpoints.weight_bytes
+                console.print(f"  {cell.name:10} {name}: {rate:.1f} tokens/s", markup=False)
+
+
+def _measure(worker: Worker, cell: Cell, prompts: Sequence[Sequence[int]]) -> tuple[float, Timing]:
+    """Tokens a second, and what the worker says of its memory."""
+    ones = [1] * len(prompts)
+    if cell.kind == "prefill":
+        timing = worker.run(prompts, ones)
+        seconds = timing.seconds
+    else:
+        timing = worker.run(prompts, cell.output_lens)
+        seconds = timing.seconds
+        if cell.kind == "decode":
+            seconds -= worker.run(prompts, ones).seconds
+    if seconds <= 0:
+        raise WorkerFailed("a call for more tokens took less time: the machine is too busy")
+    return cell.num_tokens / seconds, timing

@@ -1,0 +1,1 @@
+"""Checkpoint formats: what their configs say, and their readers and writers."""

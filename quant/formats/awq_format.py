@@ -1,0 +1,78 @@
+"""AWQ checkpoints of the `gemm` version: a layer's tensors to `Int4Weight` and back.
+
+qweight  int32 [K, N/8]       eight columns a word, in the order 0 2 4 6 1 3 5 7
+qzeros   int32 [groups, N/8]  in the same order
+scales   float [groups, N]
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import QuantError, UnsupportedQuantization
+from ..weight import SYMMETRIC_ZERO, Int4Weight, pack
+from .int32_words import CODES_PER_WORD, from_words, to_words
+from .scheme import LayerTensors, Scheme, require_bits
+
+REQUIRED = ("qweight", "qzeros", "scales")
+OPTIONAL = ()
+_ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # the column of each nibble, lowest first
+_PLACES = torch.argsort(_ORDER)  # the nibble of each column
+
+
+def parse_config(config: Mapping[str, Any]) -> Scheme:
+    """The scheme of a `quantization_config`; raises UnsupportedQuantization for other kinds."""
+    require_bits(config.get("bits", config.get("w_bit")), "quantization_config.bits")
+    version = str(config.get("version", config.get("format", "gemm"))).lower()
+    if version != "gemm":
+        raise UnsupportedQuantization(
+            f"quantization_config.version is {version!r}; there is a reader for 'gemm'"
+        )
+    return Scheme(format="awq")
+
+
+def features(qweight: Sequence[int]) -> tuple[int, int]:
+    """Outputs and inputs of a layer whose `qweight` has this shape."""
+    return qweight[1] * CODES_PER_WORD, qweight[0]
+
+
+def read(tensors: LayerTensors, scheme: Scheme) -> Int4Weight:
+    """The weight of one layer; raises QuantError, which names the tensor."""
+    qweight = tensors.get("qweight", torch.int32, None, None)
+    out_features, in_features = features(qweight.shape)
+    scales = tensors.finite("scales", tensors.get("scales", None, None, out_features))
+    groups = scales.shape[0]
+    if not groups or in_features % groups or in_features // groups % 2:
+        raise tensors.refuse("scales", f"has {groups} groups for {in_features} input features")
+    zeros = _from_awq(tensors.get("qzeros", torch.int32, groups, qweight.shape[1]))
+    return Int4Weight(
+        packed=pack(_from_awq(qweight).T),
+        scales=scales.T.contiguous(),
+        zeros=None if (zeros == SYMMETRIC_ZERO).all() else zeros.T.contiguous(),
+        group_size=in_features // groups,
+    )
+
+
+def write(weight: Int4Weight, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """The tensors of one layer; N is a multiple of 8. Raises QuantError for a permutation."""
+    if weight.permutation is not None:
+        raise QuantError("AWQ has no place for a permutation; write GPTQ instead")
+    zeros = weight.zeros
+    if zeros is None:
+        zeros = torch.full_like(weight.scales, SYMMETRIC_ZERO, dtype=torch.uint8)
+    return {
+        "qweight": _to_awq(weight.codes().T),
+        "qzeros": _to_awq(zeros.T),
+        "scales": weight.scales.T.contiguous(),
+    }
+
+
+def _from_awq(words: torch.Tensor) -> torch.Tensor:
+    places = _PLACES.to(words.device)
+    return from_words(words).unflatten(-1, (-1, CODES_PER_WORD))[..., places].flatten(-2)
+
+
+def _to_awq(codes: torch.Tensor) -> torch.Tensor:
+    order = _ORDER.to(codes.device)
+    return to_words(codes.unflatten(-1, (-1, CODES_PER_WORD))[..., order].flatten(-2))

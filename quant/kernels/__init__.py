@@ -1,0 +1,1 @@
+"""What multiplies by a 4-bit weight."""

@@ -1,0 +1,111 @@
+"""vkv's own CPU kernel: a small C library (`native/`) for processors with AVX512-BF16 or AVX2.
+
+It serves every batch: codes are looked up in registers, so that no dequantised weight is ever
+written anywhere.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from threading import local
+
+import torch
+
+from ..errors import QuantError
+from ..weight import Int4Weight, pack
+from ..weight_memory import empty_apart
+from . import native_library
+from .table import Int4Kernel
+
+_TILE = 32  # outputs of a tile
+_BLOCK = 8  # inputs of a block
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """A weight as `native/int4.h` wants it, and the arguments of a call, but for the inputs."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    out_features: int
+    args: native_library.Int4Args
+
+
+class NativeKernel(Int4Kernel):
+    name = "native"
+
+    def __init__(self, instruction_set: str | None = None) -> None:
+        self._library = native_library.load_library()
+        self._instruction_set = instruction_set or native_library.instruction_sets()[0]
+        self._parallel = native_library.openmp_parallel()
+        self._local = local()  # of each thread: engines share this object
+
+    @classmethod
+    def unavailable_reason(cls) -> str | None:
+        try:
+            supported = native_library.instruction_sets()
+        except QuantError as error:
+            return str(error)
+        return None if supported else "this processor has neither AVX512-BF16 nor AVX2"
+
+    def accepts(
+        self, weight: Int4Weight, device: torch.device, dtype: torch.dtype, num_rows: int
+    ) -> bool:
+        right_type = device.type == "cpu" and dtype == torch.bfloat16
+        return right_type and weight.group_size % _BLOCK == 0
+
+    def prepare(self, weight: Int4Weight) -> _Tiles:
+        missing = -weight.out_features % _TILE
+        codes = torch.nn.functional.pad(weight.codes(), (0, 0, 0, missing))
+        blocks = codes.view(-1, 2, 16, weight.in_features // _BLOCK, 4, 2)
+        packed = pack(blocks.permute(0, 3, 1, 2, 5, 4).contiguous())  # nibbles last
+        words = empty_apart(packed.shape, torch.uint8)
+        words.copy_(packed)
+        scales = _in_tiles(weight.scales.float(), missing)
+        zeros = None if weight.zeros is None else _in_tiles(weight.zeros, missing)
+        args = native_library.Int4Args(
+            codes=words.data_ptr(),
+            scales=scales.data_ptr(),
+            zeros=None if zeros is None else zeros.data_ptr(),
+            in_features=weight.in_features,
+            out_features=weight.out_features,
+            group_size=weight.group_size,
+            instruction_set=self._instruction_set.encode(),
+            parallel=self._parallel,
+        )
+        return _Tiles(words, scales, zeros, weight.out_features, args)
+
+    def multiply(self, layout: _Tiles, inputs: torch.Tensor) -> torch.Tensor:
+        inputs = inputs.contiguous()
+        out = inputs.new_empty(inputs.shape[0], layout.out_features)
+        if not inputs.shape[0]:
+            return out
+        args = native_library.Int4Args.from_buffer_copy(layout.args)
+        args.inputs, args.out, args.num_rows = inputs.data_ptr(), out.data_ptr(), inputs.shape[0]
+        args.num_threads = torch.get_num_threads()
+        needed = 0
+        while True:
+            workspace = self._workspace(needed)
+            args.workspace = -(-workspace.data_ptr() // 64) * 64
+            args.workspace_bytes = workspace.numel() - 64
+            needed = self._library.vkv_int4_multiply(ctypes.byref(args))
+            assert needed >= 0, "unavailable_reason() has seen to it"
+            if not needed:
+                return out
+
+    def _workspace(self, needed: int) -> torch.Tensor:
+        workspace = getattr(self._local, "workspace", None)
+        if workspace is None or workspace.numel() < needed + 64:
+            workspace = torch.empty(max(needed + 64, 1 << 20), dtype=torch.uint8)
+            self._local.workspace = workspace
+        return workspace
+
+    def num_bytes(self, layout: _Tiles) -> int:
+        zeros = 0 if layout.zeros is None else layout.zeros.nbytes
+        return layout.codes.nbytes + layout.scales.nbytes + zeros
+
+
+def _in_tiles(values: torch.Tensor, missing: int) -> torch.Tensor:
+    """[N, groups] to [N/32, groups, 32]."""
+    padded = torch.nn.functional.pad(values, (0, 0, 0, missing))
+    return padded.unflatten(0, (-1, _TILE)).transpose(1, 2).contiguous()

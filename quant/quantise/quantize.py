@@ -1,0 +1,198 @@
+"""Quantising a model in place, layer after layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import QuantError
+from ..layers import LayerInputs, decoder_layers, gather_hessians, linears, refuse_fused_experts
+from ..weight import Int4Weight
+from .gptq import Hessian, gptq
+from .rounding import Rounding, round_to_nearest
+
+Method = Literal["rtn", "gptq"]
+METHODS: tuple[Method, ...] = ("rtn", "gptq")
+
+# Routers of mixtures of experts: next to nothing in bytes, and every choice hangs on them.
+ROUTERS = ("*.gate", "*.router", "*.shared_expert_gate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """How well one linear layer came through.
+
+    Attributes:
+        method: "rtn" also for a layer that GPTQ had no inputs of.
+        weight: the error of the weight, relative to its size (root mean squares).
+        output: that of the layer's outputs on the calibration text; None without one.
+    """
+
+    name: str
+    method: Method
+    weight: float
+    output: float | None
+
+
+@dataclass(kw_only=True)
+class QuantizedModel:
+    """A model whose linear layers were quantised; it computes with the dequantised weights.
+
+    Attributes:
+        weights: by the name of the linear layer.
+        dense: linear layers of the decoder that were left as they are.
+        head: the name of the output head, which is dense too.
+        errors: one for every weight, in the order of the model.
+    """
+
+    model: PreTrainedModel
+    rounding: Rounding
+    method: Method
+    weights: dict[str, Int4Weight] = field(default_factory=dict)
+    dense: tuple[str, ...] = ()
+    head: str | None = None
+    errors: list[LayerError] = field(default_factory=list)
+
+
+def quantize_model(
+    model: PreTrainedModel,
+    *,
+    method: Method = "rtn",
+    rounding: Rounding | None = None,
+    calibration: torch.Tensor | None = None,
+    ignore: tuple[str, ...] = ROUTERS,
+    on_linear: Callable[[LayerError], None] = lambda _: None,
+) -> QuantizedModel:
+    """Quantise the linear layers of the decoder to 4 bits, in place.
+
+    Embeddings and the output head stay dense, and so do linear layers that match a pattern of
+    `ignore` and those whose input features do not divide into groups. With a calibration, layers
+    are gone through in order, each on what the quantised ones before it put out, so that memory
+    holds the hidden states of the text and the Hessians of one layer, besides the model.
+
+    Args:
+        model: any decoder-only model of transformers; afterwards it holds dequantised weights.
+        method: "rtn" rounds to nearest; "gptq" makes up for errors and needs a calibration.
+        rounding: group size, symmetry, clipping; `Rounding()` if None.
+        calibration: token ids, int64 [S, T]. For "rtn" it weighs errors and measures them.
+        on_linear: called after every linear layer, for progress.
+
+    Raises QuantError if a value is wrong, UnsupportedQuantization for models that cannot be gone
+    through.
+
+    Example:
+        >>> result = quantize_model(model, method="gptq", calibration=tokens)
+        >>> save_quantized(result, "out", format="gptq")
+    """
+    rounding = rounding or Rounding()
+    _check(method, rounding, calibration)
+    planned = plan(model, rounding, ignore)
+    result = QuantizedModel(
+        model=model, rounding=rounding, method=method, dense=planned.dense, head=planned.head
+    )
+    _, layers = decoder_layers(model)
+    inputs = None if calibration is None else LayerInputs.record(model, calibration)
+    for index, (layer, modules) in enumerate(zip(layers, planned.linears, strict=True)):
+        hessians: dict[str, Hessian] = {}
+        if inputs is not None:
+            hessians = gather_hessians(inputs, layer, index, modules)
+        for name, module in modules.items():
+            on_linear(_quantize_linear(result, name, module, hessians.get(name)))
+        if inputs is not None:
+            inputs.advance(layer, index)
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What of a model will be quantised.
+
+    Attributes:
+        linears: to be quantised, by name, a list for each decoder layer.
+        dense: linear layers of the decoder that are left as they are.
+        head: the name of the output head, which is left dense too; None if there is none.
+    """
+
+    linears: list[dict[str, nn.Linear]]
+    dense: tuple[str, ...]
+    head: str | None
+
+    @property
+    def num_linears(self) -> int:
+        return sum(len(modules) for modules in self.linears)
+
+
+def plan(model: PreTrainedModel, rounding: Rounding, ignore: tuple[str, ...] = ROUTERS) -> Plan:
+    """Which linear layers `quantize_model` would go through.
+
+    Raises QuantError if nothing is left to quantise, UnsupportedQuantization for models that
+    cannot be gone through.
+    """
+    prefix, layers = decoder_layers(model)
+    refuse_fused_experts(prefix, layers)
+    everything = linears(layers, prefix)
+    wanted = {
+        name: module
+        for name, module in everything.items()
+        if _divides(module, rounding) and not any(fnmatchcase(name, p) for p in ignore)
+    }
+    if not wanted:
+        raise QuantError(
+            f"no linear layer of {type(model).__name__} can be quantised in groups of "
+            f"{rounding.group_size}; choose a group size that divides the input features, such as "
+            "32, 64 or -1 for whole rows"
+        )
+    head = model.get_output_embeddings()
+    return Plan(
+        linears=[
+            {n: m for n, m in wanted.items() if n.startswith(f"{prefix}.{index}.")}
+            for index in range(len(layers))
+        ],
+        dense=tuple(name for name in everything if name not in wanted),
+        head=next((n for n, m in model.named_modules() if head is not None and m is head), None),
+    )
+
+
+def _check(method: str, rounding: Rounding, calibration: torch.Tensor | None) -> None:
+    if method not in METHODS:
+        raise QuantError(f"the method is {method!r}; use one of {', '.join(METHODS)}")
+    if method == "gptq" and calibration is None:
+        raise QuantError("gptq needs a calibration text; give one, or use the method 'rtn'")
+    if rounding.group_size != -1 and rounding.group_size < 8:
+        raise QuantError(
+            f"the group size is {rounding.group_size}; use 32, 64 or 128, or -1 for whole rows"
+        )
+
+
+def _divides(module: nn.Linear, rounding: Rounding) -> bool:
+    columns = rounding.columns_per_group(module.in_features)
+    # Eight codes to a word, in the direction of either side, is what all formats store.
+    return not (module.in_features % columns or module.in_features % 8 or module.out_features % 8)
+
+
+def _quantize_linear(
+    result: QuantizedModel, name: str, module: nn.Linear, hessian: Hessian | None
+) -> LayerError:
+    before = module.weight.detach().to(torch.float32, copy=True)  # the layer is overwritten
+    if result.method == "gptq" and hessian is not None:
+        method: Method = "gptq"
+        weight = gptq(before, hessian, result.rounding)
+    else:
+        method = "rtn"
+        importance = None if hessian is None else hessian.diagonal()
+        weight = round_to_nearest(before, result.rounding, importance)
+    after = weight.dequantize()
+    module.weight.data.copy_(after)
+    error = LayerError(
+        name=name,
+        method=method,
+        weight=float((after - before).norm() / before.norm().clamp(min=1e-30)),
+        output=None if hessian is None else hessian.output_error(before, after),
+    )
+    result.weights[name] = weight.to("cpu")
+    result.errors.append(error)
+    return error

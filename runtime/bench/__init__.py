@@ -1,1 +1,0 @@
-"""The benchmark harness: what `vkv bench` runs and records."""

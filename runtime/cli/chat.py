@@ -1,0 +1,163 @@
+"""The chat of `vkv chat`: streaming, many turns, on a terminal or through a pipe."""
+
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from ...vmem.errors import RequestTooLarge, RequestTooLong
+from ..frontend.llm import LLM
+from ..request.sampling_params import SamplingParams
+
+_HELP = """\
+/stats   memory: virtual against physical, pages, prefix reuse
+/trim    give memory of finished turns back to the system
+/reset   begin a new conversation
+/exit    leave (or Ctrl-D)"""
+
+
+class ChatSession:
+    """One conversation with a model; the oldest turns go when the slot is full."""
+
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
+        self.llm = llm
+        self.params = params
+        self._system = [{"role": "system", "content": system}] if system else []
+        self.turns: list[dict[str, str]] = []
+        self.num_dropped = 0
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.turns.clear()
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Stream the answer to a message. An interrupted answer stays in the conversation."""
+        self.turns.append({"role": "user", "content": text})
+        self._make_room()
+        pieces: list[str] = []
+        try:
+            for delta in self.llm.stream([*self._system, *self.turns], self.params):
+                text = delta.text if pieces else delta.text.lstrip()
+                if text:
+                    pieces.append(text)
+                    yield text
+        finally:
+            self.turns.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _make_room(self) -> None:
+        """Drop the oldest turns until the conversation fits, with room for an answer.
+
+        If the newest message does not fit even alone, it is dropped and the error is raised.
+        """
+        wanted = self.llm.engine.cache.max_len // 4
+        wanted = min(wanted, self.params.max_tokens or wanted)
+        while True:
+            tokens = self.llm.render_chat([*self._system, *self.turns])
+            is_alone = len(self.turns) < 3
+            try:
+                if self.llm.engine.check(tokens, self.params) >= wanted or is_alone:
+                    return
+            except (RequestTooLong, RequestTooLarge):
+                if is_alone:
+                    self.turns.pop()
+                    raise
+            del self.turns[:2]
+            self.num_dropped += 2
+
+
+def run_chat(llm: LLM, params: SamplingParams, *, system: str | None = None) -> None:
+    """Chat on standard input and output until it ends."""
+    session = ChatSession(llm, params, system)
+    if sys.stdin.isatty():
+        _run_terminal(session)
+    else:
+        _run_pipe(session)
+
+
+def _run_pipe(session: ChatSession) -> None:
+    """A line is a turn; its answer is a line (or several, if the model makes several)."""
+    for line in sys.stdin:
+        if text := line.strip():
+            for piece in _respond(session, text):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+
+
+def _run_terminal(session: ChatSession) -> None:
+    console = Console()
+    llm = session.llm
+    console.print(
+        f"[bold]vkv chat[/] with {llm.name} on {llm.device.type} "
+        f"({llm.attention_backend} attention). /help shows the commands."
+    )
+    while True:
+        try:
+            text = console.input("[bold green]you>[/] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if text in ("/exit", "/quit"):
+            return
+        if not text:
+            continue
+        try:
+            if not text.startswith("/"):
+                console.print("[bold blue]vkv>[/] ", end="")
+            for piece in _respond(session, text):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            console.print("\n[dim](interrupted)[/]")
+
+
+def _respond(session: ChatSession, text: str) -> Iterator[str]:
+    """What a line of input shows: a command's result, or the model's answer."""
+    if text == "/help":
+        yield _HELP + "\n"
+    elif text == "/stats":
+        yield _stats(session.llm)
+    elif text == "/trim":
+        yield f"returned {_size(session.llm.trim())}\n"
+    elif text == "/reset":
+        session.reset()
+        yield "a new conversation begins\n"
+    elif text.startswith("/"):
+        yield f"no command {text.split()[0]}; there are:\n{_HELP}\n"
+    else:
+        dropped = session.num_dropped
+        yield from session.answer(text)
+        yield "\n"
+        if session.num_dropped > dropped:
+            yield "(the conversation outgrew its slot: the oldest turns were dropped)\n"
+
+
+def _stats(llm: LLM) -> str:
+    stats = llm.stats()
+    table = Table(show_header=False, box=None)
+    mapped = f"{stats.pages_held} mapped, of {stats.pages_limit} allowed"
+    table.add_row("virtual memory reserved", _size(stats.virtual_bytes))
+    table.add_row("physical memory", _size(stats.physical_bytes))
+    table.add_row("pages", f"{mapped}, {_size(stats.page_bytes)} each")
+    table.add_row("", f"{stats.pages_parked} kept from earlier turns")
+    table.add_row("tokens held", f"{stats.tokens_held} ({stats.row_tokens} a page)")
+    reused = stats.prefix_hit_tokens
+    table.add_row("prefix reuse", f"{reused} prompt tokens not computed again")
+    table.add_row("computed", f"{stats.num_prompt_tokens} prompt tokens")
+    table.add_row("generated", f"{stats.num_output_tokens} tokens in {stats.step_time_s:.2f} s")
+    share = stats.mapping_time_s / stats.step_time_s if stats.step_time_s else 0.0
+    table.add_row("mapping", f"{stats.mapping_time_s * 1e3:.1f} ms, {share:.2%} of step time")
+    calls = ", ".join(f"{kind} {count}" for kind, count in sorted(stats.driver_calls.items()))
+    table.add_row("driver calls", calls or "none")
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

@@ -1,0 +1,175 @@
+"""`vkv quantize`: a 4-bit checkpoint from a dense one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ...quant.errors import QuantError, UnsupportedQuantization
+from ...quant.formats.scheme import FormatName
+from ...quant.layers import perplexity, split_text
+from ...quant.quantise.quantize import METHODS, Method, QuantizedModel, plan, quantize_model
+from ...quant.quantise.rounding import Rounding
+from ...quant.quantise.save import (
+    ASYMMETRIC,
+    FORMATS,
+    quantization_config,
+    refuse_occupied,
+    save_quantized,
+    total_bytes,
+)
+from ...vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
+from ..engine.config import resolve_device
+from ..frontend.progress import counted
+from ..model.loading import _load_tokenizer, _reading, _resolve, parse_dtype
+
+_NUM_WORST = 5  # linear layers named in the report on the terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """The options of `vkv quantize`; see its help.
+
+    Attributes:
+        calibration: a text file, UTF-8; None rounds every weight by itself.
+        sequence_tokens: length of a calibration sequence, at most what the model was made for.
+        num_sequences: calibration sequences at most, and as many to measure perplexity on.
+    """
+
+    format: FormatName = "gptq"
+    group: int = 128
+    method: Method = "rtn"
+    calibration: Path | None = None
+    clip: bool = True
+    sequence_tokens: int = 2048
+    num_sequences: int = 128
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise InvalidConfig(f"format is {self.format!r}; use one of {', '.join(FORMATS)}")
+        if self.method not in METHODS:
+            raise InvalidConfig(f"method is {self.method!r}; use one of {', '.join(METHODS)}")
+        if self.method == "gptq" and self.calibration is None:
+            raise InvalidConfig(
+                "method gptq needs a text to calibrate on; give --calibration FILE, or use "
+                "--method rtn"
+            )
+        for name in ("sequence_tokens", "num_sequences"):
+            if getattr(self, name) < 2:
+                raise InvalidConfig(f"{name} is {getattr(self, name)}; use at least 2")
+
+
+def run_quantize(
+    source: str, out: Path, options: QuantizeOptions, *, device: str, dtype: str
+) -> None:
+    """Quantise the model at `source` into the folder `out`, and print how well it went."""
+    console = Console(stderr=True)
+    home = _resolve(source)
+    tokenizer = _load_tokenizer(home)
+    model = _load_dense(home, device, dtype)
+    try:
+        _quantize(model, tokenizer, out, options, console)
+    except UnsupportedQuantization as error:
+        raise UnsupportedModel(str(error)) from error
+    except QuantError as error:
+        raise InvalidConfig(str(error)) from error
+
+
+def _load_dense(home: str | Path, device: str, dtype: str) -> PreTrainedModel:
+    config = _reading("config", home, lambda: AutoConfig.from_pretrained(home))
+    if getattr(config, "quantization_config", None) is not None:
+        raise BadCheckpoint(f"{home} is quantised already; start from the dense checkpoint")
+    loaded = _reading(
+        "weights",
+        home,
+        lambda: AutoModelForCausalLM.from_pretrained(home, dtype=parse_dtype(dtype) or "auto"),
+    )
+    model = cast(PreTrainedModel, loaded)
+    return model.to(resolve_device(device)).eval()  # type: ignore[arg-type]
+
+
+def _quantize(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path,
+    options: QuantizeOptions,
+    console: Console,
+) -> None:
+    rounding = Rounding(
+        group_size=options.group,
+        symmetric=options.format not in ASYMMETRIC,
+        clip=options.clip,
+        scale_dtype=torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16,
+    )
+    planned = plan(model, rounding)
+    # Refuse what the format cannot say now, not after the hours that GPTQ may take.
+    quantization_config(options.format, rounding, planned.dense, planned.head)
+    refuse_occupied(out)
+    body, tail = _read_text(model, tokenizer, options)
+    report: dict[str, Any] = {}
+    if tail is not None:
+        report["perplexity_before"] = perplexity(model, tail)
+    with counted("quantising", planned.num_linears) as count:
+        result = quantize_model(
+            model,
+            method=options.method,
+            rounding=rounding,
+            calibration=body,
+            on_linear=lambda _: count(),
+        )
+    if tail is not None:
+        report["perplexity_after"] = perplexity(model, tail)
+    save_quantized(result, out, format=options.format, tokenizer=tokenizer, report=report)
+    _show(console, result, report, out)
+
+
+def _read_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: QuantizeOptions
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Sequences to calibrate on and to measure by; None without a text."""
+    if options.calibration is None:
+        return None, None
+    if tokenizer is None:
+        raise BadCheckpoint("the model folder has no tokenizer, which the calibration text needs")
+    try:
+        text = options.calibration.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"cannot read {options.calibration} as UTF-8 text: {error}") from error
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(options.sequence_tokens, most or options.sequence_tokens)
+    return split_text(torch.tensor(tokens), length, options.num_sequences)
+
+
+def _show(console: Console, result: QuantizedModel, report: dict[str, Any], out: Path) -> None:
+    errors = sorted(result.errors, key=lambda e: e.weight if e.output is None else e.output)
+    table = Table(title=f"{len(errors)} linear layers, the worst first", title_justify="left")
+    for column in ("layer", "method", "error of weights", "of outputs"):
+        table.add_column(column, justify="left" if column in ("layer", "method") else "right")
+    for error in reversed(errors[-_NUM_WORST:]):
+        output = "-" if error.output is None else f"{error.output:.2%}"
+        table.add_row(error.name, error.method, f"{error.weight:.2%}", output)
+    mean = sum(error.weight for error in errors) / len(errors)
+    outputs = [error.output for error in errors if error.output is not None]
+    mean_output = f"{sum(outputs) / len(outputs):.2%}" if outputs else "-"
+    table.add_row("mean of all", "", f"{mean:.2%}", mean_output)
+    console.print(table)
+    if "perplexity_after" in report:
+        before, after = report["perplexity_before"], report["perplexity_after"]
+        console.print(f"perplexity on the text's tail: {before:.4g} before, {after:.4g} after")
+    if result.dense:
+        console.print(f"left dense: {len(result.dense)}, among them {result.dense[0]}")
+    dense = sum(2 * w.out_features * w.in_features for w in result.weights.values())
+    small = total_bytes(result.weights)
+    console.print(
+        f"{small / 2**20:.1f} MiB, where 16 bits took {dense / 2**20:.1f} MiB: written to {out}"
+    )

@@ -1,0 +1,1 @@
+"""The CPU's kernels between attention calls, and where a model uses them."""

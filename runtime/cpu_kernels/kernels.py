@@ -1,0 +1,333 @@
+"""vkv's own CPU kernels between attention calls: linears, norms, rotary embedding, gates.
+
+A small C library (`native/`) with a plain C ABI through ctypes, on PyTorch's own threads. Tensors
+are [rows, elements], the last dimension contiguous.
+"""
+
+import ctypes
+import threading
+from enum import IntEnum
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from ...attention_backends.native_build import find_library, openmp_parallel
+from ...quant import empty_apart
+from ...vmem.errors import UnsupportedAttention
+
+_SOURCE = Path(__file__).parent / "native"
+_BUILT = Path(__file__).parent / "_native.abi3.so"
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum vkv_dtype
+_PANELS = (16, 64)  # VKV_PANEL_AVX2, VKV_PANEL_AVX512
+
+_POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_THREADS = (("num_threads", _INT32), ("parallel", _POINTER))
+
+
+class Gate(IntEnum):
+    """Activations of a gated feed-forward layer (enum vkv_gate)."""
+
+    SILU = 1
+    GELU_TANH = 2
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("inputs", "weight", "bias", "out", "workspace")),
+        *((name, _INT64) for name in ("workspace_bytes", "input_stride", "out_stride")),
+        *((name, _INT32) for name in ("num_rows", "num_columns", "num_words")),
+        *((name, _INT32) for name in ("panel_columns", "gate", "dtype")),
+        *_THREADS,
+    )
+
+
+class _RmsNorm(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("inputs", "weight", "out")),
+        ("input_stride", _INT64),
+        *((name, _INT32) for name in ("num_rows", "dim", "dtype")),
+        *((name, _FLOAT) for name in ("eps", "offset")),
+        *_THREADS,
+    )
+
+
+class _Rotate(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("inputs", "cosine", "sine", "out")),
+        *((name, _INT64) for name in ("token_stride", "head_stride")),
+        *((name, _INT32) for name in ("num_tokens", "num_heads", "dim", "dtype")),
+        *_THREADS,
+    )
+
+
+class _Gated(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("inputs", "out")),
+        ("input_stride", _INT64),
+        *((name, _INT32) for name in ("num_rows", "dim", "dtype", "gate")),
+        *_THREADS,
+    )
+
+
+class Workspace:
+    """Memory for kernels to work in, one at a time, and what they are told of it."""
+
+    def __init__(self) -> None:
+        self.grow(1 << 16)
+
+    def grow(self, num_bytes: int) -> None:
+        self._memory = torch.empty(num_bytes + 64, dtype=torch.uint8)
+        self.address = -(-self._memory.data_ptr() // 64) * 64
+        self.num_bytes = num_bytes
+
+
+class _ThreadWorkspace(threading.local, Workspace):
+    """Every thread has its own."""
+
+
+_workspace = _ThreadWorkspace()
+
+
+class _Add(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("left", "right", "out")),
+        ("count", _INT64),
+        ("dtype", _INT32),
+        *_THREADS,
+    )
+
+
+class Call(ctypes.Structure):
+    """`struct vkv_call`: a kernel's address, and those of its arguments."""
+
+    _fields_ = tuple((name, _POINTER) for name in ("function", "first", "second"))
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether there is a library here, or a compiler to make it, and kernels for `dtype`."""
+    if dtype not in _DTYPES:
+        return False
+    try:
+        library()
+    except UnsupportedAttention:
+        return False
+    return True
+
+
+def best_panel(dtype: torch.dtype) -> int | None:
+    """Columns of the panels that `PanelLinear` lays weights of `dtype` out in here.
+
+    None where it does not run, or where PyTorch has kernels that do as well or better.
+    """
+    if not available(dtype):
+        return None
+    return library().vkv_best_panel(_DTYPES[dtype]) or None
+
+
+def usable_panels(dtype: torch.dtype) -> list[int]:
+    """Columns of every kind of panel that this processor has a kernel of `dtype` for."""
+    if not available(dtype):
+        return []
+    return [columns for columns in _PANELS if library().vkv_has_panel(columns, _DTYPES[dtype])]
+
+
+class PanelLinear:
+    """A linear whose weight lies in panels, as `native/kernels.h` says.
+
+    Args:
+        weight: bfloat16 or float32 [out_features, in_features], in_features even.
+        bias: [out_features] or None.
+        gate: with one, the first half of the columns passes it and multiplies the second; the
+            half is then a multiple of 32.
+        panel: columns of a panel, of `usable_panels(dtype)`.
+
+    Raises ValueError if in_features is odd or zero; a call, TypeError for inputs of another type.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        gate: Gate | None = None,
+        *,
+        panel: int,
+    ) -> None:
+        self._dtype = weight.dtype
+        if weight.shape[1] == 0 or weight.shape[1] % 2:
+            raise ValueError(f"panels hold pairs of inputs, and there are {weight.shape[1]}")
+        words = weight.detach().contiguous().view(torch.int32)
+        self._shape = columns, num_words = words.shape
+        self.out_features = columns if gate is None else columns // 2
+        self._weight = empty_apart((-(-columns // panel), num_words, panel), torch.int32)
+        library().vkv_pack(
+            words.data_ptr(), self._weight.data_ptr(), columns, num_words, panel, gate is not None
+        )
+        self._bias = None if bias is None else _panel_bias(bias, gate, panel)
+        self._args = _Linear(
+            weight=self._weight.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            num_columns=columns,
+            num_words=num_words,
+            panel_columns=panel,
+            gate=gate or 0,
+            dtype=_DTYPES[weight.dtype],
+            parallel=openmp_parallel(),
+        )
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] to [..., out_features]."""
+        if inputs.dtype != self._dtype:
+            raise TypeError(f"the weight is {self._dtype} and the inputs are {inputs.dtype}")
+        inputs, num_rows, stride = _rows(inputs)
+        out = inputs.new_empty((*inputs.shape[:-1], self.out_features))
+        args = _Linear.from_buffer_copy(self._args)  # threads may share the module
+        args.inputs, args.out = inputs.data_ptr(), out.data_ptr()
+        args.input_stride, args.out_stride = stride, self.out_features
+        args.num_rows, args.num_threads = num_rows, torch.get_num_threads()
+        args.workspace, args.workspace_bytes = _workspace.address, _workspace.num_bytes
+        while needed := library().vkv_linear(ctypes.byref(args)):
+            _workspace.grow(needed)
+            args.workspace, args.workspace_bytes = _workspace.address, _workspace.num_bytes
+        return out
+
+    def dense(self) -> torch.Tensor:
+        """The weight again, bit for bit."""
+        weight = torch.empty(self._shape, dtype=torch.int32)
+        library().vkv_unpack(
+            self._weight.data_ptr(),
+            weight.data_ptr(),
+            *weight.shape,
+            self._args.panel_columns,
+            self._args.gate != 0,
+        )
+        return weight.view(self._dtype)
+
+
+class RmsNorm:
+    """x / sqrt(mean(x²) + eps) * (offset + weight), over the last dimension."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, offset: float) -> None:
+        self._weight = weight.detach()
+        self._args = _RmsNorm(
+            weight=self._weight.data_ptr(),
+            dim=len(weight),
+            dtype=_DTYPES[weight.dtype],
+            eps=eps,
+            offset=offset,
+            parallel=openmp_parallel(),
+        )
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[..., dim] to a tensor of the same shape, without gaps."""
+        inputs, num_rows, stride = _rows(inputs)
+        out = inputs.new_empty(inputs.shape)
+        args = _RmsNorm.from_buffer_copy(self._args)  # threads may share the module
+        args.inputs, args.out = inputs.data_ptr(), out.data_ptr()
+        args.input_stride, args.num_rows = stride, num_rows
+        args.num_threads = torch.get_num_threads()
+        library().vkv_rms_norm(ctypes.byref(args))
+        return out
+
+
+def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [num_tokens, num_heads, dim], strided, by [num_tokens, dim] angles."""
+    out = states.new_empty(states.shape)
+    args = _Rotate(
+        inputs=states.data_ptr(),
+        cosine=cosine.data_ptr(),
+        sine=sine.data_ptr(),
+        out=out.data_ptr(),
+        token_stride=states.stride(0),
+        head_stride=states.stride(1),
+        num_tokens=states.shape[0],
+        num_heads=states.shape[1],
+        dim=states.shape[2],
+        dtype=_DTYPES[states.dtype],
+        num_threads=torch.get_num_threads(),
+        parallel=openmp_parallel(),
+    )
+    library().vkv_rotate(ctypes.byref(args))
+    return out
+
+
+def gated(inputs: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """gate(first half) * second half of [..., 2 dim]."""
+    inputs, num_rows, stride = _rows(inputs)
+    dim = inputs.shape[-1] // 2
+    out = inputs.new_empty((*inputs.shape[:-1], dim))
+    args = _Gated(
+        inputs=inputs.data_ptr(),
+        out=out.data_ptr(),
+        input_stride=stride,
+        num_rows=num_rows,
+        dim=dim,
+        dtype=_DTYPES[inputs.dtype],
+        gate=gate,
+        num_threads=torch.get_num_threads(),
+        parallel=openmp_parallel(),
+    )
+    library().vkv_gated(ctypes.byref(args))
+    return out
+
+
+def add(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """out = left + right, all of one shape and dtype, without gaps."""
+    args = _Add(
+        left=left.data_ptr(),
+        right=right.data_ptr(),
+        out=out.data_ptr(),
+        count=out.numel(),
+        dtype=_DTYPES[out.dtype],
+        num_threads=torch.get_num_threads(),
+        parallel=openmp_parallel(),
+    )
+    library().vkv_add(ctypes.byref(args))
+
+
+def _rows(inputs: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """The tensor as evenly spaced rows: itself or a copy, how many there are, and their stride."""
+    if inputs.is_contiguous():
+        return inputs, inputs.numel() // inputs.shape[-1], inputs.shape[-1]
+    shape, strides = inputs.shape, inputs.stride()
+    outer = [(n, step) for n, step in zip(shape[:-1], strides[:-1], strict=True) if n > 1]
+    evenly = all(a[1] == b[0] * b[1] for a, b in pairwise(outer))
+    if strides[-1] != 1 or not evenly or not outer:
+        inputs = inputs.contiguous()
+        return inputs, inputs.numel() // shape[-1], shape[-1]
+    return inputs, inputs.numel() // shape[-1], outer[-1][1]
+
+
+def _panel_bias(bias: torch.Tensor, gate: Gate | None, panel: int) -> torch.Tensor:
+    """The bias in float32, in the order of the panels' columns, zero behind the last."""
+    bias = bias.detach().float()
+    if gate is not None:  # [2, panels, half a panel] to [panels, 2, half a panel]
+        bias = bias.view(2, -1, panel // 2).transpose(0, 1).reshape(-1)
+    return torch.nn.functional.pad(bias, (0, -len(bias) % panel)).contiguous()
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The kernels, compiled now if need be. The GIL is free while they run."""
+    library = ctypes.CDLL(str(find_library(_SOURCE, _BUILT)))
+    for name in ("vkv_pack", "vkv_unpack"):
+        function = getattr(library, name)
+        function.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32]
+        function.restype = None
+    for name, struct in (
+        ("vkv_linear", _Linear),
+        ("vkv_rms_norm", _RmsNorm),
+        ("vkv_rotate", _Rotate),
+        ("vkv_gated", _Gated),
+        ("vkv_add", _Add),
+    ):
+        function = getattr(library, name)
+        function.argtypes = [ctypes.POINTER(struct)]
+        function.restype = _INT64
+    library.vkv_replay.argtypes = [_POINTER, _INT64, _INT64, ctypes.POINTER(_INT64)]
+    library.vkv_replay.restype = _INT64
+    library.vkv_has_panel.argtypes = [_INT32, _INT32]
+    library.vkv_best_panel.argtypes = [_INT32]
+    library.vkv_has_panel.restype = library.vkv_best_panel.restype = _INT32
+    return library

@@ -1,0 +1,398 @@
+"""Linear layers as a CPU's kernels like them: weights laid out once, at load.
+
+PyTorch's own linear rearranges a weight at every call, or does without; laid out ahead, a weight
+is read at memory speed: by vkv's kernel where `best_panel` names one, by oneDNN's otherwise, and
+in 4 bits by the kernels of `quant`. Where a model calls several linears
+in a row on the same input (queries, keys and values; gate and up), one product computes them all:
+the first call computes, the others find their part. A gated feed-forward layer, and what `fusing`
+knows, is one pass more. The model's code stays as it is: only modules are exchanged.
+
+All of it is undone without loss, should the model not take it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import nn
+
+from ...quant import Int4Linear, can_concatenate, concatenate, empty_apart, split, trim_heap
+from ...vmem import linux
+from . import kernels as native_kernels
+from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of, has_hooks
+from .kernels import Gate, PanelLinear
+
+_Linear: TypeAlias = nn.Linear | Int4Linear
+_DTYPES = (torch.float32, torch.bfloat16)
+# Of the largest value. Two orders of the same sums differ by less; a mix-up by far more.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+class _Product(Protocol):
+    """A weight, laid out: what it computes, and how to have it back."""
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor: ...
+
+    def dense(self) -> torch.Tensor: ...
+
+
+class _OneDnnLinear:
+    """A linear whose weight lies as oneDNN's kernel for few rows wants it.
+
+    That is as good for many: measured to 512.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self._bias = bias
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+
+    def dense(self) -> torch.Tensor:
+        return self._weight.to_dense()
+
+
+class PackedLinear(nn.Module):
+    """One linear, or a part of several that share their input: [..., in] to [..., out]."""
+
+    def __init__(self, product: "PackedProduct", part: int) -> None:
+        super().__init__()
+        self.in_features = product.in_features
+        self.out_features = product.out_features[part]
+        self.product = product
+        self.part = part
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.product.compute(inputs, self.part)
+
+    def extra_repr(self) -> str:
+        count = len(self.product.out_features)
+        shared = f", part {self.part + 1} of {count}" if count > 1 else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}{shared}"
+
+
+class PackedGatedLayer(nn.Module):
+    """A gated feed-forward layer: down_proj(gate(x) * up(x)), gate and up in one product."""
+
+    def __init__(self, product: "PackedProduct", down_proj: nn.Module) -> None:
+        super().__init__()
+        self.product = product
+        self.down_proj = down_proj
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.product.gated(hidden_states))
+
+
+class PackedProduct:
+    """The packed weights of one or more linears over the same input.
+
+    Args:
+        linears: in the order of the model's calls; all dense, or all in 4 bits.
+        gate: of two linears, gate and up, whose gated product alone is wanted.
+    """
+
+    def __init__(self, linears: Iterable[_Linear], gate: Gate | None = None) -> None:
+        linears = list(linears)
+        self.in_features = linears[0].in_features
+        self.out_features = tuple(linear.out_features for linear in linears)
+        self.has_bias = tuple(linear.bias is not None for linear in linears)
+        self.bias = _joined_bias(linears)
+        self.gate = gate
+        # An input and its product, in one place: another thread's never come between them.
+        self._last: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+        self._gates_itself = False
+        self._product: _Product | Int4Linear
+        int4 = [linear for linear in linears if isinstance(linear, Int4Linear)]
+        if len(int4) == 1:
+            self._product = int4[0]  # and what it has been laid out for
+        elif int4:
+            weight = concatenate([linear.weight_int4 for linear in int4])
+            self._product = Int4Linear(weight, self.bias)
+        else:
+            dense = [linear.weight for linear in linears if isinstance(linear, nn.Linear)]
+            self._product = self._lay_out(dense)
+
+    def _lay_out(self, weights: list[torch.Tensor]) -> _Product:
+        weight = weights[0] if len(weights) == 1 else _joined(weights)
+        self._weight_bytes = weight.nbytes
+        panel = native_kernels.best_panel(weight.dtype)
+        if panel is not None and self.in_features and self.in_features % 2 == 0:
+            self._gates_itself = self.gate is not None and self.out_features[0] % 32 == 0
+            gate = self.gate if self._gates_itself else None
+            return PanelLinear(weight, self.bias, gate, panel=panel)
+        return _OneDnnLinear(weight, self.bias)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight and the bias."""
+        if isinstance(self._product, Int4Linear):
+            return self._product.num_bytes
+        return self._weight_bytes + (0 if self.bias is None else self.bias.nbytes)
+
+    @property
+    def int4(self) -> Int4Linear | None:
+        """The one 4-bit layer that computes all parts, if they are in 4 bits."""
+        return self._product if isinstance(self._product, Int4Linear) else None
+
+    def compute(self, inputs: torch.Tensor, part: int) -> torch.Tensor:
+        """The part's rows of the product; the other parts are kept until the last is fetched."""
+        last = self._last
+        if last is None or last[0] is not inputs:
+            whole = self._product(inputs)
+            if len(self.out_features) == 1:
+                return whole
+            last = self._last = inputs, whole.split(self.out_features, dim=-1)
+        if part == len(self.out_features) - 1:
+            self._last = None
+        return last[1][part]
+
+    def gated(self, inputs: torch.Tensor) -> torch.Tensor:
+        """gate(first part) * second part."""
+        whole = self._product(inputs)
+        if self._gates_itself:
+            return whole
+        assert self.gate is not None
+        return native_kernels.gated(whole, self.gate)
+
+    def settle(self, dtype: torch.dtype) -> None:
+        """Keep nothing of the weight but what products of `dtype` read: no more `unpack`."""
+        if isinstance(self._product, Int4Linear):
+            self._product.settle(dtype)
+
+    def unpack(self) -> "list[_Linear]":
+        """The linears again, bit for bit."""
+        biases: list[torch.Tensor | None] = [None] * len(self.out_features)
+        if self.bias is not None:
+            parts = zip(self.bias.split(self.out_features), self.has_bias, strict=True)
+            biases = [bias.clone() if has_bias else None for bias, has_bias in parts]
+        if isinstance(self._product, Int4Linear) and len(self.out_features) == 1:
+            return [self._product]
+        if isinstance(self._product, Int4Linear):
+            int4 = split(self._product.weight_int4, self.out_features)
+            return [Int4Linear(weight, bias) for weight, bias in zip(int4, biases, strict=True)]
+        weights = self._product.dense().split(self.out_features)
+        linears: list[_Linear] = []
+        for weight, bias in zip(weights, biases, strict=True):
+            linear = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+            linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias, requires_grad=False)
+            linears.append(linear)
+        return linears
+
+
+@dataclass
+class _Place:
+    """Where a linear hangs in the model, and what it was called with."""
+
+    parent: nn.Module
+    name: str
+    linear: _Linear
+    inputs: list[torch.Tensor] = field(default_factory=list)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for packed weights of `dtype` on this processor."""
+    return native_kernels.best_panel(dtype) is not None or one_dnn_packs(dtype)
+
+
+def one_dnn_packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has them."""
+    if not torch.backends.mkldnn.is_available() or dtype not in _DTYPES:
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
+    """Lay out the linears that `run()` calls, dense or in 4 bits, and fuse what is around them.
+
+    `run` runs a few tokens through the model and returns what came out, a row for each: once to
+    see which linears share an input, and once more to see that the model takes the packed ones
+    and computes the same. If it does not (it reads a weight itself, say), all is put back, bit for
+    bit, and nothing is packed. Returns the bytes of packed weights, an earlier call's included.
+    """
+    expected: list[torch.Tensor] = []
+    groups = _shared_inputs(_places(model), lambda: expected.extend(run()))
+    homes, dtype = _homes(model), expected[0].dtype  # of the logits it may be another
+    files = linux.mapped_files(".safetensors")
+    undo: list[Undo] = []
+    gated: list[tuple[nn.Module, PackedProduct]] = []
+    products: list[PackedProduct] = []
+    try:
+        for group in groups:  # one at a time: never two copies of the whole model
+            parent = group[0].parent
+            is_gated = [place.name for place in group] == ["gate_proj", "up_proj"]
+            gate = gate_of(parent, dtype) if is_gated and id(parent) in homes else None
+            product = PackedProduct([place.linear for place in group], gate)
+            undo.append(_exchange_linears(group, product, files))
+            products.append(product)
+            trim_heap()
+            if gate is not None:
+                gated.append((parent, product))
+        for layer, product in gated:  # whose own linears are packed by now
+            fused = PackedGatedLayer(product, layer.down_proj)  # type: ignore[arg-type]
+            undo.append(exchange(*homes[id(layer)], fused))
+        undo += fuse_norms(model) + fuse_rotary(model)
+        if _same(run(), expected, _TOLERANCE[dtype]):
+            for product in products:
+                product.settle(dtype)
+            return packed_bytes(model)
+    except (RuntimeError, AttributeError, TypeError, ValueError, OSError):
+        pass  # it does not take them, and goes on as it was
+    for back in reversed(undo):
+        back()
+    return packed_bytes(model)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of packed weights, which are no parameters any more."""
+    products = {
+        module.product
+        for module in model.modules()
+        if isinstance(module, PackedLinear | PackedGatedLayer)
+    }
+    return sum(product.num_bytes for product in products)
+
+
+def int4_products(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
+    """The products by 4-bit weights, packed or not, each with the first module that it serves."""
+    seen: set[Int4Linear] = set()
+    for name, module in model.named_modules():
+        packed = isinstance(module, PackedLinear | PackedGatedLayer)
+        linear = module.product.int4 if packed else module
+        if isinstance(linear, Int4Linear) and linear not in seen:
+            seen.add(linear)
+            yield name, linear
+
+
+def _exchange_linears(
+    group: "list[_Place]", product: PackedProduct, files: list[tuple[int, int]]
+) -> Undo:
+    """Put the product's parts in the linears' places, and let the linears go."""
+    for part, place in enumerate(group):
+        setattr(place.parent, place.name, PackedLinear(product, part))
+        if isinstance(place.linear, nn.Linear):
+            _let_go(place.linear.weight, files)
+        del place.linear
+
+    def undo() -> None:
+        for place, linear in zip(group, product.unpack(), strict=True):
+            setattr(place.parent, place.name, linear)
+
+    return undo
+
+
+def _homes(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    """For each module that hangs in one place only, its parent and its name there."""
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            homes.setdefault(id(child), []).append((parent, name))
+    return {child: places[0] for child, places in homes.items() if len(places) == 1}
+
+
+def _same(
+    found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float
+) -> bool:
+    """Whether most rows are alike: a router of experts may waver over one for a rounding error."""
+    for new, old in zip(found, expected, strict=True):
+        off = (new.float() - old.float()).abs().amax(dim=-1)
+        if (off > tolerance * old.float().abs().max()).float().mean() > 0.5:
+            return False
+    return True
+
+
+def _let_go(weight: torch.Tensor, files: list[tuple[int, int]]) -> None:
+    """Drop the pages of a weight that lies in a mapped checkpoint: its file has them, if need be.
+
+    The file stays mapped as long as any tensor lies in it, and its pages would stay resident.
+    """
+    address, num_bytes = weight.data_ptr(), weight.nbytes
+    if any(start <= address and address + num_bytes <= end for start, end in files):
+        linux.drop_pages(address, num_bytes)
+
+
+def _places(model: nn.Module) -> list[_Place]:
+    """The linears that hang in one place only and are no subclass with ideas of its own."""
+    places = [
+        _Place(parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear | Int4Linear) and type(child) in (nn.Linear, Int4Linear)
+        if not has_hooks(child)
+        if isinstance(child, Int4Linear) or _has_kernel(child)
+    ]
+    counts: dict[int, int] = {}
+    for place in places:
+        counts[id(place.linear)] = counts.get(id(place.linear), 0) + 1
+    return [place for place in places if counts[id(place.linear)] == 1]
+
+
+def _has_kernel(linear: nn.Linear) -> bool:
+    """Whether the weight can be laid out: vkv's own kernel wants an even number of inputs."""
+    return linear.in_features % 2 == 0 or one_dnn_packs(linear.weight.dtype)
+
+
+def _shared_inputs(places: list[_Place], run: Callable[[], object]) -> list[list[_Place]]:
+    """Groups of sibling linears called once each, one after the other, on the same tensor."""
+    calls: list[_Place] = []
+
+    def note(place: _Place) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            place.inputs.append(inputs[0])
+            calls.append(place)
+
+        return hook
+
+    hooks = [place.linear.register_forward_pre_hook(note(place)) for place in places]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: list[list[_Place]] = []
+    for place in calls:
+        if len(place.inputs) > 1:  # several times a forward: packed, and on its own
+            if not any(place in group for group in groups):
+                groups.append([place])
+            continue
+        last = groups[-1] if groups else []
+        if last and len(last[0].inputs) == 1 and _are_siblings(last[0], place):
+            last.append(place)
+        else:
+            groups.append([place])
+    for place in calls:
+        place.inputs.clear()
+    return groups
+
+
+def _are_siblings(first: _Place, other: _Place) -> bool:
+    if first.parent is not other.parent or first.inputs[0] is not other.inputs[0]:
+        return False
+    one, two = first.linear, other.linear
+    if isinstance(one, Int4Linear) and isinstance(two, Int4Linear):
+        both_whole = not one.is_settled and not two.is_settled
+        return both_whole and can_concatenate(one.weight_int4, two.weight_int4)
+    return isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
+
+
+def _joined(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The weights below one another, apart: the heap would keep a hole for each that is let go."""
+    shape = sum(len(weight) for weight in weights), weights[0].shape[1]
+    apart = empty_apart(shape, weights[0].dtype)
+    return torch.cat([weight.detach() for weight in weights], out=apart)
+
+
+def _joined_bias(linears: Sequence[_Linear]) -> torch.Tensor | None:
+    biases = [linear.bias for linear in linears]
+    some = next((bias for bias in biases if bias is not None), None)
+    if some is None:
+        return None
+    parts = zip(biases, linears, strict=True)
+    return torch.cat(
+        [some.new_zeros(linear.out_features) if bias is None else bias for bias, linear in parts]
+    ).detach()

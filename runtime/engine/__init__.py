@@ -1,0 +1,1 @@
+"""The step loop, and what builds, feeds and measures it."""

@@ -1,0 +1,176 @@
+"""Options of an engine, resolved once."""
+
+import difflib
+import math
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+import torch
+
+from ...allocator import MemoryLimit, Sanitize, parse_bytes
+from ...vmem.errors import DriverUnavailable, InvalidConfig
+from ..scheduling.scheduler import Policy
+
+KVKind = Literal["virtual", "paged"]
+
+_LEAST = {
+    "max_seqs": 1,
+    "max_len": 1,
+    "max_batch_tokens": 1,
+    "page_bytes": 1,
+    "block_tokens": 1,
+    "layers_per_range": 1,
+    "max_parked": 0,
+    "look_ahead_tokens": 0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine uses its memory and its steps.
+
+    Attributes:
+        max_seqs: requests that run at once.
+        max_len: tokens of a request, prompt and output; None for what the model was made for.
+        kv_memory: the most bytes that keys and values may take: an integer, a text such as
+            "64MiB", a `MemoryLimit` that several engines share, or "auto": half of a machine's
+            free memory, or what the largest step leaves on a GPU (measured, `memory_profile`).
+            Nothing is taken in advance.
+        max_batch_tokens: tokens of one step; None for 256 on a CPU, 2048 on a GPU.
+        kv: contiguous slots in virtual memory, or the paged baseline.
+        attention: a backend's name, or "auto".
+        page_bytes: size of a physical page; None for a size that suits the model.
+        block_tokens: tokens of a block of the paged baseline.
+        layers_per_range: layers that share a stretch of a slot (`KVLayout`); None for one on a
+            CPU, whose kernels then read memory in order, and all on a GPU.
+        split_kv: keys and values in stretches of their own.
+        max_parked: finished requests whose memory is kept for the next; None for `max_seqs`.
+        look_ahead_tokens: tokens mapped ahead of a decoding request in the background; 0 for none.
+        prefix_reuse: begin a request with rows computed for the same tokens before.
+        pack_weights: lay linear weights out anew for the CPU's kernels; None does so for models
+            that vkv loaded itself, and leaves one that it was given as it is.
+        lm_head_bits: 4 or 8 to quantise the output layer at load; None leaves it as it is.
+        sanitize: "zero" clears recycled memory before another request may see it.
+        record_decodes: record decode steps and replay them, as CUDA graphs (`graphs`) or on a CPU
+            as a list of calls (`tape`); None does so where the attention backend and the model
+            can be recorded.
+        overlap: prepare a step on the host while the device computes the one before, so that a
+            request's end is seen one step late; None does so on a GPU. The tokens are the same.
+        policy: "splitfuse", or "prefill_first", a baseline to compare with (`scheduler`).
+        idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
+            back by itself; None for never.
+    """
+
+    max_seqs: int = 32
+    max_len: int | None = None
+    kv_memory: int | str | MemoryLimit = "auto"
+    max_batch_tokens: int | None = None
+    kv: KVKind = "virtual"
+    attention: str = "auto"
+    page_bytes: int | None = None
+    block_tokens: int = 16
+    layers_per_range: int | None = None
+    split_kv: bool = False
+    max_parked: int | None = None
+    look_ahead_tokens: int = 16
+    prefix_reuse: bool = True
+    pack_weights: bool | None = None
+    lm_head_bits: int | None = None
+    sanitize: Sanitize = "never"
+    record_decodes: bool | None = None
+    overlap: bool | None = None
+    policy: Policy = "splitfuse"
+    idle_trim_s: float | None = None
+
+    def __new__(cls, **options: Any) -> Self:
+        # Before `__init__`, whose TypeError could not suggest the name that was meant.
+        known = [option.name for option in fields(cls)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                raise InvalidConfig(f"unknown option {name!r}: {hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value is None and default is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InvalidConfig(
+                    f"{name} is {value!r}; it must be an integer of at least {least}"
+                )
+        for name in ("split_kv", "prefix_reuse"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use True or False")
+        for name in ("pack_weights", "record_decodes", "overlap"):
+            if getattr(self, name) not in (None, True, False):
+                raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use None, True or False")
+        if self.lm_head_bits not in (None, 4, 8):
+            raise InvalidConfig(f"lm_head_bits is {self.lm_head_bits!r}; use None, 4 or 8")
+        if self.kv not in ("virtual", "paged"):
+            raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
+        if self.policy not in ("splitfuse", "prefill_first"):
+            raise InvalidConfig(f"policy is {self.policy!r}; use 'splitfuse' or 'prefill_first'")
+        if self.idle_trim_s is not None:
+            _check_seconds("idle_trim_s", self.idle_trim_s)
+        if isinstance(self.kv_memory, MemoryLimit):
+            if self.kv == "paged":
+                raise InvalidConfig(
+                    "kv_memory is a MemoryLimit, and the paged baseline takes its memory in "
+                    "advance; give it bytes, or use kv='virtual'"
+                )
+        elif self.kv_memory != "auto":
+            parse_bytes(self.kv_memory)
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise InvalidConfig(f"{name} is {value!r}; use a finite number of seconds, or None")
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that could be taken on `device` now without harming others."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    with open("/proc/meminfo") as lines:
+        fields = dict(line.split(":", 1) for line in lines)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    return min(available, _cgroup_room(available))
+
+
+def _cgroup_room(otherwise: int) -> int:
+    """Bytes left in this process's memory control group, if it has a limit."""
+    root = "/sys/fs/cgroup"
+    try:
+        with open(os.path.join(root, "memory.max")) as limit_file:
+            limit = limit_file.read().strip()
+        with open(os.path.join(root, "memory.current")) as current_file:
+            current = int(current_file.read())
+    except OSError:
+        return otherwise  # no such group: the machine's own figure holds
+    return otherwise if limit == "max" else max(0, int(limit) - current)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device from its name; "auto" is a GPU where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidConfig(f"device is {device!r}; use 'auto', 'cpu' or 'cuda'") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise InvalidConfig(f"device is {device!r}; use 'auto', 'cpu' or 'cuda'")
+    if resolved.type == "cpu":
+        return resolved
+    index = resolved.index or 0
+    if index >= torch.cuda.device_count():
+        raise DriverUnavailable(
+            f"device is {str(device)!r}, and PyTorch sees {torch.cuda.device_count()} GPUs here; "
+            "use device='cpu', or install a PyTorch built for CUDA and its driver"
+        )
+    return torch.device("cuda", index)

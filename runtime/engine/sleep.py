@@ -1,0 +1,63 @@
+"""An engine asleep: its memory is the system's, its addresses stay its own."""
+
+import torch
+
+from ...vmem.errors import InvalidOperation
+from ..model.weights import OffloadedWeights
+from .engine import Engine
+
+
+class Sleep:
+    """Puts an engine to sleep and wakes it up.
+
+    Slots keep their addresses, so that whatever holds one (kernels' views, recorded steps) is
+    right when their memory is back. Weights come back at other addresses, so with them the
+    recordings of decode steps go; they are made again when needed.
+
+    Args:
+        engine: not stepped meanwhile.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._weights: OffloadedWeights | None = None
+        self.is_asleep = False
+
+    def begin(self, *, weights: bool) -> int:
+        """Give back the memory of keys, values and state, and of `weights`; returns the bytes.
+
+        Raises InvalidOperation if a request is unfinished. While it sleeps already, it gives back
+        what else is asked for.
+        """
+        engine = self._engine
+        if engine.has_work:
+            raise InvalidOperation(
+                f"{len(engine.requests)} requests are unfinished, and their keys and values would "
+                "be lost; let them finish, or abort them, before sleep()"
+            )
+        num_bytes = engine.cache.trim()
+        if engine.states is not None:
+            num_bytes += engine.states.num_bytes
+            engine.states.clear()
+        device = engine.loaded.device
+        if weights and device.type != "cpu" and self._weights is None:
+            if engine.runner.graphs is not None:
+                engine.runner.graphs.forget()
+            self._weights = OffloadedWeights(engine.loaded.model)
+            num_bytes += self._weights.num_bytes
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what activations left with PyTorch's own allocator
+        self.is_asleep = True
+        return num_bytes
+
+    def end(self) -> None:
+        """Bring the weights back. Keys and values come with the requests that need them."""
+        if self._weights is not None:
+            self._weights.restore()
+            self._weights = None
+        self.is_asleep = False
+
+    def check_awake(self) -> None:
+        """Raises InvalidOperation while asleep."""
+        if self.is_asleep:
+            raise InvalidOperation("this LLM is asleep; call wake() first")

@@ -1,0 +1,283 @@
+"""Decode steps recorded once and replayed: CUDA graphs by size of batch, or `tape` on a CPU.
+
+A step of a small batch takes the host longer to launch than the device to run. A recording of all
+its kernels is launched at once. That a slot's addresses never change is what makes it easy here:
+whatever differs from step to step (tokens, positions, slots, lengths) lies in tensors that are
+filled anew before a replay, and memory may be mapped behind a slot between two replays.
+
+On a GPU batches come in a few sizes. A smaller one is padded with rows that harm nobody: such a
+row writes its keys and values where the next token of some request will go, a row which is mapped
+but not read before that token overwrites it, and attends to the first token of that slot alone.
+Where no slot has such a row, the padding repeats the shortest request, and writes what it writes.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ...allocator import Slot, SlotCache
+from ...attention_backends import AttentionBatch
+from ..request.request import ScheduledRequest
+from .step_inputs import StepInputs, StepValues
+
+_SHORTEST = 1024  # tokens of context of the first recordings; the next are for four times as many
+_WARM_UPS = 2  # runs before a recording, in which libraries set themselves up
+
+Forward = Callable[[torch.Tensor, torch.Tensor, AttentionBatch], torch.Tensor]
+"""From ids [1, B], positions [1, B] and the batch to logits [B, vocab]."""
+
+_log = logging.getLogger(__name__)
+
+
+class Unrecordable(RuntimeError):
+    """What was to be recorded, or a recording, cannot stand for the run; `str()` says why."""
+
+
+class Recorder(Protocol):
+    """How a device records work and plays it again.
+
+    Attributes:
+        pads: batches come in a few sizes and lengths, and smaller ones are padded; otherwise every
+            size has a recording of its own.
+        refusal_level: of the log's entry that a model is not recorded.
+    """
+
+    pads: bool
+    refusal_level: int
+
+    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Returns what does again what `run` does, on the same tensors, for the same result.
+
+        The first replay is of the numbers that were recorded. Raises RuntimeError if `run` does
+        what cannot be recorded; what it returned does so if it sees that the recording is not
+        good for other numbers.
+        """
+        ...
+
+    def forget(self) -> None:
+        """All recordings are gone."""
+
+
+class Rerun:
+    """For a device without graphs: to replay is to run again. It gains nothing but a test."""
+
+    pads = True
+    refusal_level = logging.WARNING
+
+    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        return run
+
+    def forget(self) -> None:
+        pass
+
+
+class CudaRecorder:
+    """CUDA graphs, which share one pool of memory: only one is played at a time.
+
+    Args:
+        device: whose streams record.
+        still: held during a recording, so that no thread maps or makes memory meanwhile.
+    """
+
+    pads = True
+    refusal_level = logging.WARNING
+
+    def __init__(
+        self, device: torch.device, still: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._device = device
+        self._still = still
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None  # PyTorch's handle, whose type is private
+
+    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        with torch.cuda.device(self._device):
+            return self._record(run)
+
+    def _record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        stream = self._stream = self._stream or torch.cuda.Stream()
+        launching = torch.cuda.current_stream()
+        stream.wait_stream(launching)
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                run()
+        launching.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        )
+        # PyTorch leaves the recording's stream current where a recording fails.
+        with self._still(), torch.cuda.stream(launching), recording:
+            out = run()
+        self._pool = graph.pool()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    def forget(self) -> None:
+        self._pool = None  # it went with the last graph
+
+
+@dataclass(frozen=True)
+class _Recording:
+    inputs: StepInputs
+    replay: Callable[[], torch.Tensor]  # logits [size, vocab]
+
+
+class DecodeGraphs:
+    """Recordings of decode steps, made when first needed.
+
+    Args:
+        forward: the model; of the batch it may read the tensors, and as bounds `max_seqlen_q` and
+            `max_seqlen_k`.
+        cache: contiguous slots.
+        max_seqs: the largest batch.
+
+    Attributes:
+        refused: why the model cannot be recorded, once that was seen; then nothing is recorded.
+        num_replays: steps that ran from a recording.
+        recorder: what makes recordings.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        cache: SlotCache,
+        recorder: Recorder,
+        device: torch.device,
+        max_seqs: int,
+    ) -> None:
+        self._forward = forward
+        self._cache = cache
+        self.recorder = recorder
+        self._device = device
+        self._batch_sizes: Sequence[int] = range(1, max_seqs + 1)
+        self._lengths = [cache.max_len]
+        if recorder.pads:
+            self._batch_sizes = _steps(1, 2, max_seqs)
+            self._lengths = _steps(min(_SHORTEST, cache.max_len), 4, cache.max_len)
+        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self.refused: str | None = None
+        self.num_replays = 0
+
+    @property
+    def num_recordings(self) -> int:
+        return len(self._recordings)
+
+    def run(
+        self, batch: Sequence[ScheduledRequest], last_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Logits [len(batch), vocab] of requests that compute one token each.
+
+        `last_tokens` has the pending ones among these tokens, as in `StepInputs.fill`.
+        They are overwritten by the next call. None if the model cannot be recorded.
+        """
+        if self.refused is not None:
+            return None
+        size = _at_least(self._batch_sizes, len(batch))
+        values = self._values(batch, size)
+        key = size, _at_least(self._lengths, max(values.kv_lens))
+        recording = self._recordings.get(key)
+        if recording is None:
+            recording = self._record(values, last_tokens, *key)
+            if recording is None:
+                return None
+            self._recordings[key] = recording
+        else:
+            recording.inputs.fill(values, last_tokens)
+        try:
+            logits = recording.replay()
+        except RuntimeError as error:
+            return self._refuse(error)
+        self.num_replays += 1
+        return logits[: len(batch)]
+
+    def forget(self) -> None:
+        """Drop all recordings: addresses that they hold, of weights for one, will change."""
+        self._recordings.clear()
+        self.recorder.forget()
+
+    def _record(
+        self, values: StepValues, last_tokens: torch.Tensor | None, size: int, length: int
+    ) -> _Recording | None:
+        inputs = StepInputs(size, size, self._device)
+        inputs.fill(values, last_tokens)
+
+        def run() -> torch.Tensor:
+            # A batch of its own for each run, for backends keep by its identity what they derive
+            # from it, and a recording must contain how that is derived.
+            bounds = inputs.batch([1] * size, [length] * size, [0] * size)
+            return self._forward(inputs.ids, inputs.positions, bounds)
+
+        try:
+            return _Recording(inputs, self.recorder.record(run))
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            return self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        self.refused = str(error)
+        self.forget()
+        _log.log(
+            self.recorder.refusal_level,
+            "decode steps are not recorded and run one kernel at a time: %s",
+            error,
+        )
+
+    def _values(self, batch: Sequence[ScheduledRequest], size: int) -> StepValues:
+        """The step's numbers, padded to `size` rows."""
+        slots = [_slot(item) for item in batch]
+        starts = [item.start for item in batch]
+        ids = [item.request.ids(item.start, item.start + 1)[0] for item in batch]
+        positions, kv_lens = list(starts), [start + 1 for start in starts]
+        if missing := size - len(batch):
+            slot, write_at, token, position = self._padding(batch)
+            slots += [slot] * missing
+            starts += [write_at] * missing
+            ids += [token] * missing
+            positions += [position] * missing
+            kv_lens += [position + 1] * missing
+        rows, offsets = self._cache.locate(slots, starts, [1] * size)
+        return StepValues(
+            ids=ids,
+            positions=positions,
+            write_rows=rows,
+            write_offsets=offsets,
+            query_lens=[1] * size,
+            kv_lens=kv_lens,
+            slots=[slot.index for slot in slots],
+        )
+
+    def _padding(self, batch: Sequence[ScheduledRequest]) -> tuple[Slot, int, int, int]:
+        """A row that harms nobody: its slot, where it writes, its token and its position."""
+        for item in batch:
+            slot, behind = _slot(item), item.start + 1
+            if behind < slot.ready_tokens:
+                self._cache.grow(slot, behind + 1)  # on pages it has, so it takes and maps nothing
+                return slot, behind, item.request.ids(item.start, behind)[0], 0
+        shortest = min(batch, key=lambda item: item.start)
+        (token,) = shortest.request.ids(shortest.start, shortest.start + 1)
+        return _slot(shortest), shortest.start, token, shortest.start
+
+
+def _slot(item: ScheduledRequest) -> Slot:
+    assert item.request.slot is not None, "a scheduled request has no slot"
+    return item.request.slot
+
+
+def _steps(first: int, factor: int, last: int) -> list[int]:
+    """`first`, `first · factor`, … below `last`, and `last`."""
+    steps = [first]
+    while steps[-1] < last:
+        steps.append(min(steps[-1] * factor, last))
+    return steps
+
+
+def _at_least(steps: Sequence[int], value: int) -> int:
+    return next(step for step in steps if step >= value)

@@ -1,0 +1,359 @@
+"""From logits to tokens.
+
+In float32 and in this order, each step only where a request asks for it: penalties (repetition,
+then frequency and presence), `logit_bias`, `min_tokens` (stop tokens become impossible),
+`temperature`, `top_k`, `top_p`, `min_p`, and one draw. Greedy requests take the largest logit
+after the first three.
+
+Two promises shape the code:
+
+- *A row's result does not depend on the rest of the batch.* A row's randomness is one uniform
+  number per step, a hash of (seed, sequence index, step), so there is no generator whose state
+  could be shared, lost in a preemption or consumed by a failed step.
+- *Filters are thresholds on values, not choices of indices.* Each of top-k, top-p and min-p comes
+  to the smallest logit it keeps, so tokens of equal logit are kept or dropped together, as in
+  vLLM, and no sort's order of equals can show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import struct
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...vmem.errors import InvalidOperation
+from ..request.outputs import Logprob
+from ..request.sampling_params import SamplingParams
+from .upload import select_rows, upload
+
+_NUM_LIKELY = 1024
+"""Tokens that nearly always hold a top-p's mass; sorting so few is ten times as fast as all."""
+
+_MAX_FLOAT32_ROWS = 64
+"""Rows to widen to float32 and beyond at a time: bounds the memory beside the logits."""
+
+
+class SamplingState:
+    """What sampling remembers of one sequence: its parameters, its history and its step.
+
+    It belongs to the sequence, not to its place in a batch: keep it through a preemption, and
+    the recomputed sequence goes on with exactly the tokens it would have had.
+    """
+
+    __slots__ = (
+        "_in_prompt",
+        "_output_counts",
+        "_prompt_token_ids",
+        "_seed",
+        "_stop_ids",
+        "index",
+        "num_output_tokens",
+        "params",
+    )
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        index: int = 0,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        """Start a sequence: number `index` of the request's `n`, after `prompt_token_ids`.
+
+        `eos_token_ids` are the model's own stop tokens, which `min_tokens` holds off.
+        """
+        self.params = params
+        self.index = index
+        self.num_output_tokens = 0
+        self._prompt_token_ids = prompt_token_ids
+        self._stop_ids = params.stop_ids.union(eos_token_ids)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._seed = struct.pack("<qQ", seed, index)
+        # [vocab] each, on the logits' device; made on first use, by the penalties alone.
+        self._in_prompt: Tensor | None = None
+        self._output_counts: Tensor | None = None
+
+    def uniform(self) -> float:
+        """This step's random number, in [0, 1): the same for the same seed, index and step."""
+        step = struct.pack("<Q", self.num_output_tokens)
+        digest = hashlib.blake2b(self._seed + step, digest_size=8).digest()
+        # 52 bits, so that the product with any total stays below that total after rounding.
+        return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
+
+    @property
+    def has_penalties(self) -> bool:
+        params = self.params
+        return (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+
+    def addends(self) -> list[tuple[int, float]]:
+        """What to add to which token's logit at this step: the bias, and -inf for a barred stop."""
+        addends = list(self.params.logit_bias.items()) if self.params.logit_bias else []
+        if self.num_output_tokens < self.params.min_tokens:
+            addends += [(token_id, -math.inf) for token_id in self._stop_ids]
+        return addends
+
+    def history(self, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which tokens the prompt holds (bool) and how often each was generated (float32).
+
+        Both are [vocab_size], on `device`.
+        """
+        if self._in_prompt is None or self._output_counts is None:
+            with torch.inference_mode(False):  # or they could not be changed outside of it
+                prompt = torch.tensor(self._prompt_token_ids, dtype=torch.long, device=device)
+                self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+                self._in_prompt[prompt] = True
+                self._output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        return self._in_prompt, self._output_counts
+
+    def advance(self, token_id: int) -> None:
+        """Record the step's token."""
+        self.num_output_tokens += 1
+        if self._output_counts is not None:
+            self._output_counts[token_id] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One row's token and, if its request asked, its log probability and alternatives."""
+
+    token_id: int
+    logprob: float | None = None
+    logprobs: dict[int, Logprob] | None = None
+    """The token itself first, then the top alternatives, likeliest first."""
+
+
+@torch.no_grad()
+def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
+    """Choose the next token of every row and advance its state by it.
+
+    `logits`: [batch, vocab] in any float dtype, on any device, left as they are; row i belongs to
+    `states[i]`. Log probabilities are those of the raw logits, before any parameter acts.
+
+    Raises InvalidOperation, with no state advanced, if a row has a NaN, a positive infinity or
+    nothing but negative infinities: no token follows from it.
+    """
+    assert logits.ndim == 2, logits.shape
+    assert len(logits) == len(states), (len(logits), len(states))
+    if not states:
+        return []
+    # Waited for once.
+    chosen, finite = choose(logits, states).tolist()
+    check_finite(finite)
+    sampled = _report(logits, chosen, states)
+    for state, token_id in zip(states, chosen, strict=True):
+        state.advance(token_id)
+    return sampled
+
+
+@torch.no_grad()
+def choose(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """The next token of every row, and whether it follows from the row (`check_finite`).
+
+    As of `sample`, but int64 [2, batch], on the device of `logits`, which need not be waited for;
+    no state is advanced.
+    """
+    adjusted = _adjust(logits, states)
+    # One pass for the greedy token (the first of equals, as argmax) and for the check of the row:
+    # the largest value of a row with a NaN is NaN.
+    peaks, token_ids = adjusted.max(dim=-1)  # [batch] each
+    rows = [i for i, state in enumerate(states) if not state.params.greedy]
+    for start in range(0, len(rows), _MAX_FLOAT32_ROWS):
+        some = rows[start : start + _MAX_FLOAT32_ROWS]
+        where = upload(some, torch.long, logits.device)
+        token_ids[where] = _draw(adjusted[where], peaks[where], [states[i] for i in some])
+    return torch.stack([token_ids, peaks.isfinite().long()])
+
+
+@torch.no_grad()
+def prompt_logprobs(logits: Tensor, targets: Tensor, num_top: int) -> list[dict[int, Logprob]]:
+    """The log probability of each prompt token, with the `num_top` likeliest at its position.
+
+    `logits`: [tokens, vocab]; `targets`: [tokens], the token that came after each position. The
+    first prompt token is nobody's target: its entry, None, is the caller's to put in front.
+    """
+    return _logprobs(logits, targets, [num_top] * len(targets))
+
+
+def _adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """Penalties, bias and barred stop tokens; returns `logits` itself where no row asks."""
+    penalised = [i for i, state in enumerate(states) if state.has_penalties]
+    addends = [(row, *addend) for row, state in enumerate(states) for addend in state.addends()]
+    if not penalised and not addends:
+        return logits
+    adjusted = logits.to(torch.float32, copy=True)
+    if penalised:
+        some = [states[i] for i in penalised]
+        where = upload(penalised, torch.long, logits.device)
+        adjusted[where] = _penalise(adjusted[where], some)
+    if addends:
+        rows, token_ids, values = zip(*addends, strict=True)
+        where = upload([rows, token_ids], torch.long, logits.device)
+        # Accumulating: one token may have both a bias and a bar.
+        added = upload(values, adjusted.dtype, logits.device)
+        adjusted.index_put_((where[0], where[1]), added, accumulate=True)
+    return adjusted
+
+
+def _penalise(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """`logits` [rows, vocab] under each row's repetition, frequency and presence penalty.
+
+    Source: repetition as in CTRL, arXiv:1909.05858, section 4.1, but with negative logits
+    multiplied, as everyone does since; the others as in OpenAI's API.
+    """
+    histories = [state.history(logits.shape[-1], logits.device) for state in states]
+    in_prompt = torch.stack([prompt for prompt, _ in histories])  # [rows, vocab]
+    counts = torch.stack([output for _, output in histories])  # [rows, vocab]
+    in_output = counts > 0
+    repetition = _column(logits, [state.params.repetition_penalty for state in states])
+    frequency = _column(logits, [state.params.frequency_penalty for state in states])
+    presence = _column(logits, [state.params.presence_penalty for state in states])
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(in_prompt | in_output, repeated, logits)
+    return logits - frequency * counts - presence * in_output
+
+
+def _draw(logits: Tensor, peaks: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """One token for each row of `logits` [rows, vocab], by its own random number: [rows].
+
+    `peaks` [rows] are the rows' largest values. The draw inverts the cumulative distribution,
+    in float64, so that the order in which a device sums has no say in the outcome.
+    """
+    # Peak first: then no temperature, however small, makes anything overflow.
+    temperature = _column(peaks, [state.params.temperature for state in states], torch.float32)
+    scaled = (logits.float() - peaks.float()[:, None]) / temperature  # [rows, vocab], at most 0
+    weights = scaled.exp()
+    floors = _floors(scaled, weights, [state.params for state in states])
+    if floors is not None:
+        weights.masked_fill_(scaled < floors, 0.0)
+    mass = weights.cumsum(dim=-1, dtype=torch.float64)  # [rows, vocab]
+    uniform = _column(mass, [state.uniform() for state in states])
+    # To the right of equals, so that a token of no weight is never met.
+    token_ids = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(-1)
+    # Only a row with a NaN points past its end; it is reported once it is off the device.
+    return token_ids.clamp_(max=logits.shape[-1] - 1)
+
+
+def _floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
+    """The smallest value of each row that its top-k, top-p and min-p all keep: [rows, 1].
+
+    `scaled` [rows, vocab] has 0 as its largest value, hence min-p needs no sum; `weights` are its
+    exponentials. None if no row filters.
+    """
+    rows = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+    if not rows and all(p.min_p == 0 for p in params):
+        return None
+    floors = _column(scaled, [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])
+    if rows:
+        some = [params[i] for i in rows]
+        where = upload(rows, torch.long, scaled.device)
+        sorted_floors = _sorted_floors(scaled[where], weights[where], some)
+        floors[where] = torch.maximum(floors[where], sorted_floors)
+    return floors
+
+
+def _sorted_floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The floors of rows with a top-k, a top-p or both: [rows, 1].
+
+    Source: nucleus (top-p) sampling as in arXiv:1904.09751, section 3.1.
+    """
+    vocab_size, device = scaled.shape[-1], scaled.device
+    k = [min(p.top_k or vocab_size, vocab_size) for p in params]
+    top_k = upload(k, torch.long, device)[:, None]  # [rows, 1]
+    top_p = _column(scaled, [p.top_p for p in params], torch.float64)
+    total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    num_likely = min(max(p.top_k or _NUM_LIKELY for p in params), vocab_size)
+    # On a GPU, to see whether the likely ones were enough would be to wait for it.
+    first = num_likely if device.type == "cpu" or max(k) <= num_likely else vocab_size
+    for num_sorted in (first, vocab_size):
+        values = _largest(scaled, num_sorted)  # [rows, num_sorted]
+        beyond_k = torch.arange(num_sorted, device=device) >= top_k
+        mass = values.exp().masked_fill_(beyond_k, 0.0).cumsum(dim=-1, dtype=torch.float64)
+        held = mass[:, -1:]
+        nucleus = top_p * torch.where(top_k < vocab_size, held, total)
+        if max(k) <= num_sorted or not bool((held < nucleus).any()):
+            break  # else the likely tokens hold too little in some row: sort them all
+    # A token stays while those before it hold less than top_p of what top-k left.
+    num_nucleus = (mass[:, :-1] < nucleus).sum(dim=-1, keepdim=True) + 1
+    return values.gather(1, torch.minimum(top_k, num_nucleus) - 1)
+
+
+def _largest(values: Tensor, num: int) -> Tensor:
+    """The `num` largest of each row, descending."""
+    if num < values.shape[-1]:
+        return values.topk(num).values
+    return values.sort(descending=True).values
+
+
+def _report(
+    logits: Tensor, chosen: Sequence[int], states: Sequence[SamplingState]
+) -> list[SampledToken]:
+    """Wrap the chosen tokens, with log probabilities for the rows that ask for them."""
+    sampled = [SampledToken(token_id) for token_id in chosen]
+    asked = {i: k for i, s in enumerate(states) if (k := s.params.logprobs) is not None}
+    if asked:
+        rows = list(asked)
+        token_ids = upload([chosen[row] for row in rows], torch.long, logits.device)
+        tables = _logprobs(select_rows(logits, rows), token_ids, list(asked.values()))
+        for row, table in zip(rows, tables, strict=True):
+            token_id = chosen[row]
+            sampled[row] = SampledToken(token_id, table[token_id].logprob, table)
+    return sampled
+
+
+def _logprobs(
+    logits: Tensor, token_ids: Tensor, num_top: Sequence[int]
+) -> list[dict[int, Logprob]]:
+    """For each row of `logits` [rows, vocab]: its token, then its `num_top` likeliest tokens."""
+    tables: list[dict[int, Logprob]] = []
+    for start in range(0, len(num_top), _MAX_FLOAT32_ROWS):
+        some = slice(start, start + _MAX_FLOAT32_ROWS)
+        scores = logits[some].float().log_softmax(dim=-1)  # [some, vocab]
+        tokens = token_ids[some].to(scores.device)[:, None]  # [some, 1]
+        own = scores.gather(1, tokens)  # [some, 1]
+        own_ranks = (scores > own).sum(dim=-1, keepdim=True) + 1  # [some, 1]
+        top = scores.topk(min(max(num_top[some]), scores.shape[-1]))  # [some, max(num_top)]
+        values = torch.cat([own, top.values], dim=-1).tolist()
+        ids = torch.cat([tokens, top.indices], dim=-1).tolist()
+        ranks = own_ranks.squeeze(-1).tolist()
+        tables += map(_table, ids, values, ranks, num_top[some])
+    return tables
+
+
+def _table(
+    ids: Sequence[int], values: Sequence[float], own_rank: int, num_top: int
+) -> dict[int, Logprob]:
+    """One row's entries: `ids[0]` is the row's own token, the likeliest tokens follow in order."""
+    table = {ids[0]: Logprob(values[0], own_rank)}
+    rank = 1
+    for position in range(1, min(num_top, len(ids) - 1) + 1):
+        if position > 1 and values[position] < values[position - 1]:
+            rank = position  # else it shares the rank of its equal
+        table.setdefault(ids[position], Logprob(values[position], rank))
+    return table
+
+
+def check_finite(finite: Sequence[int]) -> None:
+    """Raises InvalidOperation if a row's choice does not follow from it."""
+    broken = [row for row, is_finite in enumerate(finite) if not is_finite]
+    if broken:
+        raise InvalidOperation(
+            f"no token can be chosen from row {', '.join(map(str, broken))} of {len(finite)}: its "
+            "largest logit is not a finite number; the model's output overflowed or its weights "
+            "are damaged (try a wider dtype), or every token is a stop token that min_tokens bars"
+        )
+
+
+def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+    """One value per row, as [rows, 1] on the device (and in the dtype) of `like`."""
+    return upload(values, dtype or like.dtype, like.device)[:, None]

@@ -1,0 +1,1 @@
+"""What programs call: `LLM`, `AsyncLLM`, and text made of tokens."""

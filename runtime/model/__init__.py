@@ -1,0 +1,1 @@
+"""An unmodified model: loaded, probed, and pointed at the slots."""

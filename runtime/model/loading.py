@@ -1,0 +1,412 @@
+"""Loading an unmodified `transformers` model, and learning what its layers ask of attention."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ...allocator import LayerGeometry
+from ...attention_backends import AttentionNeeds, LayerAttention
+from ...quant import QuantError, UnsupportedQuantization, adopt, int4_linears, quantize_output
+from ...vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
+from ..cpu_kernels.packing import can_pack, pack, packed_bytes
+from .attention_hook import ATTENTION_NAME, AttentionProbe, attention_step, register
+from .recurrent_probe import probe_state
+from .recurrent_state import STATE_LAYER_TYPES, keeps_state
+
+_KNOWN_LAYER_TYPES = {"full_attention", "attention", "sliding_attention"}
+_SLIDING = {"sliding_attention", "hybrid_sliding"}
+_WITHOUT_MEMORY = {"moe", "mlp"}  # layers in their own right in some hybrids
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# What transformers raises for missing, damaged and contradicting files.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    ZeroDivisionError,
+    SafetensorError,
+    StrictDataclassError,
+)
+_NUM_PROBE_TOKENS = 4
+_PROBE_TOLERANCE = 1e-2  # of the largest value: above rounding in bfloat16, below a mix-up
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready for the engine, with all that the engine needs to know of it.
+
+    Attributes:
+        attention_layers: the layers of the model that attend: all, unless some keep state.
+        attention: per layer that attends, scale, window, soft cap and sinks.
+        geometry: per layer that attends, the shape of its keys and values.
+        eos_token_ids: tokens that end a generation.
+        max_positions: the longest sequence the model was made for.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    device: torch.device
+    dtype: torch.dtype
+    attention_layers: tuple[int, ...]
+    attention: tuple[LayerAttention, ...]
+    geometry: tuple[LayerGeometry, ...]
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    max_positions: int
+
+    @property
+    def keeps_state(self) -> bool:
+        """True if some layers have recurrent or convolution state instead of keys and values."""
+        return keeps_state(self.model.config)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of parameters, tied ones counted once, of packed weights and of 4-bit ones."""
+        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        int4 = sum(linear.num_bytes for _, linear in int4_linears(self.model))
+        return parameters + packed_bytes(self.model) + int4
+
+    def needs(self, *, paged: bool) -> AttentionNeeds:
+        """What the attention backend must offer."""
+        return AttentionNeeds(
+            device=self.device.type,
+            dtype=self.dtype,
+            head_dims=frozenset((g.key_dim, g.value_dim) for g in self.geometry),
+            window=any(layer.window is not None for layer in self.attention),
+            softcap=any(layer.softcap is not None for layer in self.attention),
+            sinks=any(layer.sinks is not None for layer in self.attention),
+            paged=paged,
+        )
+
+
+def load_model(
+    source: str | Path | PreTrainedModel | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    device: torch.device,
+    dtype: str | torch.dtype = "auto",
+    pack_weights: bool | None = None,
+    lm_head_bits: int | None = None,
+) -> LoadedModel:
+    """Load a causal language model and prepare it for contiguous slots.
+
+    Args:
+        source: a checkpoint folder, a hub id, a model built elsewhere (which is then switched to
+            vkv's attention), or None for the built-in tiny chat model.
+        tokenizer: where it is, if not with the model.
+        dtype: of weights and KV; "auto" is the checkpoint's own.
+        pack_weights: lay linear weights out for the CPU's kernels (`packing`); None does so for
+            models loaded here, and leaves a model built elsewhere as it is.
+        lm_head_bits: 4 or 8 to quantise the output layer, of a model loaded here.
+
+    Raises BadCheckpoint if the folder cannot be read, UnsupportedModel if the architecture cannot
+    run here, with the reason.
+    """
+    register()
+    wanted_dtype = parse_dtype(dtype)
+    if isinstance(source, PreTrainedModel):
+        _check_architecture(source.config, type(source))
+        model, name, home = source, source.config.name_or_path or type(source).__name__, None
+        model.set_attn_implementation(ATTENTION_NAME)
+    else:
+        home = _resolve(source)
+        model = _from_checkpoint(home, wanted_dtype, device)
+        name = str(home) if source is not None else "the built-in tiny model"
+    if wanted_dtype is not None:
+        model = model.to(wanted_dtype)  # type: ignore[arg-type]
+    model = model.to(device).eval()  # type: ignore[arg-type]
+    text_config = model.config.get_text_config()
+    _check_interface(model)
+    layers, attention, geometry = _probe(model)
+    if lm_head_bits is not None:
+        _quantize_head(model, lm_head_bits, loaded_here=home is not None)
+    wants_packing = pack_weights if pack_weights is not None else home is not None
+    model_dtype = model.dtype
+    if wants_packing and device.type == "cpu" and can_pack(model_dtype):
+        pack(model, lambda: _probe_rows(model))
+    if home is not None:
+        for _, linear in int4_linears(model):  # those that packing left where they are
+            linear.settle(model_dtype)
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=_load_tokenizer(tokenizer if tokenizer is not None else home),
+        device=device,
+        dtype=model_dtype,
+        attention_layers=layers,
+        attention=attention,
+        geometry=geometry,
+        vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
+        eos_token_ids=_eos_token_ids(model),
+        max_positions=_max_positions(text_config),
+    )
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A torch dtype from its name; None for "auto"."""
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        return None
+    if dtype not in _DTYPES:
+        raise InvalidConfig(f"dtype is {dtype!r}; use 'auto' or one of {sorted(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _resolve(source: str | Path | None) -> str | Path:
+    if source is None:
+        from ...tiny_chat import model_path  # pyright: ignore[reportMissingImports] - examples/
+
+        return model_path()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadCheckpoint(
+                f"{path} has no config.json, so it is not a model folder; point at the folder "
+                "that holds config.json and *.safetensors"
+            )
+        return path
+    text = str(source)
+    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise BadCheckpoint(f"{text} is not a folder; give a model folder or a hub id")
+    return text
+
+
+def _reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
+    try:
+        return read()
+    except UnsupportedQuantization as error:
+        raise UnsupportedModel(f"{home} cannot be loaded: {error}") from error
+    except _UNREADABLE as error:
+        raise BadCheckpoint(
+            f"cannot read the {what} of {home}: {error}; check that the checkpoint is complete"
+        ) from error
+
+
+def _from_checkpoint(
+    home: str | Path, dtype: torch.dtype | None, device: torch.device
+) -> PreTrainedModel:
+    config: PretrainedConfig = _reading("config", home, lambda: AutoConfig.from_pretrained(home))
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise UnsupportedModel(
+            f"{config.model_type} has no causal language model in transformers; use one that "
+            "generates text"
+        )
+    _check_architecture(config, mapping[type(config)])  # type: ignore[arg-type]
+    quantized = _reading("quantisation", home, lambda: adopt(config))
+    if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
+        dtype = torch.bfloat16  # the checkpoint's float16 is a GPU's; a CPU has no kernels for it
+    loaded: Any = _reading(
+        "weights",
+        home,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            home,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
+        ),
+    )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise
+        raise BadCheckpoint(
+            f"{home} lacks {len(missing)} of the model's tensors, among them {missing[0]}; check "
+            "that all of its *.safetensors are there"
+        )
+    return model
+
+
+def _quantize_head(model: PreTrainedModel, bits: int, *, loaded_here: bool) -> None:
+    """Exchange the output layer. A tied embedding stays, in its own type."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if not loaded_here or type(head) is not nn.Linear or name is None:
+        found = "is the caller's own" if not loaded_here else f"is a {type(head).__name__}"
+        raise InvalidConfig(
+            f"lm_head_bits is {bits}, and the output layer of {type(model).__name__} {found}; only "
+            "plain linear layers of models loaded by vkv are quantised: leave lm_head_bits out"
+        )
+    try:
+        model.set_submodule(name, quantize_output(head, bits))
+    except QuantError as error:
+        raise InvalidConfig(f"lm_head_bits is {bits}: {error}") from error
+
+
+def _check_architecture(config: PretrainedConfig, model_class: type) -> None:
+    """Refuse what is known not to work before its weights are read."""
+    name = model_class.__name__
+    layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    stateful = keeps_state(config)
+    known = _KNOWN_LAYER_TYPES | STATE_LAYER_TYPES | (_WITHOUT_MEMORY if stateful else set())
+    if foreign := sorted(layer_types - known):
+        raise UnsupportedModel(
+            f"{name} has layers of type {', '.join(foreign)}, and slots hold keys and values of "
+            "every token, for full and sliding-window attention, beside recurrent and convolution "
+            "state; use a model of these alone"
+        )
+    if stateful and layer_types <= {"linear_attention", "conv"} | _WITHOUT_MEMORY:
+        raise UnsupportedModel(
+            f"{name} has recurrent state only, and slots, which the engine schedules by, hold keys "
+            "and values; use a model in which some layers attend"
+        )
+    if getattr(model_class, "_is_stateful", False) and not stateful:
+        raise UnsupportedModel(
+            f"{name} keeps recurrent state of its own kind, which cannot be told apart by "
+            "request; use an attention model, or a hybrid with transformers' state layers"
+        )
+
+
+def _check_interface(model: PreTrainedModel) -> None:
+    """Refuse a model that did not take our attention; `transformers` itself only warns."""
+    if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not use transformers' attention interface, so its "
+            "attention cannot be pointed at contiguous slots; use a model that does"
+        )
+
+
+def _probe(
+    model: PreTrainedModel,
+) -> tuple[tuple[int, ...], tuple[LayerAttention, ...], tuple[LayerGeometry, ...]]:
+    """Run a few tokens through the model to see which layers attend, and what each asks for."""
+    if keeps_state(model.config):
+        ahead, expected = probe_state(model, _running)
+    else:
+        ahead = _run_probe(model, backwards=False)
+        expected = list(range(model.config.get_text_config().num_hidden_layers))
+    if sorted(ahead.geometry) != expected:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has {len(expected)} layers that should attend, of which "
+            f"{len(ahead.geometry)} use attention over keys and values of every token; the "
+            "others' state has no place in a slot"
+        )
+    if not keeps_state(model.config):
+        _check_neighbours(model, ahead)
+    attention, geometry = [], []
+    for layer in expected:
+        window = _window(model.config.get_text_config(), layer, ahead.attention[layer].window)
+        attention.append(replace(ahead.attention[layer], window=window))
+        geometry.append(replace(ahead.geometry[layer], window=window))
+    return tuple(expected), tuple(attention), tuple(geometry)
+
+
+def _check_neighbours(model: PreTrainedModel, ahead: AttentionProbe) -> None:
+    """Run the probe's tokens in another order: what reaches attention must be the same.
+
+    It must follow from a token and its position alone, for in a flat batch a token's neighbours
+    may belong to other requests.
+    """
+    back = _run_probe(model, backwards=True)
+    for layer, inputs in ahead.inputs.items():
+        off = (back.inputs[layer].flip(0) - inputs).abs().amax(dim=1)  # [num_tokens]
+        # Most tokens, not any: a router of experts may waver over one for a rounding error.
+        if (off > _PROBE_TOLERANCE * inputs.abs().max()).float().mean() > 0.5:
+            raise UnsupportedModel(
+                f"{type(model).__name__} computes layer {layer} not from each token and its "
+                "position alone, but from its neighbours in the batch (a convolution, or "
+                "positions of its own counting), which may be another request's; use a model "
+                "that takes position_ids"
+            )
+
+
+def _probe_rows(model: PreTrainedModel) -> list[torch.Tensor]:
+    """What a few tokens come to: each layer's inputs to attention, and the logits."""
+    probe = _run_probe(model, backwards=False)
+    return [*probe.inputs.values(), *probe.logits]
+
+
+def _run_probe(model: PreTrainedModel, *, backwards: bool) -> AttentionProbe:
+    probe = AttentionProbe()
+    positions = torch.arange(_NUM_PROBE_TOKENS, device=model.device).unsqueeze(0)
+    if backwards:
+        positions = positions.flip(1)
+    with _running(model, probe):
+        output = model(input_ids=positions + 1, position_ids=positions, use_cache=False)
+        probe.logits.append(output.logits[0])
+    return probe
+
+
+@contextmanager
+def _running(model: PreTrainedModel, probe: AttentionProbe) -> Iterator[None]:
+    """Let `probe` answer the model; what the model raises says why it cannot run."""
+    try:
+        with torch.inference_mode(), attention_step(probe):
+            yield
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        if isinstance(error, UnsupportedModel):
+            raise
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot run a flat batch of tokens: {error}"
+        ) from error
+
+
+def _window(config: Any, layer: int, passed: int | None) -> int | None:
+    """A layer's window: what it passes to attention, or what its config says of it.
+
+    Some architectures leave the window to the mask, which is not built here.
+    """
+    if passed is not None:
+        return passed
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[layer] in _SLIDING:
+        return config.sliding_window
+    return None
+
+
+def _max_positions(config: Any) -> int:
+    """The longest sequence whose rows depend on nothing but the sequence itself.
+
+    A long rotary embedding changes all frequencies once the longest sequence of a batch passes
+    the original length: rows in the slots would become wrong, and neighbours would feel it.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or 32_768
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # flat, or by type of layer
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            limit = min(limit, parameters.get("original_max_position_embeddings") or limit)
+    return limit
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    for config in (generation, model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def _load_tokenizer(
+    source: PreTrainedTokenizerBase | str | Path | None,
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer, or None for a folder without one: prompts are then token ids."""
+    if source is None or isinstance(source, PreTrainedTokenizerBase):
+        return source
+    path = Path(source)
+    if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
+        return None
+    return _reading("tokenizer", source, lambda: AutoTokenizer.from_pretrained(source))

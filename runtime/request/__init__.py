@@ -1,0 +1,1 @@
+"""What is asked, where it stands, and what comes back."""

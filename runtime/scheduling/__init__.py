@@ -1,0 +1,1 @@
+"""Which tokens go through the model next."""

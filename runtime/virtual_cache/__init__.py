@@ -1,0 +1,1 @@
+"""`VirtualCache`: virtual memory under `transformers`' own generate, without the engine."""

@@ -1,0 +1,342 @@
+"""`VirtualCache`: the cache of `transformers`' own `generate`, in virtual memory.
+
+`transformers` grows its `DynamicCache` by concatenation, which copies every key and value at every
+token, and its `StaticCache` is allocated in full. Here a layer reserves addresses for `max_len`
+tokens, maps pages as tokens come, and hands out ordinary tensors over what it holds.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from ...vmem.errors import InvalidConfig, InvalidOperation, RequestTooLong, UsageError
+from .lanes import Arena, Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualCacheStats:
+    """What a `VirtualCache` holds; layers that are `transformers`' own are not counted.
+
+    Attributes:
+        virtual_bytes: address space reserved.
+        physical_bytes: memory behind it.
+        tokens: tokens of each sequence of the batch.
+    """
+
+    virtual_bytes: int
+    physical_bytes: int
+    tokens: int
+
+
+class VirtualCache(DynamicCache):
+    """Keys and values for `model.generate(past_key_values=…)`, grown in place page by page.
+
+    Nothing is reserved before the first token and nothing is copied when a sequence grows. Memory
+    is at most 65/64 of what the tokens take, and two pages for every head of each sequence (on a
+    GPU: two for all of them). A layer with a sliding window gives back the pages behind it with
+    the next token. Growing attention layers are virtual; a layer of any other kind (recurrent or
+    convolution state alone, an indexer) is the one that `DynamicCache` would use.
+
+    Memory is returned when the cache and every tensor taken from it are gone. A tensor taken from
+    it is good until the cache is next written to, cropped or reordered: `clone` it to keep it, or
+    to save it, since its storage spans the addresses of `max_len` tokens. A reorder of beams works
+    in place; where the batch changes its size, one layer exists twice for a moment.
+    `copy.deepcopy` gives a cache apart, with memory of its own. For inference: no gradient flows
+    through it.
+
+    Args:
+        config: of the model, `model.config`.
+        max_len: the most tokens of a sequence, prompt and output; None for what the model was
+            made for (`max_position_embeddings`). Costs addresses, not memory.
+        page_bytes: size of a physical page; None for 16 KiB on a CPU, and a GPU's own size.
+
+    Raises InvalidConfig for a `max_len` that is no positive integer, or missing where the config
+    names none. Going beyond `max_len` raises RequestTooLong from the model's forward, and memory
+    running short OutOfPages.
+
+        cache = vkv.VirtualCache(model.config, max_len=4096)
+        model.generate(**inputs, past_key_values=cache)
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        max_len: int | None = None,
+        *,
+        page_bytes: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if max_len is None:
+            max_len = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if not isinstance(max_len, int) or isinstance(max_len, bool) or max_len < 1:
+            raise InvalidConfig(
+                f"max_len is {max_len!r}; pass VirtualCache(config, max_len=…), the most tokens "
+                "that a sequence may have"
+            )
+        self._arena = Arena(page_bytes)
+        self.layers = [_virtual(layer, self._arena, max_len) for layer in self.layers]
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: a compiled graph would take tensors of `max_len`, most of which nothing backs."""
+        return False
+
+    def stats(self) -> VirtualCacheStats:
+        """A snapshot of what the cache holds."""
+        virtual = [layer for layer in self.layers if isinstance(layer, VirtualLayer)]
+        return VirtualCacheStats(
+            virtual_bytes=self._arena.virtual_bytes,
+            physical_bytes=self._arena.physical_bytes,
+            tokens=max((layer.get_seq_length() for layer in virtual), default=0),
+        )
+
+
+class VirtualLayer(DynamicLayer):
+    """Keys and values of one attention layer. `transformers` knows it as a growing layer.
+
+    Attributes:
+        keys, values: what is held now, [batch, heads, tokens, dim]; None before the first token.
+        record_past: whether tokens behind a window are kept until the next `crop`.
+    """
+
+    record_past = False
+
+    def __init__(self, arena: Arena, max_len: int) -> None:
+        super().__init__()
+        self.max_len = max_len
+        self._arena = arena
+        self._rows: tuple[Rows, Rows] | None = None  # of keys and of values
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VirtualLayer":
+        clone = copy.copy(self)
+        clone._arena = copy.deepcopy(self._arena, memo)
+        clone._rows = copy.deepcopy(self._rows, memo)
+        clone._show()
+        return clone
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Reserve addresses for states like these, [batch, heads, any length, dim]."""
+        self._initialize(key_states, value_states)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append states, [batch, heads, new tokens, dim]; returns what the new tokens may see.
+
+        Raises RequestTooLong, InvalidOperation (for another batch size) or a Shortage, each with
+        no token of this layer changed.
+        """
+        length = self.get_seq_length()
+        if length + key_states.shape[-2] > self.max_len:
+            raise RequestTooLong(
+                f"{length + key_states.shape[-2]} tokens exceed the {self.max_len} of this cache; "
+                "give VirtualCache a larger max_len, which costs addresses, not memory"
+            )
+        keys, values = self._rows or self._initialize(key_states, value_states)
+        first = self._first_visible(length)
+        if not self.record_past:
+            keys.start = values.start = max(keys.start, first)
+        keys.make_room(key_states)
+        values.make_room(value_states)
+        keys.append(key_states)
+        values.append(value_states)
+        self._show()
+        return keys.states(first), values.states(first)
+
+    def get_seq_length(self) -> int:
+        """Tokens of each sequence so far, those behind a window included."""
+        return self._rows[0].end if self._rows else 0
+
+    def get_max_length(self) -> int:
+        """The most tokens that the layer can hold."""
+        return self.max_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many tokens `query_length` new ones may see, themselves included, and the first."""
+        length = self.get_seq_length()
+        first = self._first_visible(length)
+        return length - first + query_length, first
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last `-tokens_to_remove` tokens away; 0 only gives back what none may see.
+
+        Raises UsageError for a positive number; InvalidOperation, with nothing changed, if
+        tokens that would then be within the window are gone.
+        """
+        if tokens_to_remove > 0:
+            raise UsageError(
+                f"crop({tokens_to_remove}): use crop(-n) to take the last n tokens away"
+            )
+        if self._rows is None:
+            return
+        length = max(self.get_seq_length() + tokens_to_remove, 0)
+        first = self._first_visible(length)
+        if first < self._rows[0].start:
+            raise InvalidOperation(
+                f"cannot crop to {length} tokens: those before {self._rows[0].start} are gone; "
+                "call activate_past_recording() before the forward that may have to be undone"
+            )
+        for rows in self._rows:
+            rows.cut(first, length)
+        self._show()
+
+    def reset(self) -> None:
+        """Forget all tokens, and give addresses and memory back."""
+        self._rows = self.keys = self.values = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let sequence `i` of the batch be what sequence `beam_idx[i]` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence of the batch `repeats` times."""
+        if self._rows is not None:
+            batch = torch.arange(self._rows[0].shape[0])
+            self.batch_select_indices(batch.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences `indices` of the batch: int64 [new_batch], or a mask [batch].
+
+        Raises a Shortage, with nothing changed, if memory is short for a batch of another size.
+        """
+        if self._rows is None:
+            return
+        keys, values = self._rows
+        batch = torch.arange(keys.shape[0], device=self.device)
+        chosen = batch[torch.as_tensor(indices, device=self.device)]
+        self._rows = keys.select(chosen), values.select(chosen)
+        self._show()
+
+    def _initialize(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[Rows, Rows]:
+        self.dtype, self.device = keys.dtype, keys.device
+        self._rows = self._empty_rows(keys), self._empty_rows(values)
+        self.is_initialized = True
+        self._show()
+        return self._rows
+
+    def _empty_rows(self, states: torch.Tensor) -> Rows:
+        batch, heads, _, dim = states.shape
+        return Rows(self._arena, (batch, heads, dim), self.max_len, states.dtype, states.device)
+
+    def _first_visible(self, length: int) -> int:
+        """The first token that one behind `length` tokens may see."""
+        return 0
+
+    def _show(self) -> None:
+        """Let `keys` and `values` be what is held now."""
+        if self._rows is not None:
+            first = None if self.record_past else self._first_visible(self.get_seq_length())
+            self.keys, self.values = (rows.states(first) for rows in self._rows)
+
+
+class VirtualSlidingWindowLayer(VirtualLayer):
+    """A layer whose tokens see the last `sliding_window` only, themselves included.
+
+    Rows stay where they are; the pages behind the window go back to the system.
+    """
+
+    is_sliding = True
+
+    def __init__(self, arena: Arena, max_len: int, sliding_window: int) -> None:
+        super().__init__(arena, max_len)
+        self.sliding_window = sliding_window
+        self._sliding_window_tensor = torch.tensor(sliding_window)  # what `iter(cache)` gives
+
+    def activate_past_recording(self) -> None:
+        """Keep tokens behind the window until the next `crop`, so that it can bring them back."""
+        self.record_past = True
+
+    def get_max_length(self) -> int:
+        """The window: as for `transformers`' own sliding layers."""
+        return self.sliding_window
+
+    def _first_visible(self, length: int) -> int:
+        return max(length - self.sliding_window + 1, 0)
+
+
+class VirtualHybridLayer(LinearAttentionAndFullAttentionLayer, VirtualLayer):
+    """Attention and a recurrence side by side in one layer, as Falcon H1 has them.
+
+    Keys and values are virtual; convolution and recurrent state is kept by `transformers`, which
+    looks for its own class of layer when it decides how long a mask must be.
+    """
+
+    is_compileable = False
+
+    def __init__(self, arena: Arena, max_len: int, number_of_states: int) -> None:
+        VirtualLayer.__init__(self, arena, max_len)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VirtualHybridLayer":
+        clone = VirtualLayer.__deepcopy__(self, memo)
+        assert isinstance(clone, VirtualHybridLayer)
+        for name in LinearAttentionLayer(number_of_states=self.number_of_states).__dict__:
+            setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
+        return clone
+
+    def lazy_initialization(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *states: torch.Tensor, **named: Any
+    ) -> None:
+        """Of keys and values, which come by place, or of a state, which comes by name."""
+        if states:
+            VirtualLayer.lazy_initialization(self, *states)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **named)
+
+    def get_max_length(self) -> int:
+        """The most tokens that the layer can hold."""
+        return self.max_len
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `VirtualLayer.crop`, where `transformers` can undo the state; it raises elsewhere."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        VirtualLayer.crop(self, tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget all tokens, and give addresses and memory back."""
+        LinearAttentionLayer.reset(self)
+        VirtualLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let sequence `i` of the batch be what sequence `beam_idx[i]` was."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
+        VirtualLayer.reorder_cache(self, beam_idx)
+
+
+class VirtualSlidingHybridLayer(VirtualHybridLayer, VirtualSlidingWindowLayer):
+    """Attention over a window and a recurrence side by side in one layer, as Zaya has them."""
+
+    def __init__(
+        self, arena: Arena, max_len: int, number_of_states: int, sliding_window: int
+    ) -> None:
+        VirtualSlidingWindowLayer.__init__(self, arena, max_len, sliding_window)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def get_max_length(self) -> int:
+        """The window: as for `transformers`' own sliding layers."""
+        return self.sliding_window
+
+
+def _virtual(layer: Any, arena: Arena, max_len: int) -> Any:
+    """The virtual layer in place of a growing one; `layer` itself if it is of another kind."""
+    if type(layer) is DynamicLayer:
+        return VirtualLayer(arena, max_len)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return VirtualSlidingWindowLayer(arena, max_len, layer.sliding_window)
+    if type(layer) is LinearAttentionAndFullAttentionLayer:
+        return VirtualHybridLayer(arena, max_len, layer.number_of_states)
+    if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+        states, window = layer.number_of_states, layer.sliding_window
+        return VirtualSlidingHybridLayer(arena, max_len, states, window)
+    return layer

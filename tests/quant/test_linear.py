@@ -1,0 +1,173 @@
+"""Kernels against the float64 product of the dequantised weights, and the layer around them."""
+
+import pytest
+import torch
+from quantized import random_weight
+from vkv.quant import Int4Linear, QuantError, quantize_output
+from vkv.quant.kernels.native import NativeKernel
+from vkv.quant.kernels.native_library import instruction_sets
+from vkv.quant.kernels.table import choose_kernel, kernel_class, kernel_names
+
+CPU = torch.device("cpu")
+SHAPES = [  # N, K, group size
+    (64, 128, 128),
+    (100, 256, 32),
+    (40, 1024, 1024),
+    (96, 192, 64),
+    (33, 120, 40),
+    (1, 8, 8),
+]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["native", "int4pack", "dequantize"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_on_a_cpu(name: str, symmetric: bool, shape: tuple[int, int, int]) -> None:
+    if why := kernel_class(name).unavailable_reason():
+        pytest.skip(why)
+    weight = random_weight(*shape, symmetric=symmetric, act_order=True)
+    linear = Int4Linear(weight, kernel_name=name)
+    dense = weight.dequantize(torch.float64)
+    for num_rows in (0, 1, 2, 3, 4, 5, 8, 11, 12, 13, 25, 64):
+        if not linear.accepts(CPU, torch.bfloat16, num_rows):
+            continue
+        inputs = torch.randn(num_rows, shape[1], generator=torch.Generator().manual_seed(3))
+        inputs = inputs.to(torch.bfloat16)
+        found = linear(inputs)
+        assert found.dtype == torch.bfloat16
+        assert found.shape == (num_rows, shape[0])
+        if num_rows:
+            assert relative_error(found, inputs.double() @ dense.T) < 1e-2
+
+
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512_bf16"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(256, 512, 64), (100, 256, 32), (33, 1200, 400), (1, 8, 8)])
+def test_the_native_kernel_rounds_no_weight(
+    instruction_set: str, symmetric: bool, shape: tuple[int, int, int]
+) -> None:
+    """What it is off by is the rounding of results, and of inputs to 16 bits with AVX2."""
+    if why := NativeKernel.unavailable_reason():
+        pytest.skip(why)
+    if instruction_set not in instruction_sets():
+        pytest.skip("this processor lacks the instructions")
+    weight = random_weight(*shape, symmetric=symmetric)
+    kernel = NativeKernel(instruction_set)
+    layout = kernel.prepare(weight)
+    generator = torch.Generator().manual_seed(5)
+    for num_rows in (1, 2, 3, 4, 6, 7, 13, 40):
+        inputs = torch.randn(num_rows, shape[1], generator=generator).to(torch.bfloat16)
+        exact = inputs.double() @ weight.dequantize(torch.float64).T
+        found = kernel.multiply(layout, inputs)
+        # Weights rounded to bfloat16 would be off by 0.014 to 0.034 beyond the results' rounding.
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8 + 1e-5, atol=2e-3)
+
+
+@pytest.mark.skipif(
+    kernel_class("native").unavailable_reason() is not None, reason="no native kernel here"
+)
+def test_threads_do_not_change_the_native_kernel() -> None:
+    # Tiles enough for shares of several, and a last share with fewer.
+    linear = Int4Linear(random_weight(1590, 512, 64, symmetric=False), kernel_name="native")
+    inputs = torch.randn(200, 512).to(torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = linear(inputs)
+        torch.set_num_threads(3)
+        together = linear(inputs)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512_bf16"])
+@pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row(instruction_set: str, special: float) -> None:
+    if why := NativeKernel.unavailable_reason():
+        pytest.skip(why)
+    if instruction_set not in instruction_sets():
+        pytest.skip("this processor lacks the instructions")
+    kernel = NativeKernel(instruction_set)
+    layout = kernel.prepare(random_weight(64, 128, 32, symmetric=False))
+    inputs = torch.randn(4, 128).to(torch.bfloat16)
+    expected = kernel.multiply(layout, inputs)
+    inputs[2] = 0
+    inputs[2, 70] = special
+    found = kernel.multiply(layout, inputs)
+    if special == 0:
+        assert not found[2].any()
+    else:
+        assert not found[2].isfinite().any()
+    others = [0, 1, 3]
+    assert torch.equal(found[others], expected[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_types_are_computed_too(dtype: torch.dtype) -> None:
+    weight = random_weight(48, 64, 32, symmetric=False, act_order=True)
+    inputs = torch.randn(5, 64).to(dtype)
+    expected = inputs.double() @ weight.dequantize(torch.float64).T
+    assert relative_error(Int4Linear(weight)(inputs), expected) < 1e-3
+
+
+def test_bias_and_leading_dimensions() -> None:
+    weight, bias = random_weight(24, 32, 16), torch.randn(24)
+    inputs = torch.randn(2, 3, 32)
+    expected = inputs @ weight.dequantize().T + bias
+    torch.testing.assert_close(Int4Linear(weight, bias)(inputs), expected)
+
+
+def test_the_weight_is_kept_until_it_settles() -> None:
+    weight = random_weight(64, 128, 32, symmetric=False, act_order=True)
+    linear = Int4Linear(weight)
+    inputs = torch.randn(4, 128).to(torch.bfloat16)
+    before = linear(inputs)
+    kept = linear.weight_int4
+    assert torch.equal(kept.dequantize(), weight.dequantize())
+    linear.settle(torch.bfloat16)
+    assert torch.equal(linear(inputs), before)
+    with pytest.raises(QuantError, match="before `settle`"):
+        linear.weight_int4  # noqa: B018 - it raises
+    assert linear.num_bytes < 2 * weight.num_bytes
+
+
+def test_types_that_models_are_moved_to_do_not_reach_scales() -> None:
+    weight = random_weight(16, 32, 16)
+    linear = Int4Linear(weight, torch.zeros(16)).to(torch.bfloat16)
+    assert linear.weight_int4.scales.dtype == torch.float16
+    assert linear.bias is not None
+    assert linear.bias.dtype == torch.bfloat16
+
+
+def test_unknown_kernels_are_named() -> None:
+    with pytest.raises(QuantError, match=r"'cutlass'.*native"):
+        Int4Linear(random_weight(8, 8, 8), kernel_name="cutlass")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_something_accepts_every_product(dtype: torch.dtype) -> None:
+    assert kernel_names()[-1] == "dequantize"
+    for num_rows in (1, 7, 300):
+        chosen = choose_kernel(random_weight(8, 64, 64), CPU, dtype, num_rows)
+        assert chosen.accepts(random_weight(8, 64, 64), CPU, dtype, num_rows)
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.09), (8, 0.006)])
+def test_output_layers(bits: int, tolerance: float) -> None:
+    """The error is that of the steps: a sixteenth of the precision with half of the bits."""
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(96, 200)
+    inputs = torch.randn(5, 96)
+    found, exact = quantize_output(dense, bits)(inputs), dense(inputs)
+    error = relative_error(found, exact.double())
+    assert tolerance / 10 < error < tolerance
+
+
+def test_output_layers_that_do_not_divide() -> None:
+    with pytest.raises(QuantError, match="40 inputs"):
+        quantize_output(torch.nn.Linear(40, 8), 8)

@@ -1,0 +1,252 @@
+"""4-bit checkpoints through `vkv.LLM`: the same tokens as dequantised weights, or a typed error."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from quantized import CONFIGS, SCHEMES, quantize_folder, random_weight
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from vkv import LLM, SamplingParams
+from vkv.quant import Int4Linear
+from vkv.quant.formats.table import write_layer
+from vkv.runtime.cpu_kernels.packing import int4_products
+from vkv.vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
+
+GREEDY = SamplingParams(max_tokens=256, temperature=0)
+PROMPTS = [[1, 2, 3, 4], [9, 8, 7]]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    zoo.tiny_model("llama").save_pretrained(folder)
+    return folder
+
+
+def tokens(folder: Path, **options: Any) -> list[tuple[int, ...]]:
+    with LLM(folder, device="cpu", **options) as llm:
+        return [tuple(out.outputs[0].token_ids) for out in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_greedy_tokens_are_those_of_dequantised_weights(
+    dense: Path, tmp_path: Path, kind: str, symmetric: bool, act_order: bool
+) -> None:
+    if kind == "awq" and act_order:
+        pytest.skip("AWQ has no activation order")
+    int4, same = quantize_folder(
+        dense, tmp_path, kind, group_size=8, symmetric=symmetric, act_order=act_order
+    )
+    found = tokens(int4, dtype="float32")
+    assert found == tokens(same, dtype="float32")
+    assert all(len(row) == 256 for row in found)
+    assert len(set(found[0])) > 5, "a text of one word would hide a difference"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_scores_are_those_of_dequantised_weights_in_bf16(
+    tmp_path: Path, kind: str, device: str
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256}  # groups of 32, which all kernels take
+    zoo.tiny_model("llama", **sizes).save_pretrained(tmp_path / "source")
+    int4, same = quantize_folder(tmp_path / "source", tmp_path, kind, group_size=32)
+    prompts, counts = zoo.random_prompts([5, 40, 1, 17]), [30, 9, 17, 20]
+    options: dict[str, Any] = {"max_batch_tokens": 48, "max_len": 256, "kv_memory": "64MiB"}
+    with LLM(int4, device=device, dtype="bfloat16", **options) as llm:
+        outs = llm.generate(prompts, [zoo.greedy(count, logprobs=1) for count in counts])
+        kernels = {
+            linear.kernel_for(torch.device(device), torch.bfloat16, 1).name
+            for _, linear in int4_products(llm._loaded.model)
+        }
+    assert kernels
+    if device == "cuda":
+        assert kernels <= {"humming", "triton"}, "on a card since Ampere it is one made for it"
+    plain, exact = (
+        AutoModelForCausalLM.from_pretrained(same, dtype=dtype).to(device).eval()
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    zoo.check_scores(prompts, outs, plain, exact)
+
+
+def test_without_packing_it_is_the_same(dense: Path, tmp_path: Path) -> None:
+    int4, _ = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+    packed = tokens(int4, dtype="float32")
+    assert tokens(int4, dtype="float32", pack_weights=False) == packed
+
+
+def test_a_quarter_of_the_weights(dense: Path, tmp_path: Path) -> None:
+    """Layers shrink, embeddings stay; float16, a GPU's type, is read as bfloat16."""
+    int4, same = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+    config = json.loads((int4 / "config.json").read_text())
+    (int4 / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    with LLM(int4, device="cpu") as small, LLM(same, device="cpu", dtype="bfloat16") as large:
+        assert small._loaded.dtype == torch.bfloat16
+        kept = sum(p.nbytes for p in small._loaded.model.parameters())
+        layers = large._loaded.weight_bytes - kept
+        assert 0 < small._loaded.weight_bytes - kept < 0.8 * layers  # groups of 8 cost much
+
+
+def test_layers_that_are_not_quantised_stay_dense(dense: Path, tmp_path: Path) -> None:
+    int4, _ = quantize_folder(dense, tmp_path, "compressed-tensors", group_size=8)
+    with LLM(int4, device="cpu", dtype="float32", pack_weights=False) as llm:
+        model = llm._loaded.model
+        assert type(model.get_submodule("lm_head")) is torch.nn.Linear
+        assert type(model.get_submodule("model.layers.0.mlp.up_proj")) is Int4Linear
+
+
+def drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.scales"]
+
+
+def shorten(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.up_proj.qzeros"
+    tensors[name] = tensors[name][:1].contiguous()
+
+
+def retype(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.self_attn.q_proj.qweight"
+    tensors[name] = tensors[name].long()
+
+
+def poison(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.k_proj.scales"][0, 0] = float("inf")
+
+
+def misplace(tensors: dict[str, torch.Tensor]) -> None:
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        tensors[f"model.elsewhere.{part}"] = tensors.pop(f"model.layers.0.mlp.up_proj.{part}")
+
+
+def empty(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if not name.endswith("weight")]:
+        del tensors[name]
+    for name in [name for name in tensors if name.endswith("qweight")]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (drop, BadCheckpoint, r"model\.layers\.1\.mlp\.up_proj\.scales is missing"),
+        (shorten, BadCheckpoint, r"model\.layers\.1\.mlp\.up_proj\.qzeros is int32 \[1, "),
+        (retype, BadCheckpoint, r"model\.layers\.0\.self_attn\.q_proj\.qweight is int64"),
+        (poison, BadCheckpoint, r"model\.layers\.0\.self_attn\.k_proj\.scales holds values"),
+        (misplace, UnsupportedModel, r"model\.elsewhere\.\w+ is quantised"),
+        (empty, BadCheckpoint, r"no tensor is called \*\.qweight"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_damaged_checkpoint_names_the_tensor(
+    dense: Path,
+    tmp_path: Path,
+    damage: Callable[[dict[str, torch.Tensor]], None],
+    error: type[Exception],
+    message: str,
+) -> None:
+    int4, _ = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+    held = load_file(int4 / "model.safetensors")
+    damage(held)
+    save_file(held, int4 / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(error, match=message):
+        LLM(int4, device="cpu", dtype="float32")
+
+
+def of_another_size(kind: str) -> dict[str, torch.Tensor]:
+    """A layer of 48 outputs and 64 inputs, whose tensors agree with one another."""
+    return write_layer(random_weight(48, 64, 8), SCHEMES[kind])
+
+
+def of_eight_bits(kind: str) -> dict[str, torch.Tensor]:
+    """A layer of 48 outputs and 32 inputs, four codes a word."""
+    tensors = write_layer(random_weight(48, 32, 8), SCHEMES[kind])
+    doubled = {"gptq": (0, 1), "gptq_v2": (0, 1), "awq": (1, 1), "compressed-tensors": (1, 0)}
+    names = ("weight_packed",) if kind == "compressed-tensors" else ("qweight", "qzeros")
+    for name, dim in zip(names, doubled[kind], strict=False):
+        tensors[name] = tensors[name].repeat_interleave(2, dim=dim)
+    return tensors
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("layer", [of_another_size, of_eight_bits])
+def test_a_layer_that_the_model_has_in_another_size_is_named(
+    dense: Path,
+    tmp_path: Path,
+    kind: str,
+    layer: Callable[[str], dict[str, torch.Tensor]],
+) -> None:
+    """Its tensors fit one another, so that nothing but the model's own layer tells."""
+    int4, _ = quantize_folder(dense, tmp_path, kind, group_size=8)
+    held = load_file(int4 / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    for full_name in [full_name for full_name in held if full_name.startswith(f"{name}.")]:
+        del held[full_name]
+    held |= {f"{name}.{part}": tensor.clone() for part, tensor in layer(kind).items()}
+    save_file(held, int4 / "model.safetensors", metadata={"format": "pt"})
+    sizes = r"a weight of (\[48, 64\]|\[96, 32\]) .*the model's layer is \[48, 32\]"
+    message = rf"{re.escape(name)}\.\w+ is \[.*{sizes}; use .* 4 bits in all"
+    with pytest.raises(BadCheckpoint, match=message):
+        LLM(int4, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, -100])
+def test_a_truncated_file(dense: Path, tmp_path: Path, kept: int) -> None:
+    int4, _ = quantize_folder(dense, tmp_path, "awq", group_size=8)
+    file = int4 / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(BadCheckpoint, match=r"model\.safetensors is damaged"):
+        LLM(int4, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 8}, "only 4-bit weights"),
+        ({"quant_method": "of-tomorrow"}, "'of-tomorrow', which is unknown"),
+        ({"checkpoint_format": "marlin"}, "'marlin'"),
+    ],
+    ids=str,
+)
+def test_unknown_formats(dense: Path, tmp_path: Path, change: dict, message: str) -> None:
+    int4, _ = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+    config = json.loads((int4 / "config.json").read_text())
+    config["quantization_config"] |= change
+    (int4 / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=message):
+        LLM(int4, device="cpu")
+
+
+def test_fused_experts_are_refused_by_name(tmp_path: Path) -> None:
+    zoo.tiny_model("mixtral").save_pretrained(tmp_path / "moe")
+    int4, _ = quantize_folder(tmp_path / "moe", tmp_path, "gptq", group_size=8)
+    held = load_file(int4 / "model.safetensors")
+    expert = next(name for name in held if ".experts." in name and name.endswith("weight"))
+    layer = expert.removesuffix(".weight")
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        held[f"{layer}.{part}"] = held[f"model.layers.0.self_attn.q_proj.{part}"].clone()
+    save_file(held, int4 / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"experts.*for all experts are not covered"):
+        LLM(int4, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_output_layer_in_fewer_bits(dense: Path, bits: int) -> None:
+    with LLM(dense, device="cpu", dtype="bfloat16", lm_head_bits=bits, kv_memory="4MiB") as llm:
+        (out,) = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=20, temperature=0))
+        assert len(out.outputs[0].token_ids) == 20
+        assert type(llm._loaded.model.get_output_embeddings()) is not torch.nn.Linear
+
+
+def test_output_layers_that_cannot_be_quantised_are_refused(dense: Path) -> None:
+    with pytest.raises(InvalidConfig, match="lm_head_bits is 3"):
+        LLM(dense, device="cpu", lm_head_bits=3)
+    with pytest.raises(InvalidConfig, match="caller's own"):
+        LLM(zoo.tiny_model("llama"), device="cpu", lm_head_bits=8)

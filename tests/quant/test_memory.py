@@ -1,0 +1,64 @@
+"""Where 4-bit and packed weights lie: memory that goes back, on huge pages."""
+
+import ctypes
+import re
+from mmap import PAGESIZE
+from pathlib import Path
+
+import pytest
+import torch
+from quantized import random_weight
+from vkv.quant import Int4Linear, empty_apart, trim_heap
+from vkv.quant.kernels.native import NativeKernel
+
+
+def test_memory_apart_is_advised_to_lie_on_huge_pages_and_goes_back() -> None:
+    tensor = empty_apart((3 << 20,), torch.int32)
+    address = tensor.data_ptr()
+    assert address % (2 << 20) == 0
+    assert "hg" in _flags_at(address)  # of private memory: that of files has its own rule
+    del tensor
+    assert _flags_at(address) == []
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc's heap")
+def test_holes_in_the_heap_go_back() -> None:
+    held = [torch.ones(25 << 10) for _ in range(640)]  # 100 KiB each, every other let go
+    held = held[::2]
+    before = _resident_bytes()
+    trim_heap()
+    assert _resident_bytes() < before - (16 << 20)
+    assert all(tensor.sum() == 25 << 10 for tensor in held)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc's heap")
+def test_settled_weights_leave_nothing_to_give_back() -> None:
+    linears = [Int4Linear(random_weight(448, 448, 64, seed=seed)) for seed in range(200)]
+    for linear in linears:  # 100 KiB each, on the heap
+        linear.settle(torch.bfloat16)
+    before = _resident_bytes()
+    trim_heap()
+    assert before - _resident_bytes() < 4 << 20
+
+
+@pytest.mark.skipif(NativeKernel.unavailable_reason() is not None, reason="no native kernel here")
+def test_codes_lie_on_huge_pages() -> None:
+    layout = NativeKernel().prepare(random_weight(4096, 1024, 64))
+    assert layout.codes.data_ptr() % (2 << 20) == 0
+    assert "hg" in _flags_at(layout.codes.data_ptr())
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE
+
+
+def _flags_at(address: int) -> list[str]:
+    """Flags of private memory at an address, of /proc/self/smaps; none where nothing is mapped."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = start <= address < end and line.split()[1].endswith("p")
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []

@@ -1,0 +1,120 @@
+"""Sleep gives memory back and keeps addresses; what ran before runs after."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from vkv import LLM, AsyncLLM
+from vkv.runtime.model.weights import OffloadedWeights
+from vkv.vmem import HostDriver
+from vkv.vmem.errors import InvalidOperation
+
+
+def _resident_bytes(llm: LLM) -> int:
+    """What the system holds for the pages, as it counts itself."""
+    driver = llm._built.driver
+    assert isinstance(driver, HostDriver)
+    return os.fstat(driver._memfd).st_blocks * 512
+
+
+def _tokens(llm: LLM) -> list[tuple[int, ...]]:
+    outs = llm.generate(zoo.random_prompts([40, 7, 23]), zoo.greedy(20))
+    return [out.outputs[0].token_ids for out in outs]
+
+
+def test_asleep_it_holds_nothing_and_awake_it_gives_the_same(llm: LLM) -> None:
+    expected = _tokens(llm)
+    where = [part.data_ptr() for part in llm.engine.cache.layer(0)]
+    held = llm.stats().physical_bytes
+    assert held == _resident_bytes(llm) > 0
+    assert llm.sleep() == held
+    assert llm.is_asleep
+    assert llm.stats().physical_bytes == llm.stats().pages_held == _resident_bytes(llm) == 0
+    assert llm.sleep(weights=True) == 0  # a CPU's weights have nowhere to go
+    llm.wake()
+    assert _tokens(llm) == expected
+    assert [part.data_ptr() for part in llm.engine.cache.layer(0)] == where
+
+
+def test_recorded_steps_outlive_a_sleep(flash_standin: str) -> None:
+    options = zoo.with_defaults({"attention": flash_standin, "record_decodes": True})
+    with LLM(zoo.tiny_model("llama"), device="cpu", **options) as llm:
+        expected = _tokens(llm)
+        graphs = llm.engine.runner.graphs
+        assert graphs is not None
+        recordings = dict(graphs._recordings)
+        assert recordings
+        llm.sleep()
+        llm.wake()
+        assert _tokens(llm) == expected
+        assert graphs._recordings == recordings
+        graphs.forget()  # as where weights come back at other addresses
+        assert llm.stats().num_graphs == 0
+        assert _tokens(llm) == expected
+        assert llm.stats().num_graphs == len(recordings)
+
+
+def test_state_goes_too() -> None:
+    with LLM(zoo.tiny_model("lfm2"), device="cpu", **zoo.with_defaults({})) as llm:
+        expected = _tokens(llm)
+        before = llm.stats()
+        assert llm.sleep() == before.physical_bytes + before.state_bytes
+        assert llm.stats().state_bytes == 0 < before.state_bytes
+        llm.wake()
+        assert _tokens(llm) == expected
+
+
+def test_with_an_unfinished_request_it_stays_awake(llm: LLM) -> None:
+    stream = llm.stream("hello", zoo.greedy(10))
+    next(stream)
+    with pytest.raises(InvalidOperation, match="1 requests are unfinished"):
+        llm.sleep()
+    assert not llm.is_asleep
+    assert sum(len(delta.token_ids) for delta in stream) == 9
+    llm.sleep()
+
+
+def test_asleep_it_refuses_and_can_be_closed(llm: LLM) -> None:
+    llm.sleep()
+    for use in (lambda: llm.generate("hello"), lambda: llm.stream("hello")):
+        with pytest.raises(InvalidOperation, match="asleep"):
+            use()
+    assert llm.trim() == 0
+    llm.close()
+    with pytest.raises(InvalidOperation, match="closed"):
+        llm.wake()
+
+
+def test_an_async_llm_sleeps_and_goes_on(llama_folder: Path) -> None:
+    async def scenario() -> list[int]:
+        async with AsyncLLM(
+            llama_folder, device="cpu", dtype="float32", **zoo.with_defaults({})
+        ) as llm:
+            async for _ in llm.generate("hello", zoo.greedy(5)):
+                pass
+            assert await llm.sleep() > 0
+            with pytest.raises(InvalidOperation, match="asleep"):
+                async for _ in llm.generate("hello", zoo.greedy(5)):
+                    pass
+            await llm.wake()
+            return [len(out.outputs[0].token_ids) async for out in llm.generate([1], zoo.greedy(5))]
+
+    assert asyncio.run(scenario())[-1] == 5
+
+
+@torch.inference_mode()
+def test_offloaded_weights_leave_nothing_and_come_back() -> None:
+    model = zoo.tiny_model("llama", tie_word_embeddings=True)
+    ids = torch.arange(5)[None]
+    expected = model(ids).logits
+    parts = [*model.parameters(), *model.buffers()]
+    size = sum(part.nbytes for part in parts)
+    weights = OffloadedWeights(model)
+    assert weights.num_bytes == size  # a tied weight once
+    assert all(part.untyped_storage().nbytes() == 0 for part in parts)
+    weights.restore()
+    assert torch.equal(model(ids).logits, expected)
+    assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], parts, strict=True))

@@ -1,0 +1,172 @@
+"""Recorded decode steps: padding, sizes and buffers on a CPU, the graphs themselves on a GPU.
+
+On a CPU a recording is played by running it again, over the same tensors and with the numbers on
+the host frozen as a recording would have them.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from vkv import LLM, SamplingParams
+from vkv.runtime.engine.build import why_no_graphs
+from vkv.runtime.execution.recordings import DecodeGraphs
+from vkv.vmem.errors import InvalidConfig
+
+
+def _open(model_type: str, backend: str, **options: Any) -> LLM:
+    options = zoo.with_defaults(
+        {"attention": backend, "record_decodes": True, "max_seqs": 7, **options}
+    )
+    return LLM(zoo.tiny_model(model_type), device="cpu", **options)
+
+
+def _graphs(llm: LLM) -> DecodeGraphs:
+    graphs = llm.engine.runner.graphs
+    assert graphs is not None
+    return graphs
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gpt_oss", "gpt2"])
+def test_replayed_steps_give_the_tokens_of_generate(
+    flash_standin: str,
+    model_type: str,
+) -> None:
+    with _open(model_type, flash_standin, max_batch_tokens=24) as llm:
+        zoo.check_generate(
+            llm, model_type, [5, 40, 1, 17, 16, 9, 30, 22, 3], [30, 9, 17, 1, 40, 12, 3, 25, 33]
+        )
+        assert _graphs(llm).num_replays > 20
+        assert {size for size, _ in _graphs(llm)._recordings} >= {1, 2, 4, 7}
+
+
+def test_recordings_are_made_once_and_their_tensors_stay(flash_standin: str) -> None:
+    with _open("llama", flash_standin) as llm:
+        zoo.check_generate(llm, "llama", [5, 9, 12], [20, 20, 20])
+        recordings = dict(_graphs(llm)._recordings)
+        where = {key: r.inputs._buffer.data_ptr() for key, r in recordings.items()}
+        zoo.check_generate(llm, "llama", [7, 3, 18], [20, 20, 20])
+        assert _graphs(llm)._recordings == recordings
+        assert where == {key: r.inputs._buffer.data_ptr() for key, r in recordings.items()}
+        assert llm.stats().num_graphs == len(recordings) == 1
+        assert llm.stats().num_replays == _graphs(llm).num_replays == 2 * 19
+
+
+def test_longer_contexts_have_recordings_of_their_own(
+    flash_standin: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vkv.runtime.execution.recordings._SHORTEST", 16)
+    with _open("gpt_oss", flash_standin) as llm:  # whose window is 13: below, at and above a bound
+        zoo.check_generate(llm, "gpt_oss", [3, 10, 60], [40, 30, 20])
+        assert {length for _, length in _graphs(llm)._recordings} == {64, 256}
+        zoo.check_generate(llm, "gpt_oss", [4], [30])
+        assert {length for _, length in _graphs(llm)._recordings} == {16, 64, 256}
+
+
+def test_padding_writes_where_nobody_reads_or_what_its_request_writes(
+    flash_standin: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, int, int]] = []  # where padding wrote, rows mapped, the request's token
+    padding = DecodeGraphs._padding
+
+    def spy(self: DecodeGraphs, batch: Any) -> Any:
+        slot, write_at, token, position = padding(self, batch)
+        (own,) = (item.start for item in batch if item.request.slot is slot)
+        seen.append((write_at, slot.num_tokens, own))
+        return slot, write_at, token, position
+
+    monkeypatch.setattr(DecodeGraphs, "_padding", spy)
+    # All at the same length, and nothing mapped ahead: at the end of a row no slot has another.
+    with _open("llama", flash_standin, look_ahead_tokens=0, max_parked=0) as llm:
+        zoo.check_generate(llm, "llama", [10, 10, 10], [40, 40, 40])
+        assert {write_at - own for write_at, _, own in seen} == {0, 1}
+        assert all(write_at < backed for write_at, backed, _ in seen)
+
+
+def test_preemption_and_sampling_go_on_as_without_recordings(flash_standin: str) -> None:
+    prompts = zoo.random_prompts([20, 31, 12, 25, 8, 17])
+    params = [
+        SamplingParams(temperature=0.8, top_p=0.9, seed=i, max_tokens=60, ignore_eos=True)
+        for i in range(len(prompts))
+    ]
+    outputs = []
+    for record_decodes in (True, False):
+        with _open(
+            "llama", flash_standin, record_decodes=record_decodes, kv_memory=20 * 4096
+        ) as llm:
+            outs = llm.generate(prompts, params)
+            assert llm.stats().num_preemptions
+            assert bool(llm.stats().num_replays) is record_decodes
+            llm.engine.cache.check_invariants()
+            zoo.assert_idle(llm)
+        outputs.append([out.outputs[0].token_ids for out in outs])
+    assert outputs[0] == outputs[1]
+
+
+class _Refusing:
+    pads = True
+    refusal_level = logging.WARNING
+
+    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def forget(self) -> None:
+        pass
+
+
+def test_a_model_that_cannot_be_recorded_runs_without(
+    flash_standin: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with _open("llama", flash_standin) as llm:
+        graphs = _graphs(llm)
+        graphs.recorder = _Refusing()
+        with caplog.at_level(logging.WARNING):
+            zoo.check_generate(llm, "llama", [5, 12], [10, 10])
+        assert "not permitted" in (graphs.refused or "")
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert llm.stats().num_graphs == llm.stats().num_replays == 0
+
+
+def test_scores_of_prompts_and_single_token_prompts(flash_standin: str) -> None:
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=1)
+    tables = []
+    for record_decodes in (True, False):
+        with _open("llama", flash_standin, record_decodes=record_decodes) as llm:
+            outs = llm.generate([[3], [3, 4, 5]], params)
+        tables.append([(out.prompt_logprobs, out.outputs[0].logprobs) for out in outs])
+    assert repr(tables[0])[:40] == repr(tables[1])[:40]
+    for with_graphs, without in zip(*tables, strict=True):
+        assert with_graphs[0] is not None
+        assert [set(table) for table in with_graphs[1]] == [set(table) for table in without[1]]
+
+
+def test_asking_for_what_cannot_be_recorded_is_refused() -> None:
+    for model_type, options, why in (
+        ("llama", {"attention": "sdpa"}, "'sdpa' cannot be recorded"),
+        ("llama", {"kv": "paged"}, "paged cache"),
+        ("lfm2", {}, "state"),
+    ):
+        with pytest.raises(InvalidConfig, match=why):
+            LLM(
+                zoo.tiny_model(model_type),
+                device="cpu",
+                record_decodes=True,
+                **zoo.with_defaults(options),
+            )
+    with pytest.raises(InvalidConfig, match="record_decodes is"):
+        LLM(zoo.tiny_model("llama"), device="cpu", record_decodes=1.5)
+
+
+def test_nothing_is_recorded_against_the_users_wish() -> None:
+    with LLM(
+        zoo.tiny_model("llama"), device="cpu", record_decodes=False, **zoo.with_defaults({})
+    ) as llm:
+        assert llm.engine.runner.graphs is None
+        why = why_no_graphs(llm._loaded, llm.config, llm.engine.runner.backend)
+        assert why == "record_decodes is False"

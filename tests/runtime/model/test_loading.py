@@ -1,0 +1,269 @@
+"""Unmodified models over our slots say what `model.generate` says, token for token."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from vkv import LLM, SamplingParams
+from vkv.runtime.engine.engine import Engine
+from vkv.runtime.request.request import Request
+from vkv.vmem.errors import InvalidConfig, InvalidOperation, UnsupportedModel
+
+# Prompts far longer than a window, a page or a step's budget, and as short as they come.
+PROMPT_LENGTHS = (3, 41, 18, 1, 75, 26)
+OUTPUT_LENGTHS = (24, 9, 30, 17, 12, 21)
+ARRIVAL_STEPS = (0, 0, 2, 5, 9, 14)
+
+
+@cache
+def _reference_tokens(model_type: str) -> list[list[int]]:
+    """What `model.generate` makes of each prompt, alone."""
+    model = zoo.tiny_model(model_type)
+    return [
+        zoo.generate_alone(model, prompt, num_tokens)
+        for prompt, num_tokens in zip(
+            zoo.random_prompts(PROMPT_LENGTHS), OUTPUT_LENGTHS, strict=True
+        )
+    ]
+
+
+def _llm(model: PreTrainedModel, **options: Any) -> LLM:
+    return LLM(model, device="cpu", **{"max_seqs": 4, **zoo.with_defaults(options)})
+
+
+def _greedy(num_tokens: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=zoo.VOCAB_SIZE
+    )
+
+
+def _scores(request: Request) -> torch.Tensor:
+    """All log probabilities of every step, [num_output_tokens, vocab]."""
+    rows = [[table[i].logprob for i in range(zoo.VOCAB_SIZE)] for table in request.logprobs]
+    return torch.tensor(rows)
+
+
+def _reference_scores(model: PreTrainedModel, request: Request) -> torch.Tensor:
+    """The same by one plain forward over the finished sequence."""
+    logits = zoo.full_logits(model, request.token_ids[:-1])
+    return logits[request.num_prompt_tokens - 1 :].log_softmax(-1)
+
+
+def _run_staggered(engine: Engine) -> list[Request]:
+    """Add each request at its own step, so that they join and leave a batch under way."""
+    prompts = zoo.random_prompts(PROMPT_LENGTHS)
+    requests: list[Request] = []
+    step = 0
+    while len(requests) < len(prompts) or engine.has_work:
+        while len(requests) < len(prompts) and ARRIVAL_STEPS[len(requests)] <= step:
+            index = len(requests)
+            requests += engine.add_request(
+                str(index), prompts[index], _greedy(OUTPUT_LENGTHS[index])
+            )
+        engine.step()
+        step += 1
+    engine.cache.check_invariants()
+    return requests
+
+
+def _assert_same(model_type: str, **options: Any) -> None:
+    """Compare tokens with `model.generate`, and all scores with a plain forward."""
+    with _llm(zoo.tiny_model(model_type), **options) as llm:
+        requests = _run_staggered(llm._engine)
+    model = zoo.tiny_model(model_type)
+    for request, expected in zip(requests, _reference_tokens(model_type), strict=True):
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        got = request.output_token_ids
+        assert got == expected, zoo.explain_difference(model, prompt, got, expected)
+        torch.testing.assert_close(
+            _scores(request), _reference_scores(model, request), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by GPT-BigCode
+@pytest.mark.parametrize("model_type", zoo.ARCHITECTURES | zoo.HYBRIDS)
+def test_tokens_and_scores_equal_plain_transformers(model_type: str) -> None:
+    _assert_same(model_type, max_batch_tokens=11)
+
+
+@pytest.mark.parametrize("model_type", zoo.REQUIRED)
+def test_the_paged_baseline_says_the_same(model_type: str) -> None:
+    _assert_same(model_type, kv="paged", max_batch_tokens=32)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "deepseek_v3"])
+def test_every_geometry_of_slots_says_the_same(model_type: str) -> None:
+    _assert_same(model_type, layers_per_range=1, split_kv=True, max_batch_tokens=32)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "gemma2"])
+def test_the_reference_backend_says_the_same(model_type: str) -> None:
+    _assert_same(model_type, attention="reference", max_batch_tokens=32)
+
+
+def test_a_step_of_one_token_is_enough() -> None:
+    _assert_same("llama", max_batch_tokens=1)
+
+
+def test_bfloat16_is_no_less_exact_than_plain_transformers() -> None:
+    exact = zoo.tiny_model("llama")
+    plain = zoo.tiny_model("llama", dtype=torch.bfloat16)
+    with _llm(zoo.tiny_model("llama", dtype=torch.bfloat16), max_batch_tokens=11) as llm:
+        requests = _run_staggered(llm._engine)
+    ours = theirs = 0.0
+    for request in requests:
+        truth = _reference_scores(exact, request)
+        ours += (_scores(request) - truth).square().mean().item()
+        theirs += (_reference_scores(plain, request) - truth).square().mean().item()
+    assert 0 < ours < 1.5 * theirs
+
+
+# -- the tests above can fail ------------------------------------------------------------------
+
+
+def _tokens_of(model_type: str, *, tamper: Any) -> list[int]:
+    """Decode 12 tokens after a prompt of 40, with `tamper(engine, request)` in between."""
+    (prompt,) = zoo.random_prompts([40])
+    with _llm(zoo.tiny_model(model_type), max_batch_tokens=64) as llm:
+        (request,) = llm._engine.add_request("0", prompt, _greedy(12))
+        llm._engine.step()
+        tamper(llm._engine, request)
+        while llm._engine.has_work:
+            llm._engine.step()
+    return request.output_token_ids
+
+
+def _exchange_rows(engine: Engine, request: Request) -> None:
+    """Let the keys of recent tokens, all within any window, stand before other values."""
+    assert request.slot is not None
+    for layer in range(len(engine.loaded.geometry)):
+        keys, _ = engine.cache.layer(layer)
+        recent = keys[request.slot.index, 31:40]
+        recent.copy_(recent.flip(0))
+
+
+def _shift_positions(engine: Engine, request: Request) -> None:
+    """Number the tokens to come one too high."""
+
+    def shift(_module: object, args: Any, options: dict[str, Any]) -> Any:
+        return args, {**options, "position_ids": options["position_ids"] + 1}
+
+    engine.loaded.model.register_forward_pre_hook(shift, with_kwargs=True)
+
+
+@pytest.mark.parametrize("tamper", [_exchange_rows, _shift_positions])
+@pytest.mark.parametrize("model_type", zoo.REQUIRED)
+def test_wrong_rows_and_positions_change_tokens(model_type: str, tamper: Any) -> None:
+    untouched = _tokens_of(model_type, tamper=lambda *_: None)
+    assert _tokens_of(model_type, tamper=tamper) != untouched
+
+
+def test_models_are_sharp_enough_to_tell_tokens_apart() -> None:
+    """Rounding moves logits by about 1e-5; the likeliest token leads by far more."""
+    for model_type in zoo.REQUIRED:
+        model = zoo.tiny_model(model_type)
+        for prompt, output in zip(
+            zoo.random_prompts(PROMPT_LENGTHS), _reference_tokens(model_type), strict=True
+        ):
+            logits = zoo.full_logits(model, [*prompt, *output[:-1]])[len(prompt) - 1 :]
+            top = logits.topk(2).values
+            assert (top[:, 0] - top[:, 1]).min() > 1e-4, model_type
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_TWO_LAYERS: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        ("bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "interface"),
+        ("falcon", {**_TWO_LAYERS, "num_attention_heads": 4}, "interface"),
+        ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "interface"),
+        ("mamba", _TWO_LAYERS, "recurrent state only"),
+        ("rwkv", _TWO_LAYERS, "recurrent state"),
+        ("llama4_text", {**_SMALL, "num_local_experts": 2}, "chunked_attention"),
+        ("diffllama", _SMALL, "layer 0 attends twice"),
+        ("doge", _SMALL, "masks them its own way"),
+        ("bert", _SMALL, "not causal"),
+        (
+            "bart",
+            {
+                "vocab_size": 64,
+                "d_model": 32,
+                "encoder_layers": 2,
+                "decoder_layers": 2,
+                "decoder_attention_heads": 4,
+                "decoder_ffn_dim": 32,
+            },
+            "positions of its own",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(
+    model_type: str, changes: dict[str, Any], reason: str
+) -> None:
+    config = AutoConfig.for_model(model_type, **changes)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsupportedModel, match=reason):
+        _llm(model)
+
+
+def test_a_long_rotary_embedding_is_held_to_its_original_length() -> None:
+    """Past it, one long request in a batch would change the frequencies of all others."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+    }
+    model = zoo.tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    with pytest.raises(InvalidConfig, match=r"max_len is 256.*64 positions.*lower max_len"):
+        _llm(model)
+    with _llm(model, max_len=None) as llm:
+        assert llm._engine.cache.max_len == 64
+
+
+def test_a_prepared_model_says_how_to_use_it_elsewhere() -> None:
+    model = zoo.tiny_model("llama")
+    with _llm(model):
+        pass
+    with pytest.raises(InvalidOperation, match="set_attn_implementation"):
+        model(torch.tensor([[1, 2]]))
+    model.set_attn_implementation("sdpa")
+    assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["float31", "int8", torch.int8])
+def test_unknown_dtypes_are_refused(name: Any) -> None:
+    with pytest.raises(InvalidConfig, match="bfloat16"):
+        _llm_with_dtype(name)
+
+
+def _llm_with_dtype(dtype: Any) -> LLM:
+    return LLM(zoo.tiny_model("llama"), device="cpu", dtype=dtype, max_len=64)
+
+
+def _generate(llm: LLM, prompts: Sequence[list[int]]) -> list[tuple[int, ...]]:
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_weights_and_cache_take_the_dtype_asked_for() -> None:
+    with _llm_with_dtype("bfloat16") as llm:
+        assert {p.dtype for p in llm._loaded.model.parameters()} == {torch.bfloat16}
+        assert llm._engine.cache.layer(0)[0].dtype == torch.bfloat16
+        assert len(_generate(llm, zoo.random_prompts([5]))[0]) == 4

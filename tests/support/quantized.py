@@ -1,0 +1,142 @@
+"""Small 4-bit checkpoints: a random model, rounded to nearest, written as each format stores it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from vkv.quant import Int4Weight, Scheme
+from vkv.quant.formats.table import write_layer
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
+GPTQ_V2 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}
+AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "strategy": "group"},
+        }
+    },
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gptq": GPTQ,
+    "gptq_v2": GPTQ_V2,
+    "awq": AWQ,
+    "compressed-tensors": COMPRESSED,
+}
+SCHEMES = {
+    "gptq": Scheme(format="gptq", zero_offset=1),
+    "gptq_v2": Scheme(format="gptq"),
+    "awq": Scheme(format="awq"),
+    "compressed-tensors": Scheme(format="compressed-tensors"),
+}
+
+
+def random_weight(
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    *,
+    symmetric: bool = True,
+    act_order: bool = False,
+    seed: int = 0,
+) -> Int4Weight:
+    """Codes, scales, zeros and an order drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = in_features // group_size
+    zeros = torch.randint(1, 16, (out_features, groups), generator=generator, dtype=torch.uint8)
+    order = torch.randperm(in_features, generator=generator)
+    order = order.unflatten(0, (groups, -1)).sort(dim=1).values.flatten()  # as argsort leaves it
+    return Int4Weight.from_codes(
+        torch.randint(0, 16, (out_features, in_features), generator=generator),
+        torch.rand(out_features, groups, generator=generator).half() / 16 + 0.01,
+        None if symmetric else zeros,
+        permutation=order if act_order and groups > 1 else None,
+    )
+
+
+def round_to_nearest(weight: torch.Tensor, group_size: int, *, symmetric: bool) -> Int4Weight:
+    """The simplest quantiser there is: [N, K], each group by its extremes."""
+    groups = weight.float().unflatten(1, (-1, group_size))
+    if symmetric:
+        scales = groups.abs().amax(-1) / 7
+        zeros = torch.full_like(scales, 8)
+    else:
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scales = (high - low) / 15
+        zeros = (-low / scales).round().clamp(1, 15)
+    scales = scales.clamp(min=1e-6).half().float()
+    codes = (groups / scales.unsqueeze(-1)).round() + zeros.unsqueeze(-1)
+    return Int4Weight.from_codes(
+        codes.clamp(0, 15).flatten(1).to(torch.uint8),
+        scales.half(),
+        None if symmetric else zeros.to(torch.uint8),
+    )
+
+
+def permuted(weight: torch.Tensor, group_size: int, *, symmetric: bool) -> Int4Weight:
+    """Rounded to nearest in groups of columns dealt at random, as act-order leaves them."""
+    order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(1))
+    order = order.unflatten(0, (-1, group_size)).sort(dim=1).values.flatten()
+    plain = round_to_nearest(weight[:, order], group_size, symmetric=symmetric)
+    return Int4Weight(
+        packed=plain.packed,
+        scales=plain.scales,
+        zeros=plain.zeros,
+        group_size=group_size,
+        permutation=order,
+    )
+
+
+def quantize_folder(
+    source: Path,
+    folder: Path,
+    kind: str,
+    *,
+    group_size: int = 16,
+    symmetric: bool = True,
+    act_order: bool = False,
+) -> tuple[Path, Path]:
+    """Two checkpoints of the model in `source`: quantised, and with dequantised weights.
+
+    The linears of its layers are quantised, which is what quantisers do; the rest is kept.
+    """
+    tensors = load_file(source / "model.safetensors")
+    quantized, dense = dict(tensors), dict(tensors)
+    quantise = permuted if act_order else round_to_nearest
+    for name in tensors:
+        if ".layers." in name and name.endswith("_proj.weight"):
+            weight = quantise(tensors[name], group_size, symmetric=symmetric)
+            layer = name.removesuffix(".weight")
+            del quantized[name]
+            for part, tensor in write_layer(weight, SCHEMES[kind]).items():
+                quantized[f"{layer}.{part}"] = tensor
+            dense[name] = weight.dequantize(tensors[name].dtype)
+    config = json.loads((source / "config.json").read_text())
+    paths = (folder / kind, folder / f"{kind}-dense")
+    for path, held in zip(paths, (quantized, dense), strict=True):
+        path.mkdir(parents=True)
+        save_file(held, path / "model.safetensors", metadata={"format": "pt"})
+        for extra in source.glob("*"):
+            if extra.name not in ("config.json", "model.safetensors") and extra.is_file():
+                (path / extra.name).write_bytes(extra.read_bytes())
+        described = {"quantization_config": CONFIGS[kind]} if path == paths[0] else {}
+        (path / "config.json").write_text(json.dumps(config | described))
+    return paths
+
+
+def matrix(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated_inputs(tokens: int, features: int, seed: int = 1) -> torch.Tensor:
+    """Inputs like a layer's: few directions hold most of their size."""
+    mixing = matrix(features // 4, features, seed=seed)
+    return matrix(tokens, features // 4, seed=seed + 1) @ mixing + 0.1 * matrix(
+        tokens, features, seed=seed + 2
+    )

@@ -1,0 +1,280 @@
+"""What is particular to the host driver: recycled page numbers, huge pages, and VMAs."""
+
+import ctypes
+import os
+import random
+import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from errno import EBADF, EINTR, ENOMEM
+from pathlib import Path
+
+import pytest
+import torch
+from standin.process import kernel_mappings
+from vkv.vmem import HostDriver, Page, linux
+from vkv.vmem.errors import DriverError, InvalidConfig, OutOfMappings, OutOfPages
+
+PAGE = 16 << 10
+
+
+@pytest.fixture
+def driver():
+    with HostDriver(page_bytes=PAGE) as driver:
+        yield driver
+
+
+def resident_bytes(driver):
+    return os.fstat(driver._memfd).st_blocks * 512
+
+
+def test_adjacent_pages_are_mapped_by_one_call_and_unmapped_by_one(driver):
+    address = driver.reserve(64 * PAGE)
+    pages = driver.create(60)
+    driver.map(address, pages)
+    assert driver.counters["map"] == 1
+    driver.unmap(address + PAGE, 50 * PAGE)
+    assert driver.counters["unmap"] == 1
+
+
+def test_a_run_is_split_only_where_page_numbers_jump(driver):
+    address = driver.reserve(8 * PAGE)
+    first, second, third, fourth = driver.create(4)
+    driver.map(address, [second, third, first, fourth, fourth])
+    assert driver.counters["map"] == 4
+    assert driver.num_mappings == len(kernel_mappings(address, 8 * PAGE)) == 5
+
+
+def test_pages_at_home_take_one_mapping_in_whatever_order_they_come(driver):
+    address = driver.reserve(64 * PAGE)
+    for start in (4, 0, 2, 6):
+        home = address + start * PAGE
+        driver.map(home, driver.create(2, [home, home + PAGE]))
+    assert driver.num_mappings == len(kernel_mappings(address, 64 * PAGE)) == 2
+    assert resident_bytes(driver) == 8 * PAGE
+    pages = list(driver.mapped(address, 8 * PAGE).values())
+    driver.unmap(address, 8 * PAGE)
+    driver.release(pages)
+    assert resident_bytes(driver) == 0
+    assert driver.create(2) == [0, 1]  # numbers of homes are not among those used again
+
+
+def test_gaps_can_be_readable_and_cost_nothing():
+    with HostDriver(page_bytes=PAGE, readable_gaps=True) as driver:
+        address = driver.reserve(64 * PAGE)
+        driver.map(address + PAGE, driver.create(1))
+        whole = driver.tensor(address, (64 * PAGE,), (1,), torch.uint8)
+        whole[PAGE : 2 * PAGE] = 1
+        assert whole.clone().sum() == PAGE
+        driver.unmap(address + PAGE, PAGE)
+        assert whole.clone().sum() == 0
+
+
+def test_the_lowest_released_numbers_are_created_again_first(driver):
+    pages = driver.create(8)
+    driver.release([pages[6], pages[1], pages[4], pages[2]])
+    assert driver.create(2) == [pages[1], pages[2]]
+    assert driver.create(3) == [pages[4], pages[6], 8]
+
+
+def test_pages_are_resident_from_creation_to_release(driver):
+    pages = driver.create(10)
+    assert resident_bytes(driver) == 10 * PAGE
+    driver.release(pages[2:9])
+    assert resident_bytes(driver) == 3 * PAGE
+
+
+def test_more_than_the_available_memory_is_refused_before_the_system_is_asked(driver):
+    num_pages = 2 * linux.available_bytes() // PAGE
+    with pytest.raises(OutOfPages, match="available"):
+        driver.create(num_pages)
+    assert driver.num_pages == driver.counters["create"] == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 8000 * 1024),
+        ({"memory.max": "max", "memory.current": "9"}, 8000 * 1024),
+        ({"memory.max": "5000", "memory.current": "4000"}, 1000 + 300 + 40),
+        ({"memory/memory.limit_in_bytes": "500", "memory/memory.usage_in_bytes": "400"}, 140),
+    ],
+)
+def test_available_memory_is_the_systems_or_what_the_container_has_left(tmp_path, files, available):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        cache = "40" if "memory/" in name else "340"
+        stat = f"anon 7\ninactive_file {cache}\nactive_file 0\n"
+        path.with_name("memory.stat").write_text(stat)
+    assert linux.available_bytes(tmp_path) == available
+
+
+def test_the_example_in_the_readme_runs():
+    text = (Path(__file__).parents[2] / "vmem/README.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+
+
+def test_a_system_call_that_a_signal_interrupts_is_made_again():
+    answers = [EINTR, EINTR, EBADF]
+
+    def function(*args):
+        ctypes.set_errno(answers.pop(0))
+        return -1
+
+    with pytest.raises(OSError, match="Errno 9"):
+        linux.call(function, 1)
+    assert not answers
+
+
+def test_a_reservation_that_cannot_be_trimmed_is_given_back(driver, monkeypatch):
+    real, calls = linux.call, []
+
+    def call(function, *args):
+        calls.append((function, args))
+        if len(calls) == 2:
+            raise OSError(ENOMEM, "injected")
+        result = real(function, *args)
+        calls[-1] += (result,)
+        return result
+
+    monkeypatch.setattr(linux, "call", call)
+    with pytest.raises(DriverError, match="munmap"):
+        driver.reserve(1 << 30)
+    _, (_, size, *_), start = calls[0]
+    assert not kernel_mappings(start + size // 2, 4096)
+
+
+class TestHugePages:
+    def test_are_used_where_the_kernel_grants_them(self):
+        with HostDriver() as driver:
+            assert driver.huge_pages is None
+            pages = driver.create(2)
+            address = driver.reserve(4 << 20)
+            driver.map(address, pages)
+            assert address % (2 << 20) == 0
+            if not driver.huge_pages:
+                pytest.skip("this kernel grants no huge pages to shared memory")
+            assert huge_bytes(address) == 4 << 20
+
+    @pytest.mark.parametrize("options", [{"page_bytes": PAGE}, {"want_huge_pages": False}])
+    def test_are_not_asked_for_where_pages_are_smaller_or_the_user_declines(self, options):
+        with HostDriver(**options) as driver:
+            driver.create(1)
+            assert driver.huge_pages is False
+            assert driver.counters["collapse"] == 0
+
+    def test_are_done_without_where_the_kernel_refuses(self, monkeypatch):
+        real = linux.call
+
+        def call(function, *args):
+            if function is linux.madvise:
+                raise OSError(22, "injected")
+            return real(function, *args)
+
+        monkeypatch.setattr(linux, "call", call)
+        with HostDriver() as driver:
+            assert len(driver.create(1)) == 1
+            assert driver.huge_pages is False
+
+
+def huge_bytes(address):
+    """What the kernel maps by huge entries in the mapping that starts at `address`."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.startswith(f"{address:x}-")
+        elif inside and line.startswith("ShmemPmdMapped:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+class TestBudgetOfMappings:
+    def test_the_count_is_the_kernels(self, driver):
+        rng = random.Random(1)
+        size = 32
+        reservations = [driver.reserve(size * PAGE) for _ in range(2)]
+        pages = driver.create(24)
+        for _ in range(300):
+            address = rng.choice(reservations)
+            start = rng.randrange(size)
+            stop = rng.randint(start + 1, min(size, start + 6))
+            run = range(address + start * PAGE, address + stop * PAGE, PAGE)
+            backed = [driver.page_at(at) is not None for at in run]
+            if all(backed):
+                driver.unmap(run[0], len(run) * PAGE)
+            elif not any(backed):
+                first = rng.randrange(len(pages) - len(run))
+                chosen = pages[first : first + len(run)]
+                if rng.random() < 0.3:
+                    rng.shuffle(chosen)
+                driver.map(run[0], chosen)
+            counted = sum(len(kernel_mappings(at, size * PAGE)) for at in reservations)
+            assert driver.num_mappings == counted
+
+    def test_defaults_to_half_of_what_the_system_allows(self, driver):
+        assert driver.max_mappings == linux.max_map_count() // 2
+
+    def test_must_hold_something(self):
+        with pytest.raises(InvalidConfig, match="max_mappings is 0"):
+            HostDriver(max_mappings=0)
+
+    def test_a_map_beyond_it_changes_nothing(self):
+        with HostDriver(PAGE, max_mappings=8) as driver:
+            address = driver.reserve(32 * PAGE)
+            pages = driver.create(10)
+            driver.map(address, pages[:8:2])  # four mappings and the rest of the reservation
+            kernel = kernel_mappings(address, 32 * PAGE)
+            with pytest.raises(OutOfMappings, match="budget of 8"):
+                driver.map(address + 8 * PAGE, pages[::3])
+            assert kernel_mappings(address, 32 * PAGE) == kernel
+            assert driver.num_mappings == 5
+            driver.map(address + 8 * PAGE, pages)  # one more for the run, one for what follows
+
+    def test_a_reservation_counts(self):
+        with HostDriver(PAGE, max_mappings=2) as driver:
+            driver.reserve(PAGE)
+            driver.reserve(PAGE)
+            with pytest.raises(OutOfMappings):
+                driver.reserve(PAGE)
+
+    def test_unmapping_may_go_beyond_it_by_a_quarter_and_by_whole_stretches_always(self):
+        with HostDriver(PAGE, max_mappings=16) as driver:
+            address = driver.reserve(64 * PAGE)
+            driver.map(address, driver.create(64))
+            for index in range(1, 19, 2):  # nine holes make nineteen mappings of one
+                driver.unmap(address + index * PAGE, PAGE)
+            assert driver.num_mappings == 19
+            with pytest.raises(OutOfMappings, match="budget of 20"):
+                driver.unmap(address + 19 * PAGE, PAGE)
+            tensor = driver.tensor(address + 19 * PAGE, (PAGE,), (1,), torch.uint8)
+            assert not tensor.any()  # still mapped
+            for index in range(0, 18, 2):
+                driver.unmap(address + index * PAGE, PAGE)
+            assert driver.num_mappings == 2
+
+
+def test_mapping_does_not_wait_for_pages_being_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HostDriver(page_bytes=4096) as driver:
+        address = driver.reserve(4096)
+        pages = driver.create(1)
+        clearing, mapped = threading.Event(), threading.Event()
+        touch = driver._touch
+
+        def slow_touch(numbers: Sequence[Page]) -> bool:
+            clearing.set()
+            assert mapped.wait(timeout=30), "mapping waited for a page that is being created"
+            return touch(numbers)
+
+        monkeypatch.setattr(driver, "_touch", slow_touch)
+        with ThreadPoolExecutor(1) as pool:
+            creating = pool.submit(driver.create, 1)
+            assert clearing.wait(timeout=30)
+            driver.map(address, pages)
+            mapped.set()
+            assert len(creating.result(timeout=30)) == 1
+        driver.unmap(address, 4096)
