@@ -109,8 +109,8 @@ def llm(llama_folder: Path) -> Iterator["LLM"]:
     options = zoo.with_defaults({"max_seqs": 8})
     with LLM(llama_folder, device="cpu", dtype="float32", **options) as llm:
         yield llm
-        if not llm._closed:
-            llm._engine.cache.check_invariants()
+        if not llm.is_closed:
+            llm.engine.cache.check_invariants()
 
 
 @pytest.fixture

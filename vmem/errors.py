@@ -17,6 +17,7 @@ VkvError
 ├── DriverError (RuntimeError)     a system or driver call failed: which, and its status
 │   └── DriverUnavailable          no such device or library here, and how to get it
 ├── InvalidOperation (RuntimeError)  a call the address space's state forbids
+├── StepFailed (RuntimeError)      the model itself failed under a batch of requests
 └── ForkedProcess (RuntimeError)   a driver used in a child of the process that made it
 """
 
@@ -87,6 +88,10 @@ class DriverUnavailable(DriverError):
 
 class InvalidOperation(VkvError, RuntimeError):
     """The state of the address space forbids the call: double map, stray unmap, live free."""
+
+
+class StepFailed(VkvError, RuntimeError):
+    """The model raised while it computed a batch; what it raised is the cause."""
 
 
 class ForkedProcess(VkvError, RuntimeError):

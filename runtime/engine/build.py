@@ -1,14 +1,15 @@
 """From a model and its options to an engine: driver, pages, slots, kernels."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import bisect
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...allocator import (
     KVCache,
     KVLayout,
-    LayerGeometry,
     MemoryLimit,
     PagedKVCache,
     PagedLayout,
@@ -19,72 +20,89 @@ from ...allocator import (
 from ...attention_backends import AttentionBackend, choose_backend, create_backend
 from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import InvalidConfig
-from ..execution.recordings import CudaRecorder, Recorder, Rerun
-from ..execution.tape import TapeRecorder
-from ..model.loading import LoadedModel
+from ..execution.model_runner import ModelRunner
+from ..execution.recordings import Recorder
+from ..execution.recurrent_runner import RecurrentRunner
+from ..model.forward import Forward
+from ..model.loading import LoadedModel, load_model
+from ..model.recurrent_state import RecurrentState
+from ..scheduling.policies import POLICIES
 from ..scheduling.scheduler import Scheduler
-from .config import EngineConfig, available_memory
+from .admission import Admission
+from .config import EngineConfig
+from .devices import DeviceProfile, device_profile, resolve_device
 from .engine import Engine
-from .memory_profile import memory_for_kv
+from .loop import EngineLoop
 
-_AUTO_SHARE = 0.5  # of a machine's memory that is free when the engine is built
-_ROW_TOKENS = 64  # about what a page should cover where the page size is ours to choose
-_MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 16 << 10, 2 << 20
-_MAX_PAGES = 24_000  # each may need a mapping of its own, and a process has 65,530 by default
-_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
-READY_ROWS = 2  # rows of pages kept created, so that growth seldom waits for the system
+READY_GROWTHS = 2  # as many growth steps' pages are kept created, so that few wait for the system
 
 
-@dataclass(frozen=True)
-class BuiltEngine:
-    """An engine and the driver under it; the paged baseline has none."""
+def load(
+    model: str | Path | PreTrainedModel | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    config: EngineConfig,
+) -> LoadedModel:
+    """The model that an engine of this `config` runs; arguments as of `LLM`."""
+    return load_model(
+        model,
+        tokenizer=tokenizer,
+        device=resolve_device(device),
+        dtype=dtype,
+        pack_weights=config.pack_weights,
+        lm_head_bits=config.lm_head_bits,
+    )
 
-    engine: Engine
-    driver: VmemDriver | None
 
-    def close(self) -> None:
-        """Give back all memory and address space."""
-        if self.engine.runner.graphs is not None:
-            self.engine.runner.graphs.forget()
-        self.engine.cache.shutdown()
-        if self.engine.states is not None:
-            self.engine.states.clear()
-        if self.driver is not None:
-            self.driver.close()
-
-
-def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
+def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     """Put an engine together. Raises InvalidConfig or UnsupportedAttention by name."""
+    profile = device_profile(loaded.device)
     needs = loaded.needs(paged=config.kv == "paged")
     if config.attention == "auto":
         backend = choose_backend(needs)
     else:
         backend = create_backend(config.attention, needs)
-    no_graphs = why_no_graphs(loaded, config, backend)
-    cache, driver = _build_cache(loaded, config, backend)
-    scheduler = Scheduler(
-        cache,
-        max_seqs=config.max_seqs,
-        max_batch_tokens=_max_batch_tokens(loaded, config),
-        look_ahead_tokens=config.look_ahead_tokens,
-        # A slot has keys and values from its start, but state of its last token only.
-        prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
-        policy=config.policy,
-    )
-    recorder = None if no_graphs else _recorder(loaded, backend, driver)
-    overlap = _overlaps(loaded, config)
-    engine = Engine(loaded, cache, backend, scheduler, recorder, overlap=overlap)
-    built = BuiltEngine(engine, driver)
+    why_not_recorded(loaded, config, backend)  # which may refuse, before memory is taken
+    cache, driver = _build_cache(loaded, config, backend, profile)
     try:
+        runner = _build_runner(loaded, config, backend, cache, driver, profile)
+        engine = Engine(
+            runner,
+            cache,
+            _build_scheduler(loaded, config, cache, profile),
+            _build_admission(loaded, cache),
+            eos_token_ids=loaded.eos_token_ids,
+            overlap=_overlaps(loaded, config, profile),
+        )
         for index in range(len(loaded.geometry)):
             backend.check_cache(*cache.layer(index))
     except BaseException:
-        built.close()
+        _closer(None, cache, driver)()
         raise
-    return built
+    close = _closer(runner, cache, driver)
+    return EngineLoop(engine, close, shortage_wait_s=config.shortage_wait_s)
 
 
-def why_no_graphs(
+def _closer(
+    runner: ModelRunner | None, cache: SlotCache, driver: VmemDriver | None
+) -> Callable[[], None]:
+    """Gives back all memory and address space; the paged baseline has no driver."""
+
+    def close() -> None:
+        if runner is not None:
+            if runner.recordings is not None:
+                runner.recordings.forget()
+            runner.forget()
+        cache.shutdown()
+        if driver is not None:
+            driver.close()
+
+    return close
+
+
+def why_not_recorded(
     loaded: LoadedModel, config: EngineConfig, backend: AttentionBackend
 ) -> str | None:
     """Why decode steps run kernel by kernel, in words; None if they are recorded.
@@ -96,7 +114,7 @@ def why_no_graphs(
         obstacle = "layers with recurrent or convolution state cannot be recorded"
     elif config.kv == "paged":
         obstacle = "a paged cache cannot be recorded"
-    elif any(m._forward_hooks or m._forward_pre_hooks for m in loaded.model.modules()):
+    elif loaded.has_forward_hooks:
         obstacle = "the model's forward hooks would not run in replayed steps"
     elif not backend.capabilities.graphs:
         obstacle = f"attention backend {backend.name!r} cannot be recorded"
@@ -107,28 +125,81 @@ def why_no_graphs(
     return obstacle
 
 
-def _overlaps(loaded: LoadedModel, config: EngineConfig) -> bool:
+def _build_runner(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    backend: AttentionBackend,
+    cache: SlotCache,
+    driver: VmemDriver | None,
+    profile: DeviceProfile,
+) -> ModelRunner:
+    forward = Forward(loaded.model)
+    if loaded.keeps_state:
+        return RecurrentRunner(
+            forward,
+            cache,
+            backend,
+            loaded.attention,
+            loaded.device,
+            attention_layers=loaded.attention_layers,
+            states=RecurrentState(loaded.model.config, cache.num_slots),
+            vocab_size=loaded.vocab_size,
+        )
+    recorder: Recorder | None = None
+    if driver is not None and why_not_recorded(loaded, config, backend) is None:
+        recorder = profile.recorder(backend, driver)
+    return ModelRunner(
+        forward,
+        cache,
+        backend,
+        loaded.attention,
+        loaded.device,
+        recorder=recorder,
+        max_seqs=config.max_seqs,
+    )
+
+
+def _build_scheduler(
+    loaded: LoadedModel, config: EngineConfig, cache: SlotCache, profile: DeviceProfile
+) -> Scheduler:
+    return Scheduler(
+        cache,
+        POLICIES[config.policy](),
+        max_seqs=config.max_seqs,
+        max_batch_tokens=config.max_batch_tokens or profile.max_batch_tokens,
+        look_ahead_tokens=config.look_ahead_tokens,
+        # A slot has keys and values from its start, but state of its last token only.
+        prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
+    )
+
+
+def _build_admission(loaded: LoadedModel, cache: SlotCache) -> Admission:
+    limit = cache.pool.limit_pages
+    return Admission(
+        vocab_size=loaded.vocab_size,
+        max_len=cache.max_len,
+        limit_pages=limit,
+        longest=bisect.bisect_right(range(cache.max_len), limit, key=cache.num_pages) - 1,
+        num_pages=cache.num_pages,
+    )
+
+
+def _overlaps(loaded: LoadedModel, config: EngineConfig, profile: DeviceProfile) -> bool:
     if config.overlap and loaded.keeps_state:
         raise InvalidConfig(
             "overlap is True, but layers with recurrent or convolution state go on from the step "
             "before; leave it None"
         )
     if config.overlap is None:
-        return loaded.device.type == "cuda" and not loaded.keeps_state
+        return profile.overlaps and not loaded.keeps_state
     return config.overlap
 
 
-def _recorder(
-    loaded: LoadedModel, backend: AttentionBackend, driver: VmemDriver | None
-) -> Recorder:
-    if loaded.device.type != "cuda":
-        return TapeRecorder() if backend.name == "native" else Rerun()
-    assert driver is not None, "only virtual memory is recorded"
-    return CudaRecorder(loaded.device, driver.still)
+# -- the cache -------------------------------------------------------------------------------
 
 
 def _build_cache(
-    loaded: LoadedModel, config: EngineConfig, backend: AttentionBackend
+    loaded: LoadedModel, config: EngineConfig, backend: AttentionBackend, profile: DeviceProfile
 ) -> tuple[SlotCache, VmemDriver | None]:
     max_len = config.max_len or loaded.max_positions
     if max_len > loaded.max_positions:
@@ -138,7 +209,7 @@ def _build_cache(
         )
     max_parked = config.max_seqs if config.max_parked is None else config.max_parked
     num_slots = config.max_seqs + max_parked
-    limit = _limit(loaded, config, num_slots)
+    limit = _limit(loaded, config, num_slots, profile)
     if config.kv == "paged":
         paged = PagedLayout(loaded.geometry, loaded.dtype, max_len, config.block_tokens)
         limit = _at_most(limit, num_slots * paged.num_pages(max_len) * paged.page_bytes, config)
@@ -154,11 +225,14 @@ def _build_cache(
             ),
             None,
         )
-    layers_per_range = config.layers_per_range
-    if layers_per_range is None and loaded.device.type == "cpu":
-        layers_per_range = 1
-    rough = _at_most(limit, num_slots * max_len * _token_bytes(loaded), config)
-    page_bytes = config.page_bytes or _page_bytes(loaded, layers_per_range, rough)
+    layers_per_range = config.layers_per_range or profile.layers_per_range
+    page_bytes = config.page_bytes
+    if page_bytes is None:
+        rough = _at_most(limit, num_slots * max_len * _token_bytes(loaded), config)
+        rough_bytes = rough.num_bytes if isinstance(rough, MemoryLimit) else rough
+        page_bytes = profile.page_bytes(
+            loaded.geometry, loaded.dtype, layers_per_range, rough_bytes
+        )
     driver = open_driver(loaded.device, page_bytes)
     try:
         layout = KVLayout(
@@ -174,7 +248,7 @@ def _build_cache(
         pool = PagePool(
             driver,
             _at_most(limit, most, config),
-            low_watermark=READY_ROWS * layout.num_ranges,
+            low_watermark=READY_GROWTHS * layout.num_ranges,
             sanitize=config.sanitize,
         )
         return KVCache(layout, pool, num_slots=num_slots, max_parked=max_parked), driver
@@ -183,56 +257,25 @@ def _build_cache(
         raise
 
 
-def _max_batch_tokens(loaded: LoadedModel, config: EngineConfig) -> int:
-    return config.max_batch_tokens or _BATCH_TOKENS[loaded.device.type]
-
-
-def _limit(loaded: LoadedModel, config: EngineConfig, num_slots: int) -> int | MemoryLimit:
-    """What keys and values may take; "auto" is what a GPU, or half of what a CPU, has left."""
+def _limit(
+    loaded: LoadedModel, config: EngineConfig, num_slots: int, profile: DeviceProfile
+) -> int | MemoryLimit:
+    """What keys and values may take."""
     if isinstance(config.kv_memory, MemoryLimit):
         return config.kv_memory
     if config.kv_memory != "auto":
         return parse_bytes(config.kv_memory)
-    if loaded.device.type == "cuda":
-        return memory_for_kv(
-            loaded,
-            max_batch_tokens=_max_batch_tokens(loaded, config),
-            max_seqs=config.max_seqs,
-            num_slots=num_slots,
-        )
-    return int(_AUTO_SHARE * available_memory(loaded.device))
+    return profile.auto_kv_bytes(
+        loaded,
+        max_batch_tokens=config.max_batch_tokens or profile.max_batch_tokens,
+        max_seqs=config.max_seqs,
+        num_slots=num_slots,
+    )
 
 
 def _at_most(limit: int | MemoryLimit, most: int, config: EngineConfig) -> int | MemoryLimit:
     """The limit, but "auto" no more than the slots could ever use."""
     return min(limit, most) if config.kv_memory == "auto" and isinstance(limit, int) else limit
-
-
-def _page_bytes(
-    loaded: LoadedModel, layers_per_range: int | None, limit: int | MemoryLimit
-) -> int | None:
-    """A size for a CPU's pages; a GPU has one of its own."""
-    if loaded.device.type != "cpu":
-        return None
-    limit_bytes = limit.num_bytes if isinstance(limit, MemoryLimit) else limit
-    return host_page_bytes(loaded.geometry, loaded.dtype, layers_per_range, limit_bytes)
-
-
-def host_page_bytes(
-    geometry: Sequence[LayerGeometry],
-    dtype: torch.dtype,
-    layers_per_range: int | None,
-    limit_bytes: int,
-) -> int:
-    """On a CPU, a power of two that covers about `_ROW_TOKENS` tokens of a range.
-
-    More, where the pool's limit would otherwise mean more pages than can be mapped one by one.
-    """
-    widest = max(g.num_kv_heads * (g.key_dim + g.value_dim) for g in geometry)
-    layers = min(layers_per_range or len(geometry), len(geometry))
-    wanted = min(layers * widest * dtype.itemsize * _ROW_TOKENS, _MAX_PAGE_BYTES)
-    wanted = max(wanted, _MIN_PAGE_BYTES, limit_bytes // _MAX_PAGES)
-    return 1 << (wanted - 1).bit_length()
 
 
 def _token_bytes(loaded: LoadedModel) -> int:

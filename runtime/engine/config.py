@@ -2,17 +2,14 @@
 
 import difflib
 import math
-import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
-import torch
-
 from ...allocator import MemoryLimit, Sanitize, parse_bytes
-from ...vmem.errors import DriverUnavailable, InvalidConfig
-from ..scheduling.scheduler import Policy
+from ...vmem.errors import InvalidConfig
 
 KVKind = Literal["virtual", "paged"]
+PolicyName = Literal["splitfuse", "prefill_first"]
 
 _LEAST = {
     "max_seqs": 1,
@@ -60,6 +57,8 @@ class EngineConfig:
         policy: "splitfuse", or "prefill_first", a baseline to compare with (`scheduler`).
         idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
             back by itself; None for never.
+        shortage_wait_s: how long a request may wait for memory that nobody of this engine can
+            give back, before it fails; neighbours under a common `MemoryLimit` may.
     """
 
     max_seqs: int = 32
@@ -80,8 +79,9 @@ class EngineConfig:
     sanitize: Sanitize = "never"
     record_decodes: bool | None = None
     overlap: bool | None = None
-    policy: Policy = "splitfuse"
+    policy: PolicyName = "splitfuse"
     idle_trim_s: float | None = None
+    shortage_wait_s: float = 5.0
 
     def __new__(cls, **options: Any) -> Self:
         # Before `__init__`, whose TypeError could not suggest the name that was meant.
@@ -116,6 +116,7 @@ class EngineConfig:
             raise InvalidConfig(f"policy is {self.policy!r}; use 'splitfuse' or 'prefill_first'")
         if self.idle_trim_s is not None:
             _check_seconds("idle_trim_s", self.idle_trim_s)
+        _check_seconds("shortage_wait_s", self.shortage_wait_s)
         if isinstance(self.kv_memory, MemoryLimit):
             if self.kv == "paged":
                 raise InvalidConfig(
@@ -129,48 +130,3 @@ class EngineConfig:
 def _check_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise InvalidConfig(f"{name} is {value!r}; use a finite number of seconds, or None")
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that could be taken on `device` now without harming others."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free
-    with open("/proc/meminfo") as lines:
-        fields = dict(line.split(":", 1) for line in lines)
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    return min(available, _cgroup_room(available))
-
-
-def _cgroup_room(otherwise: int) -> int:
-    """Bytes left in this process's memory control group, if it has a limit."""
-    root = "/sys/fs/cgroup"
-    try:
-        with open(os.path.join(root, "memory.max")) as limit_file:
-            limit = limit_file.read().strip()
-        with open(os.path.join(root, "memory.current")) as current_file:
-            current = int(current_file.read())
-    except OSError:
-        return otherwise  # no such group: the machine's own figure holds
-    return otherwise if limit == "max" else max(0, int(limit) - current)
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """A device from its name; "auto" is a GPU where there is one, else the CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidConfig(f"device is {device!r}; use 'auto', 'cpu' or 'cuda'") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise InvalidConfig(f"device is {device!r}; use 'auto', 'cpu' or 'cuda'")
-    if resolved.type == "cpu":
-        return resolved
-    index = resolved.index or 0
-    if index >= torch.cuda.device_count():
-        raise DriverUnavailable(
-            f"device is {str(device)!r}, and PyTorch sees {torch.cuda.device_count()} GPUs here; "
-            "use device='cpu', or install a PyTorch built for CUDA and its driver"
-        )
-    return torch.device("cuda", index)

@@ -1,132 +1,63 @@
-"""The step loop: schedule, run, postprocess."""
+"""The step: schedule, run, postprocess."""
 
-import bisect
+import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 
 from ...allocator import SlotCache
-from ...attention_backends import AttentionBackend
-from ...vmem.errors import (
-    InvalidOperation,
-    InvalidPrompt,
-    InvalidSamplingParams,
-    RequestTooLarge,
-    RequestTooLong,
-    Shortage,
-)
+from ...vmem.errors import InvalidOperation, StepFailed, UsageError, VkvError
 from ..execution.model_runner import LaunchedStep, ModelRunner
-from ..execution.recordings import Recorder
-from ..execution.recurrent_runner import StateRunner
-from ..execution.sampler import SampledToken, SamplingState
-from ..frontend.detokenizer import IncrementalDetokenizer, decode_logprobs
-from ..model.loading import LoadedModel
-from ..model.recurrent_state import StateRows
-from ..request.request import Request, ScheduledRequest
-from ..request.sampling_params import SamplingParams
+from ..execution.sampler import NO_TOKEN, SampledToken
+from ..request.outputs import FinishReason
+from ..request.request import Batch, Request
+from ..request.sampling_state import SamplingState
+from ..request.spec import RequestSpec
+from ..request.step_output import Failure, StepOutput
 from ..scheduling.scheduler import Scheduler
+from .admission import Admission
+from .stats import EngineStats
 
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """What an engine holds now, and what it has done so far.
-
-    Attributes:
-        virtual_bytes: address space reserved for the slots.
-        physical_bytes: memory that exists for KV now.
-        pages_held: pages that requests hold, live or parked.
-        pages_parked: pages among them that only finished requests hold; `trim` returns them.
-        pages_ahead: pages among them mapped ahead of live requests' tokens.
-        pages_limit: the most pages there may be.
-        state_bytes: memory of recurrent and convolution state, beside the pages.
-        page_bytes: size of a page.
-        row_tokens: tokens that one page of every range covers.
-        tokens_held: tokens whose keys and values are held, live or parked.
-        tokens_parked: tokens among them of finished requests.
-        num_running, num_waiting: live requests by state.
-        num_preemptions: requests whose slot was taken away to be computed again.
-        prefix_hit_tokens: prompt tokens that needed no computing.
-        num_steps, num_prompt_tokens, num_output_tokens: work done.
-        num_graphs: recordings of decode steps that exist.
-        num_replays: steps that ran from one.
-        num_computed_tokens: tokens that went through the model, those computed again included.
-        mapping_time_s: time the step loop waited for memory.
-        background_time_s: time the look-ahead thread spent on it instead.
-        step_time_s: time of all steps together.
-        driver_calls: system or driver calls, by kind.
-    """
-
-    virtual_bytes: int
-    physical_bytes: int
-    pages_held: int
-    pages_parked: int
-    pages_ahead: int
-    pages_limit: int
-    state_bytes: int
-    page_bytes: int
-    row_tokens: int
-    tokens_held: int
-    tokens_parked: int
-    num_running: int
-    num_waiting: int
-    num_preemptions: int
-    prefix_hit_tokens: int
-    num_steps: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_graphs: int
-    num_replays: int
-    num_computed_tokens: int
-    mapping_time_s: float
-    background_time_s: float
-    step_time_s: float
-    driver_calls: dict[str, int]
+_log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs requests together, one step at a time. Not for use from several threads.
+    """Runs requests together, one step at a time. It knows tokens and no text.
+
+    Not for use from several threads, nor driven by anything but an `EngineLoop`.
 
     Args:
-        loaded: the model.
+        runner: runs the model.
         cache: the slots.
-        backend: the attention kernels.
         scheduler: chooses the batches.
-        recorder: records decode steps to replay them; None for never. Not for hybrids.
+        admission: refuses what could never run.
+        eos_token_ids: tokens that end a generation.
         overlap: prepare a step while the device computes the one before. Not for hybrids.
     """
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        runner: ModelRunner,
         cache: SlotCache,
-        backend: AttentionBackend,
         scheduler: Scheduler,
-        recorder: Recorder | None = None,
+        admission: Admission,
         *,
+        eos_token_ids: Collection[int],
         overlap: bool = False,
     ) -> None:
-        self.loaded = loaded
+        self.runner = runner
         self.cache = cache
         self.scheduler = scheduler
+        self.admission = admission
         self.overlap = overlap
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._requests: dict[str, list[Request]] = {}
+        self._outputs: list[StepOutput] = []  # that no one has taken yet
         self._under_way: LaunchedStep | None = None
-        self.states: StateRows | None = None
-        if loaded.keeps_state:
-            assert recorder is None, "state is gathered and scattered by the host"
-            assert not overlap, "state goes on from the step before"
-            self.states = StateRows(loaded.model.config, cache.num_slots)
-            self.runner: ModelRunner = StateRunner(loaded, cache, backend, self.states)
-        else:
-            self.runner = ModelRunner(
-                loaded, cache, backend, recorder=recorder, max_seqs=scheduler.max_seqs
-            )
-        # The longest sequence that the pool could hold if it were alone.
-        limit = cache.pool.limit_pages
-        self._longest = bisect.bisect_right(range(cache.max_len), limit, key=cache.num_pages) - 1
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self._num_computed_tokens = 0
+        self._num_failed = 0
         self._step_time_s = 0.0
 
     @property
@@ -135,139 +66,215 @@ class Engine:
         return self.scheduler.has_work
 
     @property
-    def num_computed_tokens(self) -> int:
-        """Tokens that went through the model so far."""
-        return self._num_computed_tokens
+    def is_settled(self) -> bool:
+        """True if no step is under way."""
+        return self._under_way is None
 
     @property
     def requests(self) -> list[Request]:
-        """The unfinished requests."""
-        return [*self.scheduler.running, *self.scheduler.waiting]
+        """The unfinished requests, in the order in which they came."""
+        return self.scheduler.requests
 
-    def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
-    ) -> list[Request]:
-        """Queue a prompt: `params.n` requests, of which the others share the first one's rows.
+    # -- requests ----------------------------------------------------------------------------
 
-        Raises InvalidPrompt, InvalidSamplingParams, RequestTooLong or RequestTooLarge, with
-        nothing queued.
+    def add(self, spec: RequestSpec) -> list[Request]:
+        """Queue a prompt: `params.n` requests, of which the others share the first one's slot.
+
+        Raises a `UsageError`, with nothing queued.
         """
-        prompt = list(prompt_token_ids)
-        max_tokens = self.check(prompt, params)
-        requests: list[Request] = []
-        for index in range(params.n):
-            requests.append(
-                Request(
-                    request_id,
-                    prompt,
-                    params,
-                    index=index,
-                    max_tokens=max_tokens,
-                    sampling=SamplingState(
-                        params,
-                        prompt,
-                        index=index,
-                        eos_token_ids=() if params.ignore_eos else self.loaded.eos_token_ids,
-                    ),
-                    detokenizer=self._detokenizer(prompt, params),
-                    leader=requests[0] if requests else None,
-                )
+        max_tokens = self.admission.check(spec.prompt_token_ids, spec.params)
+        if spec.request_id in self._requests:
+            raise UsageError(f"request {spec.request_id!r} is unfinished; use another id")
+        stop_ids = () if spec.params.ignore_eos else self._eos_token_ids
+        requests = [
+            Request(
+                spec,
+                index=index,
+                max_tokens=max_tokens,
+                sampling=SamplingState(
+                    spec.params, spec.prompt_token_ids, index=index, eos_token_ids=stop_ids
+                ),
+                leader=(spec.request_id, 0) if index else None,
             )
+            for index in range(spec.params.n)
+        ]
+        self._requests[spec.request_id] = list(requests)
         for request in requests:
             self.scheduler.add(request)
         return requests
 
-    def step(self) -> list[Request]:
-        """One forward pass; returns the requests that got a token by it: none without work.
+    def abort(self, request_id: str) -> None:
+        """Drop all that is unfinished of a request; its pages go back at once."""
+        for request in list(self._requests.get(request_id, ())):
+            self._end(request, "abort")
 
-        With `overlap`, those that got one by the pass before, which ran meanwhile.
+    def finish(self, request_id: str, index: int) -> None:
+        """End a sequence that has all the text it needs; without an output."""
+        for request in list(self._requests.get(request_id, ())):
+            if request.key[1] == index:
+                self._leave(request, keep=True)
 
-        Raises a Shortage if memory is short for even one request; none is lost by that.
+    def fail(self, request: Request, error: VkvError) -> None:
+        """End a request by an error of its own."""
+        self._num_failed += 1
+        self._end(request, "error", failure=Failure.of(error))
+
+    def take_outputs(self) -> list[StepOutput]:
+        """What requests got since the last call."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    # -- the step ----------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One forward pass over what can go on; nothing without work.
+
+        With `overlap`, requests get the tokens of the pass before, which ran meanwhile.
+        `scheduler.shortage` says whether memory was short for even one request.
         """
         if not self.has_work:
-            return []
+            return
         start = time.perf_counter()
-        advanced = self._overlapped_step() if self.overlap else self._plain_step()
-        if not self.has_work:
-            self._under_way = None  # it computes what follows the ends of requests, for nobody
+        if self.overlap:
+            self._overlapped_step()
+        else:
+            self._plain_step()
+        self._rest()
         self._step_time_s += time.perf_counter() - start
-        return advanced
 
-    def _plain_step(self) -> list[Request]:
-        """Schedule, run, postprocess."""
+    def _plain_step(self) -> None:
         batch = self.scheduler.schedule()
-        launched = self.runner.launch(batch)
-        self._advance(batch, launched)
-        return self._postprocess(launched)
+        if batch.items and (launched := self._launch(batch, None, wait=True)):
+            self._postprocess(launched)
 
-    def _overlapped_step(self) -> list[Request]:
+    def _overlapped_step(self) -> None:
         """Schedule and launch a step, then postprocess the one before, while the device works.
 
         So a request's end is seen one step late, and what that step computed for it is dropped.
         """
-        advanced: list[Request] = []
         if not all(request.can_run_ahead for request in self.scheduler.running):
-            advanced += self._catch_up()
-        try:
-            batch = self.scheduler.schedule()
-        except Shortage:
-            if self._under_way is None:
-                raise
-            return self._catch_up()  # a request may end by it, and leave its memory to others
-        if not batch:  # all wait for their last token
-            return advanced + self._catch_up()
+            self._catch_up()
+        batch = self.scheduler.schedule()
+        if not batch.items:  # all wait for their last token, or for memory that an end may bring
+            self._catch_up()
+            return
         before = self._under_way
-        wait = not all(item.request.can_run_ahead for item in batch)
-        launched = self.runner.launch(batch, before.tokens if before else None, wait=wait)
-        self._advance(batch, launched)
-        advanced += self._catch_up(launched)
-        return advanced + self._catch_up() if wait else advanced
+        wait = not batch.can_run_ahead
+        launched = self._launch(batch, before.tokens if before else None, wait=wait)
+        self._catch_up(launched)
+        if wait:
+            self._catch_up()
 
-    def _catch_up(self, launched: LaunchedStep | None = None) -> list[Request]:
+    def _launch(self, batch: Batch, last_tokens: object, *, wait: bool) -> LaunchedStep | None:
+        """Run a batch, and note what will be in the slots, and which tokens will come.
+
+        None if the model failed; so have the batch's requests then.
+        """
+        try:
+            launched = self.runner.launch(batch, last_tokens, wait=wait)  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001 - told to the requests of the batch, and logged
+            _log.exception("a step of %d requests failed", len(batch))
+            self._catch_up()
+            for item in batch.items:
+                if not item.request.is_finished:
+                    self.fail(item.request, _step_failed(error))
+            return None
+        self._num_steps += 1
+        for item in batch.items:
+            request = item.request
+            prompt_left = max(0, request.num_prompt_tokens - request.num_computed)
+            self._num_prompt_tokens += min(item.num_tokens, prompt_left)
+            request.num_computed += item.num_tokens
+            self._num_computed_tokens += item.num_tokens
+        for index, request in enumerate(launched.requests):
+            request.num_pending += 1
+            request.pending_index = index
+        return launched
+
+    def _catch_up(self, launched: LaunchedStep | None = None) -> None:
         """Postprocess the step under way; `launched` takes its place."""
         before, self._under_way = self._under_way, launched
-        if before is None:
-            return []
-        try:
-            return self._postprocess(before)
-        except InvalidOperation:
-            self._step_back()
-            raise
+        if before is not None:
+            self._postprocess(before)
 
-    def _step_back(self) -> None:
-        """Forget what is under way: the next step computes it again."""
-        self._under_way = None
-        for request in self.requests:
-            request.num_pending = 0
-            request.num_computed = min(request.num_computed, request.num_tokens - 1)
-            request.sampling.num_output_tokens = request.num_output_tokens
-
-    def abort(self, requests: Sequence[Request]) -> None:
-        """Drop requests; the pages they hold go back at once. Finished ones are left alone."""
-        for request in requests:
-            if not request.is_finished:
-                self.scheduler.abort(request)
-                self._close_text(request)
-                request.finish_reason = "abort"
+    def _rest(self) -> None:
         if not self.has_work:
-            self._under_way = None
+            self._under_way = None  # it computes what follows the ends of requests, for nobody
+
+    # -- after the model ---------------------------------------------------------------------
+
+    def _postprocess(self, launched: LaunchedStep) -> None:
+        """Append a step's tokens, but none behind the end of a request."""
+        for request, token in zip(launched.requests, launched.wait(), strict=True):
+            if request.is_finished:
+                continue
+            request.num_pending -= 1
+            if token.is_finite:
+                self._append(request, token)
+            else:
+                self.fail(request, InvalidOperation(NO_TOKEN))
+
+    def _append(self, request: Request, token: SampledToken) -> None:
+        """Add a token to its request; finish the request if that was its last."""
+        is_first = not request.num_output_tokens
+        request.token_ids.append(token.token_id)
+        self._num_output_tokens += 1
+        reason, stop_reason = self._why_finished(request)
+        self._outputs.append(
+            StepOutput(
+                request_id=request.key[0],
+                index=request.key[1],
+                token_ids=(token.token_id,),
+                logprobs=(token.logprobs,) if token.logprobs is not None else (),
+                prompt_logprobs=tuple(request.prompt_logprobs) if is_first else (),
+                num_cached_tokens=request.num_cached if is_first else None,
+                finish_reason=reason,
+                stop_reason=stop_reason,
+            )
+        )
+        if reason is not None:
+            self._leave(request, keep=True)
+
+    def _why_finished(self, request: Request) -> tuple[FinishReason | None, int | None]:
+        """Whether the newest token is the last, and which stop token it is if it is one."""
+        params, token_id = request.params, request.token_ids[-1]
+        if token_id in params.stop_ids:
+            return "stop", token_id
+        if token_id in self._eos_token_ids and not params.ignore_eos:
+            return "stop", None
+        return ("length" if request.num_output_tokens >= request.max_tokens else None), None
+
+    def _end(self, request: Request, reason: FinishReason, failure: Failure | None = None) -> None:
+        """End a request before its time."""
+        self._outputs.append(
+            StepOutput(
+                request_id=request.key[0],
+                index=request.key[1],
+                finish_reason=reason,
+                failure=failure,
+            )
+        )
+        self._leave(request, keep=False)
+
+    def _leave(self, request: Request, *, keep: bool) -> None:
+        if keep:
+            self.scheduler.finish(request)
+        else:
+            self.scheduler.abort(request)
+        siblings = self._requests[request.key[0]]
+        siblings.remove(request)
+        if not siblings:
+            del self._requests[request.key[0]]
+        self._rest()
+
+    # -- what it holds -----------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """A snapshot of memory and work."""
-        kv = self.cache.stats()
-        graphs = self.runner.graphs
+        """Memory and work, from counters."""
+        recordings = self.runner.recordings
         return EngineStats(
-            virtual_bytes=kv.virtual_bytes,
-            physical_bytes=kv.physical_bytes,
-            pages_held=kv.pages_held + kv.pages_ahead + kv.pages_parked,
-            pages_parked=kv.pages_parked,
-            pages_ahead=kv.pages_ahead,
-            pages_limit=kv.pages_limit,
-            state_bytes=self.states.num_bytes if self.states else 0,
-            page_bytes=kv.page_bytes,
-            row_tokens=kv.row_tokens,
-            tokens_held=kv.tokens_held + kv.tokens_parked,
-            tokens_parked=kv.tokens_parked,
+            kv=self.cache.stats(),
+            state_bytes=self.runner.state_bytes,
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             num_preemptions=self.scheduler.num_preemptions,
@@ -275,129 +282,25 @@ class Engine:
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
-            num_graphs=graphs.num_recordings if graphs else 0,
-            num_replays=graphs.num_replays if graphs else 0,
+            num_failed=self._num_failed,
+            num_recordings=recordings.num_recordings if recordings else 0,
+            num_replays=recordings.num_replays if recordings else 0,
             num_computed_tokens=self._num_computed_tokens,
-            mapping_time_s=kv.mapping_time_s,
-            background_time_s=kv.background_time_s,
             step_time_s=self._step_time_s,
-            driver_calls=kv.driver_calls,
         )
 
-    # -- admission checks --------------------------------------------------------------------
+    def trim(self) -> int:
+        """Give the memory of finished requests back to the system; returns the bytes."""
+        return self.cache.trim()
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """Refuse what could never run; returns the most tokens that the request may generate.
+    def forget(self) -> int:
+        """Give back all that finished requests left, state included; returns the bytes."""
+        return self.cache.trim() + self.runner.forget()
 
-        Raises as `add_request` does.
-        """
-        vocab_size, max_len = self.loaded.vocab_size, self.cache.max_len
-        params.check_vocab(vocab_size)
-        if not prompt:
-            raise InvalidPrompt("the prompt has no tokens; give it at least one")
-        for token in prompt:
-            if not 0 <= token < vocab_size:
-                raise InvalidPrompt(
-                    f"token id {token} in the prompt is not in [0, {vocab_size}); was it "
-                    "tokenised for another model?"
-                )
-        if len(prompt) >= max_len:
-            raise RequestTooLong(
-                f"the prompt has {len(prompt)} tokens, and max_len is {max_len} with the output; "
-                "shorten it or raise max_len"
-            )
-        if params.stop_strings and self.loaded.tokenizer is None:
-            raise InvalidSamplingParams(
-                f"stop = {params.stop_strings!r} needs a tokenizer, and the model has none; use "
-                "stop_token_ids"
-            )
-        limit = self.cache.pool.limit_pages
-        max_tokens = min(params.max_tokens or max_len, max_len - len(prompt))
-        if params.max_tokens is None:  # as many as fit, then
-            max_tokens = max(1, min(max_tokens, self._longest - len(prompt) + 1))
-        # The last token is never computed, so it needs no room.
-        pages = self.cache.num_pages(len(prompt) + max_tokens - 1)
-        if pages > limit:
-            raise RequestTooLarge(
-                f"{len(prompt)} prompt tokens with up to {max_tokens} generated need {pages} "
-                f"pages, and the pool has {limit}; raise kv_memory or lower max_tokens"
-            )
-        return max_tokens
 
-    def _detokenizer(
-        self, prompt: Sequence[int], params: SamplingParams
-    ) -> IncrementalDetokenizer | None:
-        if self.loaded.tokenizer is None:
-            return None
-        return IncrementalDetokenizer(
-            self.loaded.tokenizer,
-            prompt,
-            stop=params.stop_strings,
-            include_stop_str_in_output=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-            min_tokens=params.min_tokens,
-        )
-
-    # -- after the model ---------------------------------------------------------------------
-
-    def _advance(self, batch: Sequence[ScheduledRequest], launched: LaunchedStep) -> None:
-        """Note what will be in the slots, and which tokens will come."""
-        self._num_steps += 1
-        for item in batch:
-            request = item.request
-            prompt_left = max(0, request.num_prompt_tokens - request.num_computed)
-            self._num_prompt_tokens += min(item.num_tokens, prompt_left)
-            request.num_computed += item.num_tokens
-            self._num_computed_tokens += item.num_tokens
-        for row, request in enumerate(launched.requests):
-            request.num_pending += 1
-            request.pending_row = row
-
-    def _postprocess(self, launched: LaunchedStep) -> list[Request]:
-        """Append a step's tokens, but none behind the end of a request."""
-        advanced: list[Request] = []
-        for request, token in zip(launched.requests, launched.wait(), strict=True):
-            if not request.is_finished:
-                request.num_pending -= 1
-                self._append(request, token)
-                advanced.append(request)
-        return advanced
-
-    def _append(self, request: Request, token: SampledToken) -> None:
-        """Add a token to its request; finish the request if that was its last."""
-        request.token_ids.append(token.token_id)
-        self._num_output_tokens += 1
-        if request.first_token_time_s is None:
-            request.first_token_time_s = time.monotonic()
-        if token.logprobs is not None and token.logprob is not None:
-            request.cumulative_logprob += token.logprob
-            request.logprobs.append(
-                decode_logprobs(self.loaded.tokenizer, token.logprobs)
-                if self.loaded.tokenizer is not None
-                else token.logprobs
-            )
-        params, token_id = request.params, token.token_id
-        if token_id in params.stop_ids:
-            self._finish(request, "stop", token_id)
-        elif token_id in self.loaded.eos_token_ids and not params.ignore_eos:
-            self._finish(request, "stop", None)
-        else:
-            if request.detokenizer is not None:
-                request.detokenizer.append(token_id)
-                if request.detokenizer.stopped is not None:
-                    self._finish(request, "stop", request.detokenizer.stopped)
-                    return
-            if request.num_output_tokens >= request.max_tokens:
-                self._finish(request, "length", None)
-
-    def _finish(self, request: Request, reason: str, stop_reason: int | str | None) -> None:
-        self._close_text(request)
-        request.finish_reason = reason  # type: ignore[assignment]
-        request.stop_reason = stop_reason
-        self.scheduler.finish(request)
-
-    @staticmethod
-    def _close_text(request: Request) -> None:
-        if request.detokenizer is not None:
-            request.detokenizer.finish()
-        request.finished_time_s = time.monotonic()
+def _step_failed(error: Exception) -> VkvError:
+    if isinstance(error, VkvError):
+        return error
+    failed = StepFailed(f"the model failed: {type(error).__name__}: {error}")
+    failed.__cause__ = error
+    return failed

@@ -2,42 +2,34 @@
 
 import threading
 import time
-from types import TracebackType
-from typing import Self
-
-from .engine import Engine
+from collections.abc import Callable
 
 
 class IdleTrim:
-    """Trims an engine's cache `after_s` seconds after its last request, on a thread of its own.
-
-    Whoever drives the engine says when it rests and when it works. All of this, and the trimming
-    too, happens under the driver's own lock, so nothing is trimmed under a running step, and
-    nothing at all after `stop`. It holds the engine, never the driver, which can be dropped.
+    """Calls `trim` some time after the last request, on a thread of its own.
 
     Args:
-        engine: the engine.
-        lock: what its driver holds while it uses the engine; reentrant.
-        after_s: seconds of rest.
+        trim: gives memory back, under the lock of whoever drives the engine; called from the
+            thread, and not while this object's own lock is held.
+        after_s: seconds without a request.
     """
 
-    def __init__(self, engine: Engine, lock: threading.RLock, after_s: float) -> None:
-        self._engine = engine
+    def __init__(self, trim: Callable[[], object], after_s: float) -> None:
+        self._trim = trim
         self._after_s = after_s
-        self._changed = threading.Condition(lock)
+        self._changed = threading.Condition()
         self._due_s: float | None = None  # on the monotonic clock; None while there is work
-        self._stopped = False
-        self._thread = threading.Thread(target=self._work, name="vkv-idle-trim", daemon=True)
-        self._thread.start()
+        self._is_stopped = False
+        self.thread = threading.Thread(target=self._run, name="vkv-idle-trim", daemon=True)
+        self.thread.start()
 
-    def rest(self) -> None:
-        """The engine has nothing to do: count from now. Without effect if it has."""
+    def idle(self) -> None:
+        """The engine has nothing to do: count from now."""
         with self._changed:
-            if not self._engine.has_work:
-                self._due_s = time.monotonic() + self._after_s
-                self._changed.notify()
+            self._due_s = time.monotonic() + self._after_s
+            self._changed.notify()
 
-    def work(self) -> None:
+    def busy(self) -> None:
         """The engine has something to do: trim nothing."""
         with self._changed:
             self._due_s = None
@@ -45,26 +37,20 @@ class IdleTrim:
     def stop(self) -> None:
         """Trim nothing any more, and let the thread end."""
         with self._changed:
-            self._stopped = True
+            self._is_stopped = True
             self._changed.notify()
 
-    def __enter__(self) -> Self:
-        return self
+    def _run(self) -> None:
+        while self._wait_until_due():
+            self._trim()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    def _work(self) -> None:
+    def _wait_until_due(self) -> bool:
+        """False once stopped."""
         with self._changed:
-            while not self._stopped:
+            while not self._is_stopped:
                 left = None if self._due_s is None else self._due_s - time.monotonic()
-                if left is None or left > 0:
-                    self._changed.wait(left)
-                else:
+                if left is not None and left <= 0:
                     self._due_s = None
-                    self._engine.cache.trim()
+                    return True
+                self._changed.wait(left)
+            return False

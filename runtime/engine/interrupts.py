@@ -1,35 +1,81 @@
-"""Ctrl-C between steps, never within one."""
+"""Signals between steps, never within one."""
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, ClassVar, Self
+
+_Handler = Callable[[int, FrameType | None], Any]
 
 
-@contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the end of the block instead of in the middle of it.
+class Shield:
+    """Holds Python's signal handlers back: what they do, they do at `deliver` or at the end.
 
-    A step changes the page table and its accounts in many places; an exception between two of
-    them would lose pages. Outside the main thread, or where a program handles SIGINT in its own
-    way, nothing is changed.
+    A step changes the page table and its accounts in many places, and clean-up must not be
+    skipped; an exception that a handler raises in between (Ctrl-C, a time limit by SIGALRM) would
+    lose pages. Every handler written in Python waits, whatever its signal. Within another shield,
+    and outside the main thread, where no handler runs, it does nothing.
+
+        with Shield() as shield:
+            while working:
+                step()
+                shield.deliver()  # a handler may raise here, and nothing is torn by it
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield
-        return
-    received: list[int] = []
 
-    def remember(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
+    _outermost: ClassVar["Shield | None"] = None
 
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if received:
-            raise KeyboardInterrupt
+    def __init__(self) -> None:
+        self._handlers: dict[int, _Handler] = {}
+        self._received: list[tuple[int, FrameType | None]] = []
+        self._is_up = False
+
+    def __enter__(self) -> Self:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not in_main_thread or Shield._outermost is not None:
+            return self
+        # An exception may leave this method at any point. What it has exchanged until then calls
+        # the handler that it stands for, as it does again once the shield is down.
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self._handlers[number] = handler
+                signal.signal(number, self._receive)
+        Shield._outermost = self
+        self._is_up = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if Shield._outermost is not self:
+            return
+        self._is_up = False
+        Shield._outermost = None
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._receive:  # else someone set another meanwhile
+                signal.signal(number, handler)
+        self._deliver()
+
+    def deliver(self) -> None:
+        """Let the handlers run whose signals came. What one of them raises is raised here."""
+        shield = Shield._outermost
+        if shield is not None and threading.current_thread() is threading.main_thread():
+            shield._deliver()
+
+    def _deliver(self) -> None:
+        if self._received:
+            number, frame = self._received.pop(0)
+            try:
+                self._handlers[number](number, frame)
+            finally:
+                self._deliver()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._is_up:
+            self._received.append((number, frame))
+        else:
+            self._handlers[number](number, frame)

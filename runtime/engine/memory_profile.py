@@ -1,15 +1,14 @@
 """What a GPU has left for keys and values: measured by running a step, not guessed."""
 
-import inspect
-
 import torch
 
 from ...attention_backends import LayerAttention
-from ..execution.sampler import SamplingState, sample
-from ..model.attention_hook import attention_step
+from ..execution.sampler import sample
+from ..model.forward import Forward
 from ..model.loading import LoadedModel
 from ..model.recurrent_state import StepState
 from ..request.sampling_params import SamplingParams
+from ..request.sampling_state import SamplingState
 
 _HEADROOM = 0.04  # of the device: recorded steps, kernels' workspaces, fragmentation, neighbours
 _LEAST_HEADROOM = 512 << 20
@@ -40,28 +39,20 @@ def profile_step(loaded: LoadedModel, num_tokens: int, num_seqs: int) -> int:
 
     Returns the bytes of state that a request has beside its keys and values.
     """
-    model, device = loaded.model, loaded.device
+    forward, device = Forward(loaded.model), loaded.device
     num_seqs = min(num_seqs, num_tokens)
     positions = torch.arange(num_tokens, device=device)[None] % loaded.max_positions
-    options: dict[str, object] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = num_seqs
-    state = StepState(model.config) if loaded.keeps_state else None
-    if state is not None:
-        options |= {"use_cache": True, "past_key_values": state}
-    with attention_step(_NoAttention()):
-        logits = model(
-            input_ids=torch.zeros_like(positions), position_ids=positions, **options
-        ).logits[0, -num_seqs:]
+    last = torch.arange(num_tokens - num_seqs, num_tokens, device=device)
+    state = StepState(loaded.model.config) if loaded.keeps_state else None
+    logits = forward(torch.zeros_like(positions), positions, _NoAttention(), state=state, keep=last)
     params = SamplingParams(temperature=1.0, top_p=0.9)
     sample(logits, [SamplingState(params, index=index) for index in range(num_seqs)])
     if state is None:
         return 0
     state_bytes = sum(tensor.nbytes for tensor in state.states().values())
     ones = positions[0, :num_seqs, None]  # [num_seqs, 1]
-    options = {"use_cache": True, "past_key_values": StepState(model.config)}
-    with attention_step(_NoAttention()):
-        model(input_ids=torch.zeros_like(ones), position_ids=ones, **options)
+    fresh = StepState(loaded.model.config)
+    forward(torch.zeros_like(ones), ones, _NoAttention(), state=fresh)
     return state_bytes
 
 

@@ -1,9 +1,8 @@
 """An engine asleep: its memory is the system's, its addresses stay its own."""
 
-import torch
-
 from ...vmem.errors import InvalidOperation
 from ..model.weights import OffloadedWeights
+from .devices import device_profile
 from .engine import Engine
 
 
@@ -20,6 +19,7 @@ class Sleep:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._profile = device_profile(engine.runner.device)
         self._weights: OffloadedWeights | None = None
         self.is_asleep = False
 
@@ -35,18 +35,13 @@ class Sleep:
                 f"{len(engine.requests)} requests are unfinished, and their keys and values would "
                 "be lost; let them finish, or abort them, before sleep()"
             )
-        num_bytes = engine.cache.trim()
-        if engine.states is not None:
-            num_bytes += engine.states.num_bytes
-            engine.states.clear()
-        device = engine.loaded.device
-        if weights and device.type != "cpu" and self._weights is None:
-            if engine.runner.graphs is not None:
-                engine.runner.graphs.forget()
-            self._weights = OffloadedWeights(engine.loaded.model)
+        num_bytes = engine.forget()
+        if weights and self._profile.moves_weights and self._weights is None:
+            if engine.runner.recordings is not None:
+                engine.runner.recordings.forget()
+            self._weights = OffloadedWeights(engine.runner.forward.model)
             num_bytes += self._weights.num_bytes
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what activations left with PyTorch's own allocator
+        self._profile.release_cached()
         self.is_asleep = True
         return num_bytes
 

@@ -1,18 +1,17 @@
 """One batch through the model: flat inputs, attention over the slots, sampled tokens."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
 
 from ...allocator import SlotCache
-from ...attention_backends import AttentionBackend, AttentionBatch
-from ..model.attention_hook import CacheStep, attention_step
-from ..model.loading import LoadedModel
-from ..request.request import Request, ScheduledRequest
-from .recordings import DecodeGraphs, Recorder
-from .sampler import SampledToken, check_finite, choose, prompt_logprobs, sample
+from ...attention_backends import AttentionBackend, AttentionBatch, LayerAttention
+from ..model.attention_hook import CacheStep
+from ..model.forward import Forward
+from ..request.request import Batch, Request, ScheduledRequest
+from .recordings import DecodeRecordings, Recorder
+from .sampler import SampledToken, choose, prompt_logprobs, sample
 from .step_inputs import StepInputs, StepValues
 from .upload import select_rows
 
@@ -21,52 +20,62 @@ class ModelRunner:
     """Runs the model over one batch, laid out flat as [1, num_tokens], without padding.
 
     Args:
-        loaded: the model.
-        cache: the slots.
+        forward: the model.
+        cache: the slots. The runner writes into them and never grows one.
         backend: the attention kernels.
-        recorder: records decode steps, which are then replayed (`graphs`); None for never.
+        layers: what each layer that attends asks of attention.
+        device: where the model is.
+        recorder: records decode steps, which are then replayed (`recordings`); None for never.
         max_seqs: the largest batch of decodes.
     """
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        forward: Forward,
         cache: SlotCache,
         backend: AttentionBackend,
+        layers: Sequence[LayerAttention],
+        device: torch.device,
         *,
         recorder: Recorder | None = None,
         max_seqs: int = 1,
     ) -> None:
-        self.loaded = loaded
+        self.forward = forward
         self.cache = cache
         self.backend = backend
-        parameters = inspect.signature(loaded.model.forward).parameters
-        self._selects_logits = "logits_to_keep" in parameters
-        self.graphs: DecodeGraphs | None = None
+        self.device = device
+        self._layers = tuple(layers)
+        self.recordings: DecodeRecordings | None = None
         if recorder is not None:
-            self.graphs = DecodeGraphs(self._call_model, cache, recorder, loaded.device, max_seqs)
+            self.recordings = DecodeRecordings(self.logits, cache, recorder, device, max_seqs)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of recurrent and convolution state, beside the slots."""
+        return 0
+
+    def forget(self) -> int:
+        """Give back what finished requests left beside the slots; returns the bytes."""
+        return 0
 
     @torch.inference_mode()
     def launch(
-        self,
-        batch: Sequence[ScheduledRequest],
-        last_tokens: torch.Tensor | None = None,
-        *,
-        wait: bool = True,
+        self, batch: Batch, last_tokens: torch.Tensor | None = None, *, wait: bool = True
     ) -> "LaunchedStep":
         """Compute the batch, and sample for each request whose last token is in it.
 
         `last_tokens` are those of the step before, of which some may be pending in the batch.
         Without `wait` the tokens stay on the device; all requests must be able to run ahead.
         """
-        ends = list(accumulate(item.num_tokens for item in batch))  # flat rows behind each request
-        rows = _logit_rows(batch, ends)
-        logits = self._logits(batch, ends, rows, last_tokens)  # [len(rows), vocab]
-        index_of = {row: index for index, row in enumerate(rows)}
-        _collect_prompt_logprobs(batch, ends, logits, index_of)
-        sampling = [i for i, item in enumerate(batch) if item.samples]
+        items = batch.items
+        ends = list(accumulate(item.num_tokens for item in items))  # flat tokens up to each
+        positions = _logit_positions(items, ends)
+        logits = self._compute(batch, ends, positions, last_tokens)  # [len(positions), vocab]
+        index_of = {position: index for index, position in enumerate(positions)}
+        _collect_prompt_logprobs(items, ends, logits, index_of)
+        sampling = [i for i, item in enumerate(items) if item.samples]
         wanted = select_rows(logits, [index_of[ends[i] - 1] for i in sampling])
-        requests = [batch[i].request for i in sampling]
+        requests = [items[i].request for i in sampling]
         states = [request.sampling for request in requests]
         if wait or not sampling:
             return LaunchedStep(requests, sampled=sample(wanted, states))
@@ -75,67 +84,61 @@ class ModelRunner:
             state.num_output_tokens += 1
         return LaunchedStep(requests, chosen=chosen)
 
-    def _logits(
-        self,
-        batch: Sequence[ScheduledRequest],
-        ends: Sequence[int],
-        rows: Sequence[int],
-        last_tokens: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Logits of the flat rows `rows`, [len(rows), vocab], replayed if all of it is decodes."""
-        if self.graphs is not None and len(batch) == ends[-1] == len(rows):
-            logits = self.graphs.run(batch, last_tokens)
-            if logits is not None:
-                return logits
-        return self._forward(batch, ends, rows, last_tokens)
-
-    def _forward(
-        self,
-        batch: Sequence[ScheduledRequest],
-        ends: Sequence[int],
-        rows: Sequence[int],
-        last_tokens: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Logits of the flat rows `rows`, [len(rows), vocab]."""
-        inputs, attention = self._inputs(batch, rows, last_tokens)
-        logits = self._call_model(inputs.ids, inputs.positions, attention, inputs.keep)
-        return logits if self._selects_logits else logits[inputs.keep]
-
-    def _call_model(
+    def logits(
         self,
         ids: torch.Tensor,
         positions: torch.Tensor,
         batch: AttentionBatch,
         keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits [num_tokens, vocab], or of the rows `keep` alone if the model can select."""
-        step = CacheStep(self.cache, self.backend, batch, self.loaded.attention)
-        selects = self._selects_logits and keep is not None
-        with attention_step(step):
-            output = self.loaded.model(
-                input_ids=ids,
-                position_ids=positions,
-                use_cache=False,
-                **({"logits_to_keep": keep} if selects else {}),
-            )
-        return output.logits[0]
+        """Logits of all tokens of a flat batch, [num_tokens, vocab], or of those of `keep`."""
+        step = CacheStep(self.cache, self.backend, batch, self._layers)
+        return self.forward(ids, positions, step, keep=keep)
+
+    def _compute(
+        self,
+        batch: Batch,
+        ends: Sequence[int],
+        positions: Sequence[int],
+        last_tokens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Logits of the flat tokens `positions`, [len(positions), vocab].
+
+        Replayed if all of the batch is decodes.
+        """
+        if self.recordings is not None and len(batch) == ends[-1] == len(positions):
+            logits = self.recordings.run(batch, last_tokens)
+            if logits is not None:
+                return logits
+        return self._run(batch.items, ends, positions, last_tokens)
+
+    def _run(
+        self,
+        items: Sequence[ScheduledRequest],
+        ends: Sequence[int],
+        positions: Sequence[int],
+        last_tokens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same, kernel by kernel."""
+        inputs, attention = self._inputs(items, positions, last_tokens)
+        return self.logits(inputs.ids, inputs.positions, attention, inputs.keep)
 
     def _inputs(
         self,
-        batch: Sequence[ScheduledRequest],
-        rows: Sequence[int] = (),
+        items: Sequence[ScheduledRequest],
+        logit_positions: Sequence[int] = (),
         last_tokens: torch.Tensor | None = None,
     ) -> tuple[StepInputs, AttentionBatch]:
-        """The batch on the device, flat; the logits of `rows` will be wanted."""
-        slots = [item.request.slot for item in batch if item.request.slot is not None]
-        assert len(slots) == len(batch), "a scheduled request has no slot"
-        spans = [range(item.start, item.start + item.num_tokens) for item in batch]
-        counts = [item.num_tokens for item in batch]
+        """The batch on the device, flat; the logits of `logit_positions` will be wanted."""
+        slots = [item.request.slot for item in items if item.request.slot is not None]
+        assert len(slots) == len(items), "a scheduled request has no slot"
+        spans = [range(item.start, item.start + item.num_tokens) for item in items]
+        counts = [item.num_tokens for item in items]
         write_rows, write_offsets = self.cache.locate(slots, [s.start for s in spans], counts)
         values = StepValues(
             ids=[
                 token
-                for item, span in zip(batch, spans, strict=True)
+                for item, span in zip(items, spans, strict=True)
                 for token in item.request.ids(span.start, span.stop)
             ],
             positions=[position for span in spans for position in span],
@@ -144,9 +147,9 @@ class ModelRunner:
             query_lens=counts,
             kv_lens=[span.stop for span in spans],
             slots=[slot.index for slot in slots],
-            keep=rows,
+            keep=logit_positions,
         )
-        inputs = StepInputs(sum(counts), len(batch), self.loaded.device, num_kept=len(rows))
+        inputs = StepInputs(sum(counts), len(items), self.device, num_kept=len(logit_positions))
         inputs.fill(values, last_tokens)
         tables = self.cache.block_tables(slots)
         return inputs, inputs.batch(values.query_lens, values.kv_lens, values.slots, tables)
@@ -179,44 +182,43 @@ class LaunchedStep:
                 self._done.record(torch.cuda.current_stream(chosen.device))
 
     def wait(self) -> list[SampledToken]:
-        """The requests' tokens, once they are there.
-
-        Raises InvalidOperation if some do not follow from their logits (`check_finite`).
-        """
+        """The requests' tokens, once they are there."""
         if self._sampled is None:
             if self._done is not None:
                 self._done.synchronize()
             chosen, finite = self._chosen.tolist()
-            check_finite(finite)
-            self._sampled = [SampledToken(token_id) for token_id in chosen]
+            self._sampled = [
+                SampledToken(token_id, is_finite=bool(is_finite))
+                for token_id, is_finite in zip(chosen, finite, strict=True)
+            ]
         return self._sampled
 
 
-def _logit_rows(batch: Sequence[ScheduledRequest], ends: Sequence[int]) -> list[int]:
-    """Flat rows whose logits are wanted: ends that sample, prompts whose scores are asked."""
-    rows: list[int] = []
-    for item, end in zip(batch, ends, strict=True):
+def _logit_positions(items: Sequence[ScheduledRequest], ends: Sequence[int]) -> list[int]:
+    """Flat tokens whose logits are wanted: ends that sample, prompts whose scores are asked."""
+    positions: list[int] = []
+    for item, end in zip(items, ends, strict=True):
         if item.request.num_scored < item.request.num_prompt_tokens:
-            rows += range(end - item.num_tokens, end)
+            positions += range(end - item.num_tokens, end)
         elif item.samples:
-            rows.append(end - 1)
-    return rows
+            positions.append(end - 1)
+    return positions
 
 
 def _collect_prompt_logprobs(
-    batch: Sequence[ScheduledRequest],
+    items: Sequence[ScheduledRequest],
     ends: Sequence[int],
     logits: torch.Tensor,
     index_of: Mapping[int, int],
 ) -> None:
-    """Score the prompt tokens that follow this step's rows, where a request asks for it."""
-    for item, end in zip(batch, ends, strict=True):
+    """Score the prompt tokens that follow this step's, where a request asks for it."""
+    for item, end in zip(items, ends, strict=True):
         request, num_top = item.request, item.request.params.prompt_logprobs
         if num_top is None or not request.scores_prompt:
             continue
         if not request.prompt_logprobs:
             request.prompt_logprobs.append(None)  # nothing precedes the first token
-        # The row at position p scores token p + 1; what a preempted run scored stays.
+        # The logits at position p score token p + 1; what a preempted run scored stays.
         first = max(len(request.prompt_logprobs) - 1, item.start)
         last = min(item.start + item.num_tokens, request.num_prompt_tokens - 1)
         if first < last:

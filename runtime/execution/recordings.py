@@ -21,7 +21,7 @@ import torch
 
 from ...allocator import Slot, SlotCache
 from ...attention_backends import AttentionBatch
-from ..request.request import ScheduledRequest
+from ..request.request import Batch, Padding, ScheduledRequest
 from .step_inputs import StepInputs, StepValues
 
 _SHORTEST = 1024  # tokens of context of the first recordings; the next are for four times as many
@@ -131,7 +131,7 @@ class _Recording:
     replay: Callable[[], torch.Tensor]  # logits [size, vocab]
 
 
-class DecodeGraphs:
+class DecodeRecordings:
     """Recordings of decode steps, made when first needed.
 
     Args:
@@ -171,9 +171,7 @@ class DecodeGraphs:
     def num_recordings(self) -> int:
         return len(self._recordings)
 
-    def run(
-        self, batch: Sequence[ScheduledRequest], last_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
+    def run(self, batch: Batch, last_tokens: torch.Tensor | None = None) -> torch.Tensor | None:
         """Logits [len(batch), vocab] of requests that compute one token each.
 
         `last_tokens` has the pending ones among these tokens, as in `StepInputs.fill`.
@@ -230,17 +228,20 @@ class DecodeGraphs:
             error,
         )
 
-    def _values(self, batch: Sequence[ScheduledRequest], size: int) -> StepValues:
-        """The step's numbers, padded to `size` rows."""
-        slots = [_slot(item) for item in batch]
-        starts = [item.start for item in batch]
-        ids = [item.request.ids(item.start, item.start + 1)[0] for item in batch]
+    def _values(self, batch: Batch, size: int) -> StepValues:
+        """The step's numbers, padded to `size` requests."""
+        slots = [_slot(item) for item in batch.items]
+        starts = [item.start for item in batch.items]
+        ids = [item.request.ids(item.start, item.start + 1)[0] for item in batch.items]
         positions, kv_lens = list(starts), [start + 1 for start in starts]
         if missing := size - len(batch):
-            slot, write_at, token, position = self._padding(batch)
-            slots += [slot] * missing
-            starts += [write_at] * missing
-            ids += [token] * missing
+            position = 0  # the padding attends to the first token of its slot alone
+            padding = batch.padding
+            if padding is None:
+                padding, position = _repeated(batch)
+            slots += [padding.slot] * missing
+            starts += [padding.write_at] * missing
+            ids += [padding.token_id] * missing
             positions += [position] * missing
             kv_lens += [position + 1] * missing
         rows, offsets = self._cache.locate(slots, starts, [1] * size)
@@ -254,16 +255,12 @@ class DecodeGraphs:
             slots=[slot.index for slot in slots],
         )
 
-    def _padding(self, batch: Sequence[ScheduledRequest]) -> tuple[Slot, int, int, int]:
-        """A row that harms nobody: its slot, where it writes, its token and its position."""
-        for item in batch:
-            slot, behind = _slot(item), item.start + 1
-            if behind < slot.ready_tokens:
-                self._cache.grow(slot, behind + 1)  # on pages it has, so it takes and maps nothing
-                return slot, behind, item.request.ids(item.start, behind)[0], 0
-        shortest = min(batch, key=lambda item: item.start)
-        (token,) = shortest.request.ids(shortest.start, shortest.start + 1)
-        return _slot(shortest), shortest.start, token, shortest.start
+
+def _repeated(batch: Batch) -> tuple[Padding, int]:
+    """The shortest request once more, which writes what that writes; and its position."""
+    shortest = min(batch.items, key=lambda item: item.start)
+    (token,) = shortest.request.ids(shortest.start, shortest.start + 1)
+    return Padding(_slot(shortest), shortest.start, token), shortest.start
 
 
 def _slot(item: ScheduledRequest) -> Slot:

@@ -12,9 +12,9 @@ import torch
 
 from ...allocator import SlotCache
 from ...attention_backends import AttentionBackend, LayerAttention
-from ..model.attention_hook import CacheStep, attention_step
-from ..model.loading import LoadedModel
-from ..model.recurrent_state import StateRows
+from ..model.attention_hook import CacheStep
+from ..model.forward import Forward
+from ..model.recurrent_state import RecurrentState
 from ..request.request import ScheduledRequest
 from .model_runner import ModelRunner
 
@@ -37,57 +37,77 @@ class _SomeLayersStep:
         return self.step.attend(self.index_of[layer], query, key, value, wanted)
 
 
-class StateRunner(ModelRunner):
-    """A `ModelRunner` for models of which some layers keep state, in `states`."""
+class RecurrentRunner(ModelRunner):
+    """A `ModelRunner` for models of which some layers keep state, in `states`.
+
+    Args:
+        attention_layers: the layers of the model that attend; slots number these alone.
+        states: a place for each slot.
+        The others are those of `ModelRunner`; decodes are not recorded.
+    """
 
     def __init__(
-        self, loaded: LoadedModel, cache: SlotCache, backend: AttentionBackend, states: StateRows
-    ) -> None:
-        super().__init__(loaded, cache, backend)
-        self.states = states
-        self._index_of = {layer: i for i, layer in enumerate(loaded.attention_layers)}
-
-    def _forward(
         self,
-        batch: Sequence[ScheduledRequest],
+        forward: Forward,
+        cache: SlotCache,
+        backend: AttentionBackend,
+        layers: Sequence[LayerAttention],
+        device: torch.device,
+        *,
+        attention_layers: Sequence[int],
+        states: RecurrentState,
+        vocab_size: int,
+    ) -> None:
+        super().__init__(forward, cache, backend, layers, device)
+        self._states = states
+        self._vocab_size = vocab_size
+        self._index_of = {layer: i for i, layer in enumerate(attention_layers)}
+
+    @property
+    def state_bytes(self) -> int:
+        return self._states.num_bytes
+
+    def forget(self) -> int:
+        num_bytes = self._states.num_bytes
+        self._states.clear()
+        return num_bytes
+
+    def _run(
+        self,
+        items: Sequence[ScheduledRequest],
         ends: Sequence[int],
-        rows: Sequence[int],
+        positions: Sequence[int],
         last_tokens: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Logits of the flat rows `rows`, [len(rows), vocab]: one forward for each group."""
+        """Logits of the flat tokens `positions`, one forward for each group of requests."""
         assert last_tokens is None, "a hybrid's steps wait for each other"
-        decodes = [i for i, item in enumerate(batch) if item.start and item.num_tokens == 1]
+        decodes = [i for i, item in enumerate(items) if item.start and item.num_tokens == 1]
         groups = [decodes] if decodes else []
-        groups += [[i] for i in range(len(batch)) if i not in decodes]
-        chosen: dict[int, torch.Tensor] = {}  # [vocab], by flat row
-        wanted = set(rows)
+        groups += [[i] for i in range(len(items)) if i not in decodes]
+        chosen: dict[int, torch.Tensor] = {}  # [vocab], by flat token
+        wanted = set(positions)
         for group in groups:
-            flat = [row for i in group for row in range(ends[i] - batch[i].num_tokens, ends[i])]
-            keep = [index for index, row in enumerate(flat) if row in wanted]
-            logits = self._forward_group([batch[i] for i in group], keep)  # [len(keep), vocab]
+            flat = [p for i in group for p in range(ends[i] - items[i].num_tokens, ends[i])]
+            keep = [index for index, position in enumerate(flat) if position in wanted]
+            logits = self._run_group([items[i] for i in group], keep)  # [len(keep), vocab]
             chosen.update((flat[index], row) for index, row in zip(keep, logits, strict=True))
-        if not rows:
-            return torch.empty(0, self.loaded.vocab_size, device=self.loaded.device)
-        return torch.stack([chosen[row] for row in rows])
+        if not positions:
+            return torch.empty(0, self._vocab_size, device=self.device)
+        return torch.stack([chosen[position] for position in positions])
 
-    def _forward_group(
-        self, group: Sequence[ScheduledRequest], keep: Sequence[int]
-    ) -> torch.Tensor:
+    def _run_group(self, group: Sequence[ScheduledRequest], keep: Sequence[int]) -> torch.Tensor:
         """Logits of the tokens `keep` of decodes, or of one chunk: [len(keep), vocab]."""
         slots = [item.request.slot.index for item in group if item.request.slot is not None]
         inputs, batch = self._inputs(group, keep)
-        step = CacheStep(self.cache, self.backend, batch, self.loaded.attention)
+        step = CacheStep(self.cache, self.backend, batch, self._layers)
         shape = (len(group), -1)  # decodes [B, 1], a chunk [1, num_tokens]
-        selects = self._selects_logits and len(group) == 1  # the same tokens in every row of [B, 1]
-        state = self.states.gather(slots) if group[0].start else self.states.fresh()
-        with attention_step(_SomeLayersStep(step, self._index_of)):
-            output = self.loaded.model(
-                input_ids=inputs.ids.view(shape),
-                position_ids=inputs.positions.view(shape),
-                past_key_values=state,
-                use_cache=True,
-                **({"logits_to_keep": inputs.keep} if selects else {}),
-            )
-        self.states.scatter(slots, state)
-        logits = output.logits.flatten(0, 1)
-        return logits if selects else logits[inputs.keep]
+        state = self._states.gather(slots) if group[0].start else self._states.fresh()
+        logits = self.forward(
+            inputs.ids.view(shape),
+            inputs.positions.view(shape),
+            _SomeLayersStep(step, self._index_of),
+            state=state,
+            keep=inputs.keep,
+        )
+        self._states.scatter(slots, state)
+        return logits

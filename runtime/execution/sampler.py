@@ -17,20 +17,17 @@ Two promises shape the code:
 
 from __future__ import annotations
 
-import hashlib
 import math
-import secrets
-import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...vmem.errors import InvalidOperation
 from ..request.outputs import Logprob
 from ..request.sampling_params import SamplingParams
-from .upload import select_rows, upload
+from ..request.sampling_state import SamplingState
+from .upload import is_ready, select_rows, upload
 
 _NUM_LIKELY = 1024
 """Tokens that nearly always hold a top-p's mass; sorting so few is ten times as fast as all."""
@@ -39,98 +36,26 @@ _MAX_FLOAT32_ROWS = 64
 """Rows to widen to float32 and beyond at a time: bounds the memory beside the logits."""
 
 
-class SamplingState:
-    """What sampling remembers of one sequence: its parameters, its history and its step.
-
-    It belongs to the sequence, not to its place in a batch: keep it through a preemption, and
-    the recomputed sequence goes on with exactly the tokens it would have had.
-    """
-
-    __slots__ = (
-        "_in_prompt",
-        "_output_counts",
-        "_prompt_token_ids",
-        "_seed",
-        "_stop_ids",
-        "index",
-        "num_output_tokens",
-        "params",
-    )
-
-    def __init__(
-        self,
-        params: SamplingParams,
-        prompt_token_ids: Sequence[int] = (),
-        *,
-        index: int = 0,
-        eos_token_ids: Collection[int] = (),
-    ) -> None:
-        """Start a sequence: number `index` of the request's `n`, after `prompt_token_ids`.
-
-        `eos_token_ids` are the model's own stop tokens, which `min_tokens` holds off.
-        """
-        self.params = params
-        self.index = index
-        self.num_output_tokens = 0
-        self._prompt_token_ids = prompt_token_ids
-        self._stop_ids = params.stop_ids.union(eos_token_ids)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._seed = struct.pack("<qQ", seed, index)
-        # [vocab] each, on the logits' device; made on first use, by the penalties alone.
-        self._in_prompt: Tensor | None = None
-        self._output_counts: Tensor | None = None
-
-    def uniform(self) -> float:
-        """This step's random number, in [0, 1): the same for the same seed, index and step."""
-        step = struct.pack("<Q", self.num_output_tokens)
-        digest = hashlib.blake2b(self._seed + step, digest_size=8).digest()
-        # 52 bits, so that the product with any total stays below that total after rounding.
-        return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
-
-    @property
-    def has_penalties(self) -> bool:
-        params = self.params
-        return (
-            params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-        )
-
-    def addends(self) -> list[tuple[int, float]]:
-        """What to add to which token's logit at this step: the bias, and -inf for a barred stop."""
-        addends = list(self.params.logit_bias.items()) if self.params.logit_bias else []
-        if self.num_output_tokens < self.params.min_tokens:
-            addends += [(token_id, -math.inf) for token_id in self._stop_ids]
-        return addends
-
-    def history(self, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which tokens the prompt holds (bool) and how often each was generated (float32).
-
-        Both are [vocab_size], on `device`.
-        """
-        if self._in_prompt is None or self._output_counts is None:
-            with torch.inference_mode(False):  # or they could not be changed outside of it
-                prompt = torch.tensor(self._prompt_token_ids, dtype=torch.long, device=device)
-                self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-                self._in_prompt[prompt] = True
-                self._output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
-        return self._in_prompt, self._output_counts
-
-    def advance(self, token_id: int) -> None:
-        """Record the step's token."""
-        self.num_output_tokens += 1
-        if self._output_counts is not None:
-            self._output_counts[token_id] += 1
-
-
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One row's token and, if its request asked, its log probability and alternatives."""
+    """One row's token and, if its request asked, its log probabilities.
+
+    Attributes:
+        logprobs: of the token itself first, then of the top alternatives, likeliest first.
+        is_finite: False if no token follows from the row; `token_id` then means nothing.
+    """
 
     token_id: int
-    logprob: float | None = None
     logprobs: dict[int, Logprob] | None = None
-    """The token itself first, then the top alternatives, likeliest first."""
+    is_finite: bool = True
+
+
+NO_TOKEN = (
+    "no token can be chosen: the largest logit is not a finite number; the model's output "
+    "overflowed or its weights are damaged (try a wider dtype), a penalty is out of all "
+    "proportion, or every token is a stop token that min_tokens bars"
+)
+"""What is wrong with a row of which `SampledToken.is_finite` is False."""
 
 
 @torch.no_grad()
@@ -140,8 +65,8 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
     `logits`: [batch, vocab] in any float dtype, on any device, left as they are; row i belongs to
     `states[i]`. Log probabilities are those of the raw logits, before any parameter acts.
 
-    Raises InvalidOperation, with no state advanced, if a row has a NaN, a positive infinity or
-    nothing but negative infinities: no token follows from it.
+    From a row with a NaN, a positive infinity or nothing but negative infinities no token
+    follows: it is marked (`is_finite`), and its state stays. Other rows are not touched by that.
     """
     assert logits.ndim == 2, logits.shape
     assert len(logits) == len(states), (len(logits), len(states))
@@ -149,16 +74,16 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
         return []
     # Waited for once.
     chosen, finite = choose(logits, states).tolist()
-    check_finite(finite)
-    sampled = _report(logits, chosen, states)
-    for state, token_id in zip(states, chosen, strict=True):
-        state.advance(token_id)
+    sampled = _report(logits, chosen, finite, states)
+    for state, token in zip(states, sampled, strict=True):
+        if token.is_finite:
+            state.advance(token.token_id)
     return sampled
 
 
 @torch.no_grad()
 def choose(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """The next token of every row, and whether it follows from the row (`check_finite`).
+    """The next token of every row, and whether it follows from the row (`is_finite`).
 
     As of `sample`, but int64 [2, batch], on the device of `logits`, which need not be waited for;
     no state is advanced.
@@ -274,7 +199,7 @@ def _sorted_floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingPar
     total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
     num_likely = min(max(p.top_k or _NUM_LIKELY for p in params), vocab_size)
     # On a GPU, to see whether the likely ones were enough would be to wait for it.
-    first = num_likely if device.type == "cpu" or max(k) <= num_likely else vocab_size
+    first = num_likely if is_ready(device) or max(k) <= num_likely else vocab_size
     for num_sorted in (first, vocab_size):
         values = _largest(scaled, num_sorted)  # [rows, num_sorted]
         beyond_k = torch.arange(num_sorted, device=device) >= top_k
@@ -296,18 +221,24 @@ def _largest(values: Tensor, num: int) -> Tensor:
 
 
 def _report(
-    logits: Tensor, chosen: Sequence[int], states: Sequence[SamplingState]
+    logits: Tensor, chosen: Sequence[int], finite: Sequence[int], states: Sequence[SamplingState]
 ) -> list[SampledToken]:
     """Wrap the chosen tokens, with log probabilities for the rows that ask for them."""
-    sampled = [SampledToken(token_id) for token_id in chosen]
-    asked = {i: k for i, s in enumerate(states) if (k := s.params.logprobs) is not None}
+    sampled = [
+        SampledToken(token_id, is_finite=bool(is_finite))
+        for token_id, is_finite in zip(chosen, finite, strict=True)
+    ]
+    asked = {
+        i: k
+        for i, state in enumerate(states)
+        if (k := state.params.logprobs) is not None and finite[i]
+    }
     if asked:
         rows = list(asked)
         token_ids = upload([chosen[row] for row in rows], torch.long, logits.device)
         tables = _logprobs(select_rows(logits, rows), token_ids, list(asked.values()))
         for row, table in zip(rows, tables, strict=True):
-            token_id = chosen[row]
-            sampled[row] = SampledToken(token_id, table[token_id].logprob, table)
+            sampled[row] = SampledToken(chosen[row], table)
     return sampled
 
 
@@ -341,17 +272,6 @@ def _table(
             rank = position  # else it shares the rank of its equal
         table.setdefault(ids[position], Logprob(values[position], rank))
     return table
-
-
-def check_finite(finite: Sequence[int]) -> None:
-    """Raises InvalidOperation if a row's choice does not follow from it."""
-    broken = [row for row, is_finite in enumerate(finite) if not is_finite]
-    if broken:
-        raise InvalidOperation(
-            f"no token can be chosen from row {', '.join(map(str, broken))} of {len(finite)}: its "
-            "largest logit is not a finite number; the model's output overflowed or its weights "
-            "are damaged (try a wider dtype), or every token is a stop token that min_tokens bars"
-        )
 
 
 def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:

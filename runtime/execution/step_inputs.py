@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...attention_backends import AttentionBatch
+from .upload import pins
 
 Ints = Sequence[int] | torch.Tensor
 
@@ -73,9 +74,7 @@ class StepInputs:
         """
         # A buffer of its own each time: the last one may not have been read yet. PyTorch keeps
         # pinned memory from reuse until the copies that read it are over.
-        host = torch.empty(
-            self._num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda"
-        )
+        host = torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=pins(self._device))
         offsets = torch.zeros(len(values.query_lens) + 1, dtype=torch.int32)
         offsets[1:] = torch.tensor(values.query_lens, dtype=torch.int32).cumsum(0)
         parts = (

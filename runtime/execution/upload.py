@@ -5,11 +5,21 @@ from collections.abc import Sequence
 import torch
 
 
+def is_ready(device: torch.device) -> bool:
+    """True if work is done when its call returns: then to look at a result is to wait for none."""
+    return device.type == "cpu"
+
+
+def pins(device: torch.device) -> bool:
+    """Whether host memory must be pinned for a copy to `device` that nobody waits for."""
+    return device.type == "cuda"
+
+
 def upload(
     values: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """`values` on `device`. A copy from memory that is not pinned would wait for all kernels."""
-    pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    pinned = torch.tensor(values, dtype=dtype, pin_memory=pins(device))
     return pinned.to(device, non_blocking=True)
 
 

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
         Slot,
     )
     from .runtime.engine.config import EngineConfig
-    from .runtime.engine.engine import EngineStats
+    from .runtime.engine.stats import EngineStats
     from .runtime.frontend.async_llm import AsyncLLM
-    from .runtime.frontend.llm import LLM, StreamDelta
+    from .runtime.frontend.llm import LLM
+    from .runtime.frontend.text_stream import StreamDelta
     from .runtime.request.outputs import CompletionOutput, RequestOutput
     from .runtime.request.sampling_params import SamplingParams
     from .runtime.virtual_cache.cache import VirtualCache
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "AsyncLLM": ".runtime.frontend.async_llm",
     "LLM": ".runtime.frontend.llm",
-    "StreamDelta": ".runtime.frontend.llm",
+    "StreamDelta": ".runtime.frontend.text_stream",
     "SamplingParams": ".runtime.request.sampling_params",
     "RequestOutput": ".runtime.request.outputs",
     "CompletionOutput": ".runtime.request.outputs",
     "EngineConfig": ".runtime.engine.config",
-    "EngineStats": ".runtime.engine.engine",
+    "EngineStats": ".runtime.engine.stats",
     "VirtualCache": ".runtime.virtual_cache.cache",
     "KVCache": ".allocator",
     "KVLayout": ".allocator",

@@ -2,24 +2,38 @@
 
 import asyncio
 import itertools
-import os
+import logging
 import threading
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...vmem.errors import InvalidConfig, InvalidOperation, UsageError
-from ..engine.engine import EngineStats
+from ...vmem import janitor
+from ...vmem.at_exit import stop_at_exit
+from ...vmem.errors import InvalidConfig, InvalidOperation, InvalidSamplingParams, VkvError
+from ..engine.build import build_loop, load
+from ..engine.config import EngineConfig
+from ..engine.loop import EngineLoop
+from ..engine.messages import Abort, Message
+from ..engine.stats import EngineStats
 from ..request.outputs import RequestOutput
-from ..request.request import Request, request_output
 from ..request.sampling_params import SamplingParams
-from .llm import LLM
-from .prompts import Message, Prompt
+from ..request.step_output import StepOutput
+from .driver import LoopDriver
+from .front_end import FrontEnd
+from .places import Place, Places
+from .prompts import Message as ChatMessage
+from .prompts import Prompt
+from .text_stream import RequestText
+
+_log = logging.getLogger(__name__)
 
 
 class AsyncLLM:
@@ -29,6 +43,7 @@ class AsyncLLM:
     Cancelling a task, or leaving an `async for`, drops its request, and its pages go back before
     the next step. A consumer that falls behind gets the newest state when it comes back: nothing
     piles up. At most `max_unfinished` requests are with the engine; more wait in `generate`.
+    Several event loops may use one object.
 
     Args:
         model: as of `LLM`.
@@ -46,73 +61,92 @@ class AsyncLLM:
         model: str | Path | PreTrainedModel | None = None,
         *,
         max_unfinished: int = 256,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         **options: Any,
     ) -> None:
         if max_unfinished < 1:
             raise InvalidConfig(f"max_unfinished is {max_unfinished}; it must be at least 1")
-        self._work = _Work(LLM(model, **options))
-        self._room = asyncio.Semaphore(max_unfinished)
+        self.config = EngineConfig(**options)
+        loaded = load(model, tokenizer=tokenizer, device=device, dtype=dtype, config=self.config)
+        loop = build_loop(loaded, self.config)
+        self.engine = loop.engine
+        self._front_end = FrontEnd(loaded.name, loaded.tokenizer, loop.engine.admission)
+        self._places = Places(max_unfinished)
         self._ids = itertools.count()
-        # The thread knows the work, not this object, which can so be dropped without `close`.
-        self._thread = threading.Thread(target=self._work.run, name="vkv-engine", daemon=True)
-        self._thread.start()
+        self._named: weakref.WeakSet[_Stream] = weakref.WeakSet()
+        # The thread knows the driver, not this object, which can so be dropped without `close`.
+        self._thread = EngineThread(loop, idle_trim_s=self.config.idle_trim_s)
+        weakref.finalize(self, janitor.later, self._thread.stop).atexit = False
 
-    async def generate(
+    def generate(
         self,
-        prompt: Prompt | Sequence[Message],
+        prompt: Prompt | Sequence[ChatMessage],
         params: SamplingParams | None = None,
         request_id: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Complete a text, token ids or a conversation; yields all that there is so far.
 
-        Each output holds the whole of text and tokens up to then; the last has `finished`.
+        Each output holds the whole of text and tokens up to then; the last has `finished`. The
+        name is known to `abort` from now on, also while the request waits for its place.
 
         Raises a `UsageError` if the request is refused, InvalidOperation if this object is closed
-        meanwhile, and whatever stopped the engine.
+        meanwhile, and the request's own error if it goes wrong.
         """
-        llm = self._work.llm
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            text, tokens = None, llm.render_chat(prompt)  # type: ignore[arg-type]
-            params = params or SamplingParams(max_tokens=None)
-        else:
-            text = prompt if isinstance(prompt, str) else None
-            tokens = llm._tokenise(prompt)  # type: ignore[arg-type]
-        name = request_id if request_id is not None else f"async-{next(self._ids)}"
-        async with self._room:
-            stream = _Stream(name, text, tokens, params or SamplingParams())
-            self._work.submit(stream)
-            try:
-                finished = False
-                while not finished:
-                    output = await stream.next()
-                    finished = output.finished
-                    yield output
-            finally:
-                self._work.drop(stream)
+        self._thread.check_open()
+        if params is not None and not isinstance(params, SamplingParams):
+            raise InvalidSamplingParams(
+                f"the parameters are {type(params).__name__} {params!r}; use SamplingParams(…)"
+            )
+        name = f"async-{next(self._ids)}" if request_id is None else request_id
+        stream = _Stream(name, self._front_end.request(prompt, params), self._thread)
+        self._named.add(stream)
+        return self._outputs(stream)
+
+    async def _outputs(self, stream: "_Stream") -> AsyncIterator[RequestOutput]:
+        place = self._places.line_up()
+        # A stream that is dropped with its event loop closed never gets to its `finally`.
+        weakref.finalize(stream, janitor.later, place.release).atexit = False
+        stream.begin(place)
+        try:
+            if not await place.wait() or stream.is_aborted:
+                yield stream.end_unasked()
+                return
+            stream.submit()
+            finished = False
+            while not finished:
+                output = await stream.next()
+                finished = output.finished
+                yield output
+        finally:
+            stream.leave()
+            place.release()
 
     def abort(self, request_id: str) -> None:
-        """End a request: its consumer gets a last output, with the finish reason "abort".
+        """End the requests that have this name now: each gets a last output, "abort" its reason.
 
-        Without effect if there is none of that name.
+        Without effect if there is none. A request that takes the name later is another.
         """
-        self._work.abort(request_id)
+        for stream in list(self._named):
+            if stream.name == request_id:
+                stream.abort()
 
     def stats(self) -> EngineStats:
-        """What the engine holds and has done; waits for a step under way."""
-        return self._work.llm.stats()
+        """What the engine holds and has done, as of the last step's end; waits for no step."""
+        return self._thread.driver.stats()
 
     async def sleep(self, *, weights: bool = False) -> int:
         """As `LLM.sleep`. Requests are refused with InvalidOperation until `wake`."""
-        return await asyncio.to_thread(self._work.llm.sleep, weights=weights)
+        return await asyncio.to_thread(self._thread.driver.sleep, weights=weights)
 
     async def wake(self) -> None:
         """As `LLM.wake`."""
-        await asyncio.to_thread(self._work.llm.wake)
+        await asyncio.to_thread(self._thread.driver.wake)
 
     async def close(self) -> None:
         """End all requests, with InvalidOperation for their consumers, and give all back."""
-        self._work.stop()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.stop)
 
     async def __aenter__(self) -> Self:
         return self
@@ -125,153 +159,152 @@ class AsyncLLM:
     ) -> None:
         await self.close()
 
-    def __del__(self) -> None:
-        if "_work" in self.__dict__:
-            self._work.stop()
-
 
 class _Stream:
-    """A request between its consumer on the event loop and the engine's thread.
+    """A request between its consumer on an event loop and the engine's thread.
 
-    It holds one undelivered state, the newest: an output, or the error that ended it.
+    The thread leaves tokens, and calls the loop once however many there are. Text is made on the
+    loop, so that a stop string ends the request even if its consumer is slow.
+
+    Attributes:
+        name: the caller's for the request.
+        is_aborted: the caller has asked for its end.
     """
 
-    def __init__(
-        self, request_id: str, text: str | None, tokens: list[int], params: SamplingParams
-    ) -> None:
-        self.request_id = request_id
-        self.text = text
-        self.tokens = tokens
-        self.params = params
-        self.requests: list[Request] = []
-        self.num_shown = 0  # tokens that the newest state has
+    def __init__(self, name: str, request: RequestText, thread: "EngineThread") -> None:
+        self.name = name
+        self.request = request
+        self.spec = request.spec
+        self.is_aborted = False
+        self._thread = thread
+        self._place: Place | None = None
+        self._mail: deque[StepOutput] = deque()
+        self._is_called = False  # the loop, to open the mail
+        self._ended: set[int] = set()  # sequences that the engine gives nothing more of
+
+    # -- on the event loop -------------------------------------------------------------------
+
+    def begin(self, place: Place) -> None:
+        """Belong to the running event loop from now on, in which `place` is waited for."""
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
-        self._newest: RequestOutput | BaseException | None = None
+        self._place = place
+
+    def submit(self) -> None:
+        """Ask the engine."""
+        self._thread.driver.submit([self])
+        if self.is_aborted:  # in between, by another thread
+            self.abort()
 
     async def next(self) -> RequestOutput:
-        """The newest state, once there is one that was not delivered."""
+        """All there is, once there is more than at the last call. Raises what ended the request."""
         await self._arrived.wait()
         self._arrived.clear()
-        newest, self._newest = self._newest, None
-        if isinstance(newest, BaseException):
-            raise newest
-        assert newest is not None, "woken for nothing"
-        return newest
+        if self.request.is_aborted and not self.is_aborted:
+            raise self._thread.error or InvalidOperation(
+                "this AsyncLLM was closed while it generated"
+            )
+        if self.request.error is not None:
+            raise self.request.error
+        return self.request.output(self.name)
 
-    @property
-    def waits(self) -> bool:
-        """True if the consumer has had all that was there."""
-        return self._newest is None
+    def end_unasked(self) -> RequestOutput:
+        """The last output of a request that the engine never had."""
+        self.request.abort()
+        return self.request.output(self.name)
 
-    def put(self, state: RequestOutput | BaseException) -> None:
-        """From the engine's thread: replace what was not delivered."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._set, state)
+    def leave(self) -> None:
+        """Nobody waits any more: what is unfinished is dropped."""
+        self._thread.driver.abandon([self])
 
-    def _set(self, state: RequestOutput | BaseException) -> None:
-        self._newest = state
+    def _open_mail(self) -> None:
+        self._is_called = False
+        while self._mail:
+            for message in self.request.accept(self._mail.popleft()):
+                self._thread.driver.post(message)
         self._arrived.set()
 
+    # -- from any thread -----------------------------------------------------------------------
 
-class _Work:
-    """What the engine's thread does; the event loop only leaves notes for it."""
+    def abort(self) -> None:
+        """End it with a last output."""
+        self.is_aborted = True
+        if self._place is not None:
+            self._place.give_up()
+        self._thread.driver.post(Abort(self.spec.request_id))
 
-    def __init__(self, llm: LLM) -> None:
-        self.llm = llm
-        self._pid = os.getpid()
-        self._changed = threading.Condition()
-        self._new: deque[_Stream] = deque()
-        self._dropped: deque[_Stream] = deque()
-        self._aborted: deque[str] = deque()
-        self._stopped = False
-        self._live: list[_Stream] = []  # the thread's own
+    # -- on the engine's thread ----------------------------------------------------------------
 
-    def submit(self, stream: _Stream) -> None:
-        with self._changed:
-            if self._stopped:
-                raise InvalidOperation("this AsyncLLM has been closed; create another")
-            self._new.append(stream)
-            self._changed.notify()
+    @property
+    def is_finished(self) -> bool:
+        """True if the engine gives nothing more."""
+        return len(self._ended) == self.spec.params.n or self.request.is_finished
 
-    def drop(self, stream: _Stream) -> None:
-        with self._changed:
-            self._dropped.append(stream)
-            self._changed.notify()
+    def accept(self, output: StepOutput) -> Sequence[Message]:
+        """Leave what came for the event loop."""
+        if output.finish_reason is not None:
+            self._ended.add(output.index)
+        self._mail.append(output)
+        if not self._is_called:
+            self._is_called = True
+            try:
+                self._loop.call_soon_threadsafe(self._open_mail)
+            except RuntimeError:  # the loop is closed, and with it whoever waited
+                self._ended.update(range(self.spec.params.n))
+                if self._place is not None:
+                    self._place.release()
+                return (Abort(self.spec.request_id),)
+        return ()
 
-    def abort(self, request_id: str) -> None:
-        with self._changed:
-            self._aborted.append(request_id)
-            self._changed.notify()
+    def fail(self, error: VkvError) -> None:
+        """Never: text is made on the event loop."""
+        raise error
+
+
+class EngineThread:
+    """Turns a loop on a thread of its own, while there is something to do.
+
+    Attributes:
+        driver: for requests, and for what else there is to ask of the loop.
+        error: what ended the thread before its time, or None.
+    """
+
+    def __init__(self, loop: EngineLoop, *, idle_trim_s: float | None) -> None:
+        self._calls: SimpleQueue[bool] = SimpleQueue()  # False: stop. A finaliser may `put`.
+        calls = self._calls
+        self.driver = LoopDriver(loop, idle_trim_s=idle_trim_s, wake=lambda: calls.put(True))
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, name="vkv-engine", daemon=True)
+        self.thread.start()
+        stop_at_exit(self)
+
+    def check_open(self) -> None:
+        """Raises InvalidOperation once stopped, ForkedProcess in a child of a fork."""
+        self.driver.check_open()
 
     def stop(self) -> None:
-        if self._pid == os.getpid():  # a forked child has no thread that would hold the lock
-            with self._changed:
-                self._stopped = True
-                self._changed.notify()
-
-    def run(self) -> None:
-        """Until stopped: take notes, step, tell the consumers."""
-        try:
-            while self._take_notes():
-                if self._live:
-                    self.llm._step()
-                    self._publish()
-        except Exception as error:  # noqa: BLE001 - handed to every consumer, none of which may hang
-            self._end(error)
-        else:
-            self._end(InvalidOperation("this AsyncLLM was closed while it generated"))
-        finally:
-            self.llm.close()
-
-    def _take_notes(self) -> bool:
-        """Carry out what was asked since; wait if there is nothing to do. False: stop."""
-        with self._changed:
-            while not (self._live or self._new or self._aborted or self._stopped):
-                self._dropped.clear()
-                self._changed.wait()
-            if self._stopped:
-                return False
-            new, dropped, aborted = list(self._new), list(self._dropped), set(self._aborted)
-            self._new.clear()
-            self._dropped.clear()
-            self._aborted.clear()
-        for stream in new:
-            if stream not in dropped:
-                self._add(stream)
-        ended = [stream for stream in self._live if stream in dropped]
-        ended += [stream for stream in self._live if stream.request_id in aborted]
-        self.llm._abort([stream.requests for stream in ended])
-        self._publish()
-        self._live = [stream for stream in self._live if stream not in dropped]
-        return True
-
-    def _add(self, stream: _Stream) -> None:
-        groups: list[list[Request]] = []
-        try:
-            self.llm._add([stream.tokens], [stream.params], groups)
-        except (UsageError, InvalidOperation) as error:  # refused: this caller's alone
-            stream.put(error)
+        """End the thread after the step under way, and all requests, and give all back."""
+        if not self.driver.is_mine:
             return
-        stream.requests = groups[0]
-        self._live.append(stream)
+        self._calls.put(False)
+        self.thread.join()
 
-    def _publish(self) -> None:
-        """Tell consumers of new tokens; those that have not taken the last are told later."""
-        for stream in list(self._live):
-            finished = all(request.is_finished for request in stream.requests)
-            shown = sum(request.num_output_tokens for request in stream.requests)
-            if finished or (shown > stream.num_shown and stream.waits):
-                stream.num_shown = shown
-                output = request_output(stream.requests, stream.text)
-                stream.put(replace(output, request_id=stream.request_id))
-            if finished:
-                self._live.remove(stream)
+    def _run(self) -> None:
+        try:
+            while self._is_called():
+                self.driver.turn()
+        except Exception as error:  # noqa: BLE001 - told to every consumer, and logged
+            _log.exception("the engine's thread ends")
+            self.error = error
+        finally:
+            self.driver.close()
 
-    def _end(self, error: BaseException) -> None:
-        with self._changed:
-            self._stopped = True
-            waiting = [*self._live, *self._new]
-            self._new.clear()
-        for stream in waiting:
-            stream.put(error)
+    def _is_called(self) -> bool:
+        """Wait until there is something to do: True; or until stopped: False."""
+        while True:
+            while not self._calls.empty():
+                if not self._calls.get():
+                    return False
+            if self.driver.has_work:
+                return True
+            self._calls.put(self._calls.get())

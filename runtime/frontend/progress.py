@@ -5,15 +5,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..request.request import Request
-
 _PATIENCE_S = 2.0  # without a word; then a terminal is shown a bar
 _INTERVAL_S = 0.2
+
+
+class Request(Protocol):
+    """What is shown of a request."""
+
+    @property
+    def num_output_tokens(self) -> int: ...
+    @property
+    def is_finished(self) -> bool: ...
 
 
 class BatchProgress:
@@ -36,8 +43,9 @@ class BatchProgress:
         """Redraw, if it is time to."""
         now = time.monotonic()
         if self._wanted and now >= self._next:
-            self._next = now + _INTERVAL_S
             self._draw(now)
+            took = time.monotonic() - now  # to count a hundred thousand requests takes a while
+            self._next = now + max(_INTERVAL_S, 50 * took)
 
     def _draw(self, now: float) -> None:
         if self._progress is None:

@@ -12,13 +12,13 @@ architectures drop keywords they do not know.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface
 
-from ...allocator import LayerGeometry, SlotCache
+from ...allocator import SlotCache
 from ...attention_backends import AttentionBackend, AttentionBatch, LayerAttention
 from ...vmem.errors import InvalidOperation, UnsupportedModel
 
@@ -130,36 +130,3 @@ class CacheStep:
         keys, values = self.cache.layer(layer)
         self.backend.store(key, value, keys, values, self.batch)
         return self.backend.forward(query, keys, values, self.batch, self.layers[layer])
-
-
-@dataclass
-class AttentionProbe:
-    """Records what every layer asks of attention, from one run over a few tokens."""
-
-    attention: dict[int, LayerAttention] = field(default_factory=dict)
-    geometry: dict[int, LayerGeometry] = field(default_factory=dict)
-    inputs: dict[int, torch.Tensor] = field(default_factory=dict)  # [num_tokens, all elements]
-    logits: list[torch.Tensor] = field(default_factory=list)  # [num_tokens, vocab_size], one
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        wanted: LayerAttention,
-    ) -> torch.Tensor:
-        if layer in self.attention:
-            raise UnsupportedModel(
-                f"layer {layer} attends twice in a step, and a slot holds one set of keys and "
-                "values for a layer; use a model that attends once"
-            )
-        self.attention[layer] = wanted
-        self.inputs[layer] = torch.cat([part.flatten(1) for part in (query, key, value)], dim=1)
-        self.geometry[layer] = LayerGeometry(
-            num_kv_heads=key.shape[1],
-            key_dim=key.shape[2],
-            value_dim=value.shape[2],
-            window=wanted.window,
-        )
-        return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])

@@ -1,8 +1,7 @@
 """Loading an unmodified `transformers` model, and learning what its layers ask of attention."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,12 +23,11 @@ from ...attention_backends import AttentionNeeds, LayerAttention
 from ...quant import QuantError, UnsupportedQuantization, adopt, int4_linears, quantize_output
 from ...vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from ..cpu_kernels.packing import can_pack, pack, packed_bytes
-from .attention_hook import ATTENTION_NAME, AttentionProbe, attention_step, register
-from .recurrent_probe import probe_state
+from .attention_hook import ATTENTION_NAME, register
+from .probing import probe_attention, probe_outputs
 from .recurrent_state import STATE_LAYER_TYPES, keeps_state
 
 _KNOWN_LAYER_TYPES = {"full_attention", "attention", "sliding_attention"}
-_SLIDING = {"sliding_attention", "hybrid_sliding"}
 _WITHOUT_MEMORY = {"moe", "mlp"}  # layers in their own right in some hybrids
 _DTYPES = {
     "float32": torch.float32,
@@ -48,8 +46,6 @@ _UNREADABLE = (
     SafetensorError,
     StrictDataclassError,
 )
-_NUM_PROBE_TOKENS = 4
-_PROBE_TOLERANCE = 1e-2  # of the largest value: above rounding in bfloat16, below a mix-up
 _T = TypeVar("_T")
 
 
@@ -81,6 +77,11 @@ class LoadedModel:
     def keeps_state(self) -> bool:
         """True if some layers have recurrent or convolution state instead of keys and values."""
         return keeps_state(self.model.config)
+
+    @property
+    def has_forward_hooks(self) -> bool:
+        """True if somebody asked to be called when a module runs."""
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
 
     @property
     def weight_bytes(self) -> int:
@@ -140,13 +141,13 @@ def load_model(
     model = model.to(device).eval()  # type: ignore[arg-type]
     text_config = model.config.get_text_config()
     _check_interface(model)
-    layers, attention, geometry = _probe(model)
+    layers, attention, geometry = probe_attention(model)
     if lm_head_bits is not None:
         _quantize_head(model, lm_head_bits, loaded_here=home is not None)
     wants_packing = pack_weights if pack_weights is not None else home is not None
     model_dtype = model.dtype
     if wants_packing and device.type == "cpu" and can_pack(model_dtype):
-        pack(model, lambda: _probe_rows(model))
+        pack(model, lambda: probe_outputs(model))
     if home is not None:
         for _, linear in int4_linears(model):  # those that packing left where they are
             linear.settle(model_dtype)
@@ -287,94 +288,6 @@ def _check_interface(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not use transformers' attention interface, so its "
             "attention cannot be pointed at contiguous slots; use a model that does"
         )
-
-
-def _probe(
-    model: PreTrainedModel,
-) -> tuple[tuple[int, ...], tuple[LayerAttention, ...], tuple[LayerGeometry, ...]]:
-    """Run a few tokens through the model to see which layers attend, and what each asks for."""
-    if keeps_state(model.config):
-        ahead, expected = probe_state(model, _running)
-    else:
-        ahead = _run_probe(model, backwards=False)
-        expected = list(range(model.config.get_text_config().num_hidden_layers))
-    if sorted(ahead.geometry) != expected:
-        raise UnsupportedModel(
-            f"{type(model).__name__} has {len(expected)} layers that should attend, of which "
-            f"{len(ahead.geometry)} use attention over keys and values of every token; the "
-            "others' state has no place in a slot"
-        )
-    if not keeps_state(model.config):
-        _check_neighbours(model, ahead)
-    attention, geometry = [], []
-    for layer in expected:
-        window = _window(model.config.get_text_config(), layer, ahead.attention[layer].window)
-        attention.append(replace(ahead.attention[layer], window=window))
-        geometry.append(replace(ahead.geometry[layer], window=window))
-    return tuple(expected), tuple(attention), tuple(geometry)
-
-
-def _check_neighbours(model: PreTrainedModel, ahead: AttentionProbe) -> None:
-    """Run the probe's tokens in another order: what reaches attention must be the same.
-
-    It must follow from a token and its position alone, for in a flat batch a token's neighbours
-    may belong to other requests.
-    """
-    back = _run_probe(model, backwards=True)
-    for layer, inputs in ahead.inputs.items():
-        off = (back.inputs[layer].flip(0) - inputs).abs().amax(dim=1)  # [num_tokens]
-        # Most tokens, not any: a router of experts may waver over one for a rounding error.
-        if (off > _PROBE_TOLERANCE * inputs.abs().max()).float().mean() > 0.5:
-            raise UnsupportedModel(
-                f"{type(model).__name__} computes layer {layer} not from each token and its "
-                "position alone, but from its neighbours in the batch (a convolution, or "
-                "positions of its own counting), which may be another request's; use a model "
-                "that takes position_ids"
-            )
-
-
-def _probe_rows(model: PreTrainedModel) -> list[torch.Tensor]:
-    """What a few tokens come to: each layer's inputs to attention, and the logits."""
-    probe = _run_probe(model, backwards=False)
-    return [*probe.inputs.values(), *probe.logits]
-
-
-def _run_probe(model: PreTrainedModel, *, backwards: bool) -> AttentionProbe:
-    probe = AttentionProbe()
-    positions = torch.arange(_NUM_PROBE_TOKENS, device=model.device).unsqueeze(0)
-    if backwards:
-        positions = positions.flip(1)
-    with _running(model, probe):
-        output = model(input_ids=positions + 1, position_ids=positions, use_cache=False)
-        probe.logits.append(output.logits[0])
-    return probe
-
-
-@contextmanager
-def _running(model: PreTrainedModel, probe: AttentionProbe) -> Iterator[None]:
-    """Let `probe` answer the model; what the model raises says why it cannot run."""
-    try:
-        with torch.inference_mode(), attention_step(probe):
-            yield
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-        if isinstance(error, UnsupportedModel):
-            raise
-        raise UnsupportedModel(
-            f"{type(model).__name__} cannot run a flat batch of tokens: {error}"
-        ) from error
-
-
-def _window(config: Any, layer: int, passed: int | None) -> int | None:
-    """A layer's window: what it passes to attention, or what its config says of it.
-
-    Some architectures leave the window to the mask, which is not built here.
-    """
-    if passed is not None:
-        return passed
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and layer_types[layer] in _SLIDING:
-        return config.sliding_window
-    return None
 
 
 def _max_positions(config: Any) -> int:

@@ -4,48 +4,42 @@ Some models take up their state for a single token only, and silently start afre
 chunk. No table of names tells which; a few tokens do.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from ...vmem.errors import UnsupportedModel
-from .attention_hook import AttentionProbe
-from .recurrent_state import StateRows, StepState
+from .attention_probe import AttentionProbe, refusing
+from .forward import Forward
+from .recurrent_state import RecurrentState, StepState
 
 _SEQUENCES = ([1, 2, 3, 4], [4, 1, 2, 3])
 
-Running = Callable[[PreTrainedModel, AttentionProbe], AbstractContextManager[None]]
 
-
-def probe_state(model: PreTrainedModel, running: Running) -> tuple[AttentionProbe, list[int]]:
+def probe_state(model: PreTrainedModel) -> tuple[AttentionProbe, list[int]]:
     """What the attention layers of a hybrid ask for, and which layers they should be.
-
-    Args:
-        running: the context in which to run the model, under a probe in place of attention.
 
     Raises UnsupportedModel if a chunk or a decode does not go on from the state before it.
     """
-    states = StateRows(model.config, len(_SEQUENCES))
+    states = RecurrentState(model.config, len(_SEQUENCES))
     first, second = _SEQUENCES
     probe = AttentionProbe()
-    with running(model, probe):
-        whole = _last_logits(model, [first], 0, states.fresh())
-    others = torch.cat([whole, _run(model, [second], 0, states.fresh(), running)])  # [2, vocab]
+    whole = _run(model, [first], 0, states.fresh(), probe)
+    others = torch.cat([whole, _run(model, [second], 0, states.fresh())])  # [2, vocab]
 
-    _run(model, [first[:2]], 0, begun := states.fresh(), running)
+    _run(model, [first[:2]], 0, begun := states.fresh())
     states.scatter([0], begun)
-    chunk = _run(model, [first[2:]], 2, states.gather([0]), running)
-    alone = _run(model, [first[2:]], 2, states.fresh(), running)
+    chunk = _run(model, [first[2:]], 2, states.gather([0]))
+    alone = _run(model, [first[2:]], 2, states.fresh())
     _check_goes_on(model, "a chunk of a prompt", chunk, whole, alone)
 
     for row, sequence in enumerate(_SEQUENCES):
-        _run(model, [sequence[:3]], 0, begun := states.fresh(), running)
+        _run(model, [sequence[:3]], 0, begun := states.fresh())
         states.scatter([row], begun)
     last = [sequence[3:] for sequence in _SEQUENCES]
-    decoded = _run(model, last, 3, states.gather([0, 1]), running)
-    alone = _run(model, last, 3, states.fresh(), running)
+    decoded = _run(model, last, 3, states.gather([0, 1]))
+    alone = _run(model, last, 3, states.fresh())
     _check_goes_on(model, "a decode", decoded, others, alone)
     return probe, states.fresh().attention_layers
 
@@ -71,17 +65,11 @@ def _run(
     tokens: Sequence[list[int]],
     start: int,
     state: StepState,
-    running: Running,
-) -> torch.Tensor:
-    with running(model, AttentionProbe()):
-        return _last_logits(model, tokens, start, state)
-
-
-def _last_logits(
-    model: PreTrainedModel, tokens: Sequence[list[int]], start: int, state: StepState
+    probe: AttentionProbe | None = None,
 ) -> torch.Tensor:
     """Logits after the last of `tokens`, which stand at `start` and behind: float32 [B, vocab]."""
     ids = torch.tensor(tokens, device=model.device)
     positions = torch.arange(start, start + ids.shape[1], device=model.device).expand_as(ids)
-    output = model(input_ids=ids, position_ids=positions, past_key_values=state, use_cache=True)
-    return output.logits[:, -1].float()
+    with refusing(model):
+        logits = Forward(model)(ids, positions, probe or AttentionProbe(), state=state)
+    return logits.unflatten(0, ids.shape)[:, -1].float()

@@ -1,8 +1,8 @@
-"""What recurrent and convolution layers remember of a request: one row of state for each slot.
+"""What recurrent and convolution layers remember of a request: a place for each slot.
 
 Such a layer keeps a state of fixed size instead of keys and values of every token. The state
-layers themselves stay `transformers`' own: a step lays the rows of its requests into a cache of
-that kind, lets the model read and write it, and takes the rows out again.
+layers themselves stay `transformers`' own: a step lays the states of its requests into a cache of
+that kind, lets the model read and write it, and takes them out again.
 """
 
 from collections.abc import Sequence
@@ -59,47 +59,47 @@ class StepState(DynamicCache):
         return found
 
 
-class StateRows:
-    """The states of all requests, a row for each slot. Nothing is allocated before the first.
+class RecurrentState:
+    """The states of all requests, a place for each slot. Nothing is allocated before the first.
 
     Args:
         config: of the model.
-        num_rows: slots that there are.
+        num_slots: slots that there are.
     """
 
-    def __init__(self, config: PretrainedConfig, num_rows: int) -> None:
+    def __init__(self, config: PretrainedConfig, num_slots: int) -> None:
         self._config = config
-        self._num_rows = num_rows
-        self._rows: dict[tuple[str, int, int], torch.Tensor] = {}  # each [num_rows, …]
+        self._num_slots = num_slots
+        self._saved: dict[tuple[str, int, int], torch.Tensor] = {}  # each [num_slots, …]
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the rows take."""
-        return sum(tensor.nbytes for tensor in self._rows.values())
+        """Memory that they take."""
+        return sum(tensor.nbytes for tensor in self._saved.values())
 
     def fresh(self) -> StepState:
         """The state before a first token."""
         return StepState(self._config)
 
-    def gather(self, rows: Sequence[int]) -> StepState:
-        """The saved states of `rows`, copied into the batch of a new step."""
+    def gather(self, slots: Sequence[int]) -> StepState:
+        """The saved states of `slots`, copied into the batch of a new step."""
         step = self.fresh()
-        for (kind, layer, number), saved in self._rows.items():
-            states = saved[torch.tensor(rows, device=saved.device)]  # [len(rows), …]
+        for (kind, layer, number), saved in self._saved.items():
+            states = saved[torch.tensor(slots, device=saved.device)]  # [len(slots), …]
             if kind == "conv":
                 step.update_conv_state(states, layer, number)
             else:
                 step.update_recurrent_state(states, layer, number)
         return step
 
-    def scatter(self, rows: Sequence[int], step: StepState) -> None:
-        """Save what `step` came to, over whatever `rows` held."""
+    def scatter(self, slots: Sequence[int], step: StepState) -> None:
+        """Save what `step` came to, over whatever `slots` held."""
         for key, states in step.states().items():
-            if key not in self._rows:
-                self._rows[key] = states.new_zeros((self._num_rows, *states.shape[1:]))
-            saved = self._rows[key]
-            saved[torch.tensor(rows, device=saved.device)] = states
+            if key not in self._saved:
+                self._saved[key] = states.new_zeros((self._num_slots, *states.shape[1:]))
+            saved = self._saved[key]
+            saved[torch.tensor(slots, device=saved.device)] = states
 
     def clear(self) -> None:
         """Give the memory back."""
-        self._rows.clear()
+        self._saved.clear()

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+from ...vmem.errors import VkvError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""A stop token or string; `max_tokens` or the slot's end; `abort`; `RequestOutput.error`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +95,5 @@ class RequestOutput:
     num_cached_tokens: int | None = None
     """Prompt tokens whose keys and values were there already; None before it is scheduled."""
     metrics: RequestMetrics | None = None
+    error: VkvError | None = None
+    """What ended the request, where a finish reason is "error"; no other request is touched."""

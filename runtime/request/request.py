@@ -1,15 +1,13 @@
-"""One prompt on its way to text."""
+"""One prompt on its way through the engine."""
 
 import enum
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...allocator import Slot
-from ..execution.sampler import SamplingState
-from ..frontend.detokenizer import IncrementalDetokenizer
-from .outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
+from .outputs import Logprob
 from .sampling_params import SamplingParams
+from .sampling_state import SamplingState
+from .spec import RequestSpec, SequenceKey
 
 
 class RequestState(enum.Enum):
@@ -24,50 +22,43 @@ class Request:
     """One prompt, its tokens, its state. A prompt with `n` outputs is `n` requests.
 
     Attributes:
+        key: names it among all requests.
+        leader: the key of the request that computes the same prompt; this one waits and shares
+            its slot's beginning.
         token_ids: the prompt's tokens, then the output's.
         num_computed: tokens whose keys and values are in the slot, or will be when the work
             launched so far is done.
         num_pending: further tokens that were sampled, but are known on the device alone.
-        pending_row: of the last of them: its row among those sampled in the same step.
-        leader: the request that computes the same prompt; this one waits and shares its rows.
+        pending_index: of the last of them: its place among those sampled in the same step.
+        prompt_logprobs: entries of the prompt's tokens that are known, where they are asked.
     """
 
     def __init__(
         self,
-        request_id: str,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
+        spec: RequestSpec,
         *,
-        index: int = 0,
         max_tokens: int,
         sampling: SamplingState,
-        detokenizer: IncrementalDetokenizer | None,
-        leader: "Request | None" = None,
+        index: int = 0,
+        leader: SequenceKey | None = None,
     ) -> None:
-        self.request_id = request_id
-        self.index = index
-        self.params = params
+        self.key: SequenceKey = (spec.request_id, index)
+        self.params: SamplingParams = spec.params
+        self.variant = spec.variant
+        self.arrival_time_s = spec.arrival_time_s
         self.max_tokens = max_tokens
         self.sampling = sampling
-        self.detokenizer = detokenizer
         self.leader = leader
-        self.token_ids = list(prompt_token_ids)
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.token_ids = list(spec.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         self.num_computed = 0
         self.num_pending = 0
-        self.pending_row = 0
+        self.pending_index = 0
         self.num_cached = 0  # prompt tokens found in a slot at the first admission
         self.state = RequestState.WAITING
         self.slot: Slot | None = None
         self.was_admitted = False
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | str | None = None
-        self.cumulative_logprob = 0.0
-        self.logprobs: list[dict[int, Logprob]] = []
         self.prompt_logprobs: list[dict[int, Logprob] | None] = []
-        self.arrival_time_s = time.monotonic()
-        self.first_token_time_s: float | None = None
-        self.finished_time_s: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -100,10 +91,10 @@ class Request:
         return not self.sampling.has_penalties and self.params.logprobs is None
 
     def ids(self, start: int, stop: int) -> list[int]:
-        """Tokens `start … stop`; one that is pending as `-1 - pending_row`."""
+        """Tokens `start … stop`; one that is pending as `-1 - pending_index`."""
         ids = self.token_ids[start:stop]
         if stop > len(self.token_ids):
-            ids.append(-1 - self.pending_row)
+            ids.append(-1 - self.pending_index)
         return ids
 
     @property
@@ -127,12 +118,12 @@ class Request:
 
     def __repr__(self) -> str:
         return (
-            f"Request({self.request_id}/{self.index}, {self.state.value}, "
+            f"Request({self.key[0]}/{self.key[1]}, {self.state.value}, "
             f"{self.num_prompt_tokens}+{self.num_output_tokens} tokens)"
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScheduledRequest:
     """`num_tokens` tokens of a request that go through the model in one step."""
 
@@ -150,35 +141,36 @@ class ScheduledRequest:
         return self.start + self.num_tokens == self.request.num_tokens
 
 
-def request_output(group: Sequence[Request], prompt: str | None) -> RequestOutput:
-    """What the requests of one prompt have come to; `prompt` is its text, if it was one."""
-    first = group[0]
-    return RequestOutput(
-        request_id=first.request_id,
-        prompt=prompt,
-        prompt_token_ids=tuple(first.token_ids[: first.num_prompt_tokens]),
-        prompt_logprobs=(
-            tuple(first.prompt_logprobs) if first.params.prompt_logprobs is not None else None
-        ),
-        outputs=tuple(_completion(request) for request in group),
-        finished=all(request.is_finished for request in group),
-        num_cached_tokens=first.num_cached,
-        metrics=RequestMetrics(
-            arrival_time_s=first.arrival_time_s,
-            first_token_time_s=first.first_token_time_s,
-            finished_time_s=first.finished_time_s,
-        ),
-    )
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Where a padded decode may write: a position that is mapped, and that nobody reads yet.
+
+    Attributes:
+        slot, write_at: the position.
+        token_id: what the padding computes.
+    """
+
+    slot: Slot
+    write_at: int
+    token_id: int
 
 
-def _completion(request: Request) -> CompletionOutput:
-    asked = request.params.logprobs is not None
-    return CompletionOutput(
-        index=request.index,
-        text=request.detokenizer.text if request.detokenizer else "",
-        token_ids=tuple(request.output_token_ids),
-        cumulative_logprob=request.cumulative_logprob if asked else None,
-        logprobs=tuple(request.logprobs) if asked else None,
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-    )
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What goes through the model in one step.
+
+    Attributes:
+        items: at least one token of each; their slots are backed for all of them.
+        padding: for a step of decodes alone, if some slot has a position to spare.
+    """
+
+    items: tuple[ScheduledRequest, ...]
+    padding: Padding | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """True if all of its tokens can be sampled before the host knows those before."""
+        return all(item.request.can_run_ahead for item in self.items)

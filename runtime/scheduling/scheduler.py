@@ -1,25 +1,20 @@
-"""Which tokens go through the model next: Dynamic SplitFuse over reserved memory.
+"""Carries out what a policy decides: slots are given, backed, and taken away.
 
-Every step has a token budget. Requests that decode come first, one token each; what is left is
-filled with chunks of prompts, those under way before new ones. A request is admitted only when
-the pages of its whole prompt are reserved. When memory runs short nevertheless, because the
-outputs of running requests grew, the last arrived gives its slot up and is computed again later.
-
-Source: DeepSpeed-FastGen, arXiv:2401.08671, section 3 (Dynamic SplitFuse).
-
-To compare with, there is the policy that it replaced, *prefill first*: a step takes whole prompts
-if one can be admitted, and decodes only if none can, as Orca and vLLM 0.2 did.
+Every step has a token budget. A request is admitted only when the pages of its whole prompt are
+reserved. When memory runs short nevertheless, because the outputs of running requests grew, a
+request gives its slot up and is computed again later. Which ones go on, and who gives way, is the
+policy's to say (`policies`): it sees a `Snapshot` and answers with a `Plan`.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from typing import Literal
 
 from ...allocator import Slot, SlotCache
-from ...vmem.errors import Shortage
-from ..request.request import Request, RequestState, ScheduledRequest
-
-Policy = Literal["splitfuse", "prefill_first"]
+from ...vmem.errors import OutOfPages, Shortage
+from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
+from ..request.spec import SequenceKey
+from .plan import Plan, Policy
+from .snapshot import RunningRequest, Snapshot, WaitingRequest
+from .waiting import WaitingQueue
 
 _COMPARED_AT_ONCE = 256  # tokens; comparing slices of lists is far faster than item by item
 
@@ -29,138 +24,175 @@ class Scheduler:
 
     Args:
         cache: where the slots are.
+        policy: decides.
         max_seqs: requests that run at once.
         max_batch_tokens: tokens of one step.
         look_ahead_tokens: tokens mapped ahead of a decoding request, in the background.
-        prefix_reuse: start a request from rows that others computed for the same tokens.
-        policy: "splitfuse", or the baseline "prefill_first", whose steps exceed
-            `max_batch_tokens` where a single prompt does.
+        prefix_reuse: start a request from keys and values that others computed for its tokens.
+
+    Attributes:
+        running: in the order of admission.
+        shortage: what kept the last step from giving any request a token, and whom it kept.
     """
 
     def __init__(
         self,
         cache: SlotCache,
+        policy: Policy,
         *,
         max_seqs: int,
         max_batch_tokens: int,
         look_ahead_tokens: int = 0,
         prefix_reuse: bool = True,
-        policy: Policy = "splitfuse",
     ) -> None:
         self.cache = cache
+        self.policy = policy
         self.max_seqs = max_seqs
         self.max_batch_tokens = max_batch_tokens
         self.look_ahead_tokens = look_ahead_tokens
         self.prefix_reuse = prefix_reuse
-        self.policy = policy
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in the order of admission
+        self.waiting = WaitingQueue()
+        self.running: list[Request] = []
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
+        self.shortage: tuple[Request, Shortage] | None = None
+        self._requests: dict[SequenceKey, Request] = {}
 
     @property
     def has_work(self) -> bool:
         """True while a request waits or runs."""
-        return bool(self.waiting or self.running)
+        return bool(self._requests)
+
+    @property
+    def requests(self) -> list[Request]:
+        """All unfinished requests, in the order in which they were added."""
+        return list(self._requests.values())
 
     def add(self, request: Request) -> None:
         """Queue a new request."""
-        self.waiting.append(request)
+        assert request.key not in self._requests, f"{request} is here already"
+        self._requests[request.key] = request
+        leader = self._requests.get(request.leader) if request.leader else None
+        if leader is not None and leader.num_computed < leader.num_prompt_tokens:
+            self.waiting.hold(request, leader.key)
+        else:
+            self.waiting.add(request)
 
-    def schedule(self) -> list[ScheduledRequest]:
+    def schedule(self) -> Batch:
         """The next batch, its slots backed for every token in it.
 
-        Raises a Shortage if not even one request can go on; all of them are kept.
+        Empty if no request can go on: all of them wait for tokens of a step under way, or memory
+        is short (`shortage`). No request is lost by that.
         """
-        batch: dict[Request, int] = {}
-        if self.policy == "splitfuse":
-            self._split_and_fuse(batch)
-        else:
-            self._prefill_first(batch)
-        scheduled = [ScheduledRequest(request, count) for request, count in batch.items()]
-        self._look_ahead(scheduled)
-        return scheduled
+        self._let_siblings_in()
+        granted: dict[Request, int] = {}
+        num_before = self.num_preemptions
+        short: tuple[Request, Shortage] | None = None
+        while True:
+            snapshot = self._snapshot(granted, short[0] if short else None, num_before)
+            missed = self._apply(self.policy.plan(snapshot), granted)
+            if missed is None:
+                break
+            short = missed
+        self.shortage = short if short and not granted else None
+        batch = tuple(ScheduledRequest(request, count) for request, count in granted.items())
+        self._look_ahead(batch)
+        return Batch(batch, self._padding(batch))
 
     def finish(self, request: Request) -> None:
         """Let go of a finished request; its slot is parked with what was computed."""
-        if request.state is RequestState.WAITING:  # preempted while its last token was pending
-            self.waiting.remove(request)
-        else:
-            self._release(request, keep=True)
-        request.state = RequestState.FINISHED
+        self._leave(request, keep=True)
 
     def abort(self, request: Request) -> None:
         """Drop a request at any point of its life; its pages go back at once."""
-        if request.state is RequestState.WAITING:
-            self.waiting.remove(request)
-        elif request.state is RequestState.RUNNING:
-            self._release(request, keep=False)
-        request.state = RequestState.FINISHED
+        self._leave(request, keep=False)
 
-    # -- policies ----------------------------------------------------------------------------
+    # -- deciding ----------------------------------------------------------------------------
 
-    def _split_and_fuse(self, batch: dict[Request, int]) -> None:
-        """Decodes, then chunks of prompts under way, then of new ones, while the budget lasts."""
-        preemptions_before = self.num_preemptions
-        budget = self.max_batch_tokens
-        decodes = [r for r in self.running if r.num_uncomputed == 1]
-        prompts = [r for r in self.running if r.num_uncomputed > 1]
-        for request in [*decodes, *prompts]:
-            budget = self._continue(request, budget, batch)
-        if self.num_preemptions == preemptions_before:
-            self._admit(budget, batch)
+    def _snapshot(
+        self, granted: dict[Request, int], short: Request | None, num_preemptions: int
+    ) -> Snapshot:
+        free = max(1, self.max_seqs - len(self.running))
+        return Snapshot(
+            max_batch_tokens=self.max_batch_tokens,
+            max_seqs=self.max_seqs,
+            running=tuple(
+                RunningRequest(r.key, r.num_tokens, 0 if r.is_complete else r.num_uncomputed)
+                for r in self.running
+            ),
+            waiting=tuple(
+                WaitingRequest(r.key, r.num_tokens, r.was_admitted)
+                for r in self.waiting.first(free)
+            ),
+            num_waiting=len(self.waiting),
+            granted={request.key: count for request, count in granted.items()},
+            short=short.key if short else None,
+            num_preempted=self.num_preemptions - num_preemptions,
+            pages_obtainable=self.cache.num_obtainable(),
+        )
 
-    def _prefill_first(self, batch: dict[Request, int]) -> None:
-        """Whole prompts; decodes only if there are none.
+    def _let_siblings_in(self) -> None:
+        """Requests whose leader has computed its prompt may start from its slot."""
+        for request in self.running:
+            if request.num_computed >= request.num_prompt_tokens:
+                self.waiting.let_in(request.key)
 
-        One that exceeds the budget goes alone. A prompt runs already if its step failed.
-        """
-        budget = self.max_batch_tokens
-        for request in [r for r in self.running if r.num_uncomputed > 1]:
-            budget -= request.num_uncomputed
-            self._continue(request, request.num_uncomputed, batch)
-        self._admit(budget, batch)
-        if not batch:
-            for request in list(self.running):
-                budget = self._continue(request, budget, batch)
+    # -- doing -------------------------------------------------------------------------------
 
-    # -- running requests --------------------------------------------------------------------
-
-    def _continue(self, request: Request, budget: int, batch: dict[Request, int]) -> int:
-        """Give a running request its share of the budget; returns what is left of that.
-
-        Where memory is short, others are preempted, from the batch too if they are in it.
-        """
-        if request.is_complete:
-            return budget
-        while budget and request.state is RequestState.RUNNING:
-            assert request.slot is not None
-            count = min(request.num_uncomputed, budget)
+    def _apply(self, plan: Plan, granted: dict[Request, int]) -> tuple[Request, Shortage] | None:
+        """Carry out a plan, as far as memory goes; returns whom it was too short for."""
+        for key in plan.preempt:
+            request = self._requests[key]
+            granted.pop(request, None)
+            self.preempt(request)
+        for share in plan.shares:
+            request = self._requests[share.key]
+            assert request.slot is not None, f"{request} is not running"
             try:
-                self.cache.grow(request.slot, request.num_computed + count)
-            except Shortage:
-                if self.running == [request]:
-                    raise
-                victim = self.running[-1]
-                self._preempt(victim)
-                budget += batch.pop(victim, 0)
-            else:
-                batch[request] = count
-                return budget - count
-        return budget
+                self.cache.grow(request.slot, request.num_computed + share.num_tokens)
+            except Shortage as shortage:
+                return request, shortage
+            granted[request] = share.num_tokens
+        budget = plan.admit_tokens
+        for key in plan.admit:
+            request, share = self._requests[key], budget
+            if plan.whole_prompts:
+                share = request.num_tokens
+                if share > budget and granted:
+                    break
+            if share <= 0:
+                break
+            try:
+                granted[request] = self._admit(request, share)
+            except Shortage as shortage:
+                return request, shortage
+            budget -= granted[request]
+        return None
 
-    def _preempt(self, request: Request) -> None:
+    def preempt(self, request: Request) -> None:
         """Take a request's slot away; it will be computed again. Its tokens are kept."""
         self._release(request, keep=True)
         request.state = RequestState.WAITING
         request.num_computed = 0
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
         self.num_preemptions += 1
+
+    def _leave(self, request: Request, *, keep: bool) -> None:
+        if request.state is RequestState.FINISHED:
+            return
+        if request.state is RequestState.WAITING:  # new, or preempted with its last token pending
+            self.waiting.remove(request)
+        else:
+            self._release(request, keep=keep)
+        request.state = RequestState.FINISHED
+        del self._requests[request.key]
+        self.waiting.let_in(request.key)
 
     def _release(self, request: Request, *, keep: bool) -> None:
         assert request.slot is not None
         if keep:
-            self.cache.park(request.slot, request.token_ids[: request.num_computed])
+            computed = request.token_ids[: request.num_computed]
+            self.cache.park(request.slot, computed, request.variant)
         else:
             self.cache.close(request.slot)
         request.slot = None
@@ -168,41 +200,10 @@ class Scheduler:
 
     # -- admission ---------------------------------------------------------------------------
 
-    def _admit(self, budget: int, batch: dict[Request, int]) -> None:
-        """Admit waiting requests, in order, while the budgets last."""
-        position = 0  # behind those that wait for their leader
-        while budget > 0 and position < len(self.waiting) and len(self.running) < self.max_seqs:
-            request = self.waiting[position]
-            if self._waits_for_leader(request):
-                position += 1
-                continue
-            share = budget
-            if self.policy == "prefill_first":  # all of it or nothing, but never nothing at all
-                share = request.num_tokens
-                if batch and share > budget:
-                    break
-            count = self._try_admit(request, share)
-            if not count:
-                break
-            del self.waiting[position]
-            batch[request] = count
-            budget -= count
+    def _admit(self, request: Request, budget: int) -> int:
+        """Open a slot and reserve the request's memory; returns the tokens to compute now.
 
-    @staticmethod
-    def _waits_for_leader(request: Request) -> bool:
-        """True while another request computes the very prompt whose rows this one will share."""
-        leader = request.leader
-        return (
-            leader is not None
-            and not leader.is_finished
-            and leader.num_computed < leader.num_prompt_tokens
-            and not request.was_admitted
-        )
-
-    def _try_admit(self, request: Request, budget: int) -> int:
-        """Open a slot and reserve the request's memory.
-
-        Returns the tokens to compute now, `budget` at most; 0 if the request has to wait.
+        Raises a Shortage, with the request still waiting.
         """
         tokens = self._reusable_tokens(request)
         donor, num_shared = self._live_donor(request, tokens)
@@ -210,17 +211,16 @@ class Scheduler:
         if self.running:  # what lacks memory for sure need not disturb what is parked
             own = self.cache.num_pages(needed) - self.cache.num_whole_pages(num_shared)
             if own > self.cache.num_obtainable():
-                return 0
-        slot, num_cached = self._open_slot(tokens, donor, num_shared)
+                raise OutOfPages(f"{own} pages are not to be had while others run")
+        slot, num_cached = self._open_slot(request, tokens, donor, num_shared)
         count = min(request.num_tokens - num_cached, budget)
         try:
             self.cache.reserve(slot, needed)
             self.cache.grow(slot, num_cached + count)
         except Shortage:
-            self.cache.park(slot, request.token_ids[:num_cached])
-            if not self.running:
-                raise
-            return 0
+            self.cache.park(slot, request.token_ids[:num_cached], request.variant)
+            raise
+        self.waiting.remove(request)
         request.slot = slot
         request.num_computed = num_cached
         request.state = RequestState.RUNNING
@@ -232,7 +232,7 @@ class Scheduler:
         return count
 
     def _tokens_to_admit(self, request: Request) -> int:
-        """All the request has, and a row of its output if others run: else it is soon preempted."""
+        """All it has, and a page's worth of its output if others run: else it is soon preempted."""
         if not self.running:
             return request.num_tokens
         remaining = request.max_tokens - request.num_output_tokens
@@ -240,7 +240,7 @@ class Scheduler:
         return request.num_tokens + min(remaining - 1, self.cache.row_tokens)
 
     def _reusable_tokens(self, request: Request) -> Sequence[int]:
-        """The tokens whose rows may come from elsewhere.
+        """The tokens whose keys and values may come from elsewhere.
 
         At least the last token is always computed: its logits choose the next one. So is every
         prompt token whose own logits are wanted and not there yet.
@@ -250,22 +250,24 @@ class Scheduler:
         return request.token_ids[: min(request.num_tokens - 1, request.num_scored)]
 
     def _open_slot(
-        self, tokens: Sequence[int], donor: Request | None, num_shared: int
+        self, request: Request, tokens: Sequence[int], donor: Request | None, num_shared: int
     ) -> tuple[Slot, int]:
         """A slot, and how many of `tokens` it already holds: a running request's or parked ones."""
-        if donor is not None and num_shared > self.cache.prefix_length(tokens):
+        if donor is not None and num_shared > self.cache.prefix_length(tokens, request.variant):
             assert donor.slot is not None
             try:
                 return self.cache.fork(donor.slot, num_shared), num_shared
             except Shortage:
                 pass  # then with what is parked
-        return self.cache.adopt(tokens)
+        return self.cache.adopt(tokens, request.variant)
 
     def _live_donor(self, request: Request, tokens: Sequence[int]) -> tuple[Request | None, int]:
-        """The running request that has computed the longest common prefix, of a row at least."""
+        """The running request that has computed the longest common prefix, a page's at least."""
         donor, longest = None, 0
         for other in self.running:
-            least = 1 if other is request.leader else self.cache.row_tokens
+            if other.variant != request.variant:
+                continue
+            least = 1 if other.key == request.leader else self.cache.row_tokens
             limit = min(len(tokens), other.num_computed)
             if limit > longest and limit >= least:
                 shared = _common_prefix(tokens, other.token_ids, limit)
@@ -273,7 +275,7 @@ class Scheduler:
                     donor, longest = other, shared
         return donor, longest
 
-    # -- look-ahead --------------------------------------------------------------------------
+    # -- for the step --------------------------------------------------------------------------
 
     def _look_ahead(self, batch: Sequence[ScheduledRequest]) -> None:
         """Have the memory of the next step mapped while this one computes."""
@@ -289,6 +291,21 @@ class Scheduler:
             else:
                 target = min(end + self.max_batch_tokens, request.num_tokens)
             self.cache.look_ahead(request.slot, target)
+
+    def _padding(self, batch: Sequence[ScheduledRequest]) -> Padding | None:
+        """A position behind some decode's, on pages that its slot has: it maps and takes nothing.
+
+        It is written before the request's own next token is, and read by nobody.
+        """
+        if any(item.num_tokens > 1 for item in batch):
+            return None
+        for item in batch:
+            slot, behind = item.request.slot, item.start + 1
+            assert slot is not None
+            if behind < slot.ready_tokens:
+                self.cache.grow(slot, behind + 1)
+                return Padding(slot, behind, item.request.ids(item.start, behind)[0])
+        return None
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:

@@ -65,7 +65,7 @@ def test_scores_are_those_of_dequantised_weights_in_bf16(
         outs = llm.generate(prompts, [zoo.greedy(count, logprobs=1) for count in counts])
         kernels = {
             linear.kernel_for(torch.device(device), torch.bfloat16, 1).name
-            for _, linear in int4_products(llm._loaded.model)
+            for _, linear in int4_products(llm.loaded.model)
         }
     assert kernels
     if device == "cuda":
@@ -98,7 +98,7 @@ def test_a_quarter_of_the_weights(dense: Path, tmp_path: Path) -> None:
 def test_layers_that_are_not_quantised_stay_dense(dense: Path, tmp_path: Path) -> None:
     int4, _ = quantize_folder(dense, tmp_path, "compressed-tensors", group_size=8)
     with LLM(int4, device="cpu", dtype="float32", pack_weights=False) as llm:
-        model = llm._loaded.model
+        model = llm.loaded.model
         assert type(model.get_submodule("lm_head")) is torch.nn.Linear
         assert type(model.get_submodule("model.layers.0.mlp.up_proj")) is Int4Linear
 
@@ -242,7 +242,7 @@ def test_the_output_layer_in_fewer_bits(dense: Path, bits: int) -> None:
     with LLM(dense, device="cpu", dtype="bfloat16", lm_head_bits=bits, kv_memory="4MiB") as llm:
         (out,) = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=20, temperature=0))
         assert len(out.outputs[0].token_ids) == 20
-        assert type(llm._loaded.model.get_output_embeddings()) is not torch.nn.Linear
+        assert type(llm.loaded.model.get_output_embeddings()) is not torch.nn.Linear
 
 
 def test_output_layers_that_cannot_be_quantised_are_refused(dense: Path) -> None:

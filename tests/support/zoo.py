@@ -19,6 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from vkv import LLM, RequestOutput, SamplingParams
+from vkv.runtime.engine.engine import Engine
+from vkv.runtime.request.outputs import Logprob
+from vkv.runtime.request.request import Request
+from vkv.runtime.request.spec import RequestSpec
 
 torch.set_num_threads(1)  # more threads only hinder operations as tiny as these
 
@@ -227,6 +231,22 @@ def save_checkpoint(folder: Path) -> None:
 def greedy(max_tokens: int = 12, **options: Any) -> SamplingParams:
     """Exactly `max_tokens` of the likeliest tokens."""
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def add(
+    engine: Engine, request_id: str, prompt: Sequence[int], params: SamplingParams
+) -> list[Request]:
+    """Queue a prompt with an engine that no loop drives."""
+    spec = RequestSpec(request_id=request_id, prompt_token_ids=prompt, params=params)
+    return engine.add(spec)
+
+
+def take_scores(engine: Engine) -> dict[str, list[dict[int, Logprob]]]:
+    """Log probabilities of each request's output tokens, as the engine gave them out."""
+    scores: dict[str, list[dict[int, Logprob]]] = {}
+    for output in engine.take_outputs():
+        scores.setdefault(output.request_id, []).extend(output.logprobs)
+    return scores
 
 
 def assert_idle(llm: LLM) -> None:

@@ -213,20 +213,20 @@ def test_engine_on_packed_weights(model_type: str, dtype: torch.dtype) -> None:
     with LLM(model, pack_weights=None) as llm:
         assert not any(isinstance(m, PackedLinear) for m in model.modules())
         expected = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
-        plain_bytes = llm._loaded.weight_bytes
+        plain_bytes = llm.loaded.weight_bytes
     with LLM(model, pack_weights=True) as llm:
         assert any(isinstance(m, PackedLinear) for m in model.modules())
-        assert llm._loaded.weight_bytes >= plain_bytes
+        assert llm.loaded.weight_bytes >= plain_bytes
         got = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
-        bytes_of_packed = llm._loaded.weight_bytes
+        bytes_of_packed = llm.loaded.weight_bytes
     assert got == expected
     with LLM(model) as llm:  # as it was left
-        assert llm._loaded.weight_bytes == bytes_of_packed
+        assert llm.loaded.weight_bytes == bytes_of_packed
 
 
 def test_the_built_in_model_is_packed() -> None:
     with LLM(device="cpu") as llm:
-        assert (packed_bytes(llm._loaded.model) > 0) == can_pack(llm._loaded.dtype)
+        assert (packed_bytes(llm.loaded.model) > 0) == can_pack(llm.loaded.dtype)
 
 
 @pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
@@ -243,7 +243,7 @@ vkv.LLM(device="cpu", max_len=64).close()  # all libraries are loaded by now
 before = resident()
 llm = vkv.LLM({str(tmp_path)!r}, device="cpu", max_len=64)
 from vkv.runtime.packing import packed_bytes
-print(resident() - before, packed_bytes(llm._loaded.model))
+print(resident() - before, packed_bytes(llm.loaded.model))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     grown, packed = map(int, run.stdout.split())

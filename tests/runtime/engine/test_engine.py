@@ -11,8 +11,9 @@ import zoo
 from transformers import PreTrainedModel
 from vkv import LLM, SamplingParams
 from vkv.runtime.engine.engine import Engine
+from vkv.runtime.request.outputs import Logprob
 from vkv.runtime.request.request import Request
-from vkv.vmem.errors import OutOfPages, RequestTooLarge, Shortage
+from vkv.vmem.errors import OutOfPages, RequestTooLarge, StepFailed
 
 _PAGE_BYTES = 4096  # 16 tokens of the tiny llama
 _ROW_TOKENS = 16
@@ -31,8 +32,8 @@ def reference() -> PreTrainedModel:
 @contextmanager
 def _engine(model: PreTrainedModel, **options: Any) -> Iterator[Engine]:
     with LLM(model, device="cpu", **zoo.with_defaults(options)) as llm:
-        yield llm._engine
-        llm._engine.cache.check_invariants()
+        yield llm.engine
+        llm.engine.cache.check_invariants()
 
 
 def _finish(engine: Engine) -> None:
@@ -40,8 +41,12 @@ def _finish(engine: Engine) -> None:
         engine.step()
 
 
+def _total(scores: list[dict[int, Logprob]]) -> float:
+    return sum(next(iter(table.values())).logprob for table in scores)
+
+
 def _run(engine: Engine, prompt: list[int], params: SamplingParams) -> list[Request]:
-    requests = engine.add_request("0", prompt, params)
+    requests = zoo.add(engine, "0", prompt, params)
     _finish(engine)
     return requests
 
@@ -85,7 +90,7 @@ def test_64_ragged_requests_in_a_third_of_the_memory(
     needed = sum(-(-(prompt + output) // _ROW_TOKENS) for prompt, output in lengths)
     with _engine(model, max_seqs=64, max_len=2304, kv_memory=needed * _PAGE_BYTES // 3) as engine:
         requests = [
-            engine.add_request(str(i), prompt, one)[0]
+            zoo.add(engine, str(i), prompt, one)[0]
             for i, (prompt, one) in enumerate(zip(prompts, params, strict=True))
         ]
         _finish(engine)
@@ -107,7 +112,7 @@ def test_preempted_requests_lose_and_change_nothing(
         model, kv=kv, block_tokens=_ROW_TOKENS, kv_memory=14 * _PAGE_BYTES, max_batch_tokens=24
     ) as engine:
         requests = [
-            engine.add_request(str(i), prompt, zoo.greedy(70))[0]
+            zoo.add(engine, str(i), prompt, zoo.greedy(70))[0]
             for i, prompt in enumerate(zoo.random_prompts([30, 5, 44, 18, 9, 27]))
         ]
         while engine.has_work:
@@ -132,19 +137,20 @@ def test_preemption_keeps_random_draws_and_scores(model: PreTrainedModel) -> Non
     for num_pages in (100, 9):
         with _engine(model, kv_memory=num_pages * _PAGE_BYTES, max_batch_tokens=13) as engine:
             requests = [
-                engine.add_request(str(i), prompt, one)[0]
+                zoo.add(engine, str(i), prompt, one)[0]
                 for i, (prompt, one) in enumerate(zip(prompts, params, strict=True))
             ]
             _finish(engine)
-            outcomes.append((engine.stats().num_preemptions, requests))
-    (calm, at_ease), (pressed, cramped) = outcomes
+            outcomes.append((engine.stats().num_preemptions, requests, zoo.take_scores(engine)))
+    (calm, at_ease, some), (pressed, cramped, others) = outcomes
     assert calm == 0
     assert pressed >= 2
     for one, other in zip(at_ease, cramped, strict=True):
         assert one.token_ids == other.token_ids
-        assert [list(t) for t in one.logprobs] == [list(t) for t in other.logprobs]
-        assert other.cumulative_logprob == pytest.approx(one.cumulative_logprob, abs=1e-3)
         assert len(other.prompt_logprobs) == len(one.prompt_logprobs) == one.num_prompt_tokens
+        scores, under_pressure = some[one.key[0]], others[one.key[0]]
+        assert [list(table) for table in scores] == [list(table) for table in under_pressure]
+        assert _total(under_pressure) == pytest.approx(_total(scores), abs=1e-3)
 
 
 def test_prompt_scores_survive_a_preemption_into_a_longer_parked_prefix(
@@ -153,12 +159,14 @@ def test_prompt_scores_survive_a_preemption_into_a_longer_parked_prefix(
     """A half-scored prompt must not skip, on its return, what it did not score itself."""
     (prompt,) = zoo.random_prompts([64])
     with _engine(model, max_batch_tokens=20, kv_memory=64 * _PAGE_BYTES) as engine:
-        (request,) = engine.add_request("0", prompt, zoo.greedy(4, prompt_logprobs=0))
+        (request,) = zoo.add(engine, "0", prompt, zoo.greedy(4, prompt_logprobs=0))
         engine.step()  # a chunk
-        engine.scheduler._preempt(request)
-        engine.scheduler.waiting.clear()
-        _run(engine, prompt, zoo.greedy(1))  # another's rows of all of the prompt then lie parked
-        engine.scheduler.waiting.append(request)
+        engine.scheduler.preempt(request)
+        engine.scheduler.waiting.remove(request)
+        (other,) = zoo.add(engine, "1", prompt, zoo.greedy(1))
+        while not other.is_finished:
+            engine.step()  # all of the prompt then lies parked
+        engine.scheduler.waiting.put_back(request)
         _finish(engine)
     assert len(request.prompt_logprobs) == len(prompt)
     for token, table in zip(prompt[1:], request.prompt_logprobs[1:], strict=True):
@@ -188,9 +196,9 @@ def test_random_arrivals_and_aborts_in_a_small_pool(
                     shared[: draw.randrange(1, 41)]
                     + zoo.random_prompts([draw.randrange(1, 30)], seed=step)[0]
                 )
-                alive += engine.add_request(str(step), prompt, zoo.greedy(draw.randrange(1, 40)))
+                alive += zoo.add(engine, str(step), prompt, zoo.greedy(draw.randrange(1, 40)))
             if alive and draw.random() < 0.04:
-                engine.abort([alive.pop(draw.randrange(len(alive)))])
+                engine.abort(alive.pop(draw.randrange(len(alive))).key[0])
             engine.step()
             engine.cache.check_invariants()
         _finish(engine)
@@ -210,11 +218,11 @@ def test_a_request_that_needs_the_whole_pool_runs(
     with _engine(model, kv_memory=num_pages * _PAGE_BYTES) as engine:
         first, second = zoo.random_prompts([50, 60])
         requests = [
-            *engine.add_request("0", first, zoo.greedy(room + 1 - 50)),
-            *engine.add_request("1", second, zoo.greedy(room + 1 - 60)),
+            *zoo.add(engine, "0", first, zoo.greedy(room + 1 - 50)),
+            *zoo.add(engine, "1", second, zoo.greedy(room + 1 - 60)),
         ]
         with pytest.raises(RequestTooLarge, match=r"7 pages.*pool has 6.*kv_memory"):
-            engine.add_request("2", second, zoo.greedy(room + 2 - 60))
+            zoo.add(engine, "2", second, zoo.greedy(room + 2 - 60))
         _finish(engine)
     for request in requests:
         _assert_alone(reference, request)
@@ -264,11 +272,11 @@ def test_without_prefix_reuse_all_is_computed(model: PreTrainedModel) -> None:
 def test_a_live_request_lends_its_rows(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     prefix, one_end, other_end = zoo.random_prompts([50, 7, 11])
     with _engine(model) as engine:
-        (donor,) = engine.add_request("0", prefix + one_end, zoo.greedy(30))
+        (donor,) = zoo.add(engine, "0", prefix + one_end, zoo.greedy(30))
         for _ in range(5):
             engine.step()
         pages = engine.cache.stats().pages_held
-        (other,) = engine.add_request("1", prefix + other_end, zoo.greedy(30))
+        (other,) = zoo.add(engine, "1", prefix + other_end, zoo.greedy(30))
         engine.step()
         assert not donor.is_finished
         assert other.num_cached == 50
@@ -286,7 +294,7 @@ def test_siblings_share_their_leaders_rows(model: PreTrainedModel, kv: str, sani
     (prompt,) = zoo.random_prompts([100])
     params = SamplingParams(n=4, seed=5, max_tokens=20, ignore_eos=True)
     with _engine(model, kv=kv, sanitize=sanitize, max_batch_tokens=32, max_seqs=6) as engine:
-        siblings = engine.add_request("0", prompt, params)
+        siblings = zoo.add(engine, "0", prompt, params)
         most_pages = 0
         while engine.has_work:
             engine.step()
@@ -308,8 +316,7 @@ def test_sanitized_memory_changes_no_token(
     prompts = zoo.random_prompts([40, 25, 33, 12])
     with _engine(model, sanitize="zero", kv_memory=9 * _PAGE_BYTES, max_parked=2) as engine:
         requests = [
-            engine.add_request(str(i), prompt, zoo.greedy(40))[0]
-            for i, prompt in enumerate(prompts)
+            zoo.add(engine, str(i), prompt, zoo.greedy(40))[0] for i, prompt in enumerate(prompts)
         ]
         _finish(engine)
     for request in requests:
@@ -330,13 +337,13 @@ def test_a_shortage_loses_no_request(
     prompts = zoo.random_prompts([20, 30])
     with _engine(model, look_ahead_tokens=0) as engine:
         requests = [
-            engine.add_request(str(i), prompt, zoo.greedy(12))[0]
-            for i, prompt in enumerate(prompts)
+            zoo.add(engine, str(i), prompt, zoo.greedy(12))[0] for i, prompt in enumerate(prompts)
         ]
         with monkeypatch.context() as patched:
             patched.setattr(engine.cache.pool.driver, "create", out_of_memory)
-            with pytest.raises(Shortage, match="none"):
-                engine.step()
+            engine.step()
+        assert engine.scheduler.shortage is not None
+        assert "the device has none" in str(engine.scheduler.shortage[1])
         assert engine.requests == requests
         engine.cache.check_invariants()
         engine.step()
@@ -352,7 +359,7 @@ def test_few_mappings_slow_requests_down_and_change_nothing(
     monkeypatch.setattr("vkv.vmem.linux.max_map_count", lambda: 24)
     with _engine(model, max_batch_tokens=24) as engine:
         requests = [
-            engine.add_request(str(i), prompt, zoo.greedy(60))[0]
+            zoo.add(engine, str(i), prompt, zoo.greedy(60))[0]
             for i, prompt in enumerate(zoo.random_prompts([30, 5, 44, 18, 9, 27]))
         ]
         while engine.has_work:
@@ -365,28 +372,37 @@ def test_few_mappings_slow_requests_down_and_change_nothing(
 
 def test_a_step_without_work_does_nothing(model: PreTrainedModel) -> None:
     with _engine(model) as engine:
-        assert engine.step() == []
+        engine.step()
+        assert engine.take_outputs() == []
         assert engine.stats().num_steps == 0
 
 
-def test_a_failed_forward_can_be_repeated(
+def test_a_failed_forward_ends_its_batch_and_no_other_request(
     model: PreTrainedModel, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (prompt,) = zoo.random_prompts([40])
+    prompts = zoo.random_prompts([40, 12])
 
     def fail(*_: object) -> torch.Tensor:
         raise RuntimeError("a kernel failed")
 
     with _engine(model, max_batch_tokens=16) as engine:
-        (request,) = engine.add_request("0", prompt, zoo.greedy(8))
+        failed, later = (
+            zoo.add(engine, str(i), prompt, zoo.greedy(8))[0] for i, prompt in enumerate(prompts)
+        )
         engine.step()
         with monkeypatch.context() as patched:
-            patched.setattr(engine.runner, "_forward", fail)
-            with pytest.raises(RuntimeError, match="a kernel failed"):
-                engine.step()
+            patched.setattr(engine.runner, "_run", fail)
+            engine.step()
+        (output,) = engine.take_outputs()
+        assert (output.request_id, output.finish_reason) == ("0", "error")
+        assert output.failure is not None
+        error = output.failure.error()
+        assert isinstance(error, StepFailed)
+        assert "RuntimeError: a kernel failed" in str(error)
+        assert failed.is_finished
         engine.cache.check_invariants()
         _finish(engine)
-    _assert_alone(reference, request)
+    _assert_alone(reference, later)
 
 
 @pytest.mark.parametrize("kv_pages", [16, 400])
@@ -400,15 +416,16 @@ def test_prefill_first_gives_the_same_tokens(
     ) as engine:
         requests = []
         for index, (prompt, (_, output)) in enumerate(zip(prompts, lengths, strict=True)):
-            requests += engine.add_request(str(index), prompt, zoo.greedy(output))
+            requests += zoo.add(engine, str(index), prompt, zoo.greedy(output))
             engine.step()
-        before = engine.num_computed_tokens
+        before = engine.stats().num_computed_tokens
         assert before == sum(r.num_computed for r in requests)
         _finish(engine)
         engine.cache.check_invariants()
-        assert engine.stats().num_computed_tokens == engine.num_computed_tokens > before
+        num_computed = engine.stats().num_computed_tokens
+        assert num_computed > before
         computed = sum(prompt + output - 1 for prompt, output in lengths)
-        assert engine.num_computed_tokens >= computed
+        assert num_computed >= computed
         assert (engine.stats().num_preemptions > 0) == (kv_pages == 16)
     for request in requests:
         _assert_alone(reference, request)

@@ -114,10 +114,10 @@ def test_a_replay_computes_what_the_kernels_compute_one_by_one(
     with _open(model_type, torch.bfloat16) as llm:
         assert llm.attention_backend == "torch_flash"
         _generate(llm)
-        graphs = llm.engine.runner.graphs
+        graphs = llm.engine.runner.recordings
         assert graphs is not None
         assert graphs.refused is None
-        assert llm.stats().num_graphs >= 3
+        assert llm.stats().num_recordings >= 3
     assert set(compared) >= {1, 2, 5, 6}  # with padding and without
 
 
@@ -142,7 +142,7 @@ def test_a_greedy_step_waits_for_its_tokens_alone(overlap: bool, num_waits: int)
     """And with overlap for an event, in which PyTorch sees no synchronisation."""
     with _open("llama", torch.bfloat16, overlap=overlap) as llm:
         _generate(llm)  # recordings exist
-        llm.engine.add_request("0", [1, 2, 3], zoo.greedy(30))
+        zoo.add(llm.engine, "0", [1, 2, 3], zoo.greedy(30))
         for _ in range(3):
             llm.engine.step()
         torch.cuda.set_sync_debug_mode("warn")
@@ -244,20 +244,20 @@ def test_sleep_gives_memory_and_weights_back_and_wakes_the_same() -> None:
     model = zoo.tiny_model("llama", dtype=torch.bfloat16, **sizes)
     with LLM(model, device="cuda", max_len=256, kv_memory="256MiB", max_seqs=6) as llm:
         expected = _generate(llm)
-        recorded = llm.stats().num_graphs
+        recorded = llm.stats().num_recordings
         held, free = llm.stats().physical_bytes, _free_bytes()
         assert llm.sleep() == held
         assert _free_bytes() - free >= held
         llm.wake()
         assert _generate(llm) == expected
-        assert llm.stats().num_graphs == recorded > 0
-        free, weight_bytes = _free_bytes(), llm._loaded.weight_bytes
+        assert llm.stats().num_recordings == recorded > 0
+        free, weight_bytes = _free_bytes(), llm.loaded.weight_bytes
         assert llm.sleep(weights=True) >= weight_bytes > 20 << 20
         assert _free_bytes() - free >= 0.9 * weight_bytes
-        assert llm.stats().num_graphs == 0
+        assert llm.stats().num_recordings == 0
         llm.wake()
         assert _generate(llm) == expected
-        assert llm.stats().num_graphs > 0
+        assert llm.stats().num_recordings > 0
 
 
 def test_two_engines_share_a_limit_on_the_card() -> None:

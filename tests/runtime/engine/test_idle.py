@@ -1,5 +1,6 @@
 """What finished requests left goes back to the system when nobody asks, and not before."""
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import zoo
 from vkv import LLM
+from vkv.vmem import janitor
 from vkv.vmem.errors import InvalidConfig
 
 _PATIENCE_S = 20.0  # a failure, not a measure of speed
@@ -17,6 +19,10 @@ def _wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def _idle_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "vkv-idle-trim"]
 
 
 def _open(folder: Path, idle_trim_s: float | None) -> LLM:
@@ -33,7 +39,7 @@ def test_memory_comes_back_by_itself_each_time_the_engine_rests(llama_folder: Pa
         first = llm.generate("hello", zoo.greedy(30))
         for _ in range(2):
             _wait_for(lambda: llm.stats().physical_bytes == 0)
-            llm._engine.cache.check_invariants()
+            llm.engine.cache.check_invariants()
             again = llm.generate("hello", zoo.greedy(30))
             assert again[0].outputs[0].token_ids == first[0].outputs[0].token_ids
         _wait_for(lambda: llm.stats().pages_held == 0)
@@ -63,21 +69,22 @@ def test_a_refused_prompt_does_not_stop_the_clock(llama_folder: Path) -> None:
 def test_without_the_option_nothing_is_given_back(llama_folder: Path) -> None:
     with _open(llama_folder, None) as llm:
         llm.generate("hello", zoo.greedy(30))
-        assert llm._idle is None
+        assert not _idle_threads()
         assert llm.stats().pages_parked > 0
 
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_the_thread_ends_with_its_llm(llama_folder: Path, closed: bool) -> None:
     llm = _open(llama_folder, 1000.0)
-    assert llm._idle is not None
-    thread, driver = llm._idle._thread, llm._built.driver
+    (thread,) = _idle_threads()
+    driver = llm.engine.cache.pool.driver
     llm.generate("hello", zoo.greedy(5))
     assert thread.is_alive()
     if closed:
         llm.close()
     else:
         del llm
+        janitor.drain(_PATIENCE_S)
     thread.join(_PATIENCE_S)
     assert not thread.is_alive()
     assert driver is not None

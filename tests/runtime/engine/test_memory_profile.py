@@ -18,7 +18,7 @@ _GIB = 1 << 30
 def test_a_step_of_any_size_runs_without_keys_and_values(model_type: str) -> None:
     model = zoo.tiny_model(model_type)
     with LLM(model, device="cpu", **zoo.with_defaults({"max_seqs": 3, "max_parked": 2})) as llm:
-        loaded = llm._loaded
+        loaded = llm.loaded
         state_bytes = profile_step(loaded, 3 * loaded.max_positions // 2, 8)
         assert llm.stats().physical_bytes == 0
         llm.generate([1, 2, 3], zoo.greedy(4))
@@ -37,7 +37,7 @@ def test_the_profile_of_a_hybrid_has_all_that_a_step_has(model_type: str) -> Non
         states.append(sum(t.nbytes for t in named["past_key_values"].states().values()))
 
     with LLM(zoo.tiny_model(model_type), device="cpu", **zoo.with_defaults({})) as llm:
-        loaded = llm._loaded
+        loaded = llm.loaded
         loaded.model.register_forward_hook(note, with_kwargs=True)
         state_bytes = profile_step(loaded, 40, 6)
     assert shapes == [(1, 6, zoo.VOCAB_SIZE), (6, 1, zoo.VOCAB_SIZE)]
@@ -57,12 +57,12 @@ def test_the_largest_step_and_some_headroom_are_left_out(monkeypatch: pytest.Mon
         torch.cuda, "mem_get_info", lambda _: ((60 - 5 * len(ran)) * _GIB, 80 * _GIB)
     )
     with LLM(zoo.tiny_model("llama"), device="cpu", **zoo.with_defaults({})) as llm:
-        found = memory_for_kv(llm._loaded, max_batch_tokens=2048, max_seqs=8, num_slots=16)
+        found = memory_for_kv(llm.loaded, max_batch_tokens=2048, max_seqs=8, num_slots=16)
     assert ran == [(2048, 8)]
     assert found == 55 * _GIB - int(0.04 * 80 * _GIB) - (16 << 20)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 8 * _GIB))
     with LLM(zoo.tiny_model("llama"), device="cpu", **zoo.with_defaults({})) as llm:
-        assert memory_for_kv(llm._loaded, max_batch_tokens=1, max_seqs=1, num_slots=1) == 0
+        assert memory_for_kv(llm.loaded, max_batch_tokens=1, max_seqs=1, num_slots=1) == 0
 
 
 def _tensor_bytes() -> int:
@@ -87,8 +87,8 @@ def test_what_4_bit_weights_save_is_for_keys_and_values(
     limits, weights = [], []
     for folder in quantize_folder(tmp_path / "source", tmp_path, "gptq", group_size=128):
         with LLM(folder, device="cpu", pack_weights=False, kv_memory="1MiB") as llm:
-            limits.append(memory_for_kv(llm._loaded, max_batch_tokens=64, max_seqs=4, num_slots=4))
-            weights.append(llm._loaded.weight_bytes)
+            limits.append(memory_for_kv(llm.loaded, max_batch_tokens=64, max_seqs=4, num_slots=4))
+            weights.append(llm.loaded.weight_bytes)
         del llm
     gained, saved = limits[0] - limits[1], weights[1] - weights[0]
     assert saved > 0.4 * linear_bytes  # most of it, where one kernel takes all batches

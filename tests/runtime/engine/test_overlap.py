@@ -26,7 +26,7 @@ def _results(
 ) -> list[list[tuple[Any, ...]]]:
     outs = llm.generate([list(prompt) for prompt in prompts], list(params))
     llm.engine.cache.check_invariants()
-    assert llm.engine._under_way is None
+    assert llm.engine.is_settled
     zoo.assert_idle(llm)
     return [
         [(o.token_ids, o.text, o.finish_reason, o.stop_reason) for o in out.outputs] for out in outs
@@ -105,13 +105,15 @@ def test_recorded_steps_take_pending_tokens(flash_standin: str) -> None:
 
 def test_tokens_come_one_step_late_and_reach_a_stream() -> None:
     with _open(overlap=True) as llm:
-        (request,) = llm.engine.add_request("0", [1, 2, 3], zoo.greedy(4))
+        (request,) = zoo.add(llm.engine, "0", [1, 2, 3], zoo.greedy(4))
         counts = []
         while llm.engine.has_work:
-            advanced = llm.engine.step()
+            llm.engine.step()
+            advanced = llm.engine.take_outputs()
             counts.append((len(advanced), request.num_output_tokens, request.num_pending))
         assert counts == [(0, 0, 1), (1, 1, 1), (1, 2, 1), (1, 3, 1), (1, 4, 0)]
-        assert llm.engine.step() == []
+        llm.engine.step()
+        assert llm.engine.take_outputs() == []
         expected = zoo.generate_alone(zoo.tiny_model("llama", attention="sdpa"), [1, 2, 3], 4)
         assert request.output_token_ids == expected
         deltas = list(llm.stream([1, 2, 3], zoo.greedy(4)))
@@ -121,11 +123,11 @@ def test_tokens_come_one_step_late_and_reach_a_stream() -> None:
 def test_an_aborted_request_leaves_nothing_pending() -> None:
     with _open(overlap=True) as llm:
         gone, stays = (
-            llm.engine.add_request(str(i), [1 + i, 2, 3], zoo.greedy(12))[0] for i in range(2)
+            zoo.add(llm.engine, str(i), [1 + i, 2, 3], zoo.greedy(12))[0] for i in range(2)
         )
         for _ in range(4):
             llm.engine.step()
-        llm.engine.abort([gone])
+        llm.engine.abort(gone.key[0])
         count = gone.num_output_tokens
         while llm.engine.has_work:
             llm.engine.step()
@@ -136,37 +138,40 @@ def test_an_aborted_request_leaves_nothing_pending() -> None:
         zoo.assert_idle(llm)
 
 
-def test_after_logits_that_are_not_finite_the_steps_are_computed_again(
+def test_logits_that_are_not_finite_end_their_request_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    call, num_calls = ModelRunner._call_model, 0
+    logits, num_calls = ModelRunner.logits, 0
 
     def broken_once(self: ModelRunner, *args: Any) -> torch.Tensor:
         nonlocal num_calls
         num_calls += 1
-        logits = call(self, *args)
-        return logits * torch.nan if num_calls == 5 else logits
+        found = logits(self, *args)
+        if num_calls == 5:
+            found[1] = torch.nan
+        return found
 
     with _open(overlap=True, record_decodes=False) as llm:  # which runs the model every time
         requests = [
-            llm.engine.add_request(str(i), prompt, SamplingParams(seed=i, max_tokens=12))[0]
+            zoo.add(llm.engine, str(i), prompt, SamplingParams(seed=i, max_tokens=12))[0]
             for i, prompt in enumerate(_PROMPTS[:3])
         ]
-        monkeypatch.setattr(ModelRunner, "_call_model", broken_once)
-        errors = 0
+        monkeypatch.setattr(ModelRunner, "logits", broken_once)
         while llm.engine.has_work:
-            try:
-                llm.engine.step()
-            except InvalidOperation:
-                errors += 1
-        assert errors == 1
+            llm.engine.step()
         llm.engine.cache.check_invariants()
         got = [request.output_token_ids for request in requests]
+        failed = [out for out in llm.engine.take_outputs() if out.failure is not None]
+    assert [(out.request_id, out.finish_reason) for out in failed] == [("1", "error")]
+    assert isinstance(failed[0].failure.error(), InvalidOperation)
     monkeypatch.undo()
     with _open(overlap=False) as llm:
         params = [SamplingParams(seed=i, max_tokens=12) for i in range(3)]
         outs = llm.generate(_PROMPTS[:3], params)
-    assert got == [list(out.outputs[0].token_ids) for out in outs]
+    expected = [list(out.outputs[0].token_ids) for out in outs]
+    assert [got[0], got[2]] == [expected[0], expected[2]]
+    assert got[1] == expected[1][: len(got[1])]
+    assert len(got[1]) < 12
 
 
 def test_hybrids_wait_for_each_step() -> None:
@@ -179,7 +184,7 @@ def test_a_request_preempted_before_its_last_token_is_known_ends_all_the_same() 
     prompts = zoo.random_prompts([14, 14])
     with _open(overlap=True, kv_memory=2 * 4096, look_ahead_tokens=0) as llm:
         long, short = (
-            llm.engine.add_request(str(i), prompt, zoo.greedy(count))[0]
+            zoo.add(llm.engine, str(i), prompt, zoo.greedy(count))[0]
             for i, (prompt, count) in enumerate(zip(prompts, (10, 3), strict=True))
         )
         for _ in range(3):
@@ -198,19 +203,23 @@ def test_a_request_preempted_before_its_last_token_is_known_ends_all_the_same() 
         zoo.assert_idle(llm)
 
 
-def test_a_shortage_is_raised_once_nothing_is_pending_and_loses_nothing() -> None:
+def test_a_shortage_is_told_once_nothing_is_pending_and_loses_nothing() -> None:
     (prompt,) = zoo.random_prompts([14])
     with _open(overlap=True, kv_memory=2 * 4096, look_ahead_tokens=0) as llm:
-        (request,) = llm.engine.add_request("0", prompt, zoo.greedy(8))
+        (request,) = zoo.add(llm.engine, "0", prompt, zoo.greedy(8))
         pool = llm.engine.cache.pool
         llm.engine.step()
         elsewhere = pool.reserve(1)
         for _ in range(2):
             llm.engine.step()
         assert (request.num_output_tokens, request.num_pending) == (2, 1)
-        assert llm.engine.step() == [request]  # no page for the next, but what was under way
-        with pytest.raises(OutOfPages):
-            llm.engine.step()
+        llm.engine.step()  # no page for the next, but what was under way
+        assert (request.num_output_tokens, request.num_pending) == (3, 0)
+        llm.engine.step()
+        assert request.num_output_tokens == 3
+        assert llm.engine.scheduler.shortage is not None
+        assert llm.engine.scheduler.shortage[0] is request
+        assert isinstance(llm.engine.scheduler.shortage[1], OutOfPages)
         pool.cancel(elsewhere)
         while llm.engine.has_work:
             llm.engine.step()

@@ -15,7 +15,7 @@ from vkv.vmem.errors import InvalidOperation
 
 def _resident_bytes(llm: LLM) -> int:
     """What the system holds for the pages, as it counts itself."""
-    driver = llm._built.driver
+    driver = llm.engine.cache.pool.driver
     assert isinstance(driver, HostDriver)
     return os.fstat(driver._memfd).st_blocks * 512
 
@@ -43,7 +43,7 @@ def test_recorded_steps_outlive_a_sleep(flash_standin: str) -> None:
     options = zoo.with_defaults({"attention": flash_standin, "record_decodes": True})
     with LLM(zoo.tiny_model("llama"), device="cpu", **options) as llm:
         expected = _tokens(llm)
-        graphs = llm.engine.runner.graphs
+        graphs = llm.engine.runner.recordings
         assert graphs is not None
         recordings = dict(graphs._recordings)
         assert recordings
@@ -52,9 +52,9 @@ def test_recorded_steps_outlive_a_sleep(flash_standin: str) -> None:
         assert _tokens(llm) == expected
         assert graphs._recordings == recordings
         graphs.forget()  # as where weights come back at other addresses
-        assert llm.stats().num_graphs == 0
+        assert llm.stats().num_recordings == 0
         assert _tokens(llm) == expected
-        assert llm.stats().num_graphs == len(recordings)
+        assert llm.stats().num_recordings == len(recordings)
 
 
 def test_state_goes_too() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 import zoo
 from vkv import LLM, SamplingParams
-from vkv.runtime.engine.build import why_no_graphs
-from vkv.runtime.execution.recordings import DecodeGraphs
+from vkv.runtime.engine.build import why_not_recorded
+from vkv.runtime.execution.recordings import DecodeRecordings
 from vkv.vmem.errors import InvalidConfig
 
 
@@ -24,8 +24,8 @@ def _open(model_type: str, backend: str, **options: Any) -> LLM:
     return LLM(zoo.tiny_model(model_type), device="cpu", **options)
 
 
-def _graphs(llm: LLM) -> DecodeGraphs:
-    graphs = llm.engine.runner.graphs
+def _graphs(llm: LLM) -> DecodeRecordings:
+    graphs = llm.engine.runner.recordings
     assert graphs is not None
     return graphs
 
@@ -51,7 +51,7 @@ def test_recordings_are_made_once_and_their_tensors_stay(flash_standin: str) -> 
         zoo.check_generate(llm, "llama", [7, 3, 18], [20, 20, 20])
         assert _graphs(llm)._recordings == recordings
         assert where == {key: r.inputs._buffer.data_ptr() for key, r in recordings.items()}
-        assert llm.stats().num_graphs == len(recordings) == 1
+        assert llm.stats().num_recordings == len(recordings) == 1
         assert llm.stats().num_replays == _graphs(llm).num_replays == 2 * 19
 
 
@@ -72,15 +72,15 @@ def test_padding_writes_where_nobody_reads_or_what_its_request_writes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[int, int, int]] = []  # where padding wrote, rows mapped, the request's token
-    padding = DecodeGraphs._padding
+    padding = DecodeRecordings._padding
 
-    def spy(self: DecodeGraphs, batch: Any) -> Any:
+    def spy(self: DecodeRecordings, batch: Any) -> Any:
         slot, write_at, token, position = padding(self, batch)
         (own,) = (item.start for item in batch if item.request.slot is slot)
         seen.append((write_at, slot.num_tokens, own))
         return slot, write_at, token, position
 
-    monkeypatch.setattr(DecodeGraphs, "_padding", spy)
+    monkeypatch.setattr(DecodeRecordings, "_padding", spy)
     # All at the same length, and nothing mapped ahead: at the end of a row no slot has another.
     with _open("llama", flash_standin, look_ahead_tokens=0, max_parked=0) as llm:
         zoo.check_generate(llm, "llama", [10, 10, 10], [40, 40, 40])
@@ -130,7 +130,7 @@ def test_a_model_that_cannot_be_recorded_runs_without(
             zoo.check_generate(llm, "llama", [5, 12], [10, 10])
         assert "not permitted" in (graphs.refused or "")
         assert [record.levelname for record in caplog.records] == ["WARNING"]
-        assert llm.stats().num_graphs == llm.stats().num_replays == 0
+        assert llm.stats().num_recordings == llm.stats().num_replays == 0
 
 
 def test_scores_of_prompts_and_single_token_prompts(flash_standin: str) -> None:
@@ -167,6 +167,6 @@ def test_nothing_is_recorded_against_the_users_wish() -> None:
     with LLM(
         zoo.tiny_model("llama"), device="cpu", record_decodes=False, **zoo.with_defaults({})
     ) as llm:
-        assert llm.engine.runner.graphs is None
-        why = why_no_graphs(llm._loaded, llm.config, llm.engine.runner.backend)
+        assert llm.engine.runner.recordings is None
+        why = why_not_recorded(llm.loaded, llm.config, llm.engine.runner.backend)
         assert why == "record_decodes is False"

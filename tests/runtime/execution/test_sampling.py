@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vkv.runtime.execution.sampler import SampledToken, SamplingState, prompt_logprobs, sample
 from vkv.runtime.request.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vkv.runtime.request.sampling_params import SamplingParams
-from vkv.vmem.errors import InvalidOperation, InvalidSamplingParams
+from vkv.vmem.errors import InvalidSamplingParams
 
 VOCAB = 24
 
@@ -236,9 +236,10 @@ def test_a_row_is_the_same_alone_and_in_any_batch(
         for row, token in zip(order, together, strict=True):
             lone = sample_one(logits[row], alone[row])
             assert lone.token_id == token.token_id
-            assert (lone.logprob is None) == (token.logprob is None)
-            if lone.logprob is not None:
-                assert lone.logprob == pytest.approx(token.logprob)
+            assert (lone.logprobs is None) == (token.logprobs is None)
+            if lone.logprobs is not None and token.logprobs is not None:
+                own, other = (t[token.token_id].logprob for t in (lone.logprobs, token.logprobs))
+                assert own == pytest.approx(other)
 
 
 def test_seeds_and_indices_differ_and_no_seed_is_fresh_each_time() -> None:
@@ -351,10 +352,10 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     plain, own_only, top = sample(logits, [SamplingState(p) for p in params])
     expected = logits.double().log_softmax(dim=-1)
 
-    assert (plain.token_id, plain.logprob, plain.logprobs) == (0, None, None)
+    assert (plain.token_id, plain.logprobs) == (0, None)
     assert own_only.logprobs is not None
     assert list(own_only.logprobs) == [0]
-    assert own_only.logprob == pytest.approx(expected[1, 0].item(), abs=1e-5)
+    assert own_only.logprobs[0].logprob == pytest.approx(expected[1, 0].item(), abs=1e-5)
 
     assert top.logprobs is not None
     best = expected[2].argsort(descending=True, stable=True)[:5].tolist()
@@ -392,24 +393,30 @@ def test_prompt_logprobs_report_each_target_and_its_rivals() -> None:
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_p": 0.5}, {"top_k": 2}], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_row_without_a_finite_peak_is_named_and_nothing_advances(
+def test_a_row_without_a_finite_peak_is_marked_and_the_others_go_on(
     options: dict, value: float
 ) -> None:
     logits = random_logits(rows=3)
     logits[1, 6] = value
     states = [SamplingState(SamplingParams(seed=1, **options)) for _ in range(3)]
-    with pytest.raises(InvalidOperation, match="row 1 of 3"):
-        sample(logits, states)
-    assert [state.num_output_tokens for state in states] == [0, 0, 0]
-    fine = random_logits(rows=3)
+    tokens = sample(logits, states)
+    assert [token.is_finite for token in tokens] == [True, False, True]
+    assert [state.num_output_tokens for state in states] == [1, 0, 1]
     fresh = [SamplingState(SamplingParams(seed=1, **options)) for _ in range(3)]
-    assert sample(fine, states) == sample(fine, fresh)
+    fine = sample(random_logits(rows=3), fresh)
+    assert [tokens[0], tokens[2]] == [fine[0], fine[2]]
 
 
-def test_a_row_with_every_token_barred_is_named() -> None:
+def test_a_row_with_every_token_barred_is_marked() -> None:
     state = SamplingState(SamplingParams(min_tokens=1, stop_token_ids=[0, 1]))
-    with pytest.raises(InvalidOperation, match="min_tokens"):
-        sample(torch.zeros(1, 2), [state])
+    (token,) = sample(torch.zeros(1, 2), [state])
+    assert not token.is_finite
+
+
+def test_a_penalty_out_of_all_proportion_is_its_own_rows_fault() -> None:
+    params = [SamplingParams(repetition_penalty=1e-300), SamplingParams(temperature=0)]
+    tokens = sample(random_logits(rows=2), [SamplingState(p, range(VOCAB)) for p in params])
+    assert [token.is_finite for token in tokens] == [False, True]
 
 
 def test_a_model_may_bar_tokens_of_its_own() -> None:

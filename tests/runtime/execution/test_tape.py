@@ -10,7 +10,7 @@ import zoo
 from vkv import LLM
 from vkv.attention_backends import native_library
 from vkv.runtime.cpu_kernels.kernels import RmsNorm
-from vkv.runtime.execution.recordings import DecodeGraphs, Unrecordable
+from vkv.runtime.execution.recordings import DecodeRecordings, Unrecordable
 from vkv.runtime.execution.tape import TapeRecorder
 
 pytestmark = pytest.mark.skipif(
@@ -29,8 +29,8 @@ def _open(model_type: str, **options: Any) -> LLM:
     return LLM(zoo.tiny_model(model_type), device="cpu", pack_weights=True, **options)
 
 
-def _graphs(llm: LLM) -> DecodeGraphs:
-    graphs = llm.engine.runner.graphs
+def _graphs(llm: LLM) -> DecodeRecordings:
+    graphs = llm.engine.runner.recordings
     assert graphs is not None
     return graphs
 
@@ -63,7 +63,7 @@ def test_a_step_is_one_call_but_for_what_no_kernel_does() -> None:
         zoo.check_generate(llm, "llama", [5, 12], [10, 10])
         (recording,) = (r for (size, _), r in _graphs(llm)._recordings.items() if size == 2)
         parts = recording.replay._parts  # type: ignore[attr-defined]
-        layers = llm._loaded.model.config.num_hidden_layers
+        layers = llm.loaded.model.config.num_hidden_layers
         runs = [len(part._calls) for part in parts if hasattr(part, "_calls")]
         assert sum(runs) >= 7 * layers  # norms, rotary, stores, attention, residuals
         assert len(parts) < 16 * layers
@@ -228,7 +228,7 @@ def test_a_model_with_hooks_runs_them_every_step() -> None:
     model, calls = zoo.tiny_model("llama"), []
     model.register_forward_hook(lambda *_: calls.append(1))
     with LLM(model, device="cpu", **zoo.with_defaults({})) as llm:
-        assert llm.engine.runner.graphs is None
+        assert llm.engine.runner.recordings is None
         calls.clear()
         llm.generate([[3, 4, 5]], zoo.greedy(6))
     assert len(calls) == 6

@@ -210,7 +210,7 @@ def test_chat_renders_the_template_and_reuses_the_turn_before(llm: LLM) -> None:
     assert (second.num_cached_tokens or 0) >= len(first.prompt_token_ids) + 19
     assert llm.stats().prefix_hit_tokens >= second.num_cached_tokens  # type: ignore[operator]
     (alone,) = llm.chat(messages, zoo.greedy(20))
-    with LLM(llm._loaded.model, tokenizer=llm.tokenizer, device="cpu", prefix_reuse=False,
+    with LLM(llm.loaded.model, tokenizer=llm.tokenizer, device="cpu", prefix_reuse=False,
              **zoo.with_defaults({})) as fresh:  # fmt: skip
         (computed,) = fresh.chat(messages, zoo.greedy(20))
     assert alone.outputs[0].token_ids == second.outputs[0].token_ids

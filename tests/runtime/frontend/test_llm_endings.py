@@ -13,7 +13,8 @@ import pytest
 import zoo
 from transformers import PreTrainedModel
 from vkv import LLM
-from vkv.vmem.errors import ForkedProcess, InvalidOperation
+from vkv.vmem import janitor
+from vkv.vmem.errors import ForkedProcess, InvalidOperation, StepFailed
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_ctrl_c_leaves_no_pages_behind(llm: LLM) -> None:
     """The signal arrives somewhere within the run, most likely in the middle of a step."""
 
     def interrupt() -> None:
-        while not llm._engine.scheduler.running:
+        while not llm.engine.scheduler.running:
             time.sleep(0.001)
         time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
@@ -44,7 +45,7 @@ def test_ctrl_c_leaves_no_pages_behind(llm: LLM) -> None:
         zoo.assert_idle(llm)
         llm.trim()
         assert llm.stats().pages_held == 0
-        llm._engine.cache.check_invariants()
+        llm.engine.cache.check_invariants()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(llm.generate("on", zoo.greedy(5))[0].outputs[0].token_ids) == 5
 
@@ -52,7 +53,7 @@ def test_ctrl_c_leaves_no_pages_behind(llm: LLM) -> None:
 def test_an_interrupt_within_a_step_waits_for_its_end(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = llm._engine.runner.launch
+    launch = llm.engine.runner.launch
     completed = []
 
     def interrupted(batch: Any, *args: Any, **options: Any) -> Any:
@@ -61,7 +62,7 @@ def test_an_interrupt_within_a_step_waits_for_its_end(
         completed.append(batch)
         return launched
 
-    monkeypatch.setattr(llm._engine.runner, "launch", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate("hello", zoo.greedy(50))
     assert len(completed) == 1
@@ -72,14 +73,14 @@ def test_an_interrupt_within_a_step_waits_for_its_end(
 def test_an_interrupt_while_requests_are_queued_loses_none_of_them(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = llm._engine.add_request
+    add = llm.engine.add
 
     def interrupted(*args: Any) -> Any:
         requests = add(*args)
         os.kill(os.getpid(), signal.SIGINT)
         return requests
 
-    monkeypatch.setattr(llm._engine, "add_request", interrupted)
+    monkeypatch.setattr(llm.engine, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["a", "b"], zoo.greedy(50))
     zoo.assert_idle(llm)
@@ -87,7 +88,7 @@ def test_an_interrupt_while_requests_are_queued_loses_none_of_them(
 
 def test_a_failing_step_gives_everything_back(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    launch = llm._engine.runner.launch
+    launch = llm.engine.runner.launch
 
     def fail(batch: Any, *args: Any, **options: Any) -> Any:
         nonlocal calls
@@ -97,9 +98,9 @@ def test_a_failing_step_gives_everything_back(llm: LLM, monkeypatch: pytest.Monk
         return launch(batch, *args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(llm._engine.runner, "launch", fail)
-        with pytest.raises(RuntimeError, match="a kernel failed"):
-            llm.generate(["a", "bc", "def"], zoo.greedy(50))
+        patched.setattr(llm.engine.runner, "launch", fail)
+        with pytest.raises(StepFailed, match="RuntimeError: a kernel failed"):
+            llm.generate(["a", "bc", "def"], zoo.greedy(50), on_error="raise")
     zoo.assert_idle(llm)
     assert llm.stats().pages_held == 0
     assert llm.generate("on", zoo.greedy(5))[0].finished
@@ -107,7 +108,7 @@ def test_a_failing_step_gives_everything_back(llm: LLM, monkeypatch: pytest.Monk
 
 def test_closing_gives_all_memory_back(llama_folder: Path) -> None:
     llm = LLM(llama_folder, device="cpu", **zoo.with_defaults({}))
-    driver = llm._built.driver
+    driver = llm.engine.cache.pool.driver
     assert driver is not None
     llm.generate("hello", zoo.greedy(30))
     stream = llm.stream("more", zoo.greedy(30))
@@ -128,7 +129,7 @@ def test_closing_under_a_running_batch_is_no_result(llama_folder: Path) -> None:
     llm = LLM(llama_folder, device="cpu", **zoo.with_defaults({}))
 
     def close() -> None:
-        while not llm._engine.scheduler.running:
+        while not llm.engine.scheduler.running:
             time.sleep(0.001)
         llm.close()
 
@@ -141,10 +142,11 @@ def test_closing_under_a_running_batch_is_no_result(llama_folder: Path) -> None:
 
 def test_dropping_an_llm_closes_it(llama_folder: Path) -> None:
     llm = LLM(llama_folder, device="cpu", **zoo.with_defaults({}))
-    driver = llm._built.driver
+    driver = llm.engine.cache.pool.driver
     assert driver is not None
     llm.generate("hello", zoo.greedy(30))
     del llm
+    janitor.drain(20)
     assert driver.num_pages == 0
     with pytest.raises(TypeError):
         LLM(llama_folder, "too", "many")  # type: ignore[misc]

@@ -37,13 +37,13 @@ def test_a_preempted_request_computes_its_state_again(model_type: str) -> None:
     prompts = zoo.random_prompts([20, 33, 27])
     expected = [zoo.generate_alone(zoo.tiny_model(model_type), prompt, 60) for prompt in prompts]
     with _llm(zoo.tiny_model(model_type), max_batch_tokens=16) as probe:
-        pages = probe._engine.cache.num_pages(95) + 1
+        pages = probe.engine.cache.num_pages(95) + 1
         page_bytes = probe.stats().page_bytes
     with _llm(zoo.tiny_model(model_type), max_batch_tokens=16, kv_memory=pages * page_bytes) as llm:
         outputs = llm.generate(prompts, zoo.greedy(60))
         assert [list(output.outputs[0].token_ids) for output in outputs] == expected
         assert llm.stats().num_preemptions > 0
-        llm._engine.cache.check_invariants()
+        llm.engine.cache.check_invariants()
         zoo.assert_idle(llm)
 
 
@@ -56,10 +56,10 @@ def test_only_rows_that_are_wanted_become_logits(model_type: str, selects: bool)
     expected = [zoo.generate_alone(reference, prompt, 5) for prompt in (PROMPT, other)]
     shapes: list[tuple[int, ...]] = []
     with _llm(zoo.tiny_model(model_type), max_batch_tokens=16) as llm:
-        runner = llm._engine.runner
-        assert runner._selects_logits
-        runner._selects_logits = selects  # else as with a model that cannot
-        llm._loaded.model.register_forward_hook(
+        forward = llm.engine.runner.forward
+        assert forward._selects_logits
+        forward._selects_logits = selects  # else as with a model that cannot
+        llm.loaded.model.register_forward_hook(
             lambda _, __, output: shapes.append(tuple(output.logits.shape[:2]))
         )
         outputs = llm.generate([PROMPT, other], zoo.greedy(5))
@@ -83,13 +83,12 @@ def test_only_rows_that_are_wanted_become_logits(model_type: str, selects: bool)
 def test_an_aborted_request_leaves_no_state_to_the_next() -> None:
     expected = zoo.generate_alone(zoo.tiny_model("qwen3_next"), PROMPT, 8)
     with _llm(zoo.tiny_model("qwen3_next"), max_seqs=1) as llm:
-        other = llm._engine.add_request("0", PROMPT[::-1], zoo.greedy(8))
-        llm._engine.step()
-        llm._engine.abort(other)
+        other = zoo.add(llm.engine, "0", PROMPT[::-1], zoo.greedy(8))
+        llm.engine.step()
+        llm.engine.abort(other[0].key[0])
         assert list(llm.generate(PROMPT, zoo.greedy(8))[0].outputs[0].token_ids) == expected
-        states = llm._engine.states
-    assert states is not None
-    assert states.num_bytes == 0
+        assert llm.engine.runner.state_bytes > 0
+    assert llm.engine.runner.state_bytes == 0
 
 
 def test_a_model_that_forgets_its_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

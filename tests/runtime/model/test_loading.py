@@ -10,6 +10,7 @@ import zoo
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from vkv import LLM, SamplingParams
 from vkv.runtime.engine.engine import Engine
+from vkv.runtime.request.outputs import Logprob
 from vkv.runtime.request.request import Request
 from vkv.vmem.errors import InvalidConfig, InvalidOperation, UnsupportedModel
 
@@ -41,10 +42,12 @@ def _greedy(num_tokens: int) -> SamplingParams:
     )
 
 
-def _scores(request: Request) -> torch.Tensor:
+Tables = list[dict[int, Logprob]]  # for each output token, the scores of all tokens
+
+
+def _scores(tables: Tables) -> torch.Tensor:
     """All log probabilities of every step, [num_output_tokens, vocab]."""
-    rows = [[table[i].logprob for i in range(zoo.VOCAB_SIZE)] for table in request.logprobs]
-    return torch.tensor(rows)
+    return torch.tensor([[table[i].logprob for i in range(zoo.VOCAB_SIZE)] for table in tables])
 
 
 def _reference_scores(model: PreTrainedModel, request: Request) -> torch.Tensor:
@@ -53,7 +56,7 @@ def _reference_scores(model: PreTrainedModel, request: Request) -> torch.Tensor:
     return logits[request.num_prompt_tokens - 1 :].log_softmax(-1)
 
 
-def _run_staggered(engine: Engine) -> list[Request]:
+def _run_staggered(engine: Engine) -> list[tuple[Request, Tables]]:
     """Add each request at its own step, so that they join and leave a batch under way."""
     prompts = zoo.random_prompts(PROMPT_LENGTHS)
     requests: list[Request] = []
@@ -61,26 +64,25 @@ def _run_staggered(engine: Engine) -> list[Request]:
     while len(requests) < len(prompts) or engine.has_work:
         while len(requests) < len(prompts) and ARRIVAL_STEPS[len(requests)] <= step:
             index = len(requests)
-            requests += engine.add_request(
-                str(index), prompts[index], _greedy(OUTPUT_LENGTHS[index])
-            )
+            requests += zoo.add(engine, str(index), prompts[index], _greedy(OUTPUT_LENGTHS[index]))
         engine.step()
         step += 1
     engine.cache.check_invariants()
-    return requests
+    scores = zoo.take_scores(engine)
+    return [(request, scores[request.key[0]]) for request in requests]
 
 
 def _assert_same(model_type: str, **options: Any) -> None:
     """Compare tokens with `model.generate`, and all scores with a plain forward."""
     with _llm(zoo.tiny_model(model_type), **options) as llm:
-        requests = _run_staggered(llm._engine)
+        requests = _run_staggered(llm.engine)
     model = zoo.tiny_model(model_type)
-    for request, expected in zip(requests, _reference_tokens(model_type), strict=True):
+    for (request, tables), expected in zip(requests, _reference_tokens(model_type), strict=True):
         prompt = request.token_ids[: request.num_prompt_tokens]
         got = request.output_token_ids
         assert got == expected, zoo.explain_difference(model, prompt, got, expected)
         torch.testing.assert_close(
-            _scores(request), _reference_scores(model, request), rtol=1e-4, atol=1e-4
+            _scores(tables), _reference_scores(model, request), rtol=1e-4, atol=1e-4
         )
 
 
@@ -113,11 +115,11 @@ def test_bfloat16_is_no_less_exact_than_plain_transformers() -> None:
     exact = zoo.tiny_model("llama")
     plain = zoo.tiny_model("llama", dtype=torch.bfloat16)
     with _llm(zoo.tiny_model("llama", dtype=torch.bfloat16), max_batch_tokens=11) as llm:
-        requests = _run_staggered(llm._engine)
+        requests = _run_staggered(llm.engine)
     ours = theirs = 0.0
-    for request in requests:
+    for request, tables in requests:
         truth = _reference_scores(exact, request)
-        ours += (_scores(request) - truth).square().mean().item()
+        ours += (_scores(tables) - truth).square().mean().item()
         theirs += (_reference_scores(plain, request) - truth).square().mean().item()
     assert 0 < ours < 1.5 * theirs
 
@@ -129,18 +131,18 @@ def _tokens_of(model_type: str, *, tamper: Any) -> list[int]:
     """Decode 12 tokens after a prompt of 40, with `tamper(engine, request)` in between."""
     (prompt,) = zoo.random_prompts([40])
     with _llm(zoo.tiny_model(model_type), max_batch_tokens=64) as llm:
-        (request,) = llm._engine.add_request("0", prompt, _greedy(12))
-        llm._engine.step()
-        tamper(llm._engine, request)
-        while llm._engine.has_work:
-            llm._engine.step()
+        (request,) = zoo.add(llm.engine, "0", prompt, _greedy(12))
+        llm.engine.step()
+        tamper(llm.engine, request)
+        while llm.engine.has_work:
+            llm.engine.step()
     return request.output_token_ids
 
 
 def _exchange_rows(engine: Engine, request: Request) -> None:
     """Let the keys of recent tokens, all within any window, stand before other values."""
     assert request.slot is not None
-    for layer in range(len(engine.loaded.geometry)):
+    for layer in range(len(engine.cache.layout.layers)):
         keys, _ = engine.cache.layer(layer)
         recent = keys[request.slot.index, 31:40]
         recent.copy_(recent.flip(0))
@@ -152,7 +154,7 @@ def _shift_positions(engine: Engine, request: Request) -> None:
     def shift(_module: object, args: Any, options: dict[str, Any]) -> Any:
         return args, {**options, "position_ids": options["position_ids"] + 1}
 
-    engine.loaded.model.register_forward_pre_hook(shift, with_kwargs=True)
+    engine.runner.forward.model.register_forward_pre_hook(shift, with_kwargs=True)
 
 
 @pytest.mark.parametrize("tamper", [_exchange_rows, _shift_positions])
@@ -234,7 +236,7 @@ def test_a_long_rotary_embedding_is_held_to_its_original_length() -> None:
     with pytest.raises(InvalidConfig, match=r"max_len is 256.*64 positions.*lower max_len"):
         _llm(model)
     with _llm(model, max_len=None) as llm:
-        assert llm._engine.cache.max_len == 64
+        assert llm.engine.cache.max_len == 64
 
 
 def test_a_prepared_model_says_how_to_use_it_elsewhere() -> None:
@@ -264,6 +266,6 @@ def _generate(llm: LLM, prompts: Sequence[list[int]]) -> list[tuple[int, ...]]:
 
 def test_weights_and_cache_take_the_dtype_asked_for() -> None:
     with _llm_with_dtype("bfloat16") as llm:
-        assert {p.dtype for p in llm._loaded.model.parameters()} == {torch.bfloat16}
-        assert llm._engine.cache.layer(0)[0].dtype == torch.bfloat16
+        assert {p.dtype for p in llm.loaded.model.parameters()} == {torch.bfloat16}
+        assert llm.engine.cache.layer(0)[0].dtype == torch.bfloat16
         assert len(_generate(llm, zoo.random_prompts([5]))[0]) == 4

@@ -8,8 +8,10 @@ import pytest
 import torch
 from vkv import LayerGeometry, PagedKVCache, SamplingParams
 from vkv.allocator import PagedLayout
-from vkv.runtime.execution.sampler import SamplingState
 from vkv.runtime.request.request import Request, RequestState, ScheduledRequest
+from vkv.runtime.request.sampling_state import SamplingState
+from vkv.runtime.request.spec import RequestSpec
+from vkv.runtime.scheduling.policies import POLICIES
 from vkv.runtime.scheduling.scheduler import Scheduler
 from vkv.vmem.errors import OutOfPages, OutOfSlots
 
@@ -28,25 +30,32 @@ def _scheduler(num_pages: int = 100, *, max_batch_tokens: int = 8, **options: An
         num_slots=max_seqs + max_parked,
         max_parked=max_parked,
     )
-    return Scheduler(cache, max_seqs=max_seqs, max_batch_tokens=max_batch_tokens, **options)
+    policy = POLICIES[options.pop("policy", "splitfuse")]()
+    return Scheduler(cache, policy, max_seqs=max_seqs, max_batch_tokens=max_batch_tokens, **options)
 
 
 _numbers = iter(range(10**9))
 
 
-def _request(prompt: int | Sequence[int], max_tokens: int = 8, **options: Any) -> Request:
+def _request(
+    prompt: int | Sequence[int],
+    max_tokens: int = 8,
+    *,
+    leader: Request | None = None,
+    variant: str = "",
+) -> Request:
     """A request with a prompt of its own: `prompt` tokens that no other request has."""
     first = next(_numbers) * 1000
     tokens = list(range(first, first + prompt)) if isinstance(prompt, int) else list(prompt)
     params = SamplingParams(max_tokens=max_tokens)
+    spec = RequestSpec(
+        request_id=str(first), prompt_token_ids=tokens, params=params, variant=variant
+    )
     return Request(
-        str(first),
-        tokens,
-        params,
+        spec,
         max_tokens=max_tokens,
         sampling=SamplingState(params, tokens),
-        detokenizer=None,
-        **options,
+        leader=leader.key if leader else None,
     )
 
 
@@ -57,9 +66,9 @@ def _add(scheduler: Scheduler, *prompts: int, **options: Any) -> list[Request]:
     return requests
 
 
-def _complete(scheduler: Scheduler, batch: Sequence[ScheduledRequest]) -> None:
+def _complete(scheduler: Scheduler, items: Sequence[ScheduledRequest]) -> None:
     """What the engine does after the model: count, append, finish. Tokens are their position."""
-    for item in batch:
+    for item in items:
         request, samples = item.request, item.samples
         request.num_computed += item.num_tokens
         if samples:
@@ -70,9 +79,9 @@ def _complete(scheduler: Scheduler, batch: Sequence[ScheduledRequest]) -> None:
 
 def _step(scheduler: Scheduler) -> list[tuple[Request, int]]:
     """One step, checked; returns who computed how many tokens."""
-    batch = scheduler.schedule()
+    batch = scheduler.schedule().items
     num_tokens = sum(item.num_tokens for item in batch)
-    alone = scheduler.policy == "prefill_first" and len(batch) == 1
+    alone = scheduler.policy.name == "prefill_first" and len(batch) == 1
     assert 0 < num_tokens <= (scheduler.max_batch_tokens if not alone else num_tokens)
     assert len(scheduler.running) <= scheduler.max_seqs
     assert len({item.request for item in batch}) == len(batch)
@@ -232,7 +241,7 @@ def test_several_preempted_keep_their_order() -> None:
     requests = _add(scheduler, 4, 4, 4, 4)
     _step(scheduler)
     for request in reversed(requests[1:]):
-        scheduler._preempt(request)
+        scheduler.preempt(request)
     assert list(scheduler.waiting) == requests[1:]
 
 
@@ -269,7 +278,7 @@ def test_a_preempted_request_finds_what_is_left_of_its_rows() -> None:
     (request,) = _add(scheduler, 20)
     _step(scheduler)
     _step(scheduler)
-    scheduler._preempt(request)
+    scheduler.preempt(request)
     assert request.num_computed == 0
     # 21 tokens were computed, and the 22nd has been sampled.
     assert _step(scheduler) == [(request, 1)]
@@ -293,16 +302,19 @@ def test_when_nothing_fits_nothing_is_lost(
 
     with monkeypatch.context() as patched:
         patched.setattr(scheduler.cache, "grow", refuse)
-        with pytest.raises(error, match="none"):
-            scheduler.schedule()
+        assert not scheduler.schedule().items
+    assert scheduler.shortage is not None
+    assert scheduler.shortage[0] is leader
+    assert isinstance(scheduler.shortage[1], error)
     assert list(scheduler.waiting) == [leader, sibling, last]
     assert not scheduler.running
     scheduler.cache.check_invariants()
     _step(scheduler)
+    assert scheduler.shortage is None
     with monkeypatch.context() as patched:
         patched.setattr(scheduler.cache, "grow", refuse)
-        with pytest.raises(error, match="none"):
-            scheduler.schedule()
+        assert not scheduler.schedule().items
+    assert scheduler.shortage is not None
     assert scheduler.running == [leader]
     assert list(scheduler.waiting) == [last, sibling]
     scheduler.cache.check_invariants()

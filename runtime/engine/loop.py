@@ -1,0 +1,169 @@
+"""The one loop around an engine: messages in, a step, outputs out."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from ...vmem.errors import InvalidOperation, UsageError, VkvError
+from ..request.spec import RequestSpec
+from ..request.step_output import Failure, StepOutput
+from .engine import Engine
+from .messages import Abort, Add, Finish, Message
+from .sleep import Sleep
+from .stats import EngineStats
+
+_PAUSE_S = 0.01  # while memory is short, before it is asked for again
+
+_log = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    """The only driver of an engine, whoever turns it: a caller, a thread, a process, an actor.
+
+    Whoever drives it calls one method at a time. `post` and `stats` may be called at any time and
+    from any thread, `post` also by a finaliser.
+
+    Args:
+        engine: all of whose memory it gives back at `close`.
+        close: gives back what is under the engine.
+        shortage_wait_s: how long a request that memory is too short for may hold all others up
+            before it fails. Neighbours under a common `MemoryLimit` may return some meanwhile.
+    """
+
+    def __init__(
+        self, engine: Engine, close: Callable[[], None], *, shortage_wait_s: float
+    ) -> None:
+        self.engine = engine
+        self._close = close
+        self._shortage_wait_s = shortage_wait_s
+        self._short_since: float | None = None
+        self._sleep = Sleep(engine)
+        self._inbox: deque[Message] = deque()
+        self._stats = engine.stats()
+        self.is_closed = False
+
+    @property
+    def has_work(self) -> bool:
+        """True while there is something to turn for."""
+        return bool(self._inbox) or self.engine.has_work
+
+    @property
+    def has_mail(self) -> bool:
+        """True while something was posted that is not carried out."""
+        return bool(self._inbox)
+
+    @property
+    def is_asleep(self) -> bool:
+        """True between `sleep` and `wake`."""
+        return self._sleep.is_asleep
+
+    def post(self, message: Message) -> None:
+        """Leave a message for the next turn."""
+        self._inbox.append(message)
+
+    def turn(self, inbox: Iterable[Message] = ()) -> list[StepOutput]:
+        """Carry out what was posted, and `inbox`; then run one step. Returns what came of it."""
+        outputs = self.carry_out(inbox)
+        self.engine.step()
+        self._meet_shortage()
+        outputs += self.engine.take_outputs()
+        self._stats = self.engine.stats()
+        return outputs
+
+    def carry_out(self, inbox: Iterable[Message] = ()) -> list[StepOutput]:
+        """Carry out what was posted, and `inbox`, without a step."""
+        self._inbox.extend(inbox)
+        refused: list[StepOutput] = []
+        while self._inbox:
+            message = self._inbox.popleft()
+            try:
+                self._carry_out(message)
+            except (UsageError, InvalidOperation) as error:
+                assert isinstance(message, Add), message
+                refused += _refusal(message.spec, error)
+        outputs = refused + self.engine.take_outputs()
+        self._stats = self.engine.stats()
+        return outputs
+
+    def _carry_out(self, message: Message) -> None:
+        if isinstance(message, Add):
+            self._sleep.check_awake()
+            self.engine.add(message.spec)
+        elif isinstance(message, Finish):
+            self.engine.finish(message.request_id, message.index)
+        else:
+            assert isinstance(message, Abort), message
+            self.engine.abort(message.request_id)
+
+    def _meet_shortage(self) -> None:
+        """Where memory is short for all, wait a little; in the end the first in line fails."""
+        shortage = self.engine.scheduler.shortage if self.engine.has_work else None
+        if shortage is None or not self.engine.is_settled:
+            self._short_since = None
+            return
+        now = time.monotonic()
+        self._short_since = self._short_since or now
+        if now - self._short_since < self._shortage_wait_s:
+            time.sleep(_PAUSE_S)
+            return
+        request, error = shortage
+        _log.warning("no memory for %r in %g s: %s", request, self._shortage_wait_s, error)
+        self.engine.fail(request, error)
+        self._short_since = None
+
+    # -- the machine under it ----------------------------------------------------------------
+
+    def stats(self, *, fresh: bool = False) -> EngineStats:
+        """What the engine held and had done when the last turn ended.
+
+        `fresh` counts now instead; it is for the driver alone.
+        """
+        if fresh:
+            self._stats = self.engine.stats()
+        return self._stats
+
+    def trim(self) -> int:
+        """Give the memory of finished requests back to the system; returns the bytes."""
+        num_bytes = self.engine.trim()
+        self._stats = self.engine.stats()
+        return num_bytes
+
+    def sleep(self, *, weights: bool = False) -> int:
+        """Give all memory of keys and values back; returns the bytes (`Sleep.begin`)."""
+        num_bytes = self._sleep.begin(weights=weights)
+        self._stats = self.engine.stats()
+        return num_bytes
+
+    def wake(self) -> None:
+        """End a `sleep`; harmless when awake."""
+        self._sleep.end()
+
+    def check_awake(self) -> None:
+        """Raises InvalidOperation while asleep."""
+        self._sleep.check_awake()
+
+    def close(self) -> list[StepOutput]:
+        """Abort what is unfinished and give everything back. Closing twice is harmless."""
+        if self.is_closed:
+            return []
+        self.is_closed = True  # first: whoever posts after the last message was taken must see it
+        outputs = self.carry_out()
+        for request in self.engine.requests:
+            self.engine.abort(request.key[0])
+        outputs += self.engine.take_outputs()
+        self._close()
+        return outputs
+
+
+def _refusal(spec: RequestSpec, error: VkvError) -> list[StepOutput]:
+    """The end of every sequence of a request that was never queued."""
+    return [
+        StepOutput(
+            request_id=spec.request_id,
+            index=index,
+            finish_reason="error",
+            failure=Failure.of(error),
+        )
+        for index in range(spec.params.n)
+    ]

@@ -1,0 +1,104 @@
+"""What an engine holds and has done, as plain data."""
+
+from dataclasses import dataclass
+
+from ...allocator import KVStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What an engine holds now, and what it has done so far.
+
+    Attributes:
+        kv: what the cache holds, in its own counts.
+        state_bytes: memory of recurrent and convolution state, beside the pages.
+        num_running, num_waiting: live requests by state.
+        num_preemptions: requests whose slot was taken away to be computed again.
+        prefix_hit_tokens: prompt tokens that needed no computing.
+        num_steps, num_prompt_tokens, num_output_tokens: work done.
+        num_failed: requests that ended with an error.
+        num_recordings: recordings of decode steps that exist.
+        num_replays: steps that ran from one.
+        num_computed_tokens: tokens that went through the model, those computed again included.
+        step_time_s: time of all steps together.
+    """
+
+    kv: KVStats
+    state_bytes: int
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    prefix_hit_tokens: int
+    num_steps: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_failed: int
+    num_recordings: int
+    num_replays: int
+    num_computed_tokens: int
+    step_time_s: float
+
+    @property
+    def virtual_bytes(self) -> int:
+        """Address space reserved for the slots."""
+        return self.kv.virtual_bytes
+
+    @property
+    def physical_bytes(self) -> int:
+        """Memory that exists for keys and values now."""
+        return self.kv.physical_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of a page."""
+        return self.kv.page_bytes
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that one page of every range covers."""
+        return self.kv.row_tokens
+
+    @property
+    def pages_held(self) -> int:
+        """Pages that requests hold, live or parked."""
+        return self.kv.pages_held + self.kv.pages_ahead + self.kv.pages_parked
+
+    @property
+    def pages_parked(self) -> int:
+        """Pages among them that only finished requests hold; `trim` returns them."""
+        return self.kv.pages_parked
+
+    @property
+    def pages_ahead(self) -> int:
+        """Pages among them mapped ahead of live requests' tokens."""
+        return self.kv.pages_ahead
+
+    @property
+    def pages_limit(self) -> int:
+        """The most pages there may be."""
+        return self.kv.pages_limit
+
+    @property
+    def tokens_held(self) -> int:
+        """Tokens whose keys and values are held, live or parked."""
+        return self.kv.tokens_held + self.kv.tokens_parked
+
+    @property
+    def tokens_parked(self) -> int:
+        """Tokens among them of finished requests."""
+        return self.kv.tokens_parked
+
+    @property
+    def mapping_time_s(self) -> float:
+        """Time that the step loop waited for memory."""
+        return self.kv.mapping_time_s
+
+    @property
+    def background_time_s(self) -> float:
+        """Time that the look-ahead thread spent on it instead."""
+        return self.kv.background_time_s
+
+    @property
+    def driver_calls(self) -> dict[str, int]:
+        """System or driver calls, by kind."""
+        return self.kv.driver_calls

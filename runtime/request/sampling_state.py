@@ -1,0 +1,98 @@
+"""What sampling remembers of one sequence."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import struct
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from .sampling_params import SamplingParams
+
+
+class SamplingState:
+    """What sampling remembers of one sequence: its parameters, its history and its step.
+
+    It belongs to the sequence, not to its place in a batch: keep it through a preemption, and
+    the recomputed sequence goes on with exactly the tokens it would have had.
+    """
+
+    __slots__ = (
+        "_in_prompt",
+        "_output_counts",
+        "_prompt_token_ids",
+        "_seed",
+        "_stop_ids",
+        "index",
+        "num_output_tokens",
+        "params",
+    )
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        index: int = 0,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        """Start a sequence: number `index` of the request's `n`, after `prompt_token_ids`.
+
+        `eos_token_ids` are the model's own stop tokens, which `min_tokens` holds off.
+        """
+        self.params = params
+        self.index = index
+        self.num_output_tokens = 0
+        self._prompt_token_ids = prompt_token_ids
+        self._stop_ids = params.stop_ids.union(eos_token_ids)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._seed = struct.pack("<qQ", seed, index)
+        # [vocab] each, on the logits' device; made on first use, by the penalties alone.
+        self._in_prompt: Tensor | None = None
+        self._output_counts: Tensor | None = None
+
+    def uniform(self) -> float:
+        """This step's random number, in [0, 1): the same for the same seed, index and step."""
+        step = struct.pack("<Q", self.num_output_tokens)
+        digest = hashlib.blake2b(self._seed + step, digest_size=8).digest()
+        # 52 bits, so that the product with any total stays below that total after rounding.
+        return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
+
+    @property
+    def has_penalties(self) -> bool:
+        params = self.params
+        return (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+
+    def addends(self) -> list[tuple[int, float]]:
+        """What to add to which token's logit at this step: the bias, and -inf for a barred stop."""
+        addends = list(self.params.logit_bias.items()) if self.params.logit_bias else []
+        if self.num_output_tokens < self.params.min_tokens:
+            addends += [(token_id, -math.inf) for token_id in self._stop_ids]
+        return addends
+
+    def history(self, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which tokens the prompt holds (bool) and how often each was generated (float32).
+
+        Both are [vocab_size], on `device`.
+        """
+        if self._in_prompt is None or self._output_counts is None:
+            with torch.inference_mode(False):  # or they could not be changed outside of it
+                prompt = torch.tensor(self._prompt_token_ids, dtype=torch.long, device=device)
+                self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+                self._in_prompt[prompt] = True
+                self._output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        return self._in_prompt, self._output_counts
+
+    def advance(self, token_id: int) -> None:
+        """Record the step's token."""
+        self.num_output_tokens += 1
+        if self._output_counts is not None:
+            self._output_counts[token_id] += 1

@@ -1,0 +1,30 @@
+"""What is asked of an engine, as plain data that a process can send to another."""
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from .sampling_params import SamplingParams
+
+SequenceKey = tuple[str, int]
+"""Names one of a request's outputs: the request's id and the number of the output."""
+
+
+class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt in tokens, and how to go on from it.
+
+    Attributes:
+        request_id: names the request among those an engine has; the caller sees to it.
+        prompt_token_ids: at least one.
+        params: how tokens are chosen. Stop strings are not the engine's: it knows no text.
+        variant: whose keys and values these are beside the tokens' (an adapter, a tenant's salt).
+            Prefixes are shared within one variant alone.
+        arrival_time_s: on the system's monotonic clock, which all processes of a machine share.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    variant: str = ""
+    arrival_time_s: float = msgspec.field(default_factory=time.monotonic)

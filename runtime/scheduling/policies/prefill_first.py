@@ -1,0 +1,40 @@
+"""Prefill first: whole prompts, and decodes only if there are none. A baseline to compare with.
+
+Orca and vLLM 0.2 did so: requests that decode stand still while prompts are computed.
+"""
+
+from ..plan import Plan, Share
+from ..snapshot import Snapshot
+
+
+class PrefillFirst:
+    """As many whole prompts as the budget holds; a prompt beyond it goes alone.
+
+    Decodes run where no prompt could be admitted.
+    """
+
+    name = "prefill_first"
+
+    def plan(self, snapshot: Snapshot) -> Plan:
+        running, granted = snapshot.running, snapshot.granted
+        preempt = ()
+        if snapshot.is_short_of_a_running_one:
+            if len(running) == 1:
+                return Plan()  # there is nobody to give way
+            preempt = (running[-1].key,)
+            running = running[:-1]
+        # A prompt runs already if its step failed, or if it had to be computed again.
+        prompts = [r for r in running if r.num_uncomputed > 1 and r.key not in granted]
+        shares = [Share(request.key, request.num_uncomputed) for request in prompts]
+        budget = snapshot.budget - sum(share.num_tokens for share in shares)
+        free = snapshot.max_seqs - len(running)
+        admit = tuple(request.key for request in snapshot.waiting[:free])
+        if admit and snapshot.short is None and not preempt:
+            return Plan(shares=tuple(shares), admit=admit, admit_tokens=budget, whole_prompts=True)
+        decoding = any(r.num_uncomputed == 1 for r in running if r.key in granted)
+        if decoding or not (shares or granted):
+            for request in running:
+                if request.num_uncomputed == 1 and request.key not in granted and budget > 0:
+                    shares.append(Share(request.key, 1))
+                    budget -= 1
+        return Plan(preempt=preempt, shares=tuple(shares))
