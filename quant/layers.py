@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import QuantError, UnsupportedQuantization
+from ..vmem.errors import QuantError, UnsupportedQuantization
 from .quantise.gptq import Hessian
 
 

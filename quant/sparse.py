@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from .errors import QuantError
+from ..vmem.errors import QuantError
 from .quantise.gptq import Hessian, gptq
 from .quantise.rounding import Rounding, round_to_nearest
 from .weight import SYMMETRIC_ZERO, Int4Weight, pack, unpack

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedQuantization
+from ...vmem.errors import UnsupportedQuantization
 from ..weight import Int4Weight
 from . import awq_format, compressed_tensors_format, gptq_format
 from .scheme import FormatName, LayerTensors, Scheme

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..errors import QuantError
+from ...vmem.errors import QuantError
 from ..weight import SYMMETRIC_ZERO, Int4Weight
 from .rounding import Grid, Rounding, as_weight
 

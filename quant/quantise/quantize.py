@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import QuantError
+from ...vmem.errors import QuantError
 from ..layers import LayerInputs, decoder_layers, gather_hessians, linears, refuse_fused_experts
 from ..weight import Int4Weight
 from .gptq import Hessian, gptq

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import QuantError
+from ...vmem.errors import QuantError
 from ..formats.scheme import FormatName
 from ..formats.table import parse_config, write_layer
 from ..weight import Int4Weight

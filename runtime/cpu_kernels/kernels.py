@@ -13,12 +13,10 @@ from pathlib import Path
 
 import torch
 
-from ...attention_backends.native_build import find_library, openmp_parallel
 from ...quant import empty_apart
-from ...vmem.errors import UnsupportedAttention
+from ...vmem.errors import NativeUnavailable
+from ...vmem.native_library import load_library, openmp_parallel
 
-_SOURCE = Path(__file__).parent / "native"
-_BUILT = Path(__file__).parent / "_native.abi3.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum vkv_dtype
 _PANELS = (16, 64)  # VKV_PANEL_AVX2, VKV_PANEL_AVX512
 
@@ -111,7 +109,7 @@ def available(dtype: torch.dtype) -> bool:
         return False
     try:
         library()
-    except UnsupportedAttention:
+    except NativeUnavailable:
         return False
     return True
 
@@ -309,8 +307,8 @@ def _panel_bias(bias: torch.Tensor, gate: Gate | None, panel: int) -> torch.Tens
 
 @cache
 def library() -> ctypes.CDLL:
-    """The kernels, compiled now if need be. The GIL is free while they run."""
-    library = ctypes.CDLL(str(find_library(_SOURCE, _BUILT)))
+    """The kernels. Raises NativeUnavailable if they are not built and cannot be compiled here."""
+    library = load_library(Path(__file__).parent)
     for name in ("vkv_pack", "vkv_unpack"):
         function = getattr(library, name)
         function.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32]

@@ -27,10 +27,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ...attention_backends import native_library as attention_library
-from ...quant.errors import QuantError
-from ...quant.kernels import native_library as quant_library
-from ...vmem.errors import UnsupportedAttention
+from ...attention_backends import native as attention_kernels
+from ...quant.kernels import native as int4_kernels
+from ...vmem.errors import NativeUnavailable
 from ..cpu_kernels import kernels as native_kernels
 from ..cpu_kernels.kernels import Call, Workspace
 from .recordings import Unrecordable
@@ -49,8 +48,8 @@ _LOOKS = (
 )
 _KERNELS = (  # which libraries have which kernels
     (native_kernels.library, ("linear", "rms_norm", "rotate", "gated", "add")),
-    (attention_library.load_library, ("attend", "store")),
-    (quant_library.load_library, ("int4_multiply",)),
+    (attention_kernels.library, ("attend", "store")),
+    (int4_kernels.library, ("int4_multiply",)),
 )
 _only_one = threading.Lock()  # watches at a time: kernels are watched where all threads call them
 
@@ -360,7 +359,7 @@ def _watched_kernels(tape: _Tape) -> Iterator[None]:
     for load, names in _KERNELS:
         try:
             library = load()
-        except (UnsupportedAttention, QuantError):
+        except NativeUnavailable:
             continue
         for name in names:
             originals.append((library, f"vkv_{name}", getattr(library, f"vkv_{name}")))

@@ -8,13 +8,13 @@ import pytest
 import torch
 import zoo
 from vkv import LLM
-from vkv.attention_backends import native_library
+from vkv.attention_backends.native import NativeBackend
 from vkv.runtime.cpu_kernels.kernels import RmsNorm
 from vkv.runtime.execution.recordings import DecodeGraphs, Unrecordable
 from vkv.runtime.execution.tape import TapeRecorder
 
 pytestmark = pytest.mark.skipif(
-    native_library.unavailable_reason() is not None, reason="no C compiler, no built kernels"
+    NativeBackend.unavailable_reason() is not None, reason="no C compiler, no built kernels"
 )
 
 
