@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..vmem.errors import NativeUnavailable
+from ..vmem.native_function import NativeFunction
 from ..vmem.native_library import load_library, openmp_parallel
 from .base import AttentionBackend, AttentionBatch, Capabilities, LayerAttention, PerStep
 
@@ -67,10 +68,6 @@ class Sequences(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """The kernels. Raises NativeUnavailable if they are not built and cannot be compiled here."""
     library = load_library(Path(__file__).parent)
-    library.vkv_attend.argtypes = [ctypes.POINTER(AttentionArgs)]
-    library.vkv_attend.restype = ctypes.c_int64
-    library.vkv_store.argtypes = [ctypes.POINTER(Rows), ctypes.POINTER(Sequences)]
-    library.vkv_store.restype = ctypes.c_int64
     library.vkv_instruction_set.argtypes = [ctypes.c_int32]
     library.vkv_instruction_set.restype = ctypes.c_char_p
     return library
@@ -91,9 +88,9 @@ class NativeBackend(AttentionBackend):
     capabilities = Capabilities(devices=frozenset({"cpu"}), dtypes=frozenset(_DTYPES), graphs=True)
 
     def __init__(self) -> None:
-        self._library = library()
+        self._attend_kernel = NativeFunction(library(), "attend", AttentionArgs)
+        self._store_kernel = NativeFunction(library(), "store", Rows, Sequences)
         self._parallel = openmp_parallel()
-        self._workspace = torch.empty(1 << 20, dtype=torch.uint8)
         self._sequences: PerStep[_Sequences] = PerStep()
 
     @classmethod
@@ -128,7 +125,7 @@ class NativeBackend(AttentionBackend):
                 dim=rows.shape[2],
                 item_bytes=rows.element_size(),
             )
-            self._library.vkv_store(ctypes.byref(args), ctypes.byref(sequences.struct))
+            self._store_kernel(args, sequences.struct)
 
     def forward(
         self,
@@ -205,17 +202,7 @@ class NativeBackend(AttentionBackend):
             num_threads=torch.get_num_threads(),
             parallel=self._parallel,
         )
-        self._run(args)
-
-    def _run(self, args: AttentionArgs) -> None:
-        """Call the kernels, with a larger workspace if they ask for one."""
-        while True:
-            args.workspace = -(-self._workspace.data_ptr() // 64) * 64
-            args.workspace_bytes = self._workspace.numel() - 64
-            needed = self._library.vkv_attend(ctypes.byref(args))
-            if not needed:
-                return
-            self._workspace = torch.empty(needed + 64, dtype=torch.uint8)
+        self._attend_kernel(args)
 
 
 def _on_host(batch: AttentionBatch) -> _Sequences:

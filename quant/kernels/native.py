@@ -8,11 +8,11 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from threading import local
 
 import torch
 
 from ...vmem.errors import NativeUnavailable
+from ...vmem.native_function import NativeFunction
 from ...vmem.native_library import load_library, openmp_parallel
 from ..weight import Int4Weight, pack
 from ..weight_memory import empty_apart
@@ -41,8 +41,6 @@ class Int4Args(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """The kernels. Raises NativeUnavailable if they are not built and cannot be compiled here."""
     library = load_library(Path(__file__).parent)
-    library.vkv_int4_multiply.argtypes = [ctypes.POINTER(Int4Args)]
-    library.vkv_int4_multiply.restype = ctypes.c_int64
     library.vkv_int4_supported.argtypes = [ctypes.c_char_p]
     library.vkv_int4_supported.restype = ctypes.c_int32
     return library
@@ -73,10 +71,9 @@ class NativeKernel(Int4Kernel):
     name = "native"
 
     def __init__(self, instruction_set: str | None = None) -> None:
-        self._library = library()
+        self._multiply = NativeFunction(library(), "int4_multiply", Int4Args)
         self._instruction_set = instruction_set or instruction_sets()[0]
         self._parallel = openmp_parallel()
-        self._local = local()  # of each thread: engines share this object
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
@@ -118,25 +115,11 @@ class NativeKernel(Int4Kernel):
         out = inputs.new_empty(inputs.shape[0], layout.out_features)
         if not inputs.shape[0]:
             return out
-        args = Int4Args.from_buffer_copy(layout.args)
+        args = Int4Args.from_buffer_copy(layout.args)  # threads may share the layout
         args.inputs, args.out, args.num_rows = inputs.data_ptr(), out.data_ptr(), inputs.shape[0]
         args.num_threads = torch.get_num_threads()
-        needed = 0
-        while True:
-            workspace = self._workspace(needed)
-            args.workspace = -(-workspace.data_ptr() // 64) * 64
-            args.workspace_bytes = workspace.numel() - 64
-            needed = self._library.vkv_int4_multiply(ctypes.byref(args))
-            assert needed >= 0, "unavailable_reason() has seen to it"
-            if not needed:
-                return out
-
-    def _workspace(self, needed: int) -> torch.Tensor:
-        workspace = getattr(self._local, "workspace", None)
-        if workspace is None or workspace.numel() < needed + 64:
-            workspace = torch.empty(max(needed + 64, 1 << 20), dtype=torch.uint8)
-            self._local.workspace = workspace
-        return workspace
+        self._multiply(args)
+        return out
 
     def num_bytes(self, layout: _Tiles) -> int:
         zeros = 0 if layout.zeros is None else layout.zeros.nbytes

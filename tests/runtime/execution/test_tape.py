@@ -213,6 +213,33 @@ def test_kernels_of_other_threads_are_not_recorded() -> None:
         assert torch.equal(replay(), norm(x))
 
 
+def test_two_threads_record_at_once() -> None:
+    meeting = threading.Barrier(2, timeout=30)
+    came_to: dict[int, bool] = {}
+
+    def record(factor: int) -> None:
+        with torch.inference_mode():
+            x = torch.randn(2, 64)
+            norm = RmsNorm(torch.full((64,), float(factor)), 1e-5, 0.0)
+
+            def run() -> torch.Tensor:
+                meeting.wait()  # both are within a recording
+                return norm(norm(x))
+
+            replay = TapeRecorder().record(run)
+            parts = [len(part._calls) for part in replay._parts]  # type: ignore[attr-defined]
+            replay()
+            x.neg_()
+            came_to[factor] = parts == [2] and torch.equal(replay(), norm(norm(x)))
+
+    threads = [threading.Thread(target=record, args=(factor,)) for factor in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert came_to == {1: True, 2: True}
+
+
 def test_a_tensor_that_the_model_keeps_is_not_overwritten() -> None:
     x, kept = torch.ones(4, 4), []
 
