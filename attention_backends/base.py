@@ -86,9 +86,10 @@ class Capabilities:
         over_read_tokens: rows are loaded in tiles of this many tokens, so that up to
             `ceil(len / tile) * tile` rows must be backed and finite. 1: never reads past the
             length.
-        graphs: a batch of decodes can be recorded (on CUDA as a graph) and replayed with other
-            numbers in its tensors: of the batch, `store` and `forward` use the tensors, and
-            `max_seqlen_q` and `max_seqlen_k` as upper bounds, and nothing else.
+        graphs: a batch of decodes can be recorded and replayed with other numbers in its tensors.
+            Of the batch, `store` and `forward` then use the tensors, and `max_seqlen_q` and
+            `max_seqlen_k` as upper bounds, and nothing else. On CUDA the recording is a graph; on
+            a CPU it holds operations of PyTorch and calls of a `NativeFunction`, and nothing else.
     """
 
     devices: frozenset[str]

@@ -19,7 +19,7 @@ from ...allocator import (
 from ...attention_backends import AttentionBackend, choose_backend, create_backend
 from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import InvalidConfig
-from ..execution.recordings import CudaRecorder, Recorder, Rerun
+from ..execution.recordings import CudaRecorder, Recorder
 from ..execution.tape import TapeRecorder
 from ..model.loading import LoadedModel
 from ..scheduling.scheduler import Scheduler
@@ -71,7 +71,7 @@ def build_engine(loaded: LoadedModel, config: EngineConfig) -> BuiltEngine:
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
         policy=config.policy,
     )
-    recorder = None if no_graphs else _recorder(loaded, backend, driver)
+    recorder = None if no_graphs else _recorder(loaded, driver)
     overlap = _overlaps(loaded, config)
     engine = Engine(loaded, cache, backend, scheduler, recorder, overlap=overlap)
     built = BuiltEngine(engine, driver)
@@ -118,11 +118,9 @@ def _overlaps(loaded: LoadedModel, config: EngineConfig) -> bool:
     return config.overlap
 
 
-def _recorder(
-    loaded: LoadedModel, backend: AttentionBackend, driver: VmemDriver | None
-) -> Recorder:
+def _recorder(loaded: LoadedModel, driver: VmemDriver | None) -> Recorder:
     if loaded.device.type != "cuda":
-        return TapeRecorder() if backend.name == "native" else Rerun()
+        return TapeRecorder()
     assert driver is not None, "only virtual memory is recorded"
     return CudaRecorder(loaded.device, driver.still)
 

@@ -62,19 +62,6 @@ class Recorder(Protocol):
         """All recordings are gone."""
 
 
-class Rerun:
-    """For a device without graphs: to replay is to run again. It gains nothing but a test."""
-
-    pads = True
-    refusal_level = logging.WARNING
-
-    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        return run
-
-    def forget(self) -> None:
-        pass
-
-
 class CudaRecorder:
     """CUDA graphs, which share one pool of memory: only one is played at a time.
 
