@@ -12,7 +12,7 @@ from ...vmem.errors import QuantError
 from ..formats.scheme import FormatName
 from ..formats.table import parse_config, write_layer
 from ..weight import Int4Weight
-from .quantize import QuantizedModel
+from .model import QuantizedModel
 from .rounding import Rounding
 
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)

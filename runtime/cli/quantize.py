@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from ...quant.formats.scheme import FormatName
-from ...quant.layers import perplexity, split_text
-from ...quant.quantise.quantize import METHODS, Method, QuantizedModel, plan, quantize_model
+from ...quant.quantise.layers import perplexity, split_text
+from ...quant.quantise.model import METHODS, Method, QuantizedModel, plan, quantize_model
 from ...quant.quantise.rounding import Rounding
 from ...quant.quantise.save import (
     ASYMMETRIC,
