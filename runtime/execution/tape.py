@@ -1,14 +1,15 @@
 """Decode steps recorded on a CPU: the calls of kernels that a step made, made again.
 
 A model's Python takes as long as a third of a small batch's step. What a step does hardly changes
-from one to the next, and its numbers lie in tensors at fixed addresses (`graphs`). So a step is
+from one to the next, and its numbers lie in tensors at fixed addresses (`recordings`). So a step is
 watched once: every call of vkv's kernels is kept with its arguments, every other operation of
-PyTorch with its tensors. To replay is to make the calls again: those of vkv's kernels in one call
-from Python, whatever lies between them one by one.
+PyTorch with its tensors. A replay makes the calls again. Kernels that follow one another are one
+call from Python; operations of PyTorch are a call each.
 
-Watching is by a dispatch mode, below the model's code, which stays as it is. What a step allocates
-lies in a pool that all recordings share, since one is played at a time; memory is used again
-within a step as it was when the step was watched.
+The model's code stays as it is. PyTorch's operations are watched by a dispatch mode below it,
+kernels by an observer (`NativeFunction`). What a step allocates lies in a pool that all recordings
+share, since one is played at a time. Memory is used again within a step as it was when the step
+was watched.
 """
 
 import ctypes
@@ -61,7 +62,7 @@ class KernelClock:
 
 
 class TapeRecorder:
-    """Records what runs on a CPU. On a device, work outlives the calls that launch it.
+    """Records what runs on a CPU, where work ends before the call that starts it returns.
 
     Attributes:
         clock: if set, replays make one call at a time, and time it.
