@@ -16,8 +16,8 @@ class AttentionBatch:
     """One step's queries, laid out flat, and where each sequence's keys and values are.
 
     Built once a step; every layer reads the same object, and batches compare by identity.
-    Sequence `b` owns the query rows `cu_seqlens_q[b] : cu_seqlens_q[b + 1]`, which are the
-    *last* rows of its `seqused_k[b]` tokens: query row `i` of it stands at position
+    Sequence `b` owns the queries `cu_seqlens_q[b] : cu_seqlens_q[b + 1]`. They are those of the
+    *last* of its `seqused_k[b]` tokens: its query `i` stands at position
     `seqused_k[b] - query_lens[b] + i` and sees the keys at positions up to its own.
 
     The tuples are the same numbers on the host, for backends that loop; the tensors are on the
@@ -26,11 +26,11 @@ class AttentionBatch:
 
     query_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]  # tokens in the cache, this step's included
-    slots: tuple[int, ...]  # row of the cache's first dimension, for contiguous slots
+    slots: tuple[int, ...]  # index into the cache's first dimension, for contiguous slots
     cu_seqlens_q: torch.Tensor  # int32 [num_seqs + 1]
     seqused_k: torch.Tensor  # int32 [num_seqs]
     slot_ids: torch.Tensor  # int32 [num_seqs]
-    write_index: tuple[torch.Tensor, torch.Tensor]  # int64 [num_tokens] each: row, position
+    write_index: tuple[torch.Tensor, torch.Tensor]  # int64 [num_tokens] each: slot, position
     block_tables: torch.Tensor | None = None  # int32 [num_seqs, max_blocks], paged caches only
 
     @property
@@ -83,12 +83,13 @@ class Capabilities:
         contiguous: reads contiguous slots.
         paged: reads a paged cache through block tables.
         block_multiple: the tokens of a paged cache's blocks must be a multiple of it.
-        over_read_tokens: rows are loaded in tiles of this many tokens, so that up to
-            `ceil(len / tile) * tile` rows must be backed and finite. 1: never reads past the
-            length.
-        graphs: a batch of decodes can be recorded (on CUDA as a graph) and replayed with other
-            numbers in its tensors: of the batch, `store` and `forward` use the tensors, and
-            `max_seqlen_q` and `max_seqlen_k` as upper bounds, and nothing else.
+        over_read_tokens: keys and values are loaded in tiles of this many tokens, so that those
+            of `ceil(len / tile) * tile` tokens must be backed and finite. 1: never reads past
+            the length.
+        graphs: a batch of decodes can be recorded and replayed with other numbers in its tensors.
+            Of the batch, `store` and `forward` then use the tensors, and `max_seqlen_q` and
+            `max_seqlen_k` as upper bounds, and nothing else. On CUDA the recording is a graph; on
+            a CPU it holds operations of PyTorch and calls of a `NativeFunction`, and nothing else.
     """
 
     devices: frozenset[str]
@@ -170,7 +171,12 @@ class AttentionBackend(ABC):
         value_cache: torch.Tensor,
         batch: AttentionBatch,
     ) -> None:
-        """Write the new tokens' rows, [num_tokens, num_kv_heads, head_dim], into the cache."""
+        """Write the new tokens' keys and values into the cache.
+
+        Args:
+            key: [num_tokens, num_kv_heads, head_dim]; `value` the same with its own head size.
+            key_cache, value_cache: as in `forward`.
+        """
         key_cache.index_put_(batch.write_index, key)
         value_cache.index_put_(batch.write_index, value)
 
@@ -184,7 +190,7 @@ class AttentionBackend(ABC):
         layer: LayerAttention,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Causal attention of every query row over its own sequence.
+        """Causal attention of every query over its own sequence.
 
         Args:
             query: [num_tokens, num_heads, head_dim]. `num_heads` is a multiple of

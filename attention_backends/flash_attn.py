@@ -66,7 +66,7 @@ class _FlashAttnPackage(AttentionBackend):
 class _Run(NamedTuple):
     """Neighbouring sequences with the same number of queries: one call of the kernel."""
 
-    rows: slice  # of the flat queries
+    queries: slice  # of the flat ones
     sequences: slice
     query_len: int
 
@@ -105,7 +105,9 @@ class FlashAttnBackend(_FlashAttnPackage):
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
         for run in self._runs.get(batch, None, lambda: _equal_runs(batch.query_lens)):
             part, part_lse = self._kernel(
-                query[run.rows].unflatten(0, (-1, run.query_len)),  # [run, query_len, heads, dim]
+                query[run.queries].unflatten(
+                    0, (-1, run.query_len)
+                ),  # [run, query_len, heads, dim]
                 key_cache,
                 value_cache,
                 cache_seqlens=batch.seqused_k[run.sequences],
@@ -116,8 +118,10 @@ class FlashAttnBackend(_FlashAttnPackage):
                 softcap=layer.softcap or 0.0,
                 return_softmax_lse=True,
             )
-            out[run.rows] = part.flatten(0, 1)
-            lse[run.rows] = part_lse.transpose(1, 2).flatten(0, 1)  # from [run, heads, query_len]
+            out[run.queries] = part.flatten(0, 1)
+            lse[run.queries] = part_lse.transpose(1, 2).flatten(
+                0, 1
+            )  # from [run, heads, query_len]
         return out, lse
 
     def _places(self, batch: AttentionBatch, sequences: slice) -> dict[str, torch.Tensor]:
@@ -197,12 +201,12 @@ def _window_size(layer: LayerAttention) -> tuple[int, int]:
 
 def _equal_runs(query_lens: tuple[int, ...]) -> list[_Run]:
     runs = []
-    row = first = 0
+    start = first = 0  # of the run: its first query, its first sequence
     for index, query_len in enumerate(query_lens):
         is_last = index + 1 == len(query_lens)
         if is_last or query_lens[index + 1] != query_len:
-            num_rows = (index + 1 - first) * query_len
-            runs.append(_Run(slice(row, row + num_rows), slice(first, index + 1), query_len))
-            row += num_rows
+            stop = start + (index + 1 - first) * query_len
+            runs.append(_Run(slice(start, stop), slice(first, index + 1), query_len))
+            start = stop
             first = index + 1
     return runs

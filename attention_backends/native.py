@@ -6,14 +6,71 @@ nothing else of how memory is arranged.
 
 import ctypes
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
-from . import native_library
+from ..vmem.errors import NativeUnavailable
+from ..vmem.native_function import NativeFunction
+from ..vmem.native_library import load_library, openmp_parallel
 from .base import AttentionBackend, AttentionBatch, Capabilities, LayerAttention, PerStep
-from .native_build import openmp_parallel
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum vkv_dtype
+
+
+class AttentionArgs(ctypes.Structure):
+    """`struct vkv_attention` of `native/attention.h`, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "lse")),
+        *((name, ctypes.c_void_p) for name in ("sinks", "workspace")),
+        ("workspace_bytes", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("query_starts", "kv_lens", "slots")),
+        *((name, ctypes.c_int64) for name in ("query_token_stride", "query_head_stride")),
+        ("key_slot_stride", ctypes.c_int64),
+        ("key_token_stride", ctypes.c_int64),
+        ("key_head_stride", ctypes.c_int64),
+        ("value_slot_stride", ctypes.c_int64),
+        ("value_token_stride", ctypes.c_int64),
+        ("value_head_stride", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("out_token_stride", "out_head_stride")),
+        *((name, ctypes.c_int32) for name in ("num_seqs", "num_heads", "num_kv_heads")),
+        *((name, ctypes.c_int32) for name in ("key_dim", "value_dim", "dtype", "window")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("num_threads", ctypes.c_int32),
+        ("parallel", ctypes.c_void_p),
+    )
+
+
+class Rows(ctypes.Structure):
+    """`struct vkv_rows` of `native/attention.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "cache")),
+        *((name, ctypes.c_int64) for name in ("row_token_stride", "row_head_stride")),
+        *((name, ctypes.c_int64) for name in ("slot_stride", "token_stride", "head_stride")),
+        *((name, ctypes.c_int32) for name in ("num_heads", "dim", "item_bytes")),
+    )
+
+
+class Sequences(ctypes.Structure):
+    """`struct vkv_sequences` of `native/attention.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query_starts", "kv_lens", "slots")),
+        ("num_seqs", ctypes.c_int32),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The kernels. Raises NativeUnavailable if they are not built and cannot be compiled here."""
+    library = load_library(Path(__file__).parent)
+    library.vkv_instruction_set.argtypes = [ctypes.c_int32]
+    library.vkv_instruction_set.restype = ctypes.c_char_p
+    return library
 
 
 @dataclass(frozen=True)
@@ -23,7 +80,7 @@ class _Sequences:
     query_starts: torch.Tensor
     kv_lens: torch.Tensor
     slots: torch.Tensor
-    struct: native_library.Sequences
+    struct: Sequences
 
 
 class NativeBackend(AttentionBackend):
@@ -31,14 +88,18 @@ class NativeBackend(AttentionBackend):
     capabilities = Capabilities(devices=frozenset({"cpu"}), dtypes=frozenset(_DTYPES), graphs=True)
 
     def __init__(self) -> None:
-        self._library = native_library.load_library()
+        self._attend_kernel = NativeFunction(library(), "attend", AttentionArgs)
+        self._store_kernel = NativeFunction(library(), "store", Rows, Sequences)
         self._parallel = openmp_parallel()
-        self._workspace = torch.empty(1 << 20, dtype=torch.uint8)
         self._sequences: PerStep[_Sequences] = PerStep()
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
-        return native_library.unavailable_reason()
+        try:
+            library()
+        except NativeUnavailable as error:
+            return str(error)
+        return None
 
     def store(
         self,
@@ -49,22 +110,22 @@ class NativeBackend(AttentionBackend):
         batch: AttentionBatch,
     ) -> None:
         sequences = self._sequences.get(batch, None, lambda: _on_host(batch))
-        for rows, cache in ((key, key_cache), (value, value_cache)):
+        for rows, target in ((key, key_cache), (value, value_cache)):
             if rows.stride(2) != 1:
                 rows = rows.contiguous()
-            args = native_library.Rows(
+            args = Rows(
                 rows=rows.data_ptr(),
-                cache=cache.data_ptr(),
+                cache=target.data_ptr(),
                 row_token_stride=rows.stride(0),
                 row_head_stride=rows.stride(1),
-                slot_stride=cache.stride(0),
-                token_stride=cache.stride(1),
-                head_stride=cache.stride(2),
+                slot_stride=target.stride(0),
+                token_stride=target.stride(1),
+                head_stride=target.stride(2),
                 num_heads=rows.shape[1],
                 dim=rows.shape[2],
                 item_bytes=rows.element_size(),
             )
-            self._library.vkv_store(ctypes.byref(args), ctypes.byref(sequences.struct))
+            self._store_kernel(args, sequences.struct)
 
     def forward(
         self,
@@ -109,7 +170,7 @@ class NativeBackend(AttentionBackend):
             query = query.contiguous()
         sinks = None if layer.sinks is None else layer.sinks.detach().float().contiguous()
         sequences = self._sequences.get(batch, None, lambda: _on_host(batch))
-        args = native_library.AttentionArgs(
+        args = AttentionArgs(
             query=query.data_ptr(),
             keys=key_cache.data_ptr(),
             values=value_cache.data_ptr(),
@@ -141,22 +202,12 @@ class NativeBackend(AttentionBackend):
             num_threads=torch.get_num_threads(),
             parallel=self._parallel,
         )
-        self._run(args)
-
-    def _run(self, args: native_library.AttentionArgs) -> None:
-        """Call the kernels, with a larger workspace if they ask for one."""
-        while True:
-            args.workspace = -(-self._workspace.data_ptr() // 64) * 64
-            args.workspace_bytes = self._workspace.numel() - 64
-            needed = self._library.vkv_attend(ctypes.byref(args))
-            if not needed:
-                return
-            self._workspace = torch.empty(needed + 64, dtype=torch.uint8)
+        self._attend_kernel(args)
 
 
 def _on_host(batch: AttentionBatch) -> _Sequences:
     query_starts, kv_lens, slots = batch.cu_seqlens_q, batch.seqused_k, batch.slot_ids
-    struct = native_library.Sequences(
+    struct = Sequences(
         query_starts=query_starts.data_ptr(),
         kv_lens=kv_lens.data_ptr(),
         slots=slots.data_ptr(),

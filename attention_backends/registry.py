@@ -48,7 +48,7 @@ class BackendDescription(TypedDict):
 
 
 class BackendChoice(NamedTuple):
-    """What "auto" comes to: a name, if any will do, and why not those that it would prefer."""
+    """What "auto" chooses: a name, if any backend will do, and why not the ones it prefers."""
 
     name: str | None
     passed_over: tuple[tuple[str, str], ...]  # (name, reason), best first
@@ -96,7 +96,7 @@ def choose_backend(needs: AttentionNeeds) -> AttentionBackend:
 
 
 def explain_choice(needs: AttentionNeeds) -> BackendChoice:
-    """What "auto" takes for `needs` on this machine, and what kept it from better ones."""
+    """What "auto" chooses for `needs` on this machine, and why not better ones."""
     passed_over = []
     for name in _PREFERENCE.get(needs.device, ()):
         backend = _load(name)

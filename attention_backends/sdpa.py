@@ -1,4 +1,4 @@
-"""PyTorch's own attention over contiguous slots, a sequence at a time: the CPU default.
+"""PyTorch's own attention over contiguous slots, a sequence at a time.
 
 Decode folds each group of query heads into query rows, so that a KV head is read once for all of
 them. A prompt chunk is cut into tiles (`tiles.py`) that need no mask wherever possible. The CPU
@@ -137,18 +137,18 @@ class SdpaBackend(AttentionBackend):
             keys = self._view(key_cache, batch, sequence)
             values = self._view(value_cache, batch, sequence)
             for block in sequence.blocks:
-                rows = query[block.rows]
+                queries = query[block.queries]
                 parts = [
-                    kernel(rows, keys[:, :, tile.keys], values[:, :, tile.keys], tile, layer)
+                    kernel(queries, keys[:, :, tile.keys], values[:, :, tile.keys], tile, layer)
                     for tile in block.tiles
                 ]
                 if len(parts) == 1:
                     block_out, block_lse = parts[0]
                 else:
                     block_out, block_lse = merge_attention(*zip(*parts, strict=True))
-                out[block.rows] = block_out
+                out[block.queries] = block_out
                 if lse is not None:
-                    lse[block.rows] = block_lse
+                    lse[block.queries] = block_lse
 
 
 def _grouped(heads: torch.Tensor, num_kv_heads: int) -> torch.Tensor:

@@ -52,15 +52,15 @@ def flash_cpu(
 
 def _folded(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> Partial:
     """All keys visible: the group's heads become more query rows, and K and V are read once."""
-    num_rows, num_kv_heads, group, head_dim = query.shape
-    rows = query.transpose(0, 1).reshape(1, num_kv_heads, num_rows * group, head_dim)
+    num_queries, num_kv_heads, group, head_dim = query.shape
+    rows = query.transpose(0, 1).reshape(1, num_kv_heads, num_queries * group, head_dim)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         rows, keys, values, 0.0, False, scale=scale
     )
     # [1, num_kv_heads, m * group, ...] -> [m, num_kv_heads, group, ...]
     return (
-        out[0].unflatten(1, (num_rows, group)).transpose(0, 1),
-        lse[0].unflatten(1, (num_rows, group)).transpose(0, 1),
+        out[0].unflatten(1, (num_queries, group)).transpose(0, 1),
+        lse[0].unflatten(1, (num_queries, group)).transpose(0, 1),
     )
 
 
@@ -71,11 +71,11 @@ def _group_as_batch(
     tile: Tile,
     layer: LayerAttention,
 ) -> Partial:
-    """A mask ties rows to positions, so the group's heads become the batch instead."""
-    num_rows, _, group, _ = query.shape
+    """A mask ties queries to positions, so the group's heads become the batch instead."""
+    num_queries, _, group, _ = query.shape
     mask = None
     if tile.mask is Mask.BAND:
-        hidden = hidden_keys(num_rows, keys.shape[2], tile.offset, layer.window, query.device)
+        hidden = hidden_keys(num_queries, keys.shape[2], tile.offset, layer.window, query.device)
         mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.permute(2, 1, 0, 3),  # [group, num_kv_heads, m, head_dim]
@@ -102,18 +102,18 @@ def materialised(
     layer: LayerAttention,
 ) -> Partial:
     """Two matrix products with the logits in between, in float32 or wider: any feature, any
-    device, any head sizes. Rows that see no key of the tile come back with an LSE of -inf.
+    device, any head sizes. Queries that see no key of the tile come back with an LSE of -inf.
     """
-    num_rows, num_kv_heads, group, head_dim = query.shape
+    num_queries, num_kv_heads, group, head_dim = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
-    rows = query.permute(1, 2, 0, 3).to(wide).reshape(num_kv_heads, group * num_rows, head_dim)
+    rows = query.permute(1, 2, 0, 3).to(wide).reshape(num_kv_heads, group * num_queries, head_dim)
     cap = layer.softcap or 1.0
     logits = (rows * (layer.scale / cap)) @ keys[0].to(wide).mT  # [num_kv_heads, group * m, keys]
     if layer.softcap is not None:
         logits = logits.tanh_().mul_(cap)
     if tile.mask is not Mask.NONE:
-        hidden = hidden_keys(num_rows, keys.shape[2], tile.offset, layer.window, query.device)
-        logits.unflatten(1, (group, num_rows)).masked_fill_(hidden, -torch.inf)
+        hidden = hidden_keys(num_queries, keys.shape[2], tile.offset, layer.window, query.device)
+        logits.unflatten(1, (group, num_queries)).masked_fill_(hidden, -torch.inf)
     top = logits.amax(-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0.0)
     weights = logits.sub_(top).exp_()
@@ -122,6 +122,6 @@ def materialised(
     lse = total.log_().add_(top)
     # [num_kv_heads, group * m, ...] -> [m, num_kv_heads, group, ...]
     return (
-        out.unflatten(1, (group, num_rows)).permute(2, 0, 1, 3),
-        lse.squeeze(-1).unflatten(1, (group, num_rows)).permute(2, 0, 1),
+        out.unflatten(1, (group, num_queries)).permute(2, 0, 1, 3),
+        lse.squeeze(-1).unflatten(1, (group, num_queries)).permute(2, 0, 1),
     )

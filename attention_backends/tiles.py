@@ -15,7 +15,7 @@ from .base import AttentionBatch
 
 # Queries a masked or materialised tile holds at once. It bounds the wasted half of a band
 # (a tile of a window w computes this many + w keys a query) and the size of the logits.
-ROWS_PER_TILE = 128
+QUERIES_PER_TILE = 128
 KEYS_PER_TILE = 1024
 
 
@@ -38,7 +38,7 @@ class Tile:
 class Block:
     """A run of queries of one sequence, and the tiles whose results are merged into it."""
 
-    rows: slice  # of the flat queries
+    queries: slice  # of the flat ones
     tiles: tuple[Tile, ...]
 
 
@@ -64,24 +64,25 @@ def plan_step(batch: AttentionBatch, window: int | None, *, bounded: bool) -> St
 
     Args:
         window: as in `LayerAttention`.
-        bounded: cut tiles so that no more than `ROWS_PER_TILE` x `KEYS_PER_TILE` logits a head
+        bounded: cut tiles so that no more than `QUERIES_PER_TILE` x `KEYS_PER_TILE` logits a head
             exist at once, for kernels that materialise them.
     """
     sequences = []
-    row = 0
+    first_query = 0  # among the flat ones
     for index, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
         assert 1 <= query_len <= kv_len, "a sequence's queries are the last of its tokens"
         first_key = 0 if window is None else max(0, kv_len - query_len - window + 1)
-        spans = _query_spans(kv_len - query_len, kv_len, window, bounded)
+        first_position = kv_len - query_len
+        spans = _query_spans(first_position, kv_len, window, bounded)
         blocks = tuple(
             Block(
-                slice(row + start - (kv_len - query_len), row + stop - (kv_len - query_len)),
+                slice(first_query + start - first_position, first_query + stop - first_position),
                 tuple(_tiles(start, stop, first_key, window, bounded)),
             )
             for start, stop in spans
         )
         sequences.append(SequencePlan(index, batch.slots[index], first_key, kv_len, blocks))
-        row += query_len
+        first_query += query_len
     return StepPlan(tuple(sequences), decode_only=max(batch.query_lens) == 1)
 
 
@@ -93,7 +94,7 @@ def _query_spans(start: int, stop: int, window: int | None, bounded: bool) -> li
     if not bounded and start < unwindowed:
         spans.append((start, unwindowed))
         start = unwindowed
-    spans += [(at, min(at + ROWS_PER_TILE, stop)) for at in range(start, stop, ROWS_PER_TILE)]
+    spans += [(at, min(at + QUERIES_PER_TILE, stop)) for at in range(start, stop, QUERIES_PER_TILE)]
     return spans
 
 

@@ -1,6 +1,6 @@
 """4-bit weights: checkpoints read into one canonical form, and the kernels that multiply by it."""
 
-from .errors import QuantError, UnsupportedQuantization
+from ..vmem.errors import QuantError, UnsupportedQuantization
 from .formats.scheme import FormatName, Scheme
 from .linear import Int4Linear
 from .loading import adopt, int4_linears

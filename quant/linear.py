@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import QuantError
+from ..vmem.errors import QuantError
 from .kernels.table import MANY_ROWS, Int4Kernel, choose_kernel, kernel
 from .weight import Int4Weight
 from .weight_memory import trim_heap

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .errors import QuantError, UnsupportedQuantization
+from ..vmem.errors import QuantError, UnsupportedQuantization
 from .formats.scheme import Scheme
 from .formats.table import features, parse_config, read_layer, tensor_names
 from .linear import Int4Linear

@@ -8,7 +8,7 @@ one layer of twice the inputs computes it, by the same kernels.
 import torch
 from torch import nn
 
-from .errors import QuantError
+from ..vmem.errors import QuantError
 from .linear import Int4Linear
 from .quantise.rounding import Rounding, round_to_nearest
 from .weight import SYMMETRIC_ZERO, Int4Weight, concatenate

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .errors import QuantError
+from ..vmem.errors import QuantError
 
 SYMMETRIC_ZERO = 8  # the zero point of a weight that stores none
 

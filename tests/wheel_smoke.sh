@@ -41,16 +41,15 @@ for package, folder in settings["package-dir"].items():  # what an install witho
     shutil.copytree(sdist / folder, root.joinpath(*package.split(".")), dirs_exist_ok=True)
 sys.path.insert(0, str(root.resolve()))
 
-import torch
-from vkv.attention_backends import native_library
-from vkv.quant.kernels import native_library as int4_library
-from vkv.runtime.cpu_kernels import kernels as native_kernels
+from vkv.attention_backends import native as attention_kernels
+from vkv.quant.kernels import native as int4_kernels
+from vkv.runtime.cpu_kernels import kernels as cpu_kernels
 
-for module in (native_library, int4_library, native_kernels):
+MODULES = attention_kernels, int4_kernels, cpu_kernels
+
+for module in MODULES:
     assert root.resolve() in Path(module.__file__).resolve().parents, module.__file__
-native_library.load_library()
-int4_library.load_library()
-native_kernels.available(torch.float32)
+    module.library()
 with open("/proc/self/maps") as lines:
     mapped = {line.split()[-1] for line in lines if "/cache/vkv/" in line}
 assert len(mapped) == len(FOLDERS), f"of {len(FOLDERS)} libraries, {mapped} were compiled"
@@ -68,14 +67,14 @@ assert not strays, f"the wheel puts {strays} into site-packages"
 import vkv
 
 assert "site-packages" in vkv.__path__[0], vkv.__path__
-import torch
-from vkv.attention_backends import native_library
-from vkv.quant.kernels import native_library as int4_library
-from vkv.runtime.cpu_kernels import kernels as native_kernels
+from vkv.attention_backends import native as attention_kernels
+from vkv.quant.kernels import native as int4_kernels
+from vkv.runtime.cpu_kernels import kernels as cpu_kernels
 
-int4_library.load_library()
-native_library.load_library()
-native_kernels.available(torch.float32)
+MODULES = attention_kernels, int4_kernels, cpu_kernels
+
+for module in MODULES:
+    module.library()
 with open("/proc/self/maps") as lines:
     mapped = lines.read()
 for folder in ("attention_backends", "quant/kernels", "runtime/cpu_kernels"):

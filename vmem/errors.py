@@ -9,13 +9,16 @@ VkvError
 │   ├── RequestTooLarge            the page pool could never hold it
 │   ├── BadCheckpoint              a model folder that cannot be loaded
 │   ├── UnsupportedModel           an architecture that cannot run here, and why
-│   └── UnsupportedAttention       a backend that lacks what the model needs
+│   ├── UnsupportedAttention       a backend that lacks what the model needs
+│   └── QuantError                 a quantised tensor or checkpoint that cannot be right
+│       └── UnsupportedQuantization  a known scheme that is not read here
 ├── Shortage (RuntimeError)        nothing was changed; it may succeed later
 │   ├── OutOfPages                 the pool's limit is reached
 │   ├── OutOfSlots                 every slot is taken
 │   └── OutOfMappings              the budget of mappings is spent
 ├── DriverError (RuntimeError)     a system or driver call failed: which, and its status
 │   └── DriverUnavailable          no such device or library here, and how to get it
+├── NativeUnavailable (RuntimeError)  C kernels that are not built and cannot be compiled here
 ├── InvalidOperation (RuntimeError)  a call the address space's state forbids
 ├── StepFailed (RuntimeError)      the model itself failed under a batch of requests
 └── ForkedProcess (RuntimeError)   a driver used in a child of the process that made it
@@ -62,6 +65,14 @@ class UnsupportedAttention(UsageError):
     """The chosen attention backend lacks what the model asks; names those that have it."""
 
 
+class QuantError(UsageError):
+    """A quantised tensor or checkpoint that cannot be right; the message names the tensor."""
+
+
+class UnsupportedQuantization(QuantError):
+    """A scheme that is known to exist and is not read here; the message says what is."""
+
+
 class Shortage(VkvError, RuntimeError):
     """A resource ran short. Nothing was changed: the same call may succeed later."""
 
@@ -84,6 +95,10 @@ class DriverError(VkvError, RuntimeError):
 
 class DriverUnavailable(DriverError):
     """The device or its library is not here; the message says how to get it."""
+
+
+class NativeUnavailable(VkvError, RuntimeError):
+    """A library of C kernels is not built, and cannot be compiled here; the message says why."""
 
 
 class InvalidOperation(VkvError, RuntimeError):

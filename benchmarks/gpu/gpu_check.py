@@ -148,7 +148,7 @@ with open("facts.json", "w") as file:
 _HUMMING = """
 import sys, torch
 from vkv.quant import Int4Linear, Int4Weight
-from vkv.quant.kernels import kernel_class
+from vkv.quant.kernels.table import kernel_class
 if reason := kernel_class("humming").unavailable_reason():
     print(reason)
     sys.exit()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import QuantError, UnsupportedQuantization
+from ...vmem.errors import QuantError, UnsupportedQuantization
 from ..weight import Int4Weight
 
 FormatName = Literal["gptq", "awq", "compressed-tensors"]

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedQuantization
+from ...vmem.errors import UnsupportedQuantization
 from ..weight import Int4Weight
-from . import awq_format, compressed_tensors_format, gptq_format
+from . import awq, compressed_tensors, gptq
 from .scheme import FormatName, LayerTensors, Scheme
 
 _MODULES: dict[FormatName, ModuleType] = {
-    "gptq": gptq_format,
-    "awq": awq_format,
-    "compressed-tensors": compressed_tensors_format,
+    "gptq": gptq,
+    "awq": awq,
+    "compressed-tensors": compressed_tensors,
 }
 _AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
 

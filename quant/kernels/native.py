@@ -6,18 +6,54 @@ written anywhere.
 
 import ctypes
 from dataclasses import dataclass
-from threading import local
+from functools import cache
+from pathlib import Path
 
 import torch
 
-from ..errors import QuantError
+from ...vmem.errors import NativeUnavailable
+from ...vmem.native_function import NativeFunction
+from ...vmem.native_library import load_library, openmp_parallel
 from ..weight import Int4Weight, pack
 from ..weight_memory import empty_apart
-from . import native_library
 from .table import Int4Kernel
 
 _TILE = 32  # outputs of a tile
 _BLOCK = 8  # inputs of a block
+
+
+class Int4Args(ctypes.Structure):
+    """`struct vkv_int4` of `native/int4.h`, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("inputs", "out", "codes", "scales", "zeros")),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("num_rows", "in_features", "out_features")),
+        ("group_size", ctypes.c_int64),
+        ("instruction_set", ctypes.c_char_p),
+        ("num_threads", ctypes.c_int32),
+        ("parallel", ctypes.c_void_p),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The kernels. Raises NativeUnavailable if they are not built and cannot be compiled here."""
+    library = load_library(Path(__file__).parent)
+    library.vkv_int4_supported.argtypes = [ctypes.c_char_p]
+    library.vkv_int4_supported.restype = ctypes.c_int32
+    return library
+
+
+@cache
+def instruction_sets() -> tuple[str, ...]:
+    """Those of this processor that there are kernels for, the fastest first.
+
+    Raises NativeUnavailable as `library` does.
+    """
+    supported = library().vkv_int4_supported
+    return tuple(name for name in ("avx512_bf16", "avx2") if supported(name.encode()))
 
 
 @dataclass(frozen=True)
@@ -28,23 +64,22 @@ class _Tiles:
     scales: torch.Tensor
     zeros: torch.Tensor | None
     out_features: int
-    args: native_library.Int4Args
+    args: Int4Args
 
 
 class NativeKernel(Int4Kernel):
     name = "native"
 
     def __init__(self, instruction_set: str | None = None) -> None:
-        self._library = native_library.load_library()
-        self._instruction_set = instruction_set or native_library.instruction_sets()[0]
-        self._parallel = native_library.openmp_parallel()
-        self._local = local()  # of each thread: engines share this object
+        self._multiply = NativeFunction(library(), "int4_multiply", Int4Args)
+        self._instruction_set = instruction_set or instruction_sets()[0]
+        self._parallel = openmp_parallel()
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
         try:
-            supported = native_library.instruction_sets()
-        except QuantError as error:
+            supported = instruction_sets()
+        except NativeUnavailable as error:
             return str(error)
         return None if supported else "this processor has neither AVX512-BF16 nor AVX2"
 
@@ -63,7 +98,7 @@ class NativeKernel(Int4Kernel):
         words.copy_(packed)
         scales = _in_tiles(weight.scales.float(), missing)
         zeros = None if weight.zeros is None else _in_tiles(weight.zeros, missing)
-        args = native_library.Int4Args(
+        args = Int4Args(
             codes=words.data_ptr(),
             scales=scales.data_ptr(),
             zeros=None if zeros is None else zeros.data_ptr(),
@@ -80,25 +115,11 @@ class NativeKernel(Int4Kernel):
         out = inputs.new_empty(inputs.shape[0], layout.out_features)
         if not inputs.shape[0]:
             return out
-        args = native_library.Int4Args.from_buffer_copy(layout.args)
+        args = Int4Args.from_buffer_copy(layout.args)  # threads may share the layout
         args.inputs, args.out, args.num_rows = inputs.data_ptr(), out.data_ptr(), inputs.shape[0]
         args.num_threads = torch.get_num_threads()
-        needed = 0
-        while True:
-            workspace = self._workspace(needed)
-            args.workspace = -(-workspace.data_ptr() // 64) * 64
-            args.workspace_bytes = workspace.numel() - 64
-            needed = self._library.vkv_int4_multiply(ctypes.byref(args))
-            assert needed >= 0, "unavailable_reason() has seen to it"
-            if not needed:
-                return out
-
-    def _workspace(self, needed: int) -> torch.Tensor:
-        workspace = getattr(self._local, "workspace", None)
-        if workspace is None or workspace.numel() < needed + 64:
-            workspace = torch.empty(max(needed + 64, 1 << 20), dtype=torch.uint8)
-            self._local.workspace = workspace
-        return workspace
+        self._multiply(args)
+        return out
 
     def num_bytes(self, layout: _Tiles) -> int:
         zeros = 0 if layout.zeros is None else layout.zeros.nbytes

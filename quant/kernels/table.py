@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import QuantError
+from ...vmem.errors import QuantError
 from ..weight import Int4Weight
 
 MANY_ROWS = 256  # kernels treat all larger batches alike

@@ -72,6 +72,10 @@ def multiply_kernel(
     SPLIT_K: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32: the interpreter has no products of bfloat16
 ):
+    """One block of the outputs, [BLOCK_M rows, BLOCK_N columns], over its share of the units.
+
+    Longer than a screen: a third of it is parameters, and its parts share all their state.
+    """
     block_n, block_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = inputs_ptr.dtype.element_ty
     outputs = block_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..errors import QuantError
-from ..weight import SYMMETRIC_ZERO, Int4Weight
+from ...vmem.errors import QuantError
+from ..weight import Int4Weight
 from .rounding import Grid, Rounding, as_weight
 
 _BLOCK = 128  # columns whose errors reach the rest of the matrix in one product
@@ -39,25 +39,16 @@ class Hessian:
 
 
 def gptq(
-    weight: torch.Tensor,
-    hessian: Hessian,
-    rounding: Rounding,
-    *,
-    damping: float = 0.01,
-    sparse: bool = False,
+    weight: torch.Tensor, hessian: Hessian, rounding: Rounding, *, damping: float = 0.01
 ) -> Int4Weight:
     """Quantise `weight` [N, K] so that the layer's outputs, not its weights, stay put.
 
     Args:
         damping: added to the Hessian's diagonal, as a share of its mean.
-        sparse: also prune two of every four columns of a row (`quant.sparse`), choosing as
-            SparseGPT does (arXiv:2301.00774). Needs a symmetric rounding.
 
     Raises QuantError if the inputs gathered are not finite.
     Source: GPTQ, arXiv:2210.17323, algorithm 1; clipping of groups: MARLIN, arXiv:2408.11743.
     """
-    if sparse and not rounding.symmetric:
-        raise QuantError("2:4 sparsity needs a symmetric rounding, whose grid holds zero")
     rest = weight.detach().to(torch.float32).clone()
     unused = hessian.diagonal() == 0
     rest[:, unused] = 0  # nothing ever arrives there, so any value will do
@@ -68,7 +59,6 @@ def gptq(
     group = rounding.columns_per_group(num_columns)
     block = max(1, _BLOCK // group) * group if group <= _BLOCK else _BLOCK  # no group straddles
     codes = torch.empty_like(rest)
-    kept = torch.ones_like(rest, dtype=torch.bool)
     grids: list[Grid] = []
     for start in range(0, num_columns, block):
         end = min(start + block, num_columns)
@@ -77,12 +67,8 @@ def gptq(
             if column % group == 0:
                 span = slice(column, column + group)
                 grids.append(rounding.fit(rest[:, None, span], importance[None, span]))
-            if sparse and column % 4 == 0:
-                quad = slice(column, column + 4)
-                kept[:, quad] = _two_of_four(rest[:, quad], factor.diagonal()[quad])
             value = rest[:, column]
             code = grids[-1].codes(value[:, None, None])
-            code.masked_fill_(~kept[:, column, None, None], SYMMETRIC_ZERO)
             codes[:, column] = code.flatten()
             error = (value - grids[-1].values(code).flatten()) / factor[column, column]
             rest[:, column:end] -= torch.outer(error, factor[column, column:end])
@@ -111,13 +97,6 @@ def _inverse_factor(matrix: torch.Tensor, unused: torch.Tensor, damping: float) 
             break
         diagonal += damping * diagonal.mean()  # few tokens leave it singular to float32
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-
-
-def _two_of_four(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """True for the two of `values` [N, 4] whose loss would cost most."""
-    cost = (values / factor).square()
-    keep = torch.zeros_like(values, dtype=torch.bool)
-    return keep.scatter_(1, cost.topk(2, dim=1).indices, True)
 
 
 def _energy(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,11 @@ from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import QuantError
+from ...vmem.errors import QuantError
 from ..formats.scheme import FormatName
 from ..formats.table import parse_config, write_layer
 from ..weight import Int4Weight
-from .quantize import QuantizedModel
+from .model import QuantizedModel
 from .rounding import Rounding
 
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)

@@ -14,10 +14,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ...quant.errors import QuantError, UnsupportedQuantization
 from ...quant.formats.scheme import FormatName
-from ...quant.layers import perplexity, split_text
-from ...quant.quantise.quantize import METHODS, Method, QuantizedModel, plan, quantize_model
+from ...quant.quantise.layers import perplexity, split_text
+from ...quant.quantise.model import METHODS, Method, QuantizedModel, plan, quantize_model
 from ...quant.quantise.rounding import Rounding
 from ...quant.quantise.save import (
     ASYMMETRIC,
@@ -27,7 +26,13 @@ from ...quant.quantise.save import (
     save_quantized,
     total_bytes,
 )
-from ...vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
+from ...vmem.errors import (
+    BadCheckpoint,
+    InvalidConfig,
+    QuantError,
+    UnsupportedModel,
+    UnsupportedQuantization,
+)
 from ..engine.config import resolve_device
 from ..frontend.progress import counted
 from ..model.loading import _load_tokenizer, _reading, _resolve, parse_dtype

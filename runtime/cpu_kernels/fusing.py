@@ -1,7 +1,7 @@
 """Small operations of a model in one pass each, on a CPU: norms, rotary embedding, gated layers.
 
 PyTorch computes a norm in six passes, a rotary embedding in ten, a gate in two, each a call from
-Python. vkv's kernels (`native_kernels`) take one. The model's code stays as it is: modules whose
+Python. vkv's kernels (`kernels`) take one. The model's code stays as it is: modules whose
 results are the kernels' are exchanged, and `apply_rotary_pos_emb` is bound to the kernel in the
 attention layers of this one model. What a module computes is not guessed from its name alone: it
 is run on random numbers and compared.

@@ -5,7 +5,6 @@ are [rows, elements], the last dimension contiguous.
 """
 
 import ctypes
-import threading
 from enum import IntEnum
 from functools import cache
 from itertools import pairwise
@@ -13,12 +12,11 @@ from pathlib import Path
 
 import torch
 
-from ...attention_backends.native_build import find_library, openmp_parallel
 from ...quant import empty_apart
-from ...vmem.errors import UnsupportedAttention
+from ...vmem.errors import NativeUnavailable
+from ...vmem.native_function import NativeFunction
+from ...vmem.native_library import load_library, openmp_parallel
 
-_SOURCE = Path(__file__).parent / "native"
-_BUILT = Path(__file__).parent / "_native.abi3.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum vkv_dtype
 _PANELS = (16, 64)  # VKV_PANEL_AVX2, VKV_PANEL_AVX512
 
@@ -71,25 +69,6 @@ class _Gated(ctypes.Structure):
     )
 
 
-class Workspace:
-    """Memory for kernels to work in, one at a time, and what they are told of it."""
-
-    def __init__(self) -> None:
-        self.grow(1 << 16)
-
-    def grow(self, num_bytes: int) -> None:
-        self._memory = torch.empty(num_bytes + 64, dtype=torch.uint8)
-        self.address = -(-self._memory.data_ptr() // 64) * 64
-        self.num_bytes = num_bytes
-
-
-class _ThreadWorkspace(threading.local, Workspace):
-    """Every thread has its own."""
-
-
-_workspace = _ThreadWorkspace()
-
-
 class _Add(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("left", "right", "out")),
@@ -97,6 +76,15 @@ class _Add(ctypes.Structure):
         ("dtype", _INT32),
         *_THREADS,
     )
+
+
+_STRUCTS: dict[str, type[ctypes.Structure]] = {  # of each kernel, its arguments
+    "linear": _Linear,
+    "rms_norm": _RmsNorm,
+    "rotate": _Rotate,
+    "gated": _Gated,
+    "add": _Add,
+}
 
 
 class Call(ctypes.Structure):
@@ -111,7 +99,7 @@ def available(dtype: torch.dtype) -> bool:
         return False
     try:
         library()
-    except UnsupportedAttention:
+    except NativeUnavailable:
         return False
     return True
 
@@ -165,6 +153,7 @@ class PanelLinear:
             words.data_ptr(), self._weight.data_ptr(), columns, num_words, panel, gate is not None
         )
         self._bias = None if bias is None else _panel_bias(bias, gate, panel)
+        self._multiply = _kernel("linear")
         self._args = _Linear(
             weight=self._weight.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
@@ -186,10 +175,7 @@ class PanelLinear:
         args.inputs, args.out = inputs.data_ptr(), out.data_ptr()
         args.input_stride, args.out_stride = stride, self.out_features
         args.num_rows, args.num_threads = num_rows, torch.get_num_threads()
-        args.workspace, args.workspace_bytes = _workspace.address, _workspace.num_bytes
-        while needed := library().vkv_linear(ctypes.byref(args)):
-            _workspace.grow(needed)
-            args.workspace, args.workspace_bytes = _workspace.address, _workspace.num_bytes
+        self._multiply(args)
         return out
 
     def dense(self) -> torch.Tensor:
@@ -210,6 +196,7 @@ class RmsNorm:
 
     def __init__(self, weight: torch.Tensor, eps: float, offset: float) -> None:
         self._weight = weight.detach()
+        self._normalise = _kernel("rms_norm")
         self._args = _RmsNorm(
             weight=self._weight.data_ptr(),
             dim=len(weight),
@@ -227,7 +214,7 @@ class RmsNorm:
         args.inputs, args.out = inputs.data_ptr(), out.data_ptr()
         args.input_stride, args.num_rows = stride, num_rows
         args.num_threads = torch.get_num_threads()
-        library().vkv_rms_norm(ctypes.byref(args))
+        self._normalise(args)
         return out
 
 
@@ -248,7 +235,7 @@ def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> to
         num_threads=torch.get_num_threads(),
         parallel=openmp_parallel(),
     )
-    library().vkv_rotate(ctypes.byref(args))
+    _kernel("rotate")(args)
     return out
 
 
@@ -268,7 +255,7 @@ def gated(inputs: torch.Tensor, gate: Gate) -> torch.Tensor:
         num_threads=torch.get_num_threads(),
         parallel=openmp_parallel(),
     )
-    library().vkv_gated(ctypes.byref(args))
+    _kernel("gated")(args)
     return out
 
 
@@ -283,7 +270,7 @@ def add(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
         num_threads=torch.get_num_threads(),
         parallel=openmp_parallel(),
     )
-    library().vkv_add(ctypes.byref(args))
+    _kernel("add")(args)
 
 
 def _rows(inputs: torch.Tensor) -> tuple[torch.Tensor, int, int]:
@@ -308,23 +295,18 @@ def _panel_bias(bias: torch.Tensor, gate: Gate | None, panel: int) -> torch.Tens
 
 
 @cache
+def _kernel(name: str) -> NativeFunction:
+    return NativeFunction(library(), name, _STRUCTS[name])
+
+
+@cache
 def library() -> ctypes.CDLL:
-    """The kernels, compiled now if need be. The GIL is free while they run."""
-    library = ctypes.CDLL(str(find_library(_SOURCE, _BUILT)))
+    """The kernels. Raises NativeUnavailable if they are not built and cannot be compiled here."""
+    library = load_library(Path(__file__).parent)
     for name in ("vkv_pack", "vkv_unpack"):
         function = getattr(library, name)
         function.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32]
         function.restype = None
-    for name, struct in (
-        ("vkv_linear", _Linear),
-        ("vkv_rms_norm", _RmsNorm),
-        ("vkv_rotate", _Rotate),
-        ("vkv_gated", _Gated),
-        ("vkv_add", _Add),
-    ):
-        function = getattr(library, name)
-        function.argtypes = [ctypes.POINTER(struct)]
-        function.restype = _INT64
     library.vkv_replay.argtypes = [_POINTER, _INT64, _INT64, ctypes.POINTER(_INT64)]
     library.vkv_replay.restype = _INT64
     library.vkv_has_panel.argtypes = [_INT32, _INT32]

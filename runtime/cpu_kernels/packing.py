@@ -1,29 +1,28 @@
 """Linear layers as a CPU's kernels like them: weights laid out once, at load.
 
-PyTorch's own linear rearranges a weight at every call, or does without; laid out ahead, a weight
-is read at memory speed: by vkv's kernel where `best_panel` names one, by oneDNN's otherwise, and
-in 4 bits by the kernels of `quant`. Where a model calls several linears
-in a row on the same input (queries, keys and values; gate and up), one product computes them all:
-the first call computes, the others find their part. A gated feed-forward layer, and what `fusing`
-knows, is one pass more. The model's code stays as it is: only modules are exchanged.
+PyTorch's own linear rearranges a weight at every call, or does without. A weight that is laid out
+ahead is read at memory speed: by vkv's kernel where `best_panel` names one, by oneDNN's otherwise,
+and in 4 bits by the kernels of `quant`.
 
-All of it is undone without loss, should the model not take it.
+Linears over the same input (queries, keys and values; gate and up) become one product: the model's
+first call computes it, the others find their part. A gated feed-forward layer is one product with
+its gate built in, and `fusing` takes norms and rotary embeddings. The model's code stays as it is:
+only modules are exchanged, and all of it is undone without loss if the model does not take it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from ...quant import Int4Linear, can_concatenate, concatenate, empty_apart, split, trim_heap
+from ...quant import Int4Linear, concatenate, empty_apart, split, trim_heap
 from ...vmem import linux
 from . import kernels as native_kernels
-from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of, has_hooks
+from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of
 from .kernels import Gate, PanelLinear
+from .shared_inputs import Linear, Place, group_by_input, plain_linears, single_homes
 
-_Linear: TypeAlias = nn.Linear | Int4Linear
 _DTYPES = (torch.float32, torch.bfloat16)
 # Of the largest value. Two orders of the same sums differ by less; a mix-up by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -93,7 +92,7 @@ class PackedProduct:
         gate: of two linears, gate and up, whose gated product alone is wanted.
     """
 
-    def __init__(self, linears: Iterable[_Linear], gate: Gate | None = None) -> None:
+    def __init__(self, linears: Iterable[Linear], gate: Gate | None = None) -> None:
         linears = list(linears)
         self.in_features = linears[0].in_features
         self.out_features = tuple(linear.out_features for linear in linears)
@@ -137,7 +136,7 @@ class PackedProduct:
         return self._product if isinstance(self._product, Int4Linear) else None
 
     def compute(self, inputs: torch.Tensor, part: int) -> torch.Tensor:
-        """The part's rows of the product; the other parts are kept until the last is fetched."""
+        """One linear's part of the product; all parts are kept until the last is fetched."""
         last = self._last
         if last is None or last[0] is not inputs:
             whole = self._product(inputs)
@@ -161,7 +160,7 @@ class PackedProduct:
         if isinstance(self._product, Int4Linear):
             self._product.settle(dtype)
 
-    def unpack(self) -> "list[_Linear]":
+    def unpack(self) -> list[Linear]:
         """The linears again, bit for bit."""
         biases: list[torch.Tensor | None] = [None] * len(self.out_features)
         if self.bias is not None:
@@ -173,7 +172,7 @@ class PackedProduct:
             int4 = split(self._product.weight_int4, self.out_features)
             return [Int4Linear(weight, bias) for weight, bias in zip(int4, biases, strict=True)]
         weights = self._product.dense().split(self.out_features)
-        linears: list[_Linear] = []
+        linears: list[Linear] = []
         for weight, bias in zip(weights, biases, strict=True):
             linear = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
             linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -181,16 +180,6 @@ class PackedProduct:
                 linear.bias = nn.Parameter(bias, requires_grad=False)
             linears.append(linear)
         return linears
-
-
-@dataclass
-class _Place:
-    """Where a linear hangs in the model, and what it was called with."""
-
-    parent: nn.Module
-    name: str
-    linear: _Linear
-    inputs: list[torch.Tensor] = field(default_factory=list)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -210,14 +199,16 @@ def one_dnn_packs(dtype: torch.dtype) -> bool:
 def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
     """Lay out the linears that `run()` calls, dense or in 4 bits, and fuse what is around them.
 
-    `run` runs a few tokens through the model and returns what came out, a row for each: once to
-    see which linears share an input, and once more to see that the model takes the packed ones
-    and computes the same. If it does not (it reads a weight itself, say), all is put back, bit for
-    bit, and nothing is packed. Returns the bytes of packed weights, an earlier call's included.
+    `run` runs a few tokens through the model and returns tensors [num_tokens, …] of what came out.
+    It is called once to see which linears share an input, and once more to see that the model
+    takes the packed ones and computes the same. If it does not (it reads a weight itself, say),
+    all is put back, bit for bit, and nothing is packed.
+
+    Returns the bytes of packed weights, an earlier call's included.
     """
     expected: list[torch.Tensor] = []
-    groups = _shared_inputs(_places(model), lambda: expected.extend(run()))
-    homes, dtype = _homes(model), expected[0].dtype  # of the logits it may be another
+    groups = group_by_input(plain_linears(model, _has_kernel), lambda: expected.extend(run()))
+    homes, dtype = single_homes(model), expected[0].dtype  # of the logits it may be another
     files = linux.mapped_files(".safetensors")
     undo: list[Undo] = []
     gated: list[tuple[nn.Module, PackedProduct]] = []
@@ -270,7 +261,7 @@ def int4_products(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
 
 
 def _exchange_linears(
-    group: "list[_Place]", product: PackedProduct, files: list[tuple[int, int]]
+    group: list[Place], product: PackedProduct, files: list[tuple[int, int]]
 ) -> Undo:
     """Put the product's parts in the linears' places, and let the linears go."""
     for part, place in enumerate(group):
@@ -286,19 +277,13 @@ def _exchange_linears(
     return undo
 
 
-def _homes(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
-    """For each module that hangs in one place only, its parent and its name there."""
-    homes: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            homes.setdefault(id(child), []).append((parent, name))
-    return {child: places[0] for child, places in homes.items() if len(places) == 1}
-
-
 def _same(
     found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float
 ) -> bool:
-    """Whether most rows are alike: a router of experts may waver over one for a rounding error."""
+    """Whether most tokens' results are alike.
+
+    Not all: a rounding error may send a token to another expert.
+    """
     for new, old in zip(found, expected, strict=True):
         off = (new.float() - old.float()).abs().amax(dim=-1)
         if (off > tolerance * old.float().abs().max()).float().mean() > 0.5:
@@ -316,68 +301,9 @@ def _let_go(weight: torch.Tensor, files: list[tuple[int, int]]) -> None:
         linux.drop_pages(address, num_bytes)
 
 
-def _places(model: nn.Module) -> list[_Place]:
-    """The linears that hang in one place only and are no subclass with ideas of its own."""
-    places = [
-        _Place(parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear | Int4Linear) and type(child) in (nn.Linear, Int4Linear)
-        if not has_hooks(child)
-        if isinstance(child, Int4Linear) or _has_kernel(child)
-    ]
-    counts: dict[int, int] = {}
-    for place in places:
-        counts[id(place.linear)] = counts.get(id(place.linear), 0) + 1
-    return [place for place in places if counts[id(place.linear)] == 1]
-
-
 def _has_kernel(linear: nn.Linear) -> bool:
     """Whether the weight can be laid out: vkv's own kernel wants an even number of inputs."""
     return linear.in_features % 2 == 0 or one_dnn_packs(linear.weight.dtype)
-
-
-def _shared_inputs(places: list[_Place], run: Callable[[], object]) -> list[list[_Place]]:
-    """Groups of sibling linears called once each, one after the other, on the same tensor."""
-    calls: list[_Place] = []
-
-    def note(place: _Place) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            place.inputs.append(inputs[0])
-            calls.append(place)
-
-        return hook
-
-    hooks = [place.linear.register_forward_pre_hook(note(place)) for place in places]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    groups: list[list[_Place]] = []
-    for place in calls:
-        if len(place.inputs) > 1:  # several times a forward: packed, and on its own
-            if not any(place in group for group in groups):
-                groups.append([place])
-            continue
-        last = groups[-1] if groups else []
-        if last and len(last[0].inputs) == 1 and _are_siblings(last[0], place):
-            last.append(place)
-        else:
-            groups.append([place])
-    for place in calls:
-        place.inputs.clear()
-    return groups
-
-
-def _are_siblings(first: _Place, other: _Place) -> bool:
-    if first.parent is not other.parent or first.inputs[0] is not other.inputs[0]:
-        return False
-    one, two = first.linear, other.linear
-    if isinstance(one, Int4Linear) and isinstance(two, Int4Linear):
-        both_whole = not one.is_settled and not two.is_settled
-        return both_whole and can_concatenate(one.weight_int4, two.weight_int4)
-    return isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
 
 
 def _joined(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -387,7 +313,7 @@ def _joined(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([weight.detach() for weight in weights], out=apart)
 
 
-def _joined_bias(linears: Sequence[_Linear]) -> torch.Tensor | None:
+def _joined_bias(linears: Sequence[Linear]) -> torch.Tensor | None:
     biases = [linear.bias for linear in linears]
     some = next((bias for bias in biases if bias is not None), None)
     if some is None:

@@ -147,7 +147,7 @@ def _build_runner(
         )
     recorder: Recorder | None = None
     if driver is not None and why_not_recorded(loaded, config, backend) is None:
-        recorder = profile.recorder(backend, driver)
+        recorder = profile.recorder(driver)
     return ModelRunner(
         forward,
         cache,

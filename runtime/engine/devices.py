@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 
 from ...allocator import LayerGeometry
-from ...attention_backends import AttentionBackend
 from ...vmem import VmemDriver, linux
 from ...vmem.errors import DriverUnavailable, InvalidConfig
 from ..execution.recordings import CudaRecorder, Recorder
@@ -60,8 +59,8 @@ class DeviceProfile(ABC):
         """A size for pages that suits a model; None for the driver's own."""
 
     @abstractmethod
-    def recorder(self, backend: AttentionBackend, driver: VmemDriver) -> Recorder | None:
-        """What records decode steps with `backend`; None if nothing does."""
+    def recorder(self, driver: VmemDriver) -> Recorder:
+        """What records decode steps, and holds `driver` still meanwhile."""
 
     @abstractmethod
     def release_cached(self) -> None:
@@ -102,8 +101,8 @@ class CpuProfile(DeviceProfile):
         wanted = max(wanted, _MIN_PAGE_BYTES, limit_bytes // _MAX_PAGES)
         return 1 << (wanted - 1).bit_length()
 
-    def recorder(self, backend: AttentionBackend, driver: VmemDriver) -> Recorder | None:
-        return TapeRecorder() if backend.name == "native" else None
+    def recorder(self, driver: VmemDriver) -> Recorder:
+        return TapeRecorder()
 
     def release_cached(self) -> None:
         """Nothing: PyTorch keeps no memory of a CPU's."""
@@ -138,7 +137,7 @@ class CudaProfile(DeviceProfile):
     ) -> int | None:
         return None
 
-    def recorder(self, backend: AttentionBackend, driver: VmemDriver) -> Recorder | None:
+    def recorder(self, driver: VmemDriver) -> Recorder:
         return CudaRecorder(self.device, driver.still)
 
     def release_cached(self) -> None:

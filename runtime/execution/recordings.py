@@ -50,29 +50,16 @@ class Recorder(Protocol):
     refusal_level: int
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """Returns what does again what `run` does, on the same tensors, for the same result.
+        """Call `run`, and return a function that replays it on the same tensors.
 
-        The first replay is of the numbers that were recorded. Raises RuntimeError if `run` does
-        what cannot be recorded; what it returned does so if it sees that the recording is not
-        good for other numbers.
+        The first replay has the numbers that were recorded; before each later one the tensors
+        are filled with others. Raises RuntimeError if something in `run` cannot be recorded. A
+        replay raises it if it finds that the recording does not hold for other numbers.
         """
         ...
 
     def forget(self) -> None:
         """All recordings are gone."""
-
-
-class Rerun:
-    """For a device without graphs: to replay is to run again. It gains nothing but a test."""
-
-    pads = True
-    refusal_level = logging.WARNING
-
-    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        return run
-
-    def forget(self) -> None:
-        pass
 
 
 class CudaRecorder:

@@ -1,25 +1,24 @@
 """Decode steps recorded on a CPU: the calls of kernels that a step made, made again.
 
 A model's Python takes as long as a third of a small batch's step. What a step does hardly changes
-from one to the next, and its numbers lie in tensors at fixed addresses (`graphs`). So a step is
+from one to the next, and its numbers lie in tensors at fixed addresses (`recordings`). So a step is
 watched once: every call of vkv's kernels is kept with its arguments, every other operation of
-PyTorch with its tensors. To replay is to make the calls again: those of vkv's kernels in one call
-from Python, whatever lies between them one by one.
+PyTorch with its tensors. A replay makes the calls again. Kernels that follow one another are one
+call from Python; operations of PyTorch are a call each.
 
-Watching is by a dispatch mode, below the model's code, which stays as it is. What a step allocates
-lies in a pool that all recordings share, since one is played at a time; memory is used again
-within a step as it was when the step was watched.
+The model's code stays as it is. PyTorch's operations are watched by a dispatch mode below it,
+kernels by an observer (`NativeFunction`). What a step allocates lies in a pool that all recordings
+share, since one is played at a time. Memory is used again within a step as it was when the step
+was watched.
 """
 
 import ctypes
 import gc
 import logging
 import math
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +26,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ...attention_backends import native_library as attention_library
-from ...quant.errors import QuantError
-from ...quant.kernels import native_library as quant_library
-from ...vmem.errors import UnsupportedAttention
+from ...vmem.native_function import NativeFunction, Workspace, observed
 from ..cpu_kernels import kernels as native_kernels
-from ..cpu_kernels.kernels import Call, Workspace
+from ..cpu_kernels.kernels import Call
 from .recordings import Unrecordable
 
 _ALIGNMENT = 64
@@ -47,19 +43,13 @@ _LOOKS = (
     "aten.tensor_split.tensor_indices_or_sections",
     "aten.narrow.Tensor",
 )
-_KERNELS = (  # which libraries have which kernels
-    (native_kernels.library, ("linear", "rms_norm", "rotate", "gated", "add")),
-    (attention_library.load_library, ("attend", "store")),
-    (quant_library.load_library, ("int4_multiply",)),
-)
-_only_one = threading.Lock()  # watches at a time: kernels are watched where all threads call them
 
 
 class KernelClock:
     """Seconds of a replayed step by kernel, each call timed by itself.
 
     Attributes:
-        seconds: by name: those of `_KERNELS`, and "torch" for every operation of PyTorch.
+        seconds: by name: that of the `NativeFunction`, or "torch" for all operations of PyTorch.
     """
 
     def __init__(self) -> None:
@@ -72,7 +62,7 @@ class KernelClock:
 
 
 class TapeRecorder:
-    """Records what runs on a CPU. On a device, work outlives the calls that launch it.
+    """Records what runs on a CPU, where work ends before the call that starts it returns.
 
     Attributes:
         clock: if set, replays make one call at a time, and time it.
@@ -88,7 +78,7 @@ class TapeRecorder:
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         tape = _Tape(self._pool)
-        with _only_one, _watched_kernels(tape), _Guard(), tape:
+        with observed(tape.add_call), _Guard(), tape:
             out = run()
         self._pool.check_free(but=out)
         self._num_recorded += 1
@@ -156,7 +146,6 @@ class _Tape(TorchDispatchMode):
         super().__init__()
         self.pool = pool
         self.steps: list[Callable[[], None] | list[_NativeCall]] = []
-        self._thread = threading.get_ident()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -197,14 +186,12 @@ class _Tape(TorchDispatchMode):
             return None
         return self.pool.take(value.shape, value.dtype).copy_(value)
 
-    def add_call(self, name: str, function: Any, structs: Sequence[ctypes.Structure]) -> None:
-        """Keep a call of a kernel, by the thread that is watched."""
-        if threading.get_ident() != self._thread:
-            return
+    def add_call(self, kernel: NativeFunction, args: Sequence[ctypes.Structure]) -> None:
+        """Keep a call of a kernel."""
         if not self.steps or not isinstance(self.steps[-1], list):
             self.steps.append([])
         assert isinstance(self.steps[-1], list)
-        self.steps[-1].append(_NativeCall(name, function, structs))
+        self.steps[-1].append(_NativeCall(kernel, args))
 
     def _adds_plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether vkv's kernel can add these, which stay where they are."""
@@ -221,8 +208,6 @@ class _Tape(TorchDispatchMode):
         like = args[0] if isinstance(args[0], torch.Tensor) else None
         shape: Any = args[0] if like is None else args[1]
         dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
-        if dtype == torch.uint8:  # a workspace, which kernels keep
-            return func(*args, **kwargs)
         return self.pool.take(shape, dtype)
 
     def _again(
@@ -249,17 +234,15 @@ class _Tape(TorchDispatchMode):
 
 
 class _NativeCall:
-    """A kernel's name, its address, and arguments of its own."""
+    """A kernel, and arguments of the recording's own."""
 
-    def __init__(self, name: str, function: Any, structs: Sequence[ctypes.Structure]) -> None:
-        self.name = name
-        self.function = ctypes.cast(function, ctypes.c_void_p).value
-        self.structs = [type(struct).from_buffer_copy(struct) for struct in structs]
+    def __init__(self, kernel: NativeFunction, args: Sequence[ctypes.Structure]) -> None:
+        self.kernel = kernel
+        self.args = [type(struct).from_buffer_copy(struct) for struct in args]
 
-    def addresses(self) -> tuple[int | None, int, int | None]:
-        first, second = (*map(ctypes.addressof, self.structs), None)[:2]
-        assert first is not None
-        return self.function, first, second
+    def in_c(self) -> Call:
+        first, second = (*map(ctypes.addressof, self.args), None)[:2]
+        return Call(function=self.kernel.address, first=first, second=second)
 
 
 class _Replay:
@@ -312,9 +295,9 @@ class _Calls:
     """Calls of kernels, one after the other, in one call from Python."""
 
     def __init__(self, calls: Sequence[_NativeCall], workspace: Workspace) -> None:
-        self._names = [call.name for call in calls]
-        self._structs = [struct for call in calls for struct in call.structs]
-        self._calls = (Call * len(calls))(*(call.addresses() for call in calls))
+        self._names = [call.kernel.name for call in calls]
+        self._structs = [struct for call in calls for struct in call.args]
+        self._calls = (Call * len(calls))(*(call.in_c() for call in calls))
         self._needed = ctypes.c_int64()
         self._workspace = workspace
         self._settings: dict[str, int] = {}  # that the arguments have now
@@ -351,36 +334,6 @@ class _Calls:
         for struct in self._structs:
             if hasattr(struct, name):
                 setattr(struct, name, value)
-
-
-@contextmanager
-def _watched_kernels(tape: _Tape) -> Iterator[None]:
-    """Have all calls of kernels, from Python, tell the tape."""
-    originals: list[tuple[ctypes.CDLL, str, Any]] = []
-    for load, names in _KERNELS:
-        try:
-            library = load()
-        except (UnsupportedAttention, QuantError):
-            continue
-        for name in names:
-            originals.append((library, f"vkv_{name}", getattr(library, f"vkv_{name}")))
-    try:
-        for library, name, function in originals:
-            setattr(library, name, _watched(name.removeprefix("vkv_"), function, tape))
-        yield
-    finally:
-        for library, name, function in originals:
-            setattr(library, name, function)
-
-
-def _watched(kernel: str, function: Any, tape: _Tape) -> Callable[..., int]:
-    def call(*references: Any) -> int:
-        needed = function(*references)
-        if not needed:  # or it did nothing, and will be called again
-            tape.add_call(kernel, function, [reference._obj for reference in references])
-        return needed
-
-    return call
 
 
 def _is_on_cpu(kwargs: dict[str, Any]) -> bool:

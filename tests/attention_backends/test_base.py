@@ -77,10 +77,10 @@ def test_tiles_cover_exactly_the_visible_keys(chunks, window, bounded):
     row = 0
     for (query_len, kv_len), sequence in zip(chunks, plan.sequences, strict=True):
         for block in sequence.blocks:
-            assert block.rows.start == row
-            num_rows = block.rows.stop - row
-            row = block.rows.stop
-            first = kv_len - query_len + block.rows.start - sequence.blocks[0].rows.start
+            assert block.queries.start == row
+            num_rows = block.queries.stop - row
+            row = block.queries.stop
+            first = kv_len - query_len + block.queries.start - sequence.blocks[0].queries.start
             seen = torch.zeros(num_rows, kv_len, dtype=torch.int32)
             for tile in block.tiles:
                 keys = tile.keys

@@ -11,7 +11,7 @@ import torch
 from attention_cases import Case, assert_matches, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vkv.attention_backends import AttentionBatch, native_library
+from vkv.attention_backends import AttentionBatch, native
 from vkv.attention_backends.native import NativeBackend
 from vkv.attention_backends.reference import ReferenceBackend
 from vkv.vmem import open_driver
@@ -99,7 +99,7 @@ def test_large_logits_neither_overflow_nor_vanish(dtype):
 
 def test_every_instruction_set_of_this_machine(monkeypatch: pytest.MonkeyPatch):
     """The narrower paths, which this machine would not choose by itself."""
-    library = native_library.load_library()
+    library = native.library()
     library.vkv_limit_instruction_set.argtypes = [ctypes.c_char_p]
     seen = set()
     try:

@@ -13,10 +13,10 @@ from vkv.attention_backends import (
     create_backend,
     describe_backends,
     explain_choice,
-    native_library,
+    native,
 )
 from vkv.attention_backends.base import Capabilities, missing_features
-from vkv.vmem.errors import InvalidConfig, UnsupportedAttention
+from vkv.vmem.errors import InvalidConfig, NativeUnavailable, UnsupportedAttention
 
 
 def needs(**changes) -> AttentionNeeds:
@@ -39,7 +39,10 @@ def test_auto_on_a_cpu(wanted, expected):
 
 
 def test_without_a_compiler_the_cpu_falls_back(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native_library, "unavailable_reason", lambda: "no C compiler")
+    def missing() -> None:
+        raise NativeUnavailable("no C compiler")
+
+    monkeypatch.setattr(native, "library", missing)
     assert choose_backend(needs()).name == "sdpa"
     with pytest.raises(UnsupportedAttention, match="no C compiler"):
         create_backend("native", needs())

@@ -101,7 +101,12 @@ def test_both_tile_kernels_agree(window, bounded):
         for block in sequence.blocks:
             for tile in block.tiles:
                 kinds.add(tile.mask)
-                part = (grouped[block.rows], keys[:, :, tile.keys], values[:, :, tile.keys], tile)
+                part = (
+                    grouped[block.queries],
+                    keys[:, :, tile.keys],
+                    values[:, :, tile.keys],
+                    tile,
+                )
                 seen = materialised(*part, problem.layer)
                 torch.testing.assert_close(flash_cpu(*part, problem.layer), seen)
     assert Mask.BAND in kinds or Mask.CAUSAL in kinds

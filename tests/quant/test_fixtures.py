@@ -1,6 +1,6 @@
 """Layers that auto-round and compressed-tensors wrote: the weights those libraries compute with.
 
-The fixtures, and the script that made them, are in `quant_fixtures/`.
+The fixtures, and the script that made them, are in `fixtures/`.
 """
 
 import json

@@ -4,8 +4,7 @@ import pytest
 import torch
 from quantized import random_weight
 from vkv.quant import Int4Linear, QuantError, quantize_output
-from vkv.quant.kernels.native import NativeKernel
-from vkv.quant.kernels.native_library import instruction_sets
+from vkv.quant.kernels.native import NativeKernel, instruction_sets
 from vkv.quant.kernels.table import choose_kernel, kernel_class, kernel_names
 
 CPU = torch.device("cpu")

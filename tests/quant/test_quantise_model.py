@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from typer.testing import CliRunner
 from vkv import LLM, SamplingParams
 from vkv.quant import QuantError, UnsupportedQuantization, adopt
-from vkv.quant.layers import LayerInputs, perplexity, split_text
-from vkv.quant.quantise.quantize import plan, quantize_model
+from vkv.quant.quantise.layers import LayerInputs, perplexity, split_text
+from vkv.quant.quantise.model import plan, quantize_model
 from vkv.quant.quantise.rounding import Rounding
 from vkv.quant.quantise.save import FORMATS, quantization_config, save_quantized
 from vkv.runtime.cli import main as cli

@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ...quant.errors import QuantError
 from ...quant.formats.scheme import FormatName
-from ...quant.layers import decoder_layers, linears
-from ...quant.quantise.quantize import plan, quantize_model
+from ...quant.quantise.layers import decoder_layers, linears
+from ...quant.quantise.model import plan, quantize_model
 from ...quant.quantise.rounding import Rounding
 from ...quant.quantise.save import ASYMMETRIC, FORMATS, save_quantized
 from ...runtime.frontend.progress import counted
-from ...vmem.errors import InvalidConfig
+from ...vmem.errors import InvalidConfig, QuantError
 from ..record import Table
 from .shapes import build_model, kv_geometry
 

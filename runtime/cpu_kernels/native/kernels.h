@@ -1,5 +1,5 @@
-/* The CPU kernels between attention calls: the ABI between runtime/native_kernels.py and the C
- * files beside this one. Strides and sizes count elements; the last dimension is contiguous.
+/* The CPU kernels between attention calls: the ABI between kernels.py and the C files beside this
+ * one. Strides and sizes count elements; the last dimension is contiguous.
  */
 #ifndef VKV_KERNELS_H
 #define VKV_KERNELS_H

@@ -242,7 +242,7 @@ def resident():
 vkv.LLM(device="cpu", max_len=64).close()  # all libraries are loaded by now
 before = resident()
 llm = vkv.LLM({str(tmp_path)!r}, device="cpu", max_len=64)
-from vkv.runtime.packing import packed_bytes
+from vkv.runtime.cpu_kernels.packing import packed_bytes
 print(resident() - before, packed_bytes(llm.loaded.model))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

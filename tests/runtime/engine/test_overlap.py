@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from rerun import record_by_rerun
 from vkv import LLM, SamplingParams
 from vkv.runtime.execution.model_runner import ModelRunner
 from vkv.vmem.errors import InvalidConfig, InvalidOperation, OutOfPages
@@ -34,10 +35,17 @@ def _results(
 
 
 def _compare(
-    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], **options: Any
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    *,
+    recorded: bool = False,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """Run both ways, several times over, so that finished requests' slots are used again."""
     with _open(overlap=False, **options) as plain, _open(overlap=True, **options) as overlapped:
+        if recorded:
+            record_by_rerun(plain)
+            record_by_rerun(overlapped)
         for _ in range(2):
             expected = _results(plain, prompts, params)
             assert _results(overlapped, prompts, params) == expected
@@ -98,8 +106,7 @@ def test_penalties_scores_and_several_outputs_beside_plain_requests() -> None:
 
 def test_recorded_steps_take_pending_tokens(flash_standin: str) -> None:
     params = [zoo.greedy(n) for n in (30, 9, 17, 1, 40, 12, 3, 25, 2)]
-    options = {"attention": flash_standin, "record_decodes": True}
-    _, overlapped = _compare(_PROMPTS, params, **options)
+    _, overlapped = _compare(_PROMPTS, params, recorded=True, attention=flash_standin)
     assert overlapped.num_replays > 20
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from rerun import record_by_rerun
 from vkv import LLM, AsyncLLM
 from vkv.runtime.model.weights import OffloadedWeights
 from vkv.vmem import HostDriver
@@ -40,11 +41,10 @@ def test_asleep_it_holds_nothing_and_awake_it_gives_the_same(llm: LLM) -> None:
 
 
 def test_recorded_steps_outlive_a_sleep(flash_standin: str) -> None:
-    options = zoo.with_defaults({"attention": flash_standin, "record_decodes": True})
+    options = zoo.with_defaults({"attention": flash_standin})
     with LLM(zoo.tiny_model("llama"), device="cpu", **options) as llm:
+        graphs = record_by_rerun(llm)
         expected = _tokens(llm)
-        graphs = llm.engine.runner.recordings
-        assert graphs is not None
         recordings = dict(graphs._recordings)
         assert recordings
         llm.sleep()

@@ -1,8 +1,4 @@
-"""Recorded decode steps: padding, sizes and buffers on a CPU, the graphs themselves on a GPU.
-
-On a CPU a recording is played by running it again, over the same tensors and with the numbers on
-the host frozen as a recording would have them.
-"""
+"""Recorded decode steps: padding, sizes and buffers, with recordings that are run again."""
 
 import logging
 from collections.abc import Callable
@@ -11,17 +7,21 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from rerun import record_by_rerun
 from vkv import LLM, SamplingParams
 from vkv.runtime.engine.build import why_not_recorded
 from vkv.runtime.execution.recordings import DecodeRecordings
 from vkv.vmem.errors import InvalidConfig
 
 
-def _open(model_type: str, backend: str, **options: Any) -> LLM:
+def _open(model_type: str, backend: str, *, recorded: bool = True, **options: Any) -> LLM:
     options = zoo.with_defaults(
-        {"attention": backend, "record_decodes": True, "max_seqs": 7, **options}
+        {"attention": backend, "record_decodes": recorded, "max_seqs": 7, **options}
     )
-    return LLM(zoo.tiny_model(model_type), device="cpu", **options)
+    llm = LLM(zoo.tiny_model(model_type), device="cpu", **options)
+    if recorded:
+        record_by_rerun(llm)
+    return llm
 
 
 def _graphs(llm: LLM) -> DecodeRecordings:
@@ -95,13 +95,11 @@ def test_preemption_and_sampling_go_on_as_without_recordings(flash_standin: str)
         for i in range(len(prompts))
     ]
     outputs = []
-    for record_decodes in (True, False):
-        with _open(
-            "llama", flash_standin, record_decodes=record_decodes, kv_memory=20 * 4096
-        ) as llm:
+    for recorded in (True, False):
+        with _open("llama", flash_standin, recorded=recorded, kv_memory=20 * 4096) as llm:
             outs = llm.generate(prompts, params)
             assert llm.stats().num_preemptions
-            assert bool(llm.stats().num_replays) is record_decodes
+            assert bool(llm.stats().num_replays) is recorded
             llm.engine.cache.check_invariants()
             zoo.assert_idle(llm)
         outputs.append([out.outputs[0].token_ids for out in outs])
@@ -136,8 +134,8 @@ def test_a_model_that_cannot_be_recorded_runs_without(
 def test_scores_of_prompts_and_single_token_prompts(flash_standin: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=1)
     tables = []
-    for record_decodes in (True, False):
-        with _open("llama", flash_standin, record_decodes=record_decodes) as llm:
+    for recorded in (True, False):
+        with _open("llama", flash_standin, recorded=recorded) as llm:
             outs = llm.generate([[3], [3, 4, 5]], params)
         tables.append([(out.prompt_logprobs, out.outputs[0].logprobs) for out in outs])
     assert repr(tables[0])[:40] == repr(tables[1])[:40]

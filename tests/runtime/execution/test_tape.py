@@ -8,13 +8,13 @@ import pytest
 import torch
 import zoo
 from vkv import LLM
-from vkv.attention_backends import native_library
+from vkv.attention_backends.native import NativeBackend
 from vkv.runtime.cpu_kernels.kernels import RmsNorm
 from vkv.runtime.execution.recordings import DecodeRecordings, Unrecordable
 from vkv.runtime.execution.tape import TapeRecorder
 
 pytestmark = pytest.mark.skipif(
-    native_library.unavailable_reason() is not None, reason="no C compiler, no built kernels"
+    NativeBackend.unavailable_reason() is not None, reason="no C compiler, no built kernels"
 )
 
 
@@ -211,6 +211,33 @@ def test_kernels_of_other_threads_are_not_recorded() -> None:
     assert [len(part._calls) for part in replay._parts] == [1]  # type: ignore[attr-defined]
     for _ in range(2):
         assert torch.equal(replay(), norm(x))
+
+
+def test_two_threads_record_at_once() -> None:
+    meeting = threading.Barrier(2, timeout=30)
+    came_to: dict[int, bool] = {}
+
+    def record(factor: int) -> None:
+        with torch.inference_mode():
+            x = torch.randn(2, 64)
+            norm = RmsNorm(torch.full((64,), float(factor)), 1e-5, 0.0)
+
+            def run() -> torch.Tensor:
+                meeting.wait()  # both are within a recording
+                return norm(norm(x))
+
+            replay = TapeRecorder().record(run)
+            parts = [len(part._calls) for part in replay._parts]  # type: ignore[attr-defined]
+            replay()
+            x.neg_()
+            came_to[factor] = parts == [2] and torch.equal(replay(), norm(norm(x)))
+
+    threads = [threading.Thread(target=record, args=(factor,)) for factor in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert came_to == {1: True, 2: True}
 
 
 def test_a_tensor_that_the_model_keeps_is_not_overwritten() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import QuantError, UnsupportedQuantization
+from ...vmem.errors import QuantError, UnsupportedQuantization
 from ..weight import SYMMETRIC_ZERO, Int4Weight, pack
 from .int32_words import CODES_PER_WORD, from_words, to_words
 from .scheme import LayerTensors, Scheme, codes_in_order, group_index, require_bits, sort_groups

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import QuantError, UnsupportedQuantization
-from .quantise.gptq import Hessian
+from ...vmem.errors import QuantError, UnsupportedQuantization
+from .gptq import Hessian
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

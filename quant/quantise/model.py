@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import QuantError
-from ..layers import LayerInputs, decoder_layers, gather_hessians, linears, refuse_fused_experts
+from ...vmem.errors import QuantError
 from ..weight import Int4Weight
 from .gptq import Hessian, gptq
+from .layers import LayerInputs, decoder_layers, gather_hessians, linears, refuse_fused_experts
 from .rounding import Rounding, round_to_nearest
 
 Method = Literal["rtn", "gptq"]
