@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,55 +18,71 @@ class PrefixMatch:
     num_parked_tokens: int
 
 
+@dataclass(frozen=True)
+class _Tag:
+    """What a parked slot's KV was computed from: int64 tokens, and a variant."""
+
+    tokens: np.ndarray
+    variant: str
+
+
 class ParkingLot:
-    """Finished slots, still mapped, each tagged with its tokens; oldest first."""
+    """Finished slots, still mapped, each tagged with its tokens and their variant; oldest first.
+
+    A *variant* names what else the KV depends on, or who may read it: an adapter, a tenant's salt.
+    Tokens of one variant are never found under another.
+    """
 
     def __init__(self) -> None:
-        self._tokens: OrderedDict[Slot, np.ndarray] = OrderedDict()
+        self._tags: OrderedDict[Slot, _Tag] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._tags)
 
     def __contains__(self, slot: object) -> bool:
-        return slot in self._tokens
+        return slot in self._tags
 
     def __iter__(self) -> Iterator[Slot]:
         """The slots, least recently parked first; the lot may change meanwhile."""
-        return iter(list(self._tokens))
+        return iter(list(self._tags))
 
-    def add(self, slot: Slot, tokens: Sequence[int]) -> None:
-        """Park `slot`, whose rows hold the KV of `tokens`, as the most recent."""
-        self._tokens[slot] = np.asarray(tokens, dtype=np.int64)
+    def add(self, slot: Slot, tokens: Sequence[int], variant: str = "") -> None:
+        """Park `slot`, which holds the KV of `tokens`, as the most recent."""
+        self._tags[slot] = _Tag(np.asarray(tokens, dtype=np.int64), variant)
 
     def remove(self, slot: Slot) -> None:
         """Take `slot` out."""
-        del self._tokens[slot]
+        del self._tags[slot]
 
     def num_tokens(self, slot: Slot) -> int:
         """Tokens that `slot` is tagged with."""
-        return len(self._tokens[slot])
+        return len(self._tags[slot].tokens)
 
     def shorten(self, slot: Slot, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens of `slot`; its age stays."""
-        self._tokens[slot] = self._tokens[slot][:num_tokens]
+        tag = self._tags[slot]
+        self._tags[slot] = replace(tag, tokens=tag.tokens[:num_tokens])
 
-    def best_prefix(self, tokens: Sequence[int]) -> PrefixMatch | None:
-        """The slot that shares the longest prefix with `tokens`; the most recent of equals."""
+    def best_prefix(self, tokens: Sequence[int], variant: str = "") -> PrefixMatch | None:
+        """The slot that shares the longest prefix with `tokens`; the most recent of equals.
+
+        Only slots of the same variant count.
+        """
         wanted = np.asarray(tokens, dtype=np.int64)
         best: PrefixMatch | None = None
-        for slot, parked in self._tokens.items():
-            length = _common_prefix(wanted, parked)
+        for slot, tag in self._tags.items():
+            length = _common_prefix(wanted, tag.tokens) if tag.variant == variant else 0
             if length and (best is None or length >= best.num_tokens):
-                best = PrefixMatch(slot, length, len(parked))
+                best = PrefixMatch(slot, length, len(tag.tokens))
         return best
 
     def largest(self) -> Slot:
         """The slot with the most pages mapped; the least recent of equals."""
-        return max(self._tokens, key=lambda slot: slot.num_pages)
+        return max(self._tags, key=lambda slot: slot.num_pages)
 
     def oldest(self) -> Slot:
         """The slot parked least recently."""
-        return next(iter(self._tokens))
+        return next(iter(self._tags))
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -91,8 +91,11 @@ class SlotCache(KernelView):
             self._open[slot.index] = slot
             return slot
 
-    def adopt(self, tokens: Sequence[int]) -> tuple[Slot, int]:
+    def adopt(self, tokens: Sequence[int], variant: str = "") -> tuple[Slot, int]:
         """A slot for a request that begins with `tokens`, and how many it already holds.
+
+        Only the KV of the same `variant` is found: what was parked under another was computed
+        otherwise, or for somebody else.
 
         A parked slot with the longest common prefix is taken over whole; if most of its tokens
         would be lost by that, it stays parked and the prefix is aliased. Without a common
@@ -100,7 +103,7 @@ class SlotCache(KernelView):
         steady load maps nothing anew. Otherwise the slot is fresh. Raises OutOfSlots.
         """
         with self._critical():
-            match = self._parked.best_prefix(tokens)
+            match = self._parked.best_prefix(tokens, variant)
             if match is not None:
                 if 2 * match.num_tokens < match.num_parked_tokens and self._free_slots:
                     try:
@@ -199,10 +202,11 @@ class SlotCache(KernelView):
             undo.pop_all()
             return child
 
-    def park(self, slot: Slot, tokens: Sequence[int]) -> None:
-        """Let go of `slot` but keep it mapped: its rows hold the KV of `tokens`.
+    def park(self, slot: Slot, tokens: Sequence[int], variant: str = "") -> None:
+        """Let go of `slot` but keep it mapped: it holds the KV of `tokens`.
 
-        It may be adopted by a later request, or reclaimed when memory runs short.
+        `variant` names what else that KV depends on, or who may read it: an adapter, a tenant's
+        salt. A later request of that variant may adopt it; it is reclaimed when memory runs short.
         """
         with self._critical():
             self._check(slot)
@@ -218,7 +222,7 @@ class SlotCache(KernelView):
             slot.num_tokens = slot.promised_tokens = len(tokens)
             slot.state = SlotState.PARKED
             del self._open[slot.index]
-            self._parked.add(slot, tokens)
+            self._parked.add(slot, tokens, variant)
 
     def close(self, slot: Slot) -> None:
         """Unmap `slot` and give its pages back.
@@ -265,10 +269,10 @@ class SlotCache(KernelView):
             spare = self.pool.num_spare
             self.pool.trim(self.pool.num_free - min(wanted, spare, self.pool.num_free))
 
-    def prefix_length(self, tokens: Sequence[int]) -> int:
-        """Tokens that `adopt(tokens)` would find in a parked slot, if nobody shares it."""
+    def prefix_length(self, tokens: Sequence[int], variant: str = "") -> int:
+        """Tokens that `adopt(tokens, variant)` would find parked, if nobody shares that slot."""
         with self._lock:
-            match = self._parked.best_prefix(tokens)
+            match = self._parked.best_prefix(tokens, variant)
             return match.num_tokens if match else 0
 
     def trim(self) -> int:

@@ -39,6 +39,9 @@ _OPERATIONS = {
 }
 
 
+_VARIANTS = ["", "", "", "adapter"]
+
+
 class Fuzz:
     """Does one random operation after another on a model."""
 
@@ -65,7 +68,8 @@ class Fuzz:
             self.model.grow(request, stem[len(request.tokens) :][:count])
 
     def adopt(self) -> None:
-        self.model.adopt(self.random.choice(self.stems)[: self.random.randint(0, MAX_LEN)])
+        tokens = self.random.choice(self.stems)[: self.random.randint(0, MAX_LEN)]
+        self.model.adopt(tokens, self.random.choice(_VARIANTS))
 
     def park(self) -> None:
         if request := self._request():
@@ -88,7 +92,7 @@ class Fuzz:
             self.model.close(request)
 
     def open(self) -> None:
-        self.model.open()
+        self.model.open(self.random.choice(_VARIANTS))
 
     def look_ahead(self) -> None:
         if request := self._request():

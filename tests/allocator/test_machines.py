@@ -33,6 +33,7 @@ from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages
 
 __all__ = ["one_thread"]  # a fixture
 
+VARIANTS = st.sampled_from(["", "", "", "adapter"])
 MACHINE = settings(
     max_examples=150,
     stateful_step_count=50,
@@ -235,15 +236,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.model.cache.shutdown()
         assert (pool.num_held, pool.num_reserved) == (0, 0)
 
-    @rule()
-    def open(self):
-        self.model.open()
+    @rule(variant=VARIANTS)
+    def open(self, variant):
+        self.model.open(variant)
 
-    @rule(data=st.data())
-    def adopt(self, data):
+    @rule(data=st.data(), variant=VARIANTS)
+    def adopt(self, data, variant):
         # Few different tokens, so that prefixes meet.
         tokens = data.draw(st.lists(st.integers(0, 1), max_size=12))
-        self.model.adopt((tokens * MAX_LEN)[: data.draw(st.integers(0, MAX_LEN))])
+        self.model.adopt((tokens * MAX_LEN)[: data.draw(st.integers(0, MAX_LEN))], variant)
 
     @precondition(lambda self: self.model.live)
     @rule(data=st.data(), num_tokens=st.integers(0, MAX_LEN))

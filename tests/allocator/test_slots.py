@@ -201,6 +201,53 @@ def test_growing_after_a_truncation_spares_every_page_that_a_fork_shares(tile):
         model.check()
 
 
+def test_equal_tokens_of_another_variant_are_never_found(model):
+    """Neither taken over nor aliased: their KV differs, or belongs to somebody else."""
+    model.park(with_request(model, [1] * 100), 100)
+    adapted = model.open("adapter")
+    assert model.grow(adapted, [1] * 60)
+    model.park(adapted, 60)
+    cache = model.cache
+    lengths = [cache.prefix_length([1] * 100, variant) for variant in ("", "adapter", "salt")]
+    assert lengths == [100, 60, 0]
+    aliased = model.adopt([1] * 20, "adapter")  # of 60: shared, and not the 100 of the other
+    assert len(aliased.tokens) == 20
+    assert cache.stats().tokens_parked == 160
+    assert len(model.adopt([1] * 100, "salt").tokens) == 0
+    assert len(model.adopt([1] * 100, "adapter").tokens) == 60  # taken over
+    assert cache.stats().tokens_parked == 100
+    model.check()
+    assert len(model.adopt([1] * 100).tokens) == 100
+    assert cache.stats().tokens_parked == 0
+    model.check()
+
+
+def test_a_fork_and_a_shortened_slot_keep_their_variant():
+    with make_cache(KIND["even"], rows=1.5) as cache:  # fifteen pages
+        model = Model(cache)
+        parent = model.open("adapter")
+        assert model.grow(parent, [1] * 96)
+        child = model.fork(parent, 96)
+        model.close(parent)
+        model.park(child, 96)
+        assert model.grow(model.open(), [2] * MAX_LEN)  # ten pages: one of the parked slot's goes
+        assert cache.prefix_length([1] * 96, "adapter") == 80
+        assert cache.prefix_length([1] * 96) == 0
+        model.check()
+
+
+def test_memory_of_any_variant_serves_a_stranger(model):
+    for variant in ("a", "b", "c"):
+        request = model.open(variant)
+        assert model.grow(request, [1] * 40)
+        model.park(request, 40)
+    request = model.adopt([1] * 40)  # the lot is full
+    assert (len(request.tokens), request.slot.num_pages) == (0, 3)
+    assert model.cache.stats().slots_parked == 2
+    assert model.grow(request, [1] * 40)
+    model.check()
+
+
 def test_without_a_prefix_the_largest_is_taken_over_once_the_lot_is_full(model):
     calls = model.cache.pool.driver.counters
     for length in (20, 90, 50):
@@ -526,6 +573,9 @@ def test_a_paged_pool_is_there_from_the_start_and_stays():
 )
 def test_the_best_prefix_is_the_longest_and_the_latest_of_equals(parked, wanted):
     lot = ParkingLot()
+    lot.add(Slot(len(parked), 1), wanted, "of another variant")
+    assert lot.best_prefix(wanted) is None
+    lot.remove(lot.oldest())
     slots = [Slot(index, 1) for index in range(len(parked))]
     for slot, tokens in zip(slots, parked, strict=True):
         lot.add(slot, tokens)

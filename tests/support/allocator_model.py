@@ -1,7 +1,8 @@
 """What requests must see of a cache, kept beside it as plain lists: the allocator tests' oracle.
 
-The keys and values of a token depend on every token before it, so the model stores the identity
-of the whole prefix: equal prefixes have equal content, whoever computed them, and no others do.
+The keys and values of a token depend on every token before it and on the request's variant, so the
+model stores the identity of the whole prefix: equal prefixes of one variant have equal content,
+whoever computed them, and no others do.
 The same oracle serves the state machines, the long fuzz and the tests of single operations.
 """
 
@@ -158,6 +159,7 @@ class Request:
     """A live request: its tokens, and the identity of every prefix of them."""
 
     slot: Slot
+    variant: str = ""
     tokens: list[int] = field(default_factory=list)
     prefixes: list[int] = field(default_factory=list)
     written: set[int] = field(default_factory=set)  # all prefixes this request has had
@@ -173,22 +175,22 @@ class Model:
     def __init__(self, cache: SlotCache) -> None:
         self.cache = cache
         self.live: list[Request] = []
-        self._identities: dict[tuple[int, int], int] = {}
+        self._identities: dict[tuple[int | str, int], int] = {}
         self._factors = _factors(cache)
 
     # -- operations --------------------------------------------------------------------------
 
-    def open(self) -> Request | None:
+    def open(self, variant: str = "") -> Request | None:
         with self._refusable(lambda: self.live):
-            return self._admit(self.cache.open(), [])
+            return self._admit(self.cache.open(), [], variant)
         return None
 
-    def adopt(self, tokens: Sequence[int]) -> Request | None:
+    def adopt(self, tokens: Sequence[int], variant: str = "") -> Request | None:
         with self._refusable(lambda: self.live):
-            slot, num_cached = self.cache.adopt(tokens)
+            slot, num_cached = self.cache.adopt(tokens, variant)
             assert 0 <= num_cached <= len(tokens)
             assert slot.num_tokens == num_cached
-            return self._admit(slot, tokens[:num_cached])
+            return self._admit(slot, tokens[:num_cached], variant)
         return None
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
@@ -215,13 +217,13 @@ class Model:
     def fork(self, request: Request, num_tokens: int) -> Request | None:
         with self._refusable(lambda: self.live):
             slot = self.cache.fork(request.slot, num_tokens)
-            return self._admit(slot, request.tokens[:num_tokens])
+            return self._admit(slot, request.tokens[:num_tokens], request.variant)
         return None
 
     def park(self, request: Request, num_tokens: int) -> bool:
         others = [r for r in self.live if r is not request]
         with self._refusable(lambda: others):
-            self.cache.park(request.slot, request.tokens[:num_tokens])
+            self.cache.park(request.slot, request.tokens[:num_tokens], request.variant)
             self.live.remove(request)
             return True
         self._forget(request, request.slot.num_tokens)
@@ -332,8 +334,8 @@ class Model:
         reserved = slot.reservation.num_pages
         return slot.index, slot.state, slot.num_tokens, slot.promised_tokens, reserved, pages
 
-    def _admit(self, slot: Slot, tokens: Sequence[int]) -> Request:
-        request = Request(slot)
+    def _admit(self, slot: Slot, tokens: Sequence[int], variant: str = "") -> Request:
+        request = Request(slot, variant)
         self._remember(request, tokens)
         self.live.append(request)
         return request
@@ -349,7 +351,7 @@ class Model:
             target[where] = content.view(-1, *target.shape[2:])
 
     def _remember(self, request: Request, tokens: Sequence[int]) -> None:
-        last = request.prefixes[-1] if request.prefixes else 0
+        last = request.prefixes[-1] if request.prefixes else request.variant
         for token in tokens:
             last = self._identities.setdefault((last, token), len(self._identities) + 1)
             request.prefixes.append(last)
