@@ -9,9 +9,10 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 
-from ..vmem import Fence
+from ..vmem import Fence, janitor
 from ..vmem.errors import (
     DriverError,
     ForkedProcess,
@@ -41,8 +42,8 @@ class SlotCache(KernelView):
     reclaimed on the way stay reclaimed. All methods may be called from several threads, one
     slot's from one at a time.
 
-    The cache gives everything back at `shutdown`, or when it is dropped. Its tensors must not be
-    used after that.
+    The cache gives everything back at `shutdown`, or soon after it is dropped (`vmem.janitor`).
+    Its tensors must not be used after that.
 
     Args:
         backing: the pages behind the slots, from a pool that may be shared with other caches.
@@ -74,7 +75,9 @@ class SlotCache(KernelView):
         self._mapping_time_s = 0.0
         self._background_time_s = 0.0
         self._look_ahead = LookAhead(self._prepare)
-        self._finalizer = weakref.finalize(self, _abandon, backing, self._open, self._parked)
+        janitor.start()
+        note = partial(_abandon, self._lock, backing, self._open, self._parked)
+        self._finalizer = weakref.finalize(self, janitor.later, note)
         self._finalizer.atexit = False  # the system takes all of it back by itself
         if shared is not None:
             shared.join(self)
@@ -496,10 +499,15 @@ class SlotCache(KernelView):
             assert sorted(indices) == list(range(self.num_slots)), "a slot is lost or doubled"
 
 
-def _abandon(backing: Backing, live: Mapping[int, Slot], parked: ParkingLot) -> None:
-    """Give back what a cache held that was dropped without `shutdown`."""
+def _abandon(
+    lock: AbstractContextManager[bool],
+    backing: Backing,
+    live: Mapping[int, Slot],
+    parked: ParkingLot,
+) -> None:
+    """Give back what a cache held that was dropped without `shutdown`. The janitor's job."""
     # A driver that was closed, or that belongs to the parent process, has nothing left to give.
-    with suppress(InvalidOperation, ForkedProcess):
+    with suppress(InvalidOperation, ForkedProcess), lock:
         for slot in [*live.values(), *parked]:
             backing.pool.cancel(slot.reservation)
             backing.shrink(slot, 0, [0] * len(slot.pages))

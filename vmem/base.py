@@ -265,7 +265,7 @@ class VmemDriver(ABC):
     @property
     def reserved_bytes(self) -> int:
         """Address space reserved, backed or not."""
-        return sum(reservation.size for reservation in self._reservations.values())
+        return sum(reservation.size for reservation in list(self._reservations.values()))
 
     def close(self) -> None:
         """Unmap, release and free everything; a second call does nothing.

@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from ...vmem import Page, VmemDriver, open_driver
+from ...vmem import Page, VmemDriver, janitor, open_driver
 from ...vmem.errors import ForkedProcess, InvalidOperation
 
 _AHEAD = 64  # beside each so many pages that a lane needs, one more may be mapped
@@ -59,7 +60,7 @@ class Arena:
 
     Memory is given back when nobody can touch it any more (`Lease`). That may be found out at
     any moment, by the garbage collector too and in the midst of another call to the same driver,
-    so a range that is let go is queued, and given back as soon as no call is under way.
+    so a range that is let go is queued. The next call gives it back, or the janitor.
 
     Args:
         page_bytes: size of a physical page; None for 16 KiB on a CPU, and a GPU's own size.
@@ -68,20 +69,23 @@ class Arena:
     def __init__(self, page_bytes: int | None = None) -> None:
         self.page_bytes = page_bytes
         self._drivers: dict[torch.device, VmemDriver] = {}
-        self._lock = threading.Lock()  # held during calls; never awaited by a finalizer
+        self._lock = threading.Lock()  # held during calls; no finaliser takes it
         self._let_go: deque[Range] = deque()
-        _finalize(self, _close, self._drivers)
+        janitor.start()
+        _finalize(self, janitor.later, partial(_close, self._drivers))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Arena":
         return Arena(self.page_bytes)
 
     @property
     def physical_bytes(self) -> int:
-        return sum(d.num_pages * d.page_bytes for d in self._drivers.values())
+        with self._calling():
+            return sum(d.num_pages * d.page_bytes for d in self._drivers.values())
 
     @property
     def virtual_bytes(self) -> int:
-        return sum(d.reserved_bytes for d in self._drivers.values())
+        with self._calling():
+            return sum(d.reserved_bytes for d in self._drivers.values())
 
     def reserve(self, device: torch.device, lane_bytes: int, num_lanes: int) -> Range:
         """Unbacked addresses on `device`: `num_lanes` lanes of at least `lane_bytes`."""
@@ -117,25 +121,23 @@ class Arena:
                 self._extend(area, needed + ahead - area.end_page)
 
     def let_go(self, area: Range) -> None:
-        """Give `area` back, at once or when the call under way is over. For finalizers."""
+        """Give `area` back soon. For finalisers."""
         self._let_go.append(area)
-        self._give_back()
+        janitor.later(self._give_back)
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
-        try:
-            with self._lock:
-                yield
-        finally:
-            self._give_back()
+        with self._lock:
+            self._free_all()
+            yield
 
     def _give_back(self) -> None:
-        while self._let_go and self._lock.acquire(blocking=False):
-            try:
-                while self._let_go:
-                    self._free(self._let_go.popleft())
-            finally:
-                self._lock.release()
+        with self._lock:
+            self._free_all()
+
+    def _free_all(self) -> None:
+        while self._let_go:
+            self._free(self._let_go.popleft())
 
     def _free(self, area: Range) -> None:
         with suppress(ForkedProcess):  # in a child: the pages are its parent's
