@@ -5,14 +5,13 @@ pages get behind a slot is `Backing`'s, in what order they are taken back is in 
 """
 
 import heapq
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
-from ..vmem import Fence, janitor
+from ..vmem import Fence, OwnedLock, ProcessOwner, janitor
 from ..vmem.errors import (
     DriverError,
     ForkedProcess,
@@ -40,7 +39,8 @@ class SlotCache(KernelView):
 
     An operation that raises has changed nothing for any live request; parked slots that it has
     reclaimed on the way stay reclaimed. All methods may be called from several threads, one
-    slot's from one at a time.
+    slot's from one at a time. A forked child is refused each of them (ForkedProcess): it would
+    write into its parent's pages.
 
     The cache gives everything back at `shutdown`, or soon after it is dropped (`vmem.janitor`).
     Its tensors must not be used after that.
@@ -67,7 +67,8 @@ class SlotCache(KernelView):
         self._ledger = backing.ledger
         self._no_pages = (0,) * backing.geometry.num_ranges
         shared = self._shared_limit = backing.pool.shared_limit
-        self._lock = threading.RLock() if shared is None else shared.lock
+        self._owner = ProcessOwner("this cache")
+        self._lock = OwnedLock(self._owner, None if shared is None else shared.lock)
         self._open: dict[int, Slot] = {}
         self._parked = ParkingLot()
         self._free_slots = list(range(num_slots))
@@ -163,6 +164,7 @@ class SlotCache(KernelView):
 
         Raises what an earlier job in the background met (DriverError).
         """
+        self._owner.check()
         self._check(slot)
         num_tokens = min(num_tokens, self.max_len)
         slot.ahead_tokens = num_tokens
@@ -282,6 +284,7 @@ class SlotCache(KernelView):
 
     def trim(self) -> int:
         """Give everything that no live request needs back to the system; returns the bytes."""
+        self._owner.check()
         self._look_ahead.drain()
         with self._critical():
             self._reclaim_all()
@@ -292,6 +295,7 @@ class SlotCache(KernelView):
 
         Tensors of the cache must not be used afterwards.
         """
+        self._owner.check()
         self._look_ahead.stop()
         with self._critical():
             if self._is_shut_down:
@@ -500,7 +504,7 @@ class SlotCache(KernelView):
 
 
 def _abandon(
-    lock: AbstractContextManager[bool],
+    lock: OwnedLock,
     backing: Backing,
     live: Mapping[int, Slot],
     parked: ParkingLot,

@@ -8,12 +8,15 @@ from .base import Fence, Page, VmemDriver
 from .cuda import CudaDriver
 from .errors import InvalidConfig
 from .host import HostDriver
+from .process import OwnedLock, ProcessOwner
 
 __all__ = [
     "CudaDriver",
     "Fence",
     "HostDriver",
+    "OwnedLock",
     "Page",
+    "ProcessOwner",
     "VmemDriver",
     "janitor",
     "open_driver",

@@ -17,7 +17,7 @@ VkvError
 ├── DriverError (RuntimeError)     a system or driver call failed: which, and its status
 │   └── DriverUnavailable          no such device or library here, and how to get it
 ├── InvalidOperation (RuntimeError)  a call the address space's state forbids
-└── ForkedProcess (RuntimeError)   a driver used in a child of the process that made it
+└── ForkedProcess (RuntimeError)   used in a forked child of the process that made it
 """
 
 
@@ -90,4 +90,4 @@ class InvalidOperation(VkvError, RuntimeError):
 
 
 class ForkedProcess(VkvError, RuntimeError):
-    """A driver was used in a forked child; pages and mappings belong to the parent."""
+    """Something was used in a forked child; pages and mappings belong to the parent."""

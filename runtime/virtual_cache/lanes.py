@@ -7,7 +7,6 @@ sequences. All lanes of a layer's keys, or of its values, grow together.
 """
 
 import copy
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ...vmem import Page, VmemDriver, janitor, open_driver
+from ...vmem import OwnedLock, Page, ProcessOwner, VmemDriver, janitor, open_driver
 from ...vmem.errors import ForkedProcess, InvalidOperation
 
 _AHEAD = 64  # beside each so many pages that a lane needs, one more may be mapped
@@ -64,12 +63,16 @@ class Arena:
 
     Args:
         page_bytes: size of a physical page; None for 16 KiB on a CPU, and a GPU's own size.
+
+    Attributes:
+        owner: the process that may use the memory; a forked child may not.
     """
 
     def __init__(self, page_bytes: int | None = None) -> None:
         self.page_bytes = page_bytes
         self._drivers: dict[torch.device, VmemDriver] = {}
-        self._lock = threading.Lock()  # held during calls; no finaliser takes it
+        self.owner = ProcessOwner("this virtual cache")
+        self._lock = OwnedLock(self.owner)  # held during calls; no finaliser takes it
         self._let_go: deque[Range] = deque()
         janitor.start()
         _finalize(self, janitor.later, partial(_close, self._drivers))
@@ -132,7 +135,7 @@ class Arena:
             yield
 
     def _give_back(self) -> None:
-        with self._lock:
+        with suppress(ForkedProcess), self._lock:  # in a child: the pages are its parent's
             self._free_all()
 
     def _free_all(self) -> None:
@@ -140,9 +143,8 @@ class Arena:
             self._free(self._let_go.popleft())
 
     def _free(self, area: Range) -> None:
-        with suppress(ForkedProcess):  # in a child: the pages are its parent's
-            self._drop(area, 0, area.num_pages)
-            area.driver.free(area.address)
+        self._drop(area, 0, area.num_pages)
+        area.driver.free(area.address)
 
     def _driver_of(self, device: torch.device) -> VmemDriver:
         driver = self._drivers.get(device)
@@ -257,6 +259,7 @@ class Rows:
         Raises InvalidOperation if they are of another batch or of other heads; a Shortage if
         memory is short. No token has changed then.
         """
+        self._arena.owner.check()
         batch, heads, num_tokens, dim = states.shape
         if (batch, heads, dim) != self.shape:
             raise InvalidOperation(
@@ -270,12 +273,14 @@ class Rows:
 
         There must be room for them.
         """
+        self._arena.owner.check()
         end = self.end + states.shape[2]
         self._between(self.end, end).copy_(states.detach())
         self.end = end
 
     def cut(self, start: int, end: int) -> None:
         """Of the tokens held, hold `start … end` only; pages that back no other are given back."""
+        self._arena.owner.check()
         self.start, self.end = start, end
         self._back(start, end, shrink=True)
 
@@ -285,6 +290,7 @@ class Rows:
         In place if the batch stays as large, else in memory of their own, with the old ones left
         as they are. Raises a Shortage, with nothing changed.
         """
+        self._arena.owner.check()
         in_place = len(indices) == self.shape[0]
         chosen = self if in_place else self._empty(len(indices), self._arena)
         chosen._copy(self, indices)
@@ -296,6 +302,7 @@ class Rows:
 
     def _copy(self, source: "Rows", indices: torch.Tensor | None) -> None:
         """Take the tokens of `source`, or of some of its sequences, a portion at a time."""
+        source._arena.owner.check()
         self._back(source.start, source.end)
         self.start, self.end = source.start, source.end
         portion = max(1, _COPY_BYTES // max(self._token_bytes * self._num_lanes, 1))

@@ -463,47 +463,6 @@ def test_at_exit_the_background_job_under_way_is_waited_for():
     assert (done.returncode, done.stdout, done.stderr) == (0, b"mapped\n", b"")
 
 
-FORKED = """
-import os, signal, torch
-from vkv.allocator import KVCache, KVLayout, LayerGeometry, PagePool
-from vkv.vmem import HostDriver
-from vkv.vmem.errors import ForkedProcess
-
-driver = HostDriver(4096)
-layer = LayerGeometry(num_kv_heads=1, key_dim=64, value_dim=64)
-layout = KVLayout((layer,), torch.float32, 256, 4096)
-cache = KVCache(layout, PagePool(driver, 1 << 20), num_slots=2)
-slot = cache.open()
-cache.grow(slot, 10)
-cache.look_ahead(slot, 20)
-cache._look_ahead.drain()
-pid = os.fork()
-if not pid:
-    signal.alarm(20)
-    refused = 0
-    for operate in (lambda: cache.grow(slot, 200), cache.trim, cache.shutdown):
-        try:
-            operate()
-        except ForkedProcess:
-            refused += 1
-    del cache
-    os._exit(refused)
-_, status = os.waitpid(pid, 0)
-assert os.waitstatus_to_exitcode(status) == 3, status
-cache.check_invariants()
-cache.grow(slot, 200)
-cache.shutdown()
-driver.close()
-"""
-
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_is_refused_and_does_not_hang():
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"Exception ignored" not in done.stderr
-
-
 def with_tokens(model, count):
     request = model.open()
     assert model.grow(request, [1] * count)
