@@ -1,10 +1,11 @@
-"""What a cache holds, counted from scratch: its statistics, and the proof that all adds up."""
+"""What a cache holds: its statistics, from counters, and the recount that proves them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ..vmem import Page
 from .backing import Backing
+from .ledger import Use
 from .parking import ParkingLot
 from .slot import Slot, SlotState
 from .stats import KVStats
@@ -19,29 +20,19 @@ def snapshot(
     mapping_time_s: float,
     background_time_s: float,
 ) -> KVStats:
-    """The statistics of a cache with these slots."""
-    held: set[Page] = set()
-    ahead: set[Page] = set()
-    idle = {page for slot in parked for pages in slot.pages for page in pages}
+    """The statistics of a cache with these slots. Takes time for each slot, not for each page."""
+    ledger = backing.ledger
     for slot in live:
-        coming = max(slot.num_tokens, slot.promised_tokens, slot.ahead_tokens)
-        needed = backing.geometry.pages_per_range(slot.num_tokens)
-        wanted = backing.geometry.pages_per_range(min(coming, backing.geometry.max_len))
-        for pages, count, end in zip(slot.pages, needed, wanted, strict=True):
-            held.update(pages[:count])
-            ahead.update(pages[count:end])
-            idle.update(pages[end:])  # what a slot that was taken over has beyond its need
-    ahead -= held
-    idle -= held | ahead
+        ledger.settle(slot)  # `ahead_tokens` may have changed since
     pool = backing.pool
     return KVStats(
         virtual_bytes=virtual_bytes,
         physical_bytes=pool.num_created * pool.driver.page_bytes,
         page_bytes=pool.driver.page_bytes,
         row_tokens=backing.geometry.row_tokens,
-        pages_held=len(held),
-        pages_ahead=len(ahead),
-        pages_parked=len(idle),
+        pages_held=ledger.count(Use.NEEDED),
+        pages_ahead=ledger.count(Use.PROMISED, Use.AHEAD),
+        pages_parked=ledger.count(Use.IDLE, Use.PARKED),
         pages_free=pool.num_free,
         pages_reserved=pool.num_reserved,
         pages_limit=pool.limit_pages,
@@ -82,4 +73,5 @@ def recount(backing: Backing, live: Mapping[int, Slot], parked: ParkingLot) -> N
         assert slot.state is SlotState.PARKED, f"{slot} is filed as parked"
         assert parked.num_tokens(slot) == slot.num_tokens, f"{slot} is tagged otherwise"
         assert not slot.reservation.num_pages, f"{slot} is parked and claims pages"
+    backing.ledger.check(slots)
     backing.check(slots)

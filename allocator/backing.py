@@ -6,12 +6,13 @@ raises has changed nothing, and a slot's page list says what is really attached.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from ..vmem import Page
 from ..vmem.errors import OutOfMappings
 from .layout import PageGeometry
+from .ledger import Ledger
 from .page_pool import PagePool
 from .slot import Slot
 
@@ -27,6 +28,7 @@ class Backing(ABC):
     def __init__(self, geometry: PageGeometry, pool: PagePool) -> None:
         self.geometry = geometry
         self.pool = pool
+        self.ledger = Ledger(geometry)
 
     # -- counts ----------------------------------------------------------------------------
 
@@ -59,13 +61,6 @@ class Backing(ABC):
                 return num_tokens, keep
             num_tokens = backed
 
-    def num_exclusive(self, pages: Iterable[Page]) -> int:
-        """Pages that would be free if each mention in `pages` were let go."""
-        mentions: dict[Page, int] = {}
-        for page in pages:
-            mentions[page] = mentions.get(page, 0) + 1
-        return sum(self.pool.references(page) == times for page, times in mentions.items())
-
     # -- growing ---------------------------------------------------------------------------
 
     def grow(self, slot: Slot, num_tokens: int) -> None:
@@ -83,6 +78,7 @@ class Backing(ABC):
             self.extend(slot, num_tokens)
             undo.pop_all()
         slot.num_tokens = num_tokens
+        self.ledger.settle(slot)
         self._note_ready(slot)
         self.pool.release(replaced)
 
@@ -100,7 +96,7 @@ class Backing(ABC):
                     run = pages[:count]
                     self._attach(slot, index, run)
                     undo.callback(self._retract, slot, index, len(slot.pages[index]))
-                    slot.pages[index].extend(run)
+                    self._add(slot, index, run)
                     del pages[:count]
             for index, count in enumerate(missing):
                 first = len(slot.pages[index]) - count
@@ -146,7 +142,7 @@ class Backing(ABC):
                     pages = source.pages[index][:count]
                     self._attach(target, index, pages)
                     self.pool.retain(pages)
-                    target.pages[index].extend(pages)
+                    self._add(target, index, pages)
                     undo.callback(self._drop, target, index, 0)
                 undo.pop_all()
         except OutOfMappings:
@@ -177,7 +173,7 @@ class Backing(ABC):
         except BaseException:
             self.pool.restore(slot.reservation, [page])
             raise
-        slot.pages[range_index][position] = page
+        self._put(slot, range_index, position, page)
         undo.callback(self._disown, slot, range_index, position, shared)
         return shared
 
@@ -185,7 +181,7 @@ class Backing(ABC):
         """Undo an `_own`."""
         page = slot.pages[range_index][position]
         self._exchange(slot, range_index, position, shared)
-        slot.pages[range_index][position] = shared
+        self._put(slot, range_index, position, shared)
         self.pool.restore(slot.reservation, [page])
 
     # -- shrinking -------------------------------------------------------------------------
@@ -197,11 +193,14 @@ class Backing(ABC):
         is left with pages to spare, and may be shrunk again.
         """
         slot.num_tokens = slot.ready_tokens = num_tokens
-        if any(len(pages) > count for pages, count in zip(slot.pages, keep, strict=True)):
-            # Work that was launched may still touch the pages; a parked slot knows its last.
-            (slot.fence or self.pool.driver.record_fence()).wait()
-            for index, count in enumerate(keep):
-                self._drop(slot, index, count)
+        try:
+            if any(len(pages) > count for pages, count in zip(slot.pages, keep, strict=True)):
+                # Work that was launched may still touch the pages; a parked slot knows its last.
+                (slot.fence or self.pool.driver.record_fence()).wait()
+                for index, count in enumerate(keep):
+                    self._drop(slot, index, count)
+        finally:
+            self.ledger.settle(slot)  # last, since pages that went have no use to change
         self._note_ready(slot)
 
     def clear_unused(self, slot: Slot) -> None:
@@ -217,8 +216,20 @@ class Backing(ABC):
         leaving = slot.pages[range_index][keep:]
         if leaving:
             self._detach(slot, range_index, keep)
+            self.ledger.detach(slot, range_index, keep, leaving)
             del slot.pages[range_index][keep:]
         return leaving
+
+    def _add(self, slot: Slot, range_index: int, pages: Sequence[Page]) -> None:
+        """List `pages`, which were attached, behind those of a range."""
+        self.ledger.attach(slot, range_index, len(slot.pages[range_index]), pages)
+        slot.pages[range_index].extend(pages)
+
+    def _put(self, slot: Slot, range_index: int, position: int, page: Page) -> None:
+        """List `page`, which is there now, in place of another."""
+        self.ledger.detach(slot, range_index, position, [slot.pages[range_index][position]])
+        self.ledger.attach(slot, range_index, position, [page])
+        slot.pages[range_index][position] = page
 
     def _note_ready(self, slot: Slot) -> None:
         """Note how far `slot` may grow before it needs this class again."""

@@ -55,15 +55,18 @@ class KVCache(SlotCache):
         up to the next multiple of the layout's `over_read_tokens`. Beyond, it may fault. `tokens`
         is `max_len`, rounded up to that.
         """
+        self._owner.check()
         return self._slots.views[index]
 
     def locate(
         self, slots: Sequence[Slot], starts: Sequence[int], counts: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._owner.check()
         rows = torch.tensor([slot.index for slot in slots], dtype=torch.int64)
         return flat_rows(rows, counts), flat_positions(starts, counts)
 
     def block_tables(self, slots: Sequence[Slot]) -> torch.Tensor | None:
+        self._owner.check()
         return None
 
     @property

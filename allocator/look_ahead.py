@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from ..vmem import stop_at_exit
 from .slot import Slot
 
 _Job = tuple[Slot, int] | threading.Event
@@ -24,7 +25,7 @@ class LookAhead:
         self._lock = threading.Lock()
         self._stopped = False
         self._thread: threading.Thread | None = None
-        # Its `put` may run in the middle of another one, and so in a finalizer.
+        # Its `put` may run in the middle of another one, and so in a finaliser.
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         weakref.finalize(self, self._jobs.put, None)
 
@@ -42,6 +43,7 @@ class LookAhead:
                     daemon=True,
                 )
                 self._thread.start()
+                stop_at_exit(self)
             self._jobs.put((slot, num_tokens))
 
     def drain(self) -> None:

@@ -5,6 +5,7 @@ import threading
 import weakref
 from typing import Protocol
 
+from ..vmem import OwnedLock, ProcessOwner
 from ..vmem.errors import InvalidConfig
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -47,7 +48,8 @@ class MemoryLimit:
     finished requests hold. What live requests hold is never taken.
 
     The caches also share one lock, `lock`, which each holds while it changes its slots. Two that
-    run short at the same time so cannot wait for each other.
+    run short at the same time so cannot wait for each other. A forked child is refused
+    (ForkedProcess).
 
     Args:
         num_bytes: the most bytes of pages that the caches may have together; or a text such as
@@ -61,7 +63,9 @@ class MemoryLimit:
     def __init__(self, num_bytes: int | str) -> None:
         self.num_bytes = parse_bytes(num_bytes)
         self.lock = threading.RLock()
-        self._accounts = threading.Lock()  # nothing else is locked while it is held
+        owner = ProcessOwner("this memory limit")
+        self._guard = OwnedLock(owner, self.lock)
+        self._accounts = OwnedLock(owner)  # nothing else is locked while it is held
         self._taken = 0
         self._members: weakref.WeakSet[Member] = weakref.WeakSet()
 
@@ -85,17 +89,17 @@ class MemoryLimit:
 
     def join(self, member: Member) -> None:
         """Count `member`, held weakly, among those that give up memory for others."""
-        with self.lock:
+        with self._guard:
             self._members.add(member)
 
     def reclaimable_bytes(self, asker: Member) -> int:
         """What the others could give up for `asker`."""
-        with self.lock:
+        with self._guard:
             return sum(member.reclaimable_bytes() for member in self._others(asker))
 
     def make_room(self, asker: Member, num_bytes: int) -> None:
         """Have the others give up memory until `num_bytes` could be taken, as far as they can."""
-        with self.lock:
+        with self._guard:
             for member in self._others(asker):
                 short = num_bytes - self.room_bytes
                 if short > 0:

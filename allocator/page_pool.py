@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
-from ..vmem import Fence, Page
+from ..vmem import Fence, OwnedLock, Page, ProcessOwner
 from ..vmem.errors import InvalidConfig, InvalidOperation, OutOfPages
 from .memory_limit import MemoryLimit
 
@@ -53,7 +53,7 @@ class PagePool:
             all.
         sanitize: "zero" asks whoever maps a recycled page to clear it first (`needs_zero`).
 
-    All methods may be called from several threads.
+    All methods may be called from several threads, none from a forked child (ForkedProcess).
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class PagePool:
         self.low_watermark = min(low_watermark, self.limit_pages)
         self.high_watermark = high_watermark
         self.sanitize: Sanitize = sanitize
-        self._lock = threading.Condition(threading.RLock())
+        self._created = threading.Condition(threading.RLock())
+        self._lock = OwnedLock(ProcessOwner("this page pool"), self._created)
         self._free: list[Page] = []  # a heap: low numbers first, so that runs stay adjacent
         self._references: dict[Page, int] = {}
         self._recycled: set[Page] = set()  # pages that have had an owner
@@ -172,7 +173,7 @@ class PagePool:
                 )
             # A refill under way may be creating the very pages the limit leaves room for.
             while self._num_creating and num_pages > len(self._free):
-                self._lock.wait()
+                self._created.wait()
             missing = num_pages - len(self._free)
             if missing > 0:
                 self._add_free(self.driver.create(missing))
@@ -275,7 +276,7 @@ class PagePool:
                 self._num_creating -= wanted
                 self._add_free(created)
                 self._settle()
-                self._lock.notify_all()
+                self._created.notify_all()
         return wanted
 
     def trim(self, keep: int = 0) -> int:

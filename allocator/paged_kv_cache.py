@@ -104,14 +104,17 @@ class PagedKVCache(SlotCache):
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, [num_blocks, block_tokens, num_kv_heads, head_dim]."""
+        self._owner.check()
         return self._blocks.views[index]
 
     def locate(
         self, slots: Sequence[Slot], starts: Sequence[int], counts: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._owner.check()
         return self._blocks.locate(slots, starts, counts)
 
     def block_tables(self, slots: Sequence[Slot]) -> torch.Tensor | None:
+        self._owner.check()
         width = max((len(slot.pages[0]) for slot in slots), default=0)
         rows = [slot.index for slot in slots]
         return self._blocks.tables[rows, :width].to(self._blocks.device)

@@ -7,20 +7,9 @@ slots, oldest first and from their ends, so that what is left of each stays a pr
 from collections.abc import Iterable
 
 from .backing import Backing
+from .ledger import Use
 from .parking import ParkingLot
 from .slot import Slot
-
-
-def num_reclaimable(backing: Backing, live: Iterable[Slot], parked: Iterable[Slot]) -> int:
-    """Pages whose every reference is behind the promise of a live slot, or in a parked one."""
-    loose = [
-        page
-        for slot in live
-        for pages, promised in zip(slot.pages, backing.promised_pages(slot), strict=True)
-        for page in pages[promised:]
-    ]
-    loose += [page for slot in parked for pages in slot.pages for page in pages]
-    return backing.num_exclusive(loose)
 
 
 def reclaim(
@@ -34,17 +23,27 @@ def reclaim(
 
     The parked slot `spare` is left as it is. Others may end without tokens and pages.
     """
-    parked = [slot for slot in lot if slot is not spare]
-    if not 0 < num_pages <= num_reclaimable(backing, live, parked):
+    if not 0 < num_pages <= backing.ledger.num_reclaimable(spare):
         return False
     goal = backing.pool.num_available + num_pages
     for slot in live:
         if backing.pool.num_available < goal:
             backing.shrink(slot, slot.num_tokens, backing.promised_pages(slot))
-    for slot in parked:
+    _shorten_all(backing, (slot for slot in lot if slot is not spare), lot, goal)
+    return True
+
+
+def reclaim_parked(backing: Backing, lot: ParkingLot, num_pages: int) -> None:
+    """Free `num_pages` pages of parked slots, or as many as they have alone."""
+    num_pages = min(num_pages, backing.ledger.count(Use.PARKED))
+    _shorten_all(backing, lot, lot, backing.pool.num_available + num_pages)
+
+
+def _shorten_all(backing: Backing, slots: Iterable[Slot], lot: ParkingLot, goal: int) -> None:
+    """Shorten parked slots, in order, until `goal` pages are available."""
+    for slot in slots:
         while slot.num_pages and backing.pool.num_available < goal:
             _shorten(backing, lot, slot, goal - backing.pool.num_available)
-    return True
 
 
 def _shorten(backing: Backing, lot: ParkingLot, slot: Slot, num_pages: int) -> None:

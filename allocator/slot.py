@@ -1,9 +1,14 @@
 """The handle of one request's virtual stretch."""
 
 import enum
+import sys
 
 from ..vmem import Fence, Page
 from .page_pool import Reservation
+
+ENDLESS = sys.maxsize
+Borders = tuple[int, int, int, int]
+"""Of one range: where its pages end that are needed, promised, ahead and idle, in pages."""
 
 
 class SlotState(enum.Enum):
@@ -26,10 +31,13 @@ class Slot:
         ahead_tokens: tokens that memory was asked for ahead of time.
         ready_tokens: tokens that it may grow to with what is mapped already.
         pages: of each range, the pages mapped from its start on.
+        borders: of each range, what its pages are counted for; the ledger's.
+        settled_tokens: tokens that it may grow to without moving a border; the ledger's.
     """
 
     __slots__ = (
         "ahead_tokens",
+        "borders",
         "fence",
         "index",
         "num_tokens",
@@ -37,6 +45,7 @@ class Slot:
         "promised_tokens",
         "ready_tokens",
         "reservation",
+        "settled_tokens",
         "state",
     )
 
@@ -47,6 +56,8 @@ class Slot:
         self.ahead_tokens = 0
         self.ready_tokens = 0
         self.pages: list[list[Page]] = [[] for _ in range(num_ranges)]
+        self.borders: list[Borders] = [(0, 0, 0, ENDLESS)] * num_ranges
+        self.settled_tokens = 0
         self.reservation = Reservation()
         self.state = SlotState.OPEN
         self.fence: Fence | None = None  # the last work that may touch a parked slot
@@ -58,6 +69,7 @@ class Slot:
         """
         heir = Slot(self.index, 0)
         heir.pages, self.pages = self.pages, [[] for _ in self.pages]
+        heir.borders = self.borders
         heir.ready_tokens, self.ready_tokens = self.ready_tokens, 0
         heir.num_tokens = heir.promised_tokens = self.num_tokens
         self.num_tokens = self.promised_tokens = 0

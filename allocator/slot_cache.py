@@ -5,14 +5,15 @@ pages get behind a slot is `Backing`'s, in what order they are taken back is in 
 """
 
 import heapq
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
-from ..vmem import Fence
+from ..vmem import Fence, OwnedLock, ProcessOwner, janitor
 from ..vmem.errors import (
+    DriverError,
     ForkedProcess,
     InvalidConfig,
     InvalidOperation,
@@ -25,9 +26,10 @@ from ..vmem.errors import (
 from . import accounts
 from .backing import Backing
 from .kernel_view import KernelView
+from .ledger import Use
 from .look_ahead import LookAhead
 from .parking import ParkingLot
-from .reclaim import num_reclaimable, reclaim
+from .reclaim import reclaim, reclaim_parked
 from .slot import Slot, SlotState
 from .stats import KVStats
 
@@ -37,10 +39,11 @@ class SlotCache(KernelView):
 
     An operation that raises has changed nothing for any live request; parked slots that it has
     reclaimed on the way stay reclaimed. All methods may be called from several threads, one
-    slot's from one at a time.
+    slot's from one at a time. A forked child is refused each of them (ForkedProcess): it would
+    write into its parent's pages.
 
-    The cache gives everything back at `shutdown`, or when it is dropped. Its tensors must not be
-    used after that.
+    The cache gives everything back at `shutdown`, or soon after it is dropped (`vmem.janitor`).
+    Its tensors must not be used after that.
 
     Args:
         backing: the pages behind the slots, from a pool that may be shared with other caches.
@@ -61,9 +64,11 @@ class SlotCache(KernelView):
         self.num_slots = num_slots
         self.max_parked = max_parked
         self._backing = backing
+        self._ledger = backing.ledger
         self._no_pages = (0,) * backing.geometry.num_ranges
         shared = self._shared_limit = backing.pool.shared_limit
-        self._lock = threading.RLock() if shared is None else shared.lock
+        self._owner = ProcessOwner("this cache")
+        self._lock = OwnedLock(self._owner, None if shared is None else shared.lock)
         self._open: dict[int, Slot] = {}
         self._parked = ParkingLot()
         self._free_slots = list(range(num_slots))
@@ -71,7 +76,9 @@ class SlotCache(KernelView):
         self._mapping_time_s = 0.0
         self._background_time_s = 0.0
         self._look_ahead = LookAhead(self._prepare)
-        self._finalizer = weakref.finalize(self, _abandon, backing, self._open, self._parked)
+        janitor.start()
+        note = partial(_abandon, self._lock, backing, self._open, self._parked)
+        self._finalizer = weakref.finalize(self, janitor.later, note)
         self._finalizer.atexit = False  # the system takes all of it back by itself
         if shared is not None:
             shared.join(self)
@@ -143,6 +150,8 @@ class SlotCache(KernelView):
             if num_tokens <= slot.ready_tokens:  # as nearly always: pages are larger than tokens
                 slot.num_tokens = max(slot.num_tokens, num_tokens)
                 slot.promised_tokens = max(slot.promised_tokens, num_tokens)
+                if num_tokens > slot.settled_tokens:  # the next page is needed now
+                    self._ledger.settle(slot)
                 return
             with self._promising(slot, num_tokens):
                 self.reserve(slot, num_tokens)
@@ -155,6 +164,7 @@ class SlotCache(KernelView):
 
         Raises what an earlier job in the background met (DriverError).
         """
+        self._owner.check()
         self._check(slot)
         num_tokens = min(num_tokens, self.max_len)
         slot.ahead_tokens = num_tokens
@@ -191,8 +201,9 @@ class SlotCache(KernelView):
             if not self._free_slots and slot.state is SlotState.PARKED:
                 raise OutOfSlots(f"no free slot to fork {slot} into")
             child = self.open()
-            undo.callback(self.close, child)
+            undo.callback(self._discard, child)
             child.num_tokens = child.promised_tokens = num_tokens
+            self._ledger.settle(child)
             shared = self._backing.alias(slot, child, num_tokens)
             self._claim(child, num_tokens, spare=slot)
             self._backing.extend(child, num_tokens)
@@ -220,9 +231,7 @@ class SlotCache(KernelView):
             self._set_fence(slot, self.pool.driver.record_fence())
             self.pool.cancel(slot.reservation)
             slot.num_tokens = slot.promised_tokens = len(tokens)
-            slot.state = SlotState.PARKED
-            del self._open[slot.index]
-            self._parked.add(slot, tokens, variant)
+            self._set_parked(slot, tokens, variant)
 
     def close(self, slot: Slot) -> None:
         """Unmap `slot` and give its pages back.
@@ -243,14 +252,13 @@ class SlotCache(KernelView):
     def num_obtainable(self) -> int:
         """Pages that a new request could get, parked slots given up for it."""
         with self._lock:
-            loose = num_reclaimable(self._backing, self._open.values(), self._parked)
-            loose += self._num_elsewhere()
+            loose = self._ledger.num_reclaimable() + self._num_elsewhere()
             return self.pool.num_available + loose
 
     def reclaimable_bytes(self) -> int:
         """What `give_up` could free for another cache under the same `MemoryLimit`."""
         with self._lock:
-            num_pages = num_reclaimable(self._backing, (), self._parked) + self.pool.num_spare
+            num_pages = self._ledger.count(Use.PARKED) + self.pool.num_spare
             return num_pages * self.pool.driver.page_bytes
 
     def give_up(self, num_bytes: int) -> None:
@@ -263,9 +271,8 @@ class SlotCache(KernelView):
             wanted = -(-num_bytes // self.pool.driver.page_bytes)
             short = wanted - self.pool.num_spare
             if short > 0:
-                self._reclaim(
-                    min(short, num_reclaimable(self._backing, (), self._parked)), only_parked=True
-                )
+                reclaim_parked(self._backing, self._parked, short)
+                self._close_emptied()
             spare = self.pool.num_spare
             self.pool.trim(self.pool.num_free - min(wanted, spare, self.pool.num_free))
 
@@ -277,6 +284,7 @@ class SlotCache(KernelView):
 
     def trim(self) -> int:
         """Give everything that no live request needs back to the system; returns the bytes."""
+        self._owner.check()
         self._look_ahead.drain()
         with self._critical():
             self._reclaim_all()
@@ -287,6 +295,7 @@ class SlotCache(KernelView):
 
         Tensors of the cache must not be used afterwards.
         """
+        self._owner.check()
         self._look_ahead.stop()
         with self._critical():
             if self._is_shut_down:
@@ -315,10 +324,12 @@ class SlotCache(KernelView):
         """Promise `num_tokens` tokens; if what follows fails, all is as it was."""
         tokens, pages = slot.promised_tokens, slot.reservation.num_pages
         slot.promised_tokens = max(tokens, num_tokens)
+        self._ledger.settle(slot)
         try:
             yield
         except BaseException:
             slot.promised_tokens = tokens
+            self._ledger.settle(slot)
             self._backing.withdraw(slot, pages)
             raise
 
@@ -337,8 +348,7 @@ class SlotCache(KernelView):
             self._backing.grow(slot, num_tokens)
         except OutOfPages:  # below the pool's limit; how far below, nobody can tell
             short = self._backing.lacking(slot, num_tokens) - self.pool.num_free
-            loose = num_reclaimable(self._backing, self._open.values(), self._parked)
-            if not self._reclaim(min(short, loose)):
+            if not self._reclaim(min(short, self._ledger.num_reclaimable())):
                 raise
             self._backing.grow(slot, num_tokens)
         except OutOfMappings:
@@ -356,8 +366,7 @@ class SlotCache(KernelView):
         limit = self._shared_limit
         if limit is None:
             return
-        parked = [slot for slot in self._parked if slot is not spare]
-        own = num_reclaimable(self._backing, self._open.values(), parked)
+        own = self._ledger.num_reclaimable(spare)
         missing = num_pages - own - self.pool.num_available
         if missing > self._num_elsewhere():
             return
@@ -365,15 +374,16 @@ class SlotCache(KernelView):
         if own:
             self._reclaim(num_pages - self.pool.num_available, spare)
 
-    def _reclaim(
-        self, num_pages: int, spare: Slot | None = None, *, only_parked: bool = False
-    ) -> bool:
-        live = () if only_parked else self._open.values()
-        done = reclaim(self._backing, live, self._parked, num_pages, spare)
+    def _reclaim(self, num_pages: int, spare: Slot | None = None) -> bool:
+        done = reclaim(self._backing, self._open.values(), self._parked, num_pages, spare)
+        self._close_emptied()
+        return done
+
+    def _close_emptied(self) -> None:
+        """Close the parked slots of which nothing is left."""
         for slot in self._parked:
             if not slot.num_pages:
                 self._close_parked(slot)
-        return done
 
     def _reclaim_all(self) -> None:
         """Take back all that no live request was promised."""
@@ -401,8 +411,23 @@ class SlotCache(KernelView):
         self._backing.clear_unused(parked)
         self._parked.remove(parked)
         slot = parked.hand_over()
+        self._ledger.settle(slot)
         self._open[slot.index] = slot
         return slot, num_tokens
+
+    def _discard(self, child: Slot) -> None:
+        """Close a slot that nobody has a handle of. What the driver keeps mapped goes later."""
+        try:
+            self.close(child)
+        except (DriverError, Shortage):
+            self._set_parked(child, (), "")
+            raise
+
+    def _set_parked(self, slot: Slot, tokens: Sequence[int], variant: str) -> None:
+        slot.state = SlotState.PARKED
+        self._ledger.settle(slot)
+        del self._open[slot.index]
+        self._parked.add(slot, tokens, variant)
 
     def _close_parked(self, slot: Slot) -> None:
         self._parked.shorten(slot, 0)
@@ -435,6 +460,7 @@ class SlotCache(KernelView):
             self.pool.refill(lacking)
         with self._lock, suppress(Shortage):  # none to spare: the request will reclaim or wait
             if slot.state is SlotState.OPEN:
+                self._ledger.settle(slot)
                 self._backing.map_ahead(slot, num_tokens)
         self._background_time_s += time.perf_counter() - start
 
@@ -477,10 +503,15 @@ class SlotCache(KernelView):
             assert sorted(indices) == list(range(self.num_slots)), "a slot is lost or doubled"
 
 
-def _abandon(backing: Backing, live: Mapping[int, Slot], parked: ParkingLot) -> None:
-    """Give back what a cache held that was dropped without `shutdown`."""
+def _abandon(
+    lock: OwnedLock,
+    backing: Backing,
+    live: Mapping[int, Slot],
+    parked: ParkingLot,
+) -> None:
+    """Give back what a cache held that was dropped without `shutdown`. The janitor's job."""
     # A driver that was closed, or that belongs to the parent process, has nothing left to give.
-    with suppress(InvalidOperation, ForkedProcess):
+    with suppress(InvalidOperation, ForkedProcess), lock:
         for slot in [*live.values(), *parked]:
             backing.pool.cancel(slot.reservation)
             backing.shrink(slot, 0, [0] * len(slot.pages))

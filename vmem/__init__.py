@@ -2,12 +2,26 @@
 
 import torch
 
+from . import janitor
+from .at_exit import stop_at_exit
 from .base import Fence, Page, VmemDriver
 from .cuda import CudaDriver
 from .errors import InvalidConfig
 from .host import HostDriver
+from .process import OwnedLock, ProcessOwner
 
-__all__ = ["CudaDriver", "Fence", "HostDriver", "Page", "VmemDriver", "open_driver"]
+__all__ = [
+    "CudaDriver",
+    "Fence",
+    "HostDriver",
+    "OwnedLock",
+    "Page",
+    "ProcessOwner",
+    "VmemDriver",
+    "janitor",
+    "open_driver",
+    "stop_at_exit",
+]
 
 
 def open_driver(

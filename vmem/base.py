@@ -8,8 +8,6 @@ state forbids, so that a mistake is a typed error on every device, with nothing 
 subclasses own the system calls, and only those.
 """
 
-import os
-import threading
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_right, insort
@@ -22,7 +20,8 @@ from typing import NewType, Protocol
 import torch
 
 from .dlpack import strided_extent
-from .errors import ForkedProcess, InvalidConfig, InvalidOperation
+from .errors import InvalidConfig, InvalidOperation
+from .process import OwnedLock, ProcessOwner
 
 Page = NewType("Page", int)
 """A physical page: an opaque number, unique among the live pages of one driver."""
@@ -73,11 +72,11 @@ class VmemDriver(ABC):
         self.page_bytes = page_bytes
         self.counters: Counter[str] = Counter()
         self.call_times_s: defaultdict[str, float] = defaultdict(float)
-        self._lock = threading.RLock()
+        owner = ProcessOwner("this driver")
+        self._lock = OwnedLock(owner)
         # Held while pages come and go, always before `_lock`: clearing memory takes milliseconds,
         # and mapping elsewhere must not wait for it.
-        self._paging_lock = threading.RLock()
-        self._pid = os.getpid()
+        self._paging_lock = OwnedLock(owner)
         self._closed = False
         self._reservations: dict[int, Reservation] = {}  # by address
         self._starts: list[int] = []  # the keys of `_reservations`, sorted
@@ -265,7 +264,7 @@ class VmemDriver(ABC):
     @property
     def reserved_bytes(self) -> int:
         """Address space reserved, backed or not."""
-        return sum(reservation.size for reservation in self._reservations.values())
+        return sum(reservation.size for reservation in list(self._reservations.values()))
 
     def close(self) -> None:
         """Unmap, release and free everything; a second call does nothing.
@@ -361,11 +360,6 @@ class VmemDriver(ABC):
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        if os.getpid() != self._pid:
-            raise ForkedProcess(
-                f"this driver belongs to process {self._pid}, not {os.getpid()}; a forked child "
-                "shares its pages, so create a driver of its own there (or use 'spawn')"
-            )
         with self._lock:
             if self._closed:
                 raise InvalidOperation(f"this driver of {self.device} is closed")

@@ -4,7 +4,6 @@ Importing this module needs neither a GPU nor `cuda-python`; building a `CudaDri
 The driver works in the device's primary context, the one PyTorch uses.
 """
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ import torch
 from .base import Fence, Page, VmemDriver
 from .dlpack import tensor_from_address
 from .errors import DriverError, DriverUnavailable, InvalidConfig, OutOfMappings, OutOfPages
+from .process import OwnedLock, ProcessOwner
 
 
 class CudaDriver(VmemDriver):
@@ -243,7 +243,8 @@ class _EventFence:
     def __init__(self, driver: CudaDriver, event: Any) -> None:
         self._driver = driver
         self._event = event
-        self._lock = threading.Lock()  # a second waiter finds the event gone, not half-destroyed
+        # A second waiter finds the event gone, not half-destroyed.
+        self._lock = OwnedLock(ProcessOwner("this fence"))
 
     def wait(self) -> None:
         with self._lock:

@@ -21,7 +21,7 @@ VkvError
 ├── NativeUnavailable (RuntimeError)  C kernels that are not built and cannot be compiled here
 ├── InvalidOperation (RuntimeError)  a call the address space's state forbids
 ├── StepFailed (RuntimeError)      the model itself failed under a batch of requests
-└── ForkedProcess (RuntimeError)   a driver used in a child of the process that made it
+└── ForkedProcess (RuntimeError)   used in a forked child of the process that made it
 """
 
 
@@ -110,4 +110,4 @@ class StepFailed(VkvError, RuntimeError):
 
 
 class ForkedProcess(VkvError, RuntimeError):
-    """A driver was used in a forked child; pages and mappings belong to the parent."""
+    """Something was used in a forked child; pages and mappings belong to the parent."""

@@ -7,17 +7,17 @@ sequences. All lanes of a layer's keys, or of its values, grow together.
 """
 
 import copy
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from ...vmem import Page, VmemDriver, open_driver
+from ...vmem import OwnedLock, Page, ProcessOwner, VmemDriver, janitor, open_driver
 from ...vmem.errors import ForkedProcess, InvalidOperation
 
 _AHEAD = 64  # beside each so many pages that a lane needs, one more may be mapped
@@ -59,29 +59,36 @@ class Arena:
 
     Memory is given back when nobody can touch it any more (`Lease`). That may be found out at
     any moment, by the garbage collector too and in the midst of another call to the same driver,
-    so a range that is let go is queued, and given back as soon as no call is under way.
+    so a range that is let go is queued. The next call gives it back, or the janitor.
 
     Args:
         page_bytes: size of a physical page; None for 16 KiB on a CPU, and a GPU's own size.
+
+    Attributes:
+        owner: the process that may use the memory; a forked child may not.
     """
 
     def __init__(self, page_bytes: int | None = None) -> None:
         self.page_bytes = page_bytes
         self._drivers: dict[torch.device, VmemDriver] = {}
-        self._lock = threading.Lock()  # held during calls; never awaited by a finalizer
+        self.owner = ProcessOwner("this virtual cache")
+        self._lock = OwnedLock(self.owner)  # held during calls; no finaliser takes it
         self._let_go: deque[Range] = deque()
-        _finalize(self, _close, self._drivers)
+        janitor.start()
+        _finalize(self, janitor.later, partial(_close, self._drivers))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Arena":
         return Arena(self.page_bytes)
 
     @property
     def physical_bytes(self) -> int:
-        return sum(d.num_pages * d.page_bytes for d in self._drivers.values())
+        with self._calling():
+            return sum(d.num_pages * d.page_bytes for d in self._drivers.values())
 
     @property
     def virtual_bytes(self) -> int:
-        return sum(d.reserved_bytes for d in self._drivers.values())
+        with self._calling():
+            return sum(d.reserved_bytes for d in self._drivers.values())
 
     def reserve(self, device: torch.device, lane_bytes: int, num_lanes: int) -> Range:
         """Unbacked addresses on `device`: `num_lanes` lanes of at least `lane_bytes`."""
@@ -117,30 +124,27 @@ class Arena:
                 self._extend(area, needed + ahead - area.end_page)
 
     def let_go(self, area: Range) -> None:
-        """Give `area` back, at once or when the call under way is over. For finalizers."""
+        """Give `area` back soon. For finalisers."""
         self._let_go.append(area)
-        self._give_back()
+        janitor.later(self._give_back)
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
-        try:
-            with self._lock:
-                yield
-        finally:
-            self._give_back()
+        with self._lock:
+            self._free_all()
+            yield
 
     def _give_back(self) -> None:
-        while self._let_go and self._lock.acquire(blocking=False):
-            try:
-                while self._let_go:
-                    self._free(self._let_go.popleft())
-            finally:
-                self._lock.release()
+        with suppress(ForkedProcess), self._lock:  # in a child: the pages are its parent's
+            self._free_all()
+
+    def _free_all(self) -> None:
+        while self._let_go:
+            self._free(self._let_go.popleft())
 
     def _free(self, area: Range) -> None:
-        with suppress(ForkedProcess):  # in a child: the pages are its parent's
-            self._drop(area, 0, area.num_pages)
-            area.driver.free(area.address)
+        self._drop(area, 0, area.num_pages)
+        area.driver.free(area.address)
 
     def _driver_of(self, device: torch.device) -> VmemDriver:
         driver = self._drivers.get(device)
@@ -255,6 +259,7 @@ class Rows:
         Raises InvalidOperation if they are of another batch or of other heads; a Shortage if
         memory is short. No token has changed then.
         """
+        self._arena.owner.check()
         batch, heads, num_tokens, dim = states.shape
         if (batch, heads, dim) != self.shape:
             raise InvalidOperation(
@@ -268,12 +273,14 @@ class Rows:
 
         There must be room for them.
         """
+        self._arena.owner.check()
         end = self.end + states.shape[2]
         self._between(self.end, end).copy_(states.detach())
         self.end = end
 
     def cut(self, start: int, end: int) -> None:
         """Of the tokens held, hold `start … end` only; pages that back no other are given back."""
+        self._arena.owner.check()
         self.start, self.end = start, end
         self._back(start, end, shrink=True)
 
@@ -283,6 +290,7 @@ class Rows:
         In place if the batch stays as large, else in memory of their own, with the old ones left
         as they are. Raises a Shortage, with nothing changed.
         """
+        self._arena.owner.check()
         in_place = len(indices) == self.shape[0]
         chosen = self if in_place else self._empty(len(indices), self._arena)
         chosen._copy(self, indices)
@@ -294,6 +302,7 @@ class Rows:
 
     def _copy(self, source: "Rows", indices: torch.Tensor | None) -> None:
         """Take the tokens of `source`, or of some of its sequences, a portion at a time."""
+        source._arena.owner.check()
         self._back(source.start, source.end)
         self.start, self.end = source.start, source.end
         portion = max(1, _COPY_BYTES // max(self._token_bytes * self._num_lanes, 1))

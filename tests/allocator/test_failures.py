@@ -145,6 +145,28 @@ def test_forking(make_driver, kind):
     fail_everywhere(make_driver, kind, lambda model: with_request(model, 100), operate)
 
 
+def test_a_fork_that_can_neither_be_made_nor_undone_leaves_no_slot_behind(make_driver, monkeypatch):
+    """Its pages go with the next reclaim: nobody has a handle to close it with."""
+    cache = make_cache(KIND["split"], make_driver(), **ROOMY)
+    model = Model(cache)
+    parent = with_request(model, 100)
+
+    def copy_and_fail(*_):
+        cache.pool.driver.fail_after = 0  # and so does the first unmap
+        raise DriverError("injected into copy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._backing, "copy", copy_and_fail)
+        with pytest.raises(DriverError):
+            cache.fork(parent.slot, 77)
+    assert cache.stats().slots_open == 1
+    model.check()
+    model.trim()
+    assert set(cache.pool._references) == {page for pages in parent.slot.pages for page in pages}
+    model.check()
+    cache.shutdown()
+
+
 def test_forking_what_is_parked(make_driver):
     def prepare(model):
         model.park(with_request(model, 140), 140)

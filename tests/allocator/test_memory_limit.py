@@ -1,13 +1,16 @@
 """Caches under one limit: together never above it, and memory goes to where requests are."""
 
+import gc
 import random
 import threading
+import weakref
+from typing import Any
 
 import pytest
 import torch
 import zoo
 from vkv import LLM, KVCache, KVLayout, LayerGeometry, MemoryLimit, PagePool
-from vkv.vmem import HostDriver
+from vkv.vmem import HostDriver, janitor
 from vkv.vmem.errors import InvalidConfig, OutOfPages, Shortage
 
 _PAGE = 4096
@@ -169,7 +172,57 @@ def test_a_dropped_cache_gives_its_share_back() -> None:
     pair.caches[0].grow(slot, 100)
     assert limit.taken_bytes
     pair.caches.clear()
+    assert janitor.drain(20)
     assert limit.taken_bytes == 0
+
+
+@pytest.mark.parametrize("shares", ["a limit", "a pool"])
+def test_a_cache_dropped_in_the_midst_of_another_is_given_back_after_it(
+    shares: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector may run in any call; what the other has counted must stay true till its end."""
+    pair = _Pair(MemoryLimit(16 * _PAGE))
+    working, dropped = pair.caches
+    if shares == "a pool":
+        dropped = KVCache(working.layout, working.pool, num_slots=6)
+        pair.caches.append(dropped)
+    pool, driver = dropped.pool, pair.drivers[0]
+    dropped.grow(dropped.open(), 60)
+    parked = dropped.open()
+    dropped.grow(parked, 20)
+    dropped.park(parked, range(20))
+    held, threads = pool.num_held, []
+    original, unmap = driver._map, pool.driver._unmap
+
+    def collect_and_map(*arguments: Any) -> None:
+        gc.collect()
+        assert gone() is None
+        assert pool.num_held >= held, "given back in the middle of a call"
+        original(*arguments)
+
+    def note_thread(*arguments: Any) -> None:
+        threads.append(threading.current_thread().name)
+        unmap(*arguments)
+
+    monkeypatch.setattr(driver, "_map", collect_and_map)
+    monkeypatch.setattr(pool.driver, "_unmap", note_thread)
+    gone, cycle = weakref.ref(dropped), [dropped]
+    cycle.append(cycle)
+    pair.caches.remove(dropped)
+    del dropped, cycle
+    slot = working.open()
+    working.grow(slot, 60)
+    assert janitor.drain(20)
+    assert set(threads) == {"vkv-janitor"}
+    assert pool.num_held == (4 if shares == "a pool" else 0)
+    pool.check_invariants()
+    working.check_invariants()
+    assert pair.limit.taken_bytes == 4 * _PAGE
+    monkeypatch.undo()
+    working.grow(slot, 16 * 16)  # all that there is
+    working.check_invariants()
+    working.shutdown()
+    assert pair.limit.taken_bytes == 0
 
 
 @pytest.mark.parametrize("size", [0, -1, "many", True])

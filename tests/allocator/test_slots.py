@@ -626,6 +626,33 @@ def test_stats_tell_held_ahead_parked_and_free_apart():
         assert stats.num_mappings == cache.pool.driver.num_mappings
 
 
+class Unread(list):
+    """A list that may be measured, and tells nothing else."""
+
+    def __iter__(self):
+        raise AssertionError("the pages are listed")
+
+    def __getitem__(self, key):
+        raise AssertionError("a page is looked up")
+
+
+def test_no_count_lists_pages(model):
+    cache = model.cache
+    model.park(with_request(model, [1] * 48), 40)
+    live = with_request(model, [2] * 40)
+    model.look_ahead(live, 80)
+    assert model.grow(live, [2] * 40)  # within what is mapped: the pages ahead are needed now
+    model.grow(model.fork(live, 32), [3])
+    expected = (cache.num_obtainable(), cache.reclaimable_bytes(), cache.stats())
+    for slot in (*cache._open.values(), *cache._parked):
+        slot.pages = [Unread(pages) for pages in slot.pages]
+    found = (cache.num_obtainable(), cache.reclaimable_bytes(), cache.stats())
+    assert found[:2] == expected[:2]
+    assert (found[2].pages_held, found[2].pages_ahead, found[2].pages_parked) == (6, 0, 3)
+    for slot in (*cache._open.values(), *cache._parked):
+        slot.pages = [list.copy(pages) for pages in slot.pages]
+
+
 @pytest.mark.parametrize(
     "tamper",
     [
@@ -636,6 +663,9 @@ def test_stats_tell_held_ahead_parked_and_free_apart():
         lambda cache, slot: setattr(slot, "promised_tokens", MAX_LEN),
         lambda cache, slot: setattr(slot, "ready_tokens", MAX_LEN),
         lambda cache, slot: setattr(slot, "num_tokens", MAX_LEN),
+        lambda cache, slot: setattr(slot, "num_tokens", 8),  # its third page is not needed then
+        lambda cache, slot: cache._backing.ledger._counts.reverse(),
+        lambda cache, slot: cache._backing.ledger._uses.popitem(),
         lambda cache, slot: setattr(slot, "state", SlotState.PARKED),
         lambda cache, slot: setattr(cache.pool, "_num_reserved", -1),
         lambda cache, slot: cache.pool._free.append(slot.pages[0][0]),

@@ -293,8 +293,26 @@ class Model:
         assert stats.slots_open == len(self.live)
         assert stats.slots_parked == len(parked)
         assert stats.tokens_held == sum(len(r.tokens) for r in self.live)
-        assert stats.pages_held + stats.pages_ahead + stats.pages_parked == len(references)
+        held, ahead, idle, reclaimable = self._uses()
+        assert (stats.pages_held, stats.pages_ahead, stats.pages_parked) == (held, ahead, idle)
+        assert held + ahead + idle == len(references)
+        assert cache.num_obtainable() == pool.num_available + reclaimable
         assert stats.physical_bytes == pool.num_created * stats.page_bytes
+
+    def _uses(self) -> tuple[int, int, int, int]:
+        """Pages held, ahead, idle or parked, and reclaimable: by listing every page."""
+        to_pages = self.cache.layout.pages_per_range
+        held, promised, ahead, rest = (set() for _ in range(4))
+        for slot in (r.slot for r in self.live):
+            promise = max(slot.num_tokens, slot.promised_tokens)
+            ends = [slot.num_tokens, promise, min(max(promise, slot.ahead_tokens), MAX_LEN)]
+            for pages, *counts in zip(slot.pages, *map(to_pages, ends), strict=True):
+                held.update(pages[: counts[0]])
+                promised.update(pages[: counts[1]])
+                ahead.update(pages[: counts[2]])
+                rest.update(pages)
+        rest.update(p for slot in self.cache._parked for pages in slot.pages for p in pages)
+        return len(held), len(ahead - held), len(rest - ahead), len(rest - promised)
 
     # -- inside ------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import signal
+import threading
 
 import pytest
 import standin.process
@@ -59,10 +60,13 @@ def test_a_forked_child_is_refused_every_verb(driver):
         lambda: driver.map(address + page, pages[1:]),
         lambda: driver.unmap(address, page),
         lambda: driver.tensor(address, (1,), (1,), torch.uint8),
+        lambda: driver.mapped(address, page),
+        lambda: driver.still().__enter__(),
         driver.close,
     ]
 
     def child():
+        signal.alarm(20)  # ends one that waits for a lock that nobody holds there
         for index, verb in enumerate(verbs):
             try:
                 verb()
@@ -71,5 +75,17 @@ def test_a_forked_child_is_refused_every_verb(driver):
             return index + 1
         return 0
 
+    held, go_on = threading.Event(), threading.Event()
+
+    def work():
+        with driver.still():
+            held.set()
+            go_on.wait(20)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert held.wait(20)
     assert standin.process.run_in_fork(child) == 0
+    go_on.set()
+    thread.join()
     driver.unmap(address, page)

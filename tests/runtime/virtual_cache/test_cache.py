@@ -5,12 +5,15 @@ import functools
 import gc
 import io
 import runpy
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import standin.process
 import torch
 import vkv
 import zoo
@@ -32,8 +35,15 @@ from virtual_zoo import RECURRENT, VIRTUAL
 from vkv.runtime.virtual_cache import lanes as virtual_rows
 from vkv.runtime.virtual_cache.cache import VirtualLayer, VirtualSlidingWindowLayer
 from vkv.runtime.virtual_cache.lanes import Arena
-from vkv.vmem import HostDriver, VmemDriver
-from vkv.vmem.errors import InvalidConfig, InvalidOperation, OutOfPages, RequestTooLong, UsageError
+from vkv.vmem import HostDriver, VmemDriver, janitor
+from vkv.vmem.errors import (
+    ForkedProcess,
+    InvalidConfig,
+    InvalidOperation,
+    OutOfPages,
+    RequestTooLong,
+    UsageError,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = 4096  # some tens of tokens of a tiny model, so that pages come and go
@@ -281,6 +291,7 @@ def drivers(monkeypatch: pytest.MonkeyPatch) -> list[VmemDriver]:
 
 
 def assert_all_returned(driver: VmemDriver) -> None:
+    assert janitor.drain(20)
     assert driver.num_pages == 0
     assert driver.reserved_bytes == 0
     with pytest.raises(InvalidOperation, match="closed"):
@@ -406,14 +417,68 @@ def test_a_batch_of_another_size_leaves_nothing_behind() -> None:
     _assert_lean(arena, layer, None)
 
 
-def test_memory_let_go_during_a_call_returns_after_it() -> None:
+def test_memory_let_go_during_a_call_returns_after_it(drivers) -> None:
+    """As when the garbage collector runs in the midst of a driver's call, whoever makes it."""
     arena = Arena(PAGE)
     layer = VirtualLayer(arena, 100)
     layer.update(states(5), states(5))
-    with arena._calling():  # as when the garbage collector runs in the midst of a driver's call
+    with arena._calling():
         layer.reset()
-        assert arena.physical_bytes == NUM_HEADS * PAGE
+        assert drivers[0].num_pages == NUM_HEADS
     assert arena.physical_bytes == arena.virtual_bytes == 0
+    layer.update(states(5), states(5))
+    with drivers[0]._guarded():
+        layer.reset()
+        assert drivers[0].num_pages == NUM_HEADS
+    assert janitor.drain(20)
+    assert drivers[0].num_pages == drivers[0].reserved_bytes == 0
+
+
+def test_a_forked_child_is_refused_before_it_writes_or_waits(llama) -> None:
+    cache = virtual(llama)
+    generate(llama, prompts(2), cache)
+    layer, rows = cache.layers[0], cache.layers[0]._rows[0]
+    before = [other.keys.clone() for other in cache.layers]
+    one = torch.zeros_like(layer.keys[:, :, :1])
+    operations: list[Callable[[], object]] = [
+        lambda: layer.update(one, one),
+        lambda: generate(llama, prompts(2), cache),
+        lambda: layer.crop(-1),
+        lambda: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda: layer.batch_repeat_interleave(2),
+        lambda: copy.deepcopy(layer),
+        lambda: rows.append(one),
+        cache.stats,
+    ]
+
+    def child() -> int:
+        signal.alarm(60)
+        torch.set_num_threads(1)  # the other threads stayed behind
+        for index, operation in enumerate(operations):
+            try:
+                operation()
+            except ForkedProcess:
+                continue
+            return index + 1
+        cache.reset()
+        gc.collect()
+        return 0
+
+    held, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with cache._arena._calling():
+            held.set()
+            go_on.wait(60)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert held.wait(20)
+    assert standin.process.run_in_fork(child) == 0
+    go_on.set()
+    thread.join()
+    assert all(map(torch.equal, before, (other.keys for other in cache.layers)))
+    layer.update(one, one)
 
 
 def test_a_copy_is_complete_and_apart(llama) -> None:
@@ -431,6 +496,7 @@ def test_a_copy_is_complete_and_apart(llama) -> None:
     assert twin.stats().physical_bytes == cache.stats().physical_bytes
     del cache
     gc.collect()
+    assert janitor.drain(20)
     assert not twin.layers[0].keys.any()
 
 
@@ -461,6 +527,7 @@ def test_the_rules_of_cuda_are_kept(standin_driver_factory, monkeypatch) -> None
         layer.update(states(rows), states(rows))
     layer.batch_repeat_interleave(2)
     layer.reset()
+    assert janitor.drain(20)
     assert driver.num_pages == 0
 
 
