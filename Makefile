@@ -47,16 +47,14 @@ test-oldest: $(OLDEST)/.installed ## Run what meets transformers with the oldest
 	$(OLDEST)/bin/python -m pytest tests/runtime/virtual_cache tests/runtime/model \
 	  tests/runtime/engine/test_engine.py $(ARGS)
 
-# The folders as they are once installed, for the type checker: one namespace, `vkv`.
+# The type checker sees the folders as they are once installed, in one namespace: linked, not copied.
 lint: $(INSTALLED) ## Lint, check the format and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf build/types && mkdir -p build/types/vkv
-	@for part in vmem allocator attention_backends quant runtime; do \
-	  ln -s $(CURDIR)/$$part build/types/vkv/$$part; done
-	@ln -s $(CURDIR)/benchmarks/harness build/types/vkv/bench
-	@ln -s $(CURDIR)/examples/tiny_chat build/types/vkv/tiny_chat
-	@ln -s $(CURDIR)/runtime/facade/__init__.py build/types/vkv/__init__.py
+	@cp -rl vmem allocator attention_backends quant runtime examples/tiny_chat build/types/vkv/
+	@cp -rl benchmarks/harness build/types/vkv/bench
+	@cp -l runtime/facade/__init__.py build/types/vkv/
 	$(BIN)/pyright
 
 wheel-test: $(INSTALLED) ## Build the wheel, install it into a clean environment and chat from there

@@ -95,22 +95,22 @@ def test_a_replay_computes_what_the_kernels_compute_one_by_one(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared: list[int] = []
-    both = ModelRunner._logits
+    both = ModelRunner._compute
 
     def run(
         self: ModelRunner, batch: Any, ends: Any, rows: Any, last_tokens: torch.Tensor | None
     ) -> torch.Tensor:
-        replays = self.graphs.num_replays if self.graphs else 0
+        replays = self.recordings.num_replays if self.recordings else 0
         logits = both(self, batch, ends, rows, last_tokens)
-        if self.graphs and self.graphs.num_replays > replays:
+        if self.recordings and self.recordings.num_replays > replays:
             logits = logits.clone()  # and below, the same keys and values are written again
-            eager = self._forward(batch, ends, rows, last_tokens)
+            eager = self._run(batch.items, ends, rows, last_tokens)
             scale = eager.abs().max().item()
             torch.testing.assert_close(logits, eager, atol=0.03 * scale, rtol=0)
             compared.append(len(batch))
         return logits
 
-    monkeypatch.setattr(ModelRunner, "_logits", run)
+    monkeypatch.setattr(ModelRunner, "_compute", run)
     with _open(model_type, torch.bfloat16) as llm:
         assert llm.attention_backend == "torch_flash"
         _generate(llm)
@@ -123,7 +123,7 @@ def test_a_replay_computes_what_the_kernels_compute_one_by_one(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_layer_waits_for_the_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = ModelRunner._call_model
+    call = ModelRunner.logits
 
     def strict(self: ModelRunner, *args: Any) -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("error")
@@ -132,7 +132,7 @@ def test_no_layer_waits_for_the_device(dtype: torch.dtype, monkeypatch: pytest.M
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(ModelRunner, "_call_model", strict)
+    monkeypatch.setattr(ModelRunner, "logits", strict)
     with _open("llama", dtype, record_decodes=False) as llm:
         _generate(llm)
 

@@ -10,7 +10,9 @@ import zoo
 from rerun import record_by_rerun
 from vkv import LLM, SamplingParams
 from vkv.runtime.engine.build import why_not_recorded
+from vkv.runtime.execution import recordings
 from vkv.runtime.execution.recordings import DecodeRecordings
+from vkv.runtime.request.request import Batch
 from vkv.vmem.errors import InvalidConfig
 
 
@@ -72,15 +74,15 @@ def test_padding_writes_where_nobody_reads_or_what_its_request_writes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[int, int, int]] = []  # where padding wrote, rows mapped, the request's token
-    padding = DecodeRecordings._padding
+    run = DecodeRecordings.run
 
-    def spy(self: DecodeRecordings, batch: Any) -> Any:
-        slot, write_at, token, position = padding(self, batch)
-        (own,) = (item.start for item in batch if item.request.slot is slot)
-        seen.append((write_at, slot.num_tokens, own))
-        return slot, write_at, token, position
+    def spy(self: DecodeRecordings, batch: Batch, last_tokens: Any = None) -> Any:
+        padding = batch.padding or recordings._repeated(batch)[0]
+        (own,) = (item.start for item in batch.items if item.request.slot is padding.slot)
+        seen.append((padding.write_at, padding.slot.num_tokens, own))
+        return run(self, batch, last_tokens)
 
-    monkeypatch.setattr(DecodeRecordings, "_padding", spy)
+    monkeypatch.setattr(DecodeRecordings, "run", spy)
     # All at the same length, and nothing mapped ahead: at the end of a row no slot has another.
     with _open("llama", flash_standin, look_ahead_tokens=0, max_parked=0) as llm:
         zoo.check_generate(llm, "llama", [10, 10, 10], [40, 40, 40])
