@@ -125,7 +125,7 @@ class EngineLoop:
 
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""
-        num_bytes = self.engine.trim()
+        num_bytes = self.engine.cache.trim()
         self._stats = self.engine.stats()
         return num_bytes
 

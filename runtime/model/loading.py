@@ -142,15 +142,8 @@ def load_model(
     text_config = model.config.get_text_config()
     _check_interface(model)
     layers, attention, geometry = probe_attention(model)
-    if lm_head_bits is not None:
-        _quantize_head(model, lm_head_bits, loaded_here=home is not None)
-    wants_packing = pack_weights if pack_weights is not None else home is not None
-    model_dtype = model.dtype
-    if wants_packing and device.type == "cpu" and can_pack(model_dtype):
-        pack(model, lambda: probe_outputs(model))
-    if home is not None:
-        for _, linear in int4_linears(model):  # those that packing left where they are
-            linear.settle(model_dtype)
+    model_dtype = model.dtype  # which packing takes away with the weights
+    _prepare_weights(model, pack_weights, lm_head_bits, loaded_here=home is not None)
     return LoadedModel(
         name=name,
         model=model,
@@ -164,6 +157,25 @@ def load_model(
         eos_token_ids=_eos_token_ids(model),
         max_positions=_max_positions(text_config),
     )
+
+
+def _prepare_weights(
+    model: PreTrainedModel,
+    pack_weights: bool | None,
+    lm_head_bits: int | None,
+    *,
+    loaded_here: bool,
+) -> None:
+    """Lay weights out for the kernels that will read them, as `load_model` says."""
+    dtype = model.dtype
+    if lm_head_bits is not None:
+        _quantize_head(model, lm_head_bits, loaded_here=loaded_here)
+    wants_packing = pack_weights if pack_weights is not None else loaded_here
+    if wants_packing and model.device.type == "cpu" and can_pack(dtype):
+        pack(model, lambda: probe_outputs(model))
+    if loaded_here:
+        for _, linear in int4_linears(model):  # those that packing left where they are
+            linear.settle(dtype)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
