@@ -14,6 +14,7 @@ from .sleep import Sleep
 from .stats import EngineStats
 
 _PAUSE_S = 0.01  # while memory is short, before it is asked for again
+_PUBLISH_S = 0.05  # between counts of what an engine holds, while it works
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class EngineLoop:
         self._short_since: float | None = None
         self._sleep = Sleep(engine)
         self._inbox: deque[Message] = deque()
-        self._stats = engine.stats()
+        self._publish()
         self.is_closed = False
 
     @property
@@ -64,15 +65,21 @@ class EngineLoop:
 
     def turn(self, inbox: Iterable[Message] = ()) -> list[StepOutput]:
         """Carry out what was posted, and `inbox`; then run one step. Returns what came of it."""
-        outputs = self.carry_out(inbox)
+        outputs = self._carry_all_out(inbox)
         self.engine.step()
         self._meet_shortage()
         outputs += self.engine.take_outputs()
-        self._stats = self.engine.stats()
+        if time.monotonic() - self._published_s > _PUBLISH_S or not self.engine.has_work:
+            self._publish()
         return outputs
 
     def carry_out(self, inbox: Iterable[Message] = ()) -> list[StepOutput]:
         """Carry out what was posted, and `inbox`, without a step."""
+        outputs = self._carry_all_out(inbox)
+        self._publish()
+        return outputs
+
+    def _carry_all_out(self, inbox: Iterable[Message]) -> list[StepOutput]:
         self._inbox.extend(inbox)
         refused: list[StepOutput] = []
         while self._inbox:
@@ -82,9 +89,7 @@ class EngineLoop:
             except (UsageError, InvalidOperation) as error:
                 assert isinstance(message, Add), message
                 refused += _refusal(message.spec, error)
-        outputs = refused + self.engine.take_outputs()
-        self._stats = self.engine.stats()
-        return outputs
+        return refused + self.engine.take_outputs()
 
     def _carry_out(self, message: Message) -> None:
         if isinstance(message, Add):
@@ -95,6 +100,10 @@ class EngineLoop:
         else:
             assert isinstance(message, Abort), message
             self.engine.abort(message.request_id)
+
+    def _publish(self) -> None:
+        self._stats = self.engine.stats()
+        self._published_s = time.monotonic()
 
     def _meet_shortage(self) -> None:
         """Where memory is short for all, wait a little; in the end the first in line fails."""
@@ -115,24 +124,24 @@ class EngineLoop:
     # -- the machine under it ----------------------------------------------------------------
 
     def stats(self, *, fresh: bool = False) -> EngineStats:
-        """What the engine held and had done when the last turn ended.
+        """What the engine held and had done a moment ago: at most a step and `_PUBLISH_S`.
 
         `fresh` counts now instead; it is for the driver alone.
         """
         if fresh:
-            self._stats = self.engine.stats()
+            self._publish()
         return self._stats
 
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""
         num_bytes = self.engine.cache.trim()
-        self._stats = self.engine.stats()
+        self._publish()
         return num_bytes
 
     def sleep(self, *, weights: bool = False) -> int:
         """Give all memory of keys and values back; returns the bytes (`Sleep.begin`)."""
         num_bytes = self._sleep.begin(weights=weights)
-        self._stats = self.engine.stats()
+        self._publish()
         return num_bytes
 
     def wake(self) -> None:
