@@ -111,8 +111,7 @@ def test_the_plan_s_benchmarks_are_commands_that_exist(
     asked = []
     for module in (linear, throughput):
         monkeypatch.setattr(module, "run", lambda options, *_: asked.append(options) or (None, []))
-    for commands in ("cli", "kernel_cli"):
-        monkeypatch.setattr(f"vkv.bench.{commands}.show", lambda *_: None)
+    monkeypatch.setattr("vkv.bench.cli.show", lambda *_: None)
     monkeypatch.setattr("vkv.runtime.engine.config.resolve_device", torch.device)
     for step in gpu_check.plan(device, []):
         if step.name.startswith(("bench linear", "bench throughput")):

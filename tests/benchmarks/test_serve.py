@@ -216,10 +216,10 @@ def test_goodput_counts_what_keeps_both_objectives(
 
 def test_effective_throughput_needs_prompt_and_output_in_time() -> None:
     # The gaps' average is 100 ms, then 120: in time for 6 tokens a second, not for 9.
-    found = fastgen_metrics(_trace(), Targets(prompt_rate=512, rates=(6, 9)))
+    found = fastgen_metrics(_trace(), Targets(prompt_rate=512, output_rates=(6, 9)))
     assert found["effective_throughput_6"] == 1 / 4.0
     assert found["effective_throughput_9"] == 0
-    patient = fastgen_metrics(_trace(), Targets(prompt_rate=300, rates=(6,)))
+    patient = fastgen_metrics(_trace(), Targets(prompt_rate=300, output_rates=(6,)))
     assert patient["effective_throughput_6"] == 2 / 4.0
     assert found["mean_step_tokens"] == 153.5
     assert found["std_step_tokens"] == pytest.approx(np.std([512, 1, 1, 100]))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from vkv.bench.models import checkpoints, memory, throughput
-from vkv.bench.models.memory import MemoryOptions
-from vkv.bench.models.throughput import CELLS, Cell, ThroughputOptions
+from vkv.bench.models.cells import CELLS, Cell
+from vkv.bench.models.options import MemoryOptions, ThroughputOptions
 from vkv.bench.peers.peer import WORKERS, Worker, WorkerFailed
 from vkv.bench.record import Table
 from vkv.quant import int4_linears

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,9 +40,10 @@ from ...vmem import open_driver
 from ..limits import LimitsProbe
 from ..peers.peer import WORKERS, Worker, interpreter_of
 from ..record import Table, require_matplotlib, write_record
-from .attention_layouts import DEFAULT, HeadMajor, SlotLayout, slot_layouts
+from .attention_layouts import HeadMajor, SlotLayout
 from .attention_results import attention_table, draw
 from .attention_shapes import Shape
+from .options import AttentionOptions
 
 PEERS: Mapping[str, str] = {"vllm": "vllm_attention_worker.py"}
 _MAX_LAYERS = 24
@@ -50,34 +51,6 @@ _MIN_LAYERS = 4  # where they fit; fewer would not show what interleaving layers
 _ENOUGH_BYTES = {"cpu": 1 << 40, "cuda": 1 << 30}  # far beyond a GPU's caches
 _BLOCK_TOKENS = 16
 _PAGE_BYTES = {"cpu": 256 << 10, "cuda": None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionOptions:
-    """What to run; see `vkv bench attention --help`.
-
-    Attributes:
-        contiguous: backends over slots; the first is run in every layout.
-        layouts: of slots; all backends are run in the first.
-        paged: backends over the paged cache.
-        max_bytes: keys and values of one cache; larger problems are left out, and named.
-        threads: of peers, which should be as many as PyTorch has here.
-        peers: other systems' kernels, each in its own interpreter.
-        label: a word for the record's name.
-    """
-
-    shapes: tuple[Shape, ...]
-    dtype: torch.dtype = torch.bfloat16
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    contiguous: tuple[str, ...] = ("auto", "sdpa")
-    layouts: tuple[SlotLayout, ...] = slot_layouts(DEFAULT.split(","))
-    paged: tuple[str, ...] = ("auto",)
-    repeats: int = 7
-    max_bytes: int = 128 << 20
-    threads: int = field(default_factory=torch.get_num_threads)
-    peers: Mapping[str, str] = field(default_factory=dict)  # name to interpreter
-    label: str = ""
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +72,9 @@ def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, li
     }
     probe = LimitsProbe(options.device, options.dtype)
     left_out = _too_large(options)
-    fitting = [shape for shape in options.shapes if shape not in left_out]
+    fitting = [shape for shape in options.problems if shape not in left_out]
     results: list[dict[str, Any]] = []
-    with _started(commands, options) as peers, counted("attention", len(fitting)) as advance:
+    with _started(commands, options.dtype) as peers, counted("attention", len(fitting)) as advance:
         for shape in fitting:
             probe.measure()
             results.append(_cell(shape, options, peers))
@@ -130,7 +103,7 @@ def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, li
 def _too_large(options: AttentionOptions) -> dict[Shape, str]:
     """The problems of which not even one layer fits, and why."""
     limit = options.max_bytes
-    sizes = {shape: shape.kv_bytes(options.dtype) for shape in options.shapes}
+    sizes = {shape: shape.kv_bytes(options.dtype) for shape in options.problems}
     return {
         shape: f"keys and values take {_mib(size)} a layer, above --max-memory ({_mib(limit)})"
         for shape, size in sizes.items()
@@ -274,10 +247,10 @@ def _filled(
 
 @contextmanager
 def _started(
-    commands: Mapping[str, Sequence[str]], options: AttentionOptions
+    commands: Mapping[str, Sequence[str]], dtype: torch.dtype
 ) -> Iterator[dict[str, Worker]]:
     """The peers' processes. Raises WorkerFailed if one does not load."""
-    own = {"threads": options.threads, "dtype": str(options.dtype).removeprefix("torch.")}
+    own = {"threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="vkv-bench-")))
         peers: dict[str, Worker] = {}

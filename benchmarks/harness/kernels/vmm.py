@@ -20,29 +20,12 @@ from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
 from ..record import Table, require_matplotlib, write_record
+from .options import VmmOptions
 
 _HOST_PAGE_BYTES = (64 << 10, 256 << 10, 1 << 20, 2 << 20)
 _CUDA_MULTIPLES = (1, 4, 8)  # of the granularity
 
 OPERATIONS = ("create", "map new", "map again", "map scattered", "unmap", "release")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VmmOptions:
-    """What to run; see `vkv bench vmm --help`.
-
-    Attributes:
-        page_bytes: page sizes; none for those that suit the device.
-        runs: lengths of runs, in pages.
-        repeats: lives of each run.
-        max_bytes: the most memory taken at once; longer runs are left out.
-    """
-
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    page_bytes: tuple[int, ...] = ()
-    runs: tuple[int, ...] = (1, 2, 8, 32, 128, 512)
-    repeats: int = 7
-    max_bytes: int = 512 << 20
 
 
 @dataclass

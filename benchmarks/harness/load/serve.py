@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ...runtime.frontend.llm import LLM
@@ -21,10 +20,10 @@ from ..limits import LimitsProbe
 from ..models.shapes import build_model
 from ..record import Table, require_matplotlib, write_record
 from .load import Trace, drive, gamma_arrivals
-from .serve_metrics import Targets, fastgen_metrics, vllm_metrics
+from .options import ServeOptions, Targets
+from .serve_metrics import fastgen_metrics, vllm_metrics
 from .workloads import FASTGEN, WorkItem, traffic
 
-POLICIES = ("splitfuse", "prefill_first")
 _RATIOS = {  # of one run to another
     "request_throughput": "requests/s",
     "output_throughput": "output tokens/s",
@@ -34,51 +33,6 @@ _RATIOS = {  # of one run to another
     "p99_itl_ms": "p99 ITL",
     "std_step_tokens": "sd of step size",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """What to run; see `vkv bench serve --help`.
-
-    Attributes:
-        workloads: names of `workloads.TRAFFIC`, or "fastgen" for all four of its quadrants.
-        clients: numbers of clients that wait for their answers, one load each.
-        rates: requests a second, one load each; in place of `clients` where there are any.
-        cv: variation of the times between arrivals; 1 for Poisson.
-        scale: what lengths are multiplied by.
-        budgets: tokens of a step, one run each; none for the device's default.
-        label: a word for the record's name.
-    """
-
-    shape: str = "llama-tiny"
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    workloads: tuple[str, ...] = ("fastgen",)
-    num_requests: int = 32
-    clients: tuple[int, ...] = (8,)
-    rates: tuple[float, ...] = ()
-    cv: float = 1.0
-    scale: float = 1.0
-    policies: tuple[str, ...] = POLICIES
-    max_seqs: int = 32
-    budgets: tuple[int, ...] = ()
-    targets: Targets = Targets()  # noqa: RUF009 - immutable
-    label: str = ""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("workloads", "clients", "policies"):
-            if not getattr(self, name):
-                raise InvalidConfig(f"{name} is empty; give one at least")
-        lists = (self.clients, self.rates, self.budgets)
-        if min(self.num_requests, self.cv, self.scale, *itertools.chain(*lists)) <= 0:
-            raise InvalidConfig(
-                f"num_requests {self.num_requests}, cv {self.cv}, scale {self.scale}, clients "
-                f"{self.clients}, rates {self.rates} and budgets {self.budgets} must all be "
-                "positive"
-            )
-        if unknown := [policy for policy in self.policies if policy not in POLICIES]:
-            raise InvalidConfig(f"policy is {unknown[0]!r}; use some of {', '.join(POLICIES)}")
 
 
 @dataclass(frozen=True)
@@ -278,7 +232,7 @@ def _throughput_table(cells: Sequence[Cell], targets: Targets) -> Table:
         "request_goodput": "goodput, requests/s",
         "output_throughput": "output tokens/s",
         "total_token_throughput": "all tokens/s",
-        **{f"effective_throughput_{r:g}": f"effective at {r:g}/s" for r in targets.rates},
+        **{f"effective_throughput_{r:g}": f"effective at {r:g}/s" for r in targets.output_rates},
         "mean_step_tokens": "tokens a step",
         "std_step_tokens": "their sd",
         "max_step_tokens": "their most",

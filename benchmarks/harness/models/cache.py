@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +27,12 @@ from ..limits import LimitsProbe
 from ..peers.peer import WORKERS
 from ..record import Table, require_matplotlib, write_record
 from .checkpoints import cache_bytes_per_token
+from .options import CacheOptions
 from .shapes import build_model
 
 KINDS = ("virtual", "dynamic", "static")
 _WORKER = WORKERS / "cache_worker.py"
 _COLOURS = {"virtual": "#0a7", "dynamic": "#d90", "static": "#c33"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheOptions:
-    """What to run; see `vkv bench cache --help`.
-
-    Attributes:
-        problems: batch and tokens of context of each.
-    """
-
-    shape: str = "llama-455m"
-    dtype: str = "bfloat16"
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    problems: tuple[tuple[int, int], ...] = ((1, 1024), (1, 4096), (1, 16_384), (8, 1024))
-    kinds: tuple[str, ...] = KINDS
-    steps: int = 24
-    max_prefill: int = 1024
-    repeats: int = 3
-    seed: int = 0
 
 
 Cell = dict[str, Any]

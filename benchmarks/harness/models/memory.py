@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from ...runtime.engine.idle import IdleTrim
 from ...runtime.frontend.llm import LLM
 from ...runtime.model.loading import load_model
 from ...runtime.request.sampling_params import SamplingParams
+from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
 from ..load.workloads import WorkItem, ragged
 from ..record import Table, require_matplotlib, write_record
@@ -52,6 +53,7 @@ from .memory_results import (
     steady_calls_per_token,
     summarise,
 )
+from .options import MemoryOptions
 from .shapes import build_model, kv_geometry
 
 _PATIENCE_S = 10.0  # for a trim that is late
@@ -60,28 +62,12 @@ _WHEN_DUE_S = 1e-3  # between samples then
 KINDS = ("virtual", "paged", "static", "dynamic")
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryOptions:
-    """What to run; see `vkv bench memory --help`."""
-
-    shape: str = "llama-tiny"
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    num_requests: int = 64
-    prompt_lens: tuple[int, int] = (16, 2000)
-    output_lens: tuple[int, int] = (16, 256)
-    max_seqs: int = 16
-    look_ahead_tokens: int = 16
-    quant: str | None = None  # format of the 4-bit checkpoint to weigh
-    kinds: tuple[str, ...] = KINDS
-    idle_s: float = 1.0
-    seed: int = 0
-
-
 def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
     require_matplotlib()  # before the work, not after it
     parse_format(options.quant)
+    if unknown := [kind for kind in options.kinds if kind not in KINDS]:
+        raise InvalidConfig(f"{', '.join(unknown)}: use some of {', '.join(KINDS)}")
     model = build_model(options.shape, dtype=options.dtype, device=options.device)
     work = ragged(
         options.num_requests,

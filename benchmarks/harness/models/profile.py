@@ -29,6 +29,7 @@ from ...vmem.errors import InvalidConfig
 from ..limits import Limits, LimitsProbe
 from ..record import Table, require_matplotlib, write_record
 from .checkpoints import Checkpoints, save_checkpoints
+from .options import ProfileOptions
 
 _ROWS = {  # kernels, by what they do
     "linear layers": ("linear",),
@@ -44,27 +45,6 @@ _ROWS = {  # kernels, by what they do
 _REST = "the engine, sampling, Python"
 _CLOCKED = "step"  # in `kernel_s`: all of a step whose kernels are timed
 _WARM_UPS = 4  # decodes: a recording is made by the first and compared with a run by the second
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileOptions:
-    """What to run; see `vkv bench profile --help`.
-
-    Attributes:
-        batches: requests that decode together.
-        context: tokens of each before it decodes.
-        steps: decodes of each kind, timed call by call and undisturbed.
-    """
-
-    shape: str = "llama-455m"
-    model: str | None = None
-    dtype: str = "bfloat16"
-    quant: str | None = None
-    batches: tuple[int, ...] = (1, 8, 32)
-    context: int = 128
-    steps: int = 24
-    label: str = ""
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

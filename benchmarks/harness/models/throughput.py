@@ -15,15 +15,14 @@ beside the dense one, with the output layer dense and (`-head`) in 4 bits too. l
 its own Q4_0 as well, with embeddings and output layer in Q8_0: its own tool makes them Q6_K.
 """
 
-import os
 import random
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,9 +31,11 @@ from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
 from ..peers.peer import WORKERS, Timing, Worker, WorkerFailed, import_bytes, interpreter_of
 from ..record import Table, require_matplotlib, write_record
+from .cells import Cell
 from .checkpoints import Checkpoints, parse_format, save_checkpoints
+from .options import ThroughputOptions
 from .shapes import build_model
-from .throughput_results import DecodeStep, Results, draw, tables
+from .throughput_results import Results, draw, tables
 
 SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vkv": ("vkv_worker.py", {"kv": "virtual"}),
@@ -49,96 +50,6 @@ INT4_SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vkv-int4-head": ("vkv_worker.py", {"kv": "virtual", "lm_head_bits": 4}),
 }
 PEERS: Mapping[str, str] = {"vllm": "vllm_worker.py", "llama-cpp": "llama_cpp_worker.py"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One thing to time. `seconds` of it are divided into `num_tokens`."""
-
-    name: str
-    kind: Literal["prefill", "decode", "total"]
-    prompt_lens: tuple[int, ...]
-    output_lens: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens that are counted: of prompts, or of outputs."""
-        if self.kind == "prefill":
-            return sum(self.prompt_lens)
-        return sum(self.output_lens) - (len(self.output_lens) if self.kind == "decode" else 0)
-
-    @property
-    def held_tokens(self) -> int:
-        """The most tokens whose KV is held at once."""
-        return sum(self.prompt_lens) + sum(self.output_lens)
-
-    @property
-    def decode_step(self) -> DecodeStep:
-        """The mean of the steps that a decode is timed for: those after the first token."""
-        num_steps = max(self.output_lens) - 1
-        lengths = zip(self.prompt_lens, self.output_lens, strict=True)
-        read = sum((n - 1) * prompt + n * (n - 1) // 2 for prompt, n in lengths)
-        return DecodeStep(num_tokens=self.num_tokens / num_steps, kv_tokens=read / num_steps)
-
-
-def _ragged_cell(name: str, num_requests: int, seed: int = 7) -> Cell:
-    """Requests of 274 prompt and 111 output tokens on average, as 8,769 and 3,550 are of 32."""
-    rng = random.Random(seed)
-    prompts = _spread(
-        [rng.randint(16, 532) for _ in range(num_requests)], 8769 * num_requests // 32
-    )
-    outputs = _spread(
-        [rng.randint(16, 206) for _ in range(num_requests)], 3550 * num_requests // 32
-    )
-    return Cell(name=name, kind="total", prompt_lens=prompts, output_lens=outputs)
-
-
-def _spread(lengths: Sequence[int], total: int) -> tuple[int, ...]:
-    """The lengths, stretched to add up to `total`."""
-    scaled = [max(1, n * total // sum(lengths)) for n in lengths]
-    scaled[-1] += total - sum(scaled)
-    return tuple(scaled)
-
-
-def _uniform(name: str, kind: Any, batch: int, prompt: int, output: int) -> Cell:
-    return Cell(name=name, kind=kind, prompt_lens=(prompt,) * batch, output_lens=(output,) * batch)
-
-
-CELLS: Mapping[str, Cell] = {
-    cell.name: cell
-    for cell in (
-        _uniform("prefill-1", "prefill", 1, 512, 1),
-        _uniform("prefill-8", "prefill", 8, 256, 1),
-        _uniform("decode-1", "decode", 1, 128, 65),
-        _uniform("decode-8", "decode", 8, 128, 65),
-        _uniform("decode-32", "decode", 32, 128, 49),
-        _ragged_cell("ragged", 32),
-        # For GPUs: too long for the weakest of the systems on a CPU.
-        _uniform("decode-16", "decode", 16, 128, 65),
-        _ragged_cell("ragged-64", 64),
-    )
-}
-_ON_A_CPU = ("prefill-1", "prefill-8", "decode-1", "decode-8", "decode-32", "ragged")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThroughputOptions:
-    """What to run; see `vkv bench throughput --help`."""
-
-    shape: str = "llama-455m"
-    model: str | None = None
-    dtype: str = "bfloat16"
-    quant: str | None = None  # format of the 4-bit checkpoint
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    systems: tuple[str, ...] = tuple(SYSTEMS)
-    peers: Mapping[str, str] = field(default_factory=dict)  # name to interpreter
-    cells: tuple[Cell, ...] = tuple(CELLS[name] for name in _ON_A_CPU)
-    repeats: int = 3
-    batch: int = 8  # of the padded batches of transformers, in `ragged`
-    eager_peers: bool = False
-    label: str = ""  # behind the record's name
-    seed: int = 0
 
 
 def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:

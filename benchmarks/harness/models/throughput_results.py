@@ -7,15 +7,8 @@ from pathlib import Path
 
 from ..limits import Limits
 from ..record import Table
+from .cells import DecodeStep
 from .checkpoints import Checkpoints, gains_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeStep:
-    """A step of a decode, on average: tokens that it makes, and tokens whose KV it reads."""
-
-    num_tokens: float
-    kv_tokens: float
 
 
 @dataclass(kw_only=True)

@@ -16,9 +16,9 @@ computation, the processor's time above all, shows in the length of the steps me
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,56 +33,18 @@ from ...attention_backends import (
     choose_backend,
 )
 from ...runtime.engine.build import READY_ROWS, host_page_bytes
-from ...runtime.engine.config import EngineConfig, available_memory
+from ...runtime.engine.config import available_memory
 from ...runtime.execution.step_inputs import StepInputs, StepValues
 from ...runtime.frontend.progress import counted
 from ...vmem import open_driver
 from ...vmem.errors import InvalidConfig
-from ..kernels.attention_shapes import Shape
 from ..limits import LimitsProbe, synchronise
 from ..record import Table, require_matplotlib, write_record
+from .options import StallOptions
 from .stall_results import Run, draw, stall_tables
 
 _LAYERS_PER_RANGE = {"cpu": 1, "cuda": None}  # the engine's choice
 _WARM_UP = 3  # passes before a run
-
-
-@dataclass(frozen=True, kw_only=True)
-class StallOptions:
-    """What to run; see `vkv bench stall --help`.
-
-    Attributes:
-        shape: heads, sequences, and the tokens that the longest of them starts with.
-        page_bytes: size of a page; None for the engine's choice.
-        repeats: runs with look-ahead, and as many without.
-        label: a word for the record's name.
-    """
-
-    shape: Shape
-    layers: int
-    steps: int = 500
-    look_ahead_tokens: int = EngineConfig.look_ahead_tokens
-    page_bytes: int | None = None
-    dtype: torch.dtype = torch.bfloat16
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    repeats: int = 3
-    label: str = ""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """A model's geometry that suits a device: heads as in `shapes_of_heads`, layers, context."""
-
-    heads: str
-    layers: int
-    context: int
-
-
-DEFAULTS: Mapping[str, Defaults] = {
-    "cpu": Defaults("16:4x64", 8, 4096),
-    "cuda": Defaults("32:8x128", 32, 32_768),
-}
 
 
 def run(options: StallOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
@@ -91,8 +53,9 @@ def run(options: StallOptions, folder: Path, command: str) -> tuple[Path, list[T
     Raises InvalidConfig if no page is crossed in so few steps, or memory is too small.
     """
     require_matplotlib()
-    least = min(options.layers, options.steps, options.repeats, options.look_ahead_tokens)
-    if min(least, options.shape.batch, options.shape.context) < 1:
+    shape, layers = options.shape, options.num_layers
+    least = min(layers, options.steps, options.repeats, options.look_ahead_tokens)
+    if min(least, shape.batch, shape.context) < 1:
         raise InvalidConfig(
             "batch, context, layers, steps, repeats and look-ahead tokens must be at least 1"
         )
@@ -110,9 +73,8 @@ def run(options: StallOptions, folder: Path, command: str) -> tuple[Path, list[T
         bench.cache.check_invariants()
         facts = bench.facts()
     probe.measure()
-    shape = options.shape
     problem = (
-        f"{shape.batch} x {shape.context:,} tokens, {options.layers} layers of {shape.num_heads}:"
+        f"{shape.batch} x {shape.context:,} tokens, {layers} layers of {shape.num_heads}:"
         f"{shape.num_kv_heads}x{shape.head_dim}, {str(options.dtype).removeprefix('torch.')}"
     )
     tables = stall_tables(runs, facts, problem)
@@ -120,7 +82,7 @@ def run(options: StallOptions, folder: Path, command: str) -> tuple[Path, list[T
         folder,
         "-".join(filter(None, ("stall", options.label))),
         device=options.device,
-        config=asdict(options),
+        config=asdict(options) | {"shape": asdict(shape), "layers": layers},
         results={**facts, "runs": {m: [asdict(r) for r in done] for m, done in runs.items()}},
         tables=tables,
         limits=probe.limits(),
@@ -138,7 +100,7 @@ def _bench(options: StallOptions) -> Iterator["_Bench"]:
     """Slots backed and filled up to their first lengths; closed at the end."""
     shape, kind = options.shape, options.device.type
     max_len = shape.context + options.steps
-    rough = options.layers * shape.kv_bytes(options.dtype) // shape.context * max_len
+    rough = options.num_layers * shape.kv_bytes(options.dtype) // shape.context * max_len
     if rough > (available := available_memory(options.device)):
         raise InvalidConfig(
             f"the slots take {rough} bytes, and {available} are available; lower --batch, "
@@ -155,7 +117,7 @@ def _bench(options: StallOptions) -> Iterator["_Bench"]:
         LayerGeometry(
             num_kv_heads=shape.num_kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim
         ),
-    ) * options.layers
+    ) * options.num_layers
     page_bytes, layers_per_range = options.page_bytes, _LAYERS_PER_RANGE[kind]
     if page_bytes is None and kind == "cpu":
         page_bytes = host_page_bytes(geometry, options.dtype, layers_per_range, rough)
@@ -202,7 +164,7 @@ class _Bench:
                 f"no slot needs a page within {options.steps} steps: a page lasts "
                 f"{cache.row_tokens} tokens; raise --steps to so many"
             )
-        for index in range(options.layers):
+        for index in range(options.num_layers):
             backend.check_cache(*cache.layer(index))
         generator = torch.Generator(options.device).manual_seed(options.seed)
 
@@ -217,7 +179,7 @@ class _Bench:
         rows = [random(shape.context, shape.num_kv_heads) for _ in range(2)]
         for slot, num_tokens in zip(self._slots, self._starts, strict=True):
             cache.grow(slot, num_tokens)
-            for index in range(options.layers):
+            for index in range(options.num_layers):
                 for tensor, values in zip(cache.layer(index), rows, strict=True):
                     tensor[slot.index, :num_tokens].copy_(values[:num_tokens])
 
@@ -282,7 +244,7 @@ class _Bench:
     def _attend(self) -> None:
         """Every layer over the slots, until the device is done."""
         batch = self._batch(self._slots)
-        for index in range(self._options.layers):
+        for index in range(self._options.num_layers):
             keys, values = self.cache.layer(index)
             self._backend.store(self._key, self._value, keys, values, batch)
             self._backend.forward(self._query, keys, values, batch, self._layer)
