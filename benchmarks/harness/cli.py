@@ -16,7 +16,7 @@ import typer
 
 from ..runtime.cli.lazy import LazyCommand
 from ..runtime.cli.options import Options, function
-from .options import Folder, Output
+from .options import Folder, Output, StartupOptions
 
 if TYPE_CHECKING:
     from .record import Table
@@ -133,6 +133,12 @@ def profile() -> Command:
     from .models.options import ProfileOptions
 
     return _measuring(ProfileOptions, ".models.profile")
+
+
+@bench.command(cls=LazyCommand)
+def startup() -> Command:
+    """How long `import vkv`, `vkv --help` and `vkv info` take, in fresh processes."""
+    return _measuring(StartupOptions, ".startup")
 
 
 @bench.command(cls=LazyCommand)

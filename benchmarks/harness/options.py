@@ -4,7 +4,7 @@ Modules of options import nothing that is slow: `vkv bench` lists its commands f
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,20 +16,6 @@ if TYPE_CHECKING:
 
 RECORDS = Path("benchmarks/records")
 _Number = TypeVar("_Number", int, float)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """Where a bench writes."""
-
-    out: Path = option(RECORDS, help="Folder for record, table and plot.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Folder:
-    """Where records are."""
-
-    folder: Path = option(RECORDS, help="Where the records are and the page goes.")
 
 
 # -- words -------------------------------------------------------------------------------------
@@ -100,6 +86,41 @@ def _numbers(listed: str, kind: Callable[[str], _Number]) -> tuple[_Number, ...]
         return tuple(kind(item) for item in words(listed))
     except ValueError as error:
         raise ValueError("give numbers, with commas") from error
+
+
+# -- of every bench, and of those that have no folder -------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where a bench writes."""
+
+    out: Path = option(RECORDS, help="Folder for record, table and plot.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartupOptions:
+    """What `vkv bench startup` runs.
+
+    Attributes:
+        peers: interpreters by name, each with a vkv of its own.
+    """
+
+    repeats: int = option(7, least=1, help="Starts of each command.")
+    peers: Mapping[str, str] = option(
+        (),
+        names=("--peer",),
+        kind=list[str],
+        parse=interpreters,
+        help="NAME=PYTHON: an interpreter with another vkv, to compare with. Repeatable.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Where records are."""
+
+    folder: Path = option(RECORDS, help="Where the records are and the page goes.")
 
 
 # -- fields ------------------------------------------------------------------------------------

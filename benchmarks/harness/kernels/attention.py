@@ -9,7 +9,7 @@ kernels take, not what launching them takes.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,7 +39,7 @@ from ...runtime.frontend.progress import counted
 from ...vmem import open_driver
 from ..limits import LimitsProbe
 from ..peers.peer import WORKERS, Worker, interpreter_of
-from ..record import Table, require_matplotlib, write_record
+from ..record import Findings, Record, Table, record_name
 from .attention_layouts import HeadMajor, SlotLayout
 from .attention_results import attention_table, draw
 from .attention_shapes import Shape
@@ -65,7 +65,8 @@ class Contestant:
 
 def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
-    require_matplotlib()
+    name, config = record_name("attention", options.label), asdict(options)
+    record = Record(folder, name, device=options.device, config=config, command=command)
     commands = {
         f"{name}, its kernel": [interpreter_of(name, path, PEERS), str(WORKERS / PEERS[name])]
         for name, path in options.peers.items()
@@ -74,30 +75,29 @@ def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, li
     left_out = _too_large(options)
     fitting = [shape for shape in options.problems if shape not in left_out]
     results: list[dict[str, Any]] = []
-    with _started(commands, options.dtype) as peers, counted("attention", len(fitting)) as advance:
-        for shape in fitting:
-            probe.measure()
-            results.append(_cell(shape, options, peers))
-            if options.device.type == "cuda":
-                torch.cuda.empty_cache()  # what the paged cache had, slots may have now
-            advance()
-    probe.measure()
-    limits = probe.limits()
     reasons = [{"shape": asdict(shape), "why": why} for shape, why in left_out.items()]
-    tables = [attention_table(results, reasons, options.dtype, limits)]
-    config = asdict(options) | {"dtype": str(options.dtype), "device": str(options.device)}
-    path = write_record(
-        folder,
-        "-".join(filter(None, ("attention", options.label))),
-        device=options.device,
-        config=config,
-        results={"cells": results, "left_out": reasons},
-        tables=tables,
-        limits=limits,
-        command=command,
-    )
-    draw(results, path.with_suffix(".png"))
-    return path, tables
+
+    def steps() -> Generator[None, None, None]:
+        with (
+            _started(commands, options.dtype) as peers,
+            counted("attention", len(fitting)) as advance,
+        ):
+            for shape in fitting:
+                probe.measure()
+                results.append(_cell(shape, options, peers))
+                if options.device.type == "cuda":
+                    torch.cuda.empty_cache()  # what the paged cache had, slots may have now
+                advance()
+                yield
+
+    def findings() -> Findings:
+        return Findings(
+            results={"cells": results, "left_out": reasons},
+            tables=[attention_table(results, reasons, options.dtype, probe.limits())],
+            draw=partial(draw, results),
+        )
+
+    return record.grow(steps(), findings, probe)
 
 
 def _too_large(options: AttentionOptions) -> dict[Shape, str]:

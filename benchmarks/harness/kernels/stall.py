@@ -16,9 +16,10 @@ computation, the processor's time above all, shows in the length of the steps me
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from ...runtime.frontend.progress import counted
 from ...vmem import open_driver
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe, synchronise
-from ..record import Table, require_matplotlib, write_record
+from ..record import Findings, Record, Table, record_name
 from .options import StallOptions
 from .stall_results import Run, draw, stall_tables
 
@@ -52,44 +53,47 @@ def run(options: StallOptions, folder: Path, command: str) -> tuple[Path, list[T
 
     Raises InvalidConfig if no page is crossed in so few steps, or memory is too small.
     """
-    require_matplotlib()
     shape, layers = options.shape, options.num_layers
     least = min(layers, options.steps, options.repeats, options.look_ahead_tokens)
     if min(least, shape.batch, shape.context) < 1:
         raise InvalidConfig(
             "batch, context, layers, steps, repeats and look-ahead tokens must be at least 1"
         )
+    name = record_name("stall", options.label)
+    config = asdict(options) | {"shape": asdict(shape), "layers": layers}
+    record = Record(folder, name, device=options.device, config=config, command=command)
     probe = LimitsProbe(options.device, options.dtype)
-    runs: dict[str, list[Run]] = {"on": [], "off": []}
-    with (
-        _bench(options) as bench,
-        counted("stall", len(runs) * options.repeats) as advance,
-    ):
-        for _ in range(options.repeats):
-            probe.measure()
-            for mode, done in runs.items():
-                done.append(bench.run(options.look_ahead_tokens if mode == "on" else 0))
-                advance()
-        bench.cache.check_invariants()
-        facts = bench.facts()
-    probe.measure()
-    problem = (
-        f"{shape.batch} x {shape.context:,} tokens, {layers} layers of {shape.num_heads}:"
-        f"{shape.num_kv_heads}x{shape.head_dim}, {str(options.dtype).removeprefix('torch.')}"
+    runs: dict[str, list[Run]] = {}
+    facts: dict[str, Any] = {}
+
+    def steps() -> Generator[None, None, None]:
+        with _bench(options) as bench, counted("stall", 2 * options.repeats) as advance:
+            facts.update(bench.facts())
+            for _ in range(options.repeats):
+                probe.measure()
+                for mode, ahead in (("on", options.look_ahead_tokens), ("off", 0)):
+                    runs.setdefault(mode, []).append(bench.run(ahead))
+                    advance()
+                    yield
+            bench.cache.check_invariants()
+
+    def findings() -> Findings:
+        return Findings(
+            results={**facts, "runs": {m: [asdict(r) for r in done] for m, done in runs.items()}},
+            tables=stall_tables(runs, facts, _in_words(options)),
+            draw=partial(draw, runs, facts["crossings"]),
+        )
+
+    return record.grow(steps(), findings, probe)
+
+
+def _in_words(options: StallOptions) -> str:
+    shape = options.shape
+    return (
+        f"{shape.batch} x {shape.context:,} tokens, {options.num_layers} layers of "
+        f"{shape.num_heads}:{shape.num_kv_heads}x{shape.head_dim}, "
+        f"{str(options.dtype).removeprefix('torch.')}"
     )
-    tables = stall_tables(runs, facts, problem)
-    path = write_record(
-        folder,
-        "-".join(filter(None, ("stall", options.label))),
-        device=options.device,
-        config=asdict(options) | {"shape": asdict(shape), "layers": layers},
-        results={**facts, "runs": {m: [asdict(r) for r in done] for m, done in runs.items()}},
-        tables=tables,
-        limits=probe.limits(),
-        command=command,
-    )
-    draw(runs, facts["crossings"], path.with_suffix(".png"))
-    return path, tables
 
 
 # -- the slots -------------------------------------------------------------------------------

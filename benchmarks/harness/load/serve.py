@@ -6,8 +6,9 @@ with, and for each budget of tokens a step. All get the same requests at the sam
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ...runtime.frontend.progress import counted
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
 from ..models.shapes import build_model
-from ..record import Table, require_matplotlib, write_record
+from ..record import Findings, Record, Table, record_name
 from .load import Trace, drive, gamma_arrivals
 from .options import ServeOptions, Targets
 from .serve_metrics import fastgen_metrics, vllm_metrics
@@ -54,8 +55,40 @@ class Cell:
 
 def run(options: ServeOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
-    require_matplotlib()
+    name = record_name("serve", options.shape, options.label)
+    record = Record(folder, name, device=options.device, config=asdict(options), command=command)
     model = build_model(options.shape, dtype=options.dtype, device=options.device)
+    works = _works(options, model)
+    loads = _loads(options)
+    plan = list(itertools.product(works, loads, options.policies, options.budgets or (None,)))
+    cells: list[Cell] = []
+    probe = LimitsProbe(options.device, options.dtype)
+
+    def steps() -> Generator[None, None, None]:
+        with counted("requests", len(plan) * options.num_requests) as advance:
+            for workload, load, policy, budget in plan:
+                probe.measure()
+                trace, more = _serve(
+                    model, works[workload], loads[load], options, policy, budget, advance
+                )
+                metrics = vllm_metrics(trace, options.targets)
+                metrics |= fastgen_metrics(trace, options.targets) | more
+                tokens = int(more["max_batch_tokens"])
+                cells.append(Cell(workload, load, policy, tokens, trace, metrics))
+                yield
+
+    def findings() -> Findings:
+        return Findings(
+            results={"runs": [_as_record(cell) for cell in cells]},
+            tables=_tables(cells, options),
+            draw=partial(_plot, cells),
+        )
+
+    return record.grow(steps(), findings, probe)
+
+
+def _works(options: ServeOptions, model: PreTrainedModel) -> dict[str, list[WorkItem]]:
+    """The requests of each workload. Raises InvalidConfig for one that is too long."""
     works = {
         name: traffic(
             name,
@@ -68,35 +101,7 @@ def run(options: ServeOptions, folder: Path, command: str) -> tuple[Path, list[T
     }
     for name, work in works.items():
         _check_lengths(name, work, model.config.max_position_embeddings)
-    loads = _loads(options)
-    plan = list(itertools.product(works, loads, options.policies, options.budgets or (None,)))
-    cells: list[Cell] = []
-    probe = LimitsProbe(options.device, options.dtype)
-    with counted("requests", len(plan) * options.num_requests) as advance:
-        for workload, load, policy, budget in plan:
-            probe.measure()
-            trace, more = _serve(
-                model, works[workload], loads[load], options, policy, budget, advance
-            )
-            metrics = vllm_metrics(trace, options.targets)
-            metrics |= fastgen_metrics(trace, options.targets) | more
-            cells.append(
-                Cell(workload, load, policy, int(more["max_batch_tokens"]), trace, metrics)
-            )
-    probe.measure()
-    tables = _tables(cells, options)
-    path = write_record(
-        folder,
-        "-".join(filter(None, ("serve", options.shape, options.label))),
-        device=options.device,
-        config=asdict(options),
-        results={"runs": [_as_record(cell) for cell in cells]},
-        tables=tables,
-        limits=probe.limits(),
-        command=command,
-    )
-    _plot(cells, path.with_suffix(".png"))
-    return path, tables
+    return works
 
 
 def _expanded(workloads: Sequence[str]) -> list[str]:

@@ -22,8 +22,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from ...runtime.request.sampling_params import SamplingParams
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
 from ..load.workloads import WorkItem, ragged
-from ..record import Table, require_matplotlib, write_record
+from ..record import Findings, Record, Table, record_name
 from .checkpoints import cache_bytes_per_token, gains_table, parse_format, save_checkpoints
 from .memory_results import (
     FinalUse,
@@ -64,10 +64,11 @@ KINDS = ("virtual", "paged", "static", "dynamic")
 
 def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
-    require_matplotlib()  # before the work, not after it
     parse_format(options.quant)
     if unknown := [kind for kind in options.kinds if kind not in KINDS]:
         raise InvalidConfig(f"{', '.join(unknown)}: use some of {', '.join(KINDS)}")
+    name = record_name("memory", options.shape)
+    record = Record(folder, name, device=options.device, config=asdict(options), command=command)
     model = build_model(options.shape, dtype=options.dtype, device=options.device)
     work = ragged(
         options.num_requests,
@@ -76,51 +77,75 @@ def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[
         vocab_size=model.config.vocab_size,
         seed=options.seed,
     )
-    samples: dict[str, list[MemorySample]] = {}
-    rest: dict[str, list[MemorySample]] = {}
-    ends = {kind: FinalUse() for kind in options.kinds}
-    engines: dict[str, dict[str, Any]] = {}
+    found = _Found()
     probe = LimitsProbe(options.device, options.dtype)
-    for kind in options.kinds:
-        probe.measure()
+
+    def steps() -> Generator[None, None, None]:
+        for kind in options.kinds:
+            probe.measure()
+            found.add(kind, model, work, options)
+            yield
+        if options.quant is not None:
+            found.weight_bytes = _weigh(options)
+            yield
+
+    def findings() -> Findings:
+        title = (
+            f"{options.num_requests} ragged requests, at most {options.max_seqs} at once, "
+            f"{options.shape}"
+        )
+        return Findings(
+            results=found.as_record(),
+            tables=found.tables(cache_bytes_per_token(model, options.dtype)),
+            draw=lambda path: draw(found.samples, found.rest, title=title, path=path),
+        )
+
+    return record.grow(steps(), findings, probe)
+
+
+@dataclass
+class _Found:
+    """What has been measured, by kind of cache; `rest` and `engines` of vkv's own alone."""
+
+    samples: dict[str, list[MemorySample]] = field(default_factory=dict)
+    rest: dict[str, list[MemorySample]] = field(default_factory=dict)
+    ends: dict[str, FinalUse] = field(default_factory=dict)
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+
+    def add(
+        self, kind: str, model: PreTrainedModel, work: Sequence[WorkItem], options: MemoryOptions
+    ) -> None:
+        """Run the workload over one kind of cache."""
+        ends = FinalUse()
         if kind in ("virtual", "paged"):
-            samples[kind], rest[kind], engines[kind] = _run_engine(
-                model, work, options, kind, ends[kind]
+            samples, self.rest[kind], self.engines[kind] = _run_engine(
+                model, work, options, kind, ends
             )
         else:
-            samples[kind] = list(_fill_caches(model, work, options, kind, ends[kind]))
-    probe.measure()
-    summary = {kind: summarise(rows, ends[kind]) for kind, rows in samples.items()}
-    tables = [memory_table(summary)]
-    if engines:
-        tables.append(engine_table(engines))
-    weights: dict[str, int] = {}
-    if options.quant is not None:
-        weights = _weigh(options)
-        token_bytes = cache_bytes_per_token(model, options.dtype)
-        tables.append(gains_table(weights, token_bytes))
-    path = write_record(
-        folder,
-        f"memory-{options.shape}",
-        device=options.device,
-        config=asdict(options),
-        results={
-            "summary": summary,
-            "engines": engines,
-            "weight_bytes": weights,
-            "samples": {kind: columns(rows) for kind, rows in samples.items()},
-            "rest": {kind: columns(rows) for kind, rows in rest.items()},
-        },
-        tables=tables,
-        limits=probe.limits(),
-        command=command,
-    )
-    title = (
-        f"{options.num_requests} ragged requests, at most {options.max_seqs} at once, "
-        f"{options.shape}"
-    )
-    draw(samples, rest, title=title, path=path.with_suffix(".png"))
-    return path, tables
+            samples = list(_fill_caches(model, work, options, kind, ends))
+        self.samples[kind], self.ends[kind] = samples, ends
+
+    @property
+    def summary(self) -> dict[str, dict[str, float]]:
+        return {kind: summarise(rows, self.ends[kind]) for kind, rows in self.samples.items()}
+
+    def tables(self, kv_bytes_per_token: int) -> list[Table]:
+        found = [memory_table(self.summary)]
+        if self.engines:
+            found.append(engine_table(self.engines))
+        if self.weight_bytes:
+            found.append(gains_table(self.weight_bytes, kv_bytes_per_token))
+        return found
+
+    def as_record(self) -> dict[str, Any]:
+        return {
+            "summary": self.summary,
+            "engines": self.engines,
+            "weight_bytes": self.weight_bytes,
+            "samples": {kind: columns(rows) for kind, rows in self.samples.items()},
+            "rest": {kind: columns(rows) for kind, rows in self.rest.items()},
+        }
 
 
 def _weigh(options: MemoryOptions) -> dict[str, int]:

@@ -10,8 +10,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from ...runtime.cpu_kernels.packing import PackedGatedLayer, PackedLinear
 from ...runtime.execution.tape import KernelClock, TapeRecorder
 from ...runtime.frontend.llm import LLM
 from ...runtime.frontend.progress import counted
-from ...runtime.model.loading import parse_dtype
 from ...runtime.request.sampling_params import SamplingParams
 from ...vmem.errors import InvalidConfig
 from ..limits import Limits, LimitsProbe
-from ..record import Table, require_matplotlib, write_record
+from ..options import torch_dtype
+from ..record import Findings, Record, Table, record_name
 from .checkpoints import Checkpoints, save_checkpoints
 from .options import ProfileOptions
 
@@ -80,52 +81,50 @@ def run(options: ProfileOptions, folder: Path, command: str) -> tuple[Path, list
 
     Raises InvalidConfig if an option is out of range, or if decodes of the model are not recorded.
     """
-    require_matplotlib()
     if min(options.batches, default=0) < 1 or options.context < 1 or options.steps < 1:
         raise InvalidConfig(
             f"batches are {options.batches}, the context {options.context} and steps "
             f"{options.steps}; each must be at least 1"
         )
-    dtype = parse_dtype(options.dtype)
-    assert dtype is not None, "an option with a default"
-    probe = LimitsProbe(torch.device("cpu"), torch.float32)
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoints = save_checkpoints(
-            options.shape, options.model, dtype, options.quant, Path(scratch)
-        )
-        probe.measure()
-        flops = _flops_per_token(checkpoints, dtype)
-        profiles, weight_bytes = _measure(options, checkpoints, dtype, probe)
-    limits = probe.limits()
-    table = _table(profiles, weight_bytes, flops, limits)
+    cpu = torch.device("cpu")
     model = options.shape if options.model is None else Path(options.model).name
-    name = "-".join(part for part in ("profile", model, options.quant, options.label) if part)
-    path = write_record(
-        folder,
-        name,
-        device=torch.device("cpu"),
-        config=asdict(options),
-        results={
-            "weight_bytes": weight_bytes,
-            "flops_per_token": flops,
-            "profiles": [asdict(profile) for profile in profiles],
-        },
-        tables=[table],
-        limits=limits,
-        command=command,
-    )
-    _plot(profiles, path.with_suffix(".png"))
-    return path, [table]
+    name = record_name("profile", model, options.quant, options.label)
+    record = Record(folder, name, device=cpu, config=asdict(options), command=command)
+    probe = LimitsProbe(cpu, torch.float32)
+    profiles: list[BatchProfile] = []
+    model_facts: dict[str, int] = {}
+
+    def steps() -> Generator[None, None, None]:
+        with tempfile.TemporaryDirectory() as scratch:
+            dtype = torch_dtype(options.dtype)
+            saved = save_checkpoints(
+                options.shape, options.model, dtype, options.quant, Path(scratch)
+            )
+            model_facts["flops_per_token"] = _flops_per_token(saved, dtype)
+            with _llm(options, saved, dtype) as llm:
+                model_facts["weight_bytes"] = _product_bytes(llm)
+                for batch in options.batches:
+                    probe.measure()
+                    profiles.append(_decode(llm, options, batch, saved.vocab_size))
+                    yield
+
+    def findings() -> Findings:
+        weight_bytes, flops = model_facts["weight_bytes"], model_facts["flops_per_token"]
+        return Findings(
+            results=model_facts | {"profiles": [asdict(profile) for profile in profiles]},
+            tables=[_table(profiles, weight_bytes, flops, probe.limits())],
+            draw=partial(_plot, profiles),
+        )
+
+    return record.grow(steps(), findings, probe)
 
 
 # -- measuring ---------------------------------------------------------------------------------
 
 
-def _measure(
-    options: ProfileOptions, checkpoints: Checkpoints, dtype: torch.dtype, probe: LimitsProbe
-) -> tuple[list[BatchProfile], int]:
-    """The profile of each batch, and the bytes of weights that each step reads."""
-    with LLM(
+def _llm(options: ProfileOptions, checkpoints: Checkpoints, dtype: torch.dtype) -> LLM:
+    """The model, with room for the largest batch."""
+    return LLM(
         str(checkpoints.int4 or checkpoints.dense),
         device="cpu",
         dtype=dtype,
@@ -133,12 +132,7 @@ def _measure(
         max_seqs=max(options.batches),
         prefix_reuse=False,
         max_parked=0,
-    ) as llm:
-        profiles = []
-        for batch in options.batches:
-            profiles.append(_decode(llm, options, batch, checkpoints.vocab_size))
-            probe.measure()
-        return profiles, _product_bytes(llm)
+    )
 
 
 def _decode(llm: LLM, options: ProfileOptions, batch: int, vocab_size: int) -> BatchProfile:

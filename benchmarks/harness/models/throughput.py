@@ -18,9 +18,10 @@ its own Q4_0 as well, with embeddings and output layer in Q8_0: its own tool mak
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ import torch
 from rich.console import Console
 
 from ...vmem.errors import InvalidConfig
-from ..limits import LimitsProbe
+from ..limits import Limits, LimitsProbe
+from ..options import torch_dtype
 from ..peers.peer import WORKERS, Timing, Worker, WorkerFailed, import_bytes, interpreter_of
-from ..record import Table, require_matplotlib, write_record
+from ..record import Findings, Record, Table, record_name
 from .cells import Cell
 from .checkpoints import Checkpoints, parse_format, save_checkpoints
 from .options import ThroughputOptions
 from .shapes import build_model
-from .throughput_results import Results, draw, tables
+from .throughput_results import Results, as_record, draw, tables
 
 SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vkv": ("vkv_worker.py", {"kv": "virtual"}),
@@ -57,33 +59,42 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
 
     Interrupted (Ctrl-C), it writes what it has measured, and the record says what is missing.
     """
-    require_matplotlib()
     workers = _commands(options)
-    dtype = getattr(torch, options.dtype)
+    dtype = torch_dtype(options.dtype)
+    model = options.shape if options.model is None else Path(options.model).name
+    name = record_name("throughput", model, options.quant, options.label)
+    record = Record(folder, name, device=options.device, config=asdict(options), command=command)
     probe = LimitsProbe(options.device, dtype, threads=options.threads)
     constant = import_bytes()
-    console = Console(stderr=True)
     results = Results.of(workers, [cell.name for cell in options.cells])
     with tempfile.TemporaryDirectory(prefix="vkv-bench-") as home:
         scratch = Path(home)
-        model = options.model or _drawn_on_a_gpu(options, dtype, scratch)
-        checkpoints = save_checkpoints(options.shape, model, dtype, options.quant, scratch=scratch)
-        try:
-            for repeat in range(options.repeats):
-                console.print(f"repeat {repeat + 1} of {options.repeats}")
-                probe.measure()
-                with _started(workers, options, checkpoints, scratch, results) as running:
-                    _one_repeat(running, options, checkpoints, results, probe, console)
-        except KeyboardInterrupt:
-            if not results.has_samples:
-                raise
-            results.interrupt(options.repeats)
-            console.print("interrupted; the record holds what was measured until here")
-        probe.measure()
-    limits = probe.limits()
-    shown = tables(
+        source = options.model or _drawn_on_a_gpu(options, dtype, scratch)
+        saved = save_checkpoints(options.shape, source, dtype, options.quant, scratch=scratch)
+
+        def findings() -> Findings:
+            return Findings(
+                results=as_record(results, saved, options.repeats, constant),
+                tables=_tables(options, workers, saved, results, constant, probe.limits()),
+                draw=partial(draw, results.samples),
+            )
+
+        steps = _all_repeats(workers, options, saved, scratch, results, probe)
+        return record.grow(steps, findings, probe)
+
+
+def _tables(
+    options: ThroughputOptions,
+    workers: Iterable[str],
+    checkpoints: Checkpoints,
+    results: Results,
+    constant: int,
+    limits: Limits,
+) -> list[Table]:
+    return tables(
         results,
         checkpoints,
+        repeats=options.repeats,
         baseline=next(iter(workers)),
         int4=[name for name in INT4_SYSTEMS if name in workers],
         decodes={cell.name: cell.decode_step for cell in options.cells if cell.kind == "decode"},
@@ -91,32 +102,6 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
         import_bytes=constant,
         limits=limits,
     )
-    name = options.shape if options.model is None else Path(options.model).name
-    parts = ["throughput", name, options.quant, options.label]
-    path = write_record(
-        folder,
-        "-".join(part for part in parts if part),
-        device=options.device,
-        config=asdict(options) | {"device": str(options.device)},
-        results={
-            "model": {
-                "weight_bytes": checkpoints.weight_bytes,
-                "kv_bytes_per_token": checkpoints.kv_bytes_per_token,
-                "vocab_size": checkpoints.vocab_size,
-                "group_size": checkpoints.group_size,
-                "import_bytes": constant,
-            },
-            "tokens_per_s": results.samples,
-            "failures": results.failures,
-            "peak_rss_bytes": results.peaks,
-            "weight_bytes": results.weights,
-        },
-        tables=shown,
-        limits=limits,
-        command=command,
-    )
-    draw(results.samples, path.with_suffix(".png"))
-    return path, shown
 
 
 # -- running -------------------------------------------------------------------------------------
@@ -188,43 +173,67 @@ def _started(
         yield running
 
 
-def _one_repeat(
-    running: dict[str, Worker],
+def _all_repeats(
+    workers: Mapping[str, tuple[list[str], dict[str, Any]]],
+    options: ThroughputOptions,
+    checkpoints: Checkpoints,
+    scratch: Path,
+    results: Results,
+    probe: LimitsProbe,
+) -> Generator[None, None, None]:
+    """Fill `results`, a system and cell at a time."""
+    console = Console(stderr=True)
+    for repeat in range(options.repeats):
+        console.print(f"repeat {repeat + 1} of {options.repeats}")
+        probe.measure()
+        with _started(workers, options, checkpoints, scratch, results) as running:
+            _warm_up(running, options, results)
+            rng = random.Random(options.seed)
+            for cell in options.cells:
+                if options.device.type == "cpu":  # a GPU's memory is the systems' now
+                    probe.measure()
+                prompts = [
+                    [rng.randrange(checkpoints.vocab_size) for _ in range(n)]
+                    for n in cell.prompt_lens
+                ]
+                for name in running:
+                    if cell.name not in results.failures[name]:
+                        said = _time(running, name, cell, prompts, options, checkpoints, results)
+                        console.print(f"  {cell.name:10} {name}: {said}", markup=False)
+                        yield
+
+
+def _warm_up(running: Mapping[str, Worker], options: ThroughputOptions, results: Results) -> None:
+    first = options.cells[0]
+    for name, worker in running.items():
+        try:
+            worker.run([[1] * first.prompt_lens[0]], [min(8, first.output_lens[0])])
+        except WorkerFailed as error:
+            results.fail(name, error)
+
+
+def _time(
+    running: Mapping[str, Worker],
+    name: str,
+    cell: Cell,
+    prompts: Sequence[Sequence[int]],
     options: ThroughputOptions,
     checkpoints: Checkpoints,
     results: Results,
-    probe: LimitsProbe,
-    console: Console,
-) -> None:
-    rng = random.Random(options.seed)
-    first = options.cells[0]
-    warm_up = [[1] * first.prompt_lens[0]], [min(8, first.output_lens[0])]
-    for name, worker in running.items():
-        try:
-            worker.run(*warm_up)
-        except WorkerFailed as error:
-            results.fail(name, error)
-    for cell in options.cells:
-        if options.device.type == "cpu":  # a GPU's memory is the systems' now
-            probe.measure()
-        prompts = [
-            [rng.randrange(checkpoints.vocab_size) for _ in range(n)] for n in cell.prompt_lens
-        ]
-        for name, worker in running.items():
-            if cell.name in results.failures[name]:
-                continue
-            try:
-                if options.device.type == "cuda":
-                    worker.run(prompts, cell.output_lens)
-                rate, timing = _measure(worker, cell, prompts)
-            except WorkerFailed as error:
-                results.failures[name][cell.name] = str(error)
-                console.print(f"  {cell.name:10} {name}: {error}", markup=False)
-            else:
-                results.samples[name][cell.name].append(rate)
-                results.peaks[name] = timing.peak_rss_bytes
-                results.weights[name] = timing.weight_bytes or checkpoints.weight_bytes
-                console.print(f"  {cell.name:10} {name}: {rate:.1f} tokens/s", markup=False)
+) -> str:
+    """Add what a system took for a cell, or why it failed; returns that in words."""
+    worker = running[name]
+    try:
+        if options.device.type == "cuda":
+            worker.run(prompts, cell.output_lens)
+        rate, timing = _measure(worker, cell, prompts)
+    except WorkerFailed as error:
+        results.failures[name][cell.name] = str(error)
+        return str(error)
+    results.samples[name][cell.name].append(rate)
+    results.peaks[name] = timing.peak_rss_bytes
+    results.weights[name] = timing.weight_bytes or checkpoints.weight_bytes
+    return f"{rate:.1f} tokens/s"
 
 
 def _measure(worker: Worker, cell: Cell, prompts: Sequence[Sequence[int]]) -> tuple[float, Timing]:
