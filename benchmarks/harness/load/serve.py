@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from ...runtime.frontend.llm import LLM
 from ...runtime.frontend.progress import counted
 from ...vmem.errors import InvalidConfig
+from ..driver import Driver
 from ..limits import LimitsProbe
 from ..models.shapes import build_model
 from ..record import Findings, Record, Table, record_name
-from .load import Trace, drive, gamma_arrivals
+from .client import Trace, drive, gamma_arrivals
 from .options import ServeOptions, Targets
 from .serve_metrics import fastgen_metrics, vllm_metrics
 from .workloads import FASTGEN, WorkItem, traffic
@@ -155,11 +156,12 @@ def _serve(
         policy=policy,
         pack_weights=True,  # as for a checkpoint
     ) as llm:
-        drive(llm.engine, [WorkItem(work[0].prompt[:16], 1)], [0.0])
+        driver = Driver(llm)
+        drive(driver, [WorkItem(work[0].prompt[:16], 1)], [0.0])
         before = llm.stats()
-        trace = drive(llm.engine, work, arrivals_s, on_finish=advance)
+        trace = drive(driver, work, arrivals_s, on_finish=advance)
         stats = llm.stats()
-        resolved = llm.engine.scheduler.max_batch_tokens
+        resolved = driver.max_batch_tokens
     return trace, {
         "max_batch_tokens": resolved,
         "num_preemptions": stats.num_preemptions,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .load import RequestTrace, Trace
+from .client import RequestTrace, Trace
 from .options import Targets
 
 PERCENTILES = (90, 95, 99)

@@ -20,7 +20,6 @@ have left memory that the next ones take over.
 
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,14 +29,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from ...allocator import KVCache, PagedKVCache
 from ...runtime.engine.config import EngineConfig
 from ...runtime.engine.engine import EngineStats
-from ...runtime.engine.idle import IdleTrim
 from ...runtime.frontend.llm import LLM
 from ...runtime.model.loading import load_model
-from ...runtime.request.sampling_params import SamplingParams
 from ...vmem.errors import InvalidConfig
+from ..driver import Driver
 from ..limits import LimitsProbe
 from ..load.workloads import WorkItem, ragged
 from ..record import Findings, Record, Table, record_name
@@ -192,31 +189,25 @@ def _run_engine(
     )
     samples: list[MemorySample] = []
     with LLM(model, dtype=options.dtype, device=options.device, **asdict(config)) as llm:
-        cache = llm.engine.cache
-        assert isinstance(cache, KVCache | PagedKVCache)
-        layout = cache.layout
-        token_bytes = layout.token_bytes
+        driver = Driver(llm)
+        token_bytes, row_bytes = driver.token_bytes, driver.row_bytes
         start = time.perf_counter()
         for index, item in enumerate(work):
-            params = SamplingParams(temperature=0, max_tokens=item.num_output_tokens)
-            llm.engine.add_request(str(index), item.prompt, params)
+            driver.submit(str(index), item.prompt, item.num_output_tokens)
         worst_waste = 0.0
         last_seen: dict[str, tuple[int, int]] = {}  # of each request: bytes of tokens, of pages
-        while llm.engine.has_work:
-            llm.engine.step()
-            stats = llm.stats()
-            for request in llm.engine.scheduler.running:
-                assert request.slot is not None
-                used = request.slot.num_tokens * token_bytes
-                backed = layout.num_pages(request.slot.num_tokens) * stats.page_bytes
+        while driver.has_work:
+            driver.step()
+            for request in driver.running():
+                used = request.num_held_tokens * token_bytes
+                backed = driver.backed_bytes(request.num_held_tokens)
                 last_seen[request.request_id] = used, backed
-                row_bytes = layout.num_ranges * stats.page_bytes
                 worst_waste = max(worst_waste, (backed - used) / row_bytes)
-            samples.append(_sample(stats, token_bytes, time.perf_counter() - start))
+            samples.append(_sample(driver.stats(), token_bytes, time.perf_counter() - start))
         ends.token_bytes = sum(used for used, _ in last_seen.values())
         ends.kv_bytes = sum(backed for _, backed in last_seen.values())
         stats = llm.stats()
-        rest = list(_rest(llm, options.idle_s, token_bytes, start))
+        rest = list(_rest(driver, options.idle_s, token_bytes, start))
         after = llm.stats()
     return (
         samples,
@@ -242,13 +233,12 @@ def _run_engine(
     )
 
 
-def _rest(llm: LLM, idle_s: float, token_bytes: int, start: float) -> Iterator[MemorySample]:
+def _rest(driver: Driver, idle_s: float, token_bytes: int, start: float) -> Iterator[MemorySample]:
     """Samples of an engine without work, until its memory has gone back and as long again."""
     begin = time.perf_counter()
-    with IdleTrim(llm.engine, threading.RLock(), idle_s) as idle:
-        idle.rest()
+    with driver.resting(idle_s):
         while True:
-            stats, now = llm.stats(), time.perf_counter()
+            stats, now = driver.stats(), time.perf_counter()
             yield _sample(stats, token_bytes, now - start)
             patience = _PATIENCE_S if stats.pages_held else 0.0
             if now - begin > 2 * idle_s + patience:

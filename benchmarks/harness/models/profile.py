@@ -21,11 +21,11 @@ from torch import nn
 from transformers import AutoConfig
 
 from ...runtime.cpu_kernels.packing import PackedGatedLayer, PackedLinear
-from ...runtime.execution.tape import KernelClock, TapeRecorder
+from ...runtime.execution.tape import KernelClock
 from ...runtime.frontend.llm import LLM
 from ...runtime.frontend.progress import counted
-from ...runtime.request.sampling_params import SamplingParams
 from ...vmem.errors import InvalidConfig
+from ..driver import Driver
 from ..limits import Limits, LimitsProbe
 from ..options import torch_dtype
 from ..record import Findings, Record, Table, record_name
@@ -102,10 +102,11 @@ def run(options: ProfileOptions, folder: Path, command: str) -> tuple[Path, list
             )
             model_facts["flops_per_token"] = _flops_per_token(saved, dtype)
             with _llm(options, saved, dtype) as llm:
-                model_facts["weight_bytes"] = _product_bytes(llm)
+                driver = Driver(llm)
+                model_facts["weight_bytes"] = _product_bytes(driver.modules())
                 for batch in options.batches:
                     probe.measure()
-                    profiles.append(_decode(llm, options, batch, saved.vocab_size))
+                    profiles.append(_decode(driver, options, batch, saved.vocab_size))
                     yield
 
     def findings() -> Findings:
@@ -135,18 +136,16 @@ def _llm(options: ProfileOptions, checkpoints: Checkpoints, dtype: torch.dtype) 
     )
 
 
-def _decode(llm: LLM, options: ProfileOptions, batch: int, vocab_size: int) -> BatchProfile:
+def _decode(driver: Driver, options: ProfileOptions, batch: int, vocab_size: int) -> BatchProfile:
     num_decodes = _WARM_UPS + 2 * options.steps
     max_tokens = _num_outputs(options, batch)
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     chooser = random.Random(options.seed)
     for index in range(batch):
         prompt = [chooser.randrange(vocab_size) for _ in range(options.context)]
-        llm.engine.add_request(f"{batch}-{index}", prompt, params)
-    recorder = _recorder(llm)
-    running = llm.engine.scheduler.running
-    while len(running) < batch or not all(request.num_output_tokens for request in running):
-        llm.engine.step()
+        driver.submit(f"{batch}-{index}", prompt, max_tokens)
+    recorder = driver.tape()
+    while sum(request.num_output_tokens > 0 for request in driver.running()) < batch:
+        driver.step()
     step_s: list[float] = []
     kernel_s: dict[str, list[float]] = {}
     with counted(f"batch {batch}", num_decodes) as advance:
@@ -154,7 +153,7 @@ def _decode(llm: LLM, options: ProfileOptions, batch: int, vocab_size: int) -> B
             is_timed = index >= _WARM_UPS and index % 2 == 1
             recorder.clock = KernelClock() if is_timed else None
             start = time.perf_counter()
-            llm.engine.step()
+            driver.step()
             spent = time.perf_counter() - start
             if recorder.clock is not None:
                 for name, seconds in {_CLOCKED: spent, **recorder.clock.seconds}.items():
@@ -163,9 +162,8 @@ def _decode(llm: LLM, options: ProfileOptions, batch: int, vocab_size: int) -> B
                 step_s.append(spent)
             advance()
     recorder.clock = None
-    _recorder(llm)  # or it was refused meanwhile
-    while llm.engine.has_work:
-        llm.engine.step()
+    driver.tape()  # or it was refused meanwhile
+    driver.finish_all()
     return BatchProfile(batch=batch, step_s=step_s, kernel_s=kernel_s)
 
 
@@ -174,18 +172,8 @@ def _num_outputs(options: ProfileOptions, batch: int) -> int:
     return _WARM_UPS + 2 * options.steps + batch + 1
 
 
-def _recorder(llm: LLM) -> TapeRecorder:
-    graphs = llm.engine.runner.graphs if hasattr(llm.engine.runner, "graphs") else None
-    if graphs is None or not isinstance(graphs.recorder, TapeRecorder):
-        raise InvalidConfig("decode steps of this model are not recorded: see `vkv info MODEL`")
-    if graphs.refused is not None:
-        raise InvalidConfig(f"decode steps of this model are not recorded: {graphs.refused}")
-    return graphs.recorder
-
-
-def _product_bytes(llm: LLM) -> int:
+def _product_bytes(modules: Sequence[nn.Module]) -> int:
     """Of linear layers as they are laid out; embeddings are looked up, a row a token."""
-    modules = list(llm.engine.loaded.model.modules())
     packed = {id(m.product): m.product for m in modules if isinstance(m, PackedLinear)}
     packed |= {id(m.product): m.product for m in modules if isinstance(m, PackedGatedLayer)}
     plain = sum(m.weight.nbytes for m in modules if isinstance(m, nn.Linear))
