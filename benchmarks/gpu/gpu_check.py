@@ -1,6 +1,6 @@
 """One command for a bare machine with a GPU: install, prove, measure, within a time budget.
 
-    python3 benchmarks/gpu_check.py --kit gpu-kit --out results
+    python3 benchmarks/gpu/gpu_check.py --kit gpu-kit --out results
 
 It wants nothing but Python, PyTorch and the kit (`make gpu-kit`), and changes nothing of what the
 machine has: the kit goes into a folder of its own. Then come the GPU tests and the benchmarks, in
@@ -148,7 +148,7 @@ with open("facts.json", "w") as file:
 _HUMMING = """
 import sys, torch
 from vkv.quant import Int4Linear, Int4Weight
-from vkv.quant.kernels import kernel_class
+from vkv.quant.kernels.table import kernel_class
 if reason := kernel_class("humming").unavailable_reason():
     print(reason)
     sys.exit()

@@ -1,10 +1,13 @@
 """The one command for a machine with a GPU: that one step's end is not another's."""
 
 import argparse
+import ast
+import importlib
 import importlib.util
 import json
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -15,18 +18,23 @@ from vkv.bench.cli import bench
 from vkv.bench.kernels import linear
 from vkv.bench.models import throughput
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "gpu_check.py"
+ROOT = Path(__file__).parents[2]
+
+
+def _script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = ROOT / "benchmarks" / "gpu" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check", module)  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return _script("gpu_check", monkeypatch)
 
 
 def make_check(gpu_check: ModuleType, folder: Path, budget: float = 100.0):
@@ -130,3 +138,30 @@ def test_the_plan_s_benchmarks_are_commands_that_exist(
             cell.name for cell in dense.cells
         }
         assert [cell.name for cell in small.cells] == ["decode-1", "decode-16"]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_plan_s_tests_are_files_that_exist(gpu_check: ModuleType, device: str) -> None:
+    steps = [step for step in gpu_check.plan(device, []) if step.is_test]
+    paths = [word.split("=")[-1] for step in steps for word in step.command if "tests" in word]
+    paths = [path for path in paths if not path.endswith(".xml")]
+    assert len(paths) >= 4
+    assert all((ROOT / path).exists() for path in paths), paths
+
+
+def test_the_plan_s_own_programs_import_what_there_is(gpu_check: ModuleType) -> None:
+    for program in (gpu_check._FACTS, gpu_check._HUMMING):
+        nodes = [n for n in ast.walk(ast.parse(program)) if isinstance(n, ast.ImportFrom)]
+        assert nodes
+        for node in nodes:
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names), node.module
+
+
+def test_a_kit_is_stale_if_any_folder_of_the_wheel_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packaged = _script("gpu_kit", monkeypatch).PACKAGED
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for folder in project["tool"]["setuptools"]["package-dir"].values():
+        assert any(Path(folder).is_relative_to(part) for part in packaged), folder
