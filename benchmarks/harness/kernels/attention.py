@@ -169,6 +169,37 @@ def _needs(shape: Shape, options: AttentionOptions, paged: bool) -> AttentionNee
     )
 
 
+def _empty(
+    stack: ExitStack,
+    geometry: Sequence[LayerGeometry],
+    context: int,
+    num_slots: int,
+    options: AttentionOptions,
+    how: SlotLayout | int,
+) -> SlotCache:
+    """A cache with memory for so many slots of `context` tokens, closed by `stack`."""
+    cache: SlotCache
+    if isinstance(how, int):
+        paged = PagedLayout(tuple(geometry), options.dtype, context, how)
+        limit = num_slots * paged.num_pages(context) * paged.page_bytes
+        cache = PagedKVCache(paged, limit, num_slots=num_slots, device=options.device)
+    else:
+        driver = open_driver(options.device, _PAGE_BYTES[options.device.type])
+        stack.callback(driver.close)
+        layout = KVLayout(
+            tuple(geometry),
+            options.dtype,
+            context,
+            driver.page_bytes,
+            layers_per_range=how.layers_per_range,
+            split_kv=how.split_kv,
+        )
+        limit = num_slots * layout.num_pages(context) * layout.page_bytes
+        cache = KVCache(layout, PagePool(driver, limit), num_slots=num_slots)
+    stack.callback(cache.shutdown)
+    return cache
+
+
 def _filled(
     stack: ExitStack,
     shape: Shape,
@@ -186,28 +217,7 @@ def _filled(
     geometry = LayerGeometry(
         num_kv_heads=shape.num_kv_heads // lanes, key_dim=shape.head_dim, value_dim=shape.head_dim
     )
-    cache: SlotCache
-    if isinstance(how, int):
-        paged = PagedLayout((geometry,) * layers, options.dtype, shape.context, how)
-        blocks = shape.batch * paged.num_pages(shape.context)
-        cache = PagedKVCache(
-            paged, blocks * paged.page_bytes, num_slots=shape.batch, device=options.device
-        )
-    else:
-        driver = open_driver(options.device, _PAGE_BYTES[options.device.type])
-        stack.callback(driver.close)
-        layout = KVLayout(
-            (geometry,) * layers,
-            options.dtype,
-            shape.context,
-            driver.page_bytes,
-            layers_per_range=how.layers_per_range,
-            split_kv=how.split_kv,
-        )
-        num_slots = shape.batch * lanes
-        limit = num_slots * layout.num_pages(shape.context) * layout.page_bytes
-        cache = KVCache(layout, PagePool(driver, limit), num_slots=num_slots)
-    stack.callback(cache.shutdown)
+    cache = _empty(stack, (geometry,) * layers, shape.context, shape.batch * lanes, options, how)
     slots = [cache.open() for _ in range(shape.batch * lanes)]
     for slot in slots:
         cache.grow(slot, shape.context)

@@ -209,28 +209,33 @@ def _run_engine(
         stats = llm.stats()
         rest = list(_rest(driver, options.idle_s, token_bytes, start))
         after = llm.stats()
-    return (
-        samples,
-        rest,
-        {
-            "page_bytes": stats.page_bytes,
-            "row_tokens": stats.row_tokens,
-            "worst_waste_rows_per_request": worst_waste,
-            "num_steps": stats.num_steps,
-            "num_preemptions": stats.num_preemptions,
-            "step_time_s": stats.step_time_s,
-            "mapping_time_s": stats.mapping_time_s,
-            "mapping_share": stats.mapping_time_s / stats.step_time_s,
-            "background_time_s": stats.background_time_s,
-            "driver_calls": stats.driver_calls,
-            "steady_driver_calls_per_token": steady_calls_per_token(samples),
-            "idle_s": options.idle_s,
-            "return_time_s": return_time_s(samples[-1], rest),
-            "physical_bytes_before_rest": stats.physical_bytes,
-            "physical_bytes_after_rest": after.physical_bytes,
-            "pages_held_after_rest": after.pages_held,
-        },
-    )
+    facts = _facts(stats, samples, rest) | {
+        "worst_waste_rows_per_request": worst_waste,
+        "idle_s": options.idle_s,
+        "physical_bytes_after_rest": after.physical_bytes,
+        "pages_held_after_rest": after.pages_held,
+    }
+    return samples, rest, facts
+
+
+def _facts(
+    stats: EngineStats, samples: Sequence[MemorySample], rest: Sequence[MemorySample]
+) -> dict[str, Any]:
+    """Figures of an engine, whose counters are those after its last step."""
+    return {
+        "page_bytes": stats.page_bytes,
+        "row_tokens": stats.row_tokens,
+        "num_steps": stats.num_steps,
+        "num_preemptions": stats.num_preemptions,
+        "step_time_s": stats.step_time_s,
+        "mapping_time_s": stats.mapping_time_s,
+        "mapping_share": stats.mapping_time_s / stats.step_time_s,
+        "background_time_s": stats.background_time_s,
+        "driver_calls": stats.driver_calls,
+        "steady_driver_calls_per_token": steady_calls_per_token(samples),
+        "return_time_s": return_time_s(samples[-1], rest),
+        "physical_bytes_before_rest": stats.physical_bytes,
+    }
 
 
 def _rest(driver: Driver, idle_s: float, token_bytes: int, start: float) -> Iterator[MemorySample]:
