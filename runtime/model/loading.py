@@ -133,7 +133,7 @@ def load_model(
         model, name, home = source, source.config.name_or_path or type(source).__name__, None
         model.set_attn_implementation(ATTENTION_NAME)
     else:
-        home = _resolve(source)
+        home = resolve(source)
         model = _from_checkpoint(home, wanted_dtype, device)
         name = str(home) if source is not None else "the built-in tiny model"
     if wanted_dtype is not None:
@@ -147,7 +147,7 @@ def load_model(
     return LoadedModel(
         name=name,
         model=model,
-        tokenizer=_load_tokenizer(tokenizer if tokenizer is not None else home),
+        tokenizer=load_tokenizer(tokenizer if tokenizer is not None else home),
         device=device,
         dtype=model_dtype,
         attention_layers=layers,
@@ -189,7 +189,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
-def _resolve(source: str | Path | None) -> str | Path:
+def resolve(source: str | Path | None) -> str | Path:
     if source is None:
         from ...tiny_chat import model_path  # pyright: ignore[reportMissingImports] - examples/
 
@@ -208,7 +208,7 @@ def _resolve(source: str | Path | None) -> str | Path:
     return text
 
 
-def _reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
+def reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
     try:
         return read()
     except UnsupportedQuantization as error:
@@ -222,7 +222,7 @@ def _reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
 def _from_checkpoint(
     home: str | Path, dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
-    config: PretrainedConfig = _reading("config", home, lambda: AutoConfig.from_pretrained(home))
+    config: PretrainedConfig = reading("config", home, lambda: AutoConfig.from_pretrained(home))
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         raise UnsupportedModel(
@@ -230,10 +230,10 @@ def _from_checkpoint(
             "generates text"
         )
     _check_architecture(config, mapping[type(config)])  # type: ignore[arg-type]
-    quantized = _reading("quantisation", home, lambda: adopt(config))
+    quantized = reading("quantisation", home, lambda: adopt(config))
     if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
         dtype = torch.bfloat16  # the checkpoint's float16 is a GPU's; a CPU has no kernels for it
-    loaded: Any = _reading(
+    loaded: Any = reading(
         "weights",
         home,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -325,7 +325,7 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset()
 
 
-def _load_tokenizer(
+def load_tokenizer(
     source: PreTrainedTokenizerBase | str | Path | None,
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer, or None for a folder without one: prompts are then token ids."""
@@ -334,4 +334,4 @@ def _load_tokenizer(
     path = Path(source)
     if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
         return None
-    return _reading("tokenizer", source, lambda: AutoTokenizer.from_pretrained(source))
+    return reading("tokenizer", source, lambda: AutoTokenizer.from_pretrained(source))
