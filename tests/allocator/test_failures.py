@@ -387,9 +387,9 @@ def test_with_no_slot_left_nothing_parked_is_forked():
 
 
 def test_undoing_a_commit_makes_no_call_that_could_fail():
-    """Even above the watermark: where a map has failed, the way back must not fail as well."""
+    """Where a map has failed, the way back must not fail as well."""
     with FlakyHostDriver() as driver:
-        pool = PagePool(driver, 8 * PAGE, high_watermark=0)
+        pool = PagePool(driver, 8 * PAGE)
         claim = pool.reserve(3)
         pages = pool.commit(claim, 3)
         calls = driver.counters.total()
