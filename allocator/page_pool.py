@@ -51,7 +51,8 @@ class PagePool:
         low_watermark: free pages that `refill` keeps ready.
         sanitize: "zero" asks whoever maps a recycled page to clear it first (`needs_zero`).
 
-    All methods may be called from several threads, none from a forked child (ForkedProcess).
+    All methods may be called from several threads, none from a forked child (ForkedProcess). They
+    are many because seven of them are counts.
     """
 
     def __init__(
