@@ -4,7 +4,6 @@ What `LLM` offers by itself (texts, `stats`, `trim`) is used as it is; here is w
 besides, and nothing that it measures.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..allocator import KVCache, PagedKVCache
-from ..runtime.engine.engine import EngineStats
-from ..runtime.engine.idle import IdleTrim
+from ..runtime.engine.messages import Add
+from ..runtime.engine.stats import EngineStats
 from ..runtime.execution.tape import TapeRecorder
+from ..runtime.frontend.idle import IdleTrim
 from ..runtime.frontend.llm import LLM
 from ..runtime.request.sampling_params import SamplingParams
+from ..runtime.request.spec import RequestSpec
 from ..vmem.errors import InvalidConfig
 
 
@@ -48,22 +49,29 @@ class Driver:
     """
 
     def __init__(self, llm: LLM) -> None:
-        self._llm = llm
-        self._engine = llm.engine
+        self._loop = llm.loop
+        self._engine = llm.loop.engine
 
     def submit(self, request_id: str, prompt: Sequence[int], num_output_tokens: int) -> None:
         """Queue a request that runs greedily to its full length."""
         params = SamplingParams(temperature=0, max_tokens=num_output_tokens, ignore_eos=True)
-        self._engine.add_request(request_id, prompt, params)
+        spec = RequestSpec(request_id=request_id, prompt_token_ids=prompt, params=params)
+        self._loop.post(Add(spec))
 
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished."""
-        return self._engine.has_work
+        return self._loop.has_work
 
     def step(self) -> list[NewToken]:
-        """One step; what came of it."""
-        return [NewToken(r.request_id, r.is_finished) for r in self._engine.step()]
+        """One step; what came of it. Raises what a request failed by."""
+        tokens: list[NewToken] = []
+        for output in self._loop.turn():
+            if output.failure is not None:
+                raise output.failure.error()
+            if output.token_ids:
+                tokens.append(NewToken(output.request_id, output.finish_reason is not None))
+        return tokens
 
     def finish_all(self) -> None:
         """Run steps until no request is left."""
@@ -72,7 +80,7 @@ class Driver:
 
     def stats(self) -> EngineStats:
         """Counters of the engine and its cache, as they are now."""
-        return self._llm.stats()
+        return self._loop.stats(fresh=True)
 
     @property
     def num_computed_tokens(self) -> int:
@@ -90,7 +98,7 @@ class Driver:
         for request in self._engine.scheduler.running:
             assert request.slot is not None
             held = request.slot.num_tokens
-            found.append(RunningRequest(request.request_id, held, request.num_output_tokens))
+            found.append(RunningRequest(request.key[0], held, request.num_output_tokens))
         return found
 
     # -- memory ------------------------------------------------------------------------------
@@ -112,24 +120,29 @@ class Driver:
     @contextmanager
     def resting(self, after_s: float) -> Iterator[None]:
         """Memory of finished requests goes back after so many seconds of rest, which begin now."""
-        with IdleTrim(self._engine, threading.RLock(), after_s) as idle:
-            idle.rest()
+        idle = IdleTrim(self._loop.trim, after_s)
+        try:
+            idle.idle()
             yield
+        finally:
+            idle.stop()
 
     # -- the model ---------------------------------------------------------------------------
 
     def modules(self) -> list[nn.Module]:
         """Of the model, as its weights are laid out."""
-        return list(self._engine.loaded.model.modules())
+        return list(self._engine.runner.forward.model.modules())
 
     def tape(self) -> TapeRecorder:
         """What records decode steps on a CPU. Raises InvalidConfig, with why, if nothing does."""
-        graphs = getattr(self._engine.runner, "graphs", None)
-        if graphs is None or not isinstance(graphs.recorder, TapeRecorder):
+        recordings = self._engine.runner.recordings
+        if recordings is None or not isinstance(recordings.recorder, TapeRecorder):
             raise InvalidConfig("decode steps of this model are not recorded: see `vkv info MODEL`")
-        if graphs.refused is not None:
-            raise InvalidConfig(f"decode steps of this model are not recorded: {graphs.refused}")
-        return graphs.recorder
+        if recordings.refused is not None:
+            raise InvalidConfig(
+                f"decode steps of this model are not recorded: {recordings.refused}"
+            )
+        return recordings.recorder
 
     @property
     def _cache(self) -> KVCache | PagedKVCache:

@@ -76,7 +76,7 @@ def dtype_name(name: str) -> str:
 
 def torch_device(name: str) -> "torch.device":
     """A device by its name; "auto" is a GPU where there is one."""
-    from ..runtime.engine.config import resolve_device
+    from ..runtime.engine.devices import resolve_device
 
     return resolve_device(name)
 

@@ -50,13 +50,13 @@ class ChatSession:
 
         If the newest message does not fit even alone, it is dropped and the error is raised.
         """
-        wanted = self.llm.engine.cache.max_len // 4
+        wanted = self.llm.max_len // 4
         wanted = min(wanted, self.params.max_tokens or wanted)
         while True:
             tokens = self.llm.render_chat([*self._system, *self.turns])
             is_alone = len(self.turns) < 3
             try:
-                if self.llm.engine.check(tokens, self.params) >= wanted or is_alone:
+                if self.llm.check(tokens, self.params) >= wanted or is_alone:
                     return
             except (RequestTooLong, RequestTooLarge):
                 if is_alone:
@@ -88,7 +88,7 @@ def _run_terminal(session: ChatSession) -> None:
     console = Console()
     llm = session.llm
     console.print(
-        f"[bold]vkv chat[/] with {llm.name} on {llm.device.type} "
+        f"[bold]vkv chat[/] with {llm.name} on {llm.device} "
         f"({llm.attention_backend} attention). /help shows the commands."
     )
     while True:

@@ -13,7 +13,7 @@ from .options import Flag, Options, function, option
 
 if TYPE_CHECKING:
     from ...quant import FormatName
-    from ...quant.quantise.quantize import Method
+    from ...quant.quantise.model import Method
     from ..engine.config import EngineConfig
     from ..request.sampling_params import SamplingParams
 

@@ -18,7 +18,7 @@ from ...quant.kernels.table import MANY_ROWS, Int4Kernel, choose_kernel, kernel_
 from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import VkvError
 from ..cpu_kernels.packing import int4_products
-from ..engine.config import available_memory
+from ..engine.devices import device_profile
 from .machine import hardware, versions
 
 if TYPE_CHECKING:  # `transformers` comes with them, which a machine's table does without
@@ -62,7 +62,7 @@ def _machine() -> Table:
     found = hardware(cpu)
     table.add_row("processor", f"{found['processor']}, {found['cores']} cores")
     table.add_row("vector instructions", str(found["cpu_capability"]))
-    available = available_memory(cpu) / 2**30
+    available = device_profile(cpu).available_bytes() / 2**30
     table.add_row("memory", f"{found['memory_gib']} GiB, {available:.1f} GiB available")
     for name, version in versions().items():
         table.add_row(name, version)
@@ -140,7 +140,7 @@ def _int4_choices() -> dict[str, list[str]]:
             choose = partial(choose_kernel, weight, device, dtype)
             for name, rows in _by_rows(choose):
                 kind = str(dtype).removeprefix("torch.")
-                chosen.setdefault(name, []).append(f"{device.type} {kind}, {rows}")
+                chosen.setdefault(name, []).append(f"{device} {kind}, {rows}")
     return chosen
 
 
@@ -182,11 +182,11 @@ def _passed_over(reasons: Sequence[tuple[str, str]]) -> str:
 
 
 def _model(llm: LLM) -> Table:
-    from ..engine.build import why_no_graphs
+    from ..engine.build import why_not_recorded
 
-    loaded, cache = llm.engine.loaded, llm.engine.cache
+    loaded = llm.loaded
     choice = explain_choice(loaded.needs(paged=False))
-    no_graphs = why_no_graphs(loaded, llm.config, llm.engine.runner.backend)
+    obstacle = why_not_recorded(loaded, llm.config, llm.engine.runner.backend)
     stats = llm.stats()
     table = Table(title=loaded.name, show_header=False)
     table.add_row("weights", f"{loaded.weight_bytes / 2**20:,.1f} MiB, {loaded.dtype}")
@@ -196,8 +196,8 @@ def _model(llm: LLM) -> Table:
     table.add_row("layers that attend", f"{len(loaded.attention_layers)}")
     table.add_row("attention backend", llm.attention_backend)
     table.add_row("passed over", _passed_over(choice.passed_over))
-    table.add_row("decode steps", f"kernel by kernel: {no_graphs}" if no_graphs else "recorded")
-    table.add_row("longest sequence", f"{cache.max_len:,} tokens")
+    table.add_row("decode steps", f"kernel by kernel: {obstacle}" if obstacle else "recorded")
+    table.add_row("longest sequence", f"{llm.max_len:,} tokens")
     table.add_row(
         "page", f"{stats.page_bytes >> 10} KiB; a row of pages: {stats.row_tokens} tokens"
     )

@@ -27,7 +27,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
     if model := _cpu_model():
         found["cpu_model"] = model
-    if device.type == "cuda":
+    if str(device).startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
 

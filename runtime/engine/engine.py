@@ -32,6 +32,9 @@ class Engine:
         admission: refuses what could never run.
         eos_token_ids: tokens that end a generation.
         overlap: prepare a step while the device computes the one before. Not for hybrids.
+
+    Attributes:
+        num_computed_tokens: tokens that went through the model so far.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class Engine:
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
-        self._num_computed_tokens = 0
+        self.num_computed_tokens = 0
         self._num_failed = 0
         self._step_time_s = 0.0
 
@@ -185,7 +188,7 @@ class Engine:
             prompt_left = max(0, request.num_prompt_tokens - request.num_computed)
             self._num_prompt_tokens += min(item.num_tokens, prompt_left)
             request.num_computed += item.num_tokens
-            self._num_computed_tokens += item.num_tokens
+            self.num_computed_tokens += item.num_tokens
         for index, request in enumerate(launched.requests):
             request.num_pending += 1
             request.pending_index = index
@@ -276,7 +279,7 @@ class Engine:
             num_failed=self._num_failed,
             num_recordings=recordings.num_recordings if recordings else 0,
             num_replays=recordings.num_replays if recordings else 0,
-            num_computed_tokens=self._num_computed_tokens,
+            num_computed_tokens=self.num_computed_tokens,
             step_time_s=self._step_time_s,
         )
 

@@ -42,6 +42,13 @@ class LLM:
         options: the fields of `EngineConfig`, among them `kv_memory`, `max_seqs`, `max_len`,
             `attention` and `kv`.
 
+    Attributes:
+        config: the options, all of them.
+        loaded: the model, and what the engine knows of it.
+        loop: what drives the engine. A program may turn it itself, while nobody generates.
+
+    One class, since it is the library's front door: every method is a verb or a fact for its users.
+
     Raises a `UsageError` that names the value and the remedy.
 
     Example:
@@ -63,10 +70,10 @@ class LLM:
         self.loaded = load(
             model, tokenizer=tokenizer, device=device, dtype=dtype, config=self.config
         )
-        loop = build_loop(self.loaded, self.config)
-        self.engine: Engine = loop.engine
-        self._driver = LoopDriver(loop, idle_trim_s=self.config.idle_trim_s)
-        self._front_end = FrontEnd(self.loaded.name, self.loaded.tokenizer, loop.engine.admission)
+        self.loop = build_loop(self.loaded, self.config)
+        self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)
+        admission = self.loop.engine.admission
+        self._front_end = FrontEnd(self.loaded.name, self.loaded.tokenizer, admission)
         # Whatever it was dropped in the middle of, it is closed elsewhere and later.
         weakref.finalize(self, janitor.later, self._driver.close).atexit = False
 
@@ -172,6 +179,11 @@ class LLM:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, if it has one."""
         return self.loaded.tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """The step loop's inside."""
+        return self.loop.engine
 
     @property
     def attention_backend(self) -> str:

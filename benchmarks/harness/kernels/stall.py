@@ -33,8 +33,8 @@ from ...attention_backends import (
     LayerAttention,
     choose_backend,
 )
-from ...runtime.engine.build import READY_ROWS, host_page_bytes
-from ...runtime.engine.config import available_memory
+from ...runtime.engine.build import READY_GROWTHS
+from ...runtime.engine.devices import device_profile
 from ...runtime.execution.step_inputs import StepInputs, StepValues
 from ...runtime.frontend.progress import counted
 from ...vmem import open_driver
@@ -44,7 +44,6 @@ from ..record import Findings, Record, Table, record_name
 from .options import StallOptions
 from .stall_results import Run, draw, stall_tables
 
-_LAYERS_PER_RANGE = {"cpu": 1, "cuda": None}  # the engine's choice
 _WARM_UP = 3  # passes before a run
 
 
@@ -105,7 +104,8 @@ def _bench(options: StallOptions) -> Iterator["_Bench"]:
     shape, kind = options.shape, options.device.type
     max_len = shape.context + options.steps
     rough = options.num_layers * shape.kv_bytes(options.dtype) // shape.context * max_len
-    if rough > (available := available_memory(options.device)):
+    profile = device_profile(options.device)
+    if rough > (available := profile.available_bytes()):
         raise InvalidConfig(
             f"the slots take {rough} bytes, and {available} are available; lower --batch, "
             "--context or --layers"
@@ -122,9 +122,9 @@ def _bench(options: StallOptions) -> Iterator["_Bench"]:
             num_kv_heads=shape.num_kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim
         ),
     ) * options.num_layers
-    page_bytes, layers_per_range = options.page_bytes, _LAYERS_PER_RANGE[kind]
-    if page_bytes is None and kind == "cpu":
-        page_bytes = host_page_bytes(geometry, options.dtype, layers_per_range, rough)
+    page_bytes, layers_per_range = options.page_bytes, profile.layers_per_range
+    if page_bytes is None:
+        page_bytes = profile.page_bytes(geometry, options.dtype, layers_per_range, rough)
     with ExitStack() as stack:
         driver = stack.enter_context(open_driver(options.device, page_bytes))
         layout = KVLayout(
@@ -138,7 +138,7 @@ def _bench(options: StallOptions) -> Iterator["_Bench"]:
         pool = PagePool(
             driver,
             shape.batch * layout.num_pages(max_len) * layout.page_bytes,
-            low_watermark=READY_ROWS * layout.num_ranges,
+            low_watermark=READY_GROWTHS * layout.num_ranges,
         )
         cache = KVCache(layout, pool, num_slots=shape.batch)
         stack.callback(cache.shutdown)
