@@ -191,7 +191,7 @@ def _model(llm: LLM) -> Table:
     table.add_row("decode steps", f"kernel by kernel: {no_graphs}" if no_graphs else "recorded")
     table.add_row("longest sequence", f"{cache.max_len:,} tokens")
     table.add_row(
-        "page", f"{stats.page_bytes >> 10} KiB; a row of pages: {stats.row_tokens} tokens"
+        "page", f"{stats.page_bytes >> 10} KiB; slots grow by {stats.growth_tokens} tokens"
     )
     limit = stats.pages_limit * stats.page_bytes
     table.add_row("memory for keys and values", f"up to {limit / 2**30:,.2f} GiB, none taken yet")

@@ -32,7 +32,7 @@ _ROW_TOKENS = 64  # about what a page should cover where the page size is ours t
 _MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 16 << 10, 2 << 20
 _MAX_PAGES = 24_000  # each may need a mapping of its own, and a process has 65,530 by default
 _BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
-READY_ROWS = 2  # rows of pages kept created, so that growth seldom waits for the system
+READY_GROWTHS = 2  # steps' pages kept created, so that growth seldom waits for the system
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _build_cache(
         pool = PagePool(
             driver,
             _at_most(limit, most, config),
-            low_watermark=READY_ROWS * layout.num_ranges,
+            low_watermark=READY_GROWTHS * layout.num_ranges,
             sanitize=config.sanitize,
         )
         return KVCache(layout, pool, num_slots=num_slots, max_parked=max_parked), driver

@@ -40,7 +40,7 @@ class EngineStats:
         pages_limit: the most pages there may be.
         state_bytes: memory of recurrent and convolution state, beside the pages.
         page_bytes: size of a page.
-        row_tokens: tokens that one page of every range covers.
+        growth_tokens: tokens that one page of every range covers.
         tokens_held: tokens whose keys and values are held, live or parked.
         tokens_parked: tokens among them of finished requests.
         num_running, num_waiting: live requests by state.
@@ -64,7 +64,7 @@ class EngineStats:
     pages_limit: int
     state_bytes: int
     page_bytes: int
-    row_tokens: int
+    growth_tokens: int
     tokens_held: int
     tokens_parked: int
     num_running: int
@@ -265,7 +265,7 @@ class Engine:
             pages_limit=kv.pages_limit,
             state_bytes=self.states.num_bytes if self.states else 0,
             page_bytes=kv.page_bytes,
-            row_tokens=kv.row_tokens,
+            growth_tokens=kv.growth_tokens,
             tokens_held=kv.tokens_held + kv.tokens_parked,
             tokens_parked=kv.tokens_parked,
             num_running=len(self.scheduler.running),

@@ -232,12 +232,12 @@ class Scheduler:
         return count
 
     def _tokens_to_admit(self, request: Request) -> int:
-        """All the request has, and a row of its output if others run: else it is soon preempted."""
+        """All the request has, and a step of growth if others run: else it is soon preempted."""
         if not self.running:
             return request.num_tokens
         remaining = request.max_tokens - request.num_output_tokens
         # The last token is never computed, so it needs no room.
-        return request.num_tokens + min(remaining - 1, self.cache.row_tokens)
+        return request.num_tokens + min(remaining - 1, self.cache.growth_tokens)
 
     def _reusable_tokens(self, request: Request) -> Sequence[int]:
         """The tokens whose rows may come from elsewhere.
@@ -262,10 +262,10 @@ class Scheduler:
         return self.cache.adopt(tokens)
 
     def _live_donor(self, request: Request, tokens: Sequence[int]) -> tuple[Request | None, int]:
-        """The running request that has computed the longest common prefix, of a row at least."""
+        """The running request with the longest common prefix computed, a growth step at least."""
         donor, longest = None, 0
         for other in self.running:
-            least = 1 if other is request.leader else self.cache.row_tokens
+            least = 1 if other is request.leader else self.cache.growth_tokens
             limit = min(len(tokens), other.num_computed)
             if limit > longest and limit >= least:
                 shared = _common_prefix(tokens, other.token_ids, limit)

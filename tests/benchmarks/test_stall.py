@@ -70,7 +70,7 @@ def _record(options: StallOptions, folder: Path) -> dict[str, Any]:
 def test_every_step_of_both_modes_is_recorded(watched: type[Watched], tmp_path: Path) -> None:
     record = _record(OPTIONS, tmp_path)
     results = record["results"]
-    assert results["row_tokens"] == 16
+    assert results["growth_tokens"] == 16
     assert results["pages_per_crossing"] == 3
     # Staggered by 8: from 40 tokens on, the 49th is the first of a page, from 32 the 33rd.
     assert results["starts"] == [40, 32]

@@ -199,8 +199,8 @@ def _run_engine(
                 used = request.slot.num_tokens * token_bytes
                 backed = layout.num_pages(request.slot.num_tokens) * stats.page_bytes
                 last_seen[request.request_id] = used, backed
-                row_bytes = layout.num_ranges * stats.page_bytes
-                worst_waste = max(worst_waste, (backed - used) / row_bytes)
+                growth_bytes = layout.num_ranges * stats.page_bytes
+                worst_waste = max(worst_waste, (backed - used) / growth_bytes)
             samples.append(_sample(stats, token_bytes, time.perf_counter() - start))
         ends.token_bytes = sum(used for used, _ in last_seen.values())
         ends.kv_bytes = sum(backed for _, backed in last_seen.values())
@@ -212,7 +212,7 @@ def _run_engine(
         rest,
         {
             "page_bytes": stats.page_bytes,
-            "row_tokens": stats.row_tokens,
+            "growth_tokens": stats.growth_tokens,
             "worst_waste_rows_per_request": worst_waste,
             "num_steps": stats.num_steps,
             "num_preemptions": stats.num_preemptions,

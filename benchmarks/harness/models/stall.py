@@ -32,7 +32,7 @@ from ...attention_backends import (
     LayerAttention,
     choose_backend,
 )
-from ...runtime.engine.build import READY_ROWS, host_page_bytes
+from ...runtime.engine.build import READY_GROWTHS, host_page_bytes
 from ...runtime.engine.config import EngineConfig, available_memory
 from ...runtime.execution.step_inputs import StepInputs, StepValues
 from ...runtime.frontend.progress import counted
@@ -172,7 +172,7 @@ def _bench(options: StallOptions) -> Iterator["_Bench"]:
         pool = PagePool(
             driver,
             shape.batch * layout.num_pages(max_len) * layout.page_bytes,
-            low_watermark=READY_ROWS * layout.num_ranges,
+            low_watermark=READY_GROWTHS * layout.num_ranges,
         )
         cache = KVCache(layout, pool, num_slots=shape.batch)
         stack.callback(cache.shutdown)
@@ -191,7 +191,7 @@ class _Bench:
         self.cache = cache
         self._options, self._backend = options, backend
         self._layer = LayerAttention(scale=shape.head_dim**-0.5)
-        stagger = max(1, cache.row_tokens // shape.batch)
+        stagger = max(1, cache.growth_tokens // shape.batch)
         self._starts = [max(1, shape.context - i * stagger) for i in range(shape.batch)]
         self._crossings = [
             sum(cache.num_pages(n + step + 1) > cache.num_pages(n + step) for n in self._starts)
@@ -200,7 +200,7 @@ class _Bench:
         if not any(self._crossings):
             raise InvalidConfig(
                 f"no slot needs a page within {options.steps} steps: a page lasts "
-                f"{cache.row_tokens} tokens; raise --steps to so many"
+                f"{cache.growth_tokens} tokens; raise --steps to so many"
             )
         for index in range(options.layers):
             backend.check_cache(*cache.layer(index))
@@ -227,7 +227,7 @@ class _Bench:
         return {
             "backend": self._backend.name,
             "page_bytes": layout.page_bytes,
-            "row_tokens": layout.row_tokens,
+            "growth_tokens": layout.growth_tokens,
             "pages_per_crossing": layout.num_ranges,
             "starts": self._starts,
             "crossings": self._crossings,
