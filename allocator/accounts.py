@@ -28,7 +28,7 @@ def snapshot(
         virtual_bytes=virtual_bytes,
         physical_bytes=pool.num_created * pool.driver.page_bytes,
         page_bytes=pool.driver.page_bytes,
-        row_tokens=backing.geometry.row_tokens,
+        growth_tokens=backing.geometry.growth_tokens,
         pages_held=ledger.count(Use.NEEDED),
         pages_ahead=ledger.count(Use.PROMISED, Use.AHEAD),
         pages_parked=ledger.count(Use.IDLE, Use.PARKED),

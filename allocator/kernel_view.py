@@ -21,9 +21,9 @@ class KernelView(ABC):
         return self._geometry.max_len
 
     @property
-    def row_tokens(self) -> int:
+    def growth_tokens(self) -> int:
         """Tokens that one page of every range covers."""
-        return self._geometry.row_tokens
+        return self._geometry.growth_tokens
 
     def num_pages(self, num_tokens: int) -> int:
         """Pages that `num_tokens` tokens of one slot need."""

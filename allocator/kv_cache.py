@@ -27,7 +27,7 @@ class KVCache(SlotCache):
         num_slots: requests that can be open or parked at once.
         max_parked: parked slots kept; half of the slots by default.
 
-    Raises InvalidConfig if the pool cannot hold a single row.
+    Raises InvalidConfig if the pool cannot hold one page of every range.
 
     Example:
         >>> driver = open_driver("cpu", page_bytes=64 * 1024)
@@ -89,8 +89,9 @@ class VirtualSlots(Backing):
             )
         if pool.limit_pages < layout.num_ranges:
             raise InvalidConfig(
-                f"a pool of {pool.limit_pages} pages cannot hold one row of {layout.num_ranges}; "
-                f"give it at least {layout.row_bytes} bytes, or smaller pages"
+                f"a pool of {pool.limit_pages} pages cannot hold one of each of "
+                f"{layout.num_ranges} ranges; give it at least {layout.growth_bytes} bytes, or "
+                "smaller pages"
             )
         self._layout = layout
         self._driver = driver

@@ -1,6 +1,6 @@
 """Where every token of every layer lies: arithmetic only, no memory.
 
-A *slot* is the virtual stretch of one request. It is a row of *ranges*; a range holds, token
+A *slot* is the virtual stretch of one request. It is made of *ranges*; a range holds, token
 after token, the keys and values of a group of `layers_per_range` layers:
 
     slot:   | range 0                  | range 1                  | …
@@ -8,11 +8,11 @@ after token, the keys and values of a group of `layers_per_range` layers:
     token:  | K of layer a | V of layer a | K of layer b | V of layer b | …
 
 With `split_kv` the keys and the values of a group get a range each. Layers that attend through
-a sliding window never share a range with layers of another window, so that the rows behind a
-window can be told apart from rows still needed.
+a sliding window never share a range with layers of another window, so that the tokens behind
+a window can be told apart from tokens still needed.
 
 A page is mapped at page-aligned offsets of a range. The tokens that one page of every range
-covers are a *row*: the granularity at which a request's memory grows.
+covers are its *growth step*: the granularity at which a request's memory grows.
 """
 
 import math
@@ -25,7 +25,7 @@ import torch
 
 from ..vmem.errors import InvalidConfig
 
-_ROW_ALIGNMENT = 256  # tokens; lets kernels view a slot as whole pages of up to 256 tokens
+_TOKEN_ALIGNMENT = 256  # tokens; lets kernels view a slot as whole pages of up to 256 tokens
 
 
 class PageGeometry(Protocol):
@@ -36,7 +36,7 @@ class PageGeometry(Protocol):
     @property
     def num_ranges(self) -> int: ...
     @property
-    def row_tokens(self) -> int: ...
+    def growth_tokens(self) -> int: ...
     def pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
     def whole_pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
     def tokens_backed(self, pages: Sequence[int]) -> int: ...
@@ -136,12 +136,12 @@ class KVLayout:
         return sum(r.token_bytes for r in self.ranges)
 
     @cached_property
-    def row_bytes(self) -> int:
+    def growth_bytes(self) -> int:
         """Bytes of one page of every range: the most that a request can waste."""
         return len(self.ranges) * self.page_bytes
 
     @property
-    def row_tokens(self) -> int:
+    def growth_tokens(self) -> int:
         """Tokens that fit into one page of every range."""
         return max(1, self.page_bytes // self._widest_token_bytes)
 
@@ -195,7 +195,7 @@ class KVLayout:
         """Distance between slots: whole pages, and whole tokens of every range."""
         last = self.ranges[-1]
         used = last.offset + self._range_bytes(last.token_bytes)
-        unit = math.lcm(self.page_bytes, *(_ROW_ALIGNMENT * r.token_bytes for r in self.ranges))
+        unit = math.lcm(self.page_bytes, *(_TOKEN_ALIGNMENT * r.token_bytes for r in self.ranges))
         return -(-used // unit) * unit
 
     def key_geometry(self, layer: int) -> TensorGeometry:

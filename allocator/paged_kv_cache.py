@@ -45,7 +45,7 @@ class PagedLayout:
         return 1
 
     @property
-    def row_tokens(self) -> int:
+    def growth_tokens(self) -> int:
         return self.block_tokens
 
     @property

@@ -47,8 +47,8 @@ def _shorten_all(backing: Backing, slots: Iterable[Slot], lot: ParkingLot, goal:
 
 
 def _shorten(backing: Backing, lot: ParkingLot, slot: Slot, num_pages: int) -> None:
-    """Take a row or more, about `num_pages` pages, from the end of a parked slot."""
-    rows = -(-num_pages // len(slot.pages))
-    num_tokens = max(0, slot.num_tokens - rows * backing.geometry.row_tokens)
+    """Take a growth step or more, about `num_pages` pages, from the end of a parked slot."""
+    steps = -(-num_pages // len(slot.pages))
+    num_tokens = max(0, slot.num_tokens - steps * backing.geometry.growth_tokens)
     lot.shorten(slot, num_tokens)
     backing.shrink(slot, num_tokens, backing.geometry.pages_per_range(num_tokens))

@@ -175,7 +175,7 @@ class SlotCache(KernelView):
     def fork(self, slot: Slot, num_tokens: int) -> Slot:
         """A new slot that starts with the first `num_tokens` tokens of `slot`.
 
-        Pages that hold nothing else are shared, the rest of the last row is copied. Raises
+        Pages that hold nothing else are shared, the rest of the last ones is copied. Raises
         OutOfSlots, another Shortage or DriverError with nothing changed.
         """
         with self._working, ExitStack() as undo:

@@ -11,7 +11,7 @@ class KVStats:
         virtual_bytes: address space reserved for the slots.
         physical_bytes: memory that exists for KV now: held, parked and free pages.
         page_bytes: size of a page.
-        row_tokens: tokens covered by one page of every range.
+        growth_tokens: tokens covered by one page of every range.
         pages_held: pages that live requests need for their tokens, a shared page once.
         pages_ahead: pages mapped behind live requests' tokens that were promised or asked ahead.
         pages_parked: pages that no live request needs: those of parked slots, and those that a
@@ -33,7 +33,7 @@ class KVStats:
     virtual_bytes: int
     physical_bytes: int
     page_bytes: int
-    row_tokens: int
+    growth_tokens: int
     pages_held: int
     pages_ahead: int
     pages_parked: int

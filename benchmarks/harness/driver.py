@@ -109,7 +109,7 @@ class Driver:
         return self._cache.layout.token_bytes
 
     @property
-    def row_bytes(self) -> int:
+    def growth_bytes(self) -> int:
         """What a slot grows by at least: a page of each of its ranges."""
         return self._cache.layout.num_ranges * self._cache.layout.page_bytes
 

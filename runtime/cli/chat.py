@@ -140,7 +140,7 @@ def _stats(llm: LLM) -> str:
     table.add_row("physical memory", _size(stats.physical_bytes))
     table.add_row("pages", f"{mapped}, {_size(stats.page_bytes)} each")
     table.add_row("", f"{stats.pages_parked} kept from earlier turns")
-    table.add_row("tokens held", f"{stats.tokens_held} ({stats.row_tokens} a page)")
+    table.add_row("tokens held", f"{stats.tokens_held} ({stats.growth_tokens} a page)")
     reused = stats.prefix_hit_tokens
     table.add_row("prefix reuse", f"{reused} prompt tokens not computed again")
     table.add_row("computed", f"{stats.num_prompt_tokens} prompt tokens")

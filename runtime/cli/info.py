@@ -15,10 +15,9 @@ from rich.table import Table
 from ...attention_backends import AttentionNeeds, describe_backends, explain_choice
 from ...quant import Int4Linear, Int4Weight, Int8Linear
 from ...quant.kernels.table import MANY_ROWS, Int4Kernel, choose_kernel, kernel_class, kernel_names
-from ...vmem import VmemDriver, open_driver
+from ...vmem import VmemDriver, linux, open_driver
 from ...vmem.errors import VkvError
 from ..cpu_kernels.packing import int4_products
-from ..engine.devices import device_profile
 from .machine import hardware, versions
 
 if TYPE_CHECKING:  # `transformers` comes with them, which a machine's table does without
@@ -62,7 +61,7 @@ def _machine() -> Table:
     found = hardware(cpu)
     table.add_row("processor", f"{found['processor']}, {found['cores']} cores")
     table.add_row("vector instructions", str(found["cpu_capability"]))
-    available = device_profile(cpu).available_bytes() / 2**30
+    available = linux.available_bytes() / 2**30
     table.add_row("memory", f"{found['memory_gib']} GiB, {available:.1f} GiB available")
     for name, version in versions().items():
         table.add_row(name, version)
@@ -199,7 +198,7 @@ def _model(llm: LLM) -> Table:
     table.add_row("decode steps", f"kernel by kernel: {obstacle}" if obstacle else "recorded")
     table.add_row("longest sequence", f"{llm.max_len:,} tokens")
     table.add_row(
-        "page", f"{stats.page_bytes >> 10} KiB; a row of pages: {stats.row_tokens} tokens"
+        "page", f"{stats.page_bytes >> 10} KiB; slots grow by {stats.growth_tokens} tokens"
     )
     limit = stats.pages_limit * stats.page_bytes
     table.add_row("memory for keys and values", f"up to {limit / 2**30:,.2f} GiB, none taken yet")

@@ -54,9 +54,9 @@ class EngineStats:
         return self.kv.page_bytes
 
     @property
-    def row_tokens(self) -> int:
+    def growth_tokens(self) -> int:
         """Tokens that one page of every range covers."""
-        return self.kv.row_tokens
+        return self.kv.growth_tokens
 
     @property
     def pages_held(self) -> int:

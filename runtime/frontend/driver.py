@@ -51,6 +51,8 @@ class LoopDriver:
     Whoever waits for a request turns the loop, for all requests. No step is torn: one lock is held
     and signals wait meanwhile (`Shield`). A child of a fork is refused before the lock.
 
+    One class, since all of it is what may be done to a loop under that one lock.
+
     Args:
         loop: driven by nobody else.
         idle_trim_s: seconds without a request after which memory of finished ones goes back; None

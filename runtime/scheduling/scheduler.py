@@ -237,7 +237,7 @@ class Scheduler:
             return request.num_tokens
         remaining = request.max_tokens - request.num_output_tokens
         # The last token is never computed, so it needs no room.
-        return request.num_tokens + min(remaining - 1, self.cache.row_tokens)
+        return request.num_tokens + min(remaining - 1, self.cache.growth_tokens)
 
     def _reusable_tokens(self, request: Request) -> Sequence[int]:
         """The tokens whose keys and values may come from elsewhere.
@@ -267,7 +267,7 @@ class Scheduler:
         for other in self.running:
             if other.variant != request.variant:
                 continue
-            least = 1 if other.key == request.leader else self.cache.row_tokens
+            least = 1 if other.key == request.leader else self.cache.growth_tokens
             limit = min(len(tokens), other.num_computed)
             if limit > longest and limit >= least:
                 shared = _common_prefix(tokens, other.token_ids, limit)

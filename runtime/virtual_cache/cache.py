@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 )
 
 from ...vmem.errors import InvalidConfig, InvalidOperation, RequestTooLong, UsageError
-from .lanes import Arena, Rows
+from .lanes import Arena, LaneTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +115,12 @@ class VirtualLayer(DynamicLayer):
         super().__init__()
         self.max_len = max_len
         self._arena = arena
-        self._rows: tuple[Rows, Rows] | None = None  # of keys and of values
+        self._tensors: tuple[LaneTensor, LaneTensor] | None = None  # of keys and of values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VirtualLayer":
         clone = copy.copy(self)
         clone._arena = copy.deepcopy(self._arena, memo)
-        clone._rows = copy.deepcopy(self._rows, memo)
+        clone._tensors = copy.deepcopy(self._tensors, memo)
         clone._show()
         return clone
 
@@ -142,7 +142,7 @@ class VirtualLayer(DynamicLayer):
                 f"{length + key_states.shape[-2]} tokens exceed the {self.max_len} of this cache; "
                 "give VirtualCache a larger max_len, which costs addresses, not memory"
             )
-        keys, values = self._rows or self._initialize(key_states, value_states)
+        keys, values = self._tensors or self._initialize(key_states, value_states)
         first = self._first_visible(length)
         if not self.record_past:
             keys.start = values.start = max(keys.start, first)
@@ -155,7 +155,7 @@ class VirtualLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Tokens of each sequence so far, those behind a window included."""
-        return self._rows[0].end if self._rows else 0
+        return self._tensors[0].end if self._tensors else 0
 
     def get_max_length(self) -> int:
         """The most tokens that the layer can hold."""
@@ -177,22 +177,22 @@ class VirtualLayer(DynamicLayer):
             raise UsageError(
                 f"crop({tokens_to_remove}): use crop(-n) to take the last n tokens away"
             )
-        if self._rows is None:
+        if self._tensors is None:
             return
         length = max(self.get_seq_length() + tokens_to_remove, 0)
         first = self._first_visible(length)
-        if first < self._rows[0].start:
+        if first < self._tensors[0].start:
             raise InvalidOperation(
-                f"cannot crop to {length} tokens: those before {self._rows[0].start} are gone; "
+                f"cannot crop to {length} tokens: those before {self._tensors[0].start} are gone; "
                 "call activate_past_recording() before the forward that may have to be undone"
             )
-        for rows in self._rows:
-            rows.cut(first, length)
+        for tensor in self._tensors:
+            tensor.cut(first, length)
         self._show()
 
     def reset(self) -> None:
         """Forget all tokens, and give addresses and memory back."""
-        self._rows = self.keys = self.values = None
+        self._tensors = self.keys = self.values = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -201,8 +201,8 @@ class VirtualLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence of the batch `repeats` times."""
-        if self._rows is not None:
-            batch = torch.arange(self._rows[0].shape[0])
+        if self._tensors is not None:
+            batch = torch.arange(self._tensors[0].shape[0])
             self.batch_select_indices(batch.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -210,24 +210,28 @@ class VirtualLayer(DynamicLayer):
 
         Raises a Shortage, with nothing changed, if memory is short for a batch of another size.
         """
-        if self._rows is None:
+        if self._tensors is None:
             return
-        keys, values = self._rows
+        keys, values = self._tensors
         batch = torch.arange(keys.shape[0], device=self.device)
         chosen = batch[torch.as_tensor(indices, device=self.device)]
-        self._rows = keys.select(chosen), values.select(chosen)
+        self._tensors = keys.select(chosen), values.select(chosen)
         self._show()
 
-    def _initialize(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[Rows, Rows]:
+    def _initialize(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[LaneTensor, LaneTensor]:
         self.dtype, self.device = keys.dtype, keys.device
-        self._rows = self._empty_rows(keys), self._empty_rows(values)
+        self._tensors = self._empty_tensor(keys), self._empty_tensor(values)
         self.is_initialized = True
         self._show()
-        return self._rows
+        return self._tensors
 
-    def _empty_rows(self, states: torch.Tensor) -> Rows:
+    def _empty_tensor(self, states: torch.Tensor) -> LaneTensor:
         batch, heads, _, dim = states.shape
-        return Rows(self._arena, (batch, heads, dim), self.max_len, states.dtype, states.device)
+        return LaneTensor(
+            self._arena, (batch, heads, dim), self.max_len, states.dtype, states.device
+        )
 
     def _first_visible(self, length: int) -> int:
         """The first token that one behind `length` tokens may see."""
@@ -235,15 +239,15 @@ class VirtualLayer(DynamicLayer):
 
     def _show(self) -> None:
         """Let `keys` and `values` be what is held now."""
-        if self._rows is not None:
+        if self._tensors is not None:
             first = None if self.record_past else self._first_visible(self.get_seq_length())
-            self.keys, self.values = (rows.states(first) for rows in self._rows)
+            self.keys, self.values = (tensor.states(first) for tensor in self._tensors)
 
 
 class VirtualSlidingWindowLayer(VirtualLayer):
     """A layer whose tokens see the last `sliding_window` only, themselves included.
 
-    Rows stay where they are; the pages behind the window go back to the system.
+    Tokens stay where they are; the pages behind the window go back to the system.
     """
 
     is_sliding = True

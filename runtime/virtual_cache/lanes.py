@@ -1,4 +1,4 @@
-"""Rows in virtual memory that grow in place: where `VirtualCache` keeps keys and values.
+"""Tensors in virtual memory that grow in place: where `VirtualCache` keeps keys and values.
 
 On a CPU every head of every sequence has a *lane* of addresses, in which its tokens follow each
 other: kernels there read one head at a time, twice to five times as fast as over tokens whose
@@ -22,7 +22,7 @@ from ...vmem.errors import ForkedProcess, InvalidOperation
 
 _AHEAD = 64  # beside each so many pages that a lane needs, one more may be mapped
 _CPU_PAGE_BYTES = 16 << 10  # every head takes two pages at least; a GPU has its own size
-_COPY_BYTES = 4 << 20  # rows are copied in portions of about this size
+_COPY_BYTES = 4 << 20  # tokens are copied in portions of about this size
 
 
 @dataclass
@@ -194,7 +194,7 @@ class Arena:
 class Lease:
     """The right to touch a range: the memory is given back once its last holder is gone.
 
-    Holders are the rows and every tensor over them, wherever a user keeps it.
+    Holders are a `LaneTensor` and every tensor over its memory, wherever a user keeps it.
     """
 
     def __init__(self, arena: Arena, area: Range) -> None:
@@ -208,7 +208,7 @@ class Lease:
         """Nothing is to be done but to drop `self`."""
 
 
-class Rows:
+class LaneTensor:
     """Keys or values of one layer, at addresses that stay while they grow.
 
     Args:
@@ -244,7 +244,7 @@ class Rows:
         self._lease = Lease(arena, self._range)
         self._lay_out()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Rows":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LaneTensor":
         clone = self._empty(self.shape[0], copy.deepcopy(self._arena, memo))
         clone._copy(self, None)
         return clone
@@ -284,7 +284,7 @@ class Rows:
         self.start, self.end = start, end
         self._back(start, end, shrink=True)
 
-    def select(self, indices: torch.Tensor) -> "Rows":
+    def select(self, indices: torch.Tensor) -> "LaneTensor":
         """The tokens of the sequences `indices`, int64 [new_batch].
 
         In place if the batch stays as large, else in memory of their own, with the old ones left
@@ -296,11 +296,11 @@ class Rows:
         chosen._copy(self, indices)
         return chosen
 
-    def _empty(self, batch: int, arena: Arena) -> "Rows":
+    def _empty(self, batch: int, arena: Arena) -> "LaneTensor":
         shape = (batch, *self.shape[1:])
-        return Rows(arena, shape, self.max_len, self.dtype, self._backed.device)
+        return LaneTensor(arena, shape, self.max_len, self.dtype, self._backed.device)
 
-    def _copy(self, source: "Rows", indices: torch.Tensor | None) -> None:
+    def _copy(self, source: "LaneTensor", indices: torch.Tensor | None) -> None:
         """Take the tokens of `source`, or of some of its sequences, a portion at a time."""
         source._arena.owner.check()
         self._back(source.start, source.end)

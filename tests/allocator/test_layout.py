@@ -136,9 +136,9 @@ def test_slots_are_whole_pages_and_whole_groups_of_tokens(layout):
         assert layout.slot_bytes % (256 * geometry.token_bytes) == 0
     assert layout.capacity_tokens >= layout.max_len
     assert layout.capacity_tokens % layout.over_read_tokens == 0
-    assert layout.row_bytes == layout.num_ranges * PAGE
-    for num_tokens in (1, layout.row_tokens):
-        if layout.row_tokens > 1 and layout.over_read_tokens == 1:
+    assert layout.growth_bytes == layout.num_ranges * PAGE
+    for num_tokens in (1, layout.growth_tokens):
+        if layout.growth_tokens > 1 and layout.over_read_tokens == 1:
             assert layout.num_pages(min(num_tokens, layout.max_len)) == layout.num_ranges
 
 
@@ -206,7 +206,7 @@ def test_impossible_caches_are_refused_and_reserve_nothing():
         ]:
             with pytest.raises(InvalidConfig, match=message):
                 KVCache(layout, pool, **options)
-        with pytest.raises(InvalidConfig, match="cannot hold one row of 2"):
+        with pytest.raises(InvalidConfig, match="cannot hold one of each of 2 ranges"):
             KVCache(layout, PagePool(driver, 4096), num_slots=2)
         other = KVLayout((layer,), torch.float32, MAX_LEN, 8192)
         with pytest.raises(InvalidConfig, match="use one page size"):

@@ -620,7 +620,7 @@ def test_stats_tell_held_ahead_parked_and_free_apart():
         assert (stats.tokens_held, stats.tokens_parked) == (72, 40)
         assert (stats.slots_open, stats.slots_parked) == (2, 1)
         assert stats.physical_bytes == 8 * stats.page_bytes
-        assert stats.row_tokens == 16
+        assert stats.growth_tokens == 16
         assert stats.driver_calls["map"] > 0
         assert stats.mapping_time_s > 0
         assert stats.num_mappings == cache.pool.driver.num_mappings

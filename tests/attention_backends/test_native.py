@@ -123,14 +123,14 @@ def test_rows_past_the_length_may_be_unmapped():
     page = mmap.PAGESIZE
     dim, heads = 64, 2
     for dtype in DTYPES:
-        row_bytes = heads * dim * dtype.itemsize
-        length = page // row_bytes
+        growth_bytes = heads * dim * dtype.itemsize
+        length = page // growth_bytes
         with open_driver("cpu", page) as driver:
             caches = []
             for _ in range(2):
                 address = driver.reserve(4 * page)
                 driver.map(address, driver.create(1))
-                shape = (1, 4 * page // row_bytes, heads, dim)
+                shape = (1, 4 * page // growth_bytes, heads, dim)
                 strides = (shape[1] * heads * dim, heads * dim, dim, 1)
                 cache = driver.tensor(address, shape, strides, dtype)
                 cache[:, :length] = torch.randn(1, length, heads, dim)

@@ -67,7 +67,7 @@ def test_requests_run_to_their_full_length_step_by_step(llm: LLM) -> None:
             assert request.num_output_tokens == len(seen[request.request_id])
             backed = driver.backed_bytes(held)
             assert held * driver.token_bytes <= backed
-            assert backed % driver.row_bytes == 0
+            assert backed % driver.growth_bytes == 0
     assert seen == {"0": [False, False, True], "1": [False, False, True]}
     assert driver.stats().num_output_tokens == 6
     assert driver.max_batch_tokens > 0

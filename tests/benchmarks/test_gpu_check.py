@@ -125,7 +125,7 @@ def test_the_plan_s_benchmarks_are_commands_that_exist(
     for module in (linear, throughput):
         monkeypatch.setattr(module, "run", lambda options, *_: asked.append(options) or (None, []))
     monkeypatch.setattr("vkv.bench.cli.show", lambda *_: None)
-    monkeypatch.setattr("vkv.runtime.engine.config.resolve_device", torch.device)
+    monkeypatch.setattr("vkv.runtime.engine.devices.resolve_device", torch.device)
     for step in gpu_plan.plan(device, []):
         if step.name.startswith(("bench linear", "bench throughput")):
             result = CliRunner().invoke(bench, step.command[3:])

@@ -157,7 +157,7 @@ class _Bench:
         self.cache = cache
         self._options, self._backend = options, backend
         self._layer = LayerAttention(scale=shape.head_dim**-0.5)
-        stagger = max(1, cache.row_tokens // shape.batch)
+        stagger = max(1, cache.growth_tokens // shape.batch)
         self._starts = [max(1, shape.context - i * stagger) for i in range(shape.batch)]
         self._crossings = [
             sum(cache.num_pages(n + step + 1) > cache.num_pages(n + step) for n in self._starts)
@@ -166,7 +166,7 @@ class _Bench:
         if not any(self._crossings):
             raise InvalidConfig(
                 f"no slot needs a page within {options.steps} steps: a page lasts "
-                f"{cache.row_tokens} tokens; raise --steps to so many"
+                f"{cache.growth_tokens} tokens; raise --steps to so many"
             )
         for index in range(options.num_layers):
             backend.check_cache(*cache.layer(index))
@@ -193,7 +193,7 @@ class _Bench:
         return {
             "backend": self._backend.name,
             "page_bytes": layout.page_bytes,
-            "row_tokens": layout.row_tokens,
+            "growth_tokens": layout.growth_tokens,
             "pages_per_crossing": layout.num_ranges,
             "starts": self._starts,
             "crossings": self._crossings,

@@ -72,7 +72,7 @@ def stall_tables(
     waits = Table(
         title=(
             f"Waits for memory: {facts['pages_per_crossing']} pages of "
-            f"{facts['page_bytes'] >> 10} KiB every {facts['row_tokens']} tokens of a slot"
+            f"{facts['page_bytes'] >> 10} KiB every {facts['growth_tokens']} tokens of a slot"
         ),
         columns=[
             "look-ahead",

@@ -190,7 +190,7 @@ def _run_engine(
     samples: list[MemorySample] = []
     with LLM(model, dtype=options.dtype, device=options.device, **asdict(config)) as llm:
         driver = Driver(llm)
-        token_bytes, row_bytes = driver.token_bytes, driver.row_bytes
+        token_bytes, growth_bytes = driver.token_bytes, driver.growth_bytes
         start = time.perf_counter()
         for index, item in enumerate(work):
             driver.submit(str(index), item.prompt, item.num_output_tokens)
@@ -202,7 +202,7 @@ def _run_engine(
                 used = request.num_held_tokens * token_bytes
                 backed = driver.backed_bytes(request.num_held_tokens)
                 last_seen[request.request_id] = used, backed
-                worst_waste = max(worst_waste, (backed - used) / row_bytes)
+                worst_waste = max(worst_waste, (backed - used) / growth_bytes)
             samples.append(_sample(driver.stats(), token_bytes, time.perf_counter() - start))
         ends.token_bytes = sum(used for used, _ in last_seen.values())
         ends.kv_bytes = sum(backed for _, backed in last_seen.values())
@@ -224,7 +224,7 @@ def _facts(
     """Figures of an engine, whose counters are those after its last step."""
     return {
         "page_bytes": stats.page_bytes,
-        "row_tokens": stats.row_tokens,
+        "growth_tokens": stats.growth_tokens,
         "num_steps": stats.num_steps,
         "num_preemptions": stats.num_preemptions,
         "step_time_s": stats.step_time_s,

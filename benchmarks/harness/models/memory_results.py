@@ -139,7 +139,7 @@ def engine_table(engines: dict[str, dict[str, Any]]) -> Table:
         rows=[
             [
                 kind,
-                str(e["row_tokens"]),
+                str(e["growth_tokens"]),
                 f"{e['worst_waste_rows_per_request']:.2f}",
                 str(e["num_steps"]),
                 f"{e['step_time_s']:.1f}",

@@ -17,6 +17,7 @@ from vkv.bench.kernels.options import StallOptions
 from vkv.bench.kernels.stall import run
 from vkv.bench.kernels.stall_results import Run, _step_row, _wait_row
 from vkv.runtime.cli import main as cli
+from vkv.runtime.engine.devices import CpuProfile
 from vkv.vmem import HostDriver, Page
 from vkv.vmem.errors import InvalidConfig
 
@@ -71,7 +72,7 @@ def _record(options: StallOptions, folder: Path) -> dict[str, Any]:
 def test_every_step_of_both_modes_is_recorded(watched: type[Watched], tmp_path: Path) -> None:
     record = _record(OPTIONS, tmp_path)
     results = record["results"]
-    assert results["row_tokens"] == 16
+    assert results["growth_tokens"] == 16
     assert results["pages_per_crossing"] == 3
     # Staggered by 8: from 40 tokens on, the 49th is the first of a page, from 32 the 33rd.
     assert results["starts"] == [40, 32]
@@ -166,7 +167,7 @@ def test_over_the_stand_in_for_cuda(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(stall, "open_driver", lambda *_: standin_driver_factory())
-    monkeypatch.setattr(stall, "_LAYERS_PER_RANGE", {"cpu": None})
+    monkeypatch.setattr(CpuProfile, "layers_per_range", None)
     tokens = standin.GRANULARITY // (3 * PAGE_BYTES // 16)
     options = StallOptions(**{**vars(OPTIONS), "steps": 2 * tokens, "repeats": 1})
     record = _record(options, tmp_path)

@@ -74,7 +74,7 @@ def test_a_request_the_pool_could_never_hold(llama_folder: Path) -> None:
     ("options", "words"),
     [
         ({"kv_memory": 4095}, r"4095 bytes holds no page of 4096"),
-        ({"kv_memory": "5000", "layers_per_range": 1}, r"cannot hold one row.*at least 8192"),
+        ({"kv_memory": "5000", "layers_per_range": 1}, r"cannot hold one of each.*at least 8192"),
         ({"kv_memory": "lots"}, "'lots' is not an amount of memory"),
         ({"kv_memory": 0}, "0 is not an amount"),
         ({"kv_memory": True}, "True is not an amount"),

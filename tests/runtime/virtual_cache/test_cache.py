@@ -32,7 +32,7 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
 from virtual_zoo import RECURRENT, VIRTUAL
-from vkv.runtime.virtual_cache import lanes as virtual_rows
+from vkv.runtime.virtual_cache import lanes
 from vkv.runtime.virtual_cache.cache import VirtualLayer, VirtualSlidingWindowLayer
 from vkv.runtime.virtual_cache.lanes import Arena
 from vkv.vmem import HostDriver, VmemDriver, janitor
@@ -280,13 +280,13 @@ def _assert_lean(arena: Arena, layer: VirtualLayer, window: int | None) -> None:
 def drivers(monkeypatch: pytest.MonkeyPatch) -> list[VmemDriver]:
     """The drivers that caches open during the test."""
     opened: list[VmemDriver] = []
-    open_driver = virtual_rows.open_driver
+    open_driver = lanes.open_driver
 
     def record(*args: Any, **options: Any) -> VmemDriver:
         opened.append(open_driver(*args, **options))
         return opened[-1]
 
-    monkeypatch.setattr(virtual_rows, "open_driver", record)
+    monkeypatch.setattr(lanes, "open_driver", record)
     return opened
 
 
@@ -437,7 +437,7 @@ def test_memory_let_go_during_a_call_returns_after_it(drivers) -> None:
 def test_a_forked_child_is_refused_before_it_writes_or_waits(llama) -> None:
     cache = virtual(llama)
     generate(llama, prompts(2), cache)
-    layer, rows = cache.layers[0], cache.layers[0]._rows[0]
+    layer, keys = cache.layers[0], cache.layers[0]._tensors[0]
     before = [other.keys.clone() for other in cache.layers]
     one = torch.zeros_like(layer.keys[:, :, :1])
     operations: list[Callable[[], object]] = [
@@ -447,7 +447,7 @@ def test_a_forked_child_is_refused_before_it_writes_or_waits(llama) -> None:
         lambda: layer.reorder_cache(torch.tensor([1, 0])),
         lambda: layer.batch_repeat_interleave(2),
         lambda: copy.deepcopy(layer),
-        lambda: rows.append(one),
+        lambda: keys.append(one),
         cache.stats,
     ]
 
@@ -520,7 +520,7 @@ def test_a_tensor_can_be_saved_whole() -> None:
 
 def test_the_rules_of_cuda_are_kept(standin_driver_factory, monkeypatch) -> None:
     driver = standin_driver_factory()
-    monkeypatch.setattr(virtual_rows, "open_driver", lambda *_, **__: driver)
+    monkeypatch.setattr(lanes, "open_driver", lambda *_, **__: driver)
     rows = driver.page_bytes // 256
     layer = VirtualSlidingWindowLayer(Arena(), 20 * rows, sliding_window=9)
     for _ in range(10):
