@@ -16,7 +16,7 @@ MOST_FILES = 12  # of a folder
 LONG = {  # with its reason
     "quant/kernels/triton_kernels.py: multiply_kernel",  # one kernel, whose parts share registers
 }
-_WHY_LARGE = r"One class|many methods|hence their number|They\s+are many"  # the reason follows
+_WHY_LARGE = r"One class|many\s+methods|hence their number|They\s+are many"  # the reason follows
 # Private names of libraries, for which they have no public ones.
 FOREIGN = {
     "_attn_implementation",
