@@ -124,6 +124,14 @@ def serve() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def schedule() -> Command:
+    """What a request costs the scheduler, from a hundred requests in line to a hundred thousand."""
+    from .load.options import ScheduleOptions
+
+    return _measuring(ScheduleOptions, ".load.schedule")
+
+
+@bench.command(cls=LazyCommand)
 def profile() -> Command:
     """Where a decode step's time goes on a CPU, kernel by kernel.
 

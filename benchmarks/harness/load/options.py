@@ -1,4 +1,4 @@
-"""What `vkv bench serve` can be told."""
+"""What the benches over arriving requests can be told."""
 
 import itertools
 from dataclasses import dataclass
@@ -113,3 +113,27 @@ class ServeOptions:
             )
         if unknown := [policy for policy in self.policies if policy not in POLICIES]:
             raise InvalidConfig(f"policy is {unknown[0]!r}; use some of {', '.join(POLICIES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """What `vkv bench schedule` runs.
+
+    Attributes:
+        queued: lengths of the line, one load each.
+
+    Raises InvalidConfig for a line of no request.
+    """
+
+    queued: tuple[int, ...] = option(
+        "100,1000,10000,100000",
+        parse=whole_numbers,
+        help="Requests that wait in line; several with commas.",
+    )
+    num_finished: int = option(1000, least=1, help="Requests that run to their end, of each line.")
+    max_seqs: int = max_seqs_option(32)
+    repeats: int = option(5, least=1, help="Turns of each line.")
+
+    def __post_init__(self) -> None:
+        if not self.queued or min(self.queued) < 1:
+            raise InvalidConfig(f"queued is {self.queued}; give lines of one request at least")
