@@ -51,7 +51,11 @@ INT4_SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vkv-int4": ("vkv_worker.py", {"kv": "virtual"}),
     "vkv-int4-head": ("vkv_worker.py", {"kv": "virtual", "lm_head_bits": 4}),
 }
-PEERS: Mapping[str, str] = {"vllm": "vllm_worker.py", "llama-cpp": "llama_cpp_worker.py"}
+PEERS: Mapping[str, str] = {
+    "vllm": "vllm_worker.py",
+    "llama-cpp": "llama_cpp_worker.py",
+    "vkv-other": "vkv_worker.py",  # another version, before a change for one
+}
 
 
 def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
@@ -131,7 +135,7 @@ def _commands(options: ThroughputOptions) -> dict[str, tuple[list[str], dict[str
     for name, interpreter in options.peers.items():
         interpreter = interpreter_of(name, interpreter, PEERS)
         command = [interpreter, str(WORKERS / PEERS[name])]
-        commands[name] = command, {"eager": options.eager_peers}
+        commands[name] = command, {"eager": options.eager_peers, "kv": "virtual"}
         if quant and name == "llama-cpp":
             commands["llama-cpp-q4_0"] = command, {"weights": "q4_0"}
     return commands
