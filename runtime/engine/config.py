@@ -44,7 +44,7 @@ class EngineConfig:
         split_kv: keys and values in stretches of their own.
         max_parked: finished requests whose memory is kept for the next; None for `max_seqs`.
         look_ahead_tokens: tokens mapped ahead of a decoding request in the background; 0 for none.
-        prefix_reuse: begin a request with rows computed for the same tokens before.
+        prefix_reuse: begin a request with keys and values computed for the same tokens before.
         pack_weights: lay linear weights out anew for the CPU's kernels; None does so for models
             that vkv loaded itself, and leaves one that it was given as it is.
         lm_head_bits: 4 or 8 to quantise the output layer at load; None leaves it as it is.

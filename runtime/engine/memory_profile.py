@@ -32,7 +32,7 @@ def memory_for_kv(
 def profile_step(loaded: LoadedModel, num_tokens: int, num_seqs: int) -> int:
     """Run `num_tokens` tokens through the model and sample `num_seqs`; keys and values are lost.
 
-    A hybrid's decodes run too: the states of all of them are copied out of their rows meanwhile.
+    A hybrid's decodes run too: the states of all of them are copied out of their places meanwhile.
     A step that scores a prompt (`prompt_logprobs`) has logits of each of its tokens, not of
     `num_seqs` alone: half a GiB for 2,048 tokens of 128k in bfloat16. Few ask for it, and every
     GPU would keep that much free, so it comes out of the headroom.

@@ -1,6 +1,6 @@
 """One batch through a model with recurrent or convolution layers.
 
-What such a layer computes depends on the order of tokens, so requests cannot lie in one flat row:
+What such a layer computes depends on the order of tokens, so requests cannot lie flat side by side:
 the decodes go together as [B, 1], and every chunk of a prompt by itself as [1, num_tokens]. The
 attention layers see a flat batch all the same.
 """

@@ -69,7 +69,7 @@ class StepInputs:
     def fill(self, values: StepValues, last_tokens: torch.Tensor | None = None) -> None:
         """Send a step's numbers, of exactly these sizes; work launched later sees them.
 
-        An id below zero, `-1 - row`, stands for token `row` of `last_tokens`, int64 [num_sampled],
+        An id below zero, `-1 - i`, stands for token `i` of `last_tokens`, int64 [num_sampled],
         which the host need not know yet.
         """
         # A buffer of its own each time: the last one may not have been read yet. PyTorch keeps
@@ -92,8 +92,8 @@ class StepInputs:
             view.copy_(torch.as_tensor(part))
         self._buffer.copy_(host, non_blocking=True)
         if last_tokens is not None:
-            rows = (-1 - self.ids).clamp_(min=0)
-            self.ids.copy_(torch.where(self.ids < 0, last_tokens[rows], self.ids))
+            places = (-1 - self.ids).clamp_(min=0)
+            self.ids.copy_(torch.where(self.ids < 0, last_tokens[places], self.ids))
 
     def batch(
         self,

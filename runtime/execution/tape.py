@@ -68,7 +68,7 @@ class TapeRecorder:
         clock: if set, replays make one call at a time, and time it.
     """
 
-    pads = False  # a recording is cheap to make, a padded row costs as much as any other
+    pads = False  # a recording is cheap to make, a padded decode costs as much as any other
     refusal_level = logging.INFO  # many a model decides in Python; it runs as it always did
 
     def __init__(self) -> None:

@@ -303,10 +303,10 @@ def _check_interface(model: PreTrainedModel) -> None:
 
 
 def _max_positions(config: Any) -> int:
-    """The longest sequence whose rows depend on nothing but the sequence itself.
+    """The longest sequence whose keys depend on nothing but the sequence itself.
 
     A long rotary embedding changes all frequencies once the longest sequence of a batch passes
-    the original length: rows in the slots would become wrong, and neighbours would feel it.
+    the original length: keys in the slots would become wrong, and neighbours would feel it.
     """
     limit = getattr(config, "max_position_embeddings", None) or 32_768
     rope = getattr(config, "rope_parameters", None) or {}

@@ -34,9 +34,9 @@ def probe_state(model: PreTrainedModel) -> tuple[AttentionProbe, list[int]]:
     alone = _run(model, [first[2:]], 2, states.fresh())
     _check_goes_on(model, "a chunk of a prompt", chunk, whole, alone)
 
-    for row, sequence in enumerate(_SEQUENCES):
+    for place, sequence in enumerate(_SEQUENCES):
         _run(model, [sequence[:3]], 0, begun := states.fresh())
-        states.scatter([row], begun)
+        states.scatter([place], begun)
     last = [sequence[3:] for sequence in _SEQUENCES]
     decoded = _run(model, last, 3, states.gather([0, 1]))
     alone = _run(model, last, 3, states.fresh())
