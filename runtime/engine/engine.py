@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from ...allocator import SlotCache
 from ...vmem.errors import InvalidOperation, StepFailed, UsageError, VkvError
@@ -119,6 +119,11 @@ class Engine:
         self._num_failed += 1
         self._end(request, "error", failure=Failure.of(error))
 
+    def _fail_all(self, requests: Sequence[Request], error: Exception) -> None:
+        for request in requests:
+            if not request.is_finished:
+                self.fail(request, _step_failed(error))
+
     def take_outputs(self) -> list[StepOutput]:
         """What requests got since the last call."""
         outputs, self._outputs = self._outputs, []
@@ -175,9 +180,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - told to the requests of the batch, and logged
             _log.exception("a step of %d requests failed", len(batch))
             self._catch_up()
-            for item in batch.items:
-                if not item.request.is_finished:
-                    self.fail(item.request, _step_failed(error))
+            self._fail_all([item.request for item in batch.items], error)
             return None
         self._num_steps += 1
         for item in batch.items:
@@ -205,7 +208,13 @@ class Engine:
 
     def _postprocess(self, launched: LaunchedStep) -> None:
         """Append a step's tokens, but none behind the end of a request."""
-        for request, token in zip(launched.requests, launched.wait(), strict=True):
+        try:
+            tokens = launched.wait()
+        except Exception as error:  # noqa: BLE001 - told to the requests of the step, and logged
+            _log.exception("a step of %d requests failed", len(launched.requests))
+            self._fail_all(launched.requests, error)
+            return
+        for request, token in zip(launched.requests, tokens, strict=True):
             if request.is_finished:
                 continue
             request.num_pending -= 1
@@ -291,11 +300,12 @@ class Engine:
 
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""
+        self.scheduler.close_stuck()
         return self.cache.trim()
 
     def forget(self) -> int:
         """Give back all that finished requests left, state included; returns the bytes."""
-        return self.cache.trim() + self.runner.forget()
+        return self.trim() + self.runner.forget()
 
 
 def _step_failed(error: Exception) -> VkvError:

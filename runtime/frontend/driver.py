@@ -5,9 +5,10 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from ...vmem import janitor
+from ...vmem.at_exit import stop_at_exit
 from ...vmem.errors import InvalidOperation, StepFailed, VkvError
 from ...vmem.process import ProcessOwner
 from ..engine.idle import IdleTrim
@@ -49,7 +50,8 @@ class LoopDriver:
     """Lets any number of threads drive one loop, one at a time.
 
     Whoever waits for a request turns the loop, for all requests. No step is torn: one lock is held
-    and signals wait meanwhile (`Shield`). A child of a fork is refused before the lock.
+    and signals wait meanwhile (`Shield`). A child of a fork is refused before the lock. Sinks are
+    held weakly: a request whose sink is gone, however that came, is dropped.
 
     Args:
         loop: driven by nobody else.
@@ -68,13 +70,15 @@ class LoopDriver:
         self._loop = loop
         self._lock = threading.Lock()
         self._owner = ProcessOwner("this LLM")
-        self._sinks: dict[str, Sink] = {}
+        self._sinks: weakref.WeakValueDictionary[str, Sink] = weakref.WeakValueDictionary()
+        self._is_stopped = False
         self._wake = wake
         self._idle: IdleTrim | None = None
         if idle_trim_s is not None:
             # Weakly: its thread must not keep a driver that was dropped.
             self._idle = IdleTrim(_weakly(self._trim_if_idle), idle_trim_s)
         janitor.start()
+        stop_at_exit(self)
 
     @property
     def is_mine(self) -> bool:
@@ -102,7 +106,11 @@ class LoopDriver:
     # -- requests ----------------------------------------------------------------------------
 
     def submit(self, sinks: Sequence[Sink]) -> None:
-        """Queue requests. Raises InvalidOperation if this is closed or asleep."""
+        """Queue requests. Raises InvalidOperation if this is closed or asleep.
+
+        A signal's handler may raise in between: the sinks are gone then, and their requests with
+        them.
+        """
         self.check_ready()
         if self._idle is not None and sinks:
             self._idle.busy()
@@ -133,8 +141,11 @@ class LoopDriver:
     def turn(self) -> None:
         """Run one step, for all requests."""
         with self._exclusive():
-            self.check_open()
-            self._turn()
+            if self._may_step:
+                self.check_open()
+                self._turn()
+                return
+        _wait_for_the_end()
 
     def wait_for(self, take: Callable[[], _T | None]) -> _T:
         """Turn until `take`, which nobody disturbs, returns something."""
@@ -143,8 +154,12 @@ class LoopDriver:
                 found = take()
                 if found is not None:
                     return found
-                self.check_open()
-                self._turn()
+                may_step = self._may_step
+                if may_step:
+                    self.check_open()
+                    self._turn()
+            if not may_step:
+                _wait_for_the_end()
 
     def tidy(self) -> None:
         """Carry out what was posted, without a step."""
@@ -157,27 +172,28 @@ class LoopDriver:
     def stats(self) -> EngineStats:
         """What the engine holds; while a step runs, what it held before. Waits for no step."""
         self.check_open()
-        if not self._lock.acquire(timeout=_TIDYING_S):
-            return self._loop.stats()
-        try:
-            with Shield():
+        with Shield():
+            if not self._lock.acquire(timeout=_TIDYING_S):
+                return self._loop.stats()
+            try:
+                self.check_open()
                 self._route(self._loop.carry_out())
                 return self._loop.stats(fresh=True)
-        finally:
-            self._lock.release()
+            finally:
+                self._lock.release()
 
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""
         with self._exclusive():
             self.check_open()
-            self._route(self._loop.carry_out())
+            self._drop_orphans()
             return self._loop.trim()
 
     def sleep(self, *, weights: bool = False) -> int:
         """As `EngineLoop.sleep`."""
         with self._exclusive():
             self.check_open()
-            self._route(self._loop.carry_out())
+            self._drop_orphans()
             return self._loop.sleep(weights=weights)
 
     def wake(self) -> None:
@@ -187,13 +203,32 @@ class LoopDriver:
             self._loop.wake()
 
     def close(self) -> None:
-        """Abort what is unfinished and give everything back. Closing twice is harmless."""
+        """Abort what is unfinished and give everything back. Closing twice is harmless.
+
+        As `EngineLoop.close`, it may be called again if it raises; all requests have ended then.
+        """
         if not self.is_mine:
             return
         if self._idle is not None:
             self._idle.stop()
         with self._exclusive():
-            self._route(self._loop.close())
+            try:
+                self._loop.close()
+            finally:
+                self._route(self._loop.take_outputs())
+                self._end_the_rest()
+
+    def stop(self) -> None:
+        """The interpreter exits: wait for the step under way, and let no thread begin another.
+
+        A daemon thread that is in the middle of one when the interpreter goes kills the process.
+        """
+        if not self.is_mine:
+            return
+        if self._idle is not None:
+            self._idle.stop()
+        with self._exclusive():
+            self._is_stopped = True
 
     # -- one at a time -------------------------------------------------------------------------
 
@@ -216,10 +251,17 @@ class LoopDriver:
         if self._idle is not None and not self._loop.has_work:
             self._idle.idle()
 
+    @property
+    def _may_step(self) -> bool:
+        """False for threads that the interpreter's end is about to cut short."""
+        return not self._is_stopped or threading.current_thread() is threading.main_thread()
+
     def _route(self, outputs: Sequence[StepOutput]) -> None:
         for output in outputs:
             sink = self._sinks.get(output.request_id)
             if sink is None:
+                if output.finish_reason is None:  # for nobody, so there need be no more
+                    self._loop.post(Abort(output.request_id))
                 continue
             try:
                 for message in sink.accept(output):
@@ -231,6 +273,27 @@ class LoopDriver:
             if sink.is_finished:
                 self._sinks.pop(output.request_id, None)
 
+    def _drop_orphans(self) -> None:
+        """Carry out what was posted, and drop requests whose sinks are gone."""
+        self._route(self._loop.carry_out())
+        for request in self._loop.engine.requests:
+            if request.key[0] not in self._sinks:
+                self._loop.post(Abort(request.key[0]))
+        self._route(self._loop.carry_out())
+
+    def _end_the_rest(self) -> None:
+        """End requests that the engine, torn by a failure, may know nothing of."""
+        for reference in self._sinks.valuerefs():
+            sink = reference()
+            if sink is not None:
+                spec = sink.spec
+                self._route(
+                    [
+                        StepOutput(request_id=spec.request_id, index=i, finish_reason="abort")
+                        for i in range(spec.params.n)
+                    ]
+                )
+
     def _trim_if_idle(self) -> None:
         with self._exclusive():
             if not self._loop.is_closed and not self._loop.has_work:
@@ -239,6 +302,10 @@ class LoopDriver:
     def _was_posted(self) -> None:
         if self._wake is not None:
             self._wake()
+
+    def check_process(self) -> None:
+        """Raises ForkedProcess in a child of a fork."""
+        self._owner.check()
 
     def check_ready(self) -> None:
         """As `check_open`, and raises InvalidOperation while asleep."""
@@ -250,6 +317,12 @@ class LoopDriver:
         self._owner.check()
         if self._loop.is_closed:
             raise InvalidOperation("this LLM has been closed; create another")
+
+
+def _wait_for_the_end() -> NoReturn:
+    """Return never: the process is about to exit."""
+    while True:
+        threading.Event().wait()
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:

@@ -143,8 +143,8 @@ class LLM:
             """The next delta; True at the end; None if there is nothing yet."""
             return request.take_delta() or (request.is_finished or None)
 
-        self._driver.submit([request])  # here: a stream never begun has none to end
         try:
+            self._driver.submit([request])  # here: a stream never begun has none to end
             while not isinstance(found := self._driver.wait_for(take), bool):
                 yield found
             _check_not_aborted([request])

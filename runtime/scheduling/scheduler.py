@@ -3,20 +3,28 @@
 Every step has a token budget. A request is admitted only when the pages of its whole prompt are
 reserved. When memory runs short nevertheless, because the outputs of running requests grew, a
 request gives its slot up and is computed again later. Which ones go on, and who gives way, is the
-policy's to say (`policies`): it sees a `Snapshot` and answers with a `Plan`.
+policy's to say (`policies`): it sees a `Snapshot` and answers with a `Plan`. A call that the system
+refuses (DriverError) keeps one request waiting, as a shortage does, and tears no step.
 """
+
+import logging
 
 from collections.abc import Sequence
 
 from ...allocator import Slot, SlotCache
-from ...vmem.errors import OutOfPages, Shortage
+from ...vmem.errors import DriverError, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
 from .plan import Plan, Policy
 from .snapshot import RunningRequest, Snapshot, WaitingRequest
 from .waiting import WaitingQueue
 
+Refusal = Shortage | DriverError
+"""Why a request cannot have memory now. Nothing was changed by it."""
+
 _COMPARED_AT_ONCE = 256  # tokens; comparing slices of lists is far faster than item by item
+
+_log = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -55,8 +63,9 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
-        self.shortage: tuple[Request, Shortage] | None = None
+        self.shortage: tuple[Request, Refusal] | None = None
         self._requests: dict[SequenceKey, Request] = {}
+        self._stuck: list[Slot] = []  # nobody's, but the system would not take their memory back
 
     @property
     def has_work(self) -> bool:
@@ -84,10 +93,11 @@ class Scheduler:
         Empty if no request can go on: all of them wait for tokens of a step under way, or memory
         is short (`shortage`). No request is lost by that.
         """
+        self.close_stuck()
         self._let_siblings_in()
         granted: dict[Request, int] = {}
         num_before = self.num_preemptions
-        short: tuple[Request, Shortage] | None = None
+        short: tuple[Request, Refusal] | None = None
         while True:
             snapshot = self._snapshot(granted, short[0] if short else None, num_before)
             missed = self._apply(self.policy.plan(snapshot), granted)
@@ -139,7 +149,7 @@ class Scheduler:
 
     # -- doing -------------------------------------------------------------------------------
 
-    def _apply(self, plan: Plan, granted: dict[Request, int]) -> tuple[Request, Shortage] | None:
+    def _apply(self, plan: Plan, granted: dict[Request, int]) -> tuple[Request, Refusal] | None:
         """Carry out a plan, as far as memory goes; returns whom it was too short for."""
         for key in plan.preempt:
             request = self._requests[key]
@@ -150,8 +160,8 @@ class Scheduler:
             assert request.slot is not None, f"{request} is not running"
             try:
                 self.cache.grow(request.slot, request.num_computed + share.num_tokens)
-            except Shortage as shortage:
-                return request, shortage
+            except (Shortage, DriverError) as refusal:
+                return request, refusal
             granted[request] = share.num_tokens
         budget = plan.admit_tokens
         for key in plan.admit:
@@ -164,8 +174,8 @@ class Scheduler:
                 break
             try:
                 granted[request] = self._admit(request, share)
-            except Shortage as shortage:
-                return request, shortage
+            except (Shortage, DriverError) as refusal:
+                return request, refusal
             budget -= granted[request]
         return None
 
@@ -189,21 +199,37 @@ class Scheduler:
         self.waiting.let_in(request.key)
 
     def _release(self, request: Request, *, keep: bool) -> None:
-        assert request.slot is not None
-        if keep:
-            computed = request.token_ids[: request.num_computed]
-            self.cache.park(request.slot, computed, request.variant)
-        else:
-            self.cache.close(request.slot)
-        request.slot = None
+        slot, request.slot = request.slot, None
+        assert slot is not None
         self.running.remove(request)
+        self._let_go(slot, request, request.num_computed if keep else 0)
+
+    def _let_go(self, slot: Slot, request: Request, num_tokens: int) -> None:
+        """Park a slot with the first `num_tokens` tokens of `request`, or close it without any."""
+        try:
+            if num_tokens:
+                self.cache.park(slot, request.token_ids[:num_tokens], request.variant)
+            else:
+                self.cache.close(slot)
+        except (Shortage, DriverError):
+            _log.warning("%s of %r could not be let go; it is tried again", slot, request)
+            self._stuck.append(slot)
+
+    def close_stuck(self) -> None:
+        """Try once more to close slots that could not be let go when their requests left."""
+        stuck, self._stuck = self._stuck, []
+        for slot in stuck:
+            try:
+                self.cache.close(slot)
+            except (Shortage, DriverError):
+                self._stuck.append(slot)
 
     # -- admission ---------------------------------------------------------------------------
 
     def _admit(self, request: Request, budget: int) -> int:
         """Open a slot and reserve the request's memory; returns the tokens to compute now.
 
-        Raises a Shortage, with the request still waiting.
+        Raises a Shortage or DriverError, with the request still waiting.
         """
         tokens = self._reusable_tokens(request)
         donor, num_shared = self._live_donor(request, tokens)
@@ -217,8 +243,8 @@ class Scheduler:
         try:
             self.cache.reserve(slot, needed)
             self.cache.grow(slot, num_cached + count)
-        except Shortage:
-            self.cache.park(slot, request.token_ids[:num_cached], request.variant)
+        except (Shortage, DriverError):
+            self._let_go(slot, request, num_cached)
             raise
         self.waiting.remove(request)
         request.slot = slot
@@ -290,7 +316,10 @@ class Scheduler:
                 )
             else:
                 target = min(end + self.max_batch_tokens, request.num_tokens)
-            self.cache.look_ahead(request.slot, target)
+            try:
+                self.cache.look_ahead(request.slot, target)
+            except DriverError as error:  # of an earlier job; whoever needs the page will be told
+                _log.warning("no memory was mapped ahead: %s", error)
 
     def _padding(self, batch: Sequence[ScheduledRequest]) -> Padding | None:
         """A position behind some decode's, on pages that its slot has: it maps and takes nothing.
