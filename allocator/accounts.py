@@ -1,27 +1,26 @@
 """What a cache holds: its statistics, from counters, and the recount that proves them."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 
 from ..vmem import Page
 from .backing import Backing
 from .ledger import Use
-from .parking import ParkingLot
-from .slot import Slot, SlotState
+from .slot import SlotState
+from .slot_table import SlotTable
 from .stats import KVStats
 
 
 def snapshot(
     backing: Backing,
-    live: Sequence[Slot],
-    parked: Sequence[Slot],
+    table: SlotTable,
     *,
     virtual_bytes: int,
     mapping_time_s: float,
     background_time_s: float,
+    background_failures: int,
 ) -> KVStats:
     """The statistics of a cache with these slots. Takes time for each slot, not for each page."""
-    ledger = backing.ledger
+    ledger, live, parked = backing.ledger, table.live.values(), table.parked
     for slot in live:
         ledger.settle(slot)  # `ahead_tokens` may have changed since
     pool = backing.pool
@@ -43,14 +42,16 @@ def snapshot(
         num_mappings=pool.driver.num_mappings,
         mapping_time_s=mapping_time_s,
         background_time_s=background_time_s,
+        background_failures=background_failures,
         driver_calls=dict(pool.driver.counters),
     )
 
 
-def recount(backing: Backing, live: Mapping[int, Slot], parked: ParkingLot) -> None:
+def recount(backing: Backing, table: SlotTable) -> None:
     """Compare slots, pool and memory; AssertionError names what does not add up."""
-    pool, geometry = backing.pool, backing.geometry
+    pool, geometry, live, parked = backing.pool, backing.geometry, table.live, table.parked
     pool.check_invariants()
+    table.check_invariants()
     slots = [*live.values(), *parked]
     references: Counter[Page] = Counter()
     for slot in slots:

@@ -20,6 +20,8 @@ from .slot import Slot
 class Backing(ABC):
     """The pages behind the slots of one cache. Not for use from several threads at once.
 
+    A third of its many methods is what a kind of memory supplies; the others undo each other.
+
     Args:
         geometry: tokens to pages.
         pool: where the pages come from.

@@ -1,12 +1,16 @@
 """A background thread that prepares memory while the device computes."""
 
+import logging
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 
 from ..vmem import stop_at_exit
 from .slot import Slot
+
+_log = logging.getLogger(__name__)
 
 _Job = tuple[Slot, int] | threading.Event
 
@@ -17,11 +21,18 @@ class LookAhead:
     The thread starts with the first job. It holds this object, and this object the owner of
     `prepare`, only weakly: a cache that is dropped without a word is still collected, and the
     thread ends with it.
+
+    A job that fails is logged, once for each kind of error, and counted. Nobody is told: what was
+    not prepared is made when it is needed, and whoever needs it is told if that fails too.
+
+    Attributes:
+        num_failures: jobs that failed, so far.
     """
 
     def __init__(self, prepare: Callable[[Slot, int], None]) -> None:
         self._prepare = weakref.WeakMethod(prepare)
-        self._failure: Exception | None = None
+        self.num_failures = 0
+        self._logged: set[type[Exception]] = set()
         self._lock = threading.Lock()
         self._stopped = False
         self._thread: threading.Thread | None = None
@@ -30,8 +41,7 @@ class LookAhead:
         weakref.finalize(self, self._jobs.put, None)
 
     def submit(self, slot: Slot, num_tokens: int) -> None:
-        """Queue a job; none is taken after `stop`. Raises what an earlier job raised."""
-        self._raise_failure()
+        """Queue a job; none is taken after `stop`."""
         with self._lock:
             if self._stopped:
                 return
@@ -47,7 +57,7 @@ class LookAhead:
             self._jobs.put((slot, num_tokens))
 
     def drain(self) -> None:
-        """Wait until every job queued so far is done. Raises what one of them raised."""
+        """Wait until every job queued so far is done."""
         with self._lock:
             done = threading.Event()
             if self._thread is None or not self._thread.is_alive():
@@ -55,7 +65,6 @@ class LookAhead:
             else:
                 self._jobs.put(done)
         done.wait()
-        self._raise_failure()
 
     def stop(self) -> None:
         """Finish the queue and end the thread, for good. Stopping twice is harmless."""
@@ -67,18 +76,17 @@ class LookAhead:
             thread.join()
 
     def run(self, slot: Slot, num_tokens: int) -> None:
-        """Do one job, on the calling thread; a failure is kept for the next caller."""
+        """Do one job, on the calling thread."""
         prepare = self._prepare()
         if prepare is not None:
             try:
                 prepare(slot, num_tokens)
-            except Exception as error:  # noqa: BLE001 - handed on, never dropped
-                self._failure = error
-
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+            except Exception as error:  # noqa: BLE001 - logged and counted; the thread lives on
+                self.num_failures += 1
+                if type(error) not in self._logged:
+                    self._logged.add(type(error))
+                    # As text: a record of the exception itself would keep the cache alive.
+                    _log.warning("no memory was mapped ahead: %s", traceback.format_exc())
 
 
 def _work(owner: "weakref.ref[LookAhead]", jobs: "SimpleQueue[_Job | None]") -> None:

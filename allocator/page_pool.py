@@ -40,8 +40,8 @@ class PagePool:
     """Owns physical pages, counts their references, keeps the limit.
 
     A page is *free* (created, nobody's), or *held* (one reference or more). Pages are created
-    when first needed and stay in the pool when released, up to `high_watermark`; `trim` returns
-    the free ones to the system. A `Reservation` sets pages aside before anything is promised, so
+    when first needed and stay in the pool when released; `trim` returns the free ones to the
+    system. A `Reservation` sets pages aside before anything is promised, so
     that two admissions can never count on the same page.
 
     Args:
@@ -49,11 +49,10 @@ class PagePool:
         limit: the most memory the pool may hold, in bytes, rounded down to whole pages; or what
             several pools may hold together.
         low_watermark: free pages that `refill` keeps ready.
-        high_watermark: free pages above which a release returns pages to the system; None keeps
-            all.
         sanitize: "zero" asks whoever maps a recycled page to clear it first (`needs_zero`).
 
-    All methods may be called from several threads, none from a forked child (ForkedProcess).
+    All methods may be called from several threads, none from a forked child (ForkedProcess). They
+    are many because seven of them are counts.
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class PagePool:
         limit: int | MemoryLimit,
         *,
         low_watermark: int = 0,
-        high_watermark: int | None = None,
         sanitize: Sanitize = "never",
     ) -> None:
         self.driver = driver
@@ -76,12 +74,9 @@ class PagePool:
             )
         if sanitize not in ("never", "zero"):
             raise InvalidConfig(f"sanitize is {sanitize!r}; use 'never' or 'zero'")
-        if low_watermark < 0 or (high_watermark is not None and high_watermark < low_watermark):
-            raise InvalidConfig(
-                f"watermarks must satisfy 0 <= low <= high, not {low_watermark}, {high_watermark}"
-            )
+        if low_watermark < 0:
+            raise InvalidConfig(f"low_watermark is {low_watermark} pages; use 0 or more")
         self.low_watermark = min(low_watermark, self.limit_pages)
-        self.high_watermark = high_watermark
         self.sanitize: Sanitize = sanitize
         self._created = threading.Condition(threading.RLock())
         self._lock = OwnedLock(ProcessOwner("this page pool"), self._created)
@@ -187,7 +182,7 @@ class PagePool:
     def restore(self, reservation: Reservation, pages: Sequence[Page]) -> None:
         """Undo a `commit`: the pages are free again, and the reservation claims them as before.
 
-        They stay in the pool, whatever the watermark: it makes no call that could fail.
+        It makes no call that could fail.
         """
         with self._lock:
             self._drop_references(pages)
@@ -222,14 +217,11 @@ class PagePool:
         """Drop a reference to each page; pages without one are free again.
 
         A page must be unmapped before its last reference goes. Raises InvalidOperation, with
-        nothing changed, if a page is not held as often as it is named; DriverError, with the
-        references dropped, if the system would not take back what exceeds `high_watermark`.
+        nothing changed, if a page is not held as often as it is named.
         """
         with self._lock:
             self._drop_references(pages)
             self._settle()
-            if self.high_watermark is not None:
-                self.trim(self.high_watermark)
 
     def _drop_references(self, pages: Sequence[Page]) -> None:
         for page, times in Counter(pages).items():

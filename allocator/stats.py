@@ -26,6 +26,7 @@ class KVStats:
         num_mappings: mappings in use, in the unit that the system limits.
         mapping_time_s: time that callers spent waiting for memory, so far.
         background_time_s: time that the look-ahead thread spent instead, so far.
+        background_failures: its jobs that failed, so far; `grow` maps what they did not.
         driver_calls: system or driver calls so far, by kind.
     """
 
@@ -46,4 +47,5 @@ class KVStats:
     num_mappings: int
     mapping_time_s: float
     background_time_s: float
+    background_failures: int
     driver_calls: dict[str, int]

@@ -1,12 +1,20 @@
-"""4-bit weights: checkpoints read into one canonical form, and the kernels that multiply by it."""
+"""4-bit weights: checkpoints read into one canonical form, and the kernels that multiply by it.
+
+What reads checkpoints is loaded when first used: `transformers` comes with it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ..vmem.errors import QuantError, UnsupportedQuantization
 from .formats.scheme import FormatName, Scheme
 from .linear import Int4Linear
-from .loading import adopt, int4_linears
 from .output_layer import Int8Linear, quantize_output
 from .weight import Int4Weight, can_concatenate, concatenate, pack, split, unpack
 from .weight_memory import empty_apart, trim_heap
+
+if TYPE_CHECKING:
+    from .loading import adopt, int4_linears
 
 __all__ = [
     "FormatName",
@@ -27,3 +35,9 @@ __all__ = [
     "trim_heap",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("adopt", "int4_linears"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(".loading", __name__), name)

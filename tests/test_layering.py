@@ -1,6 +1,7 @@
 """Who may import whom: read from the syntax tree of every file, so that no import is too lazy."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,23 @@ ALLOWED = {
     },
     "benchmarks/harness": {"vmem", "quant", "allocator", "attention_backends", "runtime"},
 }
+# The stages that a request passes, each of which may import those below it.
+FLOORS = (
+    "facade",
+    "cli",
+    "serving",
+    "cluster",
+    "frontend",
+    "engine",
+    "scheduling",
+    "execution",
+    "model",
+    "cpu_kernels",
+    "request",
+    "virtual_cache",
+)
+POLICIES = "runtime/scheduling/policies"  # pure: they see snapshots and make plans
+PURE = {"msgspec", "runtime.scheduling.plan", "runtime.scheduling.snapshot", "runtime.request.spec"}
 INSTALLED = {"benchmarks/harness": "bench"}  # in `vkv`
 SCRIPTS = "benchmarks/harness/peers/workers"  # processes of their own, outside the library
 USERS = ("tests", "examples", "benchmarks/gpu")  # they see the library as anybody does: `from vkv…`
@@ -54,6 +72,8 @@ def _imported(node: ast.AST) -> Iterator[str]:
 
 def _objection(path: Path, level: int, name: str) -> str | None:
     folder = _folder(path)
+    if path.is_relative_to(POLICIES) and (why := _impure(path, level, name)):
+        return why
     if not level:
         top = name.split(".")[0]
         if top in ALLOWED:
@@ -62,6 +82,8 @@ def _objection(path: Path, level: int, name: str) -> str | None:
             return f"`{name}` by its full name; inside the library imports are relative"
         return None
     target = _resolve(path, level, name)
+    if folder == "runtime" and (why := _upward(path, target)):
+        return why
     if folder in USERS:
         here = ".".join(path.parts[:-1])
         if f"{target}.".startswith(f"{here}."):
@@ -78,6 +100,30 @@ def _resolve(path: Path, level: int, name: str) -> str:
     package = () if path.parent.as_posix() == FACADE else _package(path)
     assert level <= len(package) + 1, f"{path} climbs out of the library"
     return ".".join([*package[: len(package) - level + 1], name])
+
+
+def _upward(path: Path, target: str) -> str | None:
+    """Why one stage of runtime/ may not import another."""
+    parts = target.split(".")
+    if parts[0] != "runtime" or len(parts) < 2 or parts[1] not in FLOORS:
+        return None
+    own = path.parts[1]
+    if own in FLOORS and FLOORS.index(parts[1]) < FLOORS.index(own):
+        return f"runtime/{own} may not import `{target}`, which is above it"
+    return None
+
+
+def _impure(path: Path, level: int, name: str) -> str | None:
+    """Why a policy may not import this: it could then not drive a simulator."""
+    if not level:
+        top = name.split(".")[0]
+        known = top in sys.stdlib_module_names or top in PURE
+        return None if known else f"a policy may not import `{name}`"
+    target = _resolve(path, level, name)
+    own = POLICIES.replace("/", ".")
+    if any(f"{target}.".startswith(f"{home}.") for home in {own, *PURE}):
+        return None
+    return f"a policy may not import `{target}`"
 
 
 def _folder(path: Path) -> str:
@@ -127,6 +173,12 @@ def test_the_native_kernels_never_hear_of_pages():
         ("allocator/a.py", "import vmem.host as host", "second copy"),
         ("allocator/a.py", "from vkv.vmem import Page", "imports are relative"),
         ("runtime/a.py", "import vkv", "imports are relative"),
+        ("runtime/engine/a.py", "from ..frontend.llm import LLM", "which is above it"),
+        ("runtime/request/a.py", "from ..execution import sampler", "which is above it"),
+        ("runtime/frontend/deep/a.py", "from ...cli.main import app", "which is above it"),
+        (f"{POLICIES}/a.py", "import torch", "a policy may not import `torch`"),
+        (f"{POLICIES}/a.py", "from ..scheduler import Scheduler", "a policy may not import"),
+        (f"{POLICIES}/a.py", "from ....allocator import Slot", "a policy may not import"),
         ("runtime/a.py", "from ..bench.load import serve", "may not import `bench.load.serve`"),
         ("benchmarks/harness/a.py", "import vkv", "imports are relative"),
         ("runtime/a.py", "def f():\n    from vkv.vmem import Page", "imports are relative"),
@@ -154,6 +206,8 @@ def test_a_planted_violation_is_caught(tmp_path, file, statement, why):
         ("quant/a.py", "from ..vmem.native_library import load_library"),
         ("attention_backends/a.py", "from ..vmem.errors import VkvError"),
         ("runtime/a.py", "from ..quant import x"),
+        ("runtime/engine/a.py", "from ..scheduling.plan import Plan\nfrom .loop import x"),
+        (f"{POLICIES}/a.py", "import math\nfrom ..plan import Plan\nfrom .splitfuse import x"),
         ("runtime/cli/main.py", "from ...bench.cli import bench"),
         ("benchmarks/harness/a.py", "from ..allocator import Slot\nfrom .load import x"),
         ("benchmarks/harness/load/a.py", "from ...runtime.frontend.llm import LLM"),

@@ -1,14 +1,30 @@
-"""Address space and physical pages: reserve, create, map, unmap, and tensors over it all."""
+"""Address space and physical pages: reserve, create, map, unmap, and tensors over it all.
 
-import torch
+Drivers are loaded when first used: whoever wants an error of the tree waits for no PyTorch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from . import janitor
 from .at_exit import stop_at_exit
-from .base import Fence, Page, VmemDriver
-from .cuda import CudaDriver
 from .errors import InvalidConfig
-from .host import HostDriver
 from .process import OwnedLock, ProcessOwner
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base import Fence, Page, VmemDriver
+    from .cuda import CudaDriver
+    from .host import HostDriver
+
+_HOMES = {
+    "CudaDriver": ".cuda",
+    "Fence": ".base",
+    "HostDriver": ".host",
+    "Page": ".base",
+    "VmemDriver": ".base",
+}
 
 __all__ = [
     "CudaDriver",
@@ -24,14 +40,25 @@ __all__ = [
 ]
 
 
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
 def open_driver(
-    device: torch.device | str, page_bytes: int | None = None, *, readable_gaps: bool = False
-) -> VmemDriver:
+    device: "torch.device | str", page_bytes: int | None = None, *, readable_gaps: bool = False
+) -> "VmemDriver":
     """A driver for `device`, `cpu` or `cuda[:index]`; `page_bytes` defaults to the device's best.
 
     With `readable_gaps`, unbacked addresses of the host read as zeros; a GPU faults all the same.
     Raises InvalidConfig for any other device, DriverUnavailable where CUDA is missing.
     """
+    import torch
+
+    from .cuda import CudaDriver
+    from .host import HostDriver
+
     try:
         device = torch.device(device)
     except RuntimeError as error:

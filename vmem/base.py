@@ -51,7 +51,7 @@ class VmemDriver(ABC):
 
     Addresses are integers, sizes are bytes. Every operation is all or nothing: one that raises
     has changed nothing (`release` and `close` say where they differ). All methods may be called
-    from several threads.
+    from several threads. A third of them is what a subclass supplies, hence their number.
 
     Attributes:
         device: where the memory is; the device of the tensors it hands out.

@@ -23,9 +23,6 @@ class CudaDriver(VmemDriver):
     """Pinned device memory as pages, each an allocation of its own, mapped one by one.
 
     A mapping, in the sense of `num_mappings`, is one page at one address.
-
-    Attributes:
-        recommended_page_bytes: the page size that the driver recommends for performance.
     """
 
     def __init__(
@@ -43,14 +40,8 @@ class CudaDriver(VmemDriver):
         self._device = _open_device(cuda, device_index)
         self._properties = _page_properties(cuda, self._device, device_index)
         self._access = _access_descriptor(cuda, device_index)
-        flags = cuda.CUmemAllocationGranularity_flags
-        granularity, self.recommended_page_bytes = (
-            _check(cuda, "cuMemGetAllocationGranularity", self._properties, flag)
-            for flag in (
-                flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM,
-                flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED,
-            )
-        )
+        flag = cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        granularity = _check(cuda, "cuMemGetAllocationGranularity", self._properties, flag)
         super().__init__(
             device=torch.device("cuda", device_index),
             granularity=granularity,

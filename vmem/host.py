@@ -28,7 +28,8 @@ class HostDriver(VmemDriver):
 
     A mapping, in the sense of `num_mappings`, is a VMA of the kernel, of which a process may have
     `vm.max_map_count`, for everything; past it even `malloc` fails. The count kept here is exact
-    for each reservation by itself (two that touch may share one in the kernel).
+    for each reservation by itself (two that touch may share one in the kernel). Half of its many
+    methods are the calls that the contract names.
 
     Attributes:
         huge_pages: whether the pages created last are backed by 2 MiB huge pages; None before
@@ -39,21 +40,19 @@ class HostDriver(VmemDriver):
         self,
         page_bytes: int = 2 << 20,
         max_mappings: int | None = None,
-        want_huge_pages: bool = True,
         readable_gaps: bool = False,
     ) -> None:
         """Args: page_bytes, a multiple of the system's page size; max_mappings, the budget of
-        VMAs (default: half of what the system allows the process); want_huge_pages, whether to
-        ask for them where `page_bytes` allows: `create` is slower, mapping and reading faster;
-        readable_gaps, whether unbacked addresses read as zeros instead of faulting, for tensors
-        that span them and may be read whole (writing faults all the same)."""
+        VMAs (default: half of what the system allows the process); readable_gaps, whether
+        unbacked addresses read as zeros instead of faulting, for tensors that span them and may
+        be read whole (writing faults all the same)."""
         super().__init__(
             device=torch.device("cpu"), granularity=linux.PAGE_SIZE, page_bytes=page_bytes
         )
         if max_mappings is not None and max_mappings < 1:
             raise InvalidConfig(f"max_mappings is {max_mappings}; it must be at least 1")
         self.huge_pages: bool | None = None
-        self._try_huge_pages = want_huge_pages and page_bytes % linux.HUGE_PAGE_SIZE == 0
+        self._try_huge_pages = page_bytes % linux.HUGE_PAGE_SIZE == 0
         self._max_mappings = max_mappings or linux.max_map_count() // 2
         self._gap_access = linux.PROT_READ if readable_gaps else linux.PROT_NONE
         self._num_mappings = 0

@@ -6,7 +6,8 @@ calls go to the C library through ctypes, which releases the interpreter lock ar
 
 import ctypes
 import mmap as _mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from errno import EINTR
 from pathlib import Path
 
@@ -60,28 +61,62 @@ def max_map_count() -> int:
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Memory that can be had without swapping: the system's, or what the container has left.
+    """Memory that this process can have without swapping, in bytes, reclaimable cache included.
 
-    Asking first matters: past a container's limit the kernel kills the process instead of
-    failing the call. `root` stands for `/`.
+    The least of what the system has and of what every control group that the process is in has
+    left, its own and those above. Asking first matters: past a group's limit the kernel kills the
+    process instead of failing the call. `root` stands for `/`.
     """
-    meminfo = _fields(root / "proc/meminfo")
-    available = [meminfo["MemAvailable:"] * 1024]
-    for limit_file, usage_file in (
-        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
-        (
-            "sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        path = root / limit_file
-        limit = path.read_text().strip() if path.exists() else "max"
-        if limit == "max":
+    available = _fields(root / "proc/meminfo")["MemAvailable:"] * 1024
+    return max(0, min([available, *_group_rooms(root)]))
+
+
+@dataclass(frozen=True)
+class _Hierarchy:
+    """Where a version of control groups keeps its figures on memory."""
+
+    mount: str
+    limit: str
+    usage: str
+    cache: tuple[str, ...]  # of memory.stat: what the kernel reclaims on demand
+
+
+_V1 = _Hierarchy(
+    "sys/fs/cgroup/memory",
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_active_file", "total_inactive_file"),
+)
+_V2 = _Hierarchy(
+    "sys/fs/cgroup",
+    "memory.max",
+    "memory.current",
+    ("active_file", "inactive_file", "slab_reclaimable"),
+)
+
+
+def _group_rooms(root: Path) -> Iterator[int]:
+    """What each control group with a limit has left, from the process's own up to the root."""
+    own = root / "proc/self/cgroup"
+    lines = own.read_text().splitlines() if own.exists() else ["0::/"]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
             continue
-        stat = _fields(path.with_name("memory.stat"))
-        cache = stat.get("active_file", 0) + stat.get("inactive_file", 0)  # reclaimed on demand
-        available.append(int(limit) - int((root / usage_file).read_text()) + cache)
-    return min(available)
+        hierarchy = _V1 if controllers else _V2
+        parts = [part for part in path.split("/") if part]
+        # A container often sees its own group as the root, and a path that leads outside of it.
+        for depth in range(0 if ".." in parts else len(parts), -1, -1):
+            folder = root.joinpath(hierarchy.mount, *parts[:depth])
+            try:
+                limit = (folder / hierarchy.limit).read_text().strip()
+                if limit == "max":
+                    continue
+                usage = int((folder / hierarchy.usage).read_text())
+                stat = _fields(folder / "memory.stat")
+            except OSError:  # no such group here, or it was removed meanwhile
+                continue
+            yield int(limit) - usage + sum(stat.get(name, 0) for name in hierarchy.cache)
 
 
 def _fields(path: Path) -> dict[str, int]:

@@ -35,6 +35,7 @@ PACKAGED = (
     "attention_backends",
     "runtime",
     "quant",
+    "benchmarks/harness",
     "examples",
 )
 

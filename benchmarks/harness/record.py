@@ -5,15 +5,19 @@ import datetime
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from ..runtime.cli.machine import hardware, versions
 from ..vmem.errors import InvalidConfig
-from .limits import Limits
+from .limits import Limits, LimitsProbe
+
+INCOMPLETE = "The run ended early: this is what had been measured until then."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,43 +49,104 @@ def require_matplotlib() -> None:
         raise InvalidConfig("matplotlib draws the plots and is missing: pip install 'vkv[bench]'")
 
 
-def write_record(
-    folder: Path,
-    what: str,
-    *,
-    device: torch.device,
-    config: Mapping[str, Any],
-    results: Mapping[str, Any],
-    tables: Sequence[Table],
-    limits: Limits,
-    command: str,
-) -> Path:
-    """Write `<what>_<hardware>_<date>.json` and the tables beside it; returns the JSON's path.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What a bench has found so far.
 
-    A record of the same processor is written over. One of another processor that sells under the
-    same name is not: `<hardware>` then says more of the processor.
-    What JSON does not know, a `torch.dtype` for one, is written as its text.
+    Attributes:
+        results: raw samples, for the record; what JSON does not know is written as its text.
+        draw: writes the plot.
     """
-    machine = hardware(device)
-    today = datetime.date.today().isoformat()
-    path = _free_path(folder, what, machine, today)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "what": what,
-        "date": today,
-        "command": command,
-        "hardware": machine,
-        "versions": versions(),
-        "limits": dataclasses.asdict(limits),
-        "config": dict(config),
-        "tables": [dataclasses.asdict(table) for table in tables],
-        "results": dict(results),
-    }
-    path.write_text(json.dumps(record, default=str) + "\n")
-    head = f"# {what}, {today}\n\n`{command}` on {place(machine)}.\n\n"
-    shown = "\n".join(table.markdown() for table in tables)
-    path.with_suffix(".md").write_text(f"{head}{shown}\n{limits}\n")
-    return path
+
+    results: Mapping[str, Any]
+    tables: Sequence[Table]
+    draw: Callable[[Path], None]
+
+
+class Record:
+    """A record on its way: `<what>_<hardware>_<date>.json`, written again as it grows.
+
+    One of the same processor and day is written over. One of another processor that sells under
+    the same name is not: `<hardware>` then says more of the processor.
+
+    Raises InvalidConfig if plots cannot be drawn here.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        what: str,
+        *,
+        device: torch.device,
+        config: Mapping[str, Any],
+        command: str,
+    ) -> None:
+        require_matplotlib()  # before the work, not after it
+        self._machine = hardware(device)
+        self._date = datetime.date.today().isoformat()
+        self._what, self._config, self._command = what, dict(config), command
+        self.path = _free_path(folder, what, self._machine, self._date)
+
+    def grow(
+        self,
+        steps: Generator[None, None, None],
+        findings: Callable[[], Findings],
+        probe: LimitsProbe,
+    ) -> tuple[Path, list[Table]]:
+        """Go through `steps`, and write after each what has been found; returns path and tables.
+
+        Ctrl-C ends it, and the record says that it is not complete; before the first step is done
+        there is none, and KeyboardInterrupt is raised. `probe` has measured before that.
+        """
+        is_complete, num_steps = False, 0
+        try:
+            with closing(steps):
+                for _ in steps:
+                    self.write(findings(), probe.limits(), is_complete=False)
+                    num_steps += 1
+            is_complete = True
+        except KeyboardInterrupt:
+            if not num_steps:
+                raise
+            Console(stderr=True).print("interrupted; the record holds what was measured until here")
+        probe.measure()
+        found = findings()
+        self.write(found, probe.limits(), is_complete=is_complete)
+        found.draw(self.path.with_suffix(".png"))
+        return self.path, list(found.tables)
+
+    def write(self, found: Findings, limits: Limits, *, is_complete: bool = True) -> None:
+        """Write the JSON, and the tables beside it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "what": self._what,
+            "date": self._date,
+            "is_complete": is_complete,
+            "command": self._command,
+            "hardware": self._machine,
+            "versions": versions(),
+            "limits": dataclasses.asdict(limits),
+            "config": self._config,
+            "tables": [dataclasses.asdict(table) for table in found.tables],
+            "results": dict(found.results),
+        }
+        unfinished = self.path.with_suffix(".part")  # never half a record, whatever happens
+        unfinished.write_text(json.dumps(record, default=str) + "\n")
+        unfinished.replace(self.path)
+        lines = [
+            f"# {self._what}, {self._date}",
+            "",
+            f"`{self._command}` on {place(self._machine)}.",
+        ]
+        if not is_complete:
+            lines += ["", INCOMPLETE]
+        lines += ["", "\n".join(table.markdown() for table in found.tables), str(limits)]
+        self.path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def record_name(*words: str | None) -> str:
+    """What is measured, in words joined by dashes; those that are empty are left out."""
+    return "-".join(filter(None, words))
 
 
 def place(machine: Mapping[str, Any]) -> str:

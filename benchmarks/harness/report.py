@@ -15,7 +15,7 @@ from typing import Any
 
 from ..vmem.errors import InvalidConfig
 from .limits import Limits
-from .record import Table, identity, place
+from .record import INCOMPLETE, Table, identity, place
 
 PAGE = "REPORT.md"
 _FIELDS = {"what", "date", "command", "hardware", "versions", "config", "results"}
@@ -85,6 +85,8 @@ def _section(record: Record) -> str:
     ]
     if "limits" in content:
         lines.append(f"- {Limits.from_record(content['limits'])}")
+    if not content.get("is_complete", True):
+        lines += ["", INCOMPLETE]
     lines += ["", _tables(record)]
     plot = record.path.with_suffix(".png")
     if plot.exists():

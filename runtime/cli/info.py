@@ -1,8 +1,11 @@
 """`vkv info`: what this machine offers."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -15,11 +18,12 @@ from ...quant.kernels.table import MANY_ROWS, Int4Kernel, choose_kernel, kernel_
 from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import VkvError
 from ..cpu_kernels.packing import int4_products
-from ..engine.build import why_no_graphs
 from ..engine.config import available_memory
-from ..frontend.llm import LLM
-from ..model.loading import LoadedModel
 from .machine import hardware, versions
+
+if TYPE_CHECKING:  # `transformers` comes with them, which a machine's table does without
+    from ..frontend.llm import LLM
+    from ..model.loading import LoadedModel
 
 # What models ask for beside a plain head size, and which ones.
 _KINDS = (
@@ -40,6 +44,8 @@ def show_info(model: str | None = None) -> None:
     """
     console = Console()
     if model is not None:
+        from ..frontend.llm import LLM
+
         with LLM(model) as llm:
             console.print(_model(llm))
         return
@@ -176,7 +182,9 @@ def _passed_over(reasons: Sequence[tuple[str, str]]) -> str:
 
 
 def _model(llm: LLM) -> Table:
-    loaded, cache = llm._loaded, llm.engine.cache
+    from ..engine.build import why_no_graphs
+
+    loaded, cache = llm.engine.loaded, llm.engine.cache
     choice = explain_choice(loaded.needs(paged=False))
     no_graphs = why_no_graphs(loaded, llm.config, llm.engine.runner.backend)
     stats = llm.stats()

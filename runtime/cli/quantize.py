@@ -1,6 +1,5 @@
 """`vkv quantize`: a 4-bit checkpoint from a dense one."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ...quant.formats.scheme import FormatName
 from ...quant.quantise.layers import perplexity, split_text
-from ...quant.quantise.model import METHODS, Method, QuantizedModel, plan, quantize_model
+from ...quant.quantise.model import METHODS, QuantizedModel, plan, quantize_model
 from ...quant.quantise.rounding import Rounding
 from ...quant.quantise.save import (
     ASYMMETRIC,
@@ -33,67 +31,51 @@ from ...vmem.errors import (
     UnsupportedModel,
     UnsupportedQuantization,
 )
-from ..engine.config import resolve_device
+from ..engine.devices import resolve_device
 from ..frontend.progress import counted
-from ..model.loading import _load_tokenizer, _reading, _resolve, parse_dtype
+from ..model.loading import load_tokenizer, parse_dtype, reading, resolve
+from .commands import Quantize
 
 _NUM_WORST = 5  # linear layers named in the report on the terminal
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantizeOptions:
-    """The options of `vkv quantize`; see its help.
+def run_quantize(options: Quantize) -> None:
+    """Quantise a model into a folder, and print how well it went.
 
-    Attributes:
-        calibration: a text file, UTF-8; None rounds every weight by itself.
-        sequence_tokens: length of a calibration sequence, at most what the model was made for.
-        num_sequences: calibration sequences at most, and as many to measure perplexity on.
+    Raises InvalidConfig, before anything is loaded, for options that there are not.
     """
-
-    format: FormatName = "gptq"
-    group: int = 128
-    method: Method = "rtn"
-    calibration: Path | None = None
-    clip: bool = True
-    sequence_tokens: int = 2048
-    num_sequences: int = 128
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise InvalidConfig(f"format is {self.format!r}; use one of {', '.join(FORMATS)}")
-        if self.method not in METHODS:
-            raise InvalidConfig(f"method is {self.method!r}; use one of {', '.join(METHODS)}")
-        if self.method == "gptq" and self.calibration is None:
-            raise InvalidConfig(
-                "method gptq needs a text to calibrate on; give --calibration FILE, or use "
-                "--method rtn"
-            )
-        for name in ("sequence_tokens", "num_sequences"):
-            if getattr(self, name) < 2:
-                raise InvalidConfig(f"{name} is {getattr(self, name)}; use at least 2")
-
-
-def run_quantize(
-    source: str, out: Path, options: QuantizeOptions, *, device: str, dtype: str
-) -> None:
-    """Quantise the model at `source` into the folder `out`, and print how well it went."""
+    _check(options)
     console = Console(stderr=True)
-    home = _resolve(source)
-    tokenizer = _load_tokenizer(home)
-    model = _load_dense(home, device, dtype)
+    home = resolve(options.model)
+    tokenizer = load_tokenizer(home)
+    model = _load_dense(home, options.device, options.dtype)
     try:
-        _quantize(model, tokenizer, out, options, console)
+        _quantize(model, tokenizer, options.out, options, console)
     except UnsupportedQuantization as error:
         raise UnsupportedModel(str(error)) from error
     except QuantError as error:
         raise InvalidConfig(str(error)) from error
 
 
+def _check(options: Quantize) -> None:
+    if options.format not in FORMATS:
+        raise InvalidConfig(f"format is {options.format!r}; use one of {', '.join(FORMATS)}")
+    if options.method not in METHODS:
+        raise InvalidConfig(f"method is {options.method!r}; use one of {', '.join(METHODS)}")
+    if options.method == "gptq" and options.calibration is None:
+        raise InvalidConfig(
+            "method gptq needs a text to calibrate on; give --calibration FILE, or use --method rtn"
+        )
+    for name in ("sequence_tokens", "num_sequences"):
+        if getattr(options, name) < 2:
+            raise InvalidConfig(f"{name} is {getattr(options, name)}; use at least 2")
+
+
 def _load_dense(home: str | Path, device: str, dtype: str) -> PreTrainedModel:
-    config = _reading("config", home, lambda: AutoConfig.from_pretrained(home))
+    config = reading("config", home, lambda: AutoConfig.from_pretrained(home))
     if getattr(config, "quantization_config", None) is not None:
         raise BadCheckpoint(f"{home} is quantised already; start from the dense checkpoint")
-    loaded = _reading(
+    loaded = reading(
         "weights",
         home,
         lambda: AutoModelForCausalLM.from_pretrained(home, dtype=parse_dtype(dtype) or "auto"),
@@ -106,7 +88,7 @@ def _quantize(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     out: Path,
-    options: QuantizeOptions,
+    options: Quantize,
     console: Console,
 ) -> None:
     rounding = Rounding(
@@ -138,7 +120,7 @@ def _quantize(
 
 
 def _read_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: QuantizeOptions
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: Quantize
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Sequences to calibrate on and to measure by; None without a text."""
     if options.calibration is None:

@@ -228,7 +228,7 @@ class Engine:
         is_first = not request.num_output_tokens
         request.token_ids.append(token.token_id)
         self._num_output_tokens += 1
-        reason, stop_reason = self._why_finished(request)
+        reason, stop_reason = _why_finished(request, self._eos_token_ids)
         self._outputs.append(
             StepOutput(
                 request_id=request.key[0],
@@ -243,15 +243,6 @@ class Engine:
         )
         if reason is not None:
             self._leave(request, keep=True)
-
-    def _why_finished(self, request: Request) -> tuple[FinishReason | None, int | None]:
-        """Whether the newest token is the last, and which stop token it is if it is one."""
-        params, token_id = request.params, request.token_ids[-1]
-        if token_id in params.stop_ids:
-            return "stop", token_id
-        if token_id in self._eos_token_ids and not params.ignore_eos:
-            return "stop", None
-        return ("length" if request.num_output_tokens >= request.max_tokens else None), None
 
     def _end(self, request: Request, reason: FinishReason, failure: Failure | None = None) -> None:
         """End a request before its time."""
@@ -298,14 +289,17 @@ class Engine:
             step_time_s=self._step_time_s,
         )
 
-    def trim(self) -> int:
-        """Give the memory of finished requests back to the system; returns the bytes."""
-        self.scheduler.close_stuck()
-        return self.cache.trim()
 
-    def forget(self) -> int:
-        """Give back all that finished requests left, state included; returns the bytes."""
-        return self.trim() + self.runner.forget()
+def _why_finished(
+    request: Request, eos_token_ids: Collection[int]
+) -> tuple[FinishReason | None, int | None]:
+    """Whether the newest token is the last, and which stop token it is if it is one."""
+    params, token_id = request.params, request.token_ids[-1]
+    if token_id in params.stop_ids:
+        return "stop", token_id
+    if token_id in eos_token_ids and not params.ignore_eos:
+        return "stop", None
+    return ("length" if request.num_output_tokens >= request.max_tokens else None), None
 
 
 def _step_failed(error: Exception) -> VkvError:

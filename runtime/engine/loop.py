@@ -14,6 +14,7 @@ from .sleep import Sleep
 from .stats import EngineStats
 
 _PAUSE_S = 0.01  # while memory is short, before it is asked for again
+_PUBLISH_S = 0.05  # between counts of what an engine holds, while it works
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class EngineLoop:
         self._sleep = Sleep(engine)
         self._inbox: deque[Message] = deque()
         self._refused: list[StepOutput] = []  # that no one has taken yet
-        self._stats = engine.stats()
+        self._publish()
         self.is_closed = False
         self._is_given_back = False
 
@@ -72,13 +73,14 @@ class EngineLoop:
         self._open_inbox(inbox)
         self.engine.step()
         self._meet_shortage()
-        self._stats = self.engine.stats()
+        if time.monotonic() - self._published_s > _PUBLISH_S or not self.engine.has_work:
+            self._publish()
         return self.take_outputs()
 
     def carry_out(self, inbox: Iterable[Message] = ()) -> list[StepOutput]:
         """Carry out what was posted, and `inbox`, without a step."""
         self._open_inbox(inbox)
-        self._stats = self.engine.stats()
+        self._publish()
         return self.take_outputs()
 
     def take_outputs(self) -> list[StepOutput]:
@@ -106,6 +108,10 @@ class EngineLoop:
             assert isinstance(message, Abort), message
             self.engine.abort(message.request_id)
 
+    def _publish(self) -> None:
+        self._stats = self.engine.stats()
+        self._published_s = time.monotonic()
+
     def _meet_shortage(self) -> None:
         """Where memory is short for all, wait a little; in the end the first in line fails."""
         shortage = self.engine.scheduler.shortage if self.engine.has_work else None
@@ -125,24 +131,26 @@ class EngineLoop:
     # -- the machine under it ----------------------------------------------------------------
 
     def stats(self, *, fresh: bool = False) -> EngineStats:
-        """What the engine held and had done when the last turn ended.
+        """What the engine held and had done a moment ago: at most a step and `_PUBLISH_S`.
 
         `fresh` counts now instead; it is for the driver alone.
         """
         if fresh:
-            self._stats = self.engine.stats()
+            self._publish()
         return self._stats
 
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""
-        num_bytes = self.engine.trim()
-        self._stats = self.engine.stats()
+        self.engine.scheduler.close_stuck()
+        num_bytes = self.engine.cache.trim()
+        self._publish()
         return num_bytes
 
     def sleep(self, *, weights: bool = False) -> int:
         """Give all memory of keys and values back; returns the bytes (`Sleep.begin`)."""
+        self.engine.scheduler.close_stuck()
         num_bytes = self._sleep.begin(weights=weights)
-        self._stats = self.engine.stats()
+        self._publish()
         return num_bytes
 
     def wake(self) -> None:
@@ -156,7 +164,8 @@ class EngineLoop:
     def close(self) -> None:
         """Abort what is unfinished and give everything back. Closing twice is harmless.
 
-        The last outputs are there to be taken, also if it raises. If the system refuses to take something back (DriverError), it may be closed again.
+        The last outputs are there to be taken, also if it raises. If the system refuses to take
+        something back (DriverError), it may be closed again.
         """
         if not self.is_closed:
             self.is_closed = True  # first: whoever posts after this must see it

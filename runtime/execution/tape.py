@@ -180,7 +180,7 @@ class _Tape(TorchDispatchMode):
         """A result moved to the pool; None if it is a view of what went in."""
         if not isinstance(value, torch.Tensor):
             raise Unrecordable(f"{func} returns {type(value).__name__}, not a tensor")
-        if not _is_strided(value) or value.device.type != "cpu":
+        if not _is_strided(value) or not value.is_cpu:
             raise Unrecordable(f"{func} returns a tensor of another kind")
         if _memory(value) in known:
             return None

@@ -11,13 +11,13 @@ from ...vmem import janitor
 from ...vmem.at_exit import stop_at_exit
 from ...vmem.errors import InvalidOperation, StepFailed, VkvError
 from ...vmem.process import ProcessOwner
-from ..engine.idle import IdleTrim
 from ..engine.interrupts import Shield
 from ..engine.loop import EngineLoop
 from ..engine.messages import Abort, Add, Message
 from ..engine.stats import EngineStats
 from ..request.spec import RequestSpec
 from ..request.step_output import StepOutput
+from .idle import IdleTrim
 
 _ASK_AGAIN_S = 0.1  # while another thread has the loop: how long a signal's handler may wait
 _TIDYING_S = 0.002  # more than carrying out a message takes, and less than a step

@@ -133,7 +133,7 @@ def load_model(
         model, name, home = source, source.config.name_or_path or type(source).__name__, None
         model.set_attn_implementation(ATTENTION_NAME)
     else:
-        home = _resolve(source)
+        home = resolve(source)
         model = _from_checkpoint(home, wanted_dtype, device)
         name = str(home) if source is not None else "the built-in tiny model"
     if wanted_dtype is not None:
@@ -142,20 +142,13 @@ def load_model(
     text_config = model.config.get_text_config()
     _check_interface(model)
     layers, attention, geometry = probe_attention(model)
-    if lm_head_bits is not None:
-        _quantize_head(model, lm_head_bits, loaded_here=home is not None)
-    wants_packing = pack_weights if pack_weights is not None else home is not None
-    model_dtype = model.dtype
-    if wants_packing and device.type == "cpu" and can_pack(model_dtype):
-        pack(model, lambda: probe_outputs(model))
-    if home is not None:
-        for _, linear in int4_linears(model):  # those that packing left where they are
-            linear.settle(model_dtype)
+    model_dtype = model.dtype  # which packing takes away with the weights
+    _prepare_weights(model, pack_weights, lm_head_bits, loaded_here=home is not None)
     vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     return LoadedModel(
         name=name,
         model=model,
-        tokenizer=_load_tokenizer(tokenizer if tokenizer is not None else home),
+        tokenizer=load_tokenizer(tokenizer if tokenizer is not None else home),
         device=device,
         dtype=model_dtype,
         attention_layers=layers,
@@ -165,6 +158,25 @@ def load_model(
         eos_token_ids=_eos_token_ids(model, vocab_size),
         max_positions=_max_positions(text_config),
     )
+
+
+def _prepare_weights(
+    model: PreTrainedModel,
+    pack_weights: bool | None,
+    lm_head_bits: int | None,
+    *,
+    loaded_here: bool,
+) -> None:
+    """Lay weights out for the kernels that will read them, as `load_model` says."""
+    dtype = model.dtype
+    if lm_head_bits is not None:
+        _quantize_head(model, lm_head_bits, loaded_here=loaded_here)
+    wants_packing = pack_weights if pack_weights is not None else loaded_here
+    if wants_packing and model.device.type == "cpu" and can_pack(dtype):
+        pack(model, lambda: probe_outputs(model))
+    if loaded_here:
+        for _, linear in int4_linears(model):  # those that packing left where they are
+            linear.settle(dtype)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -178,7 +190,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
-def _resolve(source: str | Path | None) -> str | Path:
+def resolve(source: str | Path | None) -> str | Path:
     if source is None:
         from ...tiny_chat import model_path  # pyright: ignore[reportMissingImports] - examples/
 
@@ -197,7 +209,7 @@ def _resolve(source: str | Path | None) -> str | Path:
     return text
 
 
-def _reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
+def reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
     try:
         return read()
     except UnsupportedQuantization as error:
@@ -211,7 +223,7 @@ def _reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
 def _from_checkpoint(
     home: str | Path, dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
-    config: PretrainedConfig = _reading("config", home, lambda: AutoConfig.from_pretrained(home))
+    config: PretrainedConfig = reading("config", home, lambda: AutoConfig.from_pretrained(home))
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         raise UnsupportedModel(
@@ -219,10 +231,10 @@ def _from_checkpoint(
             "generates text"
         )
     _check_architecture(config, mapping[type(config)])  # type: ignore[arg-type]
-    quantized = _reading("quantisation", home, lambda: adopt(config))
+    quantized = reading("quantisation", home, lambda: adopt(config))
     if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
         dtype = torch.bfloat16  # the checkpoint's float16 is a GPU's; a CPU has no kernels for it
-    loaded: Any = _reading(
+    loaded: Any = reading(
         "weights",
         home,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -316,7 +328,7 @@ def _eos_token_ids(model: PreTrainedModel, vocab_size: int) -> frozenset[int]:
     return frozenset()
 
 
-def _load_tokenizer(
+def load_tokenizer(
     source: PreTrainedTokenizerBase | str | Path | None,
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer, or None for a folder without one: prompts are then token ids."""
@@ -325,4 +337,4 @@ def _load_tokenizer(
     path = Path(source)
     if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
         return None
-    return _reading("tokenizer", source, lambda: AutoTokenizer.from_pretrained(source))
+    return reading("tokenizer", source, lambda: AutoTokenizer.from_pretrained(source))

@@ -316,10 +316,7 @@ class Scheduler:
                 )
             else:
                 target = min(end + self.max_batch_tokens, request.num_tokens)
-            try:
-                self.cache.look_ahead(request.slot, target)
-            except DriverError as error:  # of an earlier job; whoever needs the page will be told
-                _log.warning("no memory was mapped ahead: %s", error)
+            self.cache.look_ahead(request.slot, target)
 
     def _padding(self, batch: Sequence[ScheduledRequest]) -> Padding | None:
         """A position behind some decode's, on pages that its slot has: it maps and takes nothing.

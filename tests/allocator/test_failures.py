@@ -40,7 +40,7 @@ def make_driver(request):
 
 def everything(cache):
     """All that an operation could change, but for pages created and not yet used."""
-    slots = [*cache._open.values(), *cache._parked]
+    slots = [*cache._table.live.values(), *cache._table.parked]
     driver = cache.pool.driver
     return {
         "slots": {
@@ -54,8 +54,8 @@ def everything(cache):
             )
             for slot in slots
         },
-        "tags": {slot: cache._parked.num_tokens(slot) for slot in cache._parked},
-        "free": sorted(cache._free_slots),
+        "tags": {slot: cache._table.parked.num_tokens(slot) for slot in cache._table.parked},
+        "free": sorted(cache._table.free),
         "references": dict(cache.pool._references),
         "reserved": cache.pool.num_reserved,
         "page table": dict(driver._page_table),
@@ -250,7 +250,7 @@ def test_giving_everything_back_can_be_repeated(make_driver, operation):
     fail_everywhere(make_driver, "split", prepare, operate, exact=False)
 
 
-def test_a_failure_of_the_background_job_changes_nothing_and_is_told(make_driver):
+def test_a_failure_of_the_background_job_changes_nothing_and_is_counted(make_driver):
     driver = make_driver()
     cache = make_cache(KIND["split"], driver, **ROOMY)
     model = Model(cache)
@@ -258,8 +258,8 @@ def test_a_failure_of_the_background_job_changes_nothing_and_is_told(make_driver
     before = everything(cache)
     driver.fail_after = 2
     cache.look_ahead(request.slot, 120)
-    with pytest.raises(DriverError, match="injected"):
-        cache._look_ahead.drain()
+    cache._look_ahead.drain()
+    assert cache.stats().background_failures == 1
     assert everything(cache) == before
     model.look_ahead(request, 120)
     assert request.slot.ready_tokens >= 120
@@ -387,9 +387,9 @@ def test_with_no_slot_left_nothing_parked_is_forked():
 
 
 def test_undoing_a_commit_makes_no_call_that_could_fail():
-    """Even above the watermark: where a map has failed, the way back must not fail as well."""
+    """Where a map has failed, the way back must not fail as well."""
     with FlakyHostDriver() as driver:
-        pool = PagePool(driver, 8 * PAGE, high_watermark=0)
+        pool = PagePool(driver, 8 * PAGE)
         claim = pool.reserve(3)
         pages = pool.commit(claim, 3)
         calls = driver.counters.total()

@@ -155,9 +155,9 @@ def test_a_shared_limit_and_its_other_caches_refuse_a_child():
         with KVCache(KIND["even"].layout(4096), pool, num_slots=2) as cache:
             entries = {
                 "take": lambda: limit.take(1),
-                "join": lambda: limit.join(cache),
-                "reclaimable_bytes": lambda: limit.reclaimable_bytes(cache),
-                "make_room": lambda: limit.make_room(cache, 1),
+                "join": lambda: limit.join(cache._supply),
+                "reclaimable_bytes": lambda: limit.reclaimable_bytes(cache._supply),
+                "make_room": lambda: limit.make_room(cache._supply, 1),
                 "open": cache.open,
                 "grow": lambda: cache.grow(slot, 1),
             }

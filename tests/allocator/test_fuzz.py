@@ -142,7 +142,7 @@ def test_contiguous_with_tokens_larger_than_pages():
 @pytest.mark.parametrize("name", ["ragged", "tiles"])
 def test_contiguous_with_failing_calls(name):
     with FlakyHostDriver() as driver:
-        cache = make_cache(KIND[name], driver, low_watermark=3, high_watermark=9)
+        cache = make_cache(KIND[name], driver, low_watermark=3)
         run(Model(cache), 2, 12_000, failures=0.2)
         assert (driver.num_pages, driver.reserved_bytes) == (0, 0)
 
@@ -188,7 +188,7 @@ class PoolFuzz:
     def __init__(self, driver: FlakyHostDriver, seed: int) -> None:
         self.driver = driver
         self.random = random.Random(seed)
-        self.pool = PagePool(driver, 40 * PAGE, low_watermark=4, high_watermark=12)
+        self.pool = PagePool(driver, 40 * PAGE, low_watermark=4)
         self.claims = [Reservation() for _ in range(5)]
         self.held: list[Page] = []  # a page once for each reference
 

@@ -219,8 +219,8 @@ def test_impossible_caches_are_refused_and_reserve_nothing():
             PagePool(driver, 4095)
         with pytest.raises(InvalidConfig, match="sanitize is 'always'"):
             PagePool(driver, 4096, sanitize="always")  # pyright: ignore[reportArgumentType]
-        with pytest.raises(InvalidConfig, match="watermarks"):
-            PagePool(driver, 4096, low_watermark=3, high_watermark=2)
+        with pytest.raises(InvalidConfig, match="low_watermark is -1"):
+            PagePool(driver, 4096, low_watermark=-1)
     paged = PagedLayout((layer,), torch.float32, MAX_LEN)
     with pytest.raises(InvalidConfig, match="holds no page"):
         PagedKVCache(paged, 100, num_slots=2)

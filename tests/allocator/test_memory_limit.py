@@ -225,6 +225,28 @@ def test_a_cache_dropped_in_the_midst_of_another_is_given_back_after_it(
     assert pair.limit.taken_bytes == 0
 
 
+def test_what_a_dropped_cache_had_is_to_be_had_at_once() -> None:
+    """Also before the janitor comes to it: nobody meets a shortage that is over."""
+    pair = _Pair(MemoryLimit(16 * _PAGE))
+    working = pair.caches[0]
+    at_work, go_on = threading.Event(), threading.Event()
+    janitor.later(at_work.set)
+    janitor.later(lambda: go_on.wait(20))
+    assert at_work.wait(20)
+    slot = pair.caches[1].open()
+    pair.caches[1].grow(slot, 100)
+    pair.caches[1].reserve(slot, 16 * 16)
+    del pair.caches[1], slot
+    assert working.num_obtainable() == 16
+    working.grow(working.open(), 16 * 16)
+    working.check_invariants()
+    go_on.set()
+    assert janitor.drain(20)
+    working.check_invariants()
+    assert pair.limit.taken_bytes == 16 * _PAGE
+    assert pair.drivers[1].reserved_bytes == 0
+
+
 @pytest.mark.parametrize("size", [0, -1, "many", True])
 def test_a_limit_is_an_amount_of_memory(size: int | str) -> None:
     with pytest.raises(InvalidConfig, match="not an amount"):

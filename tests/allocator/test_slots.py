@@ -257,7 +257,7 @@ def test_without_a_prefix_the_largest_is_taken_over_once_the_lot_is_full(model):
     assert len(request.tokens) == 0
     assert model.grow(request, [1] * 80)
     assert dict(calls) == before  # nothing is mapped, nothing unmapped
-    assert sorted(map(model.cache._parked.num_tokens, model.cache._parked)) == [20, 50]
+    assert sorted(map(model.cache._table.parked.num_tokens, model.cache._table.parked)) == [20, 50]
     model.check()
 
 
@@ -323,7 +323,7 @@ def test_ranges_of_unequal_size_lose_no_more_tokens_than_pages_are_needed():
     with make_cache(KIND["split"], rows=1) as cache:
         model = Model(cache)
         model.park(with_request(model, [1] * MAX_LEN), MAX_LEN)
-        widest = max(map(len, next(iter(cache._parked)).pages))
+        widest = max(map(len, next(iter(cache._table.parked)).pages))
         assert widest > 3
         request = model.open()
         assert model.grow(request, [2])  # a page of each range
@@ -643,13 +643,13 @@ def test_no_count_lists_pages(model):
     model.look_ahead(live, 80)
     assert model.grow(live, [2] * 40)  # within what is mapped: the pages ahead are needed now
     model.grow(model.fork(live, 32), [3])
-    expected = (cache.num_obtainable(), cache.reclaimable_bytes(), cache.stats())
-    for slot in (*cache._open.values(), *cache._parked):
+    expected = (cache.num_obtainable(), cache._supply.reclaimable_bytes(), cache.stats())
+    for slot in (*cache._table.live.values(), *cache._table.parked):
         slot.pages = [Unread(pages) for pages in slot.pages]
-    found = (cache.num_obtainable(), cache.reclaimable_bytes(), cache.stats())
+    found = (cache.num_obtainable(), cache._supply.reclaimable_bytes(), cache.stats())
     assert found[:2] == expected[:2]
     assert (found[2].pages_held, found[2].pages_ahead, found[2].pages_parked) == (6, 0, 3)
-    for slot in (*cache._open.values(), *cache._parked):
+    for slot in (*cache._table.live.values(), *cache._table.parked):
         slot.pages = [list.copy(pages) for pages in slot.pages]
 
 
@@ -658,7 +658,7 @@ def test_no_count_lists_pages(model):
     [
         lambda cache, slot: slot.pages[0].pop(),
         lambda cache, slot: slot.pages[0].append(slot.pages[0][0]),
-        lambda cache, slot: cache._free_slots.pop(),
+        lambda cache, slot: cache._table.free.pop(),
         lambda cache, slot: cache.pool._references.pop(slot.pages[0][0]),
         lambda cache, slot: setattr(slot, "promised_tokens", MAX_LEN),
         lambda cache, slot: setattr(slot, "ready_tokens", MAX_LEN),

@@ -1,6 +1,7 @@
 """The background thread, several callers at once, work in flight, and how a cache ends."""
 
 import gc
+import logging
 import random
 import subprocess
 import sys
@@ -189,22 +190,46 @@ def test_jobs_run_in_order_and_none_after_the_end():
     assert owner.seen == list(range(100))
 
 
-def test_a_failing_job_is_told_once_and_the_next_still_runs():
+@pytest.mark.parametrize("error", [DriverError, OSError])
+def test_a_failing_job_is_logged_once_and_the_foreground_maps(error, caplog, monkeypatch):
+    """As where no file descriptor is left for a moment: no step ends by it."""
+    with make_cache(KIND["even"], rows=5) as cache:
+        slot, driver = cache.open(), cache.pool.driver
+        original, failing = driver._map, True
+
+        def fail_and_map(*arguments):
+            if failing and threading.current_thread().name == "vkv-look-ahead":
+                raise error("injected")
+            original(*arguments)
+
+        monkeypatch.setattr(driver, "_map", fail_and_map)
+        with caplog.at_level(logging.WARNING, "vkv"):
+            for _ in range(3):
+                cache.look_ahead(slot, 10)
+                cache._look_ahead.drain()
+        assert cache.stats().background_failures == 3
+        (record,) = caplog.records
+        assert "injected" in record.message
+        cache.grow(slot, 10)
+        cache.check_invariants()
+        failing = False
+        cache.look_ahead(slot, 40)
+        cache._look_ahead.drain()
+        assert slot.ready_tokens == 48
+        assert cache.stats().background_failures == 3
+
+
+def test_where_the_foreground_fails_too_it_is_told():
     with make_cache(KIND["even"], rows=5) as cache:
         slot = cache.open()
-        cache.pool.driver.fail_after = 0
-        cache.look_ahead(slot, 10)
-        with pytest.raises(DriverError, match="injected"):
+        for _ in range(2):
+            cache.pool.driver.fail_after = 0
+            cache.look_ahead(slot, 10)
             cache._look_ahead.drain()
         cache.pool.driver.fail_after = 0
-        cache.look_ahead(slot, 10)
-        cache._look_ahead._jobs.put(done := threading.Event())
-        assert done.wait(PATIENCE_S)
         with pytest.raises(DriverError, match="injected"):
-            cache.look_ahead(slot, 10)
-        cache.look_ahead(slot, 10)
-        cache._look_ahead.drain()
-        assert slot.ready_tokens == 16
+            cache.grow(slot, 10)
+        assert cache.stats().background_failures == 2
 
 
 def test_the_pool_is_open_while_pages_are_made_and_the_limit_holds():
@@ -355,7 +380,7 @@ def busy_cache(driver):
 def test_shutdown_gives_everything_back():
     with FlakyHostDriver() as driver:
         cache = busy_cache(driver)
-        slots = [*cache._open.values(), *cache._parked]
+        slots = [*cache._table.live.values(), *cache._table.parked]
         cache.shutdown()
         cache.shutdown()
         assert (driver.num_pages, driver.reserved_bytes, driver.num_mappings) == (0, 0, 0)
@@ -410,7 +435,7 @@ def test_a_failed_job_does_not_keep_a_dropped_cache_alive():
         driver.fail_after = 0
         cache.look_ahead(cache.open(), 10)
         deadline = time.monotonic() + PATIENCE_S
-        while cache._look_ahead._failure is None and time.monotonic() < deadline:
+        while not cache._look_ahead.num_failures and time.monotonic() < deadline:
             time.sleep(0.001)
         gone = weakref.ref(cache)
         del cache

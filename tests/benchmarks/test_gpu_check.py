@@ -1,10 +1,13 @@
 """The one command for a machine with a GPU: that one step's end is not another's."""
 
 import argparse
+import ast
+import importlib
 import importlib.util
 import json
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -15,18 +18,28 @@ from vkv.bench.cli import bench
 from vkv.bench.kernels import linear
 from vkv.bench.models import throughput
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "gpu_check.py"
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+def _script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = ROOT / "benchmarks" / "gpu" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check", module)  # its dataclasses look themselves up
+    monkeypatch.setitem(sys.modules, name, module)  # its dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def gpu_plan(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return _script("gpu_plan", monkeypatch)
+
+
+@pytest.fixture
+def gpu_check(gpu_plan: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return _script("gpu_check", monkeypatch)
 
 
 def make_check(gpu_check: ModuleType, folder: Path, budget: float = 100.0):
@@ -52,7 +65,7 @@ def test_a_failing_step_stops_no_other(gpu_check: ModuleType, tmp_path: Path) ->
 
 
 def test_failed_tests_are_counted_and_run_again_alone(
-    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu_check: ModuleType, gpu_plan: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     (tmp_path / "test_it.py").write_text(
@@ -63,7 +76,7 @@ def test_failed_tests_are_counted_and_run_again_alone(
         "def test_good(): pass\n"
     )
     check = make_check(gpu_check, tmp_path)
-    check.run(gpu_check._pytest("some tests", "cpu", ["test_it.py"], 60))
+    check.run(gpu_plan._pytest("some tests", "cpu", ["test_it.py"], 60))
     found = [(outcome.name, outcome.status) for outcome in check.outcomes]
     assert found == [
         ("some tests", "failed"),
@@ -93,8 +106,8 @@ def test_without_a_kit_it_says_how_to_get_one(gpu_check: ModuleType, tmp_path: P
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_the_plan_compares_each_library_with_itself(gpu_check: ModuleType, device: str) -> None:
-    steps = gpu_check.plan(device, ["torch_flash", "flashinfer", "paged_flashinfer", "sdpa"])
+def test_the_plan_compares_each_library_with_itself(gpu_plan: ModuleType, device: str) -> None:
+    steps = gpu_plan.plan(device, ["torch_flash", "flashinfer", "paged_flashinfer", "sdpa"])
     assert steps[1].is_test
     attention = [" ".join(step.command) for step in steps if "attention" in step.name]
     assert len(attention) == 4
@@ -105,16 +118,15 @@ def test_the_plan_compares_each_library_with_itself(gpu_check: ModuleType, devic
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_the_plan_s_benchmarks_are_commands_that_exist(
-    gpu_check: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch
+    gpu_plan: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their options are parsed and their names looked up; nothing is measured."""
     asked = []
     for module in (linear, throughput):
         monkeypatch.setattr(module, "run", lambda options, *_: asked.append(options) or (None, []))
-    for commands in ("cli", "kernel_cli"):
-        monkeypatch.setattr(f"vkv.bench.{commands}.show", lambda *_: None)
+    monkeypatch.setattr("vkv.bench.cli.show", lambda *_: None)
     monkeypatch.setattr("vkv.runtime.engine.config.resolve_device", torch.device)
-    for step in gpu_check.plan(device, []):
+    for step in gpu_plan.plan(device, []):
         if step.name.startswith(("bench linear", "bench throughput")):
             result = CliRunner().invoke(bench, step.command[3:])
             assert result.exit_code == 0, result.output
@@ -131,3 +143,30 @@ def test_the_plan_s_benchmarks_are_commands_that_exist(
             cell.name for cell in dense.cells
         }
         assert [cell.name for cell in small.cells] == ["decode-1", "decode-16"]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_plan_s_tests_are_files_that_exist(gpu_plan: ModuleType, device: str) -> None:
+    steps = [step for step in gpu_plan.plan(device, []) if step.is_test]
+    paths = [word.split("=")[-1] for step in steps for word in step.command if "tests" in word]
+    paths = [path for path in paths if not path.endswith(".xml")]
+    assert len(paths) >= 4
+    assert all((ROOT / path).exists() for path in paths), paths
+
+
+def test_the_plan_s_own_programs_import_what_there_is(gpu_plan: ModuleType) -> None:
+    for program in (gpu_plan._FACTS, gpu_plan._HUMMING):
+        nodes = [n for n in ast.walk(ast.parse(program)) if isinstance(n, ast.ImportFrom)]
+        assert nodes
+        for node in nodes:
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names), node.module
+
+
+def test_a_kit_is_stale_if_any_folder_of_the_wheel_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packaged = _script("gpu_kit", monkeypatch).PACKAGED
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for folder in project["tool"]["setuptools"]["package-dir"].values():
+        assert any(Path(folder).is_relative_to(part) for part in packaged), folder

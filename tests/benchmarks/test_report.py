@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 from vkv.bench.limits import Limits
-from vkv.bench.record import Table, write_record
+from vkv.bench.record import Findings, Record, Table
 from vkv.bench.report import newest_records, report
 from vkv.runtime.cli import machine
 from vkv.runtime.cli import main as cli
@@ -20,17 +20,18 @@ from vkv.vmem.errors import InvalidConfig
 _LIMITS = Limits(read_bytes_per_s=12.34e9, flops_per_s=567e9, dtype="float32")
 
 
-def _write(folder: Path, what: str, number: str) -> Path:
-    return write_record(
+def _write(folder: Path, what: str, number: str, *, is_complete: bool = True) -> Path:
+    record = Record(
         folder,
         what,
         device=torch.device("cpu"),
         config={"dtype": torch.float32},
-        results={"samples": [1, 2, 3]},
-        tables=[Table(title="Some figures", columns=["what", "MiB"], rows=[["virtual", number]])],
-        limits=_LIMITS,
         command=f"vkv bench {what}",
     )
+    table = Table(title="Some figures", columns=["what", "MiB"], rows=[["virtual", number]])
+    found = Findings(results={"samples": [1, 2, 3]}, tables=[table], draw=lambda _: None)
+    record.write(found, _LIMITS, is_complete=is_complete)
+    return record.path
 
 
 def _redate(path: Path, date: str, **changes: Any) -> Path:

@@ -239,9 +239,11 @@ class Model:
         return False
 
     def look_ahead(self, request: Request, num_tokens: int) -> None:
+        flaky, failures = self._is_flaky, self.cache._look_ahead.num_failures
         with self._refusable(lambda: self.live):
             self.cache.look_ahead(request.slot, num_tokens)
             self.cache._look_ahead.drain()
+            assert flaky or failures == self.cache._look_ahead.num_failures
 
     def trim(self) -> None:
         with self._refusable(lambda: self.live):
@@ -280,7 +282,7 @@ class Model:
 
     def _recount(self) -> None:
         cache, pool = self.cache, self.cache.pool
-        parked = list(cache._parked)
+        parked = list(cache._table.parked)
         references = Counter(
             page
             for slot in [*(r.slot for r in self.live), *parked]
@@ -311,7 +313,7 @@ class Model:
                 promised.update(pages[: counts[1]])
                 ahead.update(pages[: counts[2]])
                 rest.update(pages)
-        rest.update(p for slot in self.cache._parked for pages in slot.pages for p in pages)
+        rest.update(p for slot in self.cache._table.parked for pages in slot.pages for p in pages)
         return len(held), len(ahead - held), len(rest - ahead), len(rest - promised)
 
     # -- inside ------------------------------------------------------------------------------

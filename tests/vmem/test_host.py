@@ -92,26 +92,69 @@ def test_more_than_the_available_memory_is_refused_before_the_system_is_asked(dr
     assert driver.num_pages == driver.counters["create"] == 0
 
 
+def machine(root, own, groups):
+    """A machine with 8,000 kB to spare; `groups` have (limit, usage, cache), by their folders."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    if own is not None:
+        (root / "proc/self/cgroup").write_text(own)
+    for folder, (limit, usage, cache) in groups.items():
+        path = root / "sys/fs/cgroup" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        old = folder.startswith("memory")
+        names = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
+        for name, value in zip(names, (limit, usage), strict=True):
+            (path / f"memory.{name}").write_text(f"{value}\n")
+        total = "total_" if old else ""
+        stat = f"anon 7\n{total}inactive_file {cache}\n{total}active_file 0\n"
+        (path / "memory.stat").write_text(stat)
+    return root
+
+
+MACHINE = 8000 * 1024
+V1_ENDLESS = 9223372036854771712
+
+
 @pytest.mark.parametrize(
-    ("files", "available"),
+    ("own", "groups", "available"),
     [
-        ({}, 8000 * 1024),
-        ({"memory.max": "max", "memory.current": "9"}, 8000 * 1024),
-        ({"memory.max": "5000", "memory.current": "4000"}, 1000 + 300 + 40),
-        ({"memory/memory.limit_in_bytes": "500", "memory/memory.usage_in_bytes": "400"}, 140),
+        (None, {}, MACHINE),
+        ("0::/\n", {}, MACHINE),  # a machine without limits
+        (None, {"": (5000, 4000, 340)}, 1000 + 340),
+        ("0::/\n", {"": ("max", 9, 0)}, MACHINE),
+        ("0::/\n", {"": (5000, 4000, 340)}, 1000 + 340),
+        ("0::/\n", {"": (5000, 5100, 0)}, 0),
+        # The tightest of all above counts, wherever it is.
+        ("0::/a/b\n", {"a/b": ("max", 9, 0), "a": (700, 100, 50), "": (9000, 200, 0)}, 650),
+        ("0::/a/b\n", {"a/b": (300, 100, 0), "a": (700, 100, 50)}, 200),
+        ("0::/a/b\n", {"a/b": (900, 100, 0), "other": (2, 1, 0)}, 800),
+        # In a container: its own group is the root, whatever path the host has for it.
+        ("0::/docker/3f2a\n", {"": (5000, 4000, 0)}, 1000),
+        ("0::/../other\n", {"": (5000, 4000, 0), "other": (2, 1, 0)}, 1000),
+        # Version 1, alone or beside an empty version 2.
+        ("4:cpu:/x\n2:memory:/\n0::/\n", {"memory": (500, 400, 40)}, 140),
+        ("2:cpu,memory:/a\n", {"memory": (V1_ENDLESS, 9, 0), "memory/a": (500, 400, 0)}, 100),
+        ("2:memory:/docker/3f2a\n", {"memory": (500, 400, 0)}, 100),
+        ("2:cpu:/a\n", {"memory/a": (500, 400, 0)}, MACHINE),
     ],
 )
-def test_available_memory_is_the_systems_or_what_the_container_has_left(tmp_path, files, available):
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
-    for name, text in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        cache = "40" if "memory/" in name else "340"
-        stat = f"anon 7\ninactive_file {cache}\nactive_file 0\n"
-        path.with_name("memory.stat").write_text(stat)
-    assert linux.available_bytes(tmp_path) == available
+def test_available_memory_is_the_least_that_the_system_or_a_group_has(
+    tmp_path, own, groups, available
+):
+    assert linux.available_bytes(machine(tmp_path, own, groups)) == available
+
+
+def test_reclaimable_slab_counts_as_available(tmp_path):
+    root = machine(tmp_path, "0::/\n", {"": (5000, 4000, 40)})
+    with (root / "sys/fs/cgroup/memory.stat").open("a") as stat:
+        stat.write("slab_reclaimable 60\nslab_unreclaimable 500\n")
+    assert linux.available_bytes(root) == 1100
+
+
+def test_a_group_that_ends_while_it_is_read_is_left_out(tmp_path):
+    root = machine(tmp_path, "0::/a\n", {"a": (300, 100, 0), "": (5000, 4000, 0)})
+    (root / "sys/fs/cgroup/a/memory.current").unlink()
+    assert linux.available_bytes(root) == 1000
 
 
 def test_the_example_in_the_readme_runs():
@@ -161,9 +204,8 @@ class TestHugePages:
                 pytest.skip("this kernel grants no huge pages to shared memory")
             assert huge_bytes(address) == 4 << 20
 
-    @pytest.mark.parametrize("options", [{"page_bytes": PAGE}, {"want_huge_pages": False}])
-    def test_are_not_asked_for_where_pages_are_smaller_or_the_user_declines(self, options):
-        with HostDriver(**options) as driver:
+    def test_are_not_asked_for_where_pages_are_smaller(self):
+        with HostDriver(PAGE) as driver:
             driver.create(1)
             assert driver.huge_pages is False
             assert driver.counters["collapse"] == 0

@@ -9,9 +9,9 @@ kernels take, not what launching them takes.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,10 +39,11 @@ from ...runtime.frontend.progress import counted
 from ...vmem import open_driver
 from ..limits import LimitsProbe
 from ..peers.peer import WORKERS, Worker, interpreter_of
-from ..record import Table, require_matplotlib, write_record
-from .attention_layouts import DEFAULT, HeadMajor, SlotLayout, slot_layouts
+from ..record import Findings, Record, Table, record_name
+from .attention_layouts import HeadMajor, SlotLayout
 from .attention_results import attention_table, draw
 from .attention_shapes import Shape
+from .options import AttentionOptions
 
 PEERS: Mapping[str, str] = {"vllm": "vllm_attention_worker.py"}
 _MAX_LAYERS = 24
@@ -50,34 +51,6 @@ _MIN_LAYERS = 4  # where they fit; fewer would not show what interleaving layers
 _ENOUGH_BYTES = {"cpu": 1 << 40, "cuda": 1 << 30}  # far beyond a GPU's caches
 _BLOCK_TOKENS = 16
 _PAGE_BYTES = {"cpu": 256 << 10, "cuda": None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionOptions:
-    """What to run; see `vkv bench attention --help`.
-
-    Attributes:
-        contiguous: backends over slots; the first is run in every layout.
-        layouts: of slots; all backends are run in the first.
-        paged: backends over the paged cache.
-        max_bytes: keys and values of one cache; larger problems are left out, and named.
-        threads: of peers, which should be as many as PyTorch has here.
-        peers: other systems' kernels, each in its own interpreter.
-        label: a word for the record's name.
-    """
-
-    shapes: tuple[Shape, ...]
-    dtype: torch.dtype = torch.bfloat16
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    contiguous: tuple[str, ...] = ("auto", "sdpa")
-    layouts: tuple[SlotLayout, ...] = slot_layouts(DEFAULT.split(","))
-    paged: tuple[str, ...] = ("auto",)
-    repeats: int = 7
-    max_bytes: int = 128 << 20
-    threads: int = field(default_factory=torch.get_num_threads)
-    peers: Mapping[str, str] = field(default_factory=dict)  # name to interpreter
-    label: str = ""
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,45 +65,45 @@ class Contestant:
 
 def run(options: AttentionOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
-    require_matplotlib()
+    name, config = record_name("attention", options.label), asdict(options)
+    record = Record(folder, name, device=options.device, config=config, command=command)
     commands = {
         f"{name}, its kernel": [interpreter_of(name, path, PEERS), str(WORKERS / PEERS[name])]
         for name, path in options.peers.items()
     }
     probe = LimitsProbe(options.device, options.dtype)
     left_out = _too_large(options)
-    fitting = [shape for shape in options.shapes if shape not in left_out]
+    fitting = [shape for shape in options.problems if shape not in left_out]
     results: list[dict[str, Any]] = []
-    with _started(commands, options) as peers, counted("attention", len(fitting)) as advance:
-        for shape in fitting:
-            probe.measure()
-            results.append(_cell(shape, options, peers))
-            if options.device.type == "cuda":
-                torch.cuda.empty_cache()  # what the paged cache had, slots may have now
-            advance()
-    probe.measure()
-    limits = probe.limits()
     reasons = [{"shape": asdict(shape), "why": why} for shape, why in left_out.items()]
-    tables = [attention_table(results, reasons, options.dtype, limits)]
-    config = asdict(options) | {"dtype": str(options.dtype), "device": str(options.device)}
-    path = write_record(
-        folder,
-        "-".join(filter(None, ("attention", options.label))),
-        device=options.device,
-        config=config,
-        results={"cells": results, "left_out": reasons},
-        tables=tables,
-        limits=limits,
-        command=command,
-    )
-    draw(results, path.with_suffix(".png"))
-    return path, tables
+
+    def steps() -> Generator[None, None, None]:
+        with (
+            _started(commands, options.dtype) as peers,
+            counted("attention", len(fitting)) as advance,
+        ):
+            for shape in fitting:
+                probe.measure()
+                results.append(_cell(shape, options, peers))
+                if options.device.type == "cuda":
+                    torch.cuda.empty_cache()  # what the paged cache had, slots may have now
+                advance()
+                yield
+
+    def findings() -> Findings:
+        return Findings(
+            results={"cells": results, "left_out": reasons},
+            tables=[attention_table(results, reasons, options.dtype, probe.limits())],
+            draw=partial(draw, results),
+        )
+
+    return record.grow(steps(), findings, probe)
 
 
 def _too_large(options: AttentionOptions) -> dict[Shape, str]:
     """The problems of which not even one layer fits, and why."""
     limit = options.max_bytes
-    sizes = {shape: shape.kv_bytes(options.dtype) for shape in options.shapes}
+    sizes = {shape: shape.kv_bytes(options.dtype) for shape in options.problems}
     return {
         shape: f"keys and values take {_mib(size)} a layer, above --max-memory ({_mib(limit)})"
         for shape, size in sizes.items()
@@ -196,6 +169,37 @@ def _needs(shape: Shape, options: AttentionOptions, paged: bool) -> AttentionNee
     )
 
 
+def _empty(
+    stack: ExitStack,
+    geometry: Sequence[LayerGeometry],
+    context: int,
+    num_slots: int,
+    options: AttentionOptions,
+    how: SlotLayout | int,
+) -> SlotCache:
+    """A cache with memory for so many slots of `context` tokens, closed by `stack`."""
+    cache: SlotCache
+    if isinstance(how, int):
+        paged = PagedLayout(tuple(geometry), options.dtype, context, how)
+        limit = num_slots * paged.num_pages(context) * paged.page_bytes
+        cache = PagedKVCache(paged, limit, num_slots=num_slots, device=options.device)
+    else:
+        driver = open_driver(options.device, _PAGE_BYTES[options.device.type])
+        stack.callback(driver.close)
+        layout = KVLayout(
+            tuple(geometry),
+            options.dtype,
+            context,
+            driver.page_bytes,
+            layers_per_range=how.layers_per_range,
+            split_kv=how.split_kv,
+        )
+        limit = num_slots * layout.num_pages(context) * layout.page_bytes
+        cache = KVCache(layout, PagePool(driver, limit), num_slots=num_slots)
+    stack.callback(cache.shutdown)
+    return cache
+
+
 def _filled(
     stack: ExitStack,
     shape: Shape,
@@ -213,28 +217,7 @@ def _filled(
     geometry = LayerGeometry(
         num_kv_heads=shape.num_kv_heads // lanes, key_dim=shape.head_dim, value_dim=shape.head_dim
     )
-    cache: SlotCache
-    if isinstance(how, int):
-        paged = PagedLayout((geometry,) * layers, options.dtype, shape.context, how)
-        blocks = shape.batch * paged.num_pages(shape.context)
-        cache = PagedKVCache(
-            paged, blocks * paged.page_bytes, num_slots=shape.batch, device=options.device
-        )
-    else:
-        driver = open_driver(options.device, _PAGE_BYTES[options.device.type])
-        stack.callback(driver.close)
-        layout = KVLayout(
-            (geometry,) * layers,
-            options.dtype,
-            shape.context,
-            driver.page_bytes,
-            layers_per_range=how.layers_per_range,
-            split_kv=how.split_kv,
-        )
-        num_slots = shape.batch * lanes
-        limit = num_slots * layout.num_pages(shape.context) * layout.page_bytes
-        cache = KVCache(layout, PagePool(driver, limit), num_slots=num_slots)
-    stack.callback(cache.shutdown)
+    cache = _empty(stack, (geometry,) * layers, shape.context, shape.batch * lanes, options, how)
     slots = [cache.open() for _ in range(shape.batch * lanes)]
     for slot in slots:
         cache.grow(slot, shape.context)
@@ -274,10 +257,10 @@ def _filled(
 
 @contextmanager
 def _started(
-    commands: Mapping[str, Sequence[str]], options: AttentionOptions
+    commands: Mapping[str, Sequence[str]], dtype: torch.dtype
 ) -> Iterator[dict[str, Worker]]:
     """The peers' processes. Raises WorkerFailed if one does not load."""
-    own = {"threads": options.threads, "dtype": str(options.dtype).removeprefix("torch.")}
+    own = {"threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="vkv-bench-")))
         peers: dict[str, Worker] = {}

@@ -3,11 +3,14 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from ...allocator import SlotCache
 from ...vmem.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...allocator import SlotCache
 
 DEFAULT = "1,1-split,all"
 
@@ -46,15 +49,15 @@ def slot_layouts(listed: Sequence[str]) -> tuple[SlotLayout, ...]:
 class HeadMajor:
     """Slots of one KV head each, seen as slots of all: [slots, tokens, heads, dim], strided."""
 
-    def __init__(self, cache: SlotCache, num_heads: int) -> None:
+    def __init__(self, cache: "SlotCache", num_heads: int) -> None:
         self._cache = cache
         self._num_heads = num_heads
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, index: int) -> "tuple[torch.Tensor, torch.Tensor]":
         keys, values = self._cache.layer(index)
         return self._seen(keys), self._seen(values)
 
-    def _seen(self, lanes: torch.Tensor) -> torch.Tensor:
+    def _seen(self, lanes: "torch.Tensor") -> "torch.Tensor":
         return lanes.squeeze(2).unflatten(0, (-1, self._num_heads)).transpose(1, 2)
 
 

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from ...vmem.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Shape:
         heads = f"{self.num_heads}:{self.num_kv_heads}x{self.head_dim}"
         return f"{kind}, {self.batch} x {self.context:,}, {heads}"
 
-    def kv_bytes(self, dtype: torch.dtype) -> int:
+    def kv_bytes(self, dtype: "torch.dtype") -> int:
         """Keys and values of a layer."""
         return 2 * self.batch * self.context * self.num_kv_heads * self.head_dim * dtype.itemsize
 

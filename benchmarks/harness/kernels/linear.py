@@ -9,8 +9,8 @@ kernels one by one takes longer than they do.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from ...quant.kernels.table import MANY_ROWS, available_kernels
 from ...runtime.cpu_kernels import kernels as native_kernels
 from ...runtime.cpu_kernels.packing import one_dnn_packs
 from ...runtime.frontend.progress import counted
+from ...vmem.errors import InvalidConfig
 from ..limits import Limits, LimitsProbe
-from ..record import Table, require_matplotlib, write_record
+from ..record import Findings, Record, Table, record_name
 from .attention import graph_clock
+from .options import LinearOptions
 
 # [out, in] of a layer's products, those over the same input joined.
 LAYERS: Mapping[str, tuple[tuple[int, int], ...]] = {
@@ -38,58 +40,38 @@ _MAX_COPIES = 12
 _Product = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinearOptions:
-    """What to run; see `vkv bench linear --help`.
-
-    Attributes:
-        layers: names of `LAYERS`.
-        rows: numbers of rows, M.
-        kernels: int4 kernels; "auto" is the choice by batch, and comes first.
-        max_bytes: dense weights of all copies of a layer; at least one is made.
-        label: a word for the record's name.
-    """
-
-    layers: tuple[str, ...]
-    rows: tuple[int, ...]
-    kernels: tuple[str, ...] = ("auto",)
-    group_size: int = 128
-    dtype: torch.dtype = torch.bfloat16
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    repeats: int = 7
-    max_bytes: int = 256 << 20
-    label: str = ""
-    seed: int = 0
-
-
 def run(options: LinearOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
-    require_matplotlib()
+    if unknown := [name for name in options.layers if name not in LAYERS]:
+        raise InvalidConfig(f"layers {', '.join(unknown)}: use some of {', '.join(LAYERS)}")
+    if options.kernels == ("all",):
+        options = replace(options, kernels=all_kernels(options.device, options.dtype))
+    config = asdict(options) | {"shapes": dict(LAYERS)}
+    name = record_name("linear", options.label)
+    record = Record(folder, name, device=options.device, config=config, command=command)
     probe = LimitsProbe(options.device, options.dtype)
-    probe.measure()
     cells: list[dict[str, Any]] = []
-    with counted("linears", len(options.layers) * len(options.rows)) as advance:
-        for name in options.layers:
-            copies = _copies(name, options)
-            for num_rows in options.rows:
-                cells.append(_measure(name, copies, num_rows, options))
-                advance()
-            del copies  # before the next ones are made
-            probe.measure()
-    limits = probe.limits()
-    tables = [_table(name, cells, limits) for name in options.layers]
-    path = write_record(
-        folder,
-        "-".join(filter(None, ("linear", options.label))),
-        device=options.device,
-        config=asdict(options) | {"shapes": dict(LAYERS)},
-        results={"cells": cells},
-        tables=tables,
-        limits=limits,
-        command=command,
-    )
-    _plot(options.layers, cells, path.with_suffix(".png"))
-    return path, tables
+
+    def steps() -> Generator[None, None, None]:
+        with counted("linears", len(options.layers) * len(options.rows)) as advance:
+            for name in options.layers:
+                probe.measure()
+                copies = _copies(name, options)
+                for num_rows in options.rows:
+                    cells.append(_measure(name, copies, num_rows, options))
+                    advance()
+                    yield
+                del copies  # before the next ones are made
+
+    def findings() -> Findings:
+        layers = list(dict.fromkeys(cell["layer"] for cell in cells))
+        return Findings(
+            results={"cells": cells},
+            tables=[_table(name, cells, probe.limits()) for name in layers],
+            draw=partial(_plot, layers, cells),
+        )
+
+    return record.grow(steps(), findings, probe)
 
 
 # -- contestants -----------------------------------------------------------------------------

@@ -8,8 +8,9 @@ the worst case of a run), unmapped after each, released. Measured are the operat
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,13 @@ from ...runtime.frontend.progress import counted
 from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
-from ..record import Table, require_matplotlib, write_record
+from ..record import Findings, Record, Table, record_name
+from .options import VmmOptions
 
 _HOST_PAGE_BYTES = (64 << 10, 256 << 10, 1 << 20, 2 << 20)
 _CUDA_MULTIPLES = (1, 4, 8)  # of the granularity
 
 OPERATIONS = ("create", "map new", "map again", "map scattered", "unmap", "release")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VmmOptions:
-    """What to run; see `vkv bench vmm --help`.
-
-    Attributes:
-        page_bytes: page sizes; none for those that suit the device.
-        runs: lengths of runs, in pages.
-        repeats: lives of each run.
-        max_bytes: the most memory taken at once; longer runs are left out.
-    """
-
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    page_bytes: tuple[int, ...] = ()
-    runs: tuple[int, ...] = (1, 2, 8, 32, 128, 512)
-    repeats: int = 7
-    max_bytes: int = 512 << 20
 
 
 @dataclass
@@ -90,42 +74,43 @@ class RunTimings:
 
 def run(options: VmmOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
-    require_matplotlib()
-    page_sizes = options.page_bytes or _default_page_bytes(options.device)
-    plan = _plan(page_sizes, options)
+    name = record_name("vmm", options.device.type)
+    record = Record(folder, name, device=options.device, config=asdict(options), command=command)
+    plan = _plan(options.page_bytes or _default_page_bytes(options.device), options)
     timings: list[RunTimings] = []
     probe = LimitsProbe(options.device, torch.float32)
-    with counted("vmm", sum(len(runs) for runs in plan.values())) as advance:
-        for page_bytes, runs in plan.items():
-            probe.measure()
-            with open_driver(options.device, page_bytes) as driver:
-                _live(driver, 1, 1)  # what happens only once, beforehand
-                for num_pages in runs:
-                    operations = _live(driver, num_pages, options.repeats)
-                    timings.append(
-                        RunTimings(
-                            page_bytes=page_bytes,
-                            num_pages=num_pages,
-                            huge_pages=getattr(driver, "huge_pages", None),
-                            operations=operations,
-                        )
-                    )
+
+    def steps() -> Generator[None, None, None]:
+        with counted("vmm", sum(len(runs) for runs in plan.values())) as advance:
+            for page_bytes, runs in plan.items():
+                probe.measure()
+                for timing in _of_pages(options, page_bytes, runs):
+                    timings.append(timing)
                     advance()
-    probe.measure()
-    tables = [_operation_table(timings, per_page) for per_page in (True, False)]
-    tables.append(_call_table(timings))
-    path = write_record(
-        folder,
-        f"vmm-{options.device.type}",
-        device=options.device,
-        config=asdict(options),
-        results={"timings": [asdict(t) for t in timings]},
-        tables=tables,
-        limits=probe.limits(),
-        command=command,
-    )
-    _plot(timings, path.with_suffix(".png"))
-    return path, tables
+                    yield
+
+    def findings() -> Findings:
+        tables = [_operation_table(timings, per_page) for per_page in (True, False)]
+        return Findings(
+            results={"timings": [asdict(timing) for timing in timings]},
+            tables=[*tables, _call_table(timings)],
+            draw=partial(_plot, timings),
+        )
+
+    return record.grow(steps(), findings, probe)
+
+
+def _of_pages(options: VmmOptions, page_bytes: int, runs: Sequence[int]) -> Iterator[RunTimings]:
+    """The timings of each length of run, of pages of one size."""
+    with open_driver(options.device, page_bytes) as driver:
+        _live(driver, 1, 1)  # what happens only once, beforehand
+        for num_pages in runs:
+            yield RunTimings(
+                page_bytes=page_bytes,
+                num_pages=num_pages,
+                huge_pages=getattr(driver, "huge_pages", None),
+                operations=_live(driver, num_pages, options.repeats),
+            )
 
 
 def _default_page_bytes(device: torch.device) -> tuple[int, ...]:

@@ -6,25 +6,26 @@ with, and for each budget of tokens a step. All get the same requests at the sam
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ...runtime.frontend.llm import LLM
 from ...runtime.frontend.progress import counted
 from ...vmem.errors import InvalidConfig
+from ..driver import Driver
 from ..limits import LimitsProbe
 from ..models.shapes import build_model
-from ..record import Table, require_matplotlib, write_record
-from .load import Trace, drive, gamma_arrivals
-from .serve_metrics import Targets, fastgen_metrics, vllm_metrics
+from ..record import Findings, Record, Table, record_name
+from .client import Trace, drive, gamma_arrivals
+from .options import ServeOptions, Targets
+from .serve_metrics import fastgen_metrics, vllm_metrics
 from .workloads import FASTGEN, WorkItem, traffic
 
-POLICIES = ("splitfuse", "prefill_first")
 _RATIOS = {  # of one run to another
     "request_throughput": "requests/s",
     "output_throughput": "output tokens/s",
@@ -34,51 +35,6 @@ _RATIOS = {  # of one run to another
     "p99_itl_ms": "p99 ITL",
     "std_step_tokens": "sd of step size",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """What to run; see `vkv bench serve --help`.
-
-    Attributes:
-        workloads: names of `workloads.TRAFFIC`, or "fastgen" for all four of its quadrants.
-        clients: numbers of clients that wait for their answers, one load each.
-        rates: requests a second, one load each; in place of `clients` where there are any.
-        cv: variation of the times between arrivals; 1 for Poisson.
-        scale: what lengths are multiplied by.
-        budgets: tokens of a step, one run each; none for the device's default.
-        label: a word for the record's name.
-    """
-
-    shape: str = "llama-tiny"
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    workloads: tuple[str, ...] = ("fastgen",)
-    num_requests: int = 32
-    clients: tuple[int, ...] = (8,)
-    rates: tuple[float, ...] = ()
-    cv: float = 1.0
-    scale: float = 1.0
-    policies: tuple[str, ...] = POLICIES
-    max_seqs: int = 32
-    budgets: tuple[int, ...] = ()
-    targets: Targets = Targets()  # noqa: RUF009 - immutable
-    label: str = ""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("workloads", "clients", "policies"):
-            if not getattr(self, name):
-                raise InvalidConfig(f"{name} is empty; give one at least")
-        lists = (self.clients, self.rates, self.budgets)
-        if min(self.num_requests, self.cv, self.scale, *itertools.chain(*lists)) <= 0:
-            raise InvalidConfig(
-                f"num_requests {self.num_requests}, cv {self.cv}, scale {self.scale}, clients "
-                f"{self.clients}, rates {self.rates} and budgets {self.budgets} must all be "
-                "positive"
-            )
-        if unknown := [policy for policy in self.policies if policy not in POLICIES]:
-            raise InvalidConfig(f"policy is {unknown[0]!r}; use some of {', '.join(POLICIES)}")
 
 
 @dataclass(frozen=True)
@@ -100,8 +56,40 @@ class Cell:
 
 def run(options: ServeOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
-    require_matplotlib()
+    name = record_name("serve", options.shape, options.label)
+    record = Record(folder, name, device=options.device, config=asdict(options), command=command)
     model = build_model(options.shape, dtype=options.dtype, device=options.device)
+    works = _works(options, model)
+    loads = _loads(options)
+    plan = list(itertools.product(works, loads, options.policies, options.budgets or (None,)))
+    cells: list[Cell] = []
+    probe = LimitsProbe(options.device, options.dtype)
+
+    def steps() -> Generator[None, None, None]:
+        with counted("requests", len(plan) * options.num_requests) as advance:
+            for workload, load, policy, budget in plan:
+                probe.measure()
+                trace, more = _serve(
+                    model, works[workload], loads[load], options, policy, budget, advance
+                )
+                metrics = vllm_metrics(trace, options.targets)
+                metrics |= fastgen_metrics(trace, options.targets) | more
+                tokens = int(more["max_batch_tokens"])
+                cells.append(Cell(workload, load, policy, tokens, trace, metrics))
+                yield
+
+    def findings() -> Findings:
+        return Findings(
+            results={"runs": [_as_record(cell) for cell in cells]},
+            tables=_tables(cells, options),
+            draw=partial(_plot, cells),
+        )
+
+    return record.grow(steps(), findings, probe)
+
+
+def _works(options: ServeOptions, model: PreTrainedModel) -> dict[str, list[WorkItem]]:
+    """The requests of each workload. Raises InvalidConfig for one that is too long."""
     works = {
         name: traffic(
             name,
@@ -114,35 +102,7 @@ def run(options: ServeOptions, folder: Path, command: str) -> tuple[Path, list[T
     }
     for name, work in works.items():
         _check_lengths(name, work, model.config.max_position_embeddings)
-    loads = _loads(options)
-    plan = list(itertools.product(works, loads, options.policies, options.budgets or (None,)))
-    cells: list[Cell] = []
-    probe = LimitsProbe(options.device, options.dtype)
-    with counted("requests", len(plan) * options.num_requests) as advance:
-        for workload, load, policy, budget in plan:
-            probe.measure()
-            trace, more = _serve(
-                model, works[workload], loads[load], options, policy, budget, advance
-            )
-            metrics = vllm_metrics(trace, options.targets)
-            metrics |= fastgen_metrics(trace, options.targets) | more
-            cells.append(
-                Cell(workload, load, policy, int(more["max_batch_tokens"]), trace, metrics)
-            )
-    probe.measure()
-    tables = _tables(cells, options)
-    path = write_record(
-        folder,
-        "-".join(filter(None, ("serve", options.shape, options.label))),
-        device=options.device,
-        config=asdict(options),
-        results={"runs": [_as_record(cell) for cell in cells]},
-        tables=tables,
-        limits=probe.limits(),
-        command=command,
-    )
-    _plot(cells, path.with_suffix(".png"))
-    return path, tables
+    return works
 
 
 def _expanded(workloads: Sequence[str]) -> list[str]:
@@ -196,11 +156,12 @@ def _serve(
         policy=policy,
         pack_weights=True,  # as for a checkpoint
     ) as llm:
-        drive(llm.engine, [WorkItem(work[0].prompt[:16], 1)], [0.0])
+        driver = Driver(llm)
+        drive(driver, [WorkItem(work[0].prompt[:16], 1)], [0.0])
         before = llm.stats()
-        trace = drive(llm.engine, work, arrivals_s, on_finish=advance)
+        trace = drive(driver, work, arrivals_s, on_finish=advance)
         stats = llm.stats()
-        resolved = llm.engine.scheduler.max_batch_tokens
+        resolved = driver.max_batch_tokens
     return trace, {
         "max_batch_tokens": resolved,
         "num_preemptions": stats.num_preemptions,
@@ -278,7 +239,7 @@ def _throughput_table(cells: Sequence[Cell], targets: Targets) -> Table:
         "request_goodput": "goodput, requests/s",
         "output_throughput": "output tokens/s",
         "total_token_throughput": "all tokens/s",
-        **{f"effective_throughput_{r:g}": f"effective at {r:g}/s" for r in targets.rates},
+        **{f"effective_throughput_{r:g}": f"effective at {r:g}/s" for r in targets.output_rates},
         "mean_step_tokens": "tokens a step",
         "std_step_tokens": "their sd",
         "max_step_tokens": "their most",

@@ -2,30 +2,14 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from .load import RequestTrace, Trace
+from .client import RequestTrace, Trace
+from .options import Targets
 
 PERCENTILES = (90, 95, 99)
 EMA_WEIGHT = 0.2  # of the latest gap; the paper names no weight
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """What a request must keep to count.
-
-    Attributes:
-        slo_ttft_ms, slo_tpot_ms: for goodput, as in vLLM; None asks nothing.
-        prompt_rate: FastGen's for prompts: one of P tokens is answered within P / prompt_rate s.
-        rates: FastGen's for outputs: the moving average never falls below so many tokens a second.
-    """
-
-    slo_ttft_ms: float | None = None
-    slo_tpot_ms: float | None = None
-    prompt_rate: float = 512.0
-    rates: tuple[float, ...] = (2.0, 4.0, 6.0)
 
 
 def vllm_metrics(trace: Trace, targets: Targets) -> dict[str, float]:
@@ -67,7 +51,7 @@ def fastgen_metrics(trace: Trace, targets: Targets) -> dict[str, float]:
             for request in trace.requests
         )
         / trace.duration_s
-        for rate in targets.rates
+        for rate in targets.output_rates
     }
     tokens = trace.step_tokens
     return found | {

@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +26,14 @@ from rich.console import Console
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
 from ..peers.peer import WORKERS
-from ..record import Table, require_matplotlib, write_record
+from ..record import Findings, Record, Table, record_name
 from .checkpoints import cache_bytes_per_token
+from .options import CacheOptions
 from .shapes import build_model
 
 KINDS = ("virtual", "dynamic", "static")
 _WORKER = WORKERS / "cache_worker.py"
 _COLOURS = {"virtual": "#0a7", "dynamic": "#d90", "static": "#c33"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheOptions:
-    """What to run; see `vkv bench cache --help`.
-
-    Attributes:
-        problems: batch and tokens of context of each.
-    """
-
-    shape: str = "llama-455m"
-    dtype: str = "bfloat16"
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    problems: tuple[tuple[int, int], ...] = ((1, 1024), (1, 4096), (1, 16_384), (8, 1024))
-    kinds: tuple[str, ...] = KINDS
-    steps: int = 24
-    max_prefill: int = 1024
-    repeats: int = 3
-    seed: int = 0
 
 
 Cell = dict[str, Any]
@@ -62,57 +45,54 @@ def run(options: CacheOptions, folder: Path, command: str) -> tuple[Path, list[T
 
     Raises InvalidConfig for a kind that there is not, RuntimeError if a process fails.
     """
-    require_matplotlib()
     if unknown := [kind for kind in options.kinds if kind not in KINDS]:
         raise InvalidConfig(f"{', '.join(unknown)}: use some of {', '.join(KINDS)}")
     dtype, device = getattr(torch, options.dtype), torch.device("cpu")
-    with tempfile.TemporaryDirectory(prefix="vkv-bench-") as scratch:
-        model = build_model(options.shape, dtype=dtype, device=device, seed=options.seed)
-        token_bytes = cache_bytes_per_token(model, dtype)
-        model.save_pretrained(scratch)
-        del model
-        probe = LimitsProbe(device, dtype, threads=options.threads)
-        cells = _measure(options, scratch, token_bytes, probe)
-    tables = [_time_table(cells, options.kinds), _memory_table(cells, options.kinds)]
-    path = write_record(
-        folder,
-        f"cache-{options.shape}",
-        device=device,
-        config=asdict(options),
-        results={"cells": cells},
-        tables=tables,
-        limits=probe.limits(),
-        command=command,
-    )
-    _plot(cells, options.kinds, path.with_suffix(".png"))
-    return path, tables
+    name = record_name("cache", options.shape)
+    record = Record(folder, name, device=device, config=asdict(options), command=command)
+    probe = LimitsProbe(device, dtype, threads=options.threads)
+    cells: list[Cell] = []
+
+    def steps() -> Generator[None, None, None]:
+        with tempfile.TemporaryDirectory(prefix="vkv-bench-") as scratch:
+            model = build_model(options.shape, dtype=dtype, device=device, seed=options.seed)
+            token_bytes = cache_bytes_per_token(model, dtype)
+            model.save_pretrained(scratch)
+            del model
+            yield from _measure(options, scratch, token_bytes, probe, cells)
+
+    def findings() -> Findings:
+        return Findings(
+            results={"cells": cells},
+            tables=[_time_table(cells, options.kinds), _memory_table(cells, options.kinds)],
+            draw=partial(_plot, cells, options.kinds),
+        )
+
+    return record.grow(steps(), findings, probe)
 
 
-def _measure(options: CacheOptions, model: str, token_bytes: int, probe: LimitsProbe) -> list[Cell]:
+def _measure(
+    options: CacheOptions, model: str, token_bytes: int, probe: LimitsProbe, cells: list[Cell]
+) -> Generator[None, None, None]:
+    """Fill `cells`, a problem at a time, with an answer of each kind."""
     console = Console(stderr=True)
-    cells: list[Cell] = [
-        {
-            "batch": batch,
-            "context": context,
-            "token_bytes": token_bytes,
-            "runs": {kind: [] for kind in options.kinds},
-        }
-        for batch, context in options.problems
-    ]
     for repeat in range(options.repeats):
         probe.measure()
-        for cell in cells:
-            for kind in options.kinds:
-                answer = _ask(options, model, cell, kind)
-                cell["runs"][kind].append(answer)
+        for index, (batch, context) in enumerate(options.problems):
+            cell: Cell = {"batch": batch, "context": context, "token_bytes": token_bytes}
+            answers = {kind: _ask(options, model, cell, kind) for kind in options.kinds}
+            for kind, answer in answers.items():
                 console.print(
-                    f"{repeat + 1}/{options.repeats}  {cell['batch']} x {cell['context']}  {kind}: "
+                    f"{repeat + 1}/{options.repeats}  {_name(cell)}  {kind}: "
                     f"{statistics.median(answer['token_s']) * 1e3:.1f} ms a token, "
                     f"{answer['peak_bytes'] / 2**20:.0f} MiB",
                     highlight=False,
                 )
-    probe.measure()
-    return cells
+            if repeat == 0:
+                cells.append(cell | {"runs": {kind: [] for kind in options.kinds}})
+            for kind, answer in answers.items():
+                cells[index]["runs"][kind].append(answer)
+            yield
 
 
 def _ask(options: CacheOptions, model: str, cell: Cell, kind: str) -> dict[str, Any]:

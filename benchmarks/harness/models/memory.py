@@ -20,26 +20,24 @@ have left memory that the next ones take over.
 
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from ...allocator import KVCache, PagedKVCache
 from ...runtime.engine.config import EngineConfig
 from ...runtime.engine.engine import EngineStats
-from ...runtime.engine.idle import IdleTrim
 from ...runtime.frontend.llm import LLM
 from ...runtime.model.loading import load_model
-from ...runtime.request.sampling_params import SamplingParams
+from ...vmem.errors import InvalidConfig
+from ..driver import Driver
 from ..limits import LimitsProbe
 from ..load.workloads import WorkItem, ragged
-from ..record import Table, require_matplotlib, write_record
+from ..record import Findings, Record, Table, record_name
 from .checkpoints import cache_bytes_per_token, gains_table, parse_format, save_checkpoints
 from .memory_results import (
     FinalUse,
@@ -52,6 +50,7 @@ from .memory_results import (
     steady_calls_per_token,
     summarise,
 )
+from .options import MemoryOptions
 from .shapes import build_model, kv_geometry
 
 _PATIENCE_S = 10.0  # for a trim that is late
@@ -60,28 +59,13 @@ _WHEN_DUE_S = 1e-3  # between samples then
 KINDS = ("virtual", "paged", "static", "dynamic")
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryOptions:
-    """What to run; see `vkv bench memory --help`."""
-
-    shape: str = "llama-tiny"
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    num_requests: int = 64
-    prompt_lens: tuple[int, int] = (16, 2000)
-    output_lens: tuple[int, int] = (16, 256)
-    max_seqs: int = 16
-    look_ahead_tokens: int = 16
-    quant: str | None = None  # format of the 4-bit checkpoint to weigh
-    kinds: tuple[str, ...] = KINDS
-    idle_s: float = 1.0
-    seed: int = 0
-
-
 def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
-    require_matplotlib()  # before the work, not after it
     parse_format(options.quant)
+    if unknown := [kind for kind in options.kinds if kind not in KINDS]:
+        raise InvalidConfig(f"{', '.join(unknown)}: use some of {', '.join(KINDS)}")
+    name = record_name("memory", options.shape)
+    record = Record(folder, name, device=options.device, config=asdict(options), command=command)
     model = build_model(options.shape, dtype=options.dtype, device=options.device)
     work = ragged(
         options.num_requests,
@@ -90,51 +74,75 @@ def run(options: MemoryOptions, folder: Path, command: str) -> tuple[Path, list[
         vocab_size=model.config.vocab_size,
         seed=options.seed,
     )
-    samples: dict[str, list[MemorySample]] = {}
-    rest: dict[str, list[MemorySample]] = {}
-    ends = {kind: FinalUse() for kind in options.kinds}
-    engines: dict[str, dict[str, Any]] = {}
+    found = _Found()
     probe = LimitsProbe(options.device, options.dtype)
-    for kind in options.kinds:
-        probe.measure()
+
+    def steps() -> Generator[None, None, None]:
+        for kind in options.kinds:
+            probe.measure()
+            found.add(kind, model, work, options)
+            yield
+        if options.quant is not None:
+            found.weight_bytes = _weigh(options)
+            yield
+
+    def findings() -> Findings:
+        title = (
+            f"{options.num_requests} ragged requests, at most {options.max_seqs} at once, "
+            f"{options.shape}"
+        )
+        return Findings(
+            results=found.as_record(),
+            tables=found.tables(cache_bytes_per_token(model, options.dtype)),
+            draw=lambda path: draw(found.samples, found.rest, title=title, path=path),
+        )
+
+    return record.grow(steps(), findings, probe)
+
+
+@dataclass
+class _Found:
+    """What has been measured, by kind of cache; `rest` and `engines` of vkv's own alone."""
+
+    samples: dict[str, list[MemorySample]] = field(default_factory=dict)
+    rest: dict[str, list[MemorySample]] = field(default_factory=dict)
+    ends: dict[str, FinalUse] = field(default_factory=dict)
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+
+    def add(
+        self, kind: str, model: PreTrainedModel, work: Sequence[WorkItem], options: MemoryOptions
+    ) -> None:
+        """Run the workload over one kind of cache."""
+        ends = FinalUse()
         if kind in ("virtual", "paged"):
-            samples[kind], rest[kind], engines[kind] = _run_engine(
-                model, work, options, kind, ends[kind]
+            samples, self.rest[kind], self.engines[kind] = _run_engine(
+                model, work, options, kind, ends
             )
         else:
-            samples[kind] = list(_fill_caches(model, work, options, kind, ends[kind]))
-    probe.measure()
-    summary = {kind: summarise(rows, ends[kind]) for kind, rows in samples.items()}
-    tables = [memory_table(summary)]
-    if engines:
-        tables.append(engine_table(engines))
-    weights: dict[str, int] = {}
-    if options.quant is not None:
-        weights = _weigh(options)
-        token_bytes = cache_bytes_per_token(model, options.dtype)
-        tables.append(gains_table(weights, token_bytes))
-    path = write_record(
-        folder,
-        f"memory-{options.shape}",
-        device=options.device,
-        config=asdict(options),
-        results={
-            "summary": summary,
-            "engines": engines,
-            "weight_bytes": weights,
-            "samples": {kind: columns(rows) for kind, rows in samples.items()},
-            "rest": {kind: columns(rows) for kind, rows in rest.items()},
-        },
-        tables=tables,
-        limits=probe.limits(),
-        command=command,
-    )
-    title = (
-        f"{options.num_requests} ragged requests, at most {options.max_seqs} at once, "
-        f"{options.shape}"
-    )
-    draw(samples, rest, title=title, path=path.with_suffix(".png"))
-    return path, tables
+            samples = list(_fill_caches(model, work, options, kind, ends))
+        self.samples[kind], self.ends[kind] = samples, ends
+
+    @property
+    def summary(self) -> dict[str, dict[str, float]]:
+        return {kind: summarise(rows, self.ends[kind]) for kind, rows in self.samples.items()}
+
+    def tables(self, kv_bytes_per_token: int) -> list[Table]:
+        found = [memory_table(self.summary)]
+        if self.engines:
+            found.append(engine_table(self.engines))
+        if self.weight_bytes:
+            found.append(gains_table(self.weight_bytes, kv_bytes_per_token))
+        return found
+
+    def as_record(self) -> dict[str, Any]:
+        return {
+            "summary": self.summary,
+            "engines": self.engines,
+            "weight_bytes": self.weight_bytes,
+            "samples": {kind: columns(rows) for kind, rows in self.samples.items()},
+            "rest": {kind: columns(rows) for kind, rows in self.rest.items()},
+        }
 
 
 def _weigh(options: MemoryOptions) -> dict[str, int]:
@@ -181,63 +189,61 @@ def _run_engine(
     )
     samples: list[MemorySample] = []
     with LLM(model, dtype=options.dtype, device=options.device, **asdict(config)) as llm:
-        cache = llm.engine.cache
-        assert isinstance(cache, KVCache | PagedKVCache)
-        layout = cache.layout
-        token_bytes = layout.token_bytes
+        driver = Driver(llm)
+        token_bytes, row_bytes = driver.token_bytes, driver.row_bytes
         start = time.perf_counter()
         for index, item in enumerate(work):
-            params = SamplingParams(temperature=0, max_tokens=item.num_output_tokens)
-            llm.engine.add_request(str(index), item.prompt, params)
+            driver.submit(str(index), item.prompt, item.num_output_tokens)
         worst_waste = 0.0
         last_seen: dict[str, tuple[int, int]] = {}  # of each request: bytes of tokens, of pages
-        while llm.engine.has_work:
-            llm.engine.step()
-            stats = llm.stats()
-            for request in llm.engine.scheduler.running:
-                assert request.slot is not None
-                used = request.slot.num_tokens * token_bytes
-                backed = layout.num_pages(request.slot.num_tokens) * stats.page_bytes
+        while driver.has_work:
+            driver.step()
+            for request in driver.running():
+                used = request.num_held_tokens * token_bytes
+                backed = driver.backed_bytes(request.num_held_tokens)
                 last_seen[request.request_id] = used, backed
-                row_bytes = layout.num_ranges * stats.page_bytes
                 worst_waste = max(worst_waste, (backed - used) / row_bytes)
-            samples.append(_sample(stats, token_bytes, time.perf_counter() - start))
+            samples.append(_sample(driver.stats(), token_bytes, time.perf_counter() - start))
         ends.token_bytes = sum(used for used, _ in last_seen.values())
         ends.kv_bytes = sum(backed for _, backed in last_seen.values())
         stats = llm.stats()
-        rest = list(_rest(llm, options.idle_s, token_bytes, start))
+        rest = list(_rest(driver, options.idle_s, token_bytes, start))
         after = llm.stats()
-    return (
-        samples,
-        rest,
-        {
-            "page_bytes": stats.page_bytes,
-            "row_tokens": stats.row_tokens,
-            "worst_waste_rows_per_request": worst_waste,
-            "num_steps": stats.num_steps,
-            "num_preemptions": stats.num_preemptions,
-            "step_time_s": stats.step_time_s,
-            "mapping_time_s": stats.mapping_time_s,
-            "mapping_share": stats.mapping_time_s / stats.step_time_s,
-            "background_time_s": stats.background_time_s,
-            "driver_calls": stats.driver_calls,
-            "steady_driver_calls_per_token": steady_calls_per_token(samples),
-            "idle_s": options.idle_s,
-            "return_time_s": return_time_s(samples[-1], rest),
-            "physical_bytes_before_rest": stats.physical_bytes,
-            "physical_bytes_after_rest": after.physical_bytes,
-            "pages_held_after_rest": after.pages_held,
-        },
-    )
+    facts = _facts(stats, samples, rest) | {
+        "worst_waste_rows_per_request": worst_waste,
+        "idle_s": options.idle_s,
+        "physical_bytes_after_rest": after.physical_bytes,
+        "pages_held_after_rest": after.pages_held,
+    }
+    return samples, rest, facts
 
 
-def _rest(llm: LLM, idle_s: float, token_bytes: int, start: float) -> Iterator[MemorySample]:
+def _facts(
+    stats: EngineStats, samples: Sequence[MemorySample], rest: Sequence[MemorySample]
+) -> dict[str, Any]:
+    """Figures of an engine, whose counters are those after its last step."""
+    return {
+        "page_bytes": stats.page_bytes,
+        "row_tokens": stats.row_tokens,
+        "num_steps": stats.num_steps,
+        "num_preemptions": stats.num_preemptions,
+        "step_time_s": stats.step_time_s,
+        "mapping_time_s": stats.mapping_time_s,
+        "mapping_share": stats.mapping_time_s / stats.step_time_s,
+        "background_time_s": stats.background_time_s,
+        "driver_calls": stats.driver_calls,
+        "steady_driver_calls_per_token": steady_calls_per_token(samples),
+        "return_time_s": return_time_s(samples[-1], rest),
+        "physical_bytes_before_rest": stats.physical_bytes,
+    }
+
+
+def _rest(driver: Driver, idle_s: float, token_bytes: int, start: float) -> Iterator[MemorySample]:
     """Samples of an engine without work, until its memory has gone back and as long again."""
     begin = time.perf_counter()
-    with IdleTrim(llm.engine, threading.RLock(), idle_s) as idle:
-        idle.rest()
+    with driver.resting(idle_s):
         while True:
-            stats, now = llm.stats(), time.perf_counter()
+            stats, now = driver.stats(), time.perf_counter()
             yield _sample(stats, token_bytes, now - start)
             patience = _PATIENCE_S if stats.pages_held else 0.0
             if now - begin > 2 * idle_s + patience:

@@ -10,8 +10,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from torch import nn
 from transformers import AutoConfig
 
 from ...runtime.cpu_kernels.packing import PackedGatedLayer, PackedLinear
-from ...runtime.execution.tape import KernelClock, TapeRecorder
+from ...runtime.execution.tape import KernelClock
 from ...runtime.frontend.llm import LLM
 from ...runtime.frontend.progress import counted
-from ...runtime.model.loading import parse_dtype
-from ...runtime.request.sampling_params import SamplingParams
 from ...vmem.errors import InvalidConfig
+from ..driver import Driver
 from ..limits import Limits, LimitsProbe
-from ..record import Table, require_matplotlib, write_record
+from ..options import torch_dtype
+from ..record import Findings, Record, Table, record_name
 from .checkpoints import Checkpoints, save_checkpoints
+from .options import ProfileOptions
 
 _ROWS = {  # kernels, by what they do
     "linear layers": ("linear",),
@@ -44,27 +46,6 @@ _ROWS = {  # kernels, by what they do
 _REST = "the engine, sampling, Python"
 _CLOCKED = "step"  # in `kernel_s`: all of a step whose kernels are timed
 _WARM_UPS = 4  # decodes: a recording is made by the first and compared with a run by the second
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileOptions:
-    """What to run; see `vkv bench profile --help`.
-
-    Attributes:
-        batches: requests that decode together.
-        context: tokens of each before it decodes.
-        steps: decodes of each kind, timed call by call and undisturbed.
-    """
-
-    shape: str = "llama-455m"
-    model: str | None = None
-    dtype: str = "bfloat16"
-    quant: str | None = None
-    batches: tuple[int, ...] = (1, 8, 32)
-    context: int = 128
-    steps: int = 24
-    label: str = ""
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,52 +81,51 @@ def run(options: ProfileOptions, folder: Path, command: str) -> tuple[Path, list
 
     Raises InvalidConfig if an option is out of range, or if decodes of the model are not recorded.
     """
-    require_matplotlib()
     if min(options.batches, default=0) < 1 or options.context < 1 or options.steps < 1:
         raise InvalidConfig(
             f"batches are {options.batches}, the context {options.context} and steps "
             f"{options.steps}; each must be at least 1"
         )
-    dtype = parse_dtype(options.dtype)
-    assert dtype is not None, "an option with a default"
-    probe = LimitsProbe(torch.device("cpu"), torch.float32)
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoints = save_checkpoints(
-            options.shape, options.model, dtype, options.quant, Path(scratch)
-        )
-        probe.measure()
-        flops = _flops_per_token(checkpoints, dtype)
-        profiles, weight_bytes = _measure(options, checkpoints, dtype, probe)
-    limits = probe.limits()
-    table = _table(profiles, weight_bytes, flops, limits)
+    cpu = torch.device("cpu")
     model = options.shape if options.model is None else Path(options.model).name
-    name = "-".join(part for part in ("profile", model, options.quant, options.label) if part)
-    path = write_record(
-        folder,
-        name,
-        device=torch.device("cpu"),
-        config=asdict(options),
-        results={
-            "weight_bytes": weight_bytes,
-            "flops_per_token": flops,
-            "profiles": [asdict(profile) for profile in profiles],
-        },
-        tables=[table],
-        limits=limits,
-        command=command,
-    )
-    _plot(profiles, path.with_suffix(".png"))
-    return path, [table]
+    name = record_name("profile", model, options.quant, options.label)
+    record = Record(folder, name, device=cpu, config=asdict(options), command=command)
+    probe = LimitsProbe(cpu, torch.float32)
+    profiles: list[BatchProfile] = []
+    model_facts: dict[str, int] = {}
+
+    def steps() -> Generator[None, None, None]:
+        with tempfile.TemporaryDirectory() as scratch:
+            dtype = torch_dtype(options.dtype)
+            saved = save_checkpoints(
+                options.shape, options.model, dtype, options.quant, Path(scratch)
+            )
+            model_facts["flops_per_token"] = _flops_per_token(saved, dtype)
+            with _llm(options, saved, dtype) as llm:
+                driver = Driver(llm)
+                model_facts["weight_bytes"] = _product_bytes(driver.modules())
+                for batch in options.batches:
+                    probe.measure()
+                    profiles.append(_decode(driver, options, batch, saved.vocab_size))
+                    yield
+
+    def findings() -> Findings:
+        weight_bytes, flops = model_facts["weight_bytes"], model_facts["flops_per_token"]
+        return Findings(
+            results=model_facts | {"profiles": [asdict(profile) for profile in profiles]},
+            tables=[_table(profiles, weight_bytes, flops, probe.limits())],
+            draw=partial(_plot, profiles),
+        )
+
+    return record.grow(steps(), findings, probe)
 
 
 # -- measuring ---------------------------------------------------------------------------------
 
 
-def _measure(
-    options: ProfileOptions, checkpoints: Checkpoints, dtype: torch.dtype, probe: LimitsProbe
-) -> tuple[list[BatchProfile], int]:
-    """The profile of each batch, and the bytes of weights that each step reads."""
-    with LLM(
+def _llm(options: ProfileOptions, checkpoints: Checkpoints, dtype: torch.dtype) -> LLM:
+    """The model, with room for the largest batch."""
+    return LLM(
         str(checkpoints.int4 or checkpoints.dense),
         device="cpu",
         dtype=dtype,
@@ -153,26 +133,19 @@ def _measure(
         max_seqs=max(options.batches),
         prefix_reuse=False,
         max_parked=0,
-    ) as llm:
-        profiles = []
-        for batch in options.batches:
-            profiles.append(_decode(llm, options, batch, checkpoints.vocab_size))
-            probe.measure()
-        return profiles, _product_bytes(llm)
+    )
 
 
-def _decode(llm: LLM, options: ProfileOptions, batch: int, vocab_size: int) -> BatchProfile:
+def _decode(driver: Driver, options: ProfileOptions, batch: int, vocab_size: int) -> BatchProfile:
     num_decodes = _WARM_UPS + 2 * options.steps
     max_tokens = _num_outputs(options, batch)
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     chooser = random.Random(options.seed)
     for index in range(batch):
         prompt = [chooser.randrange(vocab_size) for _ in range(options.context)]
-        llm.engine.add_request(f"{batch}-{index}", prompt, params)
-    recorder = _recorder(llm)
-    running = llm.engine.scheduler.running
-    while len(running) < batch or not all(request.num_output_tokens for request in running):
-        llm.engine.step()
+        driver.submit(f"{batch}-{index}", prompt, max_tokens)
+    recorder = driver.tape()
+    while sum(request.num_output_tokens > 0 for request in driver.running()) < batch:
+        driver.step()
     step_s: list[float] = []
     kernel_s: dict[str, list[float]] = {}
     with counted(f"batch {batch}", num_decodes) as advance:
@@ -180,7 +153,7 @@ def _decode(llm: LLM, options: ProfileOptions, batch: int, vocab_size: int) -> B
             is_timed = index >= _WARM_UPS and index % 2 == 1
             recorder.clock = KernelClock() if is_timed else None
             start = time.perf_counter()
-            llm.engine.step()
+            driver.step()
             spent = time.perf_counter() - start
             if recorder.clock is not None:
                 for name, seconds in {_CLOCKED: spent, **recorder.clock.seconds}.items():
@@ -189,9 +162,8 @@ def _decode(llm: LLM, options: ProfileOptions, batch: int, vocab_size: int) -> B
                 step_s.append(spent)
             advance()
     recorder.clock = None
-    _recorder(llm)  # or it was refused meanwhile
-    while llm.engine.has_work:
-        llm.engine.step()
+    driver.tape()  # or it was refused meanwhile
+    driver.finish_all()
     return BatchProfile(batch=batch, step_s=step_s, kernel_s=kernel_s)
 
 
@@ -200,18 +172,8 @@ def _num_outputs(options: ProfileOptions, batch: int) -> int:
     return _WARM_UPS + 2 * options.steps + batch + 1
 
 
-def _recorder(llm: LLM) -> TapeRecorder:
-    graphs = llm.engine.runner.graphs if hasattr(llm.engine.runner, "graphs") else None
-    if graphs is None or not isinstance(graphs.recorder, TapeRecorder):
-        raise InvalidConfig("decode steps of this model are not recorded: see `vkv info MODEL`")
-    if graphs.refused is not None:
-        raise InvalidConfig(f"decode steps of this model are not recorded: {graphs.refused}")
-    return graphs.recorder
-
-
-def _product_bytes(llm: LLM) -> int:
+def _product_bytes(modules: Sequence[nn.Module]) -> int:
     """Of linear layers as they are laid out; embeddings are looked up, a row a token."""
-    modules = list(llm.engine.loaded.model.modules())
     packed = {id(m.product): m.product for m in modules if isinstance(m, PackedLinear)}
     packed |= {id(m.product): m.product for m in modules if isinstance(m, PackedGatedLayer)}
     plain = sum(m.weight.nbytes for m in modules if isinstance(m, nn.Linear))

@@ -15,26 +15,29 @@ beside the dense one, with the output layer dense and (`-head`) in 4 bits too. l
 its own Q4_0 as well, with embeddings and output layer in Q8_0: its own tool makes them Q6_K.
 """
 
-import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from ...vmem.errors import InvalidConfig
-from ..limits import LimitsProbe
+from ..limits import Limits, LimitsProbe
+from ..options import torch_dtype
 from ..peers.peer import WORKERS, Timing, Worker, WorkerFailed, import_bytes, interpreter_of
-from ..record import Table, require_matplotlib, write_record
+from ..record import Findings, Record, Table, record_name
+from .cells import Cell
 from .checkpoints import Checkpoints, parse_format, save_checkpoints
+from .options import ThroughputOptions
 from .shapes import build_model
-from .throughput_results import DecodeStep, Results, draw, tables
+from .throughput_results import Results, as_record, draw, tables
 
 SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vkv": ("vkv_worker.py", {"kv": "virtual"}),
@@ -51,128 +54,47 @@ INT4_SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
 PEERS: Mapping[str, str] = {"vllm": "vllm_worker.py", "llama-cpp": "llama_cpp_worker.py"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One thing to time. `seconds` of it are divided into `num_tokens`."""
-
-    name: str
-    kind: Literal["prefill", "decode", "total"]
-    prompt_lens: tuple[int, ...]
-    output_lens: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens that are counted: of prompts, or of outputs."""
-        if self.kind == "prefill":
-            return sum(self.prompt_lens)
-        return sum(self.output_lens) - (len(self.output_lens) if self.kind == "decode" else 0)
-
-    @property
-    def held_tokens(self) -> int:
-        """The most tokens whose KV is held at once."""
-        return sum(self.prompt_lens) + sum(self.output_lens)
-
-    @property
-    def decode_step(self) -> DecodeStep:
-        """The mean of the steps that a decode is timed for: those after the first token."""
-        num_steps = max(self.output_lens) - 1
-        lengths = zip(self.prompt_lens, self.output_lens, strict=True)
-        read = sum((n - 1) * prompt + n * (n - 1) // 2 for prompt, n in lengths)
-        return DecodeStep(num_tokens=self.num_tokens / num_steps, kv_tokens=read / num_steps)
-
-
-def _ragged_cell(name: str, num_requests: int, seed: int = 7) -> Cell:
-    """Requests of 274 prompt and 111 output tokens on average, as 8,769 and 3,550 are of 32."""
-    rng = random.Random(seed)
-    prompts = _spread(
-        [rng.randint(16, 532) for _ in range(num_requests)], 8769 * num_requests // 32
-    )
-    outputs = _spread(
-        [rng.randint(16, 206) for _ in range(num_requests)], 3550 * num_requests // 32
-    )
-    return Cell(name=name, kind="total", prompt_lens=prompts, output_lens=outputs)
-
-
-def _spread(lengths: Sequence[int], total: int) -> tuple[int, ...]:
-    """The lengths, stretched to add up to `total`."""
-    scaled = [max(1, n * total // sum(lengths)) for n in lengths]
-    scaled[-1] += total - sum(scaled)
-    return tuple(scaled)
-
-
-def _uniform(name: str, kind: Any, batch: int, prompt: int, output: int) -> Cell:
-    return Cell(name=name, kind=kind, prompt_lens=(prompt,) * batch, output_lens=(output,) * batch)
-
-
-CELLS: Mapping[str, Cell] = {
-    cell.name: cell
-    for cell in (
-        _uniform("prefill-1", "prefill", 1, 512, 1),
-        _uniform("prefill-8", "prefill", 8, 256, 1),
-        _uniform("decode-1", "decode", 1, 128, 65),
-        _uniform("decode-8", "decode", 8, 128, 65),
-        _uniform("decode-32", "decode", 32, 128, 49),
-        _ragged_cell("ragged", 32),
-        # For GPUs: too long for the weakest of the systems on a CPU.
-        _uniform("decode-16", "decode", 16, 128, 65),
-        _ragged_cell("ragged-64", 64),
-    )
-}
-_ON_A_CPU = ("prefill-1", "prefill-8", "decode-1", "decode-8", "decode-32", "ragged")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThroughputOptions:
-    """What to run; see `vkv bench throughput --help`."""
-
-    shape: str = "llama-455m"
-    model: str | None = None
-    dtype: str = "bfloat16"
-    quant: str | None = None  # format of the 4-bit checkpoint
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    systems: tuple[str, ...] = tuple(SYSTEMS)
-    peers: Mapping[str, str] = field(default_factory=dict)  # name to interpreter
-    cells: tuple[Cell, ...] = tuple(CELLS[name] for name in _ON_A_CPU)
-    repeats: int = 3
-    batch: int = 8  # of the padded batches of transformers, in `ragged`
-    eager_peers: bool = False
-    label: str = ""  # behind the record's name
-    seed: int = 0
-
-
 def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path.
 
     Interrupted (Ctrl-C), it writes what it has measured, and the record says what is missing.
     """
-    require_matplotlib()
     workers = _commands(options)
-    dtype = getattr(torch, options.dtype)
+    dtype = torch_dtype(options.dtype)
+    model = options.shape if options.model is None else Path(options.model).name
+    name = record_name("throughput", model, options.quant, options.label)
+    record = Record(folder, name, device=options.device, config=asdict(options), command=command)
     probe = LimitsProbe(options.device, dtype, threads=options.threads)
     constant = import_bytes()
-    console = Console(stderr=True)
     results = Results.of(workers, [cell.name for cell in options.cells])
     with tempfile.TemporaryDirectory(prefix="vkv-bench-") as home:
         scratch = Path(home)
-        model = options.model or _drawn_on_a_gpu(options, dtype, scratch)
-        checkpoints = save_checkpoints(options.shape, model, dtype, options.quant, scratch=scratch)
-        try:
-            for repeat in range(options.repeats):
-                console.print(f"repeat {repeat + 1} of {options.repeats}")
-                probe.measure()
-                with _started(workers, options, checkpoints, scratch, results) as running:
-                    _one_repeat(running, options, checkpoints, results, probe, console)
-        except KeyboardInterrupt:
-            if not results.has_samples:
-                raise
-            results.interrupt(options.repeats)
-            console.print("interrupted; the record holds what was measured until here")
-        probe.measure()
-    limits = probe.limits()
-    shown = tables(
+        source = options.model or _drawn_on_a_gpu(options, dtype, scratch)
+        saved = save_checkpoints(options.shape, source, dtype, options.quant, scratch=scratch)
+
+        def findings() -> Findings:
+            return Findings(
+                results=as_record(results, saved, options.repeats, constant),
+                tables=_tables(options, workers, saved, results, constant, probe.limits()),
+                draw=partial(draw, results.samples),
+            )
+
+        steps = _all_repeats(workers, options, saved, scratch, results, probe)
+        return record.grow(steps, findings, probe)
+
+
+def _tables(
+    options: ThroughputOptions,
+    workers: Iterable[str],
+    checkpoints: Checkpoints,
+    results: Results,
+    constant: int,
+    limits: Limits,
+) -> list[Table]:
+    return tables(
         results,
         checkpoints,
+        repeats=options.repeats,
         baseline=next(iter(workers)),
         int4=[name for name in INT4_SYSTEMS if name in workers],
         decodes={cell.name: cell.decode_step for cell in options.cells if cell.kind == "decode"},
@@ -180,32 +102,6 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
         import_bytes=constant,
         limits=limits,
     )
-    name = options.shape if options.model is None else Path(options.model).name
-    parts = ["throughput", name, options.quant, options.label]
-    path = write_record(
-        folder,
-        "-".join(part for part in parts if part),
-        device=options.device,
-        config=asdict(options) | {"device": str(options.device)},
-        results={
-            "model": {
-                "weight_bytes": checkpoints.weight_bytes,
-                "kv_bytes_per_token": checkpoints.kv_bytes_per_token,
-                "vocab_size": checkpoints.vocab_size,
-                "group_size": checkpoints.group_size,
-                "import_bytes": constant,
-            },
-            "tokens_per_s": results.samples,
-            "failures": results.failures,
-            "peak_rss_bytes": results.peaks,
-            "weight_bytes": results.weights,
-        },
-        tables=shown,
-        limits=limits,
-        command=command,
-    )
-    draw(results.samples, path.with_suffix(".png"))
-    return path, shown
 
 
 # -- running -------------------------------------------------------------------------------------
@@ -277,43 +173,67 @@ def _started(
         yield running
 
 
-def _one_repeat(
-    running: dict[str, Worker],
+def _all_repeats(
+    workers: Mapping[str, tuple[list[str], dict[str, Any]]],
+    options: ThroughputOptions,
+    checkpoints: Checkpoints,
+    scratch: Path,
+    results: Results,
+    probe: LimitsProbe,
+) -> Generator[None, None, None]:
+    """Fill `results`, a system and cell at a time."""
+    console = Console(stderr=True)
+    for repeat in range(options.repeats):
+        console.print(f"repeat {repeat + 1} of {options.repeats}")
+        probe.measure()
+        with _started(workers, options, checkpoints, scratch, results) as running:
+            _warm_up(running, options, results)
+            rng = random.Random(options.seed)
+            for cell in options.cells:
+                if options.device.type == "cpu":  # a GPU's memory is the systems' now
+                    probe.measure()
+                prompts = [
+                    [rng.randrange(checkpoints.vocab_size) for _ in range(n)]
+                    for n in cell.prompt_lens
+                ]
+                for name in running:
+                    if cell.name not in results.failures[name]:
+                        said = _time(running, name, cell, prompts, options, checkpoints, results)
+                        console.print(f"  {cell.name:10} {name}: {said}", markup=False)
+                        yield
+
+
+def _warm_up(running: Mapping[str, Worker], options: ThroughputOptions, results: Results) -> None:
+    first = options.cells[0]
+    for name, worker in running.items():
+        try:
+            worker.run([[1] * first.prompt_lens[0]], [min(8, first.output_lens[0])])
+        except WorkerFailed as error:
+            results.fail(name, error)
+
+
+def _time(
+    running: Mapping[str, Worker],
+    name: str,
+    cell: Cell,
+    prompts: Sequence[Sequence[int]],
     options: ThroughputOptions,
     checkpoints: Checkpoints,
     results: Results,
-    probe: LimitsProbe,
-    console: Console,
-) -> None:
-    rng = random.Random(options.seed)
-    first = options.cells[0]
-    warm_up = [[1] * first.prompt_lens[0]], [min(8, first.output_lens[0])]
-    for name, worker in running.items():
-        try:
-            worker.run(*warm_up)
-        except WorkerFailed as error:
-            results.fail(name, error)
-    for cell in options.cells:
-        if options.device.type == "cpu":  # a GPU's memory is the systems' now
-            probe.measure()
-        prompts = [
-            [rng.randrange(checkpoints.vocab_size) for _ in range(n)] for n in cell.prompt_lens
-        ]
-        for name, worker in running.items():
-            if cell.name in results.failures[name]:
-                continue
-            try:
-                if options.device.type == "cuda":
-                    worker.run(prompts, cell.output_lens)
-                rate, timing = _measure(worker, cell, prompts)
-            except WorkerFailed as error:
-                results.failures[name][cell.name] = str(error)
-                console.print(f"  {cell.name:10} {name}: {error}", markup=False)
-            else:
-                results.samples[name][cell.name].append(rate)
-                results.peaks[name] = timing.peak_rss_bytes
-                results.weights[name] = timing.weight_bytes or checkpoints.weight_bytes
-                console.print(f"  {cell.name:10} {name}: {rate:.1f} tokens/s", markup=False)
+) -> str:
+    """Add what a system took for a cell, or why it failed; returns that in words."""
+    worker = running[name]
+    try:
+        if options.device.type == "cuda":
+            worker.run(prompts, cell.output_lens)
+        rate, timing = _measure(worker, cell, prompts)
+    except WorkerFailed as error:
+        results.failures[name][cell.name] = str(error)
+        return str(error)
+    results.samples[name][cell.name].append(rate)
+    results.peaks[name] = timing.peak_rss_bytes
+    results.weights[name] = timing.weight_bytes or checkpoints.weight_bytes
+    return f"{rate:.1f} tokens/s"
 
 
 def _measure(worker: Worker, cell: Cell, prompts: Sequence[Sequence[int]]) -> tuple[float, Timing]:

@@ -4,18 +4,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..limits import Limits
 from ..record import Table
+from .cells import DecodeStep
 from .checkpoints import Checkpoints, gains_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeStep:
-    """A step of a decode, on average: tokens that it makes, and tokens whose KV it reads."""
-
-    num_tokens: float
-    kv_tokens: float
 
 
 @dataclass(kw_only=True)
@@ -45,24 +39,43 @@ class Results:
         """Note a system that cannot be measured at all."""
         self.failures[system] |= {cell: str(error) for cell in self.samples[system]}
 
-    @property
-    def has_samples(self) -> bool:
-        """Whether anything has been measured."""
-        return any(rates for cells in self.samples.values() for rates in cells.values())
+    def not_measured(self, repeats: int) -> dict[str, dict[str, str]]:
+        """Why a cell has less than so many samples: a failure, or the run is not over."""
+        missing = {
+            system: {
+                cell: f"{len(rates)} of {repeats} repeats"
+                for cell, rates in cells.items()
+                if len(rates) < repeats
+            }
+            for system, cells in self.samples.items()
+        }
+        return {system: cells | self.failures[system] for system, cells in missing.items()}
 
-    def interrupt(self, repeats: int) -> None:
-        """Note what is missing of so many repeats: the user ended it, nothing failed."""
-        for system, cells in self.samples.items():
-            for cell, rates in cells.items():
-                if len(rates) < repeats and cell not in self.failures[system]:
-                    text = f"interrupted after {len(rates)} of {repeats} repeats"
-                    self.failures[system][cell] = text
+
+def as_record(
+    results: Results, checkpoints: Checkpoints, repeats: int, import_bytes: int
+) -> dict[str, Any]:
+    """What the record keeps."""
+    return {
+        "model": {
+            "weight_bytes": checkpoints.weight_bytes,
+            "kv_bytes_per_token": checkpoints.kv_bytes_per_token,
+            "vocab_size": checkpoints.vocab_size,
+            "group_size": checkpoints.group_size,
+            "import_bytes": import_bytes,
+        },
+        "tokens_per_s": results.samples,
+        "failures": results.not_measured(repeats),
+        "peak_rss_bytes": results.peaks,
+        "weight_bytes": results.weights,
+    }
 
 
 def tables(
     results: Results,
     checkpoints: Checkpoints,
     *,
+    repeats: int,
     baseline: str,
     int4: Sequence[str],
     decodes: Mapping[str, DecodeStep],
@@ -99,7 +112,7 @@ def tables(
     found.append(_limits_table(results, limits, weights, decodes, kv_bytes))
     failed = [
         [system, cell, text]
-        for system, cells in results.failures.items()
+        for system, cells in results.not_measured(repeats).items()
         for cell, text in cells.items()
     ]
     if failed:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import zoo
 from vkv import LLM
-from vkv.bench.load.load import RequestTrace, Trace, drive, gamma_arrivals
+from vkv.bench.driver import Driver, NewToken
+from vkv.bench.load.client import RequestTrace, Trace, drive, gamma_arrivals
+from vkv.bench.load.options import Targets
 from vkv.bench.load.serve import ServeOptions, run
-from vkv.bench.load.serve_metrics import Targets, fastgen_metrics, vllm_metrics, worst_average_gap
+from vkv.bench.load.serve_metrics import fastgen_metrics, vllm_metrics, worst_average_gap
 from vkv.bench.load.workloads import TRAFFIC, WorkItem, traffic
 from vkv.vmem.errors import InvalidConfig
 
@@ -93,16 +95,16 @@ def test_poisson_arrivals_are_exponential() -> None:
 class _Clock:
     """Time that goes on by sleeping, and by one second a step of the engine."""
 
-    def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         self.slept: list[float] = []
-        step = llm.engine.step
+        step = driver.step
 
-        def timed_step() -> list[Any]:
+        def timed_step() -> list[NewToken]:
             self.now += 1.0
             return step()
 
-        monkeypatch.setattr(llm.engine, "step", timed_step)
+        monkeypatch.setattr(driver, "step", timed_step)
 
     def __call__(self) -> float:
         return self.now
@@ -123,10 +125,11 @@ def _work(*lengths: tuple[int, int]) -> list[WorkItem]:
 def _drive(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, work: Sequence[WorkItem], arrivals: Sequence[float]
 ) -> tuple[Trace, _Clock]:
-    clock = _Clock(llm, monkeypatch)
+    driver = Driver(llm)
+    clock = _Clock(driver, monkeypatch)
     finished: list[int] = []
     trace = drive(
-        llm.engine,
+        driver,
         work,
         arrivals,
         on_finish=lambda: finished.append(1),
@@ -216,10 +219,10 @@ def test_goodput_counts_what_keeps_both_objectives(
 
 def test_effective_throughput_needs_prompt_and_output_in_time() -> None:
     # The gaps' average is 100 ms, then 120: in time for 6 tokens a second, not for 9.
-    found = fastgen_metrics(_trace(), Targets(prompt_rate=512, rates=(6, 9)))
+    found = fastgen_metrics(_trace(), Targets(prompt_rate=512, output_rates=(6, 9)))
     assert found["effective_throughput_6"] == 1 / 4.0
     assert found["effective_throughput_9"] == 0
-    patient = fastgen_metrics(_trace(), Targets(prompt_rate=300, rates=(6,)))
+    patient = fastgen_metrics(_trace(), Targets(prompt_rate=300, output_rates=(6,)))
     assert patient["effective_throughput_6"] == 2 / 4.0
     assert found["mean_step_tokens"] == 153.5
     assert found["std_step_tokens"] == pytest.approx(np.std([512, 1, 1, 100]))

@@ -131,7 +131,7 @@ def draw(runs: Mapping[str, Sequence[Run]], crossings: Sequence[int], path: Path
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7))
-    panels = figure.subplots(len(runs), sharex=True, sharey=True)
+    panels = figure.subplots(len(runs), sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, (mode, done) in zip(panels, runs.items(), strict=True):
         _panel(axes, done, crossings)
         axes.set_title(f"look-ahead {mode}")

@@ -8,8 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ...runtime.engine.engine import Engine
-from ...runtime.request.sampling_params import SamplingParams
+from ..driver import Driver
 from .workloads import WorkItem
 
 
@@ -81,7 +80,7 @@ def gamma_arrivals(count: int, *, rate: float, cv: float = 1.0, seed: int = 0) -
 
 
 def drive(
-    engine: Engine,
+    driver: Driver,
     work: Sequence[WorkItem],
     arrivals_s: Sequence[float],
     *,
@@ -97,29 +96,27 @@ def drive(
     trace, of_request = Trace(), dict[str, RequestTrace]()
     due = deque(arrivals_s[: len(work)])
     to_follow = len(work) - len(due)
+    computed = driver.num_computed_tokens
     start = clock()
-    while due or engine.has_work:
+    while due or driver.has_work:
         now = clock() - start
         while due and due[0] <= now:
             index = len(trace.requests)
             item = work[index]
             trace.requests.append(RequestTrace(len(item.prompt), due.popleft()))
             of_request[str(index)] = trace.requests[-1]
-            params = SamplingParams(
-                temperature=0, max_tokens=item.num_output_tokens, ignore_eos=True
-            )
-            engine.add_request(str(index), item.prompt, params)
-        if not engine.has_work:
+            driver.submit(str(index), item.prompt, item.num_output_tokens)
+        if not driver.has_work:
             sleep(due[0] - now)
             continue
-        computed = engine.num_computed_tokens
-        advanced = engine.step()
+        advanced = driver.step()
         now = clock() - start
-        trace.step_tokens.append(engine.num_computed_tokens - computed)
+        before, computed = computed, driver.num_computed_tokens
+        trace.step_tokens.append(computed - before)
         trace.step_ends_s.append(now)
-        for request in advanced:
-            of_request[request.request_id].token_times_s.append(now)
-            if request.is_finished:
+        for token in advanced:
+            of_request[token.request_id].token_times_s.append(now)
+            if token.is_finished:
                 on_finish()
                 if to_follow:
                     to_follow -= 1

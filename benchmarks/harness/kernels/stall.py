@@ -16,9 +16,10 @@ computation, the processor's time above all, shows in the length of the steps me
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,56 +34,18 @@ from ...attention_backends import (
     choose_backend,
 )
 from ...runtime.engine.build import READY_ROWS, host_page_bytes
-from ...runtime.engine.config import EngineConfig, available_memory
+from ...runtime.engine.config import available_memory
 from ...runtime.execution.step_inputs import StepInputs, StepValues
 from ...runtime.frontend.progress import counted
 from ...vmem import open_driver
 from ...vmem.errors import InvalidConfig
-from ..kernels.attention_shapes import Shape
 from ..limits import LimitsProbe, synchronise
-from ..record import Table, require_matplotlib, write_record
+from ..record import Findings, Record, Table, record_name
+from .options import StallOptions
 from .stall_results import Run, draw, stall_tables
 
 _LAYERS_PER_RANGE = {"cpu": 1, "cuda": None}  # the engine's choice
 _WARM_UP = 3  # passes before a run
-
-
-@dataclass(frozen=True, kw_only=True)
-class StallOptions:
-    """What to run; see `vkv bench stall --help`.
-
-    Attributes:
-        shape: heads, sequences, and the tokens that the longest of them starts with.
-        page_bytes: size of a page; None for the engine's choice.
-        repeats: runs with look-ahead, and as many without.
-        label: a word for the record's name.
-    """
-
-    shape: Shape
-    layers: int
-    steps: int = 500
-    look_ahead_tokens: int = EngineConfig.look_ahead_tokens
-    page_bytes: int | None = None
-    dtype: torch.dtype = torch.bfloat16
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    repeats: int = 3
-    label: str = ""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """A model's geometry that suits a device: heads as in `shapes_of_heads`, layers, context."""
-
-    heads: str
-    layers: int
-    context: int
-
-
-DEFAULTS: Mapping[str, Defaults] = {
-    "cpu": Defaults("16:4x64", 8, 4096),
-    "cuda": Defaults("32:8x128", 32, 32_768),
-}
 
 
 def run(options: StallOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
@@ -90,44 +53,47 @@ def run(options: StallOptions, folder: Path, command: str) -> tuple[Path, list[T
 
     Raises InvalidConfig if no page is crossed in so few steps, or memory is too small.
     """
-    require_matplotlib()
-    least = min(options.layers, options.steps, options.repeats, options.look_ahead_tokens)
-    if min(least, options.shape.batch, options.shape.context) < 1:
+    shape, layers = options.shape, options.num_layers
+    least = min(layers, options.steps, options.repeats, options.look_ahead_tokens)
+    if min(least, shape.batch, shape.context) < 1:
         raise InvalidConfig(
             "batch, context, layers, steps, repeats and look-ahead tokens must be at least 1"
         )
+    name = record_name("stall", options.label)
+    config = asdict(options) | {"shape": asdict(shape), "layers": layers}
+    record = Record(folder, name, device=options.device, config=config, command=command)
     probe = LimitsProbe(options.device, options.dtype)
-    runs: dict[str, list[Run]] = {"on": [], "off": []}
-    with (
-        _bench(options) as bench,
-        counted("stall", len(runs) * options.repeats) as advance,
-    ):
-        for _ in range(options.repeats):
-            probe.measure()
-            for mode, done in runs.items():
-                done.append(bench.run(options.look_ahead_tokens if mode == "on" else 0))
-                advance()
-        bench.cache.check_invariants()
-        facts = bench.facts()
-    probe.measure()
+    runs: dict[str, list[Run]] = {}
+    facts: dict[str, Any] = {}
+
+    def steps() -> Generator[None, None, None]:
+        with _bench(options) as bench, counted("stall", 2 * options.repeats) as advance:
+            facts.update(bench.facts())
+            for _ in range(options.repeats):
+                probe.measure()
+                for mode, ahead in (("on", options.look_ahead_tokens), ("off", 0)):
+                    runs.setdefault(mode, []).append(bench.run(ahead))
+                    advance()
+                    yield
+            bench.cache.check_invariants()
+
+    def findings() -> Findings:
+        return Findings(
+            results={**facts, "runs": {m: [asdict(r) for r in done] for m, done in runs.items()}},
+            tables=stall_tables(runs, facts, _in_words(options)),
+            draw=partial(draw, runs, facts["crossings"]),
+        )
+
+    return record.grow(steps(), findings, probe)
+
+
+def _in_words(options: StallOptions) -> str:
     shape = options.shape
-    problem = (
-        f"{shape.batch} x {shape.context:,} tokens, {options.layers} layers of {shape.num_heads}:"
-        f"{shape.num_kv_heads}x{shape.head_dim}, {str(options.dtype).removeprefix('torch.')}"
+    return (
+        f"{shape.batch} x {shape.context:,} tokens, {options.num_layers} layers of "
+        f"{shape.num_heads}:{shape.num_kv_heads}x{shape.head_dim}, "
+        f"{str(options.dtype).removeprefix('torch.')}"
     )
-    tables = stall_tables(runs, facts, problem)
-    path = write_record(
-        folder,
-        "-".join(filter(None, ("stall", options.label))),
-        device=options.device,
-        config=asdict(options),
-        results={**facts, "runs": {m: [asdict(r) for r in done] for m, done in runs.items()}},
-        tables=tables,
-        limits=probe.limits(),
-        command=command,
-    )
-    draw(runs, facts["crossings"], path.with_suffix(".png"))
-    return path, tables
 
 
 # -- the slots -------------------------------------------------------------------------------
@@ -138,7 +104,7 @@ def _bench(options: StallOptions) -> Iterator["_Bench"]:
     """Slots backed and filled up to their first lengths; closed at the end."""
     shape, kind = options.shape, options.device.type
     max_len = shape.context + options.steps
-    rough = options.layers * shape.kv_bytes(options.dtype) // shape.context * max_len
+    rough = options.num_layers * shape.kv_bytes(options.dtype) // shape.context * max_len
     if rough > (available := available_memory(options.device)):
         raise InvalidConfig(
             f"the slots take {rough} bytes, and {available} are available; lower --batch, "
@@ -155,7 +121,7 @@ def _bench(options: StallOptions) -> Iterator["_Bench"]:
         LayerGeometry(
             num_kv_heads=shape.num_kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim
         ),
-    ) * options.layers
+    ) * options.num_layers
     page_bytes, layers_per_range = options.page_bytes, _LAYERS_PER_RANGE[kind]
     if page_bytes is None and kind == "cpu":
         page_bytes = host_page_bytes(geometry, options.dtype, layers_per_range, rough)
@@ -202,7 +168,7 @@ class _Bench:
                 f"no slot needs a page within {options.steps} steps: a page lasts "
                 f"{cache.row_tokens} tokens; raise --steps to so many"
             )
-        for index in range(options.layers):
+        for index in range(options.num_layers):
             backend.check_cache(*cache.layer(index))
         generator = torch.Generator(options.device).manual_seed(options.seed)
 
@@ -217,7 +183,7 @@ class _Bench:
         rows = [random(shape.context, shape.num_kv_heads) for _ in range(2)]
         for slot, num_tokens in zip(self._slots, self._starts, strict=True):
             cache.grow(slot, num_tokens)
-            for index in range(options.layers):
+            for index in range(options.num_layers):
                 for tensor, values in zip(cache.layer(index), rows, strict=True):
                     tensor[slot.index, :num_tokens].copy_(values[:num_tokens])
 
@@ -282,7 +248,7 @@ class _Bench:
     def _attend(self) -> None:
         """Every layer over the slots, until the device is done."""
         batch = self._batch(self._slots)
-        for index in range(self._options.layers):
+        for index in range(self._options.num_layers):
             keys, values = self.cache.layer(index)
             self._backend.store(self._key, self._value, keys, values, batch)
             self._backend.forward(self._query, keys, values, batch, self._layer)

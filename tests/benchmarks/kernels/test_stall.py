@@ -12,19 +12,20 @@ import torch
 from allocator_model import one_thread  # noqa: F401 - of every test
 from typer.testing import CliRunner
 from vkv.allocator import KVCache, Slot
-from vkv.bench.kernels.attention_shapes import Shape
-from vkv.bench.models import stall
-from vkv.bench.models.stall import StallOptions, run
-from vkv.bench.models.stall_results import Run, _step_row, _wait_row
+from vkv.bench.kernels import stall
+from vkv.bench.kernels.options import StallOptions
+from vkv.bench.kernels.stall import run
+from vkv.bench.kernels.stall_results import Run, _step_row, _wait_row
 from vkv.runtime.cli import main as cli
 from vkv.vmem import HostDriver, Page
 from vkv.vmem.errors import InvalidConfig
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
 STEPS, PAGE_BYTES = 24, 4096
-SHAPE = Shape(batch=2, context=40, num_heads=4, num_kv_heads=2, head_dim=32)  # 16 tokens a page
 OPTIONS = StallOptions(
-    shape=SHAPE,
+    heads="4:2x32",  # 16 tokens a page
+    batch=2,
+    context=40,
     layers=3,
     steps=STEPS,
     look_ahead_tokens=4,
@@ -110,7 +111,7 @@ def test_where_mapping_happens_follows_the_mode(
     monkeypatch.setattr(stall._Bench, "_attend", long_attend)
     record = _record(OPTIONS, tmp_path)
     runs, crossings = record["results"]["runs"], record["results"]["crossings"]
-    by_step = [sum(mapped[i : i + SHAPE.batch]) for i in range(0, len(mapped), SHAPE.batch)]
+    by_step = [sum(mapped[i : i + OPTIONS.batch]) for i in range(0, len(mapped), OPTIONS.batch)]
     on, off = [0] * STEPS, [3 * slots for slots in crossings]
     assert by_step == [*on, *off] * 2
     for done in runs["on"]:
@@ -183,9 +184,8 @@ def test_over_the_stand_in_for_cuda(
     ],
 )
 def test_impossible_plans_are_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:
-    shape = Shape(batch=1, context=33, num_heads=4, num_kv_heads=2, head_dim=32)
     with pytest.raises(InvalidConfig, match=words):
-        run(StallOptions(**{**vars(OPTIONS), "shape": shape, **options}), tmp_path, "")
+        run(StallOptions(**{**vars(OPTIONS), "batch": 1, "context": 33, **options}), tmp_path, "")
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""An engine turned by hand: the one place where benches know of an engine's inside.
+
+What `LLM` offers by itself (texts, `stats`, `trim`) is used as it is; here is what a bench needs
+besides, and nothing that it measures.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..allocator import KVCache, PagedKVCache
+from ..runtime.engine.engine import EngineStats
+from ..runtime.engine.idle import IdleTrim
+from ..runtime.execution.tape import TapeRecorder
+from ..runtime.frontend.llm import LLM
+from ..runtime.request.sampling_params import SamplingParams
+from ..vmem.errors import InvalidConfig
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A request that got a token by a step, and whether it was its last."""
+
+    request_id: str
+    is_finished: bool
+
+
+@dataclass(frozen=True)
+class RunningRequest:
+    """A request between two steps.
+
+    Attributes:
+        num_held_tokens: tokens whose keys and values it holds.
+    """
+
+    request_id: str
+    num_held_tokens: int
+    num_output_tokens: int
+
+
+class Driver:
+    """Submits requests to the engine of an `LLM`, and runs its steps one at a time.
+
+    Nobody else may generate with that `LLM` meanwhile.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._engine = llm.engine
+
+    def submit(self, request_id: str, prompt: Sequence[int], num_output_tokens: int) -> None:
+        """Queue a request that runs greedily to its full length."""
+        params = SamplingParams(temperature=0, max_tokens=num_output_tokens, ignore_eos=True)
+        self._engine.add_request(request_id, prompt, params)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is unfinished."""
+        return self._engine.has_work
+
+    def step(self) -> list[NewToken]:
+        """One step; what came of it."""
+        return [NewToken(r.request_id, r.is_finished) for r in self._engine.step()]
+
+    def finish_all(self) -> None:
+        """Run steps until no request is left."""
+        while self.has_work:
+            self.step()
+
+    def stats(self) -> EngineStats:
+        """Counters of the engine and its cache, as they are now."""
+        return self._llm.stats()
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens that went through the model so far."""
+        return self._engine.num_computed_tokens
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Tokens of a step at most, as resolved for the device."""
+        return self._engine.scheduler.max_batch_tokens
+
+    def running(self) -> list[RunningRequest]:
+        """The requests that hold a slot."""
+        found = []
+        for request in self._engine.scheduler.running:
+            assert request.slot is not None
+            held = request.slot.num_tokens
+            found.append(RunningRequest(request.request_id, held, request.num_output_tokens))
+        return found
+
+    # -- memory ------------------------------------------------------------------------------
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of a token, over all layers."""
+        return self._cache.layout.token_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """What a slot grows by at least: a page of each of its ranges."""
+        return self._cache.layout.num_ranges * self._cache.layout.page_bytes
+
+    def backed_bytes(self, num_tokens: int) -> int:
+        """Memory that backs a slot of so many tokens."""
+        return self._cache.layout.num_pages(num_tokens) * self._cache.layout.page_bytes
+
+    @contextmanager
+    def resting(self, after_s: float) -> Iterator[None]:
+        """Memory of finished requests goes back after so many seconds of rest, which begin now."""
+        with IdleTrim(self._engine, threading.RLock(), after_s) as idle:
+            idle.rest()
+            yield
+
+    # -- the model ---------------------------------------------------------------------------
+
+    def modules(self) -> list[nn.Module]:
+        """Of the model, as its weights are laid out."""
+        return list(self._engine.loaded.model.modules())
+
+    def tape(self) -> TapeRecorder:
+        """What records decode steps on a CPU. Raises InvalidConfig, with why, if nothing does."""
+        graphs = getattr(self._engine.runner, "graphs", None)
+        if graphs is None or not isinstance(graphs.recorder, TapeRecorder):
+            raise InvalidConfig("decode steps of this model are not recorded: see `vkv info MODEL`")
+        if graphs.refused is not None:
+            raise InvalidConfig(f"decode steps of this model are not recorded: {graphs.refused}")
+        return graphs.recorder
+
+    @property
+    def _cache(self) -> KVCache | PagedKVCache:
+        cache = self._engine.cache
+        assert isinstance(cache, KVCache | PagedKVCache)
+        return cache

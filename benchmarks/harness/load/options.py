@@ -1,0 +1,115 @@
+"""What `vkv bench serve` can be told."""
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...runtime.cli.options import group, option
+from ...vmem.errors import InvalidConfig
+from ..options import (
+    decimals,
+    device_option,
+    dtype_option,
+    label_option,
+    max_seqs_option,
+    seed_option,
+    shape_option,
+    whole_numbers,
+    words,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+POLICIES = ("splitfuse", "prefill_first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What a request must keep to count.
+
+    Attributes:
+        slo_ttft_ms, slo_tpot_ms: for goodput, as in vLLM; None asks nothing.
+        prompt_rate: FastGen's for prompts: one of P tokens is answered within P / prompt_rate s.
+        output_rates: FastGen's for outputs: the moving average never falls below so many tokens a
+            second.
+    """
+
+    slo_ttft_ms: float | None = option(None, help="Goodput: longest time to the first token.")
+    slo_tpot_ms: float | None = option(None, help="Goodput: longest mean time of a token after it.")
+    prompt_rate: float = option(
+        512.0,
+        names=("--sla-prompt-rate",),
+        help="FastGen: prompt tokens a second until the first token.",
+    )
+    output_rates: tuple[float, ...] = option(
+        "2,4,6",
+        names=("--sla-rates",),
+        parse=decimals,
+        help="FastGen: output tokens a second to keep up, with commas.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What `vkv bench serve` runs.
+
+    Attributes:
+        workloads: names of `workloads.TRAFFIC`, or "fastgen" for all four of its quadrants.
+        clients: numbers of clients that wait for their answers, one load each.
+        rates: requests a second, one load each; in place of `clients` where there are any.
+        budgets: tokens of a step, one run each; none for the device's default.
+
+    Raises InvalidConfig for an empty list, a number that is not positive, and an unknown policy.
+    """
+
+    shape: str = shape_option("llama-tiny")
+    dtype: "torch.dtype" = dtype_option("float32")
+    device: "torch.device" = device_option()
+    workloads: tuple[str, ...] = option(
+        "fastgen",
+        names=("--workload",),
+        parse=words,
+        help="fastgen (its four quadrants), sharegpt, burstgpt, arxiv; with commas.",
+    )
+    num_requests: int = option(32, help="Requests of each workload.")
+    scale: float = option(1.0, help="Multiplies all lengths.")
+    clients: tuple[int, ...] = option(
+        "8",
+        parse=whole_numbers,
+        help="Clients that wait for their answers; several with commas.",
+    )
+    rates: tuple[float, ...] = option(
+        "",
+        names=("--rate",),
+        parse=decimals,
+        help="Requests a second, in place of clients; several with commas.",
+    )
+    cv: float = option(1.0, help="Variation of the times between arrivals: 1 Poisson, else Gamma.")
+    policies: tuple[str, ...] = option(
+        ",".join(POLICIES), parse=words, help="Schedulers to compare, separated by commas."
+    )
+    max_seqs: int = max_seqs_option(32)
+    budgets: tuple[int, ...] = option(
+        "",
+        names=("--max-batch-tokens",),
+        parse=whole_numbers,
+        help="Tokens of a step; several with commas. Default: the device's own.",
+    )
+    targets: Targets = group(Targets)
+    label: str = label_option()
+    seed: int = seed_option()
+
+    def __post_init__(self) -> None:
+        for name in ("workloads", "clients", "policies"):
+            if not getattr(self, name):
+                raise InvalidConfig(f"{name} is empty; give one at least")
+        lists = (self.clients, self.rates, self.budgets)
+        if min(self.num_requests, self.cv, self.scale, *itertools.chain(*lists)) <= 0:
+            raise InvalidConfig(
+                f"num_requests {self.num_requests}, cv {self.cv}, scale {self.scale}, clients "
+                f"{self.clients}, rates {self.rates} and budgets {self.budgets} must all be "
+                "positive"
+            )
+        if unknown := [policy for policy in self.policies if policy not in POLICIES]:
+            raise InvalidConfig(f"policy is {unknown[0]!r}; use some of {', '.join(POLICIES)}")

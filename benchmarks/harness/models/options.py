@@ -1,0 +1,140 @@
+"""What the benches over whole models can be told; `vkv bench NAME --help` shows it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...runtime.cli.options import option
+from ..options import (
+    device_option,
+    dtype_name_option,
+    dtype_option,
+    label_option,
+    max_seqs_option,
+    model_option,
+    peers_option,
+    seed_option,
+    shape_option,
+    threads_option,
+    whole_numbers,
+    words,
+)
+from .cells import ON_A_CPU, Cell, cells_named
+
+if TYPE_CHECKING:
+    import torch
+
+_FORMATS = "gptq, awq or compressed-tensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """What `vkv bench memory` runs."""
+
+    shape: str = shape_option("llama-tiny")
+    dtype: "torch.dtype" = dtype_option("float32")
+    device: "torch.device" = device_option()
+    num_requests: int = option(64, help="Requests of the workload.")
+    prompt_lens: tuple[int, int] = option(
+        (16, 2000), help="Shortest and longest prompt, in tokens."
+    )
+    output_lens: tuple[int, int] = option((16, 256), help="Shortest and longest output, in tokens.")
+    max_seqs: int = max_seqs_option(16)
+    look_ahead_tokens: int = option(16, help="Tokens mapped ahead of each decoding request.")
+    quant: str | None = option(
+        None,
+        help=f"{_FORMATS}: also show how many tokens of KV fit into what 4-bit weights in that "
+        "format free.",
+    )
+    kinds: tuple[str, ...] = option(
+        "virtual,paged,static,dynamic",
+        parse=words,
+        help="Which caches to compare, separated by commas.",
+    )
+    idle_s: float = option(1.0, least=0.01, help="Rest after which memory goes back, in seconds.")
+    seed: int = seed_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputOptions:
+    """What `vkv bench throughput` runs.
+
+    Attributes:
+        peers: interpreters by name.
+    """
+
+    shape: str = shape_option("llama-455m")
+    model: str | None = model_option()
+    dtype: str = dtype_name_option("bfloat16")
+    quant: str | None = option(
+        None,
+        help=f"{_FORMATS}: also run the same weights rounded to 4 bits, in a checkpoint of that "
+        "format.",
+    )
+    device: "torch.device" = device_option()
+    threads: int = threads_option("Threads of every system. Default: the usable cores.")
+    systems: tuple[str, ...] = option(
+        "vkv,vkv-paged,transformers,transformers-static,transformers-continuous",
+        parse=words,
+        help="Which systems to compare, separated by commas.",
+    )
+    peers: Mapping[str, str] = peers_option()
+    cells: tuple[Cell, ...] = option(
+        ON_A_CPU, parse=cells_named, help="What to time, separated by commas."
+    )
+    repeats: int = option(3, least=1, help="Repeats, each in fresh processes.")
+    batch: int = option(8, help="Padded batch of transformers in `ragged`.")
+    eager_peers: bool = option(
+        False, help="Run vLLM without torch.compile, which takes minutes to start."
+    )
+    label: str = label_option()
+    seed: int = seed_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What `vkv bench cache` runs.
+
+    Attributes:
+        problems: batch and tokens of context of each.
+    """
+
+    shape: str = shape_option("llama-455m")
+    dtype: str = dtype_name_option("bfloat16")
+    threads: int = threads_option("Threads of every process. Default: the usable cores.")
+    problems: tuple[tuple[int, int], ...] = option(
+        "1x1024,1x4096,1x16384,8x1024",
+        parse=lambda listed: tuple(_problem(text) for text in words(listed)),
+        help="Batch x tokens of context, with commas.",
+    )
+    kinds: tuple[str, ...] = option(
+        "virtual,dynamic,static", parse=words, help="Which caches to compare, separated by commas."
+    )
+    steps: int = option(24, least=1, help="Tokens to decode and time.")
+    max_prefill: int = option(1024, help="Prompts up to so many tokens go through the model, too.")
+    repeats: int = option(3, least=1, help="Repeats, each in fresh processes.")
+    seed: int = seed_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """What `vkv bench profile` runs."""
+
+    shape: str = shape_option("llama-455m")
+    model: str | None = model_option()
+    dtype: str = dtype_name_option("bfloat16")
+    quant: str | None = option(None, help=f"{_FORMATS}: the weights rounded to 4 bits.")
+    batches: tuple[int, ...] = option(
+        "1,8,32", parse=whole_numbers, help="Requests that decode together, with commas."
+    )
+    context: int = option(128, least=1, help="Tokens of each before it decodes.")
+    steps: int = option(24, least=1, help="Decodes timed call by call, and as many undisturbed.")
+    label: str = label_option()
+    seed: int = seed_option()
+
+
+def _problem(text: str) -> tuple[int, int]:
+    batch, _, context = text.partition("x")
+    if not (batch.isdecimal() and context.isdecimal() and int(batch) and int(context)):
+        raise ValueError(f"{text!r}: write BATCHxCONTEXT, such as 1x4096")
+    return int(batch), int(context)
