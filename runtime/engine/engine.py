@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from ...allocator import SlotCache
 from ...vmem.errors import InvalidOperation, StepFailed, UsageError, VkvError
@@ -114,15 +114,11 @@ class Engine:
             if request.key[1] == index:
                 self._leave(request, keep=True)
 
-    def fail(self, request: Request, error: VkvError) -> None:
-        """End a request by an error of its own."""
-        self._num_failed += 1
-        self._end(request, "error", failure=Failure.of(error))
-
-    def _fail_all(self, requests: Sequence[Request], error: Exception) -> None:
-        for request in requests:
-            if not request.is_finished:
-                self.fail(request, _step_failed(error))
+    def fail(self, request: Request, error: Exception) -> None:
+        """End a request by an error; without effect on one that has ended."""
+        if not request.is_finished:
+            self._num_failed += 1
+            self._end(request, "error", failure=Failure.of(_typed(error)))
 
     def take_outputs(self) -> list[StepOutput]:
         """What requests got since the last call."""
@@ -180,7 +176,8 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - told to the requests of the batch, and logged
             _log.exception("a step of %d requests failed", len(batch))
             self._catch_up()
-            self._fail_all([item.request for item in batch.items], error)
+            for item in batch.items:
+                self.fail(item.request, error)
             return None
         self._num_steps += 1
         for item in batch.items:
@@ -212,7 +209,8 @@ class Engine:
             tokens = launched.wait()
         except Exception as error:  # noqa: BLE001 - told to the requests of the step, and logged
             _log.exception("a step of %d requests failed", len(launched.requests))
-            self._fail_all(launched.requests, error)
+            for request in launched.requests:
+                self.fail(request, error)
             return
         for request, token in zip(launched.requests, tokens, strict=True):
             if request.is_finished:
@@ -302,7 +300,7 @@ def _why_finished(
     return ("length" if request.num_output_tokens >= request.max_tokens else None), None
 
 
-def _step_failed(error: Exception) -> VkvError:
+def _typed(error: Exception) -> VkvError:
     if isinstance(error, VkvError):
         return error
     failed = StepFailed(f"the model failed: {type(error).__name__}: {error}")

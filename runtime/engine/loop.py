@@ -141,14 +141,14 @@ class EngineLoop:
 
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""
-        self.engine.scheduler.close_stuck()
+        self.engine.scheduler.exits.retry()
         num_bytes = self.engine.cache.trim()
         self._publish()
         return num_bytes
 
     def sleep(self, *, weights: bool = False) -> int:
         """Give all memory of keys and values back; returns the bytes (`Sleep.begin`)."""
-        self.engine.scheduler.close_stuck()
+        self.engine.scheduler.exits.retry()
         num_bytes = self._sleep.begin(weights=weights)
         self._publish()
         return num_bytes

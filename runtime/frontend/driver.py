@@ -1,57 +1,33 @@
 """Turns an engine's loop, and hands each request what came for it."""
 
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, Protocol, TypeVar
+from typing import NoReturn, TypeVar
 
 from ...vmem import janitor
 from ...vmem.at_exit import stop_at_exit
-from ...vmem.errors import InvalidOperation, StepFailed, VkvError
+from ...vmem.errors import InvalidOperation
 from ...vmem.process import ProcessOwner
 from ..engine.interrupts import Shield
 from ..engine.loop import EngineLoop
 from ..engine.messages import Abort, Add, Message
 from ..engine.stats import EngineStats
-from ..request.spec import RequestSpec
-from ..request.step_output import StepOutput
 from .idle import IdleTrim
+from .sinks import Sink, Sinks
 
 _ASK_AGAIN_S = 0.1  # while another thread has the loop: how long a signal's handler may wait
 _TIDYING_S = 0.002  # more than carrying out a message takes, and less than a step
 
 _T = TypeVar("_T")
 
-_log = logging.getLogger(__name__)
-
-
-class Sink(Protocol):
-    """Where a request's outputs go. Called by whoever turns the loop, one call at a time."""
-
-    spec: RequestSpec
-
-    @property
-    def is_finished(self) -> bool:
-        """True once no more outputs will come."""
-        ...
-
-    def accept(self, output: StepOutput) -> Sequence[Message]:
-        """Take an output; returns what the engine is to be told."""
-        ...
-
-    def fail(self, error: VkvError) -> None:
-        """End all that is unfinished by an error."""
-        ...
-
 
 class LoopDriver:
     """Lets any number of threads drive one loop, one at a time.
 
     Whoever waits for a request turns the loop, for all requests. No step is torn: one lock is held
-    and signals wait meanwhile (`Shield`). A child of a fork is refused before the lock. Sinks are
-    held weakly: a request whose sink is gone, however that came, is dropped.
+    and signals wait meanwhile (`Shield`). A child of a fork is refused before the lock.
 
     Args:
         loop: driven by nobody else.
@@ -70,7 +46,7 @@ class LoopDriver:
         self._loop = loop
         self._lock = threading.Lock()
         self._owner = ProcessOwner("this LLM")
-        self._sinks: weakref.WeakValueDictionary[str, Sink] = weakref.WeakValueDictionary()
+        self._sinks = Sinks(loop)
         self._is_stopped = False
         self._wake = wake
         self._idle: IdleTrim | None = None
@@ -115,7 +91,7 @@ class LoopDriver:
         if self._idle is not None and sinks:
             self._idle.busy()
         for sink in sinks:
-            self._sinks[sink.spec.request_id] = sink
+            self._sinks.add(sink)
             self._loop.post(Add(sink.spec))
         self._was_posted()
         self.check_open()  # once more: what is posted after that is read by nobody
@@ -165,7 +141,7 @@ class LoopDriver:
         """Carry out what was posted, without a step."""
         with self._exclusive():
             if not self._loop.is_closed:
-                self._route(self._loop.carry_out())
+                self._carry_out()
 
     # -- the machine under it ----------------------------------------------------------------
 
@@ -177,7 +153,7 @@ class LoopDriver:
                 return self._loop.stats()
             try:
                 self.check_open()
-                self._route(self._loop.carry_out())
+                self._carry_out()
                 return self._loop.stats(fresh=True)
             finally:
                 self._lock.release()
@@ -186,14 +162,18 @@ class LoopDriver:
         """Give the memory of finished requests back to the system; returns the bytes."""
         with self._exclusive():
             self.check_open()
-            self._drop_orphans()
+            self._carry_out()
+            self._sinks.drop_orphans()
+            self._carry_out()
             return self._loop.trim()
 
     def sleep(self, *, weights: bool = False) -> int:
         """As `EngineLoop.sleep`."""
         with self._exclusive():
             self.check_open()
-            self._drop_orphans()
+            self._carry_out()
+            self._sinks.drop_orphans()
+            self._carry_out()
             return self._loop.sleep(weights=weights)
 
     def wake(self) -> None:
@@ -215,8 +195,8 @@ class LoopDriver:
             try:
                 self._loop.close()
             finally:
-                self._route(self._loop.take_outputs())
-                self._end_the_rest()
+                self._sinks.route(self._loop.take_outputs())
+                self._sinks.abort_all()
 
     def stop(self) -> None:
         """The interpreter exits: wait for the step under way, and let no thread begin another.
@@ -245,9 +225,9 @@ class LoopDriver:
                 self._lock.release()
 
     def _turn(self) -> None:
-        self._route(self._loop.turn())
+        self._sinks.route(self._loop.turn())
         if self._loop.has_mail:  # sequences whose text ended: their slots are parked at once
-            self._route(self._loop.carry_out())
+            self._carry_out()
         if self._idle is not None and not self._loop.has_work:
             self._idle.idle()
 
@@ -256,43 +236,8 @@ class LoopDriver:
         """False for threads that the interpreter's end is about to cut short."""
         return not self._is_stopped or threading.current_thread() is threading.main_thread()
 
-    def _route(self, outputs: Sequence[StepOutput]) -> None:
-        for output in outputs:
-            sink = self._sinks.get(output.request_id)
-            if sink is None:
-                if output.finish_reason is None:  # for nobody, so there need be no more
-                    self._loop.post(Abort(output.request_id))
-                continue
-            try:
-                for message in sink.accept(output):
-                    self._loop.post(message)
-            except Exception as error:  # noqa: BLE001 - told to the one whose text it is, and logged
-                _log.exception("the text of request %s failed", output.request_id)
-                self._loop.post(Abort(output.request_id))
-                sink.fail(StepFailed(f"its text could not be made: {error!r}"))
-            if sink.is_finished:
-                self._sinks.pop(output.request_id, None)
-
-    def _drop_orphans(self) -> None:
-        """Carry out what was posted, and drop requests whose sinks are gone."""
-        self._route(self._loop.carry_out())
-        for request in self._loop.engine.requests:
-            if request.key[0] not in self._sinks:
-                self._loop.post(Abort(request.key[0]))
-        self._route(self._loop.carry_out())
-
-    def _end_the_rest(self) -> None:
-        """End requests that the engine, torn by a failure, may know nothing of."""
-        for reference in self._sinks.valuerefs():
-            sink = reference()
-            if sink is not None:
-                spec = sink.spec
-                self._route(
-                    [
-                        StepOutput(request_id=spec.request_id, index=i, finish_reason="abort")
-                        for i in range(spec.params.n)
-                    ]
-                )
+    def _carry_out(self) -> None:
+        self._sinks.route(self._loop.carry_out())
 
     def _trim_if_idle(self) -> None:
         with self._exclusive():

@@ -7,14 +7,13 @@ policy's to say (`policies`): it sees a `Snapshot` and answers with a `Plan`. A 
 refuses (DriverError) keeps one request waiting, as a shortage does, and tears no step.
 """
 
-import logging
-
 from collections.abc import Sequence
 
 from ...allocator import Slot, SlotCache
 from ...vmem.errors import DriverError, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
+from .exits import Exits
 from .plan import Plan, Policy
 from .snapshot import RunningRequest, Snapshot, WaitingRequest
 from .waiting import WaitingQueue
@@ -23,8 +22,6 @@ Refusal = Shortage | DriverError
 """Why a request cannot have memory now. Nothing was changed by it."""
 
 _COMPARED_AT_ONCE = 256  # tokens; comparing slices of lists is far faster than item by item
-
-_log = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -40,6 +37,7 @@ class Scheduler:
 
     Attributes:
         running: in the order of admission.
+        exits: how slots are let go.
         shortage: what kept the last step from giving any request a token, and whom it kept.
     """
 
@@ -59,13 +57,13 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.look_ahead_tokens = look_ahead_tokens
         self.prefix_reuse = prefix_reuse
+        self.exits = Exits(cache)
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.shortage: tuple[Request, Refusal] | None = None
         self._requests: dict[SequenceKey, Request] = {}
-        self._stuck: list[Slot] = []  # nobody's, but the system would not take their memory back
 
     @property
     def has_work(self) -> bool:
@@ -93,7 +91,7 @@ class Scheduler:
         Empty if no request can go on: all of them wait for tokens of a step under way, or memory
         is short (`shortage`). No request is lost by that.
         """
-        self.close_stuck()
+        self.exits.retry()
         self._let_siblings_in()
         granted: dict[Request, int] = {}
         num_before = self.num_preemptions
@@ -202,27 +200,8 @@ class Scheduler:
         slot, request.slot = request.slot, None
         assert slot is not None
         self.running.remove(request)
-        self._let_go(slot, request, request.num_computed if keep else 0)
-
-    def _let_go(self, slot: Slot, request: Request, num_tokens: int) -> None:
-        """Park a slot with the first `num_tokens` tokens of `request`, or close it without any."""
-        try:
-            if num_tokens:
-                self.cache.park(slot, request.token_ids[:num_tokens], request.variant)
-            else:
-                self.cache.close(slot)
-        except (Shortage, DriverError):
-            _log.warning("%s of %r could not be let go; it is tried again", slot, request)
-            self._stuck.append(slot)
-
-    def close_stuck(self) -> None:
-        """Try once more to close slots that could not be let go when their requests left."""
-        stuck, self._stuck = self._stuck, []
-        for slot in stuck:
-            try:
-                self.cache.close(slot)
-            except (Shortage, DriverError):
-                self._stuck.append(slot)
+        computed = request.token_ids[: request.num_computed] if keep else ()
+        self.exits.let_go(slot, computed, request.variant)
 
     # -- admission ---------------------------------------------------------------------------
 
@@ -244,7 +223,7 @@ class Scheduler:
             self.cache.reserve(slot, needed)
             self.cache.grow(slot, num_cached + count)
         except (Shortage, DriverError):
-            self._let_go(slot, request, num_cached)
+            self.exits.let_go(slot, request.token_ids[:num_cached], request.variant)
             raise
         self.waiting.remove(request)
         request.slot = slot

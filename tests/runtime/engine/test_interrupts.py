@@ -110,9 +110,13 @@ def test_what_came_is_delivered_at_the_end_or_when_asked_each_once() -> None:
 
 
 def test_several_that_raise_all_run() -> None:
-    with pytest.raises(_Timeout) as raised, Shield():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGALRM)
+    def work() -> None:
+        with Shield():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGALRM)
+
+    with pytest.raises(_Timeout) as raised:
+        work()
     assert isinstance(raised.value.__context__, KeyboardInterrupt)
 
 
