@@ -151,7 +151,10 @@ class LLM:
             if request.error is not None:
                 raise request.error
         finally:
-            self._driver.abandon([request])
+            try:
+                self._driver.abandon([request])
+            finally:  # a signal's handler may have raised in between
+                self._driver.abandon([request])
 
     def render_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins."""

@@ -2,30 +2,22 @@
 
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import standin.process
+from signals import SignalAt, Timeout, time_out
 from vkv.runtime.engine import interrupts
 from vkv.runtime.engine.interrupts import Shield
 
 _SIGNALS = (signal.SIGINT, signal.SIGALRM, signal.SIGUSR1)
 
 
-class _Timeout(Exception):
-    pass
-
-
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[dict[int, Any]]:
     """Of three signals, the last of which raises nothing."""
-
-    def time_out(number: int, frame: FrameType | None) -> None:
-        raise _Timeout
 
     kept = {number: signal.getsignal(number) for number in _SIGNALS}
     mine = dict(zip(_SIGNALS, (signal.default_int_handler, time_out, lambda *_: None), strict=True))
@@ -36,58 +28,25 @@ def handlers() -> Iterator[dict[int, Any]]:
         signal.signal(number, handler)
 
 
-def _signal_at(event: int, number: int) -> Callable[..., Any]:
-    """A tracer that sends a signal at one of the lines that the shield's own code runs."""
-    seen = 0
-
-    def trace(frame: FrameType, kind: str, _: object) -> Any:
-        nonlocal seen
-        if frame.f_code.co_filename != interrupts.__file__:
-            return None
-        if kind == "line":
-            seen += 1
-            if seen == event:
-                signal.raise_signal(number)
-        return trace
-
-    return trace
-
-
-def _traced(tracer: Callable[..., Any], work: Callable[[], None]) -> type[BaseException] | None:
-    before = sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        work()
-    except (KeyboardInterrupt, _Timeout) as error:
-        return type(error)
-    finally:
-        sys.settrace(before)
-    return None
-
-
 @pytest.mark.parametrize("number", _SIGNALS)
 def test_a_signal_at_any_line_leaves_all_handlers_as_they_were(
     number: int, handlers: dict[int, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signal, "valid_signals", lambda: set(_SIGNALS))
-    expected = {signal.SIGINT: KeyboardInterrupt, signal.SIGALRM: _Timeout}.get(number)
+    expected = {signal.SIGINT: KeyboardInterrupt, signal.SIGALRM: Timeout}.get(number)
 
     def work() -> None:
         with Shield() as shield:
             shield.deliver()
 
-    event = 0
-    while True:
-        event += 1
-        raised = _traced(_signal_at(event, number), work)
+    for event in range(1, 200):
+        sent = SignalAt([interrupts.__file__], event, number, work)
         assert {n: signal.getsignal(n) for n in _SIGNALS} == handlers, event
         assert Shield._outermost is None
-        if raised is None and expected is not None:
-            break  # there were fewer lines
-        assert raised is expected, event
-        if event == 200:
+        if not sent.was_sent:
             break
-    assert event > 20
+        assert sent.raised is expected, event
+    assert 20 < event < 199
 
 
 def test_what_came_is_delivered_at_the_end_or_when_asked_each_once() -> None:
@@ -115,7 +74,7 @@ def test_several_that_raise_all_run() -> None:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGALRM)
 
-    with pytest.raises(_Timeout) as raised:
+    with pytest.raises(Timeout) as raised:
         work()
     assert isinstance(raised.value.__context__, KeyboardInterrupt)
 
