@@ -117,7 +117,8 @@ class AsyncLLM:
         place = self._places.line_up()
         stream.begin(place)
         try:
-            if not await place.wait() or stream.is_aborted:
+            # Aborted before it stood in line, in the line, or while it was called.
+            if stream.is_aborted or not await place.wait() or stream.is_aborted:
                 yield stream.end_unasked()
                 return
             stream.submit()
