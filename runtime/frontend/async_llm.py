@@ -82,7 +82,7 @@ class AsyncLLM:
         self._naming = threading.RLock()
         # The thread knows the driver, not this object, which can so be dropped without `close`.
         self._thread = EngineThread(loop, idle_trim_s=self.config.idle_trim_s)
-        weakref.finalize(self, janitor.later, self._thread.stop).atexit = False
+        weakref.finalize(self, janitor.later, self._thread.close).atexit = False
 
     def generate(
         self,
@@ -156,7 +156,7 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """End all requests, with InvalidOperation for their consumers, and give all back."""
-        await asyncio.to_thread(self._thread.stop)
+        await asyncio.to_thread(self._thread.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -313,13 +313,17 @@ class EngineThread:
         """Raises InvalidOperation once stopped, ForkedProcess in a child of a fork."""
         self.driver.check_open()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the thread after the step under way, and all requests, and give all back."""
-        if not self.driver.is_mine:
-            return
-        self._calls.put(False)
-        self.thread.join()
-        self.driver.close()  # once more, where the system would not take something back
+        if self.driver.is_mine:
+            self.stop()
+            self.driver.close()
+
+    def stop(self) -> None:
+        """End the thread after the step under way. Nobody is told: the interpreter exits."""
+        if self.driver.is_mine:
+            self._calls.put(False)
+            self.thread.join()
 
     def _run(self) -> None:
         try:
@@ -328,10 +332,10 @@ class EngineThread:
         except Exception as error:  # noqa: BLE001 - told to every consumer, and logged
             _log.exception("the engine's thread ends")
             self.error = error
-        try:
-            self.driver.close()
-        except VkvError:
-            _log.exception("memory could not be given back; close() tries again")
+            try:
+                self.driver.close()
+            except VkvError:
+                _log.exception("memory could not be given back; close() tries again")
 
     def _is_called(self) -> bool:
         """Wait until there is something to do: True; or until stopped: False."""

@@ -4,7 +4,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from ...vmem import janitor
 from ...vmem.at_exit import stop_at_exit
@@ -16,6 +16,7 @@ from ..engine.messages import Abort, Add, Message
 from ..engine.stats import EngineStats
 from .idle import IdleTrim
 from .sinks import Sink, Sinks
+from .threads_end import ThreadsEnd
 
 _ASK_AGAIN_S = 0.1  # while another thread has the loop: how long a signal's handler may wait
 _TIDYING_S = 0.002  # more than carrying out a message takes, and less than a step
@@ -47,7 +48,7 @@ class LoopDriver:
         self._lock = threading.Lock()
         self._owner = ProcessOwner("this LLM")
         self._sinks = Sinks(loop)
-        self._is_stopped = False
+        self._end = ThreadsEnd()
         self._wake = wake
         self._idle: IdleTrim | None = None
         if idle_trim_s is not None:
@@ -117,11 +118,11 @@ class LoopDriver:
     def turn(self) -> None:
         """Run one step, for all requests."""
         with self._exclusive():
-            if self._may_step:
+            if self._end.is_open_to_me():
                 self.check_open()
                 self._turn()
                 return
-        _wait_for_the_end()
+        self._end.wait_for_it()
 
     def wait_for(self, take: Callable[[], _T | None]) -> _T:
         """Turn until `take`, which nobody disturbs, returns something."""
@@ -130,12 +131,12 @@ class LoopDriver:
                 found = take()
                 if found is not None:
                     return found
-                may_step = self._may_step
+                may_step = self._end.is_open_to_me()
                 if may_step:
                     self.check_open()
                     self._turn()
             if not may_step:
-                _wait_for_the_end()
+                self._end.wait_for_it()
 
     def tidy(self) -> None:
         """Carry out what was posted, without a step."""
@@ -199,16 +200,15 @@ class LoopDriver:
                 self._sinks.abort_all()
 
     def stop(self) -> None:
-        """The interpreter exits: wait for the step under way, and let no thread begin another.
-
-        A daemon thread that is in the middle of one when the interpreter goes kills the process.
-        """
+        """The interpreter exits: wait for the step under way, and let no thread begin another."""
         if not self.is_mine:
             return
         if self._idle is not None:
             self._idle.stop()
+            self._idle.thread.join()
         with self._exclusive():
-            self._is_stopped = True
+            self._end.begin()
+        self._end.gather()
 
     # -- one at a time -------------------------------------------------------------------------
 
@@ -230,11 +230,6 @@ class LoopDriver:
             self._carry_out()
         if self._idle is not None and not self._loop.has_work:
             self._idle.idle()
-
-    @property
-    def _may_step(self) -> bool:
-        """False for threads that the interpreter's end is about to cut short."""
-        return not self._is_stopped or threading.current_thread() is threading.main_thread()
 
     def _carry_out(self) -> None:
         self._sinks.route(self._loop.carry_out())
@@ -262,12 +257,6 @@ class LoopDriver:
         self._owner.check()
         if self._loop.is_closed:
             raise InvalidOperation("this LLM has been closed; create another")
-
-
-def _wait_for_the_end() -> NoReturn:
-    """Return never: the process is about to exit."""
-    while True:
-        threading.Event().wait()
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
