@@ -137,7 +137,10 @@ class HostDriver(VmemDriver):
         self._call("create", linux.fallocate, self._memfd, 0, offset, size, shortage=OutOfPages)
 
     def _check_memory(self, num_pages: int) -> None:
-        available = linux.available_bytes()
+        try:
+            available = linux.available_bytes()
+        except OSError as error:  # of too many open files, for one
+            raise DriverError(f"what memory is available could not be read: {error}") from error
         if num_pages * self.page_bytes > available:
             raise OutOfPages(
                 f"{num_pages} pages of {self.page_bytes} bytes were asked for, but only "

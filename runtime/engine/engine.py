@@ -117,10 +117,11 @@ class Engine:
             if request.key[1] == index:
                 self._leave(request, keep=True)
 
-    def fail(self, request: Request, error: VkvError) -> None:
-        """End a request by an error of its own."""
-        self._num_failed += 1
-        self._end(request, "error", failure=Failure.of(error))
+    def fail(self, request: Request, error: Exception) -> None:
+        """End a request by an error; without effect on one that has ended."""
+        if not request.is_finished:
+            self._num_failed += 1
+            self._end(request, "error", failure=Failure.of(_typed(error)))
 
     def take_outputs(self) -> list[StepOutput]:
         """What requests got since the last call."""
@@ -179,8 +180,7 @@ class Engine:
             _log.exception("a step of %d requests failed", len(batch))
             self._catch_up()
             for item in batch.items:
-                if not item.request.is_finished:
-                    self.fail(item.request, _step_failed(error))
+                self.fail(item.request, error)
             return None
         self._num_steps += 1
         for item in batch.items:
@@ -208,7 +208,14 @@ class Engine:
 
     def _postprocess(self, launched: LaunchedStep) -> None:
         """Append a step's tokens, but none behind the end of a request."""
-        for request, token in zip(launched.requests, launched.wait(), strict=True):
+        try:
+            tokens = launched.wait()
+        except Exception as error:  # noqa: BLE001 - told to the requests of the step, and logged
+            _log.exception("a step of %d requests failed", len(launched.requests))
+            for request in launched.requests:
+                self.fail(request, error)
+            return
+        for request, token in zip(launched.requests, tokens, strict=True):
             if request.is_finished:
                 continue
             request.num_pending -= 1
@@ -296,7 +303,7 @@ def _why_finished(
     return ("length" if request.num_output_tokens >= request.max_tokens else None), None
 
 
-def _step_failed(error: Exception) -> VkvError:
+def _typed(error: Exception) -> VkvError:
     if isinstance(error, VkvError):
         return error
     failed = StepFailed(f"the model failed: {type(error).__name__}: {error}")

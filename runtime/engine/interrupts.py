@@ -1,5 +1,6 @@
 """Signals between steps, never within one."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -28,21 +29,22 @@ class Shield:
     def __init__(self) -> None:
         self._handlers: dict[int, _Handler] = {}
         self._received: list[tuple[int, FrameType | None]] = []
-        self._is_up = False
 
     def __enter__(self) -> Self:
         in_main_thread = threading.current_thread() is threading.main_thread()
         if not in_main_thread or Shield._outermost is not None:
             return self
-        # An exception may leave this method at any point. What it has exchanged until then calls
-        # the handler that it stands for, as it does again once the shield is down.
-        for number in signal.valid_signals():
-            handler = signal.getsignal(number)
-            if callable(handler):
-                self._handlers[number] = handler
-                signal.signal(number, self._receive)
-        Shield._outermost = self
-        self._is_up = True
+        # A handler that is not exchanged yet may raise here; those that are hold back already.
+        try:
+            Shield._outermost = self
+            for number in signal.valid_signals():
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._receive)
+        except BaseException:
+            self._take_down()
+            raise
         return self
 
     def __exit__(
@@ -51,14 +53,25 @@ class Shield:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if Shield._outermost is not self:
-            return
-        self._is_up = False
-        Shield._outermost = None
-        for number, handler in self._handlers.items():
-            if signal.getsignal(number) == self._receive:  # else someone set another meanwhile
-                signal.signal(number, handler)
-        self._deliver()
+        if Shield._outermost is self:
+            self._take_down()
+
+    def _take_down(self) -> None:
+        try:
+            self._restore()
+        finally:
+            self._deliver()
+
+    def _restore(self) -> None:
+        """Give the signals their handlers back, each of which may raise from then on."""
+        try:
+            for number, handler in self._handlers.items():
+                if signal.getsignal(number) == self._receive:  # else someone set another meanwhile
+                    signal.signal(number, handler)
+            Shield._outermost = None
+        except BaseException:
+            self._restore()
+            raise
 
     def deliver(self) -> None:
         """Let the handlers run whose signals came. What one of them raises is raised here."""
@@ -75,7 +88,18 @@ class Shield:
                 self._deliver()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._is_up:
+        if Shield._outermost is self:
             self._received.append((number, frame))
         else:
             self._handlers[number](number, frame)
+
+    @classmethod
+    def _forget(cls) -> None:
+        """In a child of a fork: what its parent is in the middle of is not the child's."""
+        shield = cls._outermost
+        if shield is not None:
+            shield._received.clear()
+            shield._take_down()
+
+
+os.register_at_fork(after_in_child=Shield._forget)

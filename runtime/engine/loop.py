@@ -41,8 +41,10 @@ class EngineLoop:
         self._short_since: float | None = None
         self._sleep = Sleep(engine)
         self._inbox: deque[Message] = deque()
+        self._refused: list[StepOutput] = []  # that no one has taken yet
         self._publish()
         self.is_closed = False
+        self._is_given_back = False
 
     @property
     def has_work(self) -> bool:
@@ -64,32 +66,37 @@ class EngineLoop:
         self._inbox.append(message)
 
     def turn(self, inbox: Iterable[Message] = ()) -> list[StepOutput]:
-        """Carry out what was posted, and `inbox`; then run one step. Returns what came of it."""
-        outputs = self._carry_all_out(inbox)
+        """Carry out what was posted, and `inbox`; then run one step. Returns what came of it.
+
+        If it raises, what came until then is not lost: the next call returns it.
+        """
+        self._open_inbox(inbox)
         self.engine.step()
         self._meet_shortage()
-        outputs += self.engine.take_outputs()
         if time.monotonic() - self._published_s > _PUBLISH_S or not self.engine.has_work:
             self._publish()
-        return outputs
+        return self.take_outputs()
 
     def carry_out(self, inbox: Iterable[Message] = ()) -> list[StepOutput]:
         """Carry out what was posted, and `inbox`, without a step."""
-        outputs = self._carry_all_out(inbox)
+        self._open_inbox(inbox)
         self._publish()
-        return outputs
+        return self.take_outputs()
 
-    def _carry_all_out(self, inbox: Iterable[Message]) -> list[StepOutput]:
+    def take_outputs(self) -> list[StepOutput]:
+        """What came since the last call."""
+        refused, self._refused = self._refused, []
+        return refused + self.engine.take_outputs()
+
+    def _open_inbox(self, inbox: Iterable[Message]) -> None:
         self._inbox.extend(inbox)
-        refused: list[StepOutput] = []
         while self._inbox:
             message = self._inbox.popleft()
             try:
                 self._carry_out(message)
             except (UsageError, InvalidOperation) as error:
                 assert isinstance(message, Add), message
-                refused += _refusal(message.spec, error)
-        return refused + self.engine.take_outputs()
+                self._refused += _refusal(message.spec, error)
 
     def _carry_out(self, message: Message) -> None:
         if isinstance(message, Add):
@@ -134,12 +141,14 @@ class EngineLoop:
 
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""
+        self.engine.scheduler.exits.retry()
         num_bytes = self.engine.cache.trim()
         self._publish()
         return num_bytes
 
     def sleep(self, *, weights: bool = False) -> int:
         """Give all memory of keys and values back; returns the bytes (`Sleep.begin`)."""
+        self.engine.scheduler.exits.retry()
         num_bytes = self._sleep.begin(weights=weights)
         self._publish()
         return num_bytes
@@ -152,17 +161,20 @@ class EngineLoop:
         """Raises InvalidOperation while asleep."""
         self._sleep.check_awake()
 
-    def close(self) -> list[StepOutput]:
-        """Abort what is unfinished and give everything back. Closing twice is harmless."""
-        if self.is_closed:
-            return []
-        self.is_closed = True  # first: whoever posts after the last message was taken must see it
-        outputs = self.carry_out()
-        for request in self.engine.requests:
-            self.engine.abort(request.key[0])
-        outputs += self.engine.take_outputs()
-        self._close()
-        return outputs
+    def close(self) -> None:
+        """Abort what is unfinished and give everything back. Closing twice is harmless.
+
+        The last outputs are there to be taken, also if it raises. If the system refuses to take
+        something back (DriverError), it may be closed again.
+        """
+        if not self.is_closed:
+            self.is_closed = True  # first: whoever posts after this must see it
+            self._open_inbox(())
+            for request in self.engine.requests:
+                self.engine.abort(request.key[0])
+        if not self._is_given_back:
+            self._close()
+            self._is_given_back = True
 
 
 def _refusal(spec: RequestSpec, error: VkvError) -> list[StepOutput]:

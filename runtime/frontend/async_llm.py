@@ -25,12 +25,13 @@ from ..engine.messages import Abort, Message
 from ..engine.stats import EngineStats
 from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
-from ..request.step_output import StepOutput
+from ..request.step_output import Failure, StepOutput
 from .driver import LoopDriver
 from .front_end import FrontEnd
 from .places import Place, Places
 from .prompts import Message as ChatMessage
 from .prompts import Prompt
+from .sinks import give
 from .text_stream import RequestText
 
 _log = logging.getLogger(__name__)
@@ -75,10 +76,13 @@ class AsyncLLM:
         self._front_end = FrontEnd(loaded.name, loaded.tokenizer, loop.engine.admission)
         self._places = Places(max_unfinished)
         self._ids = itertools.count()
-        self._named: weakref.WeakSet[_Stream] = weakref.WeakSet()
+        # Streams by name, for as long as they live. A signal's handler may come back for the lock.
+        self._named: weakref.WeakValueDictionary[str, weakref.WeakSet[_Stream]]
+        self._named = weakref.WeakValueDictionary()
+        self._naming = threading.RLock()
         # The thread knows the driver, not this object, which can so be dropped without `close`.
         self._thread = EngineThread(loop, idle_trim_s=self.config.idle_trim_s)
-        weakref.finalize(self, janitor.later, self._thread.stop).atexit = False
+        weakref.finalize(self, janitor.later, self._thread.close).atexit = False
 
     def generate(
         self,
@@ -100,17 +104,21 @@ class AsyncLLM:
                 f"the parameters are {type(params).__name__} {params!r}; use SamplingParams(…)"
             )
         name = f"async-{next(self._ids)}" if request_id is None else request_id
-        stream = _Stream(name, self._front_end.request(prompt, params), self._thread)
-        self._named.add(stream)
+        request = self._front_end.request(prompt, params)
+        with self._naming:
+            namesakes = self._named.get(name)
+            if namesakes is None:
+                namesakes = self._named[name] = weakref.WeakSet()
+            stream = _Stream(name, request, self._thread, namesakes)
+            namesakes.add(stream)
         return self._outputs(stream)
 
     async def _outputs(self, stream: "_Stream") -> AsyncIterator[RequestOutput]:
         place = self._places.line_up()
-        # A stream that is dropped with its event loop closed never gets to its `finally`.
-        weakref.finalize(stream, janitor.later, place.release).atexit = False
         stream.begin(place)
         try:
-            if not await place.wait() or stream.is_aborted:
+            # Aborted before it stood in line, in the line, or while it was called.
+            if stream.is_aborted or not await place.wait() or stream.is_aborted:
                 yield stream.end_unasked()
                 return
             stream.submit()
@@ -128,9 +136,11 @@ class AsyncLLM:
 
         Without effect if there is none. A request that takes the name later is another.
         """
-        for stream in list(self._named):
-            if stream.name == request_id:
-                stream.abort()
+        self._thread.driver.check_process()
+        with self._naming:
+            namesakes = list(self._named.get(request_id, ()))
+        for stream in namesakes:
+            stream.abort()
 
     def stats(self) -> EngineStats:
         """What the engine holds and has done, as of the last step's end; waits for no step."""
@@ -146,7 +156,7 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """End all requests, with InvalidOperation for their consumers, and give all back."""
-        await asyncio.to_thread(self._thread.stop)
+        await asyncio.to_thread(self._thread.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -171,8 +181,15 @@ class _Stream:
         is_aborted: the caller has asked for its end.
     """
 
-    def __init__(self, name: str, request: RequestText, thread: "EngineThread") -> None:
+    def __init__(
+        self,
+        name: str,
+        request: RequestText,
+        thread: "EngineThread",
+        namesakes: "weakref.WeakSet[_Stream]",
+    ) -> None:
         self.name = name
+        self._namesakes = namesakes  # so that they are known as long as one of them lives
         self.request = request
         self.spec = request.spec
         self.is_aborted = False
@@ -220,7 +237,7 @@ class _Stream:
     def _open_mail(self) -> None:
         self._is_called = False
         while self._mail:
-            for message in self.request.accept(self._mail.popleft()):
+            for message in give(self.request, self._mail.popleft()):
                 self._thread.driver.post(message)
         self._arrived.set()
 
@@ -245,20 +262,34 @@ class _Stream:
         if output.finish_reason is not None:
             self._ended.add(output.index)
         self._mail.append(output)
+        if self._loop.is_closed() or not self._call():
+            self._ended.update(range(self.spec.params.n))  # nobody waits any more
+            if self._place is not None:
+                self._place.release()
+            return (Abort(self.spec.request_id),)
+        return ()
+
+    def _call(self) -> bool:
+        """Have the event loop open the mail; False if it was closed in this moment."""
         if not self._is_called:
             self._is_called = True
             try:
                 self._loop.call_soon_threadsafe(self._open_mail)
-            except RuntimeError:  # the loop is closed, and with it whoever waited
-                self._ended.update(range(self.spec.params.n))
-                if self._place is not None:
-                    self._place.release()
-                return (Abort(self.spec.request_id),)
-        return ()
+            except RuntimeError:
+                return False
+        return True
 
     def fail(self, error: VkvError) -> None:
-        """Never: text is made on the event loop."""
-        raise error
+        """Leave an error that the thread met."""
+        for index in range(self.spec.params.n):
+            self.accept(
+                StepOutput(
+                    request_id=self.spec.request_id,
+                    index=index,
+                    finish_reason="error",
+                    failure=Failure.of(error),
+                )
+            )
 
 
 class EngineThread:
@@ -282,12 +313,17 @@ class EngineThread:
         """Raises InvalidOperation once stopped, ForkedProcess in a child of a fork."""
         self.driver.check_open()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the thread after the step under way, and all requests, and give all back."""
-        if not self.driver.is_mine:
-            return
-        self._calls.put(False)
-        self.thread.join()
+        if self.driver.is_mine:
+            self.stop()
+            self.driver.close()
+
+    def stop(self) -> None:
+        """End the thread after the step under way. Nobody is told: the interpreter exits."""
+        if self.driver.is_mine:
+            self._calls.put(False)
+            self.thread.join()
 
     def _run(self) -> None:
         try:
@@ -296,8 +332,10 @@ class EngineThread:
         except Exception as error:  # noqa: BLE001 - told to every consumer, and logged
             _log.exception("the engine's thread ends")
             self.error = error
-        finally:
-            self.driver.close()
+            try:
+                self.driver.close()
+            except VkvError:
+                _log.exception("memory could not be given back; close() tries again")
 
     def _is_called(self) -> bool:
         """Wait until there is something to do: True; or until stopped: False."""

@@ -1,48 +1,27 @@
 """Turns an engine's loop, and hands each request what came for it."""
 
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from ...vmem import janitor
-from ...vmem.errors import InvalidOperation, StepFailed, VkvError
+from ...vmem.at_exit import stop_at_exit
+from ...vmem.errors import InvalidOperation
 from ...vmem.process import ProcessOwner
 from ..engine.interrupts import Shield
 from ..engine.loop import EngineLoop
 from ..engine.messages import Abort, Add, Message
 from ..engine.stats import EngineStats
-from ..request.spec import RequestSpec
-from ..request.step_output import StepOutput
 from .idle import IdleTrim
+from .sinks import Sink, Sinks
+from .threads_end import ThreadsEnd
 
 _ASK_AGAIN_S = 0.1  # while another thread has the loop: how long a signal's handler may wait
 _TIDYING_S = 0.002  # more than carrying out a message takes, and less than a step
 
 _T = TypeVar("_T")
-
-_log = logging.getLogger(__name__)
-
-
-class Sink(Protocol):
-    """Where a request's outputs go. Called by whoever turns the loop, one call at a time."""
-
-    spec: RequestSpec
-
-    @property
-    def is_finished(self) -> bool:
-        """True once no more outputs will come."""
-        ...
-
-    def accept(self, output: StepOutput) -> Sequence[Message]:
-        """Take an output; returns what the engine is to be told."""
-        ...
-
-    def fail(self, error: VkvError) -> None:
-        """End all that is unfinished by an error."""
-        ...
 
 
 class LoopDriver:
@@ -70,13 +49,15 @@ class LoopDriver:
         self._loop = loop
         self._lock = threading.Lock()
         self._owner = ProcessOwner("this LLM")
-        self._sinks: dict[str, Sink] = {}
+        self._sinks = Sinks(loop)
+        self._end = ThreadsEnd()
         self._wake = wake
         self._idle: IdleTrim | None = None
         if idle_trim_s is not None:
             # Weakly: its thread must not keep a driver that was dropped.
             self._idle = IdleTrim(_weakly(self._trim_if_idle), idle_trim_s)
         janitor.start()
+        stop_at_exit(self)
 
     @property
     def is_mine(self) -> bool:
@@ -104,12 +85,16 @@ class LoopDriver:
     # -- requests ----------------------------------------------------------------------------
 
     def submit(self, sinks: Sequence[Sink]) -> None:
-        """Queue requests. Raises InvalidOperation if this is closed or asleep."""
+        """Queue requests. Raises InvalidOperation if this is closed or asleep.
+
+        A signal's handler may raise in between: the sinks are gone then, and their requests with
+        them.
+        """
         self.check_ready()
         if self._idle is not None and sinks:
             self._idle.busy()
         for sink in sinks:
-            self._sinks[sink.spec.request_id] = sink
+            self._sinks.add(sink)
             self._loop.post(Add(sink.spec))
         self._was_posted()
         self.check_open()  # once more: what is posted after that is read by nobody
@@ -135,8 +120,11 @@ class LoopDriver:
     def turn(self) -> None:
         """Run one step, for all requests."""
         with self._exclusive():
-            self.check_open()
-            self._turn()
+            if self._end.is_open_to_me():
+                self.check_open()
+                self._turn()
+                return
+        self._end.wait_for_it()
 
     def wait_for(self, take: Callable[[], _T | None]) -> _T:
         """Turn until `take`, which nobody disturbs, returns something."""
@@ -145,41 +133,50 @@ class LoopDriver:
                 found = take()
                 if found is not None:
                     return found
-                self.check_open()
-                self._turn()
+                may_step = self._end.is_open_to_me()
+                if may_step:
+                    self.check_open()
+                    self._turn()
+            if not may_step:
+                self._end.wait_for_it()
 
     def tidy(self) -> None:
         """Carry out what was posted, without a step."""
         with self._exclusive():
             if not self._loop.is_closed:
-                self._route(self._loop.carry_out())
+                self._carry_out()
 
     # -- the machine under it ----------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """What the engine holds; while a step runs, what it held before. Waits for no step."""
         self.check_open()
-        if not self._lock.acquire(timeout=_TIDYING_S):
-            return self._loop.stats()
-        try:
-            with Shield():
-                self._route(self._loop.carry_out())
+        with Shield():
+            if not self._lock.acquire(timeout=_TIDYING_S):
+                return self._loop.stats()
+            try:
+                self.check_open()
+                self._carry_out()
                 return self._loop.stats(fresh=True)
-        finally:
-            self._lock.release()
+            finally:
+                self._lock.release()
 
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""
         with self._exclusive():
             self.check_open()
-            self._route(self._loop.carry_out())
+            self._carry_out()
+            self._sinks.drop_orphans()
+            self._carry_out()
             return self._loop.trim()
 
     def sleep(self, *, weights: bool = False) -> int:
         """As `EngineLoop.sleep`."""
         with self._exclusive():
             self.check_open()
-            self._route(self._loop.carry_out())
+            self._carry_out()
+            self._sinks.drop_orphans()
+            self._carry_out()
             return self._loop.sleep(weights=weights)
 
     def wake(self) -> None:
@@ -189,13 +186,31 @@ class LoopDriver:
             self._loop.wake()
 
     def close(self) -> None:
-        """Abort what is unfinished and give everything back. Closing twice is harmless."""
+        """Abort what is unfinished and give everything back. Closing twice is harmless.
+
+        As `EngineLoop.close`, it may be called again if it raises; all requests have ended then.
+        """
         if not self.is_mine:
             return
         if self._idle is not None:
             self._idle.stop()
         with self._exclusive():
-            self._route(self._loop.close())
+            try:
+                self._loop.close()
+            finally:
+                self._sinks.route(self._loop.take_outputs())
+                self._sinks.abort_all()
+
+    def stop(self) -> None:
+        """The interpreter exits: wait for the step under way, and let no thread begin another."""
+        if not self.is_mine:
+            return
+        if self._idle is not None:
+            self._idle.stop()
+            self._idle.thread.join()
+        with self._exclusive():
+            self._end.begin()
+        self._end.gather()
 
     # -- one at a time -------------------------------------------------------------------------
 
@@ -212,26 +227,14 @@ class LoopDriver:
                 self._lock.release()
 
     def _turn(self) -> None:
-        self._route(self._loop.turn())
+        self._sinks.route(self._loop.turn())
         if self._loop.has_mail:  # sequences whose text ended: their slots are parked at once
-            self._route(self._loop.carry_out())
+            self._carry_out()
         if self._idle is not None and not self._loop.has_work:
             self._idle.idle()
 
-    def _route(self, outputs: Sequence[StepOutput]) -> None:
-        for output in outputs:
-            sink = self._sinks.get(output.request_id)
-            if sink is None:
-                continue
-            try:
-                for message in sink.accept(output):
-                    self._loop.post(message)
-            except Exception as error:  # noqa: BLE001 - told to the one whose text it is, and logged
-                _log.exception("the text of request %s failed", output.request_id)
-                self._loop.post(Abort(output.request_id))
-                sink.fail(StepFailed(f"its text could not be made: {error!r}"))
-            if sink.is_finished:
-                self._sinks.pop(output.request_id, None)
+    def _carry_out(self) -> None:
+        self._sinks.route(self._loop.carry_out())
 
     def _trim_if_idle(self) -> None:
         with self._exclusive():
@@ -241,6 +244,10 @@ class LoopDriver:
     def _was_posted(self) -> None:
         if self._wake is not None:
             self._wake()
+
+    def check_process(self) -> None:
+        """Raises ForkedProcess in a child of a fork."""
+        self._owner.check()
 
     def check_ready(self) -> None:
         """As `check_open`, and raises InvalidOperation while asleep."""

@@ -1,8 +1,13 @@
 """Memory of finished requests goes back to the system once nobody has asked for a while."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
+
+from ...vmem.errors import VkvError
+
+_log = logging.getLogger(__name__)
 
 
 class IdleTrim:
@@ -42,7 +47,10 @@ class IdleTrim:
 
     def _run(self) -> None:
         while self._wait_until_due():
-            self._trim()
+            try:
+                self._trim()
+            except VkvError:  # as of a driver that is in trouble; there is a next time
+                _log.exception("memory of finished requests could not be given back")
 
     def _wait_until_due(self) -> bool:
         """False once stopped."""

@@ -150,15 +150,18 @@ class LLM:
             """The next delta; True at the end; None if there is nothing yet."""
             return request.take_delta() or (request.is_finished or None)
 
-        self._driver.submit([request])  # here: a stream never begun has none to end
         try:
+            self._driver.submit([request])  # here: a stream never begun has none to end
             while not isinstance(found := self._driver.wait_for(take), bool):
                 yield found
             _check_not_aborted([request])
             if request.error is not None:
                 raise request.error
         finally:
-            self._driver.abandon([request])
+            try:
+                self._driver.abandon([request])
+            finally:  # a signal's handler may have raised in between
+                self._driver.abandon([request])
 
     def render_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins."""

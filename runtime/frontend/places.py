@@ -2,17 +2,41 @@
 
 import asyncio
 import threading
-from collections import deque
+import weakref
+from collections import OrderedDict
+from functools import partial
+
+from ...vmem import janitor
+
+
+class _Seat:
+    """What a place is for the accounts. It knows nobody, so that nobody lives on through it."""
+
+    def __init__(self) -> None:
+        self.is_held = False
 
 
 class Place:
-    """One's place, or one's turn in the line for it. Of one event loop; see `Places.line_up`."""
+    """One's place, or one's turn in the line for it. Of one event loop; see `Places.line_up`.
+
+    It is given back when it is dropped, at the latest: a task of a loop that was closed never
+    gets to its end.
+    """
 
     def __init__(self, places: "Places") -> None:
-        self._places = places
         self._loop = asyncio.get_running_loop()
         self._called: asyncio.Future[bool] = self._loop.create_future()
-        self.is_held = False
+        self.seat = _Seat()
+        self._places = places
+        self._finalizer = weakref.finalize(
+            self, janitor.later, partial(places.give_back, self.seat)
+        )
+        self._finalizer.atexit = False
+
+    @property
+    def is_held(self) -> bool:
+        """True from the call to the release."""
+        return self.seat.is_held
 
     async def wait(self) -> bool:
         """Wait until the place is one's own: True; or until one is told to `give_up`: False."""
@@ -24,7 +48,8 @@ class Place:
 
     def release(self) -> None:
         """Give the place to the next. From any thread; harmless when repeated."""
-        self._places.release(self)
+        self._places.give_back(self.seat)
+        self._finalizer.detach()
 
     def call(self, has_place: bool) -> bool:
         """Tell whoever waits; False if there is nobody any more."""
@@ -44,33 +69,32 @@ class Places:
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()  # nothing foreign runs while it is held
-        self._num_free = count
-        self._line: deque[Place] = deque()
+        self.num_free = count
+        self._line: OrderedDict[_Seat, Place] = OrderedDict()
 
     def line_up(self) -> Place:
         """A place if one is free, else the last turn in the line. `wait` for it, then `release`."""
         place = Place(self)
         with self._lock:
-            if self._num_free:
-                self._num_free -= 1
-                place.is_held = True
+            if self.num_free:
+                self.num_free -= 1
+                place.seat.is_held = True
             else:
-                self._line.append(place)
+                self._line[place.seat] = place
         if place.is_held:
             place.call(True)
         return place
 
-    def release(self, place: Place) -> None:
-        """As `Place.release`."""
+    def give_back(self, seat: _Seat) -> None:
+        """Give a place to the next in line, or leave the line."""
         with self._lock:
-            if not place.is_held:
-                if place in self._line:
-                    self._line.remove(place)
+            if not seat.is_held:
+                self._line.pop(seat, None)
                 return
-            place.is_held = False
+            seat.is_held = False
             while self._line:
-                following = self._line.popleft()
-                if following.call(True):
+                following, place = self._line.popitem(last=False)
+                if place.call(True):
                     following.is_held = True
                     return
-            self._num_free += 1
+            self.num_free += 1

@@ -144,6 +144,7 @@ def load_model(
     layers, attention, geometry = probe_attention(model)
     model_dtype = model.dtype  # which packing takes away with the weights
     _prepare_weights(model, pack_weights, lm_head_bits, loaded_here=home is not None)
+    vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     return LoadedModel(
         name=name,
         model=model,
@@ -153,8 +154,8 @@ def load_model(
         attention_layers=layers,
         attention=attention,
         geometry=geometry,
-        vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
-        eos_token_ids=_eos_token_ids(model),
+        vocab_size=vocab_size,
+        eos_token_ids=_eos_token_ids(model, vocab_size),
         max_positions=_max_positions(text_config),
     )
 
@@ -316,12 +317,14 @@ def _max_positions(config: Any) -> int:
     return limit
 
 
-def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+def _eos_token_ids(model: PreTrainedModel, vocab_size: int) -> frozenset[int]:
+    """Tokens that end a generation. Some configs name ids that the vocabulary lacks."""
     generation = getattr(model, "generation_config", None)
     for config in (generation, model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
+            listed = [ids] if isinstance(ids, int) else ids
+            return frozenset(token_id for token_id in listed if 0 <= token_id < vocab_size)
     return frozenset()
 
 

@@ -3,18 +3,23 @@
 Every step has a token budget. A request is admitted only when the pages of its whole prompt are
 reserved. When memory runs short nevertheless, because the outputs of running requests grew, a
 request gives its slot up and is computed again later. Which ones go on, and who gives way, is the
-policy's to say (`policies`): it sees a `Snapshot` and answers with a `Plan`.
+policy's to say (`policies`): it sees a `Snapshot` and answers with a `Plan`. A call that the system
+refuses (DriverError) keeps one request waiting, as a shortage does, and tears no step.
 """
 
 from collections.abc import Sequence
 
 from ...allocator import Slot, SlotCache
-from ...vmem.errors import OutOfPages, Shortage
+from ...vmem.errors import DriverError, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
+from .exits import Exits
 from .plan import Plan, Policy
 from .snapshot import RunningRequest, Snapshot, WaitingRequest
 from .waiting import WaitingQueue
+
+Refusal = Shortage | DriverError
+"""Why a request cannot have memory now. Nothing was changed by it."""
 
 _COMPARED_AT_ONCE = 256  # tokens; comparing slices of lists is far faster than item by item
 
@@ -32,6 +37,7 @@ class Scheduler:
 
     Attributes:
         running: in the order of admission.
+        exits: how slots are let go.
         shortage: what kept the last step from giving any request a token, and whom it kept.
     """
 
@@ -51,11 +57,12 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.look_ahead_tokens = look_ahead_tokens
         self.prefix_reuse = prefix_reuse
+        self.exits = Exits(cache)
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
-        self.shortage: tuple[Request, Shortage] | None = None
+        self.shortage: tuple[Request, Refusal] | None = None
         self._requests: dict[SequenceKey, Request] = {}
 
     @property
@@ -84,10 +91,11 @@ class Scheduler:
         Empty if no request can go on: all of them wait for tokens of a step under way, or memory
         is short (`shortage`). No request is lost by that.
         """
+        self.exits.retry()
         self._let_siblings_in()
         granted: dict[Request, int] = {}
         num_before = self.num_preemptions
-        short: tuple[Request, Shortage] | None = None
+        short: tuple[Request, Refusal] | None = None
         while True:
             snapshot = self._snapshot(granted, short[0] if short else None, num_before)
             missed = self._apply(self.policy.plan(snapshot), granted)
@@ -139,7 +147,7 @@ class Scheduler:
 
     # -- doing -------------------------------------------------------------------------------
 
-    def _apply(self, plan: Plan, granted: dict[Request, int]) -> tuple[Request, Shortage] | None:
+    def _apply(self, plan: Plan, granted: dict[Request, int]) -> tuple[Request, Refusal] | None:
         """Carry out a plan, as far as memory goes; returns whom it was too short for."""
         for key in plan.preempt:
             request = self._requests[key]
@@ -150,8 +158,8 @@ class Scheduler:
             assert request.slot is not None, f"{request} is not running"
             try:
                 self.cache.grow(request.slot, request.num_computed + share.num_tokens)
-            except Shortage as shortage:
-                return request, shortage
+            except (Shortage, DriverError) as refusal:
+                return request, refusal
             granted[request] = share.num_tokens
         budget = plan.admit_tokens
         for key in plan.admit:
@@ -164,8 +172,8 @@ class Scheduler:
                 break
             try:
                 granted[request] = self._admit(request, share)
-            except Shortage as shortage:
-                return request, shortage
+            except (Shortage, DriverError) as refusal:
+                return request, refusal
             budget -= granted[request]
         return None
 
@@ -189,21 +197,18 @@ class Scheduler:
         self.waiting.let_in(request.key)
 
     def _release(self, request: Request, *, keep: bool) -> None:
-        assert request.slot is not None
-        if keep:
-            computed = request.token_ids[: request.num_computed]
-            self.cache.park(request.slot, computed, request.variant)
-        else:
-            self.cache.close(request.slot)
-        request.slot = None
+        slot, request.slot = request.slot, None
+        assert slot is not None
         self.running.remove(request)
+        computed = request.token_ids[: request.num_computed] if keep else ()
+        self.exits.let_go(slot, computed, request.variant)
 
     # -- admission ---------------------------------------------------------------------------
 
     def _admit(self, request: Request, budget: int) -> int:
         """Open a slot and reserve the request's memory; returns the tokens to compute now.
 
-        Raises a Shortage, with the request still waiting.
+        Raises a Shortage or DriverError, with the request still waiting.
         """
         tokens = self._reusable_tokens(request)
         donor, num_shared = self._live_donor(request, tokens)
@@ -217,8 +222,8 @@ class Scheduler:
         try:
             self.cache.reserve(slot, needed)
             self.cache.grow(slot, num_cached + count)
-        except Shortage:
-            self.cache.park(slot, request.token_ids[:num_cached], request.variant)
+        except (Shortage, DriverError):
+            self.exits.let_go(slot, request.token_ids[:num_cached], request.variant)
             raise
         self.waiting.remove(request)
         request.slot = slot

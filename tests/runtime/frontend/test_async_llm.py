@@ -13,6 +13,7 @@ import pytest
 import zoo
 from transformers import PreTrainedModel
 from vkv import LLM, AsyncLLM, RequestOutput, SamplingParams
+from vkv.vmem import janitor
 from vkv.vmem.errors import InvalidConfig, InvalidOperation, RequestTooLong
 
 
@@ -208,7 +209,7 @@ def test_dropped_without_close_it_ends_too(model: PreTrainedModel) -> None:
         thread, driver = llm._thread.thread, llm._thread.driver
         del llm
         gc.collect()
-        await asyncio.to_thread(thread.join, 20)
+        await asyncio.to_thread(janitor.drain, 20)
         assert not thread.is_alive()
         assert driver.is_closed
 
