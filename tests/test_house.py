@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,15 @@ def test_no_folder_of_the_runtime_holds_more_than_a_dozen_files() -> None:
         if (count := len(list(folder.glob("*.py")))) > MOST_FILES
     }
     assert not crowded
+
+
+def test_every_package_is_listed_and_so_lands_in_the_wheel() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {folder: name for name, folder in settings["package-dir"].items()}
+    assert sorted(folders.values()) == sorted(settings["packages"])
+    for part in PRODUCT:
+        for path in (ROOT / part).rglob("__init__.py"):
+            assert path.parent.relative_to(ROOT).as_posix() in {*folders, "runtime/facade"}, path
 
 
 def test_what_differs_by_device_is_in_few_files() -> None:

@@ -14,7 +14,7 @@ from ..allocator import KVCache, PagedKVCache
 from ..runtime.engine.messages import Add
 from ..runtime.engine.stats import EngineStats
 from ..runtime.execution.tape import TapeRecorder
-from ..runtime.frontend.idle import IdleTrim
+from ..runtime.frontend.driving.idle import IdleTrim
 from ..runtime.frontend.llm import LLM
 from ..runtime.request.sampling_params import SamplingParams
 from ..runtime.request.spec import RequestSpec

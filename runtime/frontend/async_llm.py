@@ -26,12 +26,12 @@ from ..engine.stats import EngineStats
 from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
 from ..request.step_output import Failure, StepOutput
-from .driver import LoopDriver
+from .driving.driver import LoopDriver
+from .driving.places import Place, Places
+from .driving.sinks import give
 from .front_end import FrontEnd
-from .places import Place, Places
 from .prompts import Message as ChatMessage
 from .prompts import Prompt
-from .sinks import give
 from .text_stream import RequestText
 
 _log = logging.getLogger(__name__)

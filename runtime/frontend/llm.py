@@ -19,7 +19,7 @@ from ..engine.interrupts import Shield
 from ..engine.stats import EngineStats
 from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
-from .driver import LoopDriver
+from .driving.driver import LoopDriver
 from .front_end import FrontEnd, is_conversation
 from .progress import BatchProgress
 from .prompts import Message, Prompt, as_batch, params_for_each

@@ -89,10 +89,10 @@ def test_a_quarter_of_the_weights(dense: Path, tmp_path: Path) -> None:
     config = json.loads((int4 / "config.json").read_text())
     (int4 / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     with LLM(int4, device="cpu") as small, LLM(same, device="cpu", dtype="bfloat16") as large:
-        assert small._loaded.dtype == torch.bfloat16
-        kept = sum(p.nbytes for p in small._loaded.model.parameters())
-        layers = large._loaded.weight_bytes - kept
-        assert 0 < small._loaded.weight_bytes - kept < 0.8 * layers  # groups of 8 cost much
+        assert small.loaded.dtype == torch.bfloat16
+        kept = sum(p.nbytes for p in small.loaded.model.parameters())
+        layers = large.loaded.weight_bytes - kept
+        assert 0 < small.loaded.weight_bytes - kept < 0.8 * layers  # groups of 8 cost much
 
 
 def test_layers_that_are_not_quantised_stay_dense(dense: Path, tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from ...vmem import janitor
-from ...vmem.at_exit import stop_at_exit
-from ...vmem.errors import InvalidOperation
-from ...vmem.process import ProcessOwner
-from ..engine.interrupts import Shield
-from ..engine.loop import EngineLoop
-from ..engine.messages import Abort, Add, Message
-from ..engine.stats import EngineStats
+from ....vmem import janitor
+from ....vmem.at_exit import stop_at_exit
+from ....vmem.errors import InvalidOperation
+from ....vmem.process import ProcessOwner
+from ...engine.interrupts import Shield
+from ...engine.loop import EngineLoop
+from ...engine.messages import Abort, Add, Message
+from ...engine.stats import EngineStats
 from .idle import IdleTrim
 from .sinks import Sink, Sinks
 from .threads_end import ThreadsEnd

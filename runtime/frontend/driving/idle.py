@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ...vmem.errors import VkvError
+from ....vmem.errors import VkvError
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import weakref
 from collections import OrderedDict
 from functools import partial
 
-from ...vmem import janitor
+from ....vmem import janitor
 
 
 class _Seat:

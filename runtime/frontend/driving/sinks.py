@@ -5,11 +5,11 @@ import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
-from ...vmem.errors import StepFailed, VkvError
-from ..engine.loop import EngineLoop
-from ..engine.messages import Abort, Message
-from ..request.spec import RequestSpec
-from ..request.step_output import StepOutput
+from ....vmem.errors import StepFailed, VkvError
+from ...engine.loop import EngineLoop
+from ...engine.messages import Abort, Message
+from ...request.spec import RequestSpec
+from ...request.step_output import StepOutput
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Who turns the loop, and where what comes of it goes."""
