@@ -124,9 +124,14 @@ def signals(count: int, **_: Any) -> Counter[str]:
         signal.signal(number, handle)
     handlers = [signal.getsignal(number) for number in numbers]
     expected = tokens(llm)
+
+    def streamed() -> tuple[int, ...]:
+        deltas = llm.stream(PROMPTS[1], zoo.greedy(40))
+        return tuple(token for delta in deltas for token in delta.token_ids)
+
     uses: dict[str, Callable[[], object]] = {
         "generate": lambda: tokens(llm) == expected or done.update(["wrong"]),
-        "stream": lambda: list(llm.stream(PROMPTS[1], zoo.greedy(40))),
+        "stream": lambda: streamed() == expected[1] or done.update(["wrong"]),
         "trim": lambda: (tokens(llm), llm.trim()),
         "sleep": lambda: (llm.sleep(), llm.wake()),
         "stats": lambda: [llm.stats() for _ in range(99)],
@@ -146,15 +151,15 @@ def signals(count: int, **_: Any) -> Counter[str]:
                 thread = threading.Thread(target=send)
                 is_under_attack = True
                 try:
-                    thread.start()
-                    use()
-                    done[f"{name} whole"] += 1
-                except Timeout:
-                    done[f"{name} ended"] += 1
-                    try:  # so that a second one comes in the middle of something, too
+                    try:
+                        thread.start()
                         use()
+                        done[f"{name} whole"] += 1
                     except Timeout:
-                        done[f"{name} ended twice"] += 1
+                        done[f"{name} ended"] += 1
+                        use()  # so that a second one comes in the middle of something, too
+                except Timeout:
+                    done[f"{name} ended twice"] += 1
                 is_under_attack = False
                 thread.join()
                 done[signal.Signals(number).name] += 1
