@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import zoo
-from signals import Timeout, time_out
+from signals import Timeout
 from vkv import LLM, AsyncLLM, MemoryLimit, SamplingParams
 from vkv.vmem import janitor
 from vkv.vmem.errors import ForkedProcess, VkvError
@@ -106,31 +106,32 @@ def streams(minutes: float, **_: Any) -> Counter[str]:
     return done
 
 
-def survive(work: Callable[[], object], times: int = 4) -> None:
-    """Run `work`, whose end is a signal that raises; another may come at any line after it."""
-    try:
-        if times:
-            survive(work, times - 1)
-        else:
-            work()
-    except (KeyboardInterrupt, Timeout):
-        pass
-
-
 def signals(count: int, **_: Any) -> Counter[str]:
     """Signals of three kinds at random instants, now and then two at once."""
     done: Counter[str] = Counter()
     rng = random.Random(0)
     llm: LLM = make(LLM)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGALRM, time_out)
-    signal.signal(signal.SIGUSR1, lambda *_: done.update(["handled"]))
     numbers = (signal.SIGINT, signal.SIGALRM, signal.SIGUSR1)
+    is_under_attack = False
+
+    def handle(number: int, frame: Any) -> None:
+        done["handled"] += 1
+        if is_under_attack and number != signal.SIGUSR1:
+            done["raised"] += 1
+            raise Timeout
+
+    for number in numbers:
+        signal.signal(number, handle)
     handlers = [signal.getsignal(number) for number in numbers]
     expected = tokens(llm)
+
+    def streamed() -> tuple[int, ...]:
+        deltas = llm.stream(PROMPTS[1], zoo.greedy(40))
+        return tuple(token for delta in deltas for token in delta.token_ids)
+
     uses: dict[str, Callable[[], object]] = {
         "generate": lambda: tokens(llm) == expected or done.update(["wrong"]),
-        "stream": lambda: list(llm.stream(PROMPTS[1], zoo.greedy(40))),
+        "stream": lambda: streamed() == expected[1] or done.update(["wrong"]),
         "trim": lambda: (tokens(llm), llm.trim()),
         "sleep": lambda: (llm.sleep(), llm.wake()),
         "stats": lambda: [llm.stats() for _ in range(99)],
@@ -148,15 +149,19 @@ def signals(count: int, **_: Any) -> Counter[str]:
                         os.kill(os.getpid(), number)
 
                 thread = threading.Thread(target=send)
-
-                def attacked(name: str = name, use: Any = use, thread: Any = thread) -> None:
-                    thread.start()
-                    use()
-                    done[f"{name} whole"] += 1
-
-                survive(attacked)
-                while thread.is_alive():
-                    survive(thread.join)
+                is_under_attack = True
+                try:
+                    try:
+                        thread.start()
+                        use()
+                        done[f"{name} whole"] += 1
+                    except Timeout:
+                        done[f"{name} ended"] += 1
+                        use()  # so that a second one comes in the middle of something, too
+                except Timeout:
+                    done[f"{name} ended twice"] += 1
+                is_under_attack = False
+                thread.join()
                 done[signal.Signals(number).name] += 1
                 assert [signal.getsignal(n) for n in numbers] == handlers
                 llm.wake()
