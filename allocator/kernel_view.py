@@ -40,16 +40,16 @@ class KernelView(ABC):
 
     @abstractmethod
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer over the whole cache, [rows, tokens, kv_heads, head_dim].
+        """Keys and values of a layer over the whole cache.
 
-        Contiguous: a row is a slot. Paged: a row is a block.
+        Contiguous: [slots, tokens, kv_heads, head_dim]. Paged: [blocks, tokens, …] of a block.
         """
 
     @abstractmethod
     def locate(
         self, slots: Sequence[Slot], starts: Sequence[int], counts: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where tokens `start … start + count` of each slot lie: (row, position), int64.
+        """Where tokens `start … start + count` of each slot lie: (slot or block, position), int64.
 
         Flat over all slots, in order; indices into the first two dimensions of `layer`.
         """

@@ -18,7 +18,7 @@ class KVCache(SlotCache):
     """Gives each request a contiguous slot and keeps its tokens backed.
 
     The address space of all slots is reserved at once; physical pages follow the tokens. Kernels
-    see ordinary strided tensors, `layer(i)`, of which only the rows that were grown may be
+    see ordinary strided tensors, `layer(i)`, of which only the tokens that were grown may be
     touched.
 
     Args:
@@ -51,7 +51,7 @@ class KVCache(SlotCache):
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, [num_slots, tokens, num_kv_heads, head_dim], strided.
 
-        Row `slot.index` is a slot; its first `slot.num_tokens` tokens may be touched, and read
+        Index `slot.index` is a slot; its first `slot.num_tokens` tokens may be touched, and read
         up to the next multiple of the layout's `over_read_tokens`. Beyond, it may fault. `tokens`
         is `max_len`, rounded up to that.
         """

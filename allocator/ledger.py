@@ -1,7 +1,7 @@
 """What each page of a cache is there for, kept as counts, so that no question lists the pages.
 
-A page may be referred to by several slots, and is of use in the best way that any of them has for
-it. What a slot has for a page follows from where in the slot's range it is:
+Several slots may share a page; it counts by the best use that any of them has for it. What use a
+slot has for a page follows from the page's place in the slot's range:
 
     range    | needed        | promised      | ahead         | idle          (of a live slot)
              | parked                                                        (of a parked one)

@@ -1,4 +1,4 @@
-"""Which parked slot serves the next request best: a pure policy over token sequences."""
+"""Which parked slot serves the next request best: a comparison of token sequences alone."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence

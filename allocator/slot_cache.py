@@ -42,7 +42,7 @@ class SlotCache(KernelView):
 
     Args:
         backing: the pages behind the slots, from a pool that may be shared with other caches.
-        num_slots: rows of the cache: requests that can be open or parked at once.
+        num_slots: requests that can be open or parked at once.
         max_parked: parked slots kept before the next finished one replaces the oldest; half of
             the slots by default.
     """

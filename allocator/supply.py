@@ -1,4 +1,4 @@
-"""How a cache comes by memory: promised before it is mapped, taken back where it runs short."""
+"""How a cache gets memory: promised before it is mapped, taken back where it runs short."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -1,7 +1,7 @@
-"""vkv's own CPU kernels: attention that reads each key and value once, at memory speed.
+"""vkv's own CPU kernels: attention that reads each key and value once.
 
-A small C library (`native/`) over contiguous strided slots. It knows token and slot strides and
-nothing else of how memory is arranged.
+A small C library (`native/`) over contiguous strided slots. Of how memory is arranged it knows the
+strides of tokens, heads and slots alone.
 """
 
 import ctypes

@@ -15,7 +15,7 @@ from vkv.runtime.cli import main as cli
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     path.relative_to(ROOT)
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("examples/*/README.md")]
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
 )
 
 
@@ -35,12 +35,10 @@ def test_python_in_the_readme_runs(index: int) -> None:
 def test_commands_in_the_readme_exist() -> None:
     text = (ROOT / "README.md").read_text()
     root = typer.main.get_command(cli.app)
-    named = re.findall(r"^(?:.*\| )?vkv ([a-z]+)(?: ([a-z]+))?", text, flags=re.MULTILINE)
-    assert named
-    for command, sub in named:
-        assert command in root.commands, f"vkv {command}"  # type: ignore[attr-defined]
-        if command == "bench":
-            assert sub in root.commands["bench"].commands, sub  # type: ignore[attr-defined]
+    named = set(re.findall(r"^\| `vkv ([a-z]+)", text, flags=re.MULTILINE))
+    assert named == set(root.commands)  # type: ignore[attr-defined]
+    (bench,) = re.findall(r"^\| `vkv bench` ([^|]*) \|", text, flags=re.MULTILINE)
+    assert set(re.findall(r"`([a-z]+)`", bench)) == set(root.commands["bench"].commands)  # type: ignore[attr-defined]
     targets = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", targets, flags=re.MULTILINE), f"make {target}"
@@ -48,9 +46,21 @@ def test_commands_in_the_readme_exist() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)\)", (ROOT / page).read_text()):
+    text = (ROOT / page).read_text()
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text)
+    targets += re.findall(r"^\[\w+\]: (\S+)$", text, flags=re.MULTILINE)
+    for target in targets:
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_code_to_read_is_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    (listed,) = re.findall(r"<!-- reading -->(.*?)<!-- end -->", text, flags=re.DOTALL)
+    files = re.findall(r"^\| \[`[^`]+`\]\(([^)]+)\) \|", listed, flags=re.MULTILINE)
+    assert 10 <= len(files) <= 15
+    num_lines = sum(len((ROOT / file).read_text().splitlines()) for file in files)
+    assert num_lines <= 3500, f"{num_lines} lines in {files}"
 
 
 # What the design promises to run, by name.
@@ -84,7 +94,7 @@ _PROMISED = [
 
 
 def test_the_architectures_named_are_those_proven() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "runtime/model/README.md").read_text()
     (listed,) = re.findall(r"<!-- architectures -->(.*?)<!-- end -->", text, flags=re.DOTALL)
     assert listed.strip() == architectures.table(), "python tests/support/architectures.py"
     assert set(_PROMISED) <= set(re.findall(r"^\| `(\w+)` .*tokens, logits", listed, re.MULTILINE))

@@ -1,6 +1,6 @@
 """Address space and physical pages: reserve, create, map, unmap, and tensors over it all.
 
-Drivers are loaded when first used: whoever wants an error of the tree waits for no PyTorch.
+Drivers are loaded when first used, so that the errors can be had without importing PyTorch.
 """
 
 import importlib

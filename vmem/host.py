@@ -164,8 +164,8 @@ class HostDriver(VmemDriver):
     def _touch(self, pages: Sequence[Page]) -> bool:
         """Make the pages resident, zeroed and, where the kernel agrees, huge. Returns that.
 
-        First touch costs most of a page's life (FACTS: 2 ms per 2 MiB), so it happens here, once,
-        through a staging window, and later mappings only enter page tables.
+        The first touch is the largest cost in a page's life. So it happens here, once, through a
+        staging window, and later mappings only enter page tables.
         """
         runs = list(_adjacent_runs(pages))
         window_bytes = max(count for _, count in runs) * self.page_bytes

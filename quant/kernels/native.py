@@ -1,7 +1,7 @@
 """vkv's own CPU kernel: a small C library (`native/`) for processors with AVX512-BF16 or AVX2.
 
-It serves every batch: codes are looked up in registers, so that no dequantised weight is ever
-written anywhere.
+It serves every batch. Codes become numbers in registers, so no dequantised weight is ever written
+to memory.
 """
 
 import ctypes

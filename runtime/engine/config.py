@@ -49,12 +49,12 @@ class EngineConfig:
             that vkv loaded itself, and leaves one that it was given as it is.
         lm_head_bits: 4 or 8 to quantise the output layer at load; None leaves it as it is.
         sanitize: "zero" clears recycled memory before another request may see it.
-        record_decodes: record decode steps and replay them, as CUDA graphs (`graphs`) or on a CPU
-            as a list of calls (`tape`); None does so where the attention backend and the model
-            can be recorded.
+        record_decodes: record decode steps and replay them, as CUDA graphs (`recordings`) or on
+            a CPU as a list of calls (`tape`); None does so where the attention backend and the
+            model can be recorded.
         overlap: prepare a step on the host while the device computes the one before, so that a
             request's end is seen one step late; None does so on a GPU. The tokens are the same.
-        policy: "splitfuse", or "prefill_first", a baseline to compare with (`scheduler`).
+        policy: "splitfuse", or "prefill_first", a baseline to compare with (`policies`).
         idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
             back by itself; None for never.
         shortage_wait_s: how long a request may wait for memory that nobody of this engine can

@@ -5,10 +5,10 @@ its kernels is launched at once. That a slot's addresses never change is what ma
 whatever differs from step to step (tokens, positions, slots, lengths) lies in tensors that are
 filled anew before a replay, and memory may be mapped behind a slot between two replays.
 
-On a GPU batches come in a few sizes. A smaller one is padded with decodes that harm nobody: such a
-one writes its keys and values where the next token of some request will go, which is mapped
-but not read before that token overwrites it, and attends to the first token of that slot alone.
-Where no slot has such a place, the padding repeats the shortest request, and writes what it writes.
+On a GPU batches come in a few sizes. A smaller one is padded with decodes that do no harm. Each
+writes its keys and values to the place of some request's next token, which is mapped, and which is
+not read before that token overwrites it. It attends to the first token of that slot alone. Where no
+slot has such a place, the padding repeats the shortest request, and writes what that writes.
 """
 
 import logging

@@ -7,12 +7,14 @@ after the first three.
 
 Two promises shape the code:
 
-- *A row's result does not depend on the rest of the batch.* A row's randomness is one uniform
-  number per step, a hash of (seed, sequence index, step), so there is no generator whose state
+- *A sequence's token does not depend on the rest of the batch.* Its randomness is one uniform
+  number a step, a hash of (seed, sequence index, step), so there is no generator whose state
   could be shared, lost in a preemption or consumed by a failed step.
-- *Filters are thresholds on values, not choices of indices.* Each of top-k, top-p and min-p comes
-  to the smallest logit it keeps, so tokens of equal logit are kept or dropped together, as in
-  vLLM, and no sort's order of equals can show.
+- *Filters are thresholds on values, not choices of indices.* Each of top-k, top-p and min-p finds
+  the smallest logit it keeps, so tokens of equal logit are kept or dropped together, as in vLLM,
+  in whatever order a sort leaves equals.
+
+In this file a row is one sequence's logits.
 """
 
 from __future__ import annotations

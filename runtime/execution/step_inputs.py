@@ -1,7 +1,7 @@
 """What a step tells the device: small integers, in one buffer and one copy.
 
-The host waits for none of it. A `StepInputs` may be filled again: its tensors stay where they are,
-which is what a recorded step (`graphs`) reads.
+The host does not wait for the copy. A `StepInputs` may be filled again; its tensors stay at their
+addresses, from which a recorded step (`recordings`) reads.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ def is_ready(device: torch.device) -> bool:
 
 
 def pins(device: torch.device) -> bool:
-    """Whether host memory must be pinned for a copy to `device` that nobody waits for."""
+    """Whether host memory must be pinned for a copy to `device` without waiting."""
     return device.type == "cuda"
 
 

@@ -1,7 +1,7 @@
-"""A request as its caller sees it: tokens that an engine gives, and the text they come to.
+"""A request as its caller sees it: the tokens that an engine gives, and their text.
 
-The engine knows tokens alone. Text, stop strings and the texts of log probabilities are made here,
-by whoever asked, in the caller's process.
+The engine knows only tokens. Text, stop strings and the texts of log probabilities are made here,
+in the caller's process.
 """
 
 from collections.abc import Sequence

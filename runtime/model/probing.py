@@ -64,7 +64,7 @@ def _check_neighbours(model: PreTrainedModel, ahead: AttentionProbe) -> None:
 
 
 def probe_outputs(model: PreTrainedModel) -> list[torch.Tensor]:
-    """What a few tokens come to: each layer's inputs to attention, and the logits."""
+    """What a few tokens give: each layer's inputs to attention, and the logits."""
     probe = _run_probe(model, backwards=False)
     return [*probe.inputs.values(), *probe.logits]
 

@@ -93,7 +93,7 @@ class RecurrentState:
         return step
 
     def scatter(self, slots: Sequence[int], step: StepState) -> None:
-        """Save what `step` came to, over whatever `slots` held."""
+        """Save the states that `step` left behind, over whatever `slots` held."""
         for key, states in step.states().items():
             if key not in self._saved:
                 self._saved[key] = states.new_zeros((self._num_slots, *states.shape[1:]))

@@ -1,4 +1,4 @@
-"""The README's table of architectures: `python tests/support/architectures.py` prints it."""
+"""The table in runtime/model/README.md: `python tests/support/architectures.py` prints it."""
 
 import sys
 

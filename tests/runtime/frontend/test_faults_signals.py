@@ -13,7 +13,8 @@ from signals import SignalAt, Timeout, time_out
 from transformers import PreTrainedModel
 from vkv import LLM
 from vkv.runtime.engine import engine, interrupts, loop
-from vkv.runtime.frontend import driver, llm, sinks
+from vkv.runtime.frontend import llm
+from vkv.runtime.frontend.driving import driver, sinks
 from vkv.runtime.scheduling import scheduler
 from vkv.vmem import janitor
 

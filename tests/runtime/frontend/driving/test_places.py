@@ -4,7 +4,7 @@ import asyncio
 import gc
 import threading
 
-from vkv.runtime.frontend.places import Place, Places
+from vkv.runtime.frontend.driving.places import Place, Places
 from vkv.vmem import janitor
 
 
