@@ -1,6 +1,7 @@
 """From a model and its options to an engine: driver, pages, slots, kernels."""
 
 import bisect
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from .config import EngineConfig
 from .devices import DeviceProfile, device_profile, resolve_device
 from .engine import Engine
 from .loop import EngineLoop
+
+_log = logging.getLogger(__name__)
 
 READY_GROWTHS = 2  # as many growth steps' pages are kept created, so that few wait for the system
 
@@ -212,7 +215,7 @@ def _build_cache(
     limit = _limit(loaded, config, num_slots, profile)
     if config.kv == "paged":
         paged = PagedLayout(loaded.geometry, loaded.dtype, max_len, config.block_tokens)
-        limit = _at_most(limit, num_slots * paged.num_pages(max_len) * paged.page_bytes, config)
+        limit = _at_most(limit, num_slots * paged.num_pages(max_len) * paged.page_bytes)
         assert not isinstance(limit, MemoryLimit), "refused by the config"
         return (
             PagedKVCache(
@@ -228,11 +231,9 @@ def _build_cache(
     layers_per_range = config.layers_per_range or profile.layers_per_range
     page_bytes = config.page_bytes
     if page_bytes is None:
-        rough = _at_most(limit, num_slots * max_len * _token_bytes(loaded), config)
-        rough_bytes = rough.num_bytes if isinstance(rough, MemoryLimit) else rough
-        page_bytes = profile.page_bytes(
-            loaded.geometry, loaded.dtype, layers_per_range, rough_bytes
-        )
+        limit_bytes = limit.num_bytes if isinstance(limit, MemoryLimit) else limit
+        rough = min(limit_bytes, num_slots * max_len * _token_bytes(loaded))
+        page_bytes = profile.page_bytes(loaded.geometry, loaded.dtype, layers_per_range, rough)
     driver = open_driver(loaded.device, page_bytes)
     try:
         layout = KVLayout(
@@ -247,7 +248,7 @@ def _build_cache(
         most = num_slots * layout.num_pages(max_len) * layout.page_bytes
         pool = PagePool(
             driver,
-            _at_most(limit, most, config),
+            _at_most(limit, most),
             low_watermark=READY_GROWTHS * layout.num_ranges,
             sanitize=config.sanitize,
         )
@@ -264,7 +265,14 @@ def _limit(
     if isinstance(config.kv_memory, MemoryLimit):
         return config.kv_memory
     if config.kv_memory != "auto":
-        return parse_bytes(config.kv_memory)
+        wanted, available = parse_bytes(config.kv_memory), profile.available_bytes()
+        if wanted > available:
+            _log.warning(
+                "kv_memory is %r, and this machine has %.1f GiB left: the limit is that",
+                config.kv_memory,
+                available / 2**30,
+            )
+        return min(wanted, available)
     return profile.auto_kv_bytes(
         loaded,
         max_batch_tokens=config.max_batch_tokens or profile.max_batch_tokens,
@@ -273,9 +281,9 @@ def _limit(
     )
 
 
-def _at_most(limit: int | MemoryLimit, most: int, config: EngineConfig) -> int | MemoryLimit:
-    """The limit, but "auto" no more than the slots could ever use."""
-    return min(limit, most) if config.kv_memory == "auto" and isinstance(limit, int) else limit
+def _at_most(limit: int | MemoryLimit, most: int) -> int | MemoryLimit:
+    """The limit, but no more than the slots could ever use; one that several keep is theirs."""
+    return limit if isinstance(limit, MemoryLimit) else min(limit, most)
 
 
 def _token_bytes(loaded: LoadedModel) -> int:

@@ -33,7 +33,7 @@ class EngineConfig:
         kv_memory: the most bytes that keys and values may take: an integer, a text such as
             "64MiB", a `MemoryLimit` that several engines share, or "auto": half of a machine's
             free memory, or what the largest step leaves on a GPU (measured, `memory_profile`).
-            Nothing is taken in advance.
+            Never more than the slots could use or the machine has. Nothing is taken in advance.
         max_batch_tokens: tokens of one step; None for 256 on a CPU, 2048 on a GPU.
         kv: contiguous slots in virtual memory, or the paged baseline.
         attention: a backend's name, or "auto".

@@ -9,7 +9,9 @@ import torch
 import zoo
 from quantized import quantize_folder
 from vkv import LLM
+from vkv.allocator import parse_bytes
 from vkv.runtime.engine.memory_profile import memory_for_kv, profile_step
+from vkv.vmem import linux
 
 _GIB = 1 << 30
 
@@ -93,3 +95,19 @@ def test_what_4_bit_weights_save_is_for_keys_and_values(
     gained, saved = limits[0] - limits[1], weights[1] - weights[0]
     assert saved > 0.4 * linear_bytes  # most of it, where one kernel takes all batches
     assert gained == pytest.approx(saved, rel=0.02), "no copy of the weights is left behind"
+
+
+@pytest.mark.parametrize("kv_memory", ["64MiB", "200GiB", "100TB"])
+def test_a_generous_limit_makes_no_larger_pages(
+    kv_memory: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with LLM(zoo.tiny_model("llama"), device="cpu", max_len=256, kv_memory=kv_memory) as llm:
+        llm.generate([1, 2, 3], zoo.greedy(4))
+        stats = llm.stats()
+        cache = llm.engine.cache
+        most = cache.num_slots * cache.num_pages(256)
+    assert stats.page_bytes == 16 << 10
+    assert stats.physical_bytes < 1 << 20
+    assert stats.pages_limit == most
+    warned = [r for r in caplog.records if "kv_memory" in r.getMessage()]
+    assert bool(warned) == (parse_bytes(kv_memory) > linux.available_bytes())
