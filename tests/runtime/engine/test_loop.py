@@ -1,4 +1,4 @@
-"""The loop around an engine: no output is lost, whatever fails; what drivers may rely on."""
+"""The loop around an engine: no output is lost, whatever fails, and a queue costs nothing."""
 
 import logging
 import threading
