@@ -11,7 +11,7 @@ from quantized import quantize_folder
 from vkv import LLM
 from vkv.allocator import parse_bytes
 from vkv.runtime.engine.memory_profile import memory_for_kv, profile_step
-from vkv.vmem import linux
+from vkv.vmem import janitor, linux
 
 _GIB = 1 << 30
 
@@ -70,6 +70,7 @@ def test_the_largest_step_and_some_headroom_are_left_out(monkeypatch: pytest.Mon
 def _tensor_bytes() -> int:
     """Bytes of all tensors that are held anywhere in this process, shared memory counted once."""
     gc.collect()
+    assert janitor.drain()  # of what other tests have dropped
     tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
     storages = [one.untyped_storage() for one in tensors if one.device.type == "cpu"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
