@@ -25,7 +25,10 @@ def read_prompts(given: Sequence[str] | None) -> list[str]:
 def run_generate(
     llm: LLM, prompts: Sequence[str], params: SamplingParams, *, as_chat: bool, as_json: bool
 ) -> None:
-    """Generate for all prompts together and print what comes, in their order."""
+    """Generate for all prompts together and print what comes, in their order.
+
+    Raises what the first prompt that went wrong went wrong by, when all outputs are printed.
+    """
     if as_chat:
         outputs = llm.chat([[{"role": "user", "content": p}] for p in prompts], params)
     else:
@@ -33,6 +36,9 @@ def run_generate(
     for prompt, output in zip(prompts, outputs, strict=True):
         for text in _lines(prompt, output, as_chat=as_chat, as_json=as_json):
             sys.stdout.write(text + "\n")
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
 
 
 def _lines(prompt: str, output: RequestOutput, *, as_chat: bool, as_json: bool) -> list[str]:
@@ -45,6 +51,7 @@ def _lines(prompt: str, output: RequestOutput, *, as_chat: bool, as_json: bool) 
         "prompt": prompt,
         "num_prompt_tokens": len(output.prompt_token_ids),
         "num_cached_tokens": output.num_cached_tokens,
+        "error": None if output.error is None else str(output.error),
         "outputs": [
             {
                 "text": completion.text,

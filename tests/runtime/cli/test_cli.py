@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import vkv
 from typer.testing import CliRunner
 from vkv.quant import quantize_output
 from vkv.runtime.cli import main as cli
 from vkv.runtime.cli.chat import ChatSession
+from vkv.runtime.cli.generate import run_generate
+from vkv.runtime.execution.model_runner import ModelRunner
 from vkv.runtime.frontend.llm import LLM
 from vkv.runtime.request.sampling_params import SamplingParams
-from vkv.vmem.errors import VkvError
+from vkv.vmem.errors import InvalidOperation, VkvError
 
 torch.set_num_threads(1)
 
@@ -200,3 +203,22 @@ def test_a_mistake_is_a_message_and_not_a_traceback(arguments: list[str], words:
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_prompt_that_goes_wrong_is_told_when_the_others_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    computed = ModelRunner.logits
+
+    def broken(self: ModelRunner, *args: Any, **options: Any) -> torch.Tensor:
+        logits = computed(self, *args, **options)
+        logits[-1] = torch.nan
+        return logits
+
+    monkeypatch.setattr(ModelRunner, "logits", broken)
+    with vkv.LLM(device="cpu", max_seqs=4) as llm, pytest.raises(InvalidOperation, match="finite"):
+        params = vkv.SamplingParams(temperature=0, max_tokens=3)
+        run_generate(llm, ["hello", "what is 3 + 4?"], params, as_chat=True, as_json=True)
+    whole, failed = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (whole["error"], len(whole["outputs"][0]["token_ids"])) == (None, 3)
+    assert "finite" in failed["error"]
