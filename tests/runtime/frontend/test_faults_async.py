@@ -137,7 +137,7 @@ def test_a_shortage_that_a_neighbour_ends_is_waited_for(
         LLM(model, device="cpu", **zoo.with_defaults(options)) as busy,
         opened(model, **options, shortage_wait_s=20.0 if waits else 0.05) as llm,
     ):
-        stream = busy.stream([1] * 200, zoo.greedy(50))
+        stream = busy.stream([1] * 200, zoo.greedy(8))  # of 13 pages, and 16 there are
         next(stream)
 
         async def main() -> None:
