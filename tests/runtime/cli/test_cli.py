@@ -217,9 +217,9 @@ def test_a_prompt_that_goes_wrong_is_told_when_the_others_are_printed(
         return logits
 
     monkeypatch.setattr(ModelRunner, "logits", broken)
+    prompts, params = ["hello", "what is 3 + 4?"], vkv.SamplingParams(temperature=0, max_tokens=3)
     with vkv.LLM(device="cpu", max_seqs=4) as llm, pytest.raises(InvalidOperation, match="finite"):
-        params = vkv.SamplingParams(temperature=0, max_tokens=3)
-        run_generate(llm, ["hello", "what is 3 + 4?"], params, as_chat=True, as_json=True)
+        run_generate(llm, prompts, params, as_chat=True, as_json=True)
     whole, failed = map(json.loads, capsys.readouterr().out.splitlines())
     assert (whole["error"], len(whole["outputs"][0]["token_ids"])) == (None, 3)
     assert "finite" in failed["error"]
