@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Collection
 
+from torch import Tensor
+
 from ...allocator import SlotCache
 from ...vmem.errors import InvalidOperation, StepFailed, UsageError, VkvError
 from ..execution.model_runner import LaunchedStep, ModelRunner
@@ -69,7 +71,7 @@ class Engine:
         return self.scheduler.has_work
 
     @property
-    def is_settled(self) -> bool:
+    def is_caught_up(self) -> bool:
         """True if no step is under way."""
         return self._under_way is None
 
@@ -81,7 +83,8 @@ class Engine:
     # -- requests ----------------------------------------------------------------------------
 
     def add(self, spec: RequestSpec) -> list[Request]:
-        """Queue a prompt: `params.n` requests, of which the others share the first one's slot.
+        """Queue a prompt: `params.n` requests, of which each further one starts from a copy of the
+        first one's slot, whose whole pages they share.
 
         Raises a `UsageError`, with nothing queued.
         """
@@ -143,7 +146,7 @@ class Engine:
             self._overlapped_step()
         else:
             self._plain_step()
-        self._rest()
+        self._drop_step_if_idle()
         self._step_time_s += time.perf_counter() - start
 
     def _plain_step(self) -> None:
@@ -160,7 +163,9 @@ class Engine:
             self._catch_up()
         batch = self.scheduler.schedule()
         if not batch.items:  # all wait for their last token, or for memory that an end may bring
-            self._catch_up()
+            if self._under_way is not None:
+                self._catch_up()
+                self.scheduler.shortage = None  # which was found before those ends
             return
         before = self._under_way
         wait = not batch.can_run_ahead
@@ -169,13 +174,15 @@ class Engine:
         if wait:
             self._catch_up()
 
-    def _launch(self, batch: Batch, last_tokens: object, *, wait: bool) -> LaunchedStep | None:
+    def _launch(
+        self, batch: Batch, last_tokens: Tensor | None, *, wait: bool
+    ) -> LaunchedStep | None:
         """Run a batch, and note what will be in the slots, and which tokens will come.
 
         None if the model failed; so have the batch's requests then.
         """
         try:
-            launched = self.runner.launch(batch, last_tokens, wait=wait)  # type: ignore[arg-type]
+            launched = self.runner.launch(batch, last_tokens, wait=wait)
         except Exception as error:  # noqa: BLE001 - told to the requests of the batch, and logged
             _log.exception("a step of %d requests failed", len(batch))
             self._catch_up()
@@ -200,7 +207,7 @@ class Engine:
         if before is not None:
             self._postprocess(before)
 
-    def _rest(self) -> None:
+    def _drop_step_if_idle(self) -> None:
         if not self.has_work:
             self._under_way = None  # it computes what follows the ends of requests, for nobody
 
@@ -211,8 +218,8 @@ class Engine:
         try:
             tokens = launched.wait()
         except Exception as error:  # noqa: BLE001 - told to the requests of the step, and logged
-            _log.exception("a step of %d requests failed", len(launched.requests))
-            for request in launched.requests:
+            _log.exception("a step of %d requests failed", len(launched.computed))
+            for request in launched.computed:
                 self.fail(request, error)
             return
         for request, token in zip(launched.requests, tokens, strict=True):
@@ -266,7 +273,7 @@ class Engine:
         siblings.remove(request)
         if not siblings:
             del self._requests[request.key[0]]
-        self._rest()
+        self._drop_step_if_idle()
 
     # -- what it holds -----------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from ...vmem.errors import InvalidOperation, UsageError, VkvError
+from ..request.request import Request
 from ..request.spec import RequestSpec
 from ..request.step_output import Failure, StepOutput
 from .engine import Engine
@@ -28,8 +29,9 @@ class EngineLoop:
     Args:
         engine: all of whose memory it gives back at `close`.
         close: gives back what is under the engine.
-        shortage_wait_s: how long a request that memory is too short for may hold all others up
-            before it fails. Neighbours under a common `MemoryLimit` may return some meanwhile.
+        shortage_wait_s: if no request could get memory for so long, the one that
+            `scheduler.shortage` names fails. Neighbours under a common `MemoryLimit` may return
+            some meanwhile.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class EngineLoop:
         self.engine = engine
         self._close = close
         self._shortage_wait_s = shortage_wait_s
-        self._short_since: float | None = None
+        self._short_since: tuple[Request, float] | None = None
         self._sleep = Sleep(engine)
         self._inbox: deque[Message] = deque()
         self._refused: list[StepOutput] = []  # that no one has taken yet
@@ -113,17 +115,18 @@ class EngineLoop:
         self._published_s = time.monotonic()
 
     def _meet_shortage(self) -> None:
-        """Where memory is short for all, wait a little; in the end the first in line fails."""
+        """Where memory is short for all, wait a little; in the end the one that lacks it fails."""
         shortage = self.engine.scheduler.shortage if self.engine.has_work else None
-        if shortage is None or not self.engine.is_settled:
+        if shortage is None:
             self._short_since = None
             return
+        request, error = shortage
         now = time.monotonic()
-        self._short_since = self._short_since or now
-        if now - self._short_since < self._shortage_wait_s:
+        if self._short_since is None or self._short_since[0] is not request:
+            self._short_since = request, now
+        if now - self._short_since[1] < self._shortage_wait_s:
             time.sleep(_PAUSE_S)
             return
-        request, error = shortage
         _log.warning("no memory for %r in %g s: %s", request, self._shortage_wait_s, error)
         self.engine.fail(request, error)
         self._short_since = None

@@ -17,7 +17,9 @@ from .upload import select_rows
 
 
 class ModelRunner:
-    """Runs the model over one batch, laid out flat as [1, num_tokens], without padding.
+    """Runs the model over one batch, laid out flat as [1, num_tokens].
+
+    Nothing is padded, but where a recorded decode of a larger batch is replayed.
 
     Args:
         forward: the model.
@@ -75,14 +77,15 @@ class ModelRunner:
         _collect_prompt_logprobs(items, ends, logits, index_of)
         sampling = [i for i, item in enumerate(items) if item.samples]
         wanted = select_rows(logits, [index_of[ends[i] - 1] for i in sampling])
-        requests = [items[i].request for i in sampling]
+        computed = [item.request for item in items]
+        requests = [computed[i] for i in sampling]
         states = [request.sampling for request in requests]
         if wait or not sampling:
-            return LaunchedStep(requests, sampled=sample(wanted, states))
+            return LaunchedStep(computed, requests, sampled=sample(wanted, states))
         chosen = choose(wanted, states)
         for state in states:
             state.num_output_tokens += 1
-        return LaunchedStep(requests, chosen=chosen)
+        return LaunchedStep(computed, requests, chosen=chosen)
 
     def logits(
         self,
@@ -159,16 +162,20 @@ class LaunchedStep:
     """A step under way: the requests that it samples for, and their tokens once it is done.
 
     Attributes:
+        computed: all requests of the step, prompt chunks that do not sample among them.
+        requests: those that it samples for.
         tokens: the sampled tokens on the device, int64 [len(requests)]; None if they are known.
     """
 
     def __init__(
         self,
+        computed: Sequence[Request],
         requests: Sequence[Request],
         *,
         sampled: list[SampledToken] | None = None,
         chosen: torch.Tensor | None = None,
     ) -> None:
+        self.computed = computed
         self.requests = requests
         self._sampled = sampled
         self._done: torch.cuda.Event | None = None

@@ -303,7 +303,7 @@ class EngineThread:
     def __init__(self, loop: EngineLoop, *, idle_trim_s: float | None) -> None:
         self._calls: SimpleQueue[bool] = SimpleQueue()  # False: stop. A finaliser may `put`.
         calls = self._calls
-        self.driver = LoopDriver(loop, idle_trim_s=idle_trim_s, wake=lambda: calls.put(True))
+        self.driver = LoopDriver(loop, idle_trim_s=idle_trim_s, on_post=lambda: calls.put(True))
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="vkv-engine", daemon=True)
         self.thread.start()

@@ -45,7 +45,7 @@ class LLM:
     Attributes:
         config: the options, all of them.
         loaded: the model, and what the engine knows of it.
-        loop: what drives the engine. A program may turn it itself, while nobody generates.
+        loop: what drives the engine. While nobody generates, a benchmark may turn it by hand.
 
     One class, since it is the library's front door: every method is a verb or a fact for its users.
 
@@ -74,7 +74,7 @@ class LLM:
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)
         admission = self.loop.engine.admission
         self._front_end = FrontEnd(self.loaded.name, self.loaded.tokenizer, admission)
-        # Whatever it was dropped in the middle of, it is closed elsewhere and later.
+        # A finaliser may run with any lock held, so the janitor closes it.
         weakref.finalize(self, janitor.later, self._driver.close).atexit = False
 
     # -- generating --------------------------------------------------------------------------
@@ -94,9 +94,10 @@ class LLM:
             params: for all prompts, or one for each.
             progress: show a bar; None shows one on a terminal if it takes a while.
             on_error: what becomes of a request that goes wrong while it runs, whose logits are not
-                finite, for one. "return": its output has an `error`, the finish reason "error"
-                and the tokens it had, and the error is logged; the other outputs are whole.
-                "raise": the first such error is raised when all requests have ended.
+                finite, for one; an exception of the model's hits all requests of that step.
+                "return": its output has an `error`, the finish reason "error" and the tokens it
+                had, the first error is logged, and the other outputs are whole. "raise": the
+                first error is raised when all requests have ended.
 
         Raises a `UsageError` before anything runs if a prompt or parameter is refused. On an
         exception, Ctrl-C included, the requests' pages are given back.
@@ -134,8 +135,9 @@ class LLM:
     ) -> Iterator[StreamDelta]:
         """Generate for one prompt or conversation, and yield what comes.
 
-        Whoever steps the engine meanwhile, another stream or thread, no token is lost. Leaving the
-        loop early ends the request and gives its pages back. An error of the request is raised.
+        No token is lost if another stream or thread steps the engine meanwhile. Nothing is queued
+        before the first delta is asked for. Closing or dropping the iterator, as leaving a `for`
+        loop does, ends the request and gives its pages back. An error of the request is raised.
         """
         self._driver.check_ready()
         request = self._request(prompt, params)
@@ -209,7 +211,7 @@ class LLM:
         return self.loaded.weight_bytes
 
     def stats(self) -> EngineStats:
-        """What the engine holds and has done, as of the last step's end; waits for no step."""
+        """What the engine holds and has done, a moment ago while it works; waits for no step."""
         return self._driver.stats()
 
     def trim(self) -> int:
@@ -274,12 +276,12 @@ class LLM:
                 with BatchProgress(requests, progress) as bar:
                     for request in requests:
                         while not request.is_finished:
-                            self._driver.turn()
+                            self._driver.turn(unless=lambda one=request: one.is_finished)
                             shield.deliver()
                             bar.update()
             finally:
                 self._driver.abandon(requests)
-                if self._driver.has_mail:
+                if self._driver.has_mail:  # pages are back when this returns, not soon after
                     self._driver.tidy()
         _check_not_aborted(requests)
         self._report_errors(requests, on_error)

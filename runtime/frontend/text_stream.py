@@ -1,7 +1,8 @@
-"""A request as its caller sees it: the tokens that an engine gives, and their text.
+"""A request as its caller sees it: tokens that an engine gives, and the text they come to.
 
-The engine knows only tokens. Text, stop strings and the texts of log probabilities are made here,
-in the caller's process.
+The engine knows tokens alone. Text, stop strings and the texts of log probabilities are made here,
+in the caller's process: for `LLM` by whichever thread turned the loop, for `AsyncLLM` on the event
+loop.
 """
 
 from collections.abc import Sequence
@@ -106,7 +107,9 @@ class SequenceText:
 
 
 class RequestText:
-    """A request and all of its outputs, as they come. Not for use from several threads at once.
+    """A request and all of its outputs, as they come.
+
+    One thread at a time may use it; `is_finished` and `num_output_tokens` any thread may read.
 
     Args:
         spec: what the engine is asked.
@@ -161,8 +164,8 @@ class RequestText:
             self.error = self.error or output.failure.error()
         ended_by_text = sequence.accept(output)
         if sequence.finish_reason is not None:
-            self._num_unfinished -= 1
             self._finished_time_s = output.time_s
+            self._num_unfinished -= 1  # last: others read it without a lock
         return (Finish(output.request_id, output.index),) if ended_by_text else ()
 
     def fail(self, error: VkvError) -> None:

@@ -125,7 +125,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """`num_tokens` tokens of a request that go through the model in one step."""
+    """`num_tokens` tokens of a request that go through the model in one step.
+
+    What it says is right until the step is launched, which moves the request on.
+    """
 
     request: Request
     num_tokens: int

@@ -36,7 +36,7 @@ class LoopDriver:
         loop: driven by nobody else.
         idle_trim_s: seconds without a request after which memory of finished ones goes back; None
             for never.
-        wake: called when something was posted, from any thread and by finalisers too.
+        on_post: called when something was posted, from any thread and by finalisers too.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class LoopDriver:
         loop: EngineLoop,
         *,
         idle_trim_s: float | None = None,
-        wake: Callable[[], None] | None = None,
+        on_post: Callable[[], None] | None = None,
     ) -> None:
         self._loop = loop
         self._lock = threading.Lock()
         self._owner = ProcessOwner("this LLM")
         self._sinks = Sinks(loop)
         self._end = ThreadsEnd()
-        self._wake = wake
+        self._on_post = on_post
         self._idle: IdleTrim | None = None
         if idle_trim_s is not None:
             # Weakly: its thread must not keep a driver that was dropped.
@@ -117,9 +117,11 @@ class LoopDriver:
         self._loop.post(message)
         self._was_posted()
 
-    def turn(self) -> None:
-        """Run one step, for all requests."""
+    def turn(self, unless: Callable[[], bool] | None = None) -> None:
+        """Run one step, for all requests; none if `unless`, asked under the lock, says so."""
         with self._exclusive():
+            if unless is not None and unless():
+                return
             if self._end.is_open_to_me():
                 self.check_open()
                 self._turn()
@@ -127,7 +129,7 @@ class LoopDriver:
         self._end.wait_for_it()
 
     def wait_for(self, take: Callable[[], _T | None]) -> _T:
-        """Turn until `take`, which nobody disturbs, returns something."""
+        """Turn until `take` returns something. It is called under the lock."""
         while True:
             with self._exclusive():
                 found = take()
@@ -149,7 +151,7 @@ class LoopDriver:
     # -- the machine under it ----------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """What the engine holds; while a step runs, what it held before. Waits for no step."""
+        """What the engine holds; while it works, what it held a moment ago. Waits for no step."""
         self.check_open()
         with Shield():
             if not self._lock.acquire(timeout=_TIDYING_S):
@@ -229,12 +231,19 @@ class LoopDriver:
     def _turn(self) -> None:
         self._sinks.route(self._loop.turn())
         if self._loop.has_mail:  # sequences whose text ended: their slots are parked at once
-            self._carry_out()
-        if self._idle is not None and not self._loop.has_work:
-            self._idle.idle()
+            self._sinks.route(self._loop.carry_out())
+        self._note_rest()
 
     def _carry_out(self) -> None:
+        had_work = self._loop.has_work
         self._sinks.route(self._loop.carry_out())
+        if had_work:
+            self._note_rest()
+
+    def _note_rest(self) -> None:
+        """If there is nothing left to do, memory may go back after a while."""
+        if self._idle is not None and not self._loop.has_work:
+            self._idle.idle()
 
     def _trim_if_idle(self) -> None:
         with self._exclusive():
@@ -242,8 +251,8 @@ class LoopDriver:
                 self._loop.trim()
 
     def _was_posted(self) -> None:
-        if self._wake is not None:
-            self._wake()
+        if self._on_post is not None:
+            self._on_post()
 
     def check_process(self) -> None:
         """Raises ForkedProcess in a child of a fork."""

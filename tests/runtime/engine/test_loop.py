@@ -278,3 +278,44 @@ def test_a_shortage_is_waited_for_and_then_fails_the_first_in_line(
         monkeypatch.undo()
         while loop.engine.has_work:
             loop.turn()
+
+
+def test_each_request_that_is_short_of_memory_has_a_patience_of_its_own(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was dropped while it waited leaves nothing of its waiting to the next."""
+
+    def refuse(*_: Any) -> None:
+        raise OutOfPages("none")
+
+    now = [100.0]
+    monkeypatch.setattr("vkv.runtime.engine.loop.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vkv.runtime.engine.loop.time.sleep", lambda _: None)
+    options = zoo.with_defaults({"shortage_wait_s": 10.0})
+    with LLM(model, device="cpu", **options) as llm:
+        loop = llm.loop
+        monkeypatch.setattr(llm.engine.cache, "grow", refuse)
+        assert not loop.turn([_add("a")])
+        now[0] += 9.0
+        assert _ends(loop.carry_out([Abort("a")])) == {"a": "abort"}
+        now[0] += 9.0
+        assert not loop.turn([_add("b")])
+        now[0] += 9.0
+        assert not loop.turn()
+        now[0] += 2.0
+        assert _ends(loop.turn()) == {"b": "error"}
+        monkeypatch.undo()
+
+
+def test_a_shortage_found_before_requests_ended_is_not_held_against_the_next(
+    model: PreTrainedModel,
+) -> None:
+    """With overlap, the step under way ends requests after the scheduler looked."""
+    options = zoo.with_defaults(
+        {"kv_memory": 2 * 4096, "look_ahead_tokens": 0, "shortage_wait_s": 0.0, "max_parked": 0}
+    )
+    with LLM(model, device="cpu", overlap=True, **options) as llm:
+        prompts = zoo.random_prompts([14, 14])
+        outs = llm.generate(prompts, [zoo.greedy(10), zoo.greedy(10)])
+        assert [out.error for out in outs] == [None, None]
+        assert [len(out.outputs[0].token_ids) for out in outs] == [10, 10]

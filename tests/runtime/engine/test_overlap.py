@@ -27,7 +27,7 @@ def _results(
 ) -> list[list[tuple[Any, ...]]]:
     outs = llm.generate([list(prompt) for prompt in prompts], list(params))
     llm.engine.cache.check_invariants()
-    assert llm.engine.is_settled
+    assert llm.engine.is_caught_up
     zoo.assert_idle(llm)
     return [
         [(o.token_ids, o.text, o.finish_reason, o.stop_reason) for o in out.outputs] for out in outs

@@ -231,3 +231,21 @@ next(stream)
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_result_that_another_thread_has_made_is_given_whatever_is_closed_then(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(llama_folder, device="cpu", **zoo.with_defaults({}))
+    turn = llm._driver.turn
+
+    def late(unless: Any = None) -> None:
+        """As if another thread ran the last steps, and a third one closed, before this one came."""
+        while not unless():
+            turn()
+        llm.close()
+        turn(unless=unless)
+
+    monkeypatch.setattr(llm._driver, "turn", late)
+    (out,) = llm.generate([1, 2, 3], zoo.greedy(4))
+    assert len(out.outputs[0].token_ids) == 4

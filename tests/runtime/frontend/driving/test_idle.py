@@ -1,9 +1,12 @@
 """What finished requests left goes back to the system when nobody asks, and not before."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zoo
@@ -95,3 +98,25 @@ def test_the_thread_ends_with_its_llm(llama_folder: Path, closed: bool) -> None:
 def test_times_that_are_none_are_refused(llama_folder: Path, seconds: object) -> None:
     with pytest.raises(InvalidConfig, match="idle_trim_s"):
         _open(llama_folder, seconds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["closed", "interrupted"])
+def test_memory_comes_back_too_after_requests_that_were_dropped(
+    llama_folder: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _open(llama_folder, 0.01) as llm:
+        if how == "closed":
+            stream = llm.stream("hello", zoo.greedy(200))
+            next(stream)
+            stream.close()  # type: ignore[attr-defined]
+        else:
+            launch = llm.engine.runner.launch
+
+            def interrupted(*args: Any, **options: Any) -> Any:
+                os.kill(os.getpid(), signal.SIGINT)
+                return launch(*args, **options)
+
+            monkeypatch.setattr(llm.engine.runner, "launch", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate("hello", zoo.greedy(200))
+        _wait_for(lambda: llm.stats().physical_bytes == 0)
