@@ -117,6 +117,7 @@ class _Int4Quantizer(HfQuantizer):
         for layer, tensors in _layers(header, self.scheme).items():
             linear = _linear(model, layer, next(iter(tensors)))
             _check_size(linear, layer, tensors, self.scheme)
+            _refuse_others(layer, header, {*tensors, "bias"})
             bias = None
             if linear.bias is not None or f"{layer}.bias" in header:
                 bias = torch.empty(linear.out_features, dtype=linear.weight.dtype, device="meta")
@@ -175,6 +176,16 @@ def _layers(header: _Header, scheme: Scheme) -> dict[str, _Header]:
             "that all of the checkpoint's *.safetensors are there"
         )
     return layers
+
+
+def _refuse_others(layer: str, header: _Header, read: set[str]) -> None:
+    """Refuse tensors of a quantised layer that nobody would read, such as its rotation's."""
+    for full_name in header:
+        if full_name.startswith(f"{layer}.") and full_name.removeprefix(f"{layer}.") not in read:
+            raise UnsupportedQuantization(
+                f"tensor {full_name} belongs to a quantised layer, and nothing here reads it; its "
+                "weights would mean something else without it: use a checkpoint in a plain format"
+            )
 
 
 def _linear(model: PreTrainedModel, layer: str, tensor: str) -> nn.Linear:

@@ -1,6 +1,7 @@
 """Loading an unmodified `transformers` model, and learning what its layers ask of attention."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +46,12 @@ _UNREADABLE = (
     ZeroDivisionError,
     SafetensorError,
     StrictDataclassError,
+)
+# Tensors that older checkpoints hold, though they follow from the config: rotary frequencies and
+# causal masks. A value head stands beside the language model, and does not change what it says.
+_HARMLESS_TENSORS = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.attn\.(bias|masked_bias)"
+    r"|\.attention\.(bias|masked_bias)|(^|\.)position_ids|^v_head\..*)$"
 )
 _T = TypeVar("_T")
 
@@ -245,12 +252,24 @@ def _from_checkpoint(
         ),
     )
     model, report = loaded
+    _check_report(home, model, report)
+    return model
+
+
+def _check_report(home: str | Path, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint with tensors too few, or with others that the model has no place for."""
     if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise
         raise BadCheckpoint(
             f"{home} lacks {len(missing)} of the model's tensors, among them {missing[0]}; check "
             "that all of its *.safetensors are there"
         )
-    return model
+    foreign = [name for name in report["unexpected_keys"] if not _HARMLESS_TENSORS.search(name)]
+    if foreign:
+        raise UnsupportedModel(
+            f"{home} has {len(foreign)} tensors that {type(model).__name__} has no place for, "
+            f"among them {min(foreign)}; without them it would compute something else: use a "
+            "checkpoint of that architecture, or take them out of its *.safetensors"
+        )
 
 
 def _quantize_head(model: PreTrainedModel, bits: int, *, loaded_here: bool) -> None:

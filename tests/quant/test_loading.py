@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from quantized import CONFIGS, SCHEMES, quantize_folder, random_weight
+from quantized import KINDS, quantize_folder, random_weight, written
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vkv import LLM, SamplingParams
 from vkv.quant import Int4Linear
-from vkv.quant.formats.table import write_layer
 from vkv.runtime.cpu_kernels.packing import int4_products
 from vkv.vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 
@@ -34,7 +33,7 @@ def tokens(folder: Path, **options: Any) -> list[tuple[int, ...]]:
         return [tuple(out.outputs[0].token_ids) for out in llm.generate(PROMPTS, GREEDY)]
 
 
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
 def test_greedy_tokens_are_those_of_dequantised_weights(
@@ -52,7 +51,7 @@ def test_greedy_tokens_are_those_of_dequantised_weights(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_those_of_dequantised_weights_in_bf16(
     tmp_path: Path, kind: str, device: str
 ) -> None:
@@ -89,10 +88,10 @@ def test_a_quarter_of_the_weights(dense: Path, tmp_path: Path) -> None:
     config = json.loads((int4 / "config.json").read_text())
     (int4 / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     with LLM(int4, device="cpu") as small, LLM(same, device="cpu", dtype="bfloat16") as large:
-        assert small._loaded.dtype == torch.bfloat16
-        kept = sum(p.nbytes for p in small._loaded.model.parameters())
-        layers = large._loaded.weight_bytes - kept
-        assert 0 < small._loaded.weight_bytes - kept < 0.8 * layers  # groups of 8 cost much
+        assert small.loaded.dtype == torch.bfloat16
+        kept = sum(p.nbytes for p in small.loaded.model.parameters())
+        layers = large.loaded.weight_bytes - kept
+        assert 0 < small.loaded.weight_bytes - kept < 0.8 * layers  # groups of 8 cost much
 
 
 def test_layers_that_are_not_quantised_stay_dense(dense: Path, tmp_path: Path) -> None:
@@ -126,6 +125,18 @@ def misplace(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"model.elsewhere.{part}"] = tensors.pop(f"model.layers.0.mlp.up_proj.{part}")
 
 
+def rotate(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.q_proj.input_rotation.weight"] = torch.eye(8)
+
+
+def keep_dense(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(48, 32)
+
+
+def rotate_heads(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.query_rotation"] = torch.eye(8)
+
+
 def empty(tensors: dict[str, torch.Tensor]) -> None:
     for name in [name for name in tensors if not name.endswith("weight")]:
         del tensors[name]
@@ -141,6 +152,9 @@ def empty(tensors: dict[str, torch.Tensor]) -> None:
         (retype, BadCheckpoint, r"model\.layers\.0\.self_attn\.q_proj\.qweight is int64"),
         (poison, BadCheckpoint, r"model\.layers\.0\.self_attn\.k_proj\.scales holds values"),
         (misplace, UnsupportedModel, r"model\.elsewhere\.\w+ is quantised"),
+        (rotate, UnsupportedModel, r"q_proj\.input_rotation\.weight belongs to a quantised"),
+        (keep_dense, UnsupportedModel, r"0\.mlp\.up_proj\.weight belongs to a quantised"),
+        (rotate_heads, UnsupportedModel, r"no place for, .*self_attn\.query_rotation"),
         (empty, BadCheckpoint, r"no tensor is called \*\.qweight"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -162,12 +176,12 @@ def test_a_damaged_checkpoint_names_the_tensor(
 
 def of_another_size(kind: str) -> dict[str, torch.Tensor]:
     """A layer of 48 outputs and 64 inputs, whose tensors agree with one another."""
-    return write_layer(random_weight(48, 64, 8), SCHEMES[kind])
+    return written(kind, random_weight(48, 64, 8))
 
 
 def of_eight_bits(kind: str) -> dict[str, torch.Tensor]:
     """A layer of 48 outputs and 32 inputs, four codes a word."""
-    tensors = write_layer(random_weight(48, 32, 8), SCHEMES[kind])
+    tensors = written(kind, random_weight(48, 32, 8))
     doubled = {"gptq": (0, 1), "gptq_v2": (0, 1), "awq": (1, 1), "compressed-tensors": (1, 0)}
     names = ("weight_packed",) if kind == "compressed-tensors" else ("qweight", "qzeros")
     for name, dim in zip(names, doubled[kind], strict=False):
@@ -175,7 +189,7 @@ def of_eight_bits(kind: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", [of_another_size, of_eight_bits])
 def test_a_layer_that_the_model_has_in_another_size_is_named(
     dense: Path,
