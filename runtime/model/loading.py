@@ -292,6 +292,11 @@ def _check_architecture(config: PretrainedConfig, model_class: type) -> None:
     """Refuse what is known not to work before its weights are read."""
     name = model_class.__name__
     layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if getattr(config.get_text_config(), "is_causal", True) is False:
+        raise UnsupportedModel(
+            f"{name} has is_causal=False in its config, so that tokens attend to those after them, "
+            "and slots hold those before; use a model that generates from left to right"
+        )
     stateful = keeps_state(config)
     known = _KNOWN_LAYER_TYPES | STATE_LAYER_TYPES | (_WITHOUT_MEMORY if stateful else set())
     if foreign := sorted(layer_types - known):
