@@ -25,6 +25,7 @@ from ...quant import QuantError, UnsupportedQuantization, adopt, int4_linears, q
 from ...vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from ..cpu_kernels.packing import can_pack, pack, packed_bytes
 from .attention_hook import ATTENTION_NAME, register
+from .ends import eos_token_ids
 from .probing import probe_attention, probe_outputs
 from .recurrent_state import STATE_LAYER_TYPES, keeps_state
 
@@ -148,20 +149,21 @@ def load_model(
     model = model.to(device).eval()  # type: ignore[arg-type]
     text_config = model.config.get_text_config()
     _check_interface(model)
-    layers, attention, geometry = probe_attention(model)
+    probed = probe_attention(model)
     model_dtype = model.dtype  # which packing takes away with the weights
     _prepare_weights(model, pack_weights, lm_head_bits, loaded_here=home is not None)
+    held_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else home)
     return LoadedModel(
         name=name,
         model=model,
-        tokenizer=load_tokenizer(tokenizer if tokenizer is not None else home),
+        tokenizer=held_tokenizer,
         device=device,
         dtype=model_dtype,
-        attention_layers=layers,
-        attention=attention,
-        geometry=geometry,
+        attention_layers=probed.layers,
+        attention=probed.attention,
+        geometry=probed.geometry,
         vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
-        eos_token_ids=_eos_token_ids(model),
+        eos_token_ids=eos_token_ids(model, held_tokenizer, probed.num_logits),
         max_positions=_max_positions(text_config),
     )
 
@@ -338,15 +340,6 @@ def _max_positions(config: Any) -> int:
         if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
             limit = min(limit, parameters.get("original_max_position_embeddings") or limit)
     return limit
-
-
-def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    generation = getattr(model, "generation_config", None)
-    for config in (generation, model.config.get_text_config()):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
 
 
 def load_tokenizer(
