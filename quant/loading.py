@@ -26,6 +26,7 @@ from ..vmem.errors import QuantError, UnsupportedQuantization
 from .formats.scheme import Scheme
 from .formats.table import features, parse_config, read_layer, tensor_names
 from .linear import Int4Linear
+from .names import ModelNames
 from .weight_memory import trim_heap
 
 _METHOD = "vkv_int4"
@@ -113,7 +114,10 @@ class _Int4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> PreTrainedModel:
-        header = _read_headers(checkpoint_files or ())
+        required, optional = tensor_names(self.scheme.format)
+        names = ModelNames(model, (*required, *optional))
+        stored = _read_headers(checkpoint_files or ())
+        header = {names(name): described for name, described in stored.items()}
         for layer, tensors in _layers(header, self.scheme).items():
             linear = _linear(model, layer, next(iter(tensors)))
             _check_size(linear, layer, tensors, self.scheme)

@@ -264,3 +264,23 @@ def test_output_layers_that_cannot_be_quantised_are_refused(dense: Path) -> None
         LLM(dense, device="cpu", lm_head_bits=3)
     with pytest.raises(InvalidConfig, match="caller's own"):
         LLM(zoo.tiny_model("llama"), device="cpu", lm_head_bits=8)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])
+def test_published_names_of_a_model_with_a_vision_tower(tmp_path: Path, kind: str) -> None:
+    """The files hold the names that the model had when it was published."""
+    zoo.gemma3().save_pretrained(tmp_path / "source")
+    assert not any(
+        name.startswith("model.") for name in load_file(tmp_path / "source" / "model.safetensors")
+    )
+    int4, same = quantize_folder(tmp_path / "source", tmp_path, kind, group_size=8)
+    found = tokens(int4, dtype="float32", max_len=300)
+    assert found == tokens(same, dtype="float32", max_len=300)
+
+
+def test_names_without_the_prefix_of_the_base_model(dense: Path, tmp_path: Path) -> None:
+    int4, same = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+    held = load_file(int4 / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in held.items()}
+    save_file(bare, int4 / "model.safetensors", metadata={"format": "pt"})
+    assert tokens(int4, dtype="float32") == tokens(same, dtype="float32")

@@ -141,7 +141,7 @@ def quantize_folder(
     quantized, dense = dict(tensors), dict(tensors)
     quantise = permuted if act_order else round_to_nearest
     for name in tensors:
-        if ".layers." in name and name.endswith("_proj.weight"):
+        if "layers." in name and "vision" not in name and name.endswith("_proj.weight"):
             weight = quantise(tensors[name], group_size, symmetric=symmetric)
             layer = name.removesuffix(".weight")
             del quantized[name]
