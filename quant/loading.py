@@ -58,7 +58,9 @@ def adopt(config: PretrainedConfig) -> bool:
     scheme = parse_config(described)
     if scheme is None:
         method = described.get("quant_method")
-        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        # bitsandbytes is there under two names, by the number of bits.
+        names = (method, f"{method}_4bit", f"{method}_8bit")
+        if not any(name in AUTO_QUANTIZATION_CONFIG_MAPPING for name in names):
             raise UnsupportedQuantization(
                 f"quantization_config.quant_method is {method!r}, which is unknown; there are "
                 "readers for gptq, awq, compressed-tensors and auto-round"

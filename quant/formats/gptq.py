@@ -56,11 +56,12 @@ def parse_config(config: Mapping[str, Any]) -> Scheme:
     """The scheme of a `quantization_config`; raises UnsupportedQuantization for other kinds."""
     where = "quantization_config"
     require_bits(config.get("bits"), f"{where}.bits")
-    if config.get("dynamic"):
-        raise UnsupportedQuantization(
-            f"{where}.dynamic gives layers schemes of their own, which are not read; "
-            "use a checkpoint with one scheme"
-        )
+    for pattern in config.get("dynamic") or {}:
+        if not pattern.startswith("-:"):  # which leaves layers out, as the files show
+            raise UnsupportedQuantization(
+                f"{where}.dynamic gives layers like {pattern!r} a scheme of their own, which is "
+                "not read; use a checkpoint with one scheme"
+            )
     kind = config.get("checkpoint_format") or config.get("format") or "gptq"
     if kind not in _ZERO_OFFSETS:
         raise UnsupportedQuantization(

@@ -95,6 +95,7 @@ def test_other_schemes_are_refused(config: dict, message: str) -> None:
         config_of("compressed-tensors", 32) | {"transform_config": {"config_groups": {}}},
         config_of("compressed-tensors", 32) | {"sparsity_config": {"format": "dense"}},
         config_of("gptq", 32) | {"dynamic": {}, "adapter": None, "meta": {"quantizer": ["a:1"]}},
+        config_of("gptq", 32) | {"dynamic": {"-:.*vision.*": {}}},
         config_of("awq", 32) | {"sym": True, "desc_act": False, "damp_percent": 0.1},
         auto_round(rotation_config=None, act_bits=16, act_group_size=32, transform_config={}),
         auto_round(extra_config={"lm_head": {"bits": 16, "data_type": "float"}}),
