@@ -1,14 +1,12 @@
 """Loading an unmodified `transformers` model, and learning what its layers ask of attention."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,12 +19,13 @@ from transformers import (
 
 from ...allocator import LayerGeometry
 from ...attention_backends import AttentionNeeds, LayerAttention
-from ...quant import QuantError, UnsupportedQuantization, adopt, int4_linears, quantize_output
+from ...quant import QuantError, adopt, int4_linears, quantize_output
 from ...vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from ..cpu_kernels.packing import can_pack, pack, packed_bytes
 from .attention_hook import ATTENTION_NAME, register
 from .ends import eos_token_ids
 from .probing import probe_attention, probe_outputs
+from .reading import reading, resolve
 from .recurrent_state import STATE_LAYER_TYPES, keeps_state
 
 _KNOWN_LAYER_TYPES = {"full_attention", "attention", "sliding_attention"}
@@ -36,25 +35,12 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# What transformers raises for missing, damaged and contradicting files.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    ZeroDivisionError,
-    SafetensorError,
-    StrictDataclassError,
-)
 # Tensors that older checkpoints hold, though they follow from the config: rotary frequencies and
 # causal masks. A value head stands beside the language model, and does not change what it says.
 _HARMLESS_TENSORS = re.compile(
     r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.attn\.(bias|masked_bias)"
     r"|\.attention\.(bias|masked_bias)|(^|\.)position_ids|^v_head\..*)$"
 )
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +124,7 @@ def load_model(
     wanted_dtype = parse_dtype(dtype)
     if isinstance(source, PreTrainedModel):
         _check_architecture(source.config, type(source))
+        _check_object(source)
         model, name, home = source, source.config.name_or_path or type(source).__name__, None
         model.set_attn_implementation(ATTENTION_NAME)
     else:
@@ -150,6 +137,7 @@ def load_model(
     text_config = model.config.get_text_config()
     _check_interface(model)
     probed = probe_attention(model)
+    _check_logits(model, probed.num_logits)
     model_dtype = model.dtype  # which packing takes away with the weights
     _prepare_weights(model, pack_weights, lm_head_bits, loaded_here=home is not None)
     held_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else home)
@@ -198,40 +186,12 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
-def resolve(source: str | Path | None) -> str | Path:
-    if source is None:
-        from ...tiny_chat import model_path  # pyright: ignore[reportMissingImports] - examples/
-
-        return model_path()
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BadCheckpoint(
-                f"{path} has no config.json, so it is not a model folder; point at the folder "
-                "that holds config.json and *.safetensors"
-            )
-        return path
-    text = str(source)
-    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise BadCheckpoint(f"{text} is not a folder; give a model folder or a hub id")
-    return text
-
-
-def reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
-    try:
-        return read()
-    except UnsupportedQuantization as error:
-        raise UnsupportedModel(f"{home} cannot be loaded: {error}") from error
-    except _UNREADABLE as error:
-        raise BadCheckpoint(
-            f"cannot read the {what} of {home}: {error}; check that the checkpoint is complete"
-        ) from error
-
-
 def _from_checkpoint(
     home: str | Path, dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
-    config: PretrainedConfig = reading("config", home, lambda: AutoConfig.from_pretrained(home))
+    config: PretrainedConfig = reading(
+        "config", home, lambda: AutoConfig.from_pretrained(home, trust_remote_code=False)
+    )
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         raise UnsupportedModel(
@@ -247,6 +207,7 @@ def _from_checkpoint(
         home,
         lambda: AutoModelForCausalLM.from_pretrained(
             home,
+            trust_remote_code=False,
             config=config,
             dtype=dtype or "auto",
             attn_implementation=ATTENTION_NAME,
@@ -254,11 +215,11 @@ def _from_checkpoint(
         ),
     )
     model, report = loaded
-    _check_report(home, model, report)
+    check_report(home, model, report)
     return model
 
 
-def _check_report(home: str | Path, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+def check_report(home: str | Path, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
     """Refuse a checkpoint with tensors too few, or with others that the model has no place for."""
     if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise
         raise BadCheckpoint(
@@ -319,6 +280,31 @@ def _check_architecture(config: PretrainedConfig, model_class: type) -> None:
         )
 
 
+def _check_object(model: PreTrainedModel) -> None:
+    """Refuse a model object that says no tokens, or whose weights are elsewhere."""
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no output layer over the vocabulary, so it generates no "
+            "text; use the architecture's model for causal language modelling"
+        )
+    if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has {len(away)} parameters that are not in memory, among them "
+            f"{away[0]}; load it without offloading to disk or CPU"
+        )
+
+
+def _check_logits(model: PreTrainedModel, num_logits: int) -> None:
+    """Refuse logits that are over something else than tokens, such as labels."""
+    num_tokens = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocab_size = getattr(model.config.get_text_config(), "vocab_size", num_tokens)
+    if num_logits not in (num_tokens, vocab_size):
+        raise UnsupportedModel(
+            f"{type(model).__name__} puts out {num_logits} scores a token, and its vocabulary has "
+            f"{vocab_size}; use a model that generates text"
+        )
+
+
 def _check_interface(model: PreTrainedModel) -> None:
     """Refuse a model that did not take our attention; `transformers` itself only warns."""
     if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
@@ -351,4 +337,6 @@ def load_tokenizer(
     path = Path(source)
     if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
         return None
-    return reading("tokenizer", source, lambda: AutoTokenizer.from_pretrained(source))
+    return reading(
+        "tokenizer", source, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    )

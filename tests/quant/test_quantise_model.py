@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 from vkv import LLM, SamplingParams
@@ -242,3 +242,15 @@ def test_dense_layers_outside_the_decoder_are_named_and_read_back(tmp_path, form
         assert torch.equal(again.get_submodule(name).weight_int4.dequantize(), weight.dequantize())
     for name in outside:
         assert torch.equal(again.get_submodule(name).weight, model.get_submodule(name).weight)
+
+
+def test_the_command_does_not_quantise_noise(tmp_path):
+    """Tensors that are missing would be filled with it."""
+    source = tmp_path / "source"
+    tiny_chat().save_pretrained(source)
+    held = load_file(source / "model.safetensors")
+    del held["model.layers.1.mlp.up_proj.weight"]
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+    result = run(source, tmp_path / "out", "--group", "32")
+    assert isinstance(result.exception, BadCheckpoint), result.output
+    assert "model.layers.1.mlp.up_proj.weight" in str(result.exception)
