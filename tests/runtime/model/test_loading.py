@@ -253,6 +253,19 @@ def test_a_prepared_model_says_how_to_use_it_elsewhere() -> None:
     assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
+def test_a_model_whose_attention_is_switched_under_an_open_llm() -> None:
+    """Its attention would see the tokens of a step alone, and none before them."""
+    model = zoo.tiny_model("llama")
+    with _llm(model) as llm:
+        before = _generate(llm, [[1, 2, 3]])
+        model.set_attn_implementation("sdpa")
+        (out,) = llm.generate([[4, 5, 6]], SamplingParams(max_tokens=4))
+        assert isinstance(out.error, InvalidOperation)
+        assert "was switched to 'sdpa' while vkv.LLM" in str(out.error)
+    with _llm(model) as llm:
+        assert _generate(llm, [[1, 2, 3]]) == before
+
+
 @pytest.mark.parametrize("name", ["float31", "int8", torch.int8])
 def test_unknown_dtypes_are_refused(name: Any) -> None:
     with pytest.raises(InvalidConfig, match="bfloat16"):
