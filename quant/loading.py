@@ -26,6 +26,7 @@ from ..vmem.errors import QuantError, UnsupportedQuantization
 from .formats.scheme import Scheme
 from .formats.table import features, parse_config, read_layer, tensor_names
 from .linear import Int4Linear
+from .names import ModelNames
 from .weight_memory import trim_heap
 
 _METHOD = "vkv_int4"
@@ -57,7 +58,9 @@ def adopt(config: PretrainedConfig) -> bool:
     scheme = parse_config(described)
     if scheme is None:
         method = described.get("quant_method")
-        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        # bitsandbytes is there under two names, by the number of bits.
+        names = (method, f"{method}_4bit", f"{method}_8bit")
+        if not any(name in AUTO_QUANTIZATION_CONFIG_MAPPING for name in names):
             raise UnsupportedQuantization(
                 f"quantization_config.quant_method is {method!r}, which is unknown; there are "
                 "readers for gptq, awq, compressed-tensors and auto-round"
@@ -113,10 +116,14 @@ class _Int4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> PreTrainedModel:
-        header = _read_headers(checkpoint_files or ())
+        required, optional = tensor_names(self.scheme.format)
+        names = ModelNames(model, (*required, *optional))
+        stored = _read_headers(checkpoint_files or ())
+        header = {names(name): described for name, described in stored.items()}
         for layer, tensors in _layers(header, self.scheme).items():
             linear = _linear(model, layer, next(iter(tensors)))
             _check_size(linear, layer, tensors, self.scheme)
+            _refuse_others(layer, header, {*tensors, "bias"})
             bias = None
             if linear.bias is not None or f"{layer}.bias" in header:
                 bias = torch.empty(linear.out_features, dtype=linear.weight.dtype, device="meta")
@@ -175,6 +182,16 @@ def _layers(header: _Header, scheme: Scheme) -> dict[str, _Header]:
             "that all of the checkpoint's *.safetensors are there"
         )
     return layers
+
+
+def _refuse_others(layer: str, header: _Header, read: set[str]) -> None:
+    """Refuse tensors of a quantised layer that nobody would read, such as its rotation's."""
+    for full_name in header:
+        if full_name.startswith(f"{layer}.") and full_name.removeprefix(f"{layer}.") not in read:
+            raise UnsupportedQuantization(
+                f"tensor {full_name} belongs to a quantised layer, and nothing here reads it; its "
+                "weights would mean something else without it: use a checkpoint in a plain format"
+            )
 
 
 def _linear(model: PreTrainedModel, layer: str, tensor: str) -> nn.Linear:

@@ -21,6 +21,7 @@ _WHY_LARGE = r"One class|many\s+methods|hence their number|They\s+are many"  # t
 # Private names of libraries, for which they have no public ones.
 FOREIGN = {
     "_attn_implementation",
+    "_from_model_config",
     "_model_mapping",
     "_forward_hooks",
     "_forward_pre_hooks",

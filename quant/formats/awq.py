@@ -13,23 +13,59 @@ import torch
 from ...vmem.errors import QuantError, UnsupportedQuantization
 from ..weight import SYMMETRIC_ZERO, Int4Weight, pack
 from .int32_words import CODES_PER_WORD, from_words, to_words
-from .scheme import LayerTensors, Scheme, require_bits
+from .keys import (
+    HARMLESS,
+    group_size,
+    refuse_activations,
+    refuse_mixed,
+    refuse_unknown,
+    require,
+)
+from .scheme import LayerTensors, Scheme, check_zeros, groups_of, require_bits
 
 REQUIRED = ("qweight", "qzeros", "scales")
 OPTIONAL = ()
+_HONOURED = {
+    "backend",
+    "bits",
+    "data_type",
+    "desc_act",
+    "format",
+    "group_size",
+    "pack_dtype",
+    "q_group_size",
+    "quant_method",
+    "sym",  # transformers writes it beside zero_point, which counts
+    "version",
+    "w_bit",
+    "zero_point",
+}
 _ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # the column of each nibble, lowest first
 _PLACES = torch.argsort(_ORDER)  # the nibble of each column
 
 
 def parse_config(config: Mapping[str, Any]) -> Scheme:
     """The scheme of a `quantization_config`; raises UnsupportedQuantization for other kinds."""
-    require_bits(config.get("bits", config.get("w_bit")), "quantization_config.bits")
+    where = "quantization_config"
+    require_bits(config.get("bits", config.get("w_bit")), f"{where}.bits")
     version = str(config.get("version", config.get("format", "gemm"))).lower()
     if version != "gemm":
         raise UnsupportedQuantization(
-            f"quantization_config.version is {version!r}; there is a reader for 'gemm'"
+            f"{where}.version is {version!r}; there is a reader for 'gemm'"
         )
-    return Scheme(format="awq")
+    known = refuse_activations(config, where) | refuse_mixed(config, where)
+    require(config, where, "backend", "auto", "autoawq", "auto_awq", "gptqmodel")  # not llm-awq
+    require(config, where, "data_type", "int")
+    require(config, where, "desc_act")
+    require(config, where, "pack_dtype", "int32", "torch.int32")
+    refuse_unknown(config, where, _HONOURED | known, HARMLESS | {"scale_dtype"})
+    size = config.get("group_size", config.get("q_group_size"))
+    points = config.get("zero_point")
+    return Scheme(
+        format="awq",
+        group_size=group_size(size, f"{where}.group_size"),
+        symmetric=config.get("sym") if points is None else not points,
+    )
 
 
 def features(qweight: Sequence[int]) -> tuple[int, int]:
@@ -42,15 +78,15 @@ def read(tensors: LayerTensors, scheme: Scheme) -> Int4Weight:
     qweight = tensors.get("qweight", torch.int32, None, None)
     out_features, in_features = features(qweight.shape)
     scales = tensors.finite("scales", tensors.get("scales", None, None, out_features))
-    groups = scales.shape[0]
-    if not groups or in_features % groups or in_features // groups % 2:
-        raise tensors.refuse("scales", f"has {groups} groups for {in_features} input features")
-    zeros = _from_awq(tensors.get("qzeros", torch.int32, groups, qweight.shape[1]))
+    stored = scales.shape[0]
+    groups = groups_of(scheme, in_features, tensors, "scales", stored, short=False)
+    zeros = _from_awq(tensors.get("qzeros", torch.int32, stored, qweight.shape[1]))
+    asymmetric = check_zeros(scheme, tensors, "qzeros", zeros)
     return Int4Weight(
         packed=pack(_from_awq(qweight).T),
-        scales=scales.T.contiguous(),
-        zeros=None if (zeros == SYMMETRIC_ZERO).all() else zeros.T.contiguous(),
-        group_size=in_features // groups,
+        scales=groups.spread(scales.T),
+        zeros=groups.spread(zeros.T) if asymmetric else None,
+        group_size=groups.even,
     )
 
 

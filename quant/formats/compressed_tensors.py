@@ -13,46 +13,108 @@ from typing import Any
 import torch
 
 from ...vmem.errors import QuantError, UnsupportedQuantization
-from ..weight import SYMMETRIC_ZERO, Int4Weight, pack
+from ..weight import Int4Weight, pack
 from .int32_words import CODES_PER_WORD, from_words, to_words
-from .scheme import LayerTensors, Scheme, codes_in_order, group_index, require_bits, sort_groups
+from .keys import HARMLESS, group_size, is_empty, refuse_unknown, require
+from .scheme import (
+    LayerTensors,
+    Scheme,
+    check_zeros,
+    codes_in_order,
+    group_index,
+    groups_of,
+    require_bits,
+    sort_groups,
+)
 
 REQUIRED = ("weight_packed", "weight_scale", "weight_shape")
 OPTIONAL = ("weight_zero_point", "weight_g_idx")
 _FORMAT = "pack-quantized"
 _STRATEGIES = ("group", "channel", "tensor")
+# Whether columns are dealt to groups out of order, or were only rounded out of order.
+_ACT_ORDERS = {"group": True, "dynamic": True, True: True, "weight": False, "static": False}
+_HONOURED = {"config_groups", "format", "kv_cache_scheme", "quant_method", "sparsity_config"}
+_HARMLESS = {
+    "global_compression_ratio",  # a statistic
+    "quantization_status",  # that the tensors are packed, their names say
+}
+_HONOURED_OF_GROUP = {"format", "input_activations", "output_activations", "weights"}
+_HONOURED_OF_WEIGHTS = {
+    "actorder",
+    "dynamic",
+    "group_size",
+    "num_bits",
+    "strategy",
+    "symmetric",
+    "type",
+}
+_HARMLESS_TYPES = {"scale_dtype", "zp_dtype"}  # the tensors have theirs
 
 
 def parse_config(config: Mapping[str, Any]) -> Scheme:
     """The scheme of a `quantization_config`; raises UnsupportedQuantization for other kinds."""
+    where = "quantization_config"
     groups = config.get("config_groups") or {}
     if not groups:
-        raise QuantError("quantization_config.config_groups is empty")
+        raise QuantError(f"{where}.config_groups is empty")
     if config.get("kv_cache_scheme"):
         raise UnsupportedQuantization(
-            "quantization_config.kv_cache_scheme quantises keys and values, which is not read; "
+            f"{where}.kv_cache_scheme quantises keys and values, which is not read; "
             "use a checkpoint that quantises weights alone"
         )
-    for name, group in groups.items():
-        where = f"quantization_config.config_groups.{name}"
-        kind = group.get("format") or config.get("format")
-        weights = group.get("weights") or {}
-        require_bits(weights.get("num_bits"), f"{where}.weights.num_bits")
-        if kind != _FORMAT or weights.get("type", "int") != "int":
+    sparsity = config.get("sparsity_config") or {}
+    if not is_empty(sparsity) and sparsity.get("format") != "dense":
+        raise UnsupportedQuantization(
+            f"{where}.sparsity_config.format is {sparsity.get('format')!r}, and zeros that are "
+            "left out are not read; use a checkpoint without sparsity"
+        )
+    refuse_unknown(config, where, _HONOURED, HARMLESS | _HARMLESS)
+    schemes = {
+        name: _group_scheme(group, config.get("format"), f"{where}.config_groups.{name}")
+        for name, group in groups.items()
+    }
+    first, *others = schemes
+    for name in others:
+        if schemes[name] != schemes[first]:
             raise UnsupportedQuantization(
-                f"{where} is {kind!r} of type {weights.get('type')!r}; there is a reader for "
-                f"{_FORMAT!r} of type 'int'"
+                f"{where}.config_groups.{first} and .{name} differ in group size, symmetry or "
+                "order; use a checkpoint with one scheme"
             )
-        if weights.get("strategy") not in _STRATEGIES:
-            raise UnsupportedQuantization(
-                f"{where}.weights.strategy is {weights.get('strategy')!r}; there are readers for "
-                f"{', '.join(_STRATEGIES)}"
-            )
-        if group.get("input_activations") or group.get("output_activations"):
-            raise UnsupportedQuantization(
-                f"{where} quantises activations too; use a checkpoint that quantises weights alone"
-            )
-    return Scheme(format="compressed-tensors")
+    return schemes[first]
+
+
+def _group_scheme(group: Mapping[str, Any], kind: str | None, where: str) -> Scheme:
+    """The scheme of one of the config's groups of layers."""
+    kind = group.get("format") or kind
+    weights = group.get("weights") or {}
+    require_bits(weights.get("num_bits"), f"{where}.weights.num_bits")
+    if kind != _FORMAT or weights.get("type", "int") != "int":
+        raise UnsupportedQuantization(
+            f"{where} is {kind!r} of type {weights.get('type')!r}; there is a reader for "
+            f"{_FORMAT!r} of type 'int'"
+        )
+    strategy = weights.get("strategy")
+    if strategy not in _STRATEGIES:
+        raise UnsupportedQuantization(
+            f"{where}.weights.strategy is {strategy!r}; there are readers for "
+            f"{', '.join(_STRATEGIES)}"
+        )
+    if group.get("input_activations") or group.get("output_activations"):
+        raise UnsupportedQuantization(
+            f"{where} quantises activations too; use a checkpoint that quantises weights alone"
+        )
+    order = weights.get("actorder")
+    require(weights, f"{where}.weights", "actorder", *_ACT_ORDERS)
+    require(weights, f"{where}.weights", "dynamic")
+    refuse_unknown(group, where, _HONOURED_OF_GROUP, HARMLESS)
+    refuse_unknown(weights, f"{where}.weights", _HONOURED_OF_WEIGHTS, HARMLESS | _HARMLESS_TYPES)
+    size = weights.get("group_size") if strategy == "group" else -1
+    return Scheme(
+        format="compressed-tensors",
+        group_size=group_size(size, f"{where}.weights.group_size"),
+        symmetric=weights.get("symmetric", True),
+        act_order=_ACT_ORDERS[order] if order else False,
+    )
 
 
 def features(weight_packed: Sequence[int]) -> tuple[int, int]:
@@ -70,20 +132,22 @@ def read(tensors: LayerTensors, scheme: Scheme) -> Int4Weight:
             "weight_shape", f"says {shape}, and weight_packed holds {[out_features, in_features]}"
         )
     scales = _scales(tensors, out_features)
-    groups = scales.shape[1]
-    if not groups or in_features % groups:
-        raise tensors.refuse("weight_scale", f"has {groups} groups for {in_features} columns")
-    zeros = _zeros(tensors, out_features, groups)
+    stored = scales.shape[1]
+    groups = groups_of(scheme, in_features, tensors, "weight_scale", stored, short=False)
+    zeros = _zeros(tensors, out_features, stored)
+    if zeros is None and scheme.symmetric is False:
+        raise tensors.refuse("weight_zero_point", "is missing, and the config has zero points")
     packed, order = words.contiguous().view(torch.uint8), None  # [N, K/2]
-    if "weight_g_idx" in tensors:
-        index = tensors.get("weight_g_idx", torch.int32, in_features)
-        codes, order = sort_groups(from_words(words), index, tensors, "weight_g_idx", groups)
+    if "weight_g_idx" in tensors or scheme.act_order:
+        codes, order = sort_groups(from_words(words), scheme, tensors, "weight_g_idx", groups)
         packed = packed if order is None else pack(codes)
+    if zeros is not None and not check_zeros(scheme, tensors, "weight_zero_point", zeros):
+        zeros = None
     return Int4Weight(
         packed=packed,
-        scales=scales,
-        zeros=None if zeros is None or (zeros == SYMMETRIC_ZERO).all() else zeros,
-        group_size=in_features // groups,
+        scales=groups.spread(scales),
+        zeros=None if zeros is None else groups.spread(zeros),
+        group_size=groups.even,
         permutation=order,
     )
 

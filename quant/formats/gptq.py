@@ -2,7 +2,7 @@
 
     qweight  int32 [K/8, N]       eight rows a word, the first in the lowest bits
     qzeros   int32 [groups, N/8]  eight columns a word; less one in the first version
-    scales   float [groups, N]
+    scales   float [groups, N]    the last group is shorter if the others do not fill K
     g_idx    int32 [K]            the group of each row; may be absent without act-order
 
 The first version stores zeros less one, so that a zero of 0 wraps to 15. It is read back as 0.
@@ -16,28 +16,69 @@ import torch
 from ...vmem.errors import UnsupportedQuantization
 from ..weight import SYMMETRIC_ZERO, Int4Weight, pack
 from .int32_words import CODES_PER_WORD, from_words, to_words
-from .scheme import LayerTensors, Scheme, codes_in_order, group_index, require_bits, sort_groups
+from .keys import (
+    HARMLESS,
+    group_size,
+    refuse_activations,
+    refuse_mixed,
+    refuse_unknown,
+    require,
+)
+from .scheme import (
+    LayerTensors,
+    Scheme,
+    check_zeros,
+    codes_in_order,
+    group_index,
+    groups_of,
+    require_bits,
+    sort_groups,
+)
 
 REQUIRED = ("qweight", "qzeros", "scales")
 OPTIONAL = ("g_idx",)
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+_HONOURED = {
+    "bits",
+    "checkpoint_format",
+    "data_type",
+    "desc_act",
+    "dynamic",
+    "format",
+    "group_size",
+    "pack_dtype",
+    "quant_method",
+    "sym",
+}
 
 
 def parse_config(config: Mapping[str, Any]) -> Scheme:
     """The scheme of a `quantization_config`; raises UnsupportedQuantization for other kinds."""
-    require_bits(config.get("bits"), "quantization_config.bits")
-    if config.get("dynamic"):
-        raise UnsupportedQuantization(
-            "quantization_config.dynamic gives layers schemes of their own, which are not read; "
-            "use a checkpoint with one scheme"
-        )
+    where = "quantization_config"
+    require_bits(config.get("bits"), f"{where}.bits")
+    for pattern in config.get("dynamic") or {}:
+        if not pattern.startswith("-:"):  # which leaves layers out, as the files show
+            raise UnsupportedQuantization(
+                f"{where}.dynamic gives layers like {pattern!r} a scheme of their own, which is "
+                "not read; use a checkpoint with one scheme"
+            )
     kind = config.get("checkpoint_format") or config.get("format") or "gptq"
     if kind not in _ZERO_OFFSETS:
         raise UnsupportedQuantization(
-            f"quantization_config.checkpoint_format is {kind!r}; there are readers for "
+            f"{where}.checkpoint_format is {kind!r}; there are readers for "
             f"{', '.join(_ZERO_OFFSETS)}"
         )
-    return Scheme(format="gptq", zero_offset=_ZERO_OFFSETS[kind])
+    known = refuse_activations(config, where) | refuse_mixed(config, where)
+    require(config, where, "data_type", "int")
+    require(config, where, "pack_dtype", "int32", "torch.int32")
+    refuse_unknown(config, where, _HONOURED | known, HARMLESS | {"backend", "scale_dtype"})
+    return Scheme(
+        format="gptq",
+        zero_offset=_ZERO_OFFSETS[kind],
+        group_size=group_size(config.get("group_size"), f"{where}.group_size"),
+        symmetric=config.get("sym"),
+        act_order=config.get("desc_act"),
+    )
 
 
 def features(qweight: Sequence[int]) -> tuple[int, int]:
@@ -50,21 +91,20 @@ def read(tensors: LayerTensors, scheme: Scheme) -> Int4Weight:
     qweight = tensors.get("qweight", torch.int32, None, None)
     out_features, in_features = features(qweight.shape)
     scales = tensors.finite("scales", tensors.get("scales", None, None, out_features))
-    groups = scales.shape[0]
-    if not groups or in_features % groups:
-        raise tensors.refuse("scales", f"has {groups} groups for {in_features} input features")
-    shape = (groups, out_features // CODES_PER_WORD)
+    stored = scales.shape[0]
+    groups = groups_of(scheme, in_features, tensors, "scales", stored, short=True)
+    shape = (stored, out_features // CODES_PER_WORD)
     zeros = (from_words(tensors.get("qzeros", torch.int32, *shape)) + scheme.zero_offset) & 0xF
     packed, order = qweight.T.contiguous().view(torch.uint8), None  # [N, K/2]
-    if "g_idx" in tensors:
-        index = tensors.get("g_idx", torch.int32, in_features)
-        codes, order = sort_groups(from_words(qweight.T), index, tensors, "g_idx", groups)
+    if "g_idx" in tensors or scheme.act_order:
+        codes, order = sort_groups(from_words(qweight.T), scheme, tensors, "g_idx", groups)
         packed = packed if order is None else pack(codes)
+    asymmetric = check_zeros(scheme, tensors, "qzeros", zeros)
     return Int4Weight(
         packed=packed,
-        scales=scales.T.contiguous(),
-        zeros=None if (zeros == SYMMETRIC_ZERO).all() else zeros.T.contiguous(),
-        group_size=in_features // groups,
+        scales=groups.spread(scales.T),
+        zeros=groups.spread(zeros.T) if asymmetric else None,
+        group_size=groups.even,
         permutation=order,
     )
 

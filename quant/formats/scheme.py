@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, Literal
 
 import torch
 
 from ...vmem.errors import QuantError, UnsupportedQuantization
-from ..weight import Int4Weight
+from ..weight import SYMMETRIC_ZERO, Int4Weight
 
 FormatName = Literal["gptq", "awq", "compressed-tensors"]
 
@@ -19,10 +20,16 @@ class Scheme:
     Attributes:
         format: whose tensors they are.
         zero_offset: what the stored zeros lack: 1 in GPTQ's first version.
+        group_size: columns that share a scale; None for one scale a row.
+        symmetric: True if all zeros are 8; None if the config says nothing, and the zeros all.
+        act_order: whether columns were dealt to groups out of order; None as above.
     """
 
     format: FormatName
     zero_offset: int = 0
+    group_size: int | None = None
+    symmetric: bool | None = None
+    act_order: bool | None = None
 
 
 class LayerTensors:
@@ -77,20 +84,98 @@ def require_bits(bits: Any, where: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The groups of a layer's columns, as its checkpoint's config says.
+
+    Attributes:
+        size: columns of a group; the last may be shorter.
+        even: columns of the groups they are read as, all alike: a short last group is a whole
+            one of these, and every other some.
+        columns: of the layer.
+    """
+
+    size: int
+    even: int
+    columns: int
+
+    @property
+    def num_stored(self) -> int:
+        return -(-self.columns // self.size)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Scales or zeros [N, num_stored] as [N, columns / even], each value unchanged."""
+        if self.even == self.size:
+            return values.contiguous()
+        repeated = values.repeat_interleave(self.size // self.even, dim=1)
+        return repeated[:, : self.columns // self.even].contiguous()
+
+
+def groups_of(
+    scheme: Scheme, columns: int, tensors: LayerTensors, name: str, stored: int, *, short: bool
+) -> Groups:
+    """The groups of a layer with `stored` of them in its tensor `name`.
+
+    `short` says whether the format knows of a last group that is shorter than the others. Raises
+    QuantError if config and tensors disagree.
+    """
+    size = columns if scheme.group_size is None else scheme.group_size
+    groups = Groups(size=size, even=gcd(size, columns), columns=columns)
+    stated = "whole rows" if scheme.group_size is None else f"groups of {size}"
+    if stored != groups.num_stored:
+        raise tensors.refuse(
+            name,
+            f"has {stored} groups for {columns} input features, and the config's {stated} make "
+            f"{groups.num_stored}; use weights and config.json of one checkpoint",
+        )
+    if groups.even % 2 or (columns % size and not short):
+        raise tensors.refuse(
+            name,
+            f"is of {columns} input features, which the config's {stated} do not divide; use a "
+            "checkpoint whose group size does",
+        )
+    return groups
+
+
+def check_zeros(scheme: Scheme, tensors: LayerTensors, name: str, zeros: torch.Tensor) -> bool:
+    """Whether any of the zeros is other than 8; raises QuantError if the config says none is."""
+    symmetric = bool((zeros == SYMMETRIC_ZERO).all())
+    if scheme.symmetric and not symmetric:
+        raise tensors.refuse(
+            name,
+            "holds zero points, and the config says that weights are symmetric; use weights and "
+            "config.json of one checkpoint",
+        )
+    return not symmetric
+
+
 def sort_groups(
-    codes: torch.Tensor, group_index: torch.Tensor, tensors: LayerTensors, name: str, groups: int
+    codes: torch.Tensor, scheme: Scheme, tensors: LayerTensors, name: str, groups: Groups
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Columns sorted so that groups are contiguous, and their order; None if they were.
 
-    `codes` is [N, K] and `group_index`, int32 [K], the group of each column (GPTQ's act-order).
+    `codes` is [N, K], and the tensor `name`, int32 [K], has the group of each column (GPTQ's
+    act-order). Raises QuantError if it contradicts the groups, or the config.
     """
-    num_columns = codes.shape[1]
-    in_order = torch.arange(num_columns, device=codes.device) // (num_columns // groups)
-    if torch.equal(group_index.long(), in_order):
+    if name not in tensors:
+        if scheme.act_order and groups.num_stored > 1:
+            raise tensors.refuse(name, "is missing, and the config says that columns are reordered")
         return codes, None
-    order = torch.argsort(group_index, stable=True)
-    if not torch.equal(group_index[order].long(), in_order):
-        raise tensors.refuse(name, f"does not deal the columns evenly to {groups} groups")
+    index = tensors.get(name, torch.int32, groups.columns).long()
+    in_order = torch.arange(groups.columns, device=codes.device) // groups.size
+    if torch.equal(index, in_order):
+        return codes, None
+    if scheme.act_order is False:
+        raise tensors.refuse(
+            name,
+            "deals columns to groups out of order, and the config says that none are reordered; "
+            "use weights and config.json of one checkpoint",
+        )
+    order = torch.argsort(index, stable=True)
+    if not torch.equal(index[order], in_order):
+        raise tensors.refuse(
+            name, f"does not deal the columns evenly to {groups.num_stored} groups"
+        )
     return codes[:, order], order
 
 

@@ -32,7 +32,8 @@ def parse_config(config: Mapping[str, Any]) -> Scheme | None:
                 f"quantization_config.packing_format is {packing!r}; of auto-round's there are "
                 f"readers for {', '.join(_AUTO_ROUND)}"
             )
-        method, config = _AUTO_ROUND[packing], {"bits": config.get("bits")}
+        method = _AUTO_ROUND[packing]
+        config = {key: value for key, value in config.items() if key != "packing_format"}
     if method not in _MODULES:
         return None
     return _MODULES[method].parse_config(config)

@@ -44,7 +44,7 @@ class QuantizedModel:
 
     Attributes:
         weights: by the name of the linear layer.
-        dense: linear layers of the decoder that were left as they are.
+        dense: linear layers that were left as they are, but for the head.
         head: the name of the output head, which is dense too.
         errors: one for every weight, in the order of the model.
     """
@@ -113,7 +113,8 @@ class Plan:
 
     Attributes:
         linears: to be quantised, by name, a list for each decoder layer.
-        dense: linear layers of the decoder that are left as they are.
+        dense: linear layers that are left as they are, but for the head: some of the decoder's,
+            and all outside it, such as those of a vision tower.
         head: the name of the output head, which is left dense too; None if there is none.
     """
 
@@ -147,12 +148,17 @@ def plan(model: PreTrainedModel, rounding: Rounding, ignore: tuple[str, ...] = R
             "32, 64 or -1 for whole rows"
         )
     head = model.get_output_embeddings()
+    dense = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name not in wanted
+    ]
     return Plan(
         linears=[
             {n: m for n, m in wanted.items() if n.startswith(f"{prefix}.{index}.")}
             for index in range(len(layers))
         ],
-        dense=tuple(name for name in everything if name not in wanted),
+        dense=tuple(dense),
         head=next((n for n, m in model.named_modules() if head is not None and m is head), None),
     )
 

@@ -1,7 +1,7 @@
 """`vkv quantize`: a 4-bit checkpoint from a dense one."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,7 +33,8 @@ from ...vmem.errors import (
 )
 from ..engine.devices import resolve_device
 from ..frontend.progress import counted
-from ..model.loading import load_tokenizer, parse_dtype, reading, resolve
+from ..model.loading import check_report, load_tokenizer, parse_dtype
+from ..model.reading import reading, resolve
 from .commands import Quantize
 
 _NUM_WORST = 5  # linear layers named in the report on the terminal
@@ -72,15 +73,23 @@ def _check(options: Quantize) -> None:
 
 
 def _load_dense(home: str | Path, device: str, dtype: str) -> PreTrainedModel:
-    config = reading("config", home, lambda: AutoConfig.from_pretrained(home))
+    config = reading(
+        "config", home, lambda: AutoConfig.from_pretrained(home, trust_remote_code=False)
+    )
     if getattr(config, "quantization_config", None) is not None:
         raise BadCheckpoint(f"{home} is quantised already; start from the dense checkpoint")
-    loaded = reading(
+    loaded: Any = reading(
         "weights",
         home,
-        lambda: AutoModelForCausalLM.from_pretrained(home, dtype=parse_dtype(dtype) or "auto"),
+        lambda: AutoModelForCausalLM.from_pretrained(
+            home,
+            trust_remote_code=False,
+            dtype=parse_dtype(dtype) or "auto",
+            output_loading_info=True,
+        ),
     )
-    model = cast(PreTrainedModel, loaded)
+    model, report = loaded
+    check_report(home, model, report)
     return model.to(resolve_device(device)).eval()  # type: ignore[arg-type]
 
 

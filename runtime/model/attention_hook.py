@@ -24,6 +24,27 @@ from ...vmem.errors import InvalidOperation, UnsupportedModel
 
 ATTENTION_NAME = "vkv"
 
+# Keywords that models pass along and that change nothing here, whatever they say.
+_HARMLESS = frozenset(
+    {
+        "cache_position",  # where keys are written, which slots know
+        "deterministic",  # of flash attention's backward pass
+        "logits_to_keep",  # of the output layer
+        "num_items_in_batch",  # of the loss
+        "output_hidden_states",  # collected by the model
+        "output_router_logits",  # collected by the model
+        "position_ids",  # rotary embeddings were applied to queries and keys
+        "return_dict",  # of the model
+        "use_cache",  # slots are the cache
+    }
+)
+# Keywords that ask for nothing at this value.
+_AT_REST: dict[str, bool | float] = {
+    "dropout": 0.0,
+    "is_causal": True,
+    "output_attentions": False,
+}
+
 
 class AttentionStep(Protocol):
     """What handles attention while a model runs: a real step, or the probe at load."""
@@ -63,7 +84,7 @@ def vkv_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function of `transformers`' AttentionInterface.
 
@@ -71,11 +92,13 @@ def vkv_attention(
         query, key, value: [1, heads, num_tokens, head_dim]: one flat batch; or, of a model with
             recurrent state, [B, heads, 1, head_dim]: a token of each of B requests.
         sliding_window, softcap, s_aux: what some architectures pass per layer.
+        others: keywords known to change nothing.
 
     Returns:
         [1, num_tokens, num_heads, value_head_dim] or [B, 1, …], and no attention weights.
 
-    Raises UnsupportedModel for what slots cannot honour: a mask, or attention both ways.
+    Raises UnsupportedModel for what slots cannot honour: a mask, attention both ways, or a keyword
+    that is not known.
     """
     step = _current.get()
     if step is None:
@@ -89,6 +112,7 @@ def vkv_attention(
             + ("masks them its own way" if attention_mask is not None else "is not causal")
             + "; use a model with causal or sliding-window attention"
         )
+    _refuse_unknown(module, others)
     wanted = LayerAttention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
@@ -103,6 +127,21 @@ def vkv_attention(
         wanted,
     )
     return out.unsqueeze(0 if len(query) == 1 else 1), None
+
+
+def _refuse_unknown(module: torch.nn.Module, keywords: dict[str, Any]) -> None:
+    """Refuse a keyword that asks for something, such as a position bias or chosen keys."""
+    for name, value in keywords.items():
+        if value is None or name in _HARMLESS:
+            continue
+        if not isinstance(value, torch.Tensor) and _AT_REST.get(name) == value:
+            continue
+        shown = f"of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise UnsupportedModel(
+            f"{type(module).__name__} passes attention {name} ({shown}), which attention over "
+            "slots does not know and would leave out; use a model with plain causal or "
+            "sliding-window attention"
+        )
 
 
 def register() -> None:

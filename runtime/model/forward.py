@@ -5,7 +5,8 @@ import inspect
 import torch
 from transformers import PreTrainedModel
 
-from .attention_hook import AttentionStep, attention_step
+from ...vmem.errors import InvalidOperation
+from .attention_hook import ATTENTION_NAME, AttentionStep, attention_step
 from .recurrent_state import StepState
 
 
@@ -18,6 +19,7 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._config = model.config.get_text_config()
         self._selects_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __call__(
@@ -36,7 +38,15 @@ class Forward:
             step: what attention layers meet.
             state: what recurrent and convolution layers read, and leave behind.
             keep: int64, the flat tokens whose logits are wanted; None for all.
+
+        Raises InvalidOperation if somebody switched the model's attention to another function.
         """
+        if self._config._attn_implementation != ATTENTION_NAME:
+            raise InvalidOperation(
+                f"the attention of {type(self.model).__name__} was switched to "
+                f"{self._config._attn_implementation!r} while vkv.LLM has the model; close it "
+                f"first, or call model.set_attn_implementation({ATTENTION_NAME!r}) to go on"
+            )
         options: dict[str, object] = {"use_cache": False}
         if state is not None:
             options = {"use_cache": True, "past_key_values": state}

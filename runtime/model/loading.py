@@ -1,13 +1,12 @@
 """Loading an unmodified `transformers` model, and learning what its layers ask of attention."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,11 +19,13 @@ from transformers import (
 
 from ...allocator import LayerGeometry
 from ...attention_backends import AttentionNeeds, LayerAttention
-from ...quant import QuantError, UnsupportedQuantization, adopt, int4_linears, quantize_output
+from ...quant import QuantError, adopt, int4_linears, quantize_output
 from ...vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from ..cpu_kernels.packing import can_pack, pack, packed_bytes
 from .attention_hook import ATTENTION_NAME, register
+from .ends import eos_token_ids
 from .probing import probe_attention, probe_outputs
+from .reading import reading, resolve
 from .recurrent_state import STATE_LAYER_TYPES, keeps_state
 
 _KNOWN_LAYER_TYPES = {"full_attention", "attention", "sliding_attention"}
@@ -34,19 +35,12 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# What transformers raises for missing, damaged and contradicting files.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    ZeroDivisionError,
-    SafetensorError,
-    StrictDataclassError,
+# Tensors that older checkpoints hold, though they follow from the config: rotary frequencies and
+# causal masks. A value head stands beside the language model, and does not change what it says.
+_HARMLESS_TENSORS = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.attn\.(bias|masked_bias)"
+    r"|\.attention\.(bias|masked_bias)|(^|\.)position_ids|^v_head\..*)$"
 )
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +124,7 @@ def load_model(
     wanted_dtype = parse_dtype(dtype)
     if isinstance(source, PreTrainedModel):
         _check_architecture(source.config, type(source))
+        _check_object(source)
         model, name, home = source, source.config.name_or_path or type(source).__name__, None
         model.set_attn_implementation(ATTENTION_NAME)
     else:
@@ -141,21 +136,22 @@ def load_model(
     model = model.to(device).eval()  # type: ignore[arg-type]
     text_config = model.config.get_text_config()
     _check_interface(model)
-    layers, attention, geometry = probe_attention(model)
+    probed = probe_attention(model)
+    _check_logits(model, probed.num_logits)
     model_dtype = model.dtype  # which packing takes away with the weights
     _prepare_weights(model, pack_weights, lm_head_bits, loaded_here=home is not None)
-    vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    held_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else home)
     return LoadedModel(
         name=name,
         model=model,
-        tokenizer=load_tokenizer(tokenizer if tokenizer is not None else home),
+        tokenizer=held_tokenizer,
         device=device,
         dtype=model_dtype,
-        attention_layers=layers,
-        attention=attention,
-        geometry=geometry,
-        vocab_size=vocab_size,
-        eos_token_ids=_eos_token_ids(model, vocab_size),
+        attention_layers=probed.layers,
+        attention=probed.attention,
+        geometry=probed.geometry,
+        vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
+        eos_token_ids=eos_token_ids(model, held_tokenizer, probed.num_logits),
         max_positions=_max_positions(text_config),
     )
 
@@ -190,40 +186,12 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
-def resolve(source: str | Path | None) -> str | Path:
-    if source is None:
-        from ...tiny_chat import model_path  # pyright: ignore[reportMissingImports] - examples/
-
-        return model_path()
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BadCheckpoint(
-                f"{path} has no config.json, so it is not a model folder; point at the folder "
-                "that holds config.json and *.safetensors"
-            )
-        return path
-    text = str(source)
-    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise BadCheckpoint(f"{text} is not a folder; give a model folder or a hub id")
-    return text
-
-
-def reading(what: str, home: str | Path, read: Callable[[], _T]) -> _T:
-    try:
-        return read()
-    except UnsupportedQuantization as error:
-        raise UnsupportedModel(f"{home} cannot be loaded: {error}") from error
-    except _UNREADABLE as error:
-        raise BadCheckpoint(
-            f"cannot read the {what} of {home}: {error}; check that the checkpoint is complete"
-        ) from error
-
-
 def _from_checkpoint(
     home: str | Path, dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
-    config: PretrainedConfig = reading("config", home, lambda: AutoConfig.from_pretrained(home))
+    config: PretrainedConfig = reading(
+        "config", home, lambda: AutoConfig.from_pretrained(home, trust_remote_code=False)
+    )
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         raise UnsupportedModel(
@@ -239,6 +207,7 @@ def _from_checkpoint(
         home,
         lambda: AutoModelForCausalLM.from_pretrained(
             home,
+            trust_remote_code=False,
             config=config,
             dtype=dtype or "auto",
             attn_implementation=ATTENTION_NAME,
@@ -246,12 +215,24 @@ def _from_checkpoint(
         ),
     )
     model, report = loaded
+    check_report(home, model, report)
+    return model
+
+
+def check_report(home: str | Path, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint with tensors too few, or with others that the model has no place for."""
     if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise
         raise BadCheckpoint(
             f"{home} lacks {len(missing)} of the model's tensors, among them {missing[0]}; check "
             "that all of its *.safetensors are there"
         )
-    return model
+    foreign = [name for name in report["unexpected_keys"] if not _HARMLESS_TENSORS.search(name)]
+    if foreign:
+        raise UnsupportedModel(
+            f"{home} has {len(foreign)} tensors that {type(model).__name__} has no place for, "
+            f"among them {min(foreign)}; without them it would compute something else: use a "
+            "checkpoint of that architecture, or take them out of its *.safetensors"
+        )
 
 
 def _quantize_head(model: PreTrainedModel, bits: int, *, loaded_here: bool) -> None:
@@ -274,6 +255,11 @@ def _check_architecture(config: PretrainedConfig, model_class: type) -> None:
     """Refuse what is known not to work before its weights are read."""
     name = model_class.__name__
     layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if getattr(config.get_text_config(), "is_causal", True) is False:
+        raise UnsupportedModel(
+            f"{name} has is_causal=False in its config, so that tokens attend to those after them, "
+            "and slots hold those before; use a model that generates from left to right"
+        )
     stateful = keeps_state(config)
     known = _KNOWN_LAYER_TYPES | STATE_LAYER_TYPES | (_WITHOUT_MEMORY if stateful else set())
     if foreign := sorted(layer_types - known):
@@ -291,6 +277,31 @@ def _check_architecture(config: PretrainedConfig, model_class: type) -> None:
         raise UnsupportedModel(
             f"{name} keeps recurrent state of its own kind, which cannot be told apart by "
             "request; use an attention model, or a hybrid with transformers' state layers"
+        )
+
+
+def _check_object(model: PreTrainedModel) -> None:
+    """Refuse a model object that says no tokens, or whose weights are elsewhere."""
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no output layer over the vocabulary, so it generates no "
+            "text; use the architecture's model for causal language modelling"
+        )
+    if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has {len(away)} parameters that are not in memory, among them "
+            f"{away[0]}; load it without offloading to disk or CPU"
+        )
+
+
+def _check_logits(model: PreTrainedModel, num_logits: int) -> None:
+    """Refuse logits that are over something else than tokens, such as labels."""
+    num_tokens = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocab_size = getattr(model.config.get_text_config(), "vocab_size", num_tokens)
+    if num_logits not in (num_tokens, vocab_size):
+        raise UnsupportedModel(
+            f"{type(model).__name__} puts out {num_logits} scores a token, and its vocabulary has "
+            f"{vocab_size}; use a model that generates text"
         )
 
 
@@ -317,17 +328,6 @@ def _max_positions(config: Any) -> int:
     return limit
 
 
-def _eos_token_ids(model: PreTrainedModel, vocab_size: int) -> frozenset[int]:
-    """Tokens that end a generation. Some configs name ids that the vocabulary lacks."""
-    generation = getattr(model, "generation_config", None)
-    for config in (generation, model.config.get_text_config()):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            listed = [ids] if isinstance(ids, int) else ids
-            return frozenset(token_id for token_id in listed if 0 <= token_id < vocab_size)
-    return frozenset()
-
-
 def load_tokenizer(
     source: PreTrainedTokenizerBase | str | Path | None,
 ) -> PreTrainedTokenizerBase | None:
@@ -337,4 +337,6 @@ def load_tokenizer(
     path = Path(source)
     if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
         return None
-    return reading("tokenizer", source, lambda: AutoTokenizer.from_pretrained(source))
+    return reading(
+        "tokenizer", source, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    )

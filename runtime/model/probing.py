@@ -1,6 +1,6 @@
 """What a model's layers ask of attention, learned from a few tokens instead of a table of names."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,23 @@ _NUM_TOKENS = 4
 _TOLERANCE = 1e-2  # of the largest value: above rounding in bfloat16, below a mix-up
 
 
-def probe_attention(
-    model: PreTrainedModel,
-) -> tuple[tuple[int, ...], tuple[LayerAttention, ...], tuple[LayerGeometry, ...]]:
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """What a few tokens told of a model.
+
+    Attributes:
+        layers: those that attend.
+        attention, geometry: what each of them asks for.
+        num_logits: of a token.
+    """
+
+    layers: tuple[int, ...]
+    attention: tuple[LayerAttention, ...]
+    geometry: tuple[LayerGeometry, ...]
+    num_logits: int
+
+
+def probe_attention(model: PreTrainedModel) -> Probed:
     """Run a few tokens through the model to see which layers attend, and what each asks for."""
     if keeps_state(model.config):
         ahead, expected = probe_state(model)
@@ -41,7 +55,12 @@ def probe_attention(
         window = _window(model.config.get_text_config(), layer, ahead.attention[layer].window)
         attention.append(replace(ahead.attention[layer], window=window))
         geometry.append(replace(ahead.geometry[layer], window=window))
-    return tuple(expected), tuple(attention), tuple(geometry)
+    return Probed(
+        layers=tuple(expected),
+        attention=tuple(attention),
+        geometry=tuple(geometry),
+        num_logits=ahead.logits[0].shape[-1],
+    )
 
 
 def _check_neighbours(model: PreTrainedModel, ahead: AttentionProbe) -> None:

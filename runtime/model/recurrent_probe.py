@@ -72,4 +72,6 @@ def _run(
     positions = torch.arange(start, start + ids.shape[1], device=model.device).expand_as(ids)
     with refusing(model):
         logits = Forward(model)(ids, positions, probe or AttentionProbe(), state=state)
+    if probe is not None:
+        probe.logits.append(logits)
     return logits.unflatten(0, ids.shape)[:, -1].float()

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from quantized import CONFIGS, SCHEMES, quantize_folder, random_weight
+from quantized import KINDS, quantize_folder, random_weight, written
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vkv import LLM, SamplingParams
 from vkv.quant import Int4Linear
-from vkv.quant.formats.table import write_layer
 from vkv.runtime.cpu_kernels.packing import int4_products
 from vkv.vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 
@@ -34,7 +33,7 @@ def tokens(folder: Path, **options: Any) -> list[tuple[int, ...]]:
         return [tuple(out.outputs[0].token_ids) for out in llm.generate(PROMPTS, GREEDY)]
 
 
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
 def test_greedy_tokens_are_those_of_dequantised_weights(
@@ -52,7 +51,7 @@ def test_greedy_tokens_are_those_of_dequantised_weights(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_those_of_dequantised_weights_in_bf16(
     tmp_path: Path, kind: str, device: str
 ) -> None:
@@ -126,6 +125,18 @@ def misplace(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"model.elsewhere.{part}"] = tensors.pop(f"model.layers.0.mlp.up_proj.{part}")
 
 
+def rotate(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.q_proj.input_rotation.weight"] = torch.eye(8)
+
+
+def keep_dense(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(48, 32)
+
+
+def rotate_heads(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.query_rotation"] = torch.eye(8)
+
+
 def empty(tensors: dict[str, torch.Tensor]) -> None:
     for name in [name for name in tensors if not name.endswith("weight")]:
         del tensors[name]
@@ -141,6 +152,9 @@ def empty(tensors: dict[str, torch.Tensor]) -> None:
         (retype, BadCheckpoint, r"model\.layers\.0\.self_attn\.q_proj\.qweight is int64"),
         (poison, BadCheckpoint, r"model\.layers\.0\.self_attn\.k_proj\.scales holds values"),
         (misplace, UnsupportedModel, r"model\.elsewhere\.\w+ is quantised"),
+        (rotate, UnsupportedModel, r"q_proj\.input_rotation\.weight belongs to a quantised"),
+        (keep_dense, UnsupportedModel, r"0\.mlp\.up_proj\.weight belongs to a quantised"),
+        (rotate_heads, UnsupportedModel, r"no place for, .*self_attn\.query_rotation"),
         (empty, BadCheckpoint, r"no tensor is called \*\.qweight"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -162,12 +176,12 @@ def test_a_damaged_checkpoint_names_the_tensor(
 
 def of_another_size(kind: str) -> dict[str, torch.Tensor]:
     """A layer of 48 outputs and 64 inputs, whose tensors agree with one another."""
-    return write_layer(random_weight(48, 64, 8), SCHEMES[kind])
+    return written(kind, random_weight(48, 64, 8))
 
 
 def of_eight_bits(kind: str) -> dict[str, torch.Tensor]:
     """A layer of 48 outputs and 32 inputs, four codes a word."""
-    tensors = write_layer(random_weight(48, 32, 8), SCHEMES[kind])
+    tensors = written(kind, random_weight(48, 32, 8))
     doubled = {"gptq": (0, 1), "gptq_v2": (0, 1), "awq": (1, 1), "compressed-tensors": (1, 0)}
     names = ("weight_packed",) if kind == "compressed-tensors" else ("qweight", "qzeros")
     for name, dim in zip(names, doubled[kind], strict=False):
@@ -175,7 +189,7 @@ def of_eight_bits(kind: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", [of_another_size, of_eight_bits])
 def test_a_layer_that_the_model_has_in_another_size_is_named(
     dense: Path,
@@ -250,3 +264,23 @@ def test_output_layers_that_cannot_be_quantised_are_refused(dense: Path) -> None
         LLM(dense, device="cpu", lm_head_bits=3)
     with pytest.raises(InvalidConfig, match="caller's own"):
         LLM(zoo.tiny_model("llama"), device="cpu", lm_head_bits=8)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])
+def test_published_names_of_a_model_with_a_vision_tower(tmp_path: Path, kind: str) -> None:
+    """The files hold the names that the model had when it was published."""
+    zoo.gemma3().save_pretrained(tmp_path / "source")
+    assert not any(
+        name.startswith("model.") for name in load_file(tmp_path / "source" / "model.safetensors")
+    )
+    int4, same = quantize_folder(tmp_path / "source", tmp_path, kind, group_size=8)
+    found = tokens(int4, dtype="float32", max_len=300)
+    assert found == tokens(same, dtype="float32", max_len=300)
+
+
+def test_names_without_the_prefix_of_the_base_model(dense: Path, tmp_path: Path) -> None:
+    int4, same = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+    held = load_file(int4 / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in held.items()}
+    save_file(bare, int4 / "model.safetensors", metadata={"format": "pt"})
+    assert tokens(int4, dtype="float32") == tokens(same, dtype="float32")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 from vkv import LLM, SamplingParams
@@ -215,3 +215,42 @@ def test_the_command_says_what_is_wrong(tmp_path):
     assert "exists and is not empty" in occupied
     assert run(tiny, out, "--group", "32").exit_code == 0
     assert "quantised already" in message(out, tmp_path / "again", error=BadCheckpoint)
+
+
+@pytest.mark.parametrize("format", ["awq", "compressed-tensors"])
+def test_dense_layers_outside_the_decoder_are_named_and_read_back(tmp_path, format):
+    """A vision tower and its projections are not taken for 4-bit ones."""
+    model = zoo.gemma3()
+    rounding = Rounding(group_size=8, symmetric=format != "awq")
+    planned = plan(model, rounding)
+    outside = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "vision" in name
+    }
+    assert len(outside) > 10
+    assert outside <= set(planned.dense)
+    with pytest.raises(QuantError, match=r"would stay dense, among them model\.vision_tower"):
+        quantization_config("gptq", rounding, planned.dense, planned.head)
+    result = quantize_model(model, rounding=rounding)
+    save_quantized(result, tmp_path / "out", format=format)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    listed = config["modules_to_not_convert"] if format == "awq" else config["ignore"]
+    assert set(listed) == {*planned.dense, "lm_head"}
+    again = loaded(tmp_path / "out")
+    for name, weight in result.weights.items():
+        assert torch.equal(again.get_submodule(name).weight_int4.dequantize(), weight.dequantize())
+    for name in outside:
+        assert torch.equal(again.get_submodule(name).weight, model.get_submodule(name).weight)
+
+
+def test_the_command_does_not_quantise_noise(tmp_path):
+    """Tensors that are missing would be filled with it."""
+    source = tmp_path / "source"
+    tiny_chat().save_pretrained(source)
+    held = load_file(source / "model.safetensors")
+    del held["model.layers.1.mlp.up_proj.weight"]
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+    result = run(source, tmp_path / "out", "--group", "32")
+    assert isinstance(result.exception, BadCheckpoint), result.output
+    assert "model.layers.1.mlp.up_proj.weight" in str(result.exception)

@@ -7,34 +7,65 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from vkv.quant import Int4Weight, Scheme
-from vkv.quant.formats.table import write_layer
+from vkv.quant.formats.table import parse_config, write_layer
 
-GPTQ = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
-GPTQ_V2 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}
-AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True}
-COMPRESSED = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 4, "type": "int", "strategy": "group"},
+KINDS = ("awq", "compressed-tensors", "gptq", "gptq_v2")
+
+
+def config_of(
+    kind: str, group_size: int, *, symmetric: bool = True, act_order: bool = False
+) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint."""
+    if kind == "awq":
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "version": "gemm",
+            "group_size": group_size,
+            "zero_point": not symmetric,
         }
-    },
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gptq": GPTQ,
-    "gptq_v2": GPTQ_V2,
-    "awq": AWQ,
-    "compressed-tensors": COMPRESSED,
-}
-SCHEMES = {
-    "gptq": Scheme(format="gptq", zero_offset=1),
-    "gptq_v2": Scheme(format="gptq"),
-    "awq": Scheme(format="awq"),
-    "compressed-tensors": Scheme(format="compressed-tensors"),
-}
+    if kind == "compressed-tensors":
+        weights = {
+            "num_bits": 4,
+            "type": "int",
+            "strategy": "group",
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "actorder": "group" if act_order else None,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        }
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "checkpoint_format": kind,
+        "group_size": group_size,
+        "sym": symmetric,
+        "desc_act": act_order,
+    }
+
+
+def scheme_of(kind: str, weight: Int4Weight) -> Scheme:
+    """How a checkpoint of that kind says that this weight is stored."""
+    scheme = parse_config(
+        config_of(
+            kind,
+            weight.group_size,
+            symmetric=weight.zeros is None,
+            act_order=weight.permutation is not None,
+        )
+    )
+    assert scheme is not None
+    return scheme
+
+
+def written(kind: str, weight: Int4Weight) -> dict[str, torch.Tensor]:
+    """The tensors of a layer with this weight."""
+    return write_layer(weight, scheme_of(kind, weight))
 
 
 def random_weight(
@@ -110,11 +141,11 @@ def quantize_folder(
     quantized, dense = dict(tensors), dict(tensors)
     quantise = permuted if act_order else round_to_nearest
     for name in tensors:
-        if ".layers." in name and name.endswith("_proj.weight"):
+        if "layers." in name and "vision" not in name and name.endswith("_proj.weight"):
             weight = quantise(tensors[name], group_size, symmetric=symmetric)
             layer = name.removesuffix(".weight")
             del quantized[name]
-            for part, tensor in write_layer(weight, SCHEMES[kind]).items():
+            for part, tensor in written(kind, weight).items():
                 quantized[f"{layer}.{part}"] = tensor
             dense[name] = weight.dequantize(tensors[name].dtype)
     config = json.loads((source / "config.json").read_text())
@@ -125,8 +156,9 @@ def quantize_folder(
         for extra in source.glob("*"):
             if extra.name not in ("config.json", "model.safetensors") and extra.is_file():
                 (path / extra.name).write_bytes(extra.read_bytes())
-        described = {"quantization_config": CONFIGS[kind]} if path == paths[0] else {}
-        (path / "config.json").write_text(json.dumps(config | described))
+        described = config_of(kind, group_size, symmetric=symmetric, act_order=act_order)
+        added = {"quantization_config": described} if path == paths[0] else {}
+        (path / "config.json").write_text(json.dumps(config | added))
     return paths
 
 

@@ -187,6 +187,24 @@ def tiny_model(
     return model.to(dtype).eval()
 
 
+def gemma3() -> PreTrainedModel:
+    """A tiny Gemma 3 with its vision tower."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    sizes = {**tiny_config("gemma3_text").to_dict(), "eos_token_id": 5}
+    model = tiny_model(
+        "gemma3", text_config=sizes, vision_config=vision, mm_tokens_per_image=4, eos_token_id=5
+    )
+    model.generation_config.eos_token_id = 5
+    return model
+
+
 @torch.no_grad()
 def sharpen(model: PreTrainedModel, *, seed: int = 0, gain: float = 1.5) -> None:
     """Redraw the weights: matrices at `gain` times unit scale, and unequal norms and biases.

@@ -1,15 +1,19 @@
 """Unmodified models over our slots say what `model.generate` says, token for token."""
 
+import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zoo
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from vkv import LLM, SamplingParams
 from vkv.runtime.engine.engine import Engine
+from vkv.runtime.model.loading import load_model
 from vkv.runtime.request.outputs import Logprob
 from vkv.runtime.request.request import Request
 from vkv.vmem.errors import InvalidConfig, InvalidOperation, UnsupportedModel
@@ -249,6 +253,19 @@ def test_a_prepared_model_says_how_to_use_it_elsewhere() -> None:
     assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
+def test_a_model_whose_attention_is_switched_under_an_open_llm() -> None:
+    """Its attention would see the tokens of a step alone, and none before them."""
+    model = zoo.tiny_model("llama")
+    with _llm(model) as llm:
+        before = _generate(llm, [[1, 2, 3]])
+        model.set_attn_implementation("sdpa")
+        (out,) = llm.generate([[4, 5, 6]], SamplingParams(max_tokens=4))
+        assert isinstance(out.error, InvalidOperation)
+        assert "was switched to 'sdpa' while vkv.LLM" in str(out.error)
+    with _llm(model) as llm:
+        assert _generate(llm, [[1, 2, 3]]) == before
+
+
 @pytest.mark.parametrize("name", ["float31", "int8", torch.int8])
 def test_unknown_dtypes_are_refused(name: Any) -> None:
     with pytest.raises(InvalidConfig, match="bfloat16"):
@@ -269,3 +286,23 @@ def test_weights_and_cache_take_the_dtype_asked_for() -> None:
         assert {p.dtype for p in llm.loaded.model.parameters()} == {torch.bfloat16}
         assert llm.engine.cache.layer(0)[0].dtype == torch.bfloat16
         assert len(_generate(llm, zoo.random_prompts([5]))[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "harmless"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", True),
+        ("v_head.summary.weight", True),
+        ("model.layers.0.self_attn.q_proj.rotation", False),
+        ("score.weight", False),
+    ],
+)
+def test_tensors_without_a_place_are_refused(tmp_path: Path, name: str, harmless: bool) -> None:
+    zoo.tiny_model("llama").save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    save_file(held | {name: torch.ones(4)}, tmp_path / "model.safetensors", {"format": "pt"})
+    if harmless:
+        assert load_model(tmp_path, device=torch.device("cpu")).vocab_size == zoo.VOCAB_SIZE
+        return
+    with pytest.raises(UnsupportedModel, match=rf"no place for, among them {re.escape(name)}"):
+        load_model(tmp_path, device=torch.device("cpu"))
