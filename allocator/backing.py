@@ -47,10 +47,10 @@ class Backing(ABC):
         return self.geometry.pages_per_range(max(slot.num_tokens, slot.promised_tokens))
 
     def usable(self, slot: Slot, num_tokens: int) -> tuple[int, Sequence[int]]:
-        """What a new owner may have of a parked slot: tokens, and pages of each range.
+        """How much a new owner can keep of a parked slot: tokens, and pages of each range.
 
-        Of the first `num_tokens` tokens as many as leave it no page that others share where it
-        would write: pages from the first such one on are left to them.
+        It must not write into pages that others share. So of the first `num_tokens` tokens it keeps
+        those before the first shared page from the place on where it would write.
         """
         while True:
             full = self.geometry.whole_pages_per_range(num_tokens)

@@ -166,6 +166,6 @@ class CacheStep:
         value: torch.Tensor,
         wanted: LayerAttention,
     ) -> torch.Tensor:
-        keys, values = self.cache.layer(layer)
+        keys, values = self.cache.layer(layer)  # `wanted` was learned at load, for all layers
         self.backend.store(key, value, keys, values, self.batch)
         return self.backend.forward(query, keys, values, self.batch, self.layers[layer])

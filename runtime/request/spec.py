@@ -18,7 +18,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
         request_id: names the request among those an engine has; the caller sees to it.
         prompt_token_ids: at least one.
         params: how tokens are chosen. Stop strings are not the engine's: it knows no text.
-        variant: whose keys and values these are beside the tokens' (an adapter, a tenant's salt).
+        variant: what keys and values depend on besides the tokens: an adapter, a tenant's salt.
             Prefixes are shared within one variant alone.
         arrival_time_s: on the system's monotonic clock, which all processes of a machine share.
     """

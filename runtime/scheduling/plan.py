@@ -45,7 +45,8 @@ class Policy(Protocol):
     def plan(self, snapshot: Snapshot) -> Plan:
         """What the step shall do next.
 
-        It is asked again with `short` set where memory was found too short for that request, and
-        must then give up a slot, ask for less, or return an empty plan.
+        It is asked again in the same step whenever memory was found too short for a request, with
+        that request as `short` and what was granted until then. It must then give up a slot, ask
+        for less, or return an empty plan.
         """
         ...

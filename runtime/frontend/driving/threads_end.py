@@ -10,7 +10,7 @@ _SETTLE_S = 0.01  # from the last line of such a thread to its being asleep
 
 
 class ThreadsEnd:
-    """Keeps daemon threads still once the interpreter exits.
+    """Keeps daemon threads still once the interpreter exits: no step begins while it goes down.
 
     A thread that comes back from PyTorch, or only wants to run another line, when the interpreter
     is gone is ended by force, and the process may die of that. So no thread but the main one
