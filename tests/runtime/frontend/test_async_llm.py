@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import itertools
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -61,6 +62,25 @@ def test_many_tasks_get_the_tokens_of_generate(model: PreTrainedModel) -> None:
             )
             assert [out.outputs[0].token_ids for out in outputs] == expected
             assert all(out.finished for out in outputs)
+
+    run(main)
+
+
+def test_64_ragged_tasks_in_a_third_of_the_memory(model: PreTrainedModel) -> None:
+    draw = random.Random(0)
+    lengths = [(int(4 * 40 ** draw.random()), int(4 * 16 ** draw.random())) for _ in range(64)]
+    prompts = zoo.random_prompts([prompt for prompt, _ in lengths])
+    params = [zoo.greedy(output) for _, output in lengths]
+    with LLM(model, device="cpu", **zoo.with_defaults({"max_seqs": 8})) as llm:
+        expected = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+
+    async def main() -> None:
+        async with opened(model, max_seqs=64, kv_memory=60 * 4096, max_batch_tokens=48) as llm:
+            outputs = await asyncio.gather(
+                *(last(llm.generate(*pair)) for pair in zip(prompts, params, strict=True))
+            )
+            assert [out.outputs[0].token_ids for out in outputs] == expected
+            assert llm.stats().num_preemptions > 0
 
     run(main)
 

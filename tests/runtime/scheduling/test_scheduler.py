@@ -375,6 +375,25 @@ def test_a_stranger_lends_a_whole_row_at_least() -> None:
     assert (three.num_cached, eight.num_cached) == (0, 8)
 
 
+def test_variants_of_equal_tokens_share_nothing_live_or_parked() -> None:
+    scheduler = _scheduler(max_batch_tokens=64)
+    donor = _request(20, variant="a")
+    scheduler.add(donor)
+    _step(scheduler)
+    same, other = (_request(donor.token_ids[:20], variant=name) for name in ("a", "b"))
+    scheduler.add(same)
+    scheduler.add(other)
+    _step(scheduler)
+    assert (same.num_cached, other.num_cached) == (19, 0)  # from a running request
+    for _ in _steps(scheduler):
+        pass
+    again = [_request(donor.token_ids[:20], variant=name) for name in ("c", "b", "a")]
+    for request in again:
+        scheduler.add(request)
+        _step(scheduler)
+    assert [request.num_cached for request in again] == [0, 19, 19]  # from a parked slot
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_any_load_ends_with_every_token_and_no_page(seed: int) -> None:
     draw = random.Random(seed)
