@@ -1,8 +1,13 @@
-/* Attention over contiguous, strided slots on a CPU: shares of work, threads, and the merge.
+/* Attention over contiguous, strided slots on a CPU: shares of work, threads, and the sums.
  *
  * The work is cut into shares: some queries of a sequence, some KV heads, a stretch of keys.
- * Threads take shares as they come. Where a tile's keys are cut in several stretches, each leaves
- * its part in the workspace, and whoever finishes the last merges them by log-sum-exp.
+ * Threads take shares as they come.
+ *
+ * A query's result does not depend on what else is computed, nor by how many threads. Its sum over
+ * the keys has one order: PART keys at a time, on a grid from token 0, and then these parts in turn.
+ * A thread that attends all parts of a tile adds them up as it goes. Where a tile's keys are cut in
+ * several shares, each leaves its parts in the workspace, and whoever finishes the last adds up.
+ * What is summed is relative to a power of two (tile.h), so that to scale it rounds nothing.
  */
 #include "attention.h"
 
@@ -15,12 +20,13 @@
 #endif
 
 enum {
-    BLOCK = 64,         /* keys at a time */
+    PART = 512,         /* keys of a part, on a grid from token 0 */
+    BLOCK = 64,         /* keys at a time, on a grid that divides it */
     FEW_TOKENS = 16,    /* and where few rows are attended: of all heads they stay near */
     SOFTMAX_ROWS = 24,  /* query rows at a time: their scores stay in the first cache */
     MAX_ROWS = 512,     /* query rows of a share: the packing of a block is spread over them */
     MIN_ROWS = 64,      /* unless a head has fewer; below it, packing costs more than it saves */
-    MIN_KEYS = 64,      /* keys of a stretch, at least */
+    MAX_LANES = 16,     /* of a vector */
     SHARES_A_THREAD = 4 /* for an even load */
 };
 
@@ -28,15 +34,26 @@ struct share {
     int32_t seq, first_query, last_query, first_head, last_head, first_key, last_key;
     int32_t first_position; /* of first_query, within its sequence */
     int32_t num_rows;
-    int32_t num_parts; /* stretches that the keys of this tile are cut in */
-    int32_t first_part; /* index of the first of them in the workspace; the rest follow */
-    int32_t part;       /* which of them this share is */
+    int32_t num_shares; /* that the keys of this tile are cut in */
+    int32_t first_part; /* of several: index of the tile's first part in the workspace */
+    int32_t num_parts;  /* of the tile; they lie side by side */
+    int32_t part;       /* which of them is this share's first */
 };
 
-/* What a thread works in. Rows are [KV head][query][head of the KV head]. */
+/* Sums over some keys, of rows [KV head][query][head of the KV head]. Weights are relative to
+ * 2^peak, a whole number no less than any score, or -FLT_MAX where no key was seen. */
+struct sums {
+    float *out;     /* [rows][value_width] */
+    float *peaks;   /* [rows] */
+    float *weights; /* [rows] */
+};
+
+/* What a thread works in. */
 struct scratch {
     int32_t *query, *keys, *values, *weights;
-    float *scores, *out, *peaks, *sums;
+    float *scores, *apart; /* [SOFTMAX_ROWS][BLOCK], and room for two more of them */
+    float *lanes;          /* sums of weights, [rows][lanes] */
+    struct sums part, total;
     int query_words, value_width;
 };
 
@@ -52,7 +69,8 @@ struct ahead {
 struct block {
     const char *keys, *values;
     int64_t key_stride, value_stride; /* bytes from token to token */
-    int start, len; /* first token, and how many */
+    int start, len; /* first token, on the grid, and how many */
+    int skip;       /* of them, that no query sees: they are not read */
     int ahead;      /* tokens of it whose row a block on is read later: worth fetching */
 };
 
@@ -126,11 +144,14 @@ struct job {
 #endif
 #endif
 
-typedef void (*attend_share)(const struct vkv_attention *, const struct share *, struct scratch *);
+/* Fills scratch->part with the sums of a share's keys from `first` to `last`, of one part. Parts of
+ * a share come in order. */
+typedef void (*attend_part)(const struct vkv_attention *, const struct share *, struct scratch *,
+                            int first, int last);
 
 struct instruction_set {
     const char *name;
-    attend_share attend;
+    attend_part attend;
 };
 
 /* Narrowest first. */
@@ -198,7 +219,7 @@ static int64_t cost(int64_t num_keys, int64_t num_rows, int64_t num_heads) {
     return num_keys * (num_rows + 16 * num_heads);
 }
 
-/* Cuts the work; with `shares` NULL only counts. Each tile is cut in parts of about `target`. */
+/* Cuts the work; with `shares` NULL only counts. Each tile is cut in shares of about `target`. */
 static void cut(const struct vkv_attention *args, struct share *shares, int64_t target,
                 int64_t *num_shares, int64_t *num_parts, int64_t *total_cost) {
     const int32_t group = args->num_heads / args->num_kv_heads;
@@ -220,23 +241,23 @@ static void cut(const struct vkv_attention *args, struct share *shares, int64_t 
                 int32_t first = 0;
                 if (args->window && share.first_position >= args->window)
                     first = share.first_position - args->window + 1;
-                const int64_t keys = last - first;
                 const int64_t work =
-                    cost(keys, share.num_rows, share.last_head - share.first_head);
+                    cost(last - first, share.num_rows, share.last_head - share.first_head);
                 *total_cost += work;
-                int64_t parts = target ? min64(work / target, keys / MIN_KEYS) : 1;
-                parts = max64(parts, 1);
-                const int64_t stretch = round_up((keys + parts - 1) / parts, BLOCK);
-                parts = (keys + stretch - 1) / stretch;
-                share.num_parts = (int32_t)parts;
+                const int32_t first_part = first / PART;
+                const int32_t parts = (last + PART - 1) / PART - first_part;
+                const int64_t wanted = target ? max64(min64(work / target, parts), 1) : 1;
+                const int32_t stretch = (int32_t)((parts + wanted - 1) / wanted); /* in parts */
+                share.num_shares = (parts + stretch - 1) / stretch;
+                share.num_parts = parts;
                 share.first_part = (int32_t)*num_parts;
-                for (int64_t p = 0; p < parts; p++, ++*num_shares) {
-                    share.part = (int32_t)p;
-                    share.first_key = first + (int32_t)(p * stretch);
-                    share.last_key = (int32_t)min64(last, first + (p + 1) * stretch);
+                for (int32_t p = 0; p < parts; p += stretch, ++*num_shares) {
+                    share.part = p;
+                    share.first_key = p ? (first_part + p) * PART : first;
+                    share.last_key = (int32_t)min64(last, (int64_t)(first_part + p + stretch) * PART);
                     if (shares) shares[*num_shares] = share;
                 }
-                if (parts > 1) *num_parts += parts;
+                if (share.num_shares > 1) *num_parts += parts;
             }
     }
 }
@@ -255,10 +276,10 @@ static struct plan make_plan(const struct vkv_attention *args, int64_t *target) 
     plan.max_rows = tile_queries * tile_heads * (args->num_heads / args->num_kv_heads);
     plan.query_words = (int32_t)round_up(args->key_dim, 32);
     plan.value_width = (int32_t)round_up(args->value_dim, 16);
-    const int64_t row_bytes = 4 * (plan.query_words + plan.value_width + 2);
+    const int64_t row_bytes = 4 * (plan.query_words + MAX_LANES + 2 * (plan.value_width + 2));
     const int64_t block_bytes = 4 * BLOCK * (plan.query_words + plan.value_width);
     plan.scratch_bytes =
-        round_up(plan.max_rows * row_bytes + block_bytes + 8 * SOFTMAX_ROWS * BLOCK, 64) + 512;
+        round_up(plan.max_rows * row_bytes + block_bytes + 16 * SOFTMAX_ROWS * BLOCK, 64) + 768;
     plan.part_bytes = round_up(4 * plan.max_rows * (plan.value_width + 2), 64);
     plan.shares_at = 0;
     plan.left_at = round_up(plan.num_shares * (int64_t)sizeof(struct share), 64);
@@ -278,11 +299,16 @@ static struct scratch thread_scratch(const struct vkv_attention *args, const str
     TAKE(keys, BLOCK * plan->query_words);
     TAKE(values, BLOCK * plan->value_width);
     TAKE(scores, SOFTMAX_ROWS * BLOCK);
+    TAKE(apart, 2 * SOFTMAX_ROWS * BLOCK);
     TAKE(weights, SOFTMAX_ROWS * BLOCK);
     TAKE(query, plan->max_rows * plan->query_words);
-    TAKE(out, plan->max_rows * plan->value_width);
-    TAKE(peaks, plan->max_rows);
-    TAKE(sums, plan->max_rows);
+    TAKE(lanes, plan->max_rows * MAX_LANES);
+    TAKE(part.out, plan->max_rows * plan->value_width);
+    TAKE(part.peaks, plan->max_rows);
+    TAKE(part.weights, plan->max_rows);
+    TAKE(total.out, plan->max_rows * plan->value_width);
+    TAKE(total.peaks, plan->max_rows);
+    TAKE(total.weights, plan->max_rows);
 #undef TAKE
     return s;
 }
@@ -297,8 +323,8 @@ static uint16_t to_bf16(float x) { /* to nearest, ties to even; a NaN stays one 
 }
 
 /* Writes a tile's rows: with sinks, divided by their sums, in the dtype of out. */
-static void finish(const struct vkv_attention *args, const struct share *share, const float *out,
-                   const float *peaks, const float *sums, int width) {
+static void finish(const struct vkv_attention *args, const struct share *share,
+                   const struct sums *sums, int width) {
     const float log2e = 1.44269504f, ln2 = 0.693147181f;
     const int32_t group = args->num_heads / args->num_kv_heads;
     int32_t row = 0;
@@ -306,7 +332,7 @@ static void finish(const struct vkv_attention *args, const struct share *share, 
         for (int32_t q = share->first_query; q < share->last_query; q++)
             for (int32_t g = 0; g < group; g++, row++) {
                 const int32_t head = h * group + g;
-                float peak = peaks[row], sum = sums[row], factor = 1.0f;
+                float peak = sums->peaks[row], sum = sums->weights[row], factor = 1.0f;
                 if (args->sinks) { /* a logit that takes weight and has no value */
                     const float sink = args->sinks[head] * log2e, top = fmaxf(peak, sink);
                     factor = exp2f(peak - top);
@@ -314,7 +340,7 @@ static void finish(const struct vkv_attention *args, const struct share *share, 
                     peak = top;
                 }
                 factor /= sum;
-                const float *from = out + (int64_t)row * width;
+                const float *from = sums->out + (int64_t)row * width;
                 const int64_t to = q * args->out_token_stride + head * args->out_head_stride;
                 if (args->dtype == VKV_BFLOAT16) {
                     uint16_t *goal = (uint16_t *)args->out + to;
@@ -329,42 +355,76 @@ static void finish(const struct vkv_attention *args, const struct share *share, 
             }
 }
 
-/* A part in the workspace: out [rows][width], then peaks [rows], then sums [rows]. */
-static float *part_at(const struct vkv_attention *args, const struct plan *plan, int64_t part) {
-    return (float *)((char *)args->workspace + plan->parts_at + part * plan->part_bytes);
+/* 2^x for a whole number x, exactly; zero below -126. */
+static float power_of_two(float x) {
+    const uint32_t bits = x < -126 ? 0 : x > 127 ? 0x7f800000 : (uint32_t)((int)x + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return power;
 }
 
-static void keep_part(const struct vkv_attention *args, const struct plan *plan,
-                      const struct share *share, const struct scratch *s) {
-    const size_t rows = (size_t)share->num_rows, outs = rows * (size_t)s->value_width;
-    float *goal = part_at(args, plan, share->first_part + share->part);
-    memcpy(goal, s->out, 4 * outs);
-    memcpy(goal + outs, s->peaks, 4 * rows);
-    memcpy(goal + outs + rows, s->sums, 4 * rows);
-}
-
-/* Adds up all parts of a tile into the scratch, each weighed by its share of the sum. */
-static void merge_parts(const struct vkv_attention *args, const struct plan *plan,
-                        const struct share *share, struct scratch *s) {
-    const int width = s->value_width, rows = share->num_rows;
-    const int64_t outs = (int64_t)rows * width;
+/* total += part, each of `rows` rows. */
+static void add_part(const struct sums *total, const struct sums *part, int rows, int width) {
     for (int row = 0; row < rows; row++) {
-        float peak = -FLT_MAX, sum = 0, *goal = s->out + (int64_t)row * width;
-        memset(goal, 0, 4 * (size_t)width);
-        for (int p = 0; p < share->num_parts; p++)
-            peak = fmaxf(peak, part_at(args, plan, share->first_part + p)[outs + row]);
-        for (int p = 0; p < share->num_parts; p++) {
-            const float *part = part_at(args, plan, share->first_part + p);
-            const float weight = exp2f(part[outs + row] - peak);
-            sum += weight * part[outs + rows + row];
-            for (int d = 0; d < width; d++) goal[d] += weight * part[(int64_t)row * width + d];
-        }
-        s->peaks[row] = peak;
-        s->sums[row] = sum;
+        const float old = total->peaks[row], new = part->peaks[row], peak = old > new ? old : new;
+        const float keep = power_of_two(old - peak), add = power_of_two(new - peak);
+        float *goal = total->out + (int64_t)row * width;
+        const float *from = part->out + (int64_t)row * width;
+        for (int d = 0; d < width; d++) goal[d] = goal[d] * keep + from[d] * add;
+        total->weights[row] = total->weights[row] * keep + part->weights[row] * add;
+        total->peaks[row] = peak;
     }
 }
 
+static void copy_sums(const struct sums *goal, const struct sums *from, int rows, int width) {
+    memcpy(goal->out, from->out, sizeof(float) * (size_t)rows * (size_t)width);
+    memcpy(goal->peaks, from->peaks, sizeof(float) * (size_t)rows);
+    memcpy(goal->weights, from->weights, sizeof(float) * (size_t)rows);
+}
+
+/* A part in the workspace. */
+static struct sums kept_part(const struct vkv_attention *args, const struct plan *plan,
+                             int64_t part) {
+    float *at = (float *)((char *)args->workspace + plan->parts_at + part * plan->part_bytes);
+    return (struct sums){.out = at,
+                         .peaks = at + (int64_t)plan->max_rows * plan->value_width,
+                         .weights = at + (int64_t)plan->max_rows * (plan->value_width + 1)};
+}
+
 /* -- threads --------------------------------------------------------------------------------- */
+
+/* Attends a share part by part. Returns where the sums of its tile are, or NULL if other shares of
+ * the tile are still at work. */
+static const struct sums *attend_share(const struct job *job, const struct share *share,
+                                       struct scratch *s, attend_part attend) {
+    const struct vkv_attention *args = job->args;
+    const struct plan *plan = job->plan;
+    const int rows = share->num_rows, width = s->value_width;
+    const struct sums *sums = &s->part;
+    int part = share->part;
+    for (int at = share->first_key; at < share->last_key; part++) {
+        const int end = (int)min64(share->last_key, (int64_t)(at / PART + 1) * PART);
+        attend(args, share, s, at, end);
+        if (share->num_shares > 1) {
+            const struct sums kept = kept_part(args, plan, share->first_part + part);
+            copy_sums(&kept, &s->part, rows, width);
+        } else if (end < share->last_key || at > share->first_key) {
+            if (at == share->first_key) copy_sums(&s->total, &s->part, rows, width);
+            else add_part(&s->total, &s->part, rows, width);
+            sums = &s->total;
+        }
+        at = end;
+    }
+    if (share->num_shares == 1) return sums;
+    int32_t *left = (int32_t *)((char *)args->workspace + plan->left_at) + share->first_part;
+    if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL)) return NULL;
+    for (part = 0; part < share->num_parts; part++) {
+        const struct sums kept = kept_part(args, plan, share->first_part + part);
+        if (part) add_part(&s->total, &kept, rows, width);
+        else copy_sums(&s->total, &kept, rows, width);
+    }
+    return &s->total;
+}
 
 static void work(void *data) {
     struct job *job = data;
@@ -374,19 +434,12 @@ static void work(void *data) {
     if (thread >= args->num_threads) return; /* more threads came than there is scratch for */
     struct scratch s = thread_scratch(args, plan, thread);
     const struct share *shares = (void *)((char *)args->workspace + plan->shares_at);
-    int32_t *left = (void *)((char *)args->workspace + plan->left_at);
-    const attend_share attend = choose(args->dtype)->attend;
+    const attend_part attend = choose(args->dtype)->attend;
     for (;;) {
         const int64_t index = __atomic_fetch_add(&job->next_share, 1, __ATOMIC_RELAXED);
         if (index >= plan->num_shares) return;
-        const struct share *share = shares + index;
-        attend(args, share, &s);
-        if (share->num_parts > 1) {
-            keep_part(args, plan, share, &s);
-            if (__atomic_sub_fetch(left + share->first_part, 1, __ATOMIC_ACQ_REL)) continue;
-            merge_parts(args, plan, share, &s);
-        }
-        finish(args, share, s.out, s.peaks, s.sums, s.value_width);
+        const struct sums *sums = attend_share(job, shares + index, &s, attend);
+        if (sums) finish(args, shares + index, sums, s.value_width);
     }
 }
 
@@ -398,7 +451,7 @@ int64_t vkv_attend(const struct vkv_attention *args) {
     int32_t *left = (void *)((char *)args->workspace + plan.left_at);
     cut(args, shares, target, &plan.num_shares, &plan.num_parts, &total);
     for (int64_t i = 0; i < plan.num_shares; i++)
-        if (shares[i].num_parts > 1) left[shares[i].first_part] = shares[i].num_parts;
+        if (shares[i].num_shares > 1) left[shares[i].first_part] = shares[i].num_shares;
     struct job job = {.args = args, .plan = &plan};
     if (args->num_threads > 1 && args->parallel && plan.num_shares > 1)
         args->parallel(work, &job, (unsigned)args->num_threads, 0);

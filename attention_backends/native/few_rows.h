@@ -9,11 +9,11 @@
 
 enum { NAME(FEW_ROWS) = 8 };
 
-/* Whether a share's rows are few, and its heads whole vectors. */
+/* Whether a share's rows are few, and can be read as they lie. */
 INLINE int NAME(are_few)(const struct vkv_attention *args, const struct share *share) {
     const int group = args->num_heads / args->num_kv_heads;
     return (share->last_query - share->first_query) * group <= NAME(FEW_ROWS) &&
-           args->key_dim % (2 * LANES) == 0 && args->value_dim % (2 * LANES) == 0;
+           NAME(by_lanes)(args);
 }
 
 /* 2 * LANES elements: of bfloat16 the even ones and the odd ones, of floats a half and a half. */
@@ -78,15 +78,17 @@ INLINE void NAME(fetch)(struct ahead *ahead, int64_t num_bytes) {
     *ahead = to;
 }
 
-/* scores[rows][LANES] of `len` tokens; any behind them mean nothing. */
+INLINE int NAME(within)(int i, int first, int last) { return i < first ? first : i < last ? i : last; }
+
+/* scores[rows][LANES] of tokens `first` to `last`; others mean nothing, and are not read. */
 INLINE void NAME(score_rows)(const int rows, const int is_bf16, const char *keys, int64_t stride,
-                             int len, int dim, const int32_t *query, int query_words,
+                             int first, int last, int dim, const int32_t *query, int query_words,
                              float *scores, struct ahead *ahead) {
-    const int item = is_bf16 ? 2 : 4, last = len - 1;
+    const int item = is_bf16 ? 2 : 4;
     VEC parts[4][LANES]; /* of a token each, to be summed */
     for (int i = 0; i < LANES; i += 2) {
-        const char *k = keys + (i < last ? i : last) * stride;
-        const char *l = keys + (i + 1 < last ? i + 1 : last) * stride;
+        const char *k = keys + NAME(within)(i, first, last) * stride;
+        const char *l = keys + NAME(within)(i + 1, first, last) * stride;
         VEC a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
         NAME(fetch)(ahead, 2 * dim * item);
         for (int d = 0; d < dim; d += 2 * LANES) {
@@ -165,12 +167,12 @@ INLINE void NAME(add_values)(const int rows, const int is_bf16, const char *valu
             case 8: CALL(4, 1); break;                                  \
         }
 
-static void NAME(score_few)(int rows, int is_bf16, const char *keys, int64_t stride, int len,
-                            int dim, const int32_t *query, int query_words, float *scores,
-                            struct ahead *ahead) {
-#define CALL(n, bf16)                                                                        \
-    NAME(score_rows)(n, bf16, keys, stride, len, dim, query + r * query_words, query_words, \
-                     scores + r * FEW_TOKENS, r ? NULL : ahead)
+static void NAME(score_few)(int rows, int is_bf16, const char *keys, int64_t stride, int first,
+                            int last, int dim, const int32_t *query, int query_words,
+                            float *scores, struct ahead *ahead) {
+#define CALL(n, bf16)                                                               \
+    NAME(score_rows)(n, bf16, keys, stride, first, last, dim, query + r * query_words, \
+                     query_words, scores + r * FEW_TOKENS, r ? NULL : ahead)
     FOR_EACH_FEW(CALL)
 #undef CALL
 }
@@ -187,10 +189,10 @@ static void NAME(add_few)(int rows, int is_bf16, const char *values, int64_t str
 
 #undef FOR_EACH_FEW
 
-/* A share of few rows, FEW_TOKENS at a time, while as much of the next is fetched as is read: in
- * one stream where values lie right behind keys. */
+/* A part of few rows, FEW_TOKENS at a time, while as much of the next is fetched as is read: in one
+ * stream where values lie right behind keys. */
 static void NAME(attend_few)(const struct vkv_attention *args, const struct share *share,
-                             struct scratch *s) {
+                             struct scratch *s, int first, int last) {
     const int is_bf16 = args->dtype == VKV_BFLOAT16, item = is_bf16 ? 2 : 4;
     const int group = args->num_heads / args->num_kv_heads, width = s->value_width;
     const int rows = (share->last_query - share->first_query) * group; /* of a KV head */
@@ -200,15 +202,15 @@ static void NAME(attend_few)(const struct vkv_attention *args, const struct shar
     const int64_t key_head = item * args->key_head_stride;
     const int64_t value_head = item * args->value_head_stride;
     const char *keys = (const char *)args->keys + item * slot * args->key_slot_stride +
-                       share->first_key * key_stride + share->first_head * key_head;
+                       first * key_stride + share->first_head * key_head;
     const char *values = (const char *)args->values + item * slot * args->value_slot_stride +
-                         share->first_key * value_stride + share->first_head * value_head;
+                         first * value_stride + share->first_head * value_head;
     /* A share has one head, or heads that lie side by side (tile_shape): a token's are one row. */
     const int64_t num_heads = share->last_head - share->first_head;
     struct ahead key_rows = {.row = keys,
                              .stride = key_stride,
                              .row_bytes = num_heads * item * args->key_dim,
-                             .num_rows = share->last_key - share->first_key};
+                             .num_rows = share->last_key - first};
     struct ahead value_rows = {.row = values,
                                .stride = value_stride,
                                .row_bytes = num_heads * item * args->value_dim,
@@ -221,23 +223,26 @@ static void NAME(attend_few)(const struct vkv_attention *args, const struct shar
     }
     NAME(fetch)(&key_rows, FEW_TOKENS * key_rows.row_bytes);
     NAME(fetch)(&value_rows, FEW_TOKENS * value_rows.row_bytes);
-    for (int start = share->first_key; start < share->last_key; start += FEW_TOKENS) {
-        const int left = share->last_key - start, len = left < FEW_TOKENS ? left : FEW_TOKENS;
+    int skip = first % FEW_TOKENS; /* tokens that no query sees */
+    keys -= skip * key_stride;
+    values -= skip * value_stride;
+    for (int start = first - skip; start < last; start += FEW_TOKENS, skip = 0) {
+        const int left = last - start, len = left < FEW_TOKENS ? left : FEW_TOKENS;
         for (int h = 0; h < num_heads; h++) {
             const int32_t *query = s->query + h * rows * s->query_words;
-            for (int t = 0; t < len; t += LANES)
+            for (int t = skip / LANES * LANES; t < len; t += LANES)
                 NAME(score_few)(rows, is_bf16, keys + t * key_stride + h * key_head, key_stride,
-                                len - t < LANES ? len - t : LANES, args->key_dim, query,
-                                s->query_words, s->scores + t, keys_ahead);
+                                t < skip ? skip - t : 0, (len - t < LANES ? len - t : LANES) - 1,
+                                args->key_dim, query, s->query_words, s->scores + t, keys_ahead);
             for (int r = 0; r < rows; r++)
                 NAME(weigh)(FEW_TOKENS, args, share, s, h * rows + r, r / group, start, len,
                             s->scores + r * FEW_TOKENS, s->weights + r * FEW_TOKENS);
-            NAME(add_few)(rows, is_bf16, values + h * value_head, value_stride, len,
-                          args->value_dim, s->weights, s->out + h * rows * width, width,
-                          values_ahead);
+            NAME(add_few)(rows, is_bf16, values + skip * value_stride + h * value_head,
+                          value_stride, len - skip, args->value_dim, s->weights + skip,
+                          s->part.out + h * rows * width, width, values_ahead);
         }
         keys += FEW_TOKENS * key_stride;
         values += FEW_TOKENS * value_stride;
     }
-    if (is_bf16) NAME(put_in_order)(s->out, share->num_rows * width);
+    if (is_bf16) NAME(put_in_order)(s->part.out, share->num_rows * width);
 }

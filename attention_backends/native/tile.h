@@ -8,8 +8,12 @@
  *
  * Keys are transposed a block of BLOCK tokens at a time, so that a lane is a token, and values
  * laid out so that a lane is a dimension; both products are then the same small matrix product.
- * Few rows of floats are few_rows.h's.
- * The softmax runs along, block by block, in base 2.
+ * Few rows of floats are few_rows.h's, whose sums have the order that is used here.
+ *
+ * The softmax runs along, block by block, in base 2, and relative to a whole power of two. A score
+ * is taken apart in a whole number and a fraction before that power is known: so a larger one later
+ * scales what was summed by a power of two, which rounds nothing, and a sum is the same whatever
+ * scores came with it, in whichever steps.
  *
  * Source: FlashAttention-2, arXiv:2307.08691, section 3 (the online softmax).
  */
@@ -57,20 +61,45 @@ INLINE float NAME(total)(VEC x) {
 }
 #endif
 
-/* 2^x for x of at most 127; below -126 it is (nearly) zero. Relative error about 1e-7. */
-INLINE VEC NAME(exp2)(VEC x) {
-    const VEC magic = NAME(splat)(12582912.0f); /* adding it rounds to an integer */
-    x = NAME(max)(x, NAME(splat)(-126.0f));
-    VEC shifted = x + magic;
-    VEC f = x - (shifted - magic); /* in [-1/2, 1/2] */
+/* The nearest whole number, of any finite x. */
+INLINE VEC NAME(whole)(VEC x) {
+#if LANES == 16
+    return (VEC)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif LANES == 8
+    return (VEC)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const VEC size = (VEC)((IVEC)x & 0x7fffffff), magic = NAME(splat)(8388608.0f);
+    const VEC near = (VEC)(((IVEC)x & (IVEC)NAME(splat)(-0.0f)) | (IVEC)((size + magic) - magic));
+    return NAME(select)(size < magic, near, x);
+#endif
+}
+
+/* x * 2^y for a whole number y of at most 127, exactly; zero below -126. */
+INLINE VEC NAME(scale)(VEC x, VEC y) {
+#if LANES == 16
+    return (VEC)_mm512_scalef_ps((__m512)x, (__m512)y);
+#else
+    const VEC magic = NAME(splat)(12582912.0f); /* adding it leaves a whole number in low bits */
+    y = NAME(max)(y, NAME(splat)(-127.0f)) + magic;
+    return x * (VEC)(((IVEC)y - (IVEC)magic + 127) << 23);
+#endif
+}
+
+/* 2^x of x from -1/2 to 1/2; relative error about 1e-7. */
+INLINE VEC NAME(exp2_near)(VEC x) {
     VEC p = NAME(splat)(1.535336e-4f);
-    p = p * f + 1.339887e-3f;
-    p = p * f + 9.618437e-3f;
-    p = p * f + 5.550332e-2f;
-    p = p * f + 2.402264e-1f;
-    p = p * f + 6.931472e-1f;
-    p = p * f + 1.0f;
-    return (VEC)((IVEC)p + (((IVEC)shifted - (IVEC)magic) << 23));
+    p = p * x + 1.339887e-3f;
+    p = p * x + 9.618437e-3f;
+    p = p * x + 5.550332e-2f;
+    p = p * x + 2.402264e-1f;
+    p = p * x + 6.931472e-1f;
+    return p * x + 1.0f;
+}
+
+/* 2^(x + y) for a whole number y, and their sum at most 127; zero below -126. */
+INLINE VEC NAME(exp2)(VEC x, VEC y) {
+    const VEC whole = NAME(whole)(x);
+    return NAME(scale)(NAME(exp2_near)(x - whole), whole + y);
 }
 
 /* -- words: what a product multiplies ------------------------------------------------------- */
@@ -120,12 +149,14 @@ INLINE IVEC NAME(load_words)(const void *row, int count, int is_bf16) {
 
 #define ROW_WORDS (PAIRS ? 2 * LANES : LANES) /* elements that load_words takes */
 
-/* c[rows][nv * LANES] += a[rows][k words] times b[k words][nv * LANES]. */
-INLINE void NAME(product)(const int rows, const int nv, const int32_t *a, int lda,
+/* c[rows][nv * LANES] += a[rows][k words] times b[k words][nv * LANES]: term by term, or, `apart`,
+ * of their own first. */
+INLINE void NAME(product)(const int rows, const int nv, const int apart, const int32_t *a, int lda,
                           const int32_t *b, int ldb, int k, float *c, int ldc) {
     VEC acc[ROWS][COLUMNS];
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < nv; v++) acc[r][v] = NAME(load)(c + r * ldc + v * LANES);
+        for (int v = 0; v < nv; v++)
+            acc[r][v] = apart ? (VEC){0} : NAME(load)(c + r * ldc + v * LANES);
     for (int i = 0; i < k; i++) {
         IVEC column[COLUMNS];
         for (int v = 0; v < nv; v++) column[v] = *(const IVEC *)(b + i * ldb + v * LANES);
@@ -142,34 +173,50 @@ INLINE void NAME(product)(const int rows, const int nv, const int32_t *a, int ld
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < nv; v++) NAME(store)(c + r * ldc + v * LANES, acc[r][v]);
+        for (int v = 0; v < nv; v++) {
+            float *goal = c + r * ldc + v * LANES;
+            if (apart) acc[r][v] += NAME(load)(goal);
+            NAME(store)(goal, acc[r][v]);
+        }
 }
 
-INLINE void NAME(product_columns)(const int rows, const int32_t *a, int lda, const int32_t *b,
-                                  int ldb, int k, float *c, int ldc, int n) {
+INLINE void NAME(product_columns)(const int rows, const int apart, const int32_t *a, int lda,
+                                  const int32_t *b, int ldb, int k, float *c, int ldc, int n) {
     int j = 0;
     for (; j + COLUMNS * LANES <= n; j += COLUMNS * LANES)
-        NAME(product)(rows, COLUMNS, a, lda, b + j, ldb, k, c + j, ldc);
-    for (; j < n; j += LANES) NAME(product)(rows, 1, a, lda, b + j, ldb, k, c + j, ldc);
+        NAME(product)(rows, COLUMNS, apart, a, lda, b + j, ldb, k, c + j, ldc);
+    for (; j < n; j += LANES) NAME(product)(rows, 1, apart, a, lda, b + j, ldb, k, c + j, ldc);
 }
 
 /* The same for any number of rows, and n a multiple of 16. */
-static void NAME(multiply)(int rows, const int32_t *a, int lda, const int32_t *b, int ldb, int k,
-                           float *c, int ldc, int n) {
+INLINE void NAME(product_rows)(int rows, const int apart, const int32_t *a, int lda,
+                               const int32_t *b, int ldb, int k, float *c, int ldc, int n) {
     int r = 0;
     for (; r + ROWS <= rows; r += ROWS)
-        NAME(product_columns)(ROWS, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+        NAME(product_columns)(ROWS, apart, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
     if (ROWS > 4 && r + 4 <= rows) {
-        NAME(product_columns)(4, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+        NAME(product_columns)(4, apart, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
         r += 4;
     }
     if (ROWS > 2 && r + 2 <= rows) {
-        NAME(product_columns)(2, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+        NAME(product_columns)(2, apart, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
         r += 2;
     }
     for (; r < rows; r++)
-        NAME(product_columns)(1, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+        NAME(product_columns)(1, apart, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
 }
+
+static void NAME(multiply)(int rows, const int32_t *a, int lda, const int32_t *b, int ldb, int k,
+                           float *c, int ldc, int n) {
+    NAME(product_rows)(rows, 0, a, lda, b, ldb, k, c, ldc, n);
+}
+
+#if !PAIRS
+static void NAME(multiply_apart)(int rows, const int32_t *a, int lda, const int32_t *b, int ldb,
+                                 int k, float *c, int ldc, int n) {
+    NAME(product_rows)(rows, 1, a, lda, b, ldb, k, c, ldc, n);
+}
+#endif
 
 /* -- keys and values of a block -------------------------------------------------------------- */
 
@@ -226,43 +273,64 @@ INLINE void NAME(transpose)(IVEC *row) {
 }
 #endif
 
-/* Keys of `num_tokens` tokens as packed[word][token], BLOCK tokens wide, of which only whole
- * vectors that hold a token are written: zero behind the last. */
-static void NAME(pack_keys)(const char *rows, int64_t stride, int num_tokens, int num_ahead,
-                            int dim, int is_bf16, int32_t *packed) {
+/* Whether heads are whole vectors. Few rows are then read as they lie, lane by lane, and other rows
+ * take the same order (`score_block`). */
+INLINE int NAME(by_lanes)(const struct vkv_attention *args) {
+    return !PAIRS && args->key_dim % (2 * LANES) == 0 && args->value_dim % (2 * LANES) == 0;
+}
+
+/* Where a word of a head lies in queries and keys that are laid out: in turn, or, `by_lanes`, one
+ * lane of few_rows.h after the other, whose elements are apart as load_two has them. */
+INLINE int NAME(place)(int d, int dim, int is_bf16, int by_lanes) {
+    if (!by_lanes) return d;
+    const int within = d % (2 * LANES);
+    const int lane = is_bf16 ? within / 2 : within % LANES;
+    return lane * (dim / LANES) + d / (2 * LANES) * 2 + (is_bf16 ? within % 2 : within / LANES);
+}
+
+/* Keys of a block as packed[word][token], BLOCK tokens wide, of which only whole vectors that hold a
+ * token are written: zero before the first and behind the last. */
+static void NAME(pack_keys)(const struct block *block, int dim, int is_bf16, int by_lanes,
+                            int32_t *packed) {
     const int item = is_bf16 ? 2 : 4;
-    for (int t = 0; t < num_tokens; t += LANES) {
+    const int64_t stride = block->key_stride;
+    for (int t = block->skip / LANES * LANES; t < block->len; t += LANES) {
         for (int d = 0; d < dim; d += ROW_WORDS) {
-            IVEC block[LANES];
+            IVEC words[LANES];
             for (int i = 0; i < LANES; i++) {
-                const char *row = rows + (t + i) * stride + d * item;
-                block[i] = t + i < num_tokens ? NAME(load_words)(row, dim - d, is_bf16) : (IVEC){0};
-                if (t + i < num_ahead) __builtin_prefetch(row + BLOCK * stride);
+                const char *row = block->keys + (t + i) * stride + d * item;
+                const int is_there = t + i >= block->skip && t + i < block->len;
+                words[i] = is_there ? NAME(load_words)(row, dim - d, is_bf16) : (IVEC){0};
+                if (t + i < block->ahead) __builtin_prefetch(row + BLOCK * stride);
             }
-            NAME(transpose)(block);
-            int32_t *goal = packed + WORDS(d) * BLOCK + t;
-            for (int i = 0; i < LANES && WORDS(d) + i < WORDS(dim); i++)
-                *(IVEC *)(goal + i * BLOCK) = block[i];
+            NAME(transpose)(words);
+            for (int i = 0; i < LANES && WORDS(d) + i < WORDS(dim); i++) {
+                const int word = NAME(place)(WORDS(d) + i, dim, is_bf16, by_lanes);
+                *(IVEC *)(packed + word * BLOCK + t) = words[i];
+            }
         }
     }
 }
 
-/* Values as packed[token or pair of tokens][dim], `width` dims wide (a multiple of 16). */
-static void NAME(pack_values)(const char *rows, int64_t stride, int num_tokens, int num_ahead,
-                              int dim, int width, int is_bf16, int32_t *packed) {
-    const int item = is_bf16 ? 2 : 4;
+/* Values as packed[token or pair of tokens][dim], `width` dims wide (a multiple of 16): zero before
+ * the first. */
+static void NAME(pack_values)(const struct block *block, int dim, int width, int is_bf16,
+                              int32_t *packed) {
+    const int item = is_bf16 ? 2 : 4, skip = block->skip;
+    const int64_t stride = block->value_stride;
 #if PAIRS
     const __m512i first = _mm512_set_epi16(
         47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
         35, 3, 34, 2, 33, 1, 32, 0); /* words 0 to 15 of both rows, alternating */
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    for (int t = 0; t < num_tokens; t += 2)
+    for (int t = 0; t < block->len; t += 2)
         for (int d = 0; d < dim; d += 32) {
-            const char *row = rows + t * stride + d * item;
-            IVEC even = NAME(load_words)(row, dim - d, 1);
-            IVEC odd = (IVEC){0};
-            if (t + 1 < num_tokens) odd = NAME(load_words)(row + stride, dim - d, 1);
-            if (t + 1 < num_ahead) {
+            const char *row = block->values + t * stride + d * item;
+            IVEC even = (IVEC){0}, odd = (IVEC){0};
+            if (t >= skip) even = NAME(load_words)(row, dim - d, 1);
+            if (t + 1 >= skip && t + 1 < block->len)
+                odd = NAME(load_words)(row + stride, dim - d, 1);
+            if (t + 1 < block->ahead) {
                 __builtin_prefetch(row + BLOCK * stride);
                 __builtin_prefetch(row + (BLOCK + 1) * stride);
             }
@@ -273,11 +341,12 @@ static void NAME(pack_values)(const char *rows, int64_t stride, int num_tokens, 
                     (IVEC)_mm512_permutex2var_epi16((__m512i)even, second, (__m512i)odd);
         }
 #else
-    for (int t = 0; t < num_tokens; t++)
+    for (int t = 0; t < block->len; t++)
         for (int d = 0; d < width; d += LANES) {
-            const char *row = rows + t * stride + d * item;
-            IVEC words = d < dim ? NAME(load_words)(row, dim - d, is_bf16) : (IVEC){0};
-            if (t < num_ahead && d < dim) __builtin_prefetch(row + BLOCK * stride);
+            const char *row = block->values + t * stride + d * item;
+            IVEC words = (IVEC){0};
+            if (d < dim && t >= skip) words = NAME(load_words)(row, dim - d, is_bf16);
+            if (t < block->ahead && d < dim) __builtin_prefetch(row + BLOCK * stride);
             *(IVEC *)(packed + t * width + d) = words;
         }
 #endif
@@ -286,10 +355,10 @@ static void NAME(pack_values)(const char *rows, int64_t stride, int num_tokens, 
 /* -- the softmax ----------------------------------------------------------------------------- */
 
 /* One row: scores[columns] become weights, of which those outside [first, last) are zero; its
- * running maximum, sum and output row follow. */
+ * running peak, sums of weights by lane and output row follow. */
 INLINE void NAME(softmax_row)(const int columns, const struct vkv_attention *args,
                               const float *scores, int first, int last, int32_t *weights,
-                              float *peak, float *sum, float *out, int width) {
+                              float *peak, float *sums, float *out, int width) {
     const float log2e = 1.44269504f;
     const int masked = first > 0 || last < columns;
     VEC x[BLOCK / LANES], top = NAME(splat)(-FLT_MAX);
@@ -300,7 +369,8 @@ INLINE void NAME(softmax_row)(const int columns, const struct vkv_attention *arg
         if (args->softcap != 0.0f) { /* tanh(y) = 1 - 2 / (exp(2 y) + 1) */
             VEC y = x[v] * (2 * log2e * args->scale / args->softcap);
             y = NAME(select)(y > 60.0f, NAME(splat)(60.0f), y);
-            x[v] = (args->softcap * log2e) * (1.0f - 2.0f / (NAME(exp2)(y) + 1.0f));
+            x[v] = (args->softcap * log2e) *
+                   (1.0f - 2.0f / (NAME(exp2)(y, (VEC){0}) + 1.0f));
         } else {
             x[v] = x[v] * (args->scale * log2e);
         }
@@ -311,13 +381,20 @@ INLINE void NAME(softmax_row)(const int columns, const struct vkv_attention *arg
         }
         top = NAME(max)(top, x[v]);
     }
-    const float within = NAME(highest)(top), highest = within > *peak ? within : *peak;
-    VEC total = (VEC){0};
+    const float highest = NAME(whole)(NAME(splat)(NAME(highest)(top)))[0];
+    VEC total = NAME(load)(sums);
+    if (highest > *peak) {
+        const VEC shrink = NAME(scale)(NAME(splat)(1.0f), NAME(splat)(*peak - highest));
+        total *= shrink;
+        for (int d = 0; d < width; d += LANES) NAME(store)(out + d, NAME(load)(out + d) * shrink);
+        *peak = highest;
+    }
     for (int v = 0; v < columns / LANES; v++) {
-        x[v] = NAME(exp2)(x[v] - highest);
+        x[v] = NAME(exp2)(x[v], NAME(splat)(-*peak));
         if (masked) x[v] = (VEC)((IVEC)x[v] & seen[v]);
         total += x[v];
     }
+    NAME(store)(sums, total);
 #if PAIRS
     for (int v = 0; v < columns / LANES; v += 2)
         *(IVEC *)(weights + v * LANES / 2) =
@@ -325,13 +402,6 @@ INLINE void NAME(softmax_row)(const int columns, const struct vkv_attention *arg
 #else
     for (int v = 0; v < columns / LANES; v++) *(VEC *)(weights + v * LANES) = x[v];
 #endif
-    if (highest > *peak) {
-        VEC shrink = NAME(exp2)(NAME(splat)(*peak - highest));
-        *sum *= shrink[0];
-        for (int d = 0; d < width; d += LANES) NAME(store)(out + d, NAME(load)(out + d) * shrink);
-        *peak = highest;
-    }
-    *sum += NAME(total)(total);
 }
 
 /* Row `row` of the share, of its query `query`, against `len` tokens from `start` on, in
@@ -347,8 +417,9 @@ INLINE void NAME(weigh)(const int columns, const struct vkv_attention *args,
     if (last <= first)
         memset(weights, 0, 4 * (size_t)WORDS(columns));
     else
-        NAME(softmax_row)(columns, args, scores, first, last, weights, s->peaks + row,
-                          s->sums + row, s->out + row * s->value_width, s->value_width);
+        NAME(softmax_row)(columns, args, scores, first, last, weights, s->part.peaks + row,
+                          s->lanes + row * LANES, s->part.out + row * s->value_width,
+                          s->value_width);
 }
 
 #if !PAIRS /* laying out is cheap there */
@@ -361,11 +432,11 @@ INLINE void NAME(weigh)(const int columns, const struct vkv_attention *args,
 static void NAME(take_queries)(const struct vkv_attention *args, const struct share *share,
                                struct scratch *s) {
     const int is_bf16 = args->dtype == VKV_BFLOAT16, item = is_bf16 ? 2 : 4;
-    const int group = args->num_heads / args->num_kv_heads;
-    int32_t *goal = s->query;
+    const int group = args->num_heads / args->num_kv_heads, dim = args->key_dim;
 #if !PAIRS
-    const int few = NAME(are_few)(args, share);
+    const int by_lanes = NAME(by_lanes)(args), few = NAME(are_few)(args, share);
 #endif
+    int32_t *goal = s->query;
     for (int h = share->first_head; h < share->last_head; h++)
         for (int q = share->first_query; q < share->last_query; q++)
             for (int g = 0; g < group; g++, goal += s->query_words) {
@@ -373,15 +444,56 @@ static void NAME(take_queries)(const struct vkv_attention *args, const struct sh
                                   item * (q * args->query_token_stride +
                                           (h * group + g) * args->query_head_stride);
 #if !PAIRS
-                for (int d = 0; few && d < args->key_dim; d += 2 * LANES)
+                for (int d = 0; few && d < dim; d += 2 * LANES)
                     NAME(load_two)(row + d * item, is_bf16, (VEC *)(goal + d),
                                    (VEC *)(goal + d + LANES));
                 if (few) continue;
 #endif
-                for (int d = 0; d < args->key_dim; d += ROW_WORDS)
-                    *(IVEC *)(goal + WORDS(d)) =
-                        NAME(load_words)(row + d * item, args->key_dim - d, is_bf16);
+                for (int d = 0; d < dim; d += ROW_WORDS) {
+                    const IVEC words = NAME(load_words)(row + d * item, dim - d, is_bf16);
+#if !PAIRS
+                    for (int i = 0; by_lanes && i < LANES; i++)
+                        goal[NAME(place)(d + i, dim, is_bf16, 1)] = words[i];
+                    if (by_lanes) continue;
+#endif
+                    *(IVEC *)(goal + WORDS(d)) = words;
+                }
             }
+}
+
+/* scores[rows][BLOCK] of queries and keys that are laid out. */
+static void NAME(score_block)(const struct vkv_attention *args, struct scratch *s, int rows,
+                              const int32_t *query, int columns) {
+    const size_t bytes = sizeof(float) * BLOCK * (size_t)rows;
+    memset(s->scores, 0, bytes);
+#if !PAIRS
+    if (NAME(by_lanes)(args)) { /* in the order of `sums` */
+        const int words = args->key_dim / LANES;
+#define ADD_LANE(lane, goal)                                                        \
+    NAME(multiply_apart)(rows, query + (lane) * words, s->query_words,              \
+                         s->keys + (lane) * words * BLOCK, BLOCK, words, goal, BLOCK, columns)
+#if LANES == 8
+        float *const odd = s->apart, *const high = s->apart + SOFTMAX_ROWS * BLOCK;
+        memset(high, 0, bytes);
+        for (int lane = 0; lane < LANES; lane += 4) {
+            float *const even = lane ? high : s->scores;
+            memset(odd, 0, bytes);
+            ADD_LANE(lane, even);
+            ADD_LANE(lane + 2, even);
+            ADD_LANE(lane + 1, odd);
+            ADD_LANE(lane + 3, odd);
+            for (int i = 0; i < rows * BLOCK; i++) even[i] += odd[i];
+        }
+        for (int i = 0; i < rows * BLOCK; i++) s->scores[i] += high[i];
+#else
+        for (int lane = 0; lane < LANES; lane++) ADD_LANE(lane, s->scores);
+#endif
+#undef ADD_LANE
+        return;
+    }
+#endif
+    NAME(multiply)(rows, query, s->query_words, s->keys, BLOCK, WORDS(args->key_dim), s->scores,
+                   BLOCK, columns);
 }
 
 /* The rows of one KV head against one block, a few rows at a time. */
@@ -391,51 +503,35 @@ INLINE void NAME(attend_block)(const struct vkv_attention *args, const struct sh
     const int rows = (share->last_query - share->first_query) * group;
     const int base = (head - share->first_head) * rows, width = s->value_width;
     const int columns = (block->len + LANES - 1) / LANES * LANES; /* of keys that were packed */
-    NAME(pack_keys)(block->keys, block->key_stride, block->len, block->ahead, args->key_dim,
-                    is_bf16, s->keys);
-    NAME(pack_values)(block->values, block->value_stride, block->len, block->ahead,
-                      args->value_dim, width, is_bf16, s->values);
+    NAME(pack_keys)(block, args->key_dim, is_bf16, NAME(by_lanes)(args), s->keys);
+    NAME(pack_values)(block, args->value_dim, width, is_bf16, s->values);
     for (int r = 0; r < rows; r += SOFTMAX_ROWS) {
         const int count = rows - r < SOFTMAX_ROWS ? rows - r : SOFTMAX_ROWS;
         const int last_seen = share->first_position + (r + count - 1) / group;
         const int first_seen = share->first_position + r / group;
         if (last_seen < block->start) continue; /* this block is all to come for these rows */
         if (args->window && first_seen - args->window >= block->start + block->len - 1) continue;
-        memset(s->scores, 0, sizeof(float) * BLOCK * (size_t)count);
-        NAME(multiply)(count, s->query + (base + r) * s->query_words, s->query_words, s->keys,
-                       BLOCK, WORDS(args->key_dim), s->scores, BLOCK, columns);
+        NAME(score_block)(args, s, count, s->query + (base + r) * s->query_words, columns);
         for (int i = 0; i < count; i++)
             NAME(weigh)(BLOCK, args, share, s, base + r + i, (r + i) / group, block->start,
                         block->len, s->scores + i * BLOCK, s->weights + i * WORDS(BLOCK));
         NAME(multiply)(count, s->weights, WORDS(BLOCK), s->values, width, WORDS(block->len),
-                       s->out + (base + r) * width, width, width);
+                       s->part.out + (base + r) * width, width, width);
     }
 }
 
-static void NAME(attend)(const struct vkv_attention *args, const struct share *share,
-                         struct scratch *s) {
+static void NAME(attend_blocks)(const struct vkv_attention *args, const struct share *share,
+                                struct scratch *s, int first, int last) {
     const int item = args->dtype == VKV_BFLOAT16 ? 2 : 4;
     const int64_t slot = args->slots[share->seq];
     const int64_t key_stride = item * args->key_token_stride;
     const int64_t value_stride = item * args->value_token_stride;
-    NAME(take_queries)(args, share, s);
-    for (int i = 0; i < share->num_rows; i++) {
-        s->peaks[i] = -FLT_MAX;
-        s->sums[i] = 0;
-    }
-    memset(s->out, 0, sizeof(float) * (size_t)share->num_rows * (size_t)s->value_width);
-#if !PAIRS
-    if (NAME(are_few)(args, share)) {
-        NAME(attend_few)(args, share, s);
-        return;
-    }
-#endif
     const char *const keys = (const char *)args->keys + item * slot * args->key_slot_stride;
     const char *const values = (const char *)args->values + item * slot * args->value_slot_stride;
     const int64_t key_head = item * args->key_head_stride;
     const int64_t value_head = item * args->value_head_stride;
-    for (int t = share->first_key; t < share->last_key; t += BLOCK) {
-        const int left = share->last_key - t;
+    for (int t = first / BLOCK * BLOCK; t < last; t += BLOCK) {
+        const int left = last - t;
         for (int h = share->first_head; h < share->last_head; h++) {
             const struct block block = {
                 .keys = keys + t * key_stride + h * key_head,
@@ -443,12 +539,29 @@ static void NAME(attend)(const struct vkv_attention *args, const struct share *s
                 .key_stride = key_stride,
                 .value_stride = value_stride,
                 .start = t,
+                .skip = t < first ? first - t : 0,
                 .len = left < BLOCK ? left : BLOCK,
-                .ahead = left - BLOCK,
+                .ahead = share->last_key - t - BLOCK,
             };
             NAME(attend_block)(args, share, s, h, &block);
         }
     }
+}
+
+static void NAME(attend)(const struct vkv_attention *args, const struct share *share,
+                         struct scratch *s, int first, int last) {
+    const int rows = share->num_rows;
+    if (first == share->first_key) NAME(take_queries)(args, share, s);
+    for (int i = 0; i < rows; i++) s->part.peaks[i] = -FLT_MAX;
+    memset(s->part.out, 0, sizeof(float) * (size_t)rows * (size_t)s->value_width);
+    memset(s->lanes, 0, sizeof(float) * (size_t)rows * LANES);
+#if !PAIRS
+    if (NAME(are_few)(args, share)) NAME(attend_few)(args, share, s, first, last);
+    else
+#endif
+        NAME(attend_blocks)(args, share, s, first, last);
+    for (int i = 0; i < rows; i++)
+        s->part.weights[i] = NAME(total)(NAME(load)(s->lanes + i * LANES));
 }
 
 #undef VEC

@@ -2,8 +2,9 @@
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from attention_cases import Case, assert_matches, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vkv.attention_backends import AttentionBatch, native
+from vkv.attention_backends import AttentionBatch, LayerAttention, native
 from vkv.attention_backends.native import NativeBackend
 from vkv.attention_backends.reference import ReferenceBackend
 from vkv.vmem import open_driver
@@ -118,6 +119,62 @@ def test_every_instruction_set_of_this_machine(monkeypatch: pytest.MonkeyPatch):
     assert b"portable" in seen
 
 
+@pytest.mark.parametrize("limit", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("dims", [(64, 64), (40, 24)], ids=["whole vectors", "odd"])
+def test_a_query_has_one_result_to_the_bit(limit, dtype, window, dims):
+    """Whichever chunks its sequence comes in, beside whatever others, and by however many threads."""
+    generator = torch.Generator().manual_seed(len(limit) + dims[0])
+    lengths, heads, kv_heads = (1300, 70, 519), 8, 2
+    randn = partial(torch.randn, generator=generator)
+    caches = [randn(3, 1300, kv_heads, dim).to(dtype) for dim in dims]
+    queries = [4 * randn(length, heads, dims[0]).to(dtype) for length in lengths]
+    layer = LayerAttention(scale=dims[0] ** -0.5, window=window, softcap=None, sinks=None)
+
+    def attend(spans: list[tuple[int, int, int]]) -> list[torch.Tensor]:
+        """Results of the queries from the first to the last position of each (slot, first, last)."""
+        batch = batch_of([(last - first, last) for _, first, last in spans], [s for s, *_ in spans])
+        query = torch.cat([queries[slot][first:last] for slot, first, last in spans])
+        out = NativeBackend().forward(query, *caches, batch, layer)
+        return list(out.split(batch.query_lens))
+
+    library = native.library()
+    library.vkv_limit_instruction_set.argtypes = [ctypes.c_char_p]
+    library.vkv_limit_instruction_set(limit.encode())
+    try:
+        torch.set_num_threads(1)
+        whole = [attend([(slot, 0, length)])[0] for slot, length in enumerate(lengths)]
+        for trial in range(12):
+            torch.set_num_threads(int(torch.randint(1, 4, (), generator=generator)))
+            spans = []
+            for slot in torch.randperm(3, generator=generator)[: 1 + trial % 3].tolist():
+                count = (1, 2, 5, 33, 300)[int(torch.randint(5, (), generator=generator))]
+                count = min(count, lengths[slot])
+                first = torch.randint(lengths[slot] - count + 1, (), generator=generator)
+                spans.append((slot, int(first), int(first) + count))
+            for out, (slot, first, last) in zip(attend(spans), spans, strict=True):
+                assert torch.equal(out, whole[slot][first:last]), (slot, first, last)
+    finally:
+        library.vkv_limit_instruction_set(b"avx512_bf16")
+
+
+def batch_of(chunks: Sequence[tuple[int, int]], slots: Sequence[int]) -> AttentionBatch:
+    counts, lens = [c for c, _ in chunks], [n for _, n in chunks]
+    rows = torch.tensor([slot for slot, n in zip(slots, counts, strict=True) for _ in range(n)])
+    positions = torch.tensor([p for n, end in chunks for p in range(end - n, end)])
+    return AttentionBatch(
+        query_lens=tuple(counts),
+        kv_lens=tuple(lens),
+        slots=tuple(slots),
+        cu_seqlens_q=torch.tensor([0, *accumulate(counts)], dtype=torch.int32),
+        seqused_k=torch.tensor(lens, dtype=torch.int32),
+        slot_ids=torch.tensor(slots, dtype=torch.int32),
+        write_index=(rows, positions),
+        block_tables=None,
+    )
+
+
 def test_rows_past_the_length_may_be_unmapped():
     """Behind the last row lies a page that faults when it is touched."""
     page = mmap.PAGESIZE
@@ -214,26 +271,14 @@ def test_random_ragged_batches(case):
 @pytest.mark.parametrize("contiguous", [True, False], ids=["whole rows", "heads apart"])
 def test_new_rows_are_stored_where_the_batch_says(dtype: torch.dtype, contiguous: bool) -> None:
     heads, dim, chunks, slots = 3, 5, ((4, 9), (1, 1), (2, 30)), (2, 0, 3)
-    counts, lens = [c for c, _ in chunks], [n for _, n in chunks]
-    key, value = (torch.randn(heads, sum(counts), dim).to(dtype).transpose(0, 1) for _ in range(2))
+    key, value = (torch.randn(heads, sum(n for n, _ in chunks), dim).to(dtype).transpose(0, 1) for _ in range(2))
     shape = (4, 32, heads, dim) if contiguous else (4, heads, 32, dim)
     found = [torch.randn(shape).to(dtype) for _ in range(2)]
     found = found if contiguous else [cache.transpose(1, 2) for cache in found]
     if contiguous:
         key, value = key.contiguous(), value.contiguous()
     expected = [cache.clone() for cache in found]
-    rows = torch.tensor([slot for slot, n in zip(slots, counts, strict=True) for _ in range(n)])
-    positions = torch.tensor([p for n, end in chunks for p in range(end - n, end)])
-    batch = AttentionBatch(
-        query_lens=tuple(counts),
-        kv_lens=tuple(lens),
-        slots=slots,
-        cu_seqlens_q=torch.tensor([0, *accumulate(counts)], dtype=torch.int32),
-        seqused_k=torch.tensor(lens, dtype=torch.int32),
-        slot_ids=torch.tensor(slots, dtype=torch.int32),
-        write_index=(rows, positions),
-        block_tables=None,
-    )
+    batch = batch_of(chunks, slots)
     NativeBackend().store(key, value, *found, batch)
     ReferenceBackend().store(key, value, *expected, batch)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -66,6 +66,27 @@ def test_the_native_kernel_rounds_no_weight(
         torch.testing.assert_close(found.double(), exact, rtol=2**-8 + 1e-5, atol=2e-3)
 
 
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512_bf16"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(256, 512, 64), (33, 1200, 400), (96, 256, 32)], ids=str)
+def test_a_row_has_one_result_to_the_bit(
+    instruction_set: str, symmetric: bool, shape: tuple[int, int, int]
+) -> None:
+    """Beside however many others."""
+    if why := NativeKernel.unavailable_reason():
+        pytest.skip(why)
+    if instruction_set not in instruction_sets():
+        pytest.skip("this processor lacks the instructions")
+    kernel = NativeKernel(instruction_set)
+    layout = kernel.prepare(random_weight(*shape, symmetric=symmetric))
+    inputs = torch.randn(40, shape[1]).to(torch.bfloat16)
+    all_rows = kernel.multiply(layout, inputs)
+    for count in (*range(1, 15), 25):
+        for first in (0, 3, 40 - count):
+            some = slice(first, first + count)
+            assert torch.equal(kernel.multiply(layout, inputs[some]), all_rows[some]), (count, first)
+
+
 @pytest.mark.skipif(
     kernel_class("native").unavailable_reason() is not None, reason="no native kernel here"
 )

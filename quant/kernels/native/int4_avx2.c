@@ -115,23 +115,22 @@ multiply_eights(const int rows, const int eights, const uint8_t *codes, const in
 
 /* Up to two rows have registers for a whole tile at a time, whose codes are then read in order. */
 static inline __attribute__((always_inline)) void
-multiply_rows(const int rows, const uint8_t *codes, const void *inputs, int64_t length,
-              const float *scales, const uint8_t *zeros, const struct vkv_int4_note *notes,
-              float *totals) {
+multiply_rows(const int rows, const struct vkv_int4_tiles *tile, const void *inputs,
+              int64_t length, const struct vkv_int4_note *notes) {
+    const struct vkv_int4_tiles of = *tile; /* in registers: totals might lie in the original */
     const int eights = rows <= 2 ? 4 : 2;
     for (int at = 0; at < TILE; at += 8 * eights)
-        multiply_eights(rows, eights, codes + 4 * at, inputs, length / BLOCK, scales + at,
-                        zeros ? zeros + at : NULL, notes, totals + at);
+        multiply_eights(rows, eights, of.codes + 4 * at, inputs, length / BLOCK, of.scales + at,
+                        of.zeros ? of.zeros + at : NULL, notes, of.totals + at);
 }
 
 /* The number of rows becomes a constant, so that sums stay in registers. */
-static void multiply(int64_t rows, const uint8_t *codes, const void *inputs, int64_t length,
-                     const float *scales, const uint8_t *zeros, const struct vkv_int4_note *notes,
-                     float *totals) {
+static void multiply(int64_t rows, const struct vkv_int4_tiles *tile, const void *inputs,
+                     int64_t length, const struct vkv_int4_note *notes) {
     switch (rows) {
-#define CASE(n)                                                                \
-    case n:                                                                    \
-        multiply_rows(n, codes, inputs, length, scales, zeros, notes, totals); \
+#define CASE(n)                                               \
+    case n:                                                   \
+        multiply_rows(n, tile, inputs, length, notes);        \
         break;
         CASE(1) CASE(2) CASE(3) CASE(4)
 #undef CASE

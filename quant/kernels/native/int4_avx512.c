@@ -2,7 +2,8 @@
  *
  * A code is looked up as the bfloat16 of code - 8, which is exact, and multiplied as it is. Codes
  * are looked up in registers, anew for every dozen rows: that costs a tenth of the product itself,
- * less than to write the looked-up weights anywhere and read them again.
+ * less than to write the looked-up weights anywhere and read them again. Few rows take two tiles at a
+ * time, lest each sum wait for its last term.
  */
 #include "kernel.h"
 
@@ -19,6 +20,7 @@
 
 enum {
     ROWS = 12,   /* at a time: their sums fill the registers */
+    PAIR_ROWS = 3,
     AHEAD = 2048 /* bytes of codes that are fetched before they are needed */
 };
 
@@ -39,8 +41,8 @@ static inline __m512 add_product(__m512 sum, __m512i weights, __m512i inputs) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)inputs);
 }
 
-/* Loops over rows are unrolled, so that every sum has a register. */
-#define FOR_ROWS _Pragma("GCC unroll 12") for (int m = 0; m < rows; m++)
+/* Loops over sums are unrolled, so that every one has a register. */
+#define UNROLLED(i, count) _Pragma("GCC unroll 12") for (int i = 0; i < count; i++)
 
 /* totals [rows][TILE] += scales * (sums + (8 - zeros) * inputs) over a stretch. */
 static inline __attribute__((always_inline)) void
@@ -51,65 +53,59 @@ scale_in(const int rows, const int half, __m512 *sums, float *totals, const floa
         const __m128i bytes = _mm_loadu_si128((const __m128i *)(zeros + 16 * half));
         const __m512i less = _mm512_sub_epi32(_mm512_set1_epi32(8), _mm512_cvtepu8_epi32(bytes));
         const __m512 shift = _mm512_cvtepi32_ps(less);
-        FOR_ROWS sums[m] = _mm512_fmadd_ps(shift, _mm512_set1_ps(notes[m].sum), sums[m]);
+        UNROLLED(m, rows)
+            sums[m] = _mm512_fmadd_ps(shift, _mm512_set1_ps(notes[m].sum), sums[m]);
     }
-    FOR_ROWS {
+    UNROLLED(m, rows) {
         float *total = totals + m * TILE + 16 * half;
         _mm512_storeu_ps(total, _mm512_fmadd_ps(scale, sums[m], _mm512_loadu_ps(total)));
     }
 }
 
-/* Sums of one stretch of one tile for a block of rows. */
 static inline __attribute__((always_inline)) void
-sum_products(const int rows, const uint8_t *codes, const int32_t *inputs, int64_t num_blocks,
-           __m512 *low_sums, __m512 *high_sums) {
+multiply_rows(const int rows, const int num_tiles, const struct vkv_int4_tiles *tiles,
+              const int32_t *inputs, int64_t length, const struct vkv_int4_note *notes) {
     const __m512i table = code_values();
-    const __m512 none = _mm512_setzero_ps();
-    const int odd = rows <= 3 ? ROWS / 2 : 0; /* two sums for one, lest each wait for the last */
-    FOR_ROWS low_sums[m] = high_sums[m] = low_sums[m + odd] = high_sums[m + odd] = none;
-    for (int64_t b = 0; b < num_blocks; b++, codes += 128, inputs += 4 * rows) {
-        const __m512i first = _mm512_loadu_si512(codes), second = _mm512_loadu_si512(codes + 64);
-        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
-        _mm_prefetch((const char *)codes + AHEAD + 64, _MM_HINT_T0);
-#pragma GCC unroll 4
-        for (int s = 0; s < 4; s++) {
-            const __m512i low = look_up(table, first, s), high = look_up(table, second, s);
-            FOR_ROWS {
-                const __m512i pair = _mm512_set1_epi32(inputs[s * rows + m]);
-                const int at = m + (s & 1) * odd;
-                low_sums[at] = add_product(low_sums[at], low, pair);
-                high_sums[at] = add_product(high_sums[at], high, pair);
+    __m512 low_sums[ROWS], high_sums[ROWS]; /* [num_tiles][rows], of each half of a tile */
+    UNROLLED(i, rows * num_tiles) low_sums[i] = high_sums[i] = _mm512_setzero_ps();
+    const uint8_t *codes = tiles->codes;
+    for (int64_t b = 0; b < length / BLOCK; b++, codes += 128, inputs += 4 * rows)
+        UNROLLED(t, num_tiles) {
+            const uint8_t *from = codes + t * tiles->codes_apart;
+            const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + 64);
+            _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char *)from + AHEAD + 64, _MM_HINT_T0);
+            UNROLLED(s, 4) {
+                const __m512i low = look_up(table, first, s), high = look_up(table, second, s);
+                UNROLLED(m, rows) {
+                    const __m512i pair = _mm512_set1_epi32(inputs[s * rows + m]);
+                    const int at = t * rows + m;
+                    low_sums[at] = add_product(low_sums[at], low, pair);
+                    high_sums[at] = add_product(high_sums[at], high, pair);
+                }
             }
         }
+    UNROLLED(t, num_tiles) {
+        const float *scales = tiles->scales + t * tiles->scales_apart;
+        const uint8_t *zeros = tiles->zeros ? tiles->zeros + t * tiles->scales_apart : NULL;
+        float *totals = tiles->totals + t * tiles->totals_apart;
+        scale_in(rows, 0, low_sums + t * rows, totals, scales, zeros, notes);
+        scale_in(rows, 1, high_sums + t * rows, totals, scales, zeros, notes);
     }
-    if (odd) FOR_ROWS {
-        low_sums[m] = _mm512_add_ps(low_sums[m], low_sums[m + odd]);
-        high_sums[m] = _mm512_add_ps(high_sums[m], high_sums[m + odd]);
-    }
-}
-
-static inline __attribute__((always_inline)) void
-multiply_rows(const int rows, const uint8_t *codes, const void *inputs, int64_t length,
-              const float *scales, const uint8_t *zeros, const struct vkv_int4_note *notes,
-              float *totals) {
-    __m512 low[ROWS], high[ROWS];
-    sum_products(rows, codes, inputs, length / BLOCK, low, high);
-    scale_in(rows, 0, low, totals, scales, zeros, notes);
-    scale_in(rows, 1, high, totals, scales, zeros, notes);
 }
 
 /* The number of rows becomes a constant, so that sums stay in registers. */
-static void multiply(int64_t rows, const uint8_t *codes, const void *inputs, int64_t length,
-                     const float *scales, const uint8_t *zeros, const struct vkv_int4_note *notes,
-                     float *totals) {
-    switch (rows) {
-#define CASE(n)                                                                  \
-    case n:                                                                      \
-        multiply_rows(n, codes, inputs, length, scales, zeros, notes, totals); \
-        break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#undef CASE
+static void multiply(int64_t rows, const struct vkv_int4_tiles *tiles, const void *inputs,
+                     int64_t length, const struct vkv_int4_note *notes) {
+    switch (tiles->num_tiles == 2 ? ROWS + rows : rows) {
+#define ONE(n)                                                     \
+    case n: multiply_rows(n, 1, tiles, inputs, length, notes); break;
+#define TWO(n)                                                     \
+    case ROWS + n: multiply_rows(n, 2, tiles, inputs, length, notes); break;
+        ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
+        TWO(1) TWO(2) TWO(3)
+#undef ONE
+#undef TWO
     }
 }
 
@@ -151,6 +147,7 @@ static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_features, i
 
 const struct vkv_int4_kernel vkv_int4_avx512 = {
     .rows = ROWS,
+    .pair_rows = PAIR_ROWS,
     .reads_a_row = 1,
     .centred = 1,
     .arrange = arrange,

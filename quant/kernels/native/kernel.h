@@ -16,9 +16,21 @@ struct vkv_int4_note {
     float factor; /* that their products are to be multiplied by */
 };
 
-/* A stretch is up to STRETCH inputs of one group, a multiple of BLOCK. */
+/* The same stretch of one tile of the weight or two. */
+struct vkv_int4_tiles {
+    const uint8_t *codes;
+    const float *scales;  /* [TILE] */
+    const uint8_t *zeros; /* [TILE], or NULL: all 8 */
+    float *totals;        /* [rows][TILE] */
+    int64_t num_tiles;
+    int64_t codes_apart, scales_apart, totals_apart; /* elements from the first to the second */
+};
+
+/* A stretch is up to STRETCH inputs of one group, a multiple of BLOCK. A result is a sum in one
+ * order, whatever the number of rows and of tiles. */
 struct vkv_int4_kernel {
     int64_t rows;        /* of the inputs that it takes at a time, at most */
+    int64_t pair_rows;   /* up to so many rows take two tiles at a time */
     int32_t reads_a_row; /* a single row may be read as it is given, unless it needs notes */
     int32_t centred;     /* codes are multiplied less 8: notes matter to other zeros only */
 
@@ -27,10 +39,9 @@ struct vkv_int4_kernel {
     void (*arrange)(const uint16_t *inputs, int64_t rows, int64_t in_features, int64_t length,
                     void *arranged, struct vkv_int4_note *notes);
 
-    /* totals [rows][TILE] += the product of a stretch with a tile. Zeros may be NULL, all 8. */
-    void (*multiply)(int64_t rows, const uint8_t *codes, const void *inputs, int64_t length,
-                     const float *scales, const uint8_t *zeros, const struct vkv_int4_note *notes,
-                     float *totals);
+    /* totals += the product of a stretch with one tile, or two. */
+    void (*multiply)(int64_t rows, const struct vkv_int4_tiles *tiles, const void *inputs,
+                     int64_t length, const struct vkv_int4_note *notes);
 
     /* totals [num_rows][TILE] as bfloat16, to a tile of the outputs. */
     void (*write_out)(const struct vkv_int4 *args, int64_t tile, const float *totals);

@@ -37,13 +37,16 @@ struct vkv_linear {
 /* Fills out. Returns 0, or the workspace bytes it needs if it was given fewer, with nothing done. */
 int64_t vkv_linear(const struct vkv_linear *args);
 int64_t vkv_linear_avx2(const struct vkv_linear *args);   /* AVX2 and FMA */
-int64_t vkv_linear_avx512(const struct vkv_linear *args); /* AVX512-BF16, for bfloat16 alone */
+int64_t vkv_linear_avx512(const struct vkv_linear *args); /* AVX512; AVX512-BF16 for bfloat16 */
 
 /* Whether this processor has the instructions of the panels' kernel, and that takes the dtype. */
 int32_t vkv_has_panel(int32_t panel_columns, int32_t dtype);
 
-/* The panels to lay a weight out in here; 0 where PyTorch has kernels that do as well or better. */
+/* The panels to lay a weight out in here; 0 where there is no kernel. */
 int32_t vkv_best_panel(int32_t dtype);
+
+/* Whether this processor has a matrix unit for the dtype, which no kernel here uses. */
+int32_t vkv_has_matrix_unit(int32_t dtype);
 
 /* weight [num_columns, num_words], to and from panels (zero behind the last column). With `gated`,
  * the columns of both halves lie in turns of half a panel; then a half is a multiple of half a

@@ -39,8 +39,9 @@ void vkv_unpack(const int32_t *packed, int32_t *weight, int64_t num_columns, int
 
 #if defined(__x86_64__)
 
-static int has_avx512_bf16(void) {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512dq") &&
+static int has_avx512(int32_t dtype) {
+    if (dtype == VKV_BFLOAT16 && !__builtin_cpu_supports("avx512bf16")) return 0;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 
@@ -52,16 +53,19 @@ static int has_amx_bf16(void) {
 
 int32_t vkv_has_panel(int32_t panel_columns, int32_t dtype) {
     __builtin_cpu_init();
-    if (panel_columns == VKV_PANEL_AVX512) return dtype == VKV_BFLOAT16 && has_avx512_bf16();
+    if (panel_columns == VKV_PANEL_AVX512) return has_avx512(dtype);
     return panel_columns == VKV_PANEL_AVX2 && __builtin_cpu_supports("avx2") &&
            __builtin_cpu_supports("fma");
 }
 
 int32_t vkv_best_panel(int32_t dtype) {
-    if (has_amx_bf16()) return 0;
     if (vkv_has_panel(VKV_PANEL_AVX512, dtype)) return VKV_PANEL_AVX512;
-    if (__builtin_cpu_supports("avx512bw")) return 0; /* oneDNN has wider ones */
     return vkv_has_panel(VKV_PANEL_AVX2, dtype) ? VKV_PANEL_AVX2 : 0;
+}
+
+int32_t vkv_has_matrix_unit(int32_t dtype) {
+    __builtin_cpu_init();
+    return dtype == VKV_BFLOAT16 && has_amx_bf16();
 }
 
 int64_t vkv_linear(const struct vkv_linear *args) {
@@ -75,6 +79,7 @@ int32_t vkv_has_panel(int32_t panel_columns, int32_t dtype) {
     return (void)panel_columns, (void)dtype, 0;
 }
 int32_t vkv_best_panel(int32_t dtype) { return (void)dtype, 0; }
+int32_t vkv_has_matrix_unit(int32_t dtype) { return (void)dtype, 0; }
 int64_t vkv_linear(const struct vkv_linear *args) { return (void)args, 0; }
 
 #endif

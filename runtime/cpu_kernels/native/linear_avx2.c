@@ -129,74 +129,82 @@ INLINE TARGET __m256i load_again(const void *from) {
     return _mm256_loadu_si256((const __m256i *)from);
 }
 
-/* The first tile fetches the weights ahead; later ones find them in the cache. */
-INLINE TARGET void tile(const int rows, const int fetch, const int is_bf16, const struct job *job,
-                        int64_t panel, int64_t row) {
+/* Some rows against one panel or two side by side. The first tile fetches the weights ahead; later
+ * ones find them in the cache. */
+INLINE TARGET void tile(const int rows, const int panels, const int fetch, const int is_bf16,
+                        const struct job *job, int64_t panel, int64_t row) {
     const struct vkv_linear *args = job->args;
-    const int odd = rows <= 3 ? rows : 0; /* two sums for one, lest each wait for the last */
-    __m256 low[ROWS], high[ROWS];
-    FOR_ROWS(r, rows + odd) low[r] = high[r] = _mm256_setzero_ps();
+    __m256 low[ROWS], high[ROWS]; /* [panels][rows] */
+    FOR_ROWS(i, rows * panels) low[i] = high[i] = _mm256_setzero_ps();
     if (args->bias)
-        FOR_ROWS(r, rows) {
-            low[r] = _mm256_loadu_ps(args->bias + panel * PANEL);
-            high[r] = _mm256_loadu_ps(args->bias + panel * PANEL + 8);
+        FOR_ROWS(i, rows * panels) {
+            low[i] = _mm256_loadu_ps(args->bias + (panel + i / rows) * PANEL);
+            high[i] = _mm256_loadu_ps(args->bias + (panel + i / rows) * PANEL + 8);
         }
-    const int32_t *weight = args->weight + panel * PANEL * args->num_words;
-    const int32_t *end = weight + (int64_t)PANEL * args->num_words;
+    const int64_t panel_words = (int64_t)PANEL * args->num_words;
+    const int32_t *weight = args->weight + panel * panel_words, *end = weight + panel_words;
     const float *inputs = job->inputs + row * job->dim;
-    for (; weight < end; weight += is_bf16 ? PANEL : 2 * PANEL, inputs += 2 * rows) {
-        if (fetch) __builtin_prefetch((const char *)weight + AHEAD_BYTES);
-        if (fetch && !is_bf16) __builtin_prefetch((const char *)weight + AHEAD_BYTES + 64);
-        __m256i first = _mm256_loadu_si256((const __m256i *)weight);
-        __m256i second = _mm256_loadu_si256((const __m256i *)(weight + 8));
-        __m256 a = _mm256_castsi256_ps(is_bf16 ? _mm256_slli_epi32(first, 16) : first);
-        __m256 b = _mm256_castsi256_ps(is_bf16 ? _mm256_slli_epi32(second, 16) : second);
-        FOR_ROWS(r, rows) {
-            const __m256 input = _mm256_broadcast_ss(inputs + r);
-            low[r] = _mm256_fmadd_ps(a, input, low[r]);
-            high[r] = _mm256_fmadd_ps(b, input, high[r]);
-        }
-        if (is_bf16) {
-            __m256i upper = _mm256_load_si256((const __m256i *)UPPER_HALF);
-            if (rows > 3) {
-                first = load_again(weight);
-                second = load_again(weight + 8);
+    for (; weight < end; weight += is_bf16 ? PANEL : 2 * PANEL, inputs += 2 * rows)
+        FOR_ROWS(p, panels) {
+            const int32_t *words = weight + p * panel_words;
+            if (fetch) __builtin_prefetch((const char *)words + AHEAD_BYTES);
+            if (fetch && !is_bf16) __builtin_prefetch((const char *)words + AHEAD_BYTES + 64);
+            __m256i first = _mm256_loadu_si256((const __m256i *)words);
+            __m256i second = _mm256_loadu_si256((const __m256i *)(words + 8));
+            __m256 a = _mm256_castsi256_ps(is_bf16 ? _mm256_slli_epi32(first, 16) : first);
+            __m256 b = _mm256_castsi256_ps(is_bf16 ? _mm256_slli_epi32(second, 16) : second);
+            FOR_ROWS(r, rows) {
+                const __m256 input = _mm256_broadcast_ss(inputs + r);
+                low[p * rows + r] = _mm256_fmadd_ps(a, input, low[p * rows + r]);
+                high[p * rows + r] = _mm256_fmadd_ps(b, input, high[p * rows + r]);
             }
-            if (rows == ROWS) upper = load_again(UPPER_HALF);
-            a = _mm256_castsi256_ps(_mm256_and_si256(first, upper));
-            b = _mm256_castsi256_ps(_mm256_and_si256(second, upper));
-        } else {
-            a = _mm256_loadu_ps((const float *)weight + PANEL);
-            b = _mm256_loadu_ps((const float *)weight + PANEL + 8);
+            if (is_bf16) {
+                __m256i upper = _mm256_load_si256((const __m256i *)UPPER_HALF);
+                if (rows * panels > 3) {
+                    first = load_again(words);
+                    second = load_again(words + 8);
+                }
+                if (rows * panels == ROWS) upper = load_again(UPPER_HALF);
+                a = _mm256_castsi256_ps(_mm256_and_si256(first, upper));
+                b = _mm256_castsi256_ps(_mm256_and_si256(second, upper));
+            } else {
+                a = _mm256_loadu_ps((const float *)words + PANEL);
+                b = _mm256_loadu_ps((const float *)words + PANEL + 8);
+            }
+            FOR_ROWS(r, rows) {
+                const __m256 input = _mm256_broadcast_ss(inputs + rows + r);
+                low[p * rows + r] = _mm256_fmadd_ps(a, input, low[p * rows + r]);
+                high[p * rows + r] = _mm256_fmadd_ps(b, input, high[p * rows + r]);
+            }
         }
-        FOR_ROWS(r, rows) {
-            const __m256 input = _mm256_broadcast_ss(inputs + rows + r);
-            low[r + odd] = _mm256_fmadd_ps(a, input, low[r + odd]);
-            high[r + odd] = _mm256_fmadd_ps(b, input, high[r + odd]);
-        }
-    }
     float sums[ROWS * PANEL];
-    FOR_ROWS(r, rows) {
-        if (odd) {
-            low[r] = _mm256_add_ps(low[r], low[r + odd]);
-            high[r] = _mm256_add_ps(high[r], high[r + odd]);
-        }
-        _mm256_storeu_ps(sums + r * PANEL, low[r]);
-        _mm256_storeu_ps(sums + r * PANEL + 8, high[r]);
+    FOR_ROWS(i, rows * panels) {
+        _mm256_storeu_ps(sums + i * PANEL, low[i]);
+        _mm256_storeu_ps(sums + i * PANEL + 8, high[i]);
     }
-    write_out(is_bf16, args, sums, rows, panel, row);
+    for (int p = 0; p < panels; p++)
+        write_out(is_bf16, args, sums + p * rows * PANEL, rows, panel + p, row);
 }
 
-/* The number of rows becomes a constant, so that sums stay in registers. Tiles after the first have
- * four rows or more. */
-TARGET static void tile_of(int64_t rows, int fetch, const struct job *job, int64_t panel,
-                           int64_t row) {
-#define FETCHING(n)                                           \
-    case n: tile(n, 1, 0, job, panel, row); break;            \
-    case n + ROWS: tile(n, 1, 1, job, panel, row); break;
-#define FINDING(n)                                            \
-    case n + 2 * ROWS: tile(n, 0, 0, job, panel, row); break; \
-    case n + 3 * ROWS: tile(n, 0, 1, job, panel, row); break;
+/* Rows against the panels from `first` to `last`. Their number becomes a constant, so that sums stay
+ * in registers. */
+INLINE TARGET void tiles(const int rows, const int fetch, const int is_bf16, const struct job *job,
+                         int64_t first, int64_t last, int64_t row) {
+    const int panels = rows <= ROWS / 2 ? 2 : 1;
+    for (; first + panels <= last; first += panels)
+        tile(rows, panels, fetch, is_bf16, job, first, row);
+    if (first < last) tile(rows, 1, fetch, is_bf16, job, first, row);
+}
+
+/* Tiles after the first have four rows or more. */
+TARGET static void tiles_of(int64_t rows, int fetch, const struct job *job, int64_t first,
+                            int64_t last, int64_t row) {
+#define FETCHING(n)                                                   \
+    case n: tiles(n, 1, 0, job, first, last, row); break;             \
+    case n + ROWS: tiles(n, 1, 1, job, first, last, row); break;
+#define FINDING(n)                                                    \
+    case n + 2 * ROWS: tiles(n, 0, 0, job, first, last, row); break;  \
+    case n + 3 * ROWS: tiles(n, 0, 1, job, first, last, row); break;
     switch (rows + ROWS * ((job->args->dtype == VKV_BFLOAT16) + 2 * !fetch)) {
         FETCHING(1) FETCHING(2) FETCHING(3) FETCHING(4) FETCHING(5) FETCHING(6)
         FINDING(4) FINDING(5) FINDING(6)
@@ -219,7 +227,7 @@ TARGET static void multiply(void *data) {
         const int64_t last = first + job->share < panels ? first + job->share : panels;
         for (int64_t t = 0; t < job->num_tiles; t++) {
             const int64_t row = first_row(job, t), rows = first_row(job, t + 1) - row;
-            for (int64_t p = first; p < last; p++) tile_of(rows, t == 0, job, p, row);
+            tiles_of(rows, t == 0, job, first, last, row);
         }
     }
 }
@@ -241,7 +249,8 @@ int64_t vkv_linear_avx2(const struct vkv_linear *args) {
     const int64_t even = num_panels(args) / (SHARES_A_THREAD * (int64_t)args->num_threads);
     job.share = SHARE_BYTES / (4 * PANEL * (int64_t)args->num_words);
     if (job.share > even) job.share = even;
-    if (job.share < 1) job.share = 1;
+    job.share += job.share % 2; /* in twos */
+    if (job.share < 2) job.share = 2;
     run(&job, widen, elements > THREADED_ELEMENTS);
     run(&job, multiply, 1);
     return 0;

@@ -1,8 +1,8 @@
-/* The linear for processors with AVX512-BF16.
+/* The linear for processors with AVX512: of floats, and of bfloat16 where they have AVX512-BF16.
  *
  * A tile is up to six rows of the input against a panel of 64 columns: 24 accumulators of 16
- * lanes. A dot-product instruction multiplies a pair of inputs with a pair of weights a lane.
- * Threads take panels from a counter.
+ * lanes. Of bfloat16 a dot-product instruction multiplies a pair of inputs with a pair of weights a
+ * lane. A sum has one order, whatever the number of rows. Threads take panels from a counter.
  */
 #include "kernels.h"
 
@@ -49,14 +49,21 @@ INLINE __m512 gate_(__m512 x, int gate) {
     return _mm512_div_ps(x, _mm512_add_ps(one, exp2_(y)));
 }
 
-INLINE void put(uint16_t *out, __m512 x, int count) {
-    const __mmask16 mask = count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
-    _mm256_mask_storeu_epi16(out, mask, (__m256i)_mm512_cvtneps_pbh(x));
+/* Up to 16 results from `at` on, of those that a row has. */
+INLINE void put(const int is_bf16, const struct vkv_linear *args, int64_t row, int64_t at, __m512 x) {
+    const int64_t left = (args->gate ? args->num_columns / 2 : args->num_columns) - at;
+    const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+    const int64_t goal = row * args->out_stride + at;
+    if (is_bf16)
+        _mm256_mask_storeu_epi16((uint16_t *)args->out + goal, mask,
+                                 (__m256i)_mm512_cvtneps_pbh(x));
+    else
+        _mm512_mask_storeu_ps((float *)args->out + goal, mask, x);
 }
 
 /* Some rows against one panel. The first tile fetches the weights ahead; later ones find them. */
-INLINE void tile(const int rows, const int fetch, const struct vkv_linear *args, int64_t panel,
-                 int first_row) {
+INLINE void tile(const int rows, const int fetch, const int is_bf16, const struct vkv_linear *args,
+                 int64_t panel, int64_t first_row) {
     __m512 acc[ROWS][VECTORS];
     for (int v = 0; v < VECTORS; v++) {
         const __m512 start = args->bias
@@ -64,49 +71,49 @@ INLINE void tile(const int rows, const int fetch, const struct vkv_linear *args,
         for (int r = 0; r < rows; r++) acc[r][v] = start;
     }
     const int32_t *weight = args->weight + panel * PANEL * args->num_words;
-    const int64_t stride = 2 * args->input_stride;
+    const int64_t stride = (is_bf16 ? 2 : 4) * args->input_stride;
     const char *inputs = (const char *)args->inputs + first_row * stride;
     for (int i = 0; i < args->num_words; i++, weight += PANEL, inputs += 4) {
-        __m512bh column[VECTORS];
+        __m512i column[VECTORS];
         for (int v = 0; v < VECTORS; v++) {
-            column[v] = (__m512bh)_mm512_loadu_si512(weight + 16 * v);
+            column[v] = _mm512_loadu_si512(weight + 16 * v);
             if (fetch) __builtin_prefetch((const char *)(weight + 16 * v) + AHEAD_BYTES);
         }
         for (int r = 0; r < rows; r++) {
-            int32_t pair;
-            memcpy(&pair, inputs + r * stride, 4);
-            const __m512bh word = (__m512bh)_mm512_set1_epi32(pair);
+            int32_t word;
+            memcpy(&word, inputs + r * stride, 4);
+            const __m512i input = _mm512_set1_epi32(word);
             for (int v = 0; v < VECTORS; v++)
-                acc[r][v] = _mm512_dpbf16_ps(acc[r][v], word, column[v]);
+                acc[r][v] = is_bf16
+                    ? _mm512_dpbf16_ps(acc[r][v], (__m512bh)input, (__m512bh)column[v])
+                    : _mm512_fmadd_ps((__m512)input, (__m512)column[v], acc[r][v]);
         }
     }
     for (int r = 0; r < rows; r++) {
-        uint16_t *out = (uint16_t *)args->out + (first_row + r) * args->out_stride;
         if (args->gate) {
-            const int64_t at = panel * (PANEL / 2);
             for (int v = 0; v < VECTORS / 2; v++)
-                put(out + at + 16 * v,
-                    _mm512_mul_ps(gate_(acc[r][v], args->gate), acc[r][VECTORS / 2 + v]),
-                    (int)(args->num_columns / 2 - at - 16 * v));
+                put(is_bf16, args, first_row + r, panel * (PANEL / 2) + 16 * v,
+                    _mm512_mul_ps(gate_(acc[r][v], args->gate), acc[r][VECTORS / 2 + v]));
         } else {
-            const int64_t at = panel * PANEL;
             for (int v = 0; v < VECTORS; v++)
-                put(out + at + 16 * v, acc[r][v], (int)(args->num_columns - at - 16 * v));
+                put(is_bf16, args, first_row + r, panel * PANEL + 16 * v, acc[r][v]);
         }
     }
 }
 
 TARGET static void tile_of(int rows, int fetch, const struct vkv_linear *args, int64_t panel,
-                           int row) {
-#define CASE(n)                                              \
-    case n:                                                  \
-        if (fetch) tile(n, 1, args, panel, row);             \
-        else tile(n, 0, args, panel, row);                   \
-        break;
-    switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+                           int64_t row) {
+#define CASES(is_bf16, fetch, at)                                 \
+    case at + 1: tile(1, fetch, is_bf16, args, panel, row); break; \
+    case at + 2: tile(2, fetch, is_bf16, args, panel, row); break; \
+    case at + 3: tile(3, fetch, is_bf16, args, panel, row); break; \
+    case at + 4: tile(4, fetch, is_bf16, args, panel, row); break; \
+    case at + 5: tile(5, fetch, is_bf16, args, panel, row); break; \
+    case at + 6: tile(6, fetch, is_bf16, args, panel, row); break;
+    switch (rows + 8 * (2 * (args->dtype == VKV_BFLOAT16) + fetch)) {
+        CASES(0, 0, 0) CASES(0, 1, 8) CASES(1, 0, 16) CASES(1, 1, 24)
     }
-#undef CASE
+#undef CASES
 }
 
 TARGET static void work(void *data) {

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(
-    params=[(16, torch.float32), (16, torch.bfloat16), (64, torch.bfloat16)],
-    ids=["avx2-float32", "avx2-bfloat16", "avx512_bf16"],
+    params=[(panel, dtype) for panel in (16, 64) for dtype in (torch.float32, torch.bfloat16)],
+    ids=["avx2-float32", "avx2-bfloat16", "avx512-float32", "avx512_bf16"],
 )
 def kind(request: pytest.FixtureRequest) -> tuple[int, torch.dtype]:
     """Columns of a panel and the type of the weight."""
@@ -66,6 +66,19 @@ def test_linear(
     exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert_rounded(linear(x), exact, terms=inputs)
     assert torch.equal(linear.dense(), weight)
+
+
+@pytest.mark.parametrize("gate", [None, *Gate])
+def test_a_row_has_one_result_to_the_bit(kind: tuple[int, torch.dtype], gate: Gate | None) -> None:
+    """Beside however many others."""
+    panel, dtype = kind
+    linear = PanelLinear(torch.randn(320, 256).to(dtype), torch.randn(320).to(dtype), gate, panel=panel)
+    x = torch.randn(40, 256).to(dtype)
+    all_rows = linear(x)
+    for count in (*range(1, 15), 25):
+        for first in (0, 3, 40 - count):
+            some = slice(first, first + count)
+            assert torch.equal(linear(x[some]), all_rows[some]), (count, first)
 
 
 @pytest.mark.parametrize("gate", list(Gate))
