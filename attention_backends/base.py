@@ -90,6 +90,8 @@ class Capabilities:
             Of the batch, `store` and `forward` then use the tensors, and `max_seqlen_q` and
             `max_seqlen_k` as upper bounds, and nothing else. On CUDA the recording is a graph; on
             a CPU it holds operations of PyTorch and calls of a `NativeFunction`, and nothing else.
+        repeatable: to the bit, a query's result depends on its own sequence up to it alone, not on
+            the rest of the batch, the chunk that it comes in, or the number of threads.
     """
 
     devices: frozenset[str]
@@ -106,6 +108,7 @@ class Capabilities:
     block_multiple: int = 1
     over_read_tokens: int = 1
     graphs: bool = False
+    repeatable: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

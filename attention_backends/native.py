@@ -85,7 +85,9 @@ class _Sequences:
 
 class NativeBackend(AttentionBackend):
     name = "native"
-    capabilities = Capabilities(devices=frozenset({"cpu"}), dtypes=frozenset(_DTYPES), graphs=True)
+    capabilities = Capabilities(
+        devices=frozenset({"cpu"}), dtypes=frozenset(_DTYPES), graphs=True, repeatable=True
+    )
 
     def __init__(self) -> None:
         self._attend_kernel = NativeFunction(library(), "attend", AttentionArgs)

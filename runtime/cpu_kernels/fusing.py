@@ -21,7 +21,7 @@ from .kernels import Gate
 
 _ROTARY = "apply_rotary_pos_emb"
 _NUM_TEST_ROWS = 3
-_ACTIVATIONS: dict[Gate, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[Gate, Callable[[torch.Tensor], torch.Tensor]] = {
     Gate.SILU: functional.silu,
     Gate.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
 }
@@ -92,11 +92,11 @@ def gate_of(module: nn.Module, dtype: torch.dtype) -> Gate | None:
         return None
     x = _random(_NUM_TEST_ROWS, gate_proj.in_features, like=torch.empty(0, dtype=dtype))
     wide = 3 * _random(_NUM_TEST_ROWS, 64, like=torch.empty(0))  # float32 tells activations apart
-    for gate, activation in _ACTIVATIONS.items():
-        if not _close(children["act_fn"](wide), activation(wide)):
+    for gate, activation in ACTIVATIONS.items():
+        if not close(children["act_fn"](wide), activation(wide)):
             continue
         expected = children["down_proj"](activation(gate_proj(x)) * up_proj(x))
-        return gate if _takes_one_tensor(module) and _close(module(x), expected) else None
+        return gate if _takes_one_tensor(module) and close(module(x), expected) else None
     return None
 
 
@@ -118,7 +118,7 @@ def _fused_norm(norm: nn.Module) -> FusedNorm | None:
     x = _random(_NUM_TEST_ROWS, len(weight), like=weight)
     for offset in (0.0, 1.0):
         fused = FusedNorm(norm, eps, offset)
-        if _close(fused(x), norm(x)):
+        if close(fused(x), norm(x)):
             return fused
     return None
 
@@ -174,7 +174,7 @@ def _rotates_halves(function: Callable[..., object]) -> bool:
     return (
         isinstance(found, tuple)
         and len(found) == 2
-        and all(_close(a, b) for a, b in zip(found, expected, strict=True))
+        and all(close(a, b) for a, b in zip(found, expected, strict=True))
     )
 
 
@@ -191,7 +191,8 @@ def _random(*shape: int, like: torch.Tensor) -> torch.Tensor:
     return torch.randn(*shape, generator=generator).to(like.dtype)
 
 
-def _close(found: object, expected: torch.Tensor) -> bool:
+def close(found: object, expected: torch.Tensor) -> bool:
+    """Whether one tensor is the other, but for the rounding of its dtype."""
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         return False
     off = (found.float() - expected.float()).abs().max()

@@ -78,12 +78,23 @@ class _Add(ctypes.Structure):
     )
 
 
+class _Draw(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("logits", "rows", "peaks", "temperatures", "floors")),
+        *((name, _POINTER) for name in ("keys", "tokens")),
+        ("row_stride", _INT64),
+        *((name, _INT32) for name in ("num_rows", "vocab_size", "dtype")),
+        *_THREADS,
+    )
+
+
 _STRUCTS: dict[str, type[ctypes.Structure]] = {  # of each kernel, its arguments
     "linear": _Linear,
     "rms_norm": _RmsNorm,
     "rotate": _Rotate,
     "gated": _Gated,
     "add": _Add,
+    "draw": _Draw,
 }
 
 
@@ -105,13 +116,15 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def best_panel(dtype: torch.dtype) -> int | None:
-    """Columns of the panels that `PanelLinear` lays weights of `dtype` out in here.
-
-    None where it does not run, or where PyTorch has kernels that do as well or better.
-    """
+    """Columns of the panels that `PanelLinear` lays weights of `dtype` in; None if it cannot."""
     if not available(dtype):
         return None
     return library().vkv_best_panel(_DTYPES[dtype]) or None
+
+
+def has_matrix_unit(dtype: torch.dtype) -> bool:
+    """Whether this processor has one for `dtype`, which PyTorch's kernels use and vkv's do not."""
+    return available(dtype) and bool(library().vkv_has_matrix_unit(_DTYPES[dtype]))
 
 
 def usable_panels(dtype: torch.dtype) -> list[int]:
@@ -130,6 +143,8 @@ class PanelLinear:
         gate: with one, the first half of the columns passes it and multiplies the second; the
             half is then a multiple of 32.
         panel: columns of a panel, of `usable_panels(dtype)`.
+        out: where the panels go, int32 [panels, in_features in words, panel]; None for memory of
+            its own.
 
     Raises ValueError if in_features is odd or zero; a call, TypeError for inputs of another type.
     """
@@ -141,6 +156,7 @@ class PanelLinear:
         gate: Gate | None = None,
         *,
         panel: int,
+        out: torch.Tensor | None = None,
     ) -> None:
         self._dtype = weight.dtype
         if weight.shape[1] == 0 or weight.shape[1] % 2:
@@ -148,7 +164,10 @@ class PanelLinear:
         words = weight.detach().contiguous().view(torch.int32)
         self._shape = columns, num_words = words.shape
         self.out_features = columns if gate is None else columns // 2
-        self._weight = empty_apart((-(-columns // panel), num_words, panel), torch.int32)
+        shape = -(-columns // panel), num_words, panel
+        self._weight = empty_apart(shape, torch.int32) if out is None else out
+        assert self._weight.shape == shape, (self._weight.shape, shape)
+        assert self._weight.is_contiguous(), "read from one end to the other"
         library().vkv_pack(
             words.data_ptr(), self._weight.data_ptr(), columns, num_words, panel, gate is not None
         )
@@ -273,6 +292,46 @@ def add(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
     _kernel("add")(args)
 
 
+def draw(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    peaks: torch.Tensor,
+    temperatures: torch.Tensor,
+    floors: torch.Tensor,
+    keys: torch.Tensor,
+) -> torch.Tensor:
+    """A token of each row, int64 [num_rows], drawn from exp((logit - peak) / temperature).
+
+    Args:
+        logits: float32 or bfloat16 [.., vocab_size], contiguous along a row.
+        rows: int64 [num_rows], where each lies in `logits`.
+        peaks: float32 [num_rows], the largest logit of each.
+        temperatures: float32 [num_rows].
+        floors: float32 [num_rows], the least exponent that is drawn; -inf for none.
+        keys: int64 [num_rows], random.
+    """
+    assert logits.stride(1) == 1, "rows have no gaps"
+    tokens = torch.empty_like(rows)
+    args = _Draw(
+        logits=logits.data_ptr(),
+        rows=rows.data_ptr(),
+        peaks=peaks.data_ptr(),
+        temperatures=temperatures.data_ptr(),
+        floors=floors.data_ptr(),
+        keys=keys.data_ptr(),
+        tokens=tokens.data_ptr(),
+        row_stride=logits.stride(0),
+        num_rows=len(rows),
+        vocab_size=logits.shape[1],
+        dtype=_DTYPES[logits.dtype],
+        num_threads=torch.get_num_threads(),
+        parallel=openmp_parallel(),
+    )
+    _kernel("draw")(args)
+    return tokens
+
+
 def _rows(inputs: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """The tensor as evenly spaced rows: itself or a copy, how many there are, and their stride."""
     if inputs.is_contiguous():
@@ -311,5 +370,7 @@ def library() -> ctypes.CDLL:
     library.vkv_replay.restype = _INT64
     library.vkv_has_panel.argtypes = [_INT32, _INT32]
     library.vkv_best_panel.argtypes = [_INT32]
-    library.vkv_has_panel.restype = library.vkv_best_panel.restype = _INT32
+    library.vkv_has_matrix_unit.argtypes = [_INT32]
+    for name in ("vkv_has_panel", "vkv_best_panel", "vkv_has_matrix_unit"):
+        getattr(library, name).restype = _INT32
     return library

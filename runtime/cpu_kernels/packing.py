@@ -1,8 +1,9 @@
 """Linear layers as a CPU's kernels like them: weights laid out once, at load.
 
 PyTorch's own linear rearranges a weight at every call, or does without. A weight that is laid out
-ahead is read at memory speed: by vkv's kernel where `best_panel` names one, by oneDNN's otherwise,
-and in 4 bits by the kernels of `quant`.
+ahead is read at memory speed: by vkv's kernel, by oneDNN's where the processor has a matrix unit or
+vkv has none, and in 4 bits by the kernels of `quant`. Of vkv's kernels a row's result depends on no
+other row (`repeatable`).
 
 Linears over the same input (queries, keys and values; gate and up) become one product: the model's
 first call computes it, the others find their part. A gated feed-forward layer is one product with
@@ -15,10 +16,12 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ...quant import Int4Linear, concatenate, empty_apart, split, trim_heap
 from ...vmem import linux
 from . import kernels as native_kernels
+from .experts import PackedExperts, pack_experts, pack_row_weights
 from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of
 from .kernels import Gate, PanelLinear
 from .shared_inputs import Linear, Place, group_by_input, plain_linears, single_homes
@@ -39,7 +42,8 @@ class _Product(Protocol):
 class _OneDnnLinear:
     """A linear whose weight lies as oneDNN's kernel for few rows wants it.
 
-    That is as good for many: measured to 512.
+    That is as good for many: measured to 512. oneDNN keeps a kernel for every number of rows, with
+    memory of its own, so rows are made up to one of few numbers.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -47,10 +51,21 @@ class _OneDnnLinear:
         self._bias = bias
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        missing = few_row_counts(len(rows)) - len(rows)
+        if missing:
+            rows = functional.pad(rows, (0, 0, 0, missing))
+        out = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+        return out[: len(rows) - missing].view(*inputs.shape[:-1], -1)
 
     def dense(self) -> torch.Tensor:
         return self._weight.to_dense()
+
+
+def few_row_counts(rows: int) -> int:
+    """The next number of four significant bits: to 512 there are 56, at most 1/8 more."""
+    unit = 1 << max(0, (rows - 1).bit_length() - 4)
+    return -(-rows // unit) * unit
 
 
 class PackedLinear(nn.Module):
@@ -90,9 +105,12 @@ class PackedProduct:
     Args:
         linears: in the order of the model's calls; all dense, or all in 4 bits.
         gate: of two linears, gate and up, whose gated product alone is wanted.
+        repeatable: by vkv's kernel, even where oneDNN's is faster.
     """
 
-    def __init__(self, linears: Iterable[Linear], gate: Gate | None = None) -> None:
+    def __init__(
+        self, linears: Iterable[Linear], gate: Gate | None = None, *, repeatable: bool = False
+    ) -> None:
         linears = list(linears)
         self.in_features = linears[0].in_features
         self.out_features = tuple(linear.out_features for linear in linears)
@@ -111,12 +129,12 @@ class PackedProduct:
             self._product = Int4Linear(weight, self.bias)
         else:
             dense = [linear.weight for linear in linears if isinstance(linear, nn.Linear)]
-            self._product = self._lay_out(dense)
+            self._product = self._lay_out(dense, repeatable)
 
-    def _lay_out(self, weights: list[torch.Tensor]) -> _Product:
+    def _lay_out(self, weights: list[torch.Tensor], repeatable: bool) -> _Product:
         weight = weights[0] if len(weights) == 1 else _joined(weights)
         self._weight_bytes = weight.nbytes
-        panel = native_kernels.best_panel(weight.dtype)
+        panel = _panel(weight.dtype, repeatable)
         if panel is not None and self.in_features and self.in_features % 2 == 0:
             self._gates_itself = self.gate is not None and self.out_features[0] % 32 == 0
             gate = self.gate if self._gates_itself else None
@@ -182,6 +200,13 @@ class PackedProduct:
         return linears
 
 
+def _panel(dtype: torch.dtype, repeatable: bool) -> int | None:
+    """The panels of vkv's kernel, if weights of `dtype` are better laid out for it here."""
+    if native_kernels.has_matrix_unit(dtype) and one_dnn_packs(dtype) and not repeatable:
+        return None
+    return native_kernels.best_panel(dtype)
+
+
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether there are kernels for packed weights of `dtype` on this processor."""
     return native_kernels.best_panel(dtype) is not None or one_dnn_packs(dtype)
@@ -196,13 +221,16 @@ def one_dnn_packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
+def pack(
+    model: nn.Module, run: Callable[[], Sequence[torch.Tensor]], *, repeatable: bool = False
+) -> int:
     """Lay out the linears that `run()` calls, dense or in 4 bits, and fuse what is around them.
 
     `run` runs a few tokens through the model and returns tensors [num_tokens, …] of what came out.
-    It is called once to see which linears share an input, and once more to see that the model
-    takes the packed ones and computes the same. If it does not (it reads a weight itself, say),
-    all is put back, bit for bit, and nothing is packed.
+    It is called once to see which linears share an input, once to see what else is multiplied by
+    a parameter, and once more to see that the model takes the packed ones and computes the same.
+    If it does not (it reads a weight itself, say), all is put back, bit for bit, and nothing is
+    packed. With `repeatable`, weights are laid out for vkv's kernels wherever it has some.
 
     Returns the bytes of packed weights, an earlier call's included.
     """
@@ -218,7 +246,8 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
             parent = group[0].parent
             is_gated = [place.name for place in group] == ["gate_proj", "up_proj"]
             gate = gate_of(parent, dtype) if is_gated and id(parent) in homes else None
-            product = PackedProduct([place.linear for place in group], gate)
+            linears = [place.linear for place in group]
+            product = PackedProduct(linears, gate, repeatable=repeatable)
             undo.append(_exchange_linears(group, product, files))
             products.append(product)
             trim_heap()
@@ -227,6 +256,9 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
         for layer, product in gated:  # whose own linears are packed by now
             fused = PackedGatedLayer(product, layer.down_proj)  # type: ignore[arg-type]
             undo.append(exchange(*homes[id(layer)], fused))
+        if _panel(dtype, repeatable) is not None:
+            undo += pack_experts(model, dtype)
+            undo += pack_row_weights(model, run)
         undo += fuse_norms(model) + fuse_rotary(model)
         if _same(run(), expected, _TOLERANCE[dtype]):
             for product in products:
@@ -246,7 +278,8 @@ def packed_bytes(model: nn.Module) -> int:
         for module in model.modules()
         if isinstance(module, PackedLinear | PackedGatedLayer)
     }
-    return sum(product.num_bytes for product in products)
+    experts = sum(module.num_bytes for module in model.modules() if type(module) is PackedExperts)
+    return experts + sum(product.num_bytes for product in products)
 
 
 def int4_products(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:

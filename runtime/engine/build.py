@@ -27,6 +27,7 @@ from ..execution.recurrent_runner import RecurrentRunner
 from ..model.forward import Forward
 from ..model.loading import LoadedModel, load_model
 from ..model.recurrent_state import RecurrentState
+from ..model.repeatability import why_not_repeatable
 from ..scheduling.policies import POLICIES
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
@@ -55,6 +56,7 @@ def load(
         device=resolve_device(device),
         dtype=dtype,
         pack_weights=config.pack_weights,
+        repeatable=config.repeatable,
         lm_head_bits=config.lm_head_bits,
     )
 
@@ -67,7 +69,9 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
         backend = choose_backend(needs)
     else:
         backend = create_backend(config.attention, needs)
-    why_not_recorded(loaded, config, backend)  # which may refuse, before memory is taken
+    # Which may refuse, before memory is taken.
+    why_not_recorded(loaded, config, backend)
+    _check_repeatable(loaded, config, backend)
     cache, driver = _build_cache(loaded, config, backend, profile)
     try:
         runner = _build_runner(loaded, config, backend, cache, driver, profile)
@@ -126,6 +130,23 @@ def why_not_recorded(
     if config.record_decodes is False:
         return "record_decodes is False"
     return obstacle
+
+
+def _check_repeatable(loaded: LoadedModel, config: EngineConfig, backend: AttentionBackend) -> None:
+    """Raises InvalidConfig if `repeatable=True` asks for what does not hold."""
+    if not config.repeatable:
+        return
+    obstacle = None
+    if loaded.keeps_state:
+        obstacle = "recurrent state is summed chunk by chunk"
+    elif not backend.capabilities.repeatable:
+        obstacle = (
+            f"attention backend {backend.name!r} sums in an order that depends on the batch, and "
+            "only 'native' does not (a CPU's, of float32 and bfloat16)"
+        )
+    obstacle = obstacle or why_not_repeatable(loaded.model)
+    if obstacle:
+        raise InvalidConfig(f"repeatable is True, but {obstacle}; leave it False")
 
 
 def _build_runner(

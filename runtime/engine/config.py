@@ -47,6 +47,10 @@ class EngineConfig:
         prefix_reuse: begin a request with keys and values computed for the same tokens before.
         pack_weights: lay linear weights out anew for the CPU's kernels; None does so for models
             that vkv loaded itself, and leaves one that it was given as it is.
+        repeatable: a request's tokens depend on nothing but the request, to the bit: not on its
+            neighbours, on chunks, prefixes or preemption, nor on the number of threads; on a CPU.
+            False takes what is fastest, which is the same kernels but for processors with a
+            matrix unit. True refuses a model of which it does not hold.
         lm_head_bits: 4 or 8 to quantise the output layer at load; None leaves it as it is.
         sanitize: "zero" clears recycled memory before another request may see it.
         record_decodes: record decode steps and replay them, as CUDA graphs (`recordings`) or on
@@ -75,6 +79,7 @@ class EngineConfig:
     look_ahead_tokens: int = 16
     prefix_reuse: bool = True
     pack_weights: bool | None = None
+    repeatable: bool = False
     lm_head_bits: int | None = None
     sanitize: Sanitize = "never"
     record_decodes: bool | None = None
@@ -102,12 +107,17 @@ class EngineConfig:
                 raise InvalidConfig(
                     f"{name} is {value!r}; it must be an integer of at least {least}"
                 )
-        for name in ("split_kv", "prefix_reuse"):
+        for name in ("split_kv", "prefix_reuse", "repeatable"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use True or False")
         for name in ("pack_weights", "record_decodes", "overlap"):
             if getattr(self, name) not in (None, True, False):
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use None, True or False")
+        if self.repeatable and self.pack_weights is False:
+            raise InvalidConfig(
+                "repeatable is True and pack_weights False, but only packed weights are multiplied "
+                "the same in any batch; leave pack_weights None"
+            )
         if self.lm_head_bits not in (None, 4, 8):
             raise InvalidConfig(f"lm_head_bits is {self.lm_head_bits!r}; use None, 4 or 8")
         if self.kv not in ("virtual", "paged"):

@@ -7,9 +7,11 @@ after the first three.
 
 Two promises shape the code:
 
-- *A sequence's token does not depend on the rest of the batch.* Its randomness is one uniform
-  number a step, a hash of (seed, sequence index, step), so there is no generator whose state
-  could be shared, lost in a preemption or consumed by a failed step.
+- *A sequence's token does not depend on the rest of the batch.* Its randomness is a number for
+  every token of the vocabulary, a hash of (seed, sequence index, step, token), so there is no
+  generator whose state could be shared, lost in a preemption or consumed by a failed step. The
+  largest sum of log probability and noise wins (Gumbel's trick), so that a rounding of the logits
+  changes few draws.
 - *Filters are thresholds on values, not choices of indices.* Each of top-k, top-p and min-p finds
   the smallest logit it keeps, so tokens of equal logit are kept or dropped together, as in vLLM,
   in whatever order a sort leaves equals.
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cpu_kernels import kernels as native_kernels
 from ..request.outputs import Logprob
 from ..request.sampling_params import SamplingParams
 from ..request.sampling_state import SamplingState
@@ -98,7 +101,7 @@ def choose(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     for start in range(0, len(rows), _MAX_FLOAT32_ROWS):
         some = rows[start : start + _MAX_FLOAT32_ROWS]
         where = upload(some, torch.long, logits.device)
-        token_ids[where] = _draw(adjusted[where], peaks[where], [states[i] for i in some])
+        token_ids[where] = _draw(adjusted, where, peaks[where], [states[i] for i in some])
     return torch.stack([token_ids, peaks.isfinite().long()])
 
 
@@ -150,47 +153,73 @@ def _penalise(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     return logits - frequency * counts - presence * in_output
 
 
-def _draw(logits: Tensor, peaks: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """One token for each row of `logits` [rows, vocab], by its own random number: [rows].
+def _draw(logits: Tensor, rows: Tensor, peaks: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """One token for each of some `rows` of `logits`, by its own random numbers: [rows].
 
-    `peaks` [rows] are the rows' largest values. The draw inverts the cumulative distribution,
-    in float64, so that the order in which a device sums has no say in the outcome.
+    `peaks` [rows] are the rows' largest values. Of a row with a NaN the token means nothing.
     """
-    # Peak first: then no temperature, however small, makes anything overflow.
-    temperature = _column(peaks, [state.params.temperature for state in states], torch.float32)
-    scaled = (logits.float() - peaks.float()[:, None]) / temperature  # [rows, vocab], at most 0
-    weights = scaled.exp()
-    floors = _floors(scaled, weights, [state.params for state in states])
-    if floors is not None:
-        weights.masked_fill_(scaled < floors, 0.0)
-    mass = weights.cumsum(dim=-1, dtype=torch.float64)  # [rows, vocab]
-    uniform = _column(mass, [state.uniform() for state in states])
-    # To the right of equals, so that a token of no weight is never met.
-    token_ids = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(-1)
-    # Only a row with a NaN points past its end; it is reported once it is off the device.
-    return token_ids.clamp_(max=logits.shape[-1] - 1)
+    params = [state.params for state in states]
+    peaks = peaks.float()
+    temperatures = upload([p.temperature for p in params], torch.float32, logits.device)
+    floors = _floors(logits, rows, peaks, temperatures, params)
+    keys = upload([state.key() for state in states], torch.long, logits.device)
+    if is_ready(logits.device) and native_kernels.available(logits.dtype):
+        return native_kernels.draw(
+            logits, rows, peaks=peaks, temperatures=temperatures, floors=floors, keys=keys
+        )
+    scaled = _scaled(logits[rows], peaks, temperatures)
+    scores = scaled + gumbel_noise(keys, scaled.shape[-1])
+    return scores.masked_fill_(scaled < floors[:, None], -math.inf).argmax(dim=-1)
 
 
-def _floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
-    """The smallest value of each row that its top-k, top-p and min-p all keep: [rows, 1].
+def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
+    """Numbers that follow Gumbel's distribution, float32 [keys, vocab]: `native/draw.c`'s.
 
-    `scaled` [rows, vocab] has 0 as its largest value, hence min-p needs no sum; `weights` are its
-    exponentials. None if no row filters.
+    Source: arXiv:1411.0030, section 2, for what they are good for.
     """
-    rows = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
-    if not rows and all(p.min_p == 0 for p in params):
-        return None
-    floors = _column(scaled, [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])
-    if rows:
-        some = [params[i] for i in rows]
-        where = upload(rows, torch.long, scaled.device)
-        sorted_floors = _sorted_floors(scaled[where], weights[where], some)
+    bits32 = 0xFFFFFFFF
+    low, high = keys[:, None] & bits32, (keys[:, None] >> 32) & bits32
+    x = (torch.arange(vocab_size, device=keys.device) ^ low) * 0x9E3779B1 & bits32
+    x = (x ^ x >> 16) + high & bits32
+    x = (x ^ x >> 16) * 0x7FEB352D & bits32
+    x = (x ^ x >> 15) * 0x846CA68B & bits32
+    x = x ^ x >> 16
+    uniform = ((x >> 16).float() * 65536 + (x & 0xFFFF).float() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform.clamp_(max=1 - 2.0**-24)))
+
+
+def _scaled(logits: Tensor, peaks: Tensor, temperatures: Tensor) -> Tensor:
+    """Exponents of the weights that tokens are drawn by, float32 [rows, vocab]: at most 0.
+
+    Peak first: then no temperature, however small, makes anything overflow.
+    """
+    return (logits.float() - peaks[:, None]) / temperatures[:, None]
+
+
+def _floors(
+    logits: Tensor,
+    rows: Tensor,
+    peaks: Tensor,
+    temperatures: Tensor,
+    params: Sequence[SamplingParams],
+) -> Tensor:
+    """The smallest exponent of each row that its top-k, top-p and min-p all keep: [rows].
+
+    The largest exponent is 0, hence min-p needs no sum. -inf where nothing filters.
+    """
+    least = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
+    floors = upload(least, torch.float32, logits.device)
+    some = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+    if some:
+        where = upload(some, torch.long, logits.device)
+        scaled = _scaled(logits[rows[where]], peaks[where], temperatures[where])
+        sorted_floors = _sorted_floors(scaled, [params[i] for i in some])
         floors[where] = torch.maximum(floors[where], sorted_floors)
     return floors
 
 
-def _sorted_floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """The floors of rows with a top-k, a top-p or both: [rows, 1].
+def _sorted_floors(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The floors of rows with a top-k, a top-p or both: [rows].
 
     Source: nucleus (top-p) sampling as in arXiv:1904.09751, section 3.1.
     """
@@ -198,7 +227,7 @@ def _sorted_floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingPar
     k = [min(p.top_k or vocab_size, vocab_size) for p in params]
     top_k = upload(k, torch.long, device)[:, None]  # [rows, 1]
     top_p = _column(scaled, [p.top_p for p in params], torch.float64)
-    total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    total = _sum_rows(scaled.exp())
     num_likely = min(max(p.top_k or _NUM_LIKELY for p in params), vocab_size)
     # On a GPU, to see whether the likely ones were enough would be to wait for it.
     first = num_likely if is_ready(device) or max(k) <= num_likely else vocab_size
@@ -212,7 +241,18 @@ def _sorted_floors(scaled: Tensor, weights: Tensor, params: Sequence[SamplingPar
             break  # else the likely tokens hold too little in some row: sort them all
     # A token stays while those before it hold less than top_p of what top-k left.
     num_nucleus = (mass[:, :-1] < nucleus).sum(dim=-1, keepdim=True) + 1
-    return values.gather(1, torch.minimum(top_k, num_nucleus) - 1)
+    return values.gather(1, torch.minimum(top_k, num_nucleus) - 1).squeeze(1)
+
+
+def _sum_rows(values: Tensor) -> Tensor:
+    """The sum of each row in float64, [rows, 1], in an order that no other row has a say in.
+
+    Of a single row PyTorch would give threads a part each.
+    """
+    columns = values.shape[-1] // 64
+    parts = values[:, : 64 * columns].unflatten(1, (64, columns)).sum(dim=-1, dtype=torch.float64)
+    rest = values[:, 64 * columns :].sum(dim=-1, dtype=torch.float64)
+    return (parts.sum(dim=-1) + rest)[:, None]
 
 
 def _largest(values: Tensor, num: int) -> Tensor:

@@ -104,6 +104,7 @@ def load_model(
     device: torch.device,
     dtype: str | torch.dtype = "auto",
     pack_weights: bool | None = None,
+    repeatable: bool = False,
     lm_head_bits: int | None = None,
 ) -> LoadedModel:
     """Load a causal language model and prepare it for contiguous slots.
@@ -115,6 +116,8 @@ def load_model(
         dtype: of weights and KV; "auto" is the checkpoint's own.
         pack_weights: lay linear weights out for the CPU's kernels (`packing`); None does so for
             models loaded here, and leaves a model built elsewhere as it is.
+        repeatable: lay them out, in any case, for kernels of which a row's result depends on no
+            other row.
         lm_head_bits: 4 or 8 to quantise the output layer, of a model loaded here.
 
     Raises BadCheckpoint if the folder cannot be read, UnsupportedModel if the architecture cannot
@@ -139,7 +142,7 @@ def load_model(
     probed = probe_attention(model)
     _check_logits(model, probed.num_logits)
     model_dtype = model.dtype  # which packing takes away with the weights
-    _prepare_weights(model, pack_weights, lm_head_bits, loaded_here=home is not None)
+    _prepare_weights(model, pack_weights, repeatable, lm_head_bits, loaded_here=home is not None)
     held_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else home)
     return LoadedModel(
         name=name,
@@ -159,6 +162,7 @@ def load_model(
 def _prepare_weights(
     model: PreTrainedModel,
     pack_weights: bool | None,
+    repeatable: bool,
     lm_head_bits: int | None,
     *,
     loaded_here: bool,
@@ -167,9 +171,9 @@ def _prepare_weights(
     dtype = model.dtype
     if lm_head_bits is not None:
         _quantize_head(model, lm_head_bits, loaded_here=loaded_here)
-    wants_packing = pack_weights if pack_weights is not None else loaded_here
+    wants_packing = repeatable or (pack_weights if pack_weights is not None else loaded_here)
     if wants_packing and model.device.type == "cpu" and can_pack(dtype):
-        pack(model, lambda: probe_outputs(model))
+        pack(model, lambda: probe_outputs(model), repeatable=repeatable)
     if loaded_here:
         for _, linear in int4_linears(model):  # those that packing left where they are
             linear.settle(dtype)

@@ -55,12 +55,11 @@ class SamplingState:
         self._in_prompt: Tensor | None = None
         self._output_counts: Tensor | None = None
 
-    def uniform(self) -> float:
-        """This step's random number, in [0, 1): the same for the same seed, index and step."""
+    def key(self) -> int:
+        """This step's 64 random bits, as an int64: the same for the same seed, index and step."""
         step = struct.pack("<Q", self.num_output_tokens)
         digest = hashlib.blake2b(self._seed + step, digest_size=8).digest()
-        # 52 bits, so that the product with any total stays below that total after rounding.
-        return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
+        return int.from_bytes(digest, "little", signed=True)
 
     @property
     def has_penalties(self) -> bool:

@@ -124,7 +124,7 @@ def test_every_instruction_set_of_this_machine(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("dims", [(64, 64), (40, 24)], ids=["whole vectors", "odd"])
 def test_a_query_has_one_result_to_the_bit(limit, dtype, window, dims):
-    """Whichever chunks its sequence comes in, beside whatever others, and by however many threads."""
+    """Whichever chunks its sequence comes in, beside what others, by however many threads."""
     generator = torch.Generator().manual_seed(len(limit) + dims[0])
     lengths, heads, kv_heads = (1300, 70, 519), 8, 2
     randn = partial(torch.randn, generator=generator)
@@ -133,7 +133,7 @@ def test_a_query_has_one_result_to_the_bit(limit, dtype, window, dims):
     layer = LayerAttention(scale=dims[0] ** -0.5, window=window, softcap=None, sinks=None)
 
     def attend(spans: list[tuple[int, int, int]]) -> list[torch.Tensor]:
-        """Results of the queries from the first to the last position of each (slot, first, last)."""
+        """Results of the queries from a first to a last position of each (slot, first, last)."""
         batch = batch_of([(last - first, last) for _, first, last in spans], [s for s, *_ in spans])
         query = torch.cat([queries[slot][first:last] for slot, first, last in spans])
         out = NativeBackend().forward(query, *caches, batch, layer)
@@ -271,7 +271,10 @@ def test_random_ragged_batches(case):
 @pytest.mark.parametrize("contiguous", [True, False], ids=["whole rows", "heads apart"])
 def test_new_rows_are_stored_where_the_batch_says(dtype: torch.dtype, contiguous: bool) -> None:
     heads, dim, chunks, slots = 3, 5, ((4, 9), (1, 1), (2, 30)), (2, 0, 3)
-    key, value = (torch.randn(heads, sum(n for n, _ in chunks), dim).to(dtype).transpose(0, 1) for _ in range(2))
+    key, value = (
+        torch.randn(heads, sum(n for n, _ in chunks), dim).to(dtype).transpose(0, 1)
+        for _ in range(2)
+    )
     shape = (4, 32, heads, dim) if contiguous else (4, heads, 32, dim)
     found = [torch.randn(shape).to(dtype) for _ in range(2)]
     found = found if contiguous else [cache.transpose(1, 2) for cache in found]

@@ -84,7 +84,10 @@ def test_a_row_has_one_result_to_the_bit(
     for count in (*range(1, 15), 25):
         for first in (0, 3, 40 - count):
             some = slice(first, first + count)
-            assert torch.equal(kernel.multiply(layout, inputs[some]), all_rows[some]), (count, first)
+            assert torch.equal(kernel.multiply(layout, inputs[some]), all_rows[some]), (
+                count,
+                first,
+            )
 
 
 @pytest.mark.skipif(

@@ -106,6 +106,23 @@ struct vkv_add {
 };
 int64_t vkv_add(const struct vkv_add *args);
 
+/* Draws a token of each row: one whose chance is its share of exp((logit - peak) / temperature) over
+ * the tokens of at least exp(floor). */
+struct vkv_draw {
+    const void *logits;         /* [.., vocab_size], rows `row_stride` apart */
+    const int64_t *rows;        /* [num_rows], where each lies in `logits` */
+    const float *peaks;         /* [num_rows], the largest logit */
+    const float *temperatures;  /* [num_rows] */
+    const float *floors;        /* [num_rows], -INFINITY for none */
+    const uint64_t *keys;       /* [num_rows], random */
+    int64_t *tokens;            /* [num_rows], filled */
+    int64_t row_stride;
+    int32_t num_rows, vocab_size, dtype;
+    int32_t num_threads;
+    vkv_parallel parallel;
+};
+int64_t vkv_draw(const struct vkv_draw *args);
+
 /* A call of a kernel, of this library or another, that returns 0 when it is done, or the bytes of
  * workspace that it lacks. */
 struct vkv_call {

@@ -22,6 +22,16 @@ INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even; a NaN stays one 
     return (uint16_t)(x != x ? (bits >> 16 | 0x40) : rounded);
 }
 
+/* Elements from `at` on, as floats. */
+INLINE void take(const void *from, int64_t at, int count, int32_t dtype, float *goal) {
+    if (dtype == VKV_BFLOAT16) {
+        const uint16_t *p = (const uint16_t *)from + at;
+        for (int i = 0; i < count; i++) goal[i] = from_bf16(p[i]);
+    } else {
+        memcpy(goal, (const float *)from + at, 4 * (size_t)count);
+    }
+}
+
 INLINE float exp2_of(float x) { /* relative error about 1e-7 from -126 to 127 */
     x = x < -126.0f ? -126.0f : x; /* one after the other: nested, a compiler makes branches */
     x = x > 127.0f ? 127.0f : x;
@@ -39,6 +49,23 @@ INLINE float exp2_of(float x) { /* relative error about 1e-7 from -126 to 127 */
     bits += (power - 0x4b400000) << 23;
     memcpy(&p, &bits, 4);
     return p;
+}
+
+/* The natural logarithm of a positive x; relative error about 1e-7. */
+INLINE float log_of(float x) {
+    int32_t bits, power;
+    memcpy(&bits, &x, 4);
+    power = (bits - 0x3f3504f3) >> 23; /* so that what is left is from 0.707 to 1.414 */
+    bits -= power << 23;
+    memcpy(&x, &bits, 4);
+    const float f = x - 1.0f, s = f / (2.0f + f), t = s * s;
+    float p = 0.153383f; /* of 2 artanh(s) = log((1 + s) / (1 - s)) */
+    p = p * t + 0.181836f;
+    p = p * t + 0.222221984f;
+    p = p * t + 0.285714279f;
+    p = p * t + 0.400000001f;
+    p = p * t + 0.666666667f;
+    return 0.693147181f * (float)power + (2.0f * s + s * t * p);
 }
 
 /* x * sigmoid(y): y is x for SiLU, and for GELU's tanh form twice its cubic. */

@@ -72,7 +72,9 @@ def test_linear(
 def test_a_row_has_one_result_to_the_bit(kind: tuple[int, torch.dtype], gate: Gate | None) -> None:
     """Beside however many others."""
     panel, dtype = kind
-    linear = PanelLinear(torch.randn(320, 256).to(dtype), torch.randn(320).to(dtype), gate, panel=panel)
+    linear = PanelLinear(
+        torch.randn(320, 256).to(dtype), torch.randn(320).to(dtype), gate, panel=panel
+    )
     x = torch.randn(40, 256).to(dtype)
     all_rows = linear(x)
     for count in (*range(1, 15), 25):

@@ -13,7 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vkv.runtime.execution.sampler import SampledToken, SamplingState, prompt_logprobs, sample
+from vkv.runtime.cpu_kernels import kernels as native_kernels
+from vkv.runtime.execution.sampler import (
+    SampledToken,
+    SamplingState,
+    choose,
+    gumbel_noise,
+    prompt_logprobs,
+    sample,
+)
 from vkv.runtime.request.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vkv.runtime.request.sampling_params import SamplingParams
 from vkv.vmem.errors import InvalidSamplingParams
@@ -117,16 +125,52 @@ def test_one_sequence_draws_independently_at_every_step() -> None:
 
 
 @pytest.mark.parametrize("vary", ["seed", "index", "step"])
-def test_uniform_is_uniform_along_each_of_its_inputs(vary: str) -> None:
+def test_keys_are_uniform_along_each_of_their_inputs(vary: str) -> None:
     numbers = []
     for i in range(4000):
         params = SamplingParams(seed=i if vary == "seed" else -1)
         state = SamplingState(params, index=i if vary == "index" else 0)
         state.num_output_tokens = i if vary == "step" else 0
-        numbers.append(state.uniform())
-    assert all(0 <= number < 1 for number in numbers)
-    bins = Counter(int(number * 32) for number in numbers)
-    assert_distributed(bins, np.full(32, 1 / 32))
+        numbers.append(state.key())
+    assert len(set(numbers)) == len(numbers)
+    for shift in (0, 27, 59):
+        bins = Counter(number >> shift & 31 for number in numbers)
+        assert_distributed(bins, np.full(32, 1 / 32))
+
+
+def test_noise_is_gumbels_and_independent_along_keys_and_tokens() -> None:
+    keys = torch.tensor([SamplingState(SamplingParams(seed=i)).key() for i in range(400)])
+    noise = gumbel_noise(keys, 500)
+    share = torch.exp(-torch.exp(-noise.double()))  # its distribution function: uniform
+    for values in (share.flatten(), share[:, 7], share[7]):
+        bins = Counter((values * 20).int().tolist())
+        assert_distributed(bins, np.full(20, 1 / 20))
+    for near, far in ((share[:, :-1], share[:, 1:]), (share[:-1], share[1:])):
+        correlation = torch.corrcoef(torch.stack([near.flatten(), far.flatten()]))[0, 1]
+        assert abs(correlation) < 5 / near.numel() ** 0.5
+
+
+@pytest.mark.skipif(not native_kernels.available(torch.float32), reason="no C compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_draws_what_pytorch_would(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(600, 1000, generator=torch.Generator().manual_seed(4)).mul(3).to(dtype)
+    logits[:, 5] = -math.inf
+    options = [{}, {"temperature": 0.4}, {"min_p": 0.2}, {"top_k": 9, "temperature": 2}]
+    params = [SamplingParams(seed=i, **options[i % 4]) for i in range(len(logits))]
+    found = choose(logits, [SamplingState(p) for p in params])[0]
+    monkeypatch.setattr(native_kernels, "available", lambda dtype: False)
+    expected = choose(logits, [SamplingState(p) for p in params])[0]
+    assert (found != expected).sum() <= 1, "a logarithm's last bit decides but the closest draws"
+
+
+def test_a_rounding_changes_few_draws() -> None:
+    exact = torch.randn(2000, 5000, generator=torch.Generator().manual_seed(4))
+    states = [SamplingState(SamplingParams(seed=i)) for i in range(len(exact))]
+    before = choose(exact, states)[0]
+    after = choose(exact.to(torch.bfloat16).float(), states)[0]
+    assert (before != after).float().mean() < 0.01
 
 
 def test_top_p_is_the_same_whether_few_or_all_tokens_are_sorted() -> None:
@@ -159,16 +203,10 @@ def test_equal_logits_are_kept_or_dropped_together() -> None:
         assert set(draw_many(logits, SamplingParams(seed=1, **options), num=400)) == {0, 1, 2}
 
 
-@pytest.mark.parametrize(("uniform", "token_id"), [(0.0, 1), (1 - 2.0**-52, 3)])
-def test_the_ends_of_the_unit_interval_fall_on_possible_tokens(
-    uniform: float, token_id: int
-) -> None:
-    class Fixed(SamplingState):
-        def uniform(self) -> float:
-            return uniform
-
-    logits = torch.tensor([-math.inf, 1.0, 2.0, 1.1, -math.inf])
-    assert sample_one(logits, Fixed(SamplingParams())).token_id == token_id
+def test_impossible_tokens_are_never_drawn() -> None:
+    logits = torch.full((300,), -math.inf)
+    logits[[1, 130, 299]] = torch.tensor([1.0, 2.0, 1.1])
+    assert set(draw_many(logits, SamplingParams(seed=2), num=400)) == {1, 130, 299}
 
 
 def test_a_tiny_temperature_overflows_nothing() -> None:
