@@ -8,7 +8,6 @@ A router multiplies by a parameter of its own. It stays the module it is: its pa
 that knows its product.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ class PackedExperts(nn.Module):
         self._up = self._lay_out(experts, first, panel, self._gate)
         self._down = self._lay_out(experts, "down_proj", panel, None)
         self._names = (first, "down_proj")
-        self.num_bytes = sum(getattr(experts, name).nbytes for name in self._names)
+        self.num_bytes = sum(parameter.nbytes for parameter in experts.parameters())
 
     def _lay_out(self, experts: Any, name: str, panel: int, gate: Gate | None) -> list[PanelLinear]:
         weights = getattr(experts, name).detach()  # [experts, out, in], or transposed
@@ -160,6 +159,7 @@ class RowWeight(nn.Parameter):
 
     bias: torch.Tensor | None
     product: PanelLinear
+    num_bytes: int  # beside the parameter itself
     wider: "RowWeight | None"
 
     @classmethod
@@ -171,16 +171,16 @@ class RowWeight(nn.Parameter):
         row_weight = cls(weight.detach(), requires_grad=False)
         row_weight.bias = bias
         row_weight.product = PanelLinear(weight, bias, panel=panel)
+        row_weight.num_bytes = weight.nbytes
         row_weight.wider = None
         if weight.dtype != torch.float32:
             wider = None if bias is None else bias.float()
             row_weight.wider = cls.of(weight.detach().float(), wider)
+            row_weight.num_bytes += weight.numel() * 8  # as it is and laid out
         return row_weight
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.linear and len(args) > 1 and isinstance(args[1], RowWeight):
             inputs, weight = args[:2]
@@ -193,7 +193,7 @@ class RowWeight(nn.Parameter):
             return func(*args, **kwargs)
 
 
-def _widens(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _widens(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a weight, the first argument, is asked for in float32."""
     if func is torch.Tensor.float:
         return isinstance(args[0], RowWeight) and not kwargs
@@ -202,17 +202,19 @@ def _widens(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return False
 
 
-class _Seen(TorchFunctionMode):
-    """Notes the parameters that `functional.linear` multiplies by, as they are or in float32."""
+class Multiplied(TorchFunctionMode):
+    """Notes the parameters that `functional.linear` multiplies by, as they are or in float32.
+
+    Attributes:
+        weights: each parameter's `id`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights: set[int] = set()  # by `id`
+        self.weights: set[int] = set()
         self._from: dict[int, tuple[torch.Tensor, int]] = {}  # float32 forms, kept alive
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is functional.linear and len(args) > 1:
             self.weights.add(self._from.get(id(args[1]), (None, id(args[1])))[1])
@@ -224,15 +226,12 @@ class _Seen(TorchFunctionMode):
 _WIDENS = (torch.Tensor.float, torch.Tensor.type, torch.Tensor.to)
 
 
-def pack_row_weights(model: nn.Module, run: Callable[[], object]) -> list[Undo]:
-    """Give the parameters that `run` multiplies by, outside of linears that are packed, their
-    product; returns how to undo each."""
-    seen, undo = _Seen(), []
-    with seen:
-        run()
+def pack_row_weights(model: nn.Module, multiplied: Multiplied) -> list[Undo]:
+    """Give parameters that the model multiplies by their product; returns how to undo each."""
+    undo: list[Undo] = []
     for module in list(model.modules()):
         for name, weight in list(module.named_parameters(recurse=False)):
-            if id(weight) not in seen.weights or weight.dim() != 2 or has_hooks(module):
+            if id(weight) not in multiplied.weights or weight.dim() != 2 or has_hooks(module):
                 continue
             bias = getattr(module, "bias", None)
             fits = isinstance(bias, torch.Tensor) and bias.shape == weight.shape[:1]

@@ -21,7 +21,7 @@ from torch.nn import functional
 from ...quant import Int4Linear, concatenate, empty_apart, split, trim_heap
 from ...vmem import linux
 from . import kernels as native_kernels
-from .experts import PackedExperts, pack_experts, pack_row_weights
+from .experts import Multiplied, PackedExperts, RowWeight, pack_experts, pack_row_weights
 from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of
 from .kernels import Gate, PanelLinear
 from .shared_inputs import Linear, Place, group_by_input, plain_linears, single_homes
@@ -227,15 +227,16 @@ def pack(
     """Lay out the linears that `run()` calls, dense or in 4 bits, and fuse what is around them.
 
     `run` runs a few tokens through the model and returns tensors [num_tokens, …] of what came out.
-    It is called once to see which linears share an input, once to see what else is multiplied by
-    a parameter, and once more to see that the model takes the packed ones and computes the same.
-    If it does not (it reads a weight itself, say), all is put back, bit for bit, and nothing is
-    packed. With `repeatable`, weights are laid out for vkv's kernels wherever it has some.
+    It is called once to see what is multiplied by which parameter, and which linears share an
+    input, and once more to see that the model takes the packed ones and computes the same. If it
+    does not (it reads a weight itself, say), all is put back, bit for bit, and nothing is packed.
+    With `repeatable`, weights are laid out for vkv's kernels wherever it has some.
 
     Returns the bytes of packed weights, an earlier call's included.
     """
     expected: list[torch.Tensor] = []
-    groups = group_by_input(plain_linears(model, _has_kernel), lambda: expected.extend(run()))
+    with Multiplied() as multiplied:
+        groups = group_by_input(plain_linears(model, _has_kernel), lambda: expected.extend(run()))
     homes, dtype = single_homes(model), expected[0].dtype  # of the logits it may be another
     files = linux.mapped_files(".safetensors")
     undo: list[Undo] = []
@@ -258,7 +259,7 @@ def pack(
             undo.append(exchange(*homes[id(layer)], fused))
         if _panel(dtype, repeatable) is not None:
             undo += pack_experts(model, dtype)
-            undo += pack_row_weights(model, run)
+            undo += pack_row_weights(model, multiplied)
         undo += fuse_norms(model) + fuse_rotary(model)
         if _same(run(), expected, _TOLERANCE[dtype]):
             for product in products:
@@ -278,8 +279,12 @@ def packed_bytes(model: nn.Module) -> int:
         for module in model.modules()
         if isinstance(module, PackedLinear | PackedGatedLayer)
     }
-    experts = sum(module.num_bytes for module in model.modules() if type(module) is PackedExperts)
-    return experts + sum(product.num_bytes for product in products)
+    parts = [
+        *products,
+        *(module for module in model.modules() if isinstance(module, PackedExperts)),
+        *(weight for weight in model.parameters() if isinstance(weight, RowWeight)),
+    ]
+    return sum(part.num_bytes for part in parts)
 
 
 def int4_products(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
