@@ -7,6 +7,7 @@ workspace that it lacks, with nothing done.
 import ctypes
 import mmap
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -24,12 +25,24 @@ class Workspace:
 
     def __init__(self) -> None:
         self.grow(_FIRST_BYTES)
+        with _guard:
+            _workspaces.add(self)
 
     def grow(self, num_bytes: int) -> None:
         """Have `num_bytes` from now on. It moves, and what was in it is gone."""
         self._memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.num_bytes = num_bytes
+
+
+_workspaces: weakref.WeakSet[Workspace] = weakref.WeakSet()
+_guard = threading.Lock()  # a set that changes meanwhile cannot be gone through
+
+
+def workspace_bytes() -> int:
+    """Bytes of all workspaces of this process: each thread that calls kernels has one."""
+    with _guard:
+        return sum(workspace.num_bytes for workspace in _workspaces)
 
 
 class NativeFunction:

@@ -35,6 +35,7 @@ from .config import EngineConfig
 from .devices import DeviceProfile, device_profile, resolve_device
 from .engine import Engine
 from .loop import EngineLoop
+from .memory_profile import step_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +83,11 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             _build_admission(loaded, cache),
             eos_token_ids=loaded.eos_token_ids,
             overlap=_overlaps(loaded, config, profile),
+            step_bytes=step_bytes(
+                loaded,
+                max_batch_tokens=config.max_batch_tokens or profile.max_batch_tokens,
+                max_seqs=config.max_seqs,
+            ),
         )
         for index in range(len(loaded.geometry)):
             backend.check_cache(*cache.layer(index))

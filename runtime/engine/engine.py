@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...allocator import SlotCache
 from ...vmem.errors import InvalidOperation, StepFailed, UsageError, VkvError
+from ...vmem.native_function import workspace_bytes
 from ..execution.model_runner import LaunchedStep, ModelRunner
 from ..execution.sampler import NO_TOKEN, SampledToken
 from ..request.outputs import FinishReason
@@ -34,6 +35,7 @@ class Engine:
         admission: refuses what could never run.
         eos_token_ids: tokens that end a generation.
         overlap: prepare a step while the device computes the one before. Not for hybrids.
+        step_bytes: the most that tensors of a step take; for `stats`.
 
     Attributes:
         num_computed_tokens: tokens that went through the model so far.
@@ -48,12 +50,14 @@ class Engine:
         *,
         eos_token_ids: Collection[int],
         overlap: bool = False,
+        step_bytes: int = 0,
     ) -> None:
         self.runner = runner
         self.cache = cache
         self.scheduler = scheduler
         self.admission = admission
         self.overlap = overlap
+        self._step_bytes = step_bytes
         self._eos_token_ids = frozenset(eos_token_ids)
         self._requests: dict[str, list[Request]] = {}
         self._outputs: list[StepOutput] = []  # that no one has taken yet
@@ -283,6 +287,7 @@ class Engine:
         return EngineStats(
             kv=self.cache.stats(),
             state_bytes=self.runner.state_bytes,
+            working_bytes=self._step_bytes + workspace_bytes(),
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             num_preemptions=self.scheduler.num_preemptions,

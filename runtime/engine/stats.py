@@ -12,6 +12,8 @@ class EngineStats:
     Attributes:
         kv: what the cache holds, in its own counts.
         state_bytes: memory of recurrent and convolution state, beside the pages.
+        working_bytes: the most that steps take beside weights, pages and state: tensors of the
+            largest one, as measured at load, and the workspaces of this process's kernels.
         num_running, num_waiting: live requests by state.
         num_preemptions: requests whose slot was taken away to be computed again.
         prefix_hit_tokens: prompt tokens that needed no computing.
@@ -25,6 +27,7 @@ class EngineStats:
 
     kv: KVStats
     state_bytes: int
+    working_bytes: int
     num_running: int
     num_waiting: int
     num_preemptions: int
