@@ -71,6 +71,7 @@ class LimitsProbe:
         has_kernel = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self._dtype = dtype if has_kernel else torch.float32
         self._device, self._threads = device, threads
+        self.can_measure = device.type == "cpu"  # a GPU's memory is others' once they run
         self._reads: list[float] = []
         self._flops: list[float] = []
 
@@ -88,6 +89,11 @@ class LimitsProbe:
             torch.set_num_threads(before)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # blocks that PyTorch keeps are lost to virtual memory
+
+    @property
+    def latest_read(self) -> float:
+        """Bytes a second, as measured last."""
+        return self._reads[-1]
 
     def limits(self) -> Limits:
         """The medians so far, of one measurement at least."""

@@ -28,6 +28,7 @@ class Checkpoints:
         dense: in the benchmark's dtype.
         int4: the same weights rounded to 4 bits, in groups of `group_size`; None if not wanted.
         weight_bytes: of the dense weights, tied ones counted once.
+        read_bytes: of those, what a decode step reads: not an embedding that is looked up.
         kv_bytes_per_token: keys and values of a token over all layers, in the benchmark's dtype.
     """
 
@@ -35,6 +36,7 @@ class Checkpoints:
     int4: Path | None
     group_size: int | None
     weight_bytes: int
+    read_bytes: int
     kv_bytes_per_token: int
     vocab_size: int
 
@@ -55,11 +57,14 @@ def save_checkpoints(
         loaded = build_model(shape, dtype=dtype, device=torch.device("cpu"))
         loaded.save_pretrained(dense)
     weights = {p.data_ptr(): p.numel() * p.element_size() for p in loaded.parameters()}
+    embedding, head = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
+    looked_up = 0 if head is embedding else embedding.nbytes  # type: ignore[union-attr]
     int4 = None if format is None else scratch / f"model-{format}"
     return Checkpoints(
         dense=dense,
         int4=int4,
         weight_bytes=sum(weights.values()),
+        read_bytes=sum(weights.values()) - looked_up,
         kv_bytes_per_token=cache_bytes_per_token(loaded, dtype),
         vocab_size=loaded.config.vocab_size,
         group_size=_quantize(loaded, int4, format) if format and int4 else None,

@@ -5,10 +5,12 @@ lengths and threads, greedy and without an end token. Within a repeat the system
 by cell, and each repeat starts them anew: where a process happens to lie in memory can cost a
 fifth of its speed for as long as it lives.
 
-A system is timed from outside, by whole calls. `prefill` is the time to the first token of every
-prompt; `decode` is a call with many output tokens less a call with one; `ragged` is a call with
-requests of all lengths. On a GPU a system has run the very same call once before, since graphs are
-captured and kernels chosen when a batch of a new size comes.
+Systems are called as users call them. `prefill` is a call for the first token of every prompt, and
+`ragged` a call with requests of all lengths, both timed from outside. `decode` is timed by the time
+stamps of tokens: from when the last request of a batch has its first token to when the first has
+its last. A decode that is faster than memory allows, as measured just before, is measured again;
+if it stays so, its figure is marked. On a GPU a system has run the very same call once before:
+graphs are captured and kernels chosen when a batch of a new size comes.
 
 With a `quant` format, the same weights are also rounded to 4 bits, into a checkpoint that vkv runs
 beside the dense one, with the output layer dense and (`-head`) in 4 bits too. llama.cpp then runs
@@ -38,6 +40,9 @@ from .checkpoints import Checkpoints, parse_format, save_checkpoints
 from .options import ThroughputOptions
 from .shapes import build_model
 from .throughput_results import Results, as_record, draw, tables
+
+_AGAIN = 2  # measurements more of a figure that cannot be
+_DOUBT = 1.1  # beyond the limit by which it cannot: limits are measured too
 
 SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vkv": ("vkv_worker.py", {"kv": "virtual"}),
@@ -203,7 +208,9 @@ def _all_repeats(
                 # Whoever comes first finds another machine: caches, pages, clock.
                 for name in running if repeat % 2 == 0 else reversed(running):
                     if cell.name not in results.failures[name]:
-                        said = _time(running, name, cell, prompts, options, checkpoints, results)
+                        said = _time(
+                            running, name, cell, prompts, options, checkpoints, results, probe
+                        )
                         console.print(f"  {cell.name:10} {name}: {said}", markup=False)
                         yield
 
@@ -225,33 +232,61 @@ def _time(
     options: ThroughputOptions,
     checkpoints: Checkpoints,
     results: Results,
+    probe: LimitsProbe,
 ) -> str:
     """Add what a system took for a cell, or why it failed; returns that in words."""
     worker = running[name]
     try:
         if options.device.type == "cuda":
             worker.run(prompts, cell.output_lens)
-        rate, timing = _measure(worker, cell, prompts)
+        rate, timing, is_beyond = _measure_again(worker, cell, prompts, checkpoints, probe)
     except WorkerFailed as error:
         results.failures[name][cell.name] = str(error)
         return str(error)
     results.samples[name][cell.name].append(rate)
     results.peaks[name] = timing.peak_rss_bytes
     results.weights[name] = timing.weight_bytes or checkpoints.weight_bytes
+    results.reads[name] = timing.read_bytes or checkpoints.read_bytes
+    if is_beyond:
+        results.beyond[name].setdefault(cell.name, []).append(len(results.samples[name][cell.name]))
+        return f"{rate:.1f} tokens/s, beyond what memory allows"
     return f"{rate:.1f} tokens/s"
 
 
+def _measure_again(
+    worker: Worker,
+    cell: Cell,
+    prompts: Sequence[Sequence[int]],
+    checkpoints: Checkpoints,
+    probe: LimitsProbe,
+) -> tuple[float, Timing, bool]:
+    """Tokens a second, what the worker says, and whether that is more than memory allows.
+
+    Then it is measured again, with the limit.
+    """
+    for attempt in range(1 + _AGAIN):
+        rate, timing = _measure(worker, cell, prompts)
+        if cell.kind != "decode":
+            return rate, timing, False
+        step = cell.decode_step
+        weights = timing.read_bytes or checkpoints.read_bytes
+        step_bytes = weights + step.kv_tokens * checkpoints.kv_bytes_per_token
+        limit = probe.latest_read * step.num_tokens / step_bytes
+        if rate <= _DOUBT * limit:
+            return rate, timing, False
+        if attempt < _AGAIN and probe.can_measure:
+            probe.measure()
+    return rate, timing, True
+
+
 def _measure(worker: Worker, cell: Cell, prompts: Sequence[Sequence[int]]) -> tuple[float, Timing]:
-    """Tokens a second, and what the worker says of its memory."""
-    ones = [1] * len(prompts)
+    """Tokens a second, and what the worker says."""
     if cell.kind == "prefill":
-        timing = worker.run(prompts, ones)
-        seconds = timing.seconds
-    else:
-        timing = worker.run(prompts, cell.output_lens)
-        seconds = timing.seconds
-        if cell.kind == "decode":
-            seconds -= worker.run(prompts, ones).seconds
-    if seconds <= 0:
-        raise WorkerFailed("a call for more tokens took less time: the machine is too busy")
-    return cell.num_tokens / seconds, timing
+        timing = worker.run(prompts, [1] * len(prompts))
+        return cell.num_tokens / timing.seconds, timing
+    timing = worker.run(prompts, cell.output_lens)
+    if cell.kind == "total":
+        return cell.num_tokens / timing.seconds, timing
+    if not timing.decode_tokens:
+        raise WorkerFailed("there was no time at which all of its requests decoded")
+    return timing.decode_tokens / timing.decode_seconds, timing

@@ -21,19 +21,25 @@ class Results:
         failures: why a cell has none.
         peaks: the most memory that was resident, in bytes.
         weights: bytes of its weights as it keeps them; those of the checkpoint if it cannot say.
+        reads: bytes of those that a decode step reads.
+        beyond: by cell, the repeats (from 1) whose figure is more than memory allowed, however
+            often it was measured.
     """
 
     samples: dict[str, dict[str, list[float]]]
     failures: dict[str, dict[str, str]]
     peaks: dict[str, int] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
+    reads: dict[str, int] = field(default_factory=dict)
+    beyond: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, systems: Iterable[str], cells: Iterable[str]) -> "Results":
         """Nothing yet."""
         names = list(cells)
         samples = {system: {cell: [] for cell in names} for system in systems}
-        return cls(samples=samples, failures={system: {} for system in samples})
+        failures: dict[str, dict[str, str]] = {system: {} for system in samples}
+        return cls(samples=samples, failures=failures, beyond={system: {} for system in samples})
 
     def fail(self, system: str, error: Exception) -> None:
         """Note a system that cannot be measured at all."""
@@ -68,6 +74,8 @@ def as_record(
         "failures": results.not_measured(repeats),
         "peak_rss_bytes": results.peaks,
         "weight_bytes": results.weights,
+        "read_bytes": results.reads,
+        "beyond_limit": {system: cells for system, cells in results.beyond.items() if cells},
     }
 
 
@@ -95,8 +103,8 @@ def tables(
             title="Tokens a second (median)",
             columns=["system", *names],
             rows=[
-                [system, *(_median(cells[name]) for name in names)]
-                for system, cells in results.samples.items()
+                [system, *(_marked(results, system, name) for name in names)]
+                for system in results.samples
             ],
         ),
         *(_ratio_table(results, name, names) for name in (baseline, *int4[:1])),
@@ -109,7 +117,7 @@ def tables(
     kv_bytes = {
         cell: step.kv_tokens * checkpoints.kv_bytes_per_token for cell, step in decodes.items()
     }
-    found.append(_limits_table(results, limits, weights, decodes, kv_bytes))
+    found.append(_limits_table(results, limits, list(weights), decodes, kv_bytes))
     failed = [
         [system, cell, text]
         for system, cells in results.not_measured(repeats).items()
@@ -161,19 +169,19 @@ def _memory_table(results: Results, held_bytes: int, import_bytes: int) -> Table
 def _limits_table(
     results: Results,
     limits: Limits,
-    weights: Mapping[str, int],
+    systems: Sequence[str],
     decodes: Mapping[str, DecodeStep],
     kv_bytes: Mapping[str, float],
 ) -> Table:
     """Of memory and matrix units, and what memory allows in steps.
 
-    For the systems of `weights`, also the steps of each decode, whose KV of `kv_bytes` is read too,
+    For some `systems`, also the steps of each decode, whose KV of `kv_bytes` is read too,
     and the share of them that the system reached.
     """
     steps = []
-    for name, weight_bytes in weights.items():
+    for name in systems:
         for cell, step in decodes.items():
-            limit = limits.read_bytes_per_s / (weight_bytes + kv_bytes[cell])
+            limit = limits.read_bytes_per_s / (results.reads[name] + kv_bytes[cell])
             rates = results.samples[name][cell]
             reached = statistics.median(rates) / step.num_tokens / limit if rates else None
             share = "" if reached is None else f", {reached:.0%} reached"
@@ -188,13 +196,19 @@ def _limits_table(
             *(
                 [
                     f"steps a second if the weights of {name} are read once",
-                    f"{limits.read_bytes_per_s / weight_bytes:.1f}",
+                    f"{limits.read_bytes_per_s / read_bytes:.1f}",
                 ]
-                for name, weight_bytes in results.weights.items()
+                for name, read_bytes in results.reads.items()
             ),
             *steps,
         ],
     )
+
+
+def _marked(results: Results, system: str, cell: str) -> str:
+    """The median, with a mark if memory cannot have been read so fast."""
+    mark = " (beyond the limit)" if results.beyond[system].get(cell) else ""
+    return _median(results.samples[system][cell]) + mark
 
 
 def _median(values: Sequence[float]) -> str:

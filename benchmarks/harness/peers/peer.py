@@ -34,13 +34,19 @@ class Timing:
 
     Attributes:
         seconds: that it took.
+        decode_tokens, decode_seconds: of the time in which all requests decoded, by the time
+            stamps of their tokens.
         peak_rss_bytes: of its process so far.
         weight_bytes: of its weights as it keeps them; None if it does not say.
+        read_bytes: of those weights that a decode step reads; None likewise.
     """
 
     seconds: float
+    decode_tokens: int
+    decode_seconds: float
     peak_rss_bytes: int
     weight_bytes: int | None
+    read_bytes: int | None
 
 
 class Worker:

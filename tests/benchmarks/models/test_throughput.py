@@ -10,7 +10,7 @@ import torch
 from vkv.bench.models import checkpoints, memory, throughput
 from vkv.bench.models.cells import CELLS, Cell
 from vkv.bench.models.options import MemoryOptions, ThroughputOptions
-from vkv.bench.peers.peer import WORKERS, Worker, WorkerFailed
+from vkv.bench.peers.peer import WORKERS, Timing, Worker, WorkerFailed
 from vkv.bench.record import Table
 from vkv.quant import int4_linears
 from vkv.runtime.model.loading import load_model
@@ -20,17 +20,21 @@ FAKE = f"""
 import sys
 sys.path.insert(0, {str(WORKERS)!r})
 from protocol import System, expect, serve
+import time
 
 def load(options):
     print("chatter that must not reach the harness")
     if options.get("refuses"):
         raise ValueError("no such model")
-    def generate(prompts, output_lens):
+    def generate(prompts, output_lens, clock):
         print("more chatter")
+        for step in range(max(output_lens)):
+            time.sleep(options.get("step_s", 0))
+            clock.step(row for row, length in enumerate(output_lens) if step < length)
         if len(prompts) == 3:
             sys.exit("gone")
         expect(sum(map(len, prompts)), sum(output_lens))
-    return System(generate, options.get("weighs"))
+    return System(generate, options.get("weighs"), options.get("reads"))
 
 serve(load)
 """
@@ -57,6 +61,69 @@ def test_a_worker_answers_fails_and_dies(tmp_path: Path) -> None:
         worker.run([[1]], [1])
     worker.close()
     assert worker._process.returncode is not None
+
+
+def test_decodes_are_timed_by_the_stamps_of_their_tokens(tmp_path: Path) -> None:
+    worker = make_fake(tmp_path, step_s=0.01)
+    timing = worker.run([[1] * 4, [1] * 7], [3, 8])
+    # From the first tokens to the end of the shorter: two steps of both.
+    assert timing.decode_tokens == 4
+    assert 0.02 <= timing.decode_seconds < timing.seconds
+    assert worker.run([[1], [1]], [1, 1]).decode_tokens == 0
+    worker.close()
+
+
+def test_groups_one_after_the_other_add_up() -> None:
+    sys.path.insert(0, str(WORKERS))
+    from protocol import Clock
+
+    clock = Clock()
+    for _ in range(2):
+        clock.group()
+        for _ in range(3):
+            clock.step(["a", "b"])
+    tokens, seconds = clock.decodes()
+    assert tokens == 2 * 2 * 2
+    assert seconds > 0
+
+
+@pytest.mark.parametrize("faster_than_memory", [True, False])
+def test_a_figure_that_cannot_be_is_measured_again_and_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster_than_memory: bool
+) -> None:
+    measured = []
+
+    def measure(worker, cell, prompts):
+        rate = 1e12 if faster_than_memory or not measured else 1.0
+        measured.append(rate)
+        return rate, Timing(
+            seconds=1,
+            decode_tokens=1,
+            decode_seconds=1,
+            peak_rss_bytes=1,
+            weight_bytes=1000,
+            read_bytes=1000,
+        )
+
+    monkeypatch.setattr(throughput, "_measure", measure)
+    options = ThroughputOptions(
+        shape="llama-tiny",
+        dtype="float32",
+        threads=1,
+        systems=("vkv",),
+        cells=(Cell(name="d", kind="decode", prompt_lens=(5,), output_lens=(7,)),),
+        repeats=1,
+    )
+    path, tables = throughput.run(options, tmp_path, "vkv bench throughput")
+    results = json.loads(path.read_text())["results"]
+    if faster_than_memory:
+        assert len(measured) == 3
+        assert results["beyond_limit"] == {"vkv": {"d": [1]}}
+        assert "beyond the limit" in tables[0].rows[0][1]
+    else:
+        assert measured == [1e12, 1.0]
+        assert results["beyond_limit"] == {}
+        assert results["tokens_per_s"]["vkv"]["d"] == [1.0]
 
 
 def test_a_worker_that_does_not_load(tmp_path: Path) -> None:
@@ -149,7 +216,8 @@ def test_every_system_on_a_tiny_model(tmp_path: Path) -> None:
 def _check_decode_limit(record: dict, table: Table, cell: Cell) -> None:
     """What weights and KV allow in steps, and the share of that which was reached."""
     read, results = record["limits"]["read_bytes_per_s"], record["results"]
-    num_bytes = results["weight_bytes"]["vkv"]
+    num_bytes = results["read_bytes"]["vkv"]
+    assert num_bytes < results["weight_bytes"]["vkv"], "an embedding is looked up"
     num_bytes += results["model"]["kv_bytes_per_token"] * 2 * (9 + 15)  # two, half of 30 on
     limit = read / num_bytes
     reached = results["tokens_per_s"]["vkv"][cell.name][0] / 2 / limit

@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 from llama_cpp import llama_cpp as llama
-from protocol import System, expect, serve
+from protocol import Clock, System, expect, serve
 
 _NAMES = {
     "input_layernorm": "attn_norm",
@@ -49,17 +49,25 @@ def load(options: dict[str, Any]) -> System:
     context = llama.llama_init_from_model(model, context_options)
     if not context:
         raise RuntimeError("llama.cpp makes no context of this size")
-    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = json.loads((folder / "config.json").read_text())
+    vocab_size = config["vocab_size"]
 
-    def generate(prompts: Sequence[Sequence[int]], output_lens: Sequence[int]) -> None:
+    def generate(
+        prompts: Sequence[Sequence[int]], output_lens: Sequence[int], clock: Clock
+    ) -> None:
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
-        sequences = _Sequences(context, vocab_size, prompts, output_lens)
+        sequences = _Sequences(context, vocab_size, prompts, output_lens, clock)
         sequences.prefill()
         while sequences.live:
             sequences.decode()
         expect(sum(sequences.done), sum(output_lens))
 
-    return System(generate, llama.llama_model_size(model))
+    weight_bytes = llama.llama_model_size(model)
+    block = 34 / 32 if weights == "q4_0" else 2  # bytes an element of the embedding
+    looked_up = (
+        0 if config.get("tie_word_embeddings") else vocab_size * config["hidden_size"] * block
+    )
+    return System(generate, weight_bytes, weight_bytes - int(looked_up))
 
 
 class _Sequences:
@@ -71,8 +79,10 @@ class _Sequences:
         vocab_size: int,
         prompts: Sequence[Sequence[int]],
         output_lens: Sequence[int],
+        clock: Clock,
     ) -> None:
         self.context = context
+        self.clock = clock
         self.vocab_size = vocab_size
         self.prompts = prompts
         self.output_lens = output_lens
@@ -110,6 +120,7 @@ class _Sequences:
                 batch.logits[row] = wanted
             if status := llama.llama_decode(self.context, batch):
                 raise RuntimeError(f"llama_decode returned {status}")
+            self.clock.step(sequence for _, _, sequence, wanted in tokens if wanted)
             for row, (_, _, sequence, wanted) in enumerate(tokens):
                 if wanted:
                     found = llama.llama_get_logits_ith(self.context, row)

@@ -7,26 +7,64 @@ own, where vkv is not installed. A worker is started as
 
 It loads its system, says {"ready": true}, and then answers each line with its result and the
 process's memory, or with the error that it met. A system that generates is asked
-{"prompts": [[token ids]], "output_lens": [n, …]} and answers with the seconds that it took and the
-bytes of its weights.
+{"prompts": [[token ids]], "output_lens": [n, …]} and answers with the seconds that it took, the
+tokens and seconds of its decodes alone, and the bytes of its weights.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-Generate = Callable[[Sequence[Sequence[int]], Sequence[int]], None]
+
+class Clock:
+    """Notes when each request got each of its tokens."""
+
+    def __init__(self) -> None:
+        self._groups: list[dict[Any, list[float]]] = []
+
+    def group(self) -> None:
+        """Requests from here on run together, after all that came before."""
+        self._groups.append({})
+
+    def step(self, requests: Iterable[Any]) -> None:
+        """Some requests of this group, known by anything hashable, have got a token each."""
+        now = time.perf_counter()
+        for request in requests:
+            self._groups[-1].setdefault(request, []).append(now)
+
+    def decodes(self) -> tuple[int, float]:
+        """Tokens that came while all requests of a group were decoding, and seconds of that.
+
+        From when the last of them has its first token to when the first has its last.
+        """
+        tokens, seconds = 0, 0.0
+        for times in map(list, (group.values() for group in self._groups if group)):
+            start, end = max(t[0] for t in times), min(t[-1] for t in times)
+            if end > start:
+                tokens += sum(start < t <= end for request in times for t in request)
+                seconds += end - start
+        return tokens, seconds
+
+
+Generate = Callable[[Sequence[Sequence[int]], Sequence[int], Clock], None]
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class System(NamedTuple):
-    """A system that is loaded: how it generates, and the bytes of its weights if it knows."""
+    """A system that is loaded.
+
+    Attributes:
+        generate: prompts to as many tokens as are asked for; tells a clock of each.
+        weight_bytes: of its weights, if it knows.
+        read_bytes: of those that a decode step reads: not of an embedding that is looked up.
+    """
 
     generate: Generate
     weight_bytes: int | None = None
+    read_bytes: int | None = None
 
 
 def serve(load: Callable[[dict[str, Any]], System]) -> None:
@@ -36,10 +74,19 @@ def serve(load: Callable[[dict[str, Any]], System]) -> None:
         system = load(options)
 
         def timed(request: dict[str, Any]) -> dict[str, Any]:
+            clock = Clock()
             start = time.perf_counter()
-            system.generate(request["prompts"], request["output_lens"])
+            clock.group()
+            system.generate(request["prompts"], request["output_lens"], clock)
             seconds = time.perf_counter() - start
-            return {"seconds": seconds, "weight_bytes": system.weight_bytes}
+            tokens, decode_seconds = clock.decodes()
+            return {
+                "seconds": seconds,
+                "decode_tokens": tokens,
+                "decode_seconds": decode_seconds,
+                "weight_bytes": system.weight_bytes,
+                "read_bytes": system.read_bytes,
+            }
 
         return timed
 
@@ -73,6 +120,13 @@ def peak_rss_bytes() -> int:
     with open("/proc/self/status") as lines:
         fields = dict(line.split(":", 1) for line in lines)
     return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def looked_up_bytes(model: Any) -> int:
+    """Bytes of a model's embedding, unless its output layer is the same and reads it all."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    is_tied = head is None or getattr(head, "weight", None) is embedding
+    return 0 if is_tied else embedding.nbytes
 
 
 def expect(found: int, wanted: int) -> None:

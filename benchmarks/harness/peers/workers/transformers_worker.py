@@ -8,15 +8,30 @@ from functools import partial
 from typing import Any
 
 import torch
-from protocol import Generate, System, expect, serve
+from protocol import Clock, Generate, System, expect, looked_up_bytes, serve
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
     PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 _PAGE_TOKENS = 64  # of a page of continuous batching
+
+
+class _Told(StoppingCriteria):
+    """Tells a clock of each step of a batch, and stops nothing."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any
+    ) -> torch.BoolTensor:
+        self.clock.step(range(len(input_ids)))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 
 def load(options: dict[str, Any], closing: ExitStack) -> System:
@@ -24,18 +39,22 @@ def load(options: dict[str, Any], closing: ExitStack) -> System:
     model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=options["dtype"])
     model = model.to(options["device"]).eval()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    read_bytes = weight_bytes - looked_up_bytes(model)
     if options["cache"] == "continuous":
         room = options["total_tokens"], options["max_seqs"]
-        return System(_continuous(model, *room, closing), weight_bytes)
-    return System(_padded(model, options["cache"], options["batch"]), weight_bytes)
+        return System(_continuous(model, *room, closing), weight_bytes, read_bytes)
+    return System(_padded(model, options["cache"], options["batch"]), weight_bytes, read_bytes)
 
 
 def _padded(model: PreTrainedModel, cache: str, batch: int) -> Generate:
     """Batches of at most `batch` in order of arrival, padded left, as long as the longest."""
 
     @torch.inference_mode()
-    def generate(prompts: Sequence[Sequence[int]], output_lens: Sequence[int]) -> None:
+    def generate(
+        prompts: Sequence[Sequence[int]], output_lens: Sequence[int], clock: Clock
+    ) -> None:
         for start in range(0, len(prompts), batch):
+            clock.group()
             some = prompts[start : start + batch]
             longest, steps = max(map(len, some)), max(output_lens[start : start + batch])
             ids = torch.zeros(len(some), longest, dtype=torch.long, device=model.device)
@@ -52,6 +71,7 @@ def _padded(model: PreTrainedModel, cache: str, batch: int) -> Generate:
                 min_new_tokens=steps,
                 eos_token_id=None,
                 pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([_Told(clock)]),
                 **(options if cache == "static" else {}),
             )
             expect(out.shape[1], longest + steps)
@@ -80,16 +100,23 @@ def _continuous(
     )
     names = map(str, itertools.count())
 
-    def generate(prompts: Sequence[Sequence[int]], output_lens: Sequence[int]) -> None:
+    def generate(
+        prompts: Sequence[Sequence[int]], output_lens: Sequence[int], clock: Clock
+    ) -> None:
         for prompt, length in zip(prompts, output_lens, strict=True):
-            manager.add_request(list(prompt), next(names), max_new_tokens=length)
+            manager.add_request(list(prompt), next(names), max_new_tokens=length, streaming=True)
         left, tokens = len(prompts), 0
+        seen: dict[str, int] = {}
         while left:
             result = manager.get_result(timeout=1)
             if result is None:
                 if not manager.is_running():
                     raise RuntimeError("continuous batching stopped by itself")
-            elif result.is_finished():
+                continue
+            count = len(result.generated_tokens)
+            clock.step([result.request_id] * (count - seen.get(result.request_id, 0)))
+            seen[result.request_id] = count
+            if result.is_finished():
                 tokens += len(result.generated_tokens)
                 left -= 1
         expect(tokens, sum(output_lens))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from protocol import System, expect, serve
+from protocol import Clock, System, expect, looked_up_bytes, serve
 
 
 def load(options: dict[str, Any]) -> System:
@@ -23,12 +23,25 @@ def load(options: dict[str, Any]) -> System:
         max_parked=0,
     )
 
-    def generate(prompts: Sequence[Sequence[int]], output_lens: Sequence[int]) -> None:
+    turn, clocks = llm.loop.turn, []
+
+    def timed_turn() -> Any:
+        outputs = turn()
+        clocks[-1].step(output.request_id for output in outputs for _ in output.token_ids)
+        return outputs
+
+    llm.loop.turn = timed_turn  # `generate` is called as users do, and has a clock in its loop
+
+    def generate(
+        prompts: Sequence[Sequence[int]], output_lens: Sequence[int], clock: Clock
+    ) -> None:
+        clocks.append(clock)
         params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in output_lens]
         outputs = llm.generate([list(p) for p in prompts], params, progress=False)
         expect(sum(len(o.outputs[0].token_ids) for o in outputs), sum(output_lens))
 
-    return System(generate, llm.weight_bytes)
+    looked_up = looked_up_bytes(llm.loaded.model)
+    return System(generate, llm.weight_bytes, llm.weight_bytes - looked_up)
 
 
 if __name__ == "__main__":

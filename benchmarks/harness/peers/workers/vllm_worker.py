@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from protocol import System, expect, serve
+from protocol import Clock, System, expect, serve
 
 
 def load(options: dict[str, Any]) -> System:
@@ -26,7 +26,19 @@ def load(options: dict[str, Any]) -> System:
         disable_log_stats=True,
     )
 
-    def generate(prompts: Sequence[Sequence[int]], output_lens: Sequence[int]) -> None:
+    step, clocks = llm.llm_engine.step, []
+
+    def timed_step() -> Any:
+        outputs = step()
+        clocks[-1].step(output.request_id for output in outputs)
+        return outputs
+
+    llm.llm_engine.step = timed_step  # `generate` is called as users do, and turns this loop
+
+    def generate(
+        prompts: Sequence[Sequence[int]], output_lens: Sequence[int], clock: Clock
+    ) -> None:
+        clocks.append(clock)
         params = [
             SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
             for n in output_lens
