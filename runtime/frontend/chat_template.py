@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ...vmem.errors import InvalidPrompt
-from .prompts import Message
+from .prompts import Message, PlainPrompt
 from .tokenizer import encode
 
 
@@ -56,8 +56,8 @@ class ChatTemplate:
         self._model = model
         self._takes_parts: dict[str, bool] = {}  # by template: contents as lists of parts alone
 
-    def render(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's next message begins.
+    def render(self, messages: Sequence[Message], options: ChatOptions) -> PlainPrompt:
+        """A conversation's text and tokens, up to where the assistant's next message begins.
 
         Raises InvalidPrompt, which names the model, if there is no template or it refuses.
         """
@@ -68,7 +68,8 @@ class ChatTemplate:
         _check_conversation(messages)
         tidy = [_tidy(message) for message in messages]
         text = self._write(template, tidy, self._arguments(template, options))
-        return encode(self._tokenizer, text, what="the conversation", add_special_tokens=False)
+        tokens = encode(self._tokenizer, text, what="the conversation", add_special_tokens=False)
+        return PlainPrompt(text=text, token_ids=tokens)
 
     def _choose(self, options: ChatOptions) -> str:
         """The template's text."""

@@ -78,10 +78,8 @@ class FrontEnd:
         self, messages: Sequence[Message], params: SamplingParams | None, options: ChatOptions
     ) -> RequestText:
         """A request for the answer to a conversation."""
-        tokens = self.render_chat(messages, options)
-        return self._request(
-            PlainPrompt(token_ids=tokens), self.chat_params if params is None else params
-        )
+        prompt = self._chat_template.render(messages, options)
+        return self._request(prompt, self.chat_params if params is None else params)
 
     def _request(self, prompt: PlainPrompt, params: SamplingParams) -> RequestText:
         check_params(params)
@@ -112,7 +110,7 @@ class FrontEnd:
 
     def render_chat(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins."""
-        return self._chat_template.render(messages, options)
+        return self._chat_template.render(messages, options).token_ids or []
 
     def _tokenise(self, prompt: PlainPrompt) -> list[int]:
         if prompt.token_ids is not None:

@@ -125,7 +125,7 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    """None where the prompt came as token ids."""
+    """A conversation is written out; None where the prompt came as token ids alone."""
     prompt_token_ids: tuple[int, ...]
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     """One entry for each prompt token; the first is None, as nothing precedes it."""

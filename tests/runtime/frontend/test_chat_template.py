@@ -39,8 +39,9 @@ def template(text: str | dict[str, str] | None) -> ChatTemplate:
 
 
 def write(text: str | dict[str, str] | None, messages: Any, **options: Any) -> str:
-    tokens = template(text).render(messages, options)  # type: ignore[arg-type]
-    return "".join(chr(32 + token) for token in tokens)
+    written = template(text).render(messages, options)  # type: ignore[arg-type]
+    assert written.text == "".join(chr(32 + token) for token in written.token_ids or ())
+    return written.text
 
 
 # --- what a template is told -------------------------------------------------------------------
@@ -235,7 +236,8 @@ def test_chat_stream_and_async_take_the_same(tooled: PreTrainedTokenizerFast) ->
     assert list(out.prompt_token_ids) == list(other.prompt_token_ids) == tokens
     assert out.outputs == other.outputs
     assert out.outputs[0].text == text
-    assert chr(32 + tokens[-1]) == "m"
+    assert out.prompt == other.prompt == "".join(chr(32 + token) for token in tokens)
+    assert out.prompt.endswith("assistant:I am")
     assert len(both) == 2
 
 
