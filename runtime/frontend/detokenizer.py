@@ -178,7 +178,8 @@ class TokenTexts:
     """The texts of single tokens where they stand, special tokens included.
 
     A token's text depends on those before it: the first word of a text often loses its leading
-    space. Hence each is what the decoded text grows by, behind the last few tokens.
+    space, and a character may span tokens. Hence each is what the decoded text grows by, behind the
+    last few tokens. A character is the text of its last token; those before show a replacement.
 
     Args:
         tokenizer: None for no texts.
@@ -194,12 +195,17 @@ class TokenTexts:
         if self._decoder is None:
             return table
         context, seen = _context(self._decode, tuple(self._before))
-        return {
-            token_id: replace(
-                entry, decoded_token=_growth(seen, self._decode([*context, token_id]))
-            )
-            for token_id, entry in table.items()
-        }
+        num_whole = len(context)
+        while num_whole and seen.endswith(_REPLACEMENT):  # perhaps half of a character
+            num_whole -= 1
+            seen = self._decode(context[:num_whole])
+        texts: dict[int, Logprob] = {}
+        for token_id, entry in table.items():
+            text = _growth(seen, self._decode([*context, token_id]))
+            if text.startswith(_REPLACEMENT):  # for the tokens before, too, of the same character
+                text = text.lstrip(_REPLACEMENT) or _REPLACEMENT
+            texts[token_id] = replace(entry, decoded_token=text)
+        return texts
 
     def advance(self, token_id: int) -> None:
         """Go on to the next position; this one's token is `token_id`."""
