@@ -45,7 +45,7 @@ class LLM:
     Args:
         model: a checkpoint folder, a hub id, a `transformers` model built elsewhere, or None for
             the built-in tiny chat model.
-        tokenizer: a tokenizer or its folder, if it is not with the model.
+        tokenizer: a tokenizer, which is copied, or its folder, if it is not with the model.
         device: "auto", "cpu" or "cuda".
         dtype: of weights and KV: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
         options: the fields of `EngineConfig`, among them `kv_memory`, `max_seqs`, `max_len`,

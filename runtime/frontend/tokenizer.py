@@ -2,11 +2,13 @@
 
 import copy
 import logging
+from pathlib import Path
 from typing import TypeVar
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from ...vmem.errors import InvalidPrompt
+from ...vmem.errors import InvalidConfig, InvalidPrompt
 from ..request.plain_values import HALF_A_PAIR, half_of_a_pair
 
 _log = logging.getLogger(__name__)
@@ -16,8 +18,20 @@ _Given = TypeVar("_Given")
 
 
 def own(tokenizer: _Given) -> _Given:
-    """What a caller gives as `tokenizer`: a copy of an object, or where it is."""
-    return own_copy(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer
+    """What a caller gives as `tokenizer`: a copy of an object, or where it is.
+
+    Raises InvalidConfig for anything else.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return own_copy(tokenizer)
+    if tokenizer is not None and not isinstance(tokenizer, str | Path):
+        remedy = "give a tokenizer of transformers, or its folder"
+        if isinstance(tokenizer, Tokenizer):
+            remedy = "wrap it: transformers.PreTrainedTokenizerFast(tokenizer_object=…)"
+        elif hasattr(tokenizer, "tokenizer"):
+            remedy = "a processor has it as .tokenizer: pass that"
+        raise InvalidConfig(f"tokenizer is a {type(tokenizer).__name__}; {remedy}")
+    return tokenizer
 
 
 def own_copy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

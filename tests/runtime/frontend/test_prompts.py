@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import zoo
 from transformers import PreTrainedTokenizerFast
 from vkv import LLM, AsyncLLM, RequestOutput, SamplingParams
 from vkv.runtime.frontend.tokenizer import own_copy
-from vkv.vmem.errors import InvalidPrompt, InvalidSamplingParams, UsageError
+from vkv.vmem.errors import InvalidConfig, InvalidPrompt, InvalidSamplingParams, UsageError
 
 _HELLO = [ord(letter) - 32 for letter in "hello"]
 
@@ -326,6 +327,20 @@ def test_a_copy_neither_cuts_nor_pads_before_its_first_use() -> None:
     mine = own_copy(tokenizer)
     assert mine.backend_tokenizer.truncation is mine.backend_tokenizer.padding is None
     assert tokenizer.backend_tokenizer.truncation is not None
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [
+        (5, "tokenizer is a int; give a tokenizer of transformers, or its folder"),
+        (zoo.letter_tokenizer().backend_tokenizer, "is a Tokenizer; wrap it"),
+        (SimpleNamespace(tokenizer=zoo.letter_tokenizer()), r"\.tokenizer: pass that"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(tokenizer: Any, words: str) -> None:
+    for kind in (LLM, AsyncLLM):
+        with pytest.raises(InvalidConfig, match=words):
+            kind(zoo.tiny_model("llama"), tokenizer=tokenizer, device="cpu")
 
 
 def test_a_tokenizer_that_cannot_be_copied_is_shared_and_the_log_says_so(
