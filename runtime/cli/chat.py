@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Iterator
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from ...vmem.errors import RequestTooLarge, RequestTooLong
+from ...vmem.errors import RequestTooLarge, RequestTooLong, VkvError
 from ..frontend.llm import LLM
 from ..request.sampling_params import SamplingParams
 
@@ -26,44 +27,58 @@ class ChatSession:
         self._system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []
         self.num_dropped = 0
+        if self._system:  # what no message could follow is refused at once
+            llm.render_chat([*self._system, {"role": "user", "content": "hello"}])
 
     def reset(self) -> None:
         """Forget the conversation."""
         self.turns.clear()
 
     def answer(self, text: str) -> Iterator[str]:
-        """Stream the answer to a message. An interrupted answer stays in the conversation."""
+        """Stream the answer to a message. An interrupted answer stays in the conversation.
+
+        A message that is refused, or gets no answer for an error, leaves it; the error is raised.
+        """
         self.turns.append({"role": "user", "content": text})
-        self._make_room()
         pieces: list[str] = []
+        failed = False
         try:
+            self._make_room()
             for delta in self.llm.stream([*self._system, *self.turns], self.params):
                 text = delta.text if pieces else delta.text.lstrip()
                 if text:
                     pieces.append(text)
                     yield text
+        except VkvError:
+            failed = True
+            raise
         finally:
-            self.turns.append({"role": "assistant", "content": "".join(pieces)})
+            if failed and not pieces:
+                self.turns.pop()
+            else:
+                self.turns.append({"role": "assistant", "content": "".join(pieces)})
 
     def _make_room(self) -> None:
         """Drop the oldest turns until the conversation fits, with room for an answer.
 
-        If the newest message does not fit even alone, it is dropped and the error is raised.
+        Raises RequestTooLong or RequestTooLarge, with none dropped, if the newest message does not
+        fit even alone.
         """
         wanted = self.llm.max_len // 4
         wanted = min(wanted, self.params.max_tokens or wanted)
+        kept = list(self.turns)
         while True:
-            tokens = self.llm.render_chat([*self._system, *self.turns])
-            is_alone = len(self.turns) < 3
+            tokens = self.llm.render_chat([*self._system, *kept])
+            is_alone = len(kept) < 3
             try:
                 if self.llm.check(tokens, self.params) >= wanted or is_alone:
-                    return
+                    break
             except (RequestTooLong, RequestTooLarge):
                 if is_alone:
-                    self.turns.pop()
                     raise
-            del self.turns[:2]
-            self.num_dropped += 2
+            del kept[:2]
+        self.num_dropped += len(self.turns) - len(kept)
+        self.turns = kept
 
 
 def run_chat(llm: LLM, params: SamplingParams, *, system: str | None = None) -> None:
@@ -76,12 +91,28 @@ def run_chat(llm: LLM, params: SamplingParams, *, system: str | None = None) -> 
 
 
 def _run_pipe(session: ChatSession) -> None:
-    """A line is a turn; its answer is a line (or several, if the model makes several)."""
+    """A line is a turn; its answer is a line (or several, if the model makes several).
+
+    One that is refused has an empty line for an answer, and the exit status is 2 in the end.
+    """
+    failed = False
     for line in sys.stdin:
         if text := line.strip():
-            for piece in _respond(session, text):
-                sys.stdout.write(piece)
+            try:
+                _show(session, text)
+            except VkvError as error:
+                failed = True
+                sys.stdout.write("\n")
                 sys.stdout.flush()
+                typer.echo(f"vkv: {error}", err=True)
+    if failed:
+        raise typer.Exit(2)
+
+
+def _show(session: ChatSession, text: str) -> None:
+    for piece in _respond(session, text):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
 
 
 def _run_terminal(session: ChatSession) -> None:
@@ -104,11 +135,11 @@ def _run_terminal(session: ChatSession) -> None:
         try:
             if not text.startswith("/"):
                 console.print("[bold blue]vkv>[/] ", end="")
-            for piece in _respond(session, text):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+            _show(session, text)
         except KeyboardInterrupt:
             console.print("\n[dim](interrupted)[/]")
+        except VkvError as error:
+            console.print(f"({error})", style="red", markup=False, highlight=False)
 
 
 def _respond(session: ChatSession, text: str) -> Iterator[str]:

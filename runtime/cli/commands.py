@@ -7,24 +7,34 @@ else is said here, help are theirs.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .options import Flag, Options, function, option
+from .options import Flag, Options, TypedOptions, function, option
+from .streams import tolerate_bytes
 
 if TYPE_CHECKING:
     from ...quant import FormatName
     from ...quant.quantise.model import Method
     from ..engine.config import EngineConfig
+    from ..frontend.llm import LLM
     from ..request.sampling_params import SamplingParams
 
 Command = Callable[..., None]
 
 _ENGINE = ("lm_head_bits", "max_len")
-_SAMPLING = ("top_p", "top_k", "seed")
+_SAMPLING = {  # without a default: what is not typed is the model's to say, and greedy else
+    "temperature": Flag(default=None, help="0 is greedy. Default: the model's own, or 0."),
+    "top_p": Flag(default=None),
+    "top_k": Flag(default=None),
+    "min_p": Flag(default=None),
+    "repetition_penalty": Flag(default=None),
+    "seed": Flag(default=None),
+}
 _ENGINE_SAID = {  # better than the library says it
     "kv_memory": Flag(help="The most memory KV may take, such as 64MiB. Taken only as it is used."),
     "attention": Flag(help="An attention backend (see `vkv info`), or auto."),
     "kv": Flag(help="virtual: contiguous slots; paged: the baseline."),
+    "generation_config": Flag(help="auto: sample as the model's authors say; vllm: do not."),
 }
 _DEVICE = "auto, cpu or cuda."
 _DTYPE = "auto (the checkpoint's), float32, bfloat16 or float16."
@@ -106,11 +116,10 @@ def chat_command() -> Command:
     from ..engine.config import EngineConfig
     from ..request.sampling_params import SamplingParams
 
-    sampling = Options(
+    sampling = TypedOptions(
         SamplingParams,
-        *_SAMPLING,
         max_tokens=Flag(default=512, kind=int, help="The longest answer, in tokens."),
-        temperature=Flag(default=0.0),
+        **_SAMPLING,
     )
     engine = Options(EngineConfig, *_ENGINE, **_ENGINE_SAID)
     return function(_chat, Options(Model), Options(Chat), sampling, engine)
@@ -121,12 +130,11 @@ def generate_command() -> Command:
     from ..engine.config import EngineConfig
     from ..request.sampling_params import SamplingParams
 
-    sampling = Options(
+    sampling = TypedOptions(
         SamplingParams,
-        *_SAMPLING,
         "n",
         max_tokens=Flag(default=64, kind=int, help="Tokens to generate for each prompt."),
-        temperature=Flag(default=0.0),
+        **_SAMPLING,
         stop=Flag(default=None, kind=list[str], help="A string that ends a text."),
     )
     engine = Options(EngineConfig, *_ENGINE, "max_seqs", **_ENGINE_SAID)
@@ -143,24 +151,32 @@ def info_command() -> Command:
     return function(_info, Options(Info))
 
 
-def _chat(place: Model, own: Chat, params: "SamplingParams", config: "EngineConfig") -> None:
+def _chat(place: Model, own: Chat, typed: dict[str, Any], config: "EngineConfig") -> None:
     from ..frontend.llm import LLM
     from .chat import run_chat
 
+    tolerate_bytes()
     alone = vars(replace(config, max_seqs=1))
     with LLM(place.model, device=place.device, dtype=place.dtype, **alone) as llm:
-        run_chat(llm, params, system=own.system)
+        run_chat(llm, _params(llm, typed), system=own.system)
 
 
-def _generate(
-    own: Generate, place: Model, params: "SamplingParams", config: "EngineConfig"
-) -> None:
+def _generate(own: Generate, place: Model, typed: dict[str, Any], config: "EngineConfig") -> None:
     from ..frontend.llm import LLM
     from .generate import read_prompts, run_generate
 
+    tolerate_bytes()
     texts = read_prompts(own.prompts)
     with LLM(place.model, device=place.device, dtype=place.dtype, **vars(config)) as llm:
+        params = _params(llm, typed)
         run_generate(llm, texts, params, as_chat=own.as_chat, as_json=own.as_json)
+
+
+def _params(llm: "LLM", typed: dict[str, Any]) -> "SamplingParams":
+    """What was typed, over what the model's generation config says, over greedy."""
+    from ..request.sampling_params import SamplingParams
+
+    return SamplingParams(**{"temperature": 0.0, **llm.loaded.sampling_defaults, **typed})
 
 
 def _quantize(options: Quantize) -> None:

@@ -99,11 +99,24 @@ class Options:
 
         Raises typer.BadParameter, with the option, the value and the remedy.
         """
+        return self._kind(**self.values(given))
+
+    def values(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The dataclass's arguments that were typed."""
         values = {name: part.build(given) for name, part in self._groups.items()}
         for name, flag in self._own.items():
             if given[name] is not None:
                 values[name] = _parsed(name, flag, given[name])
-        return self._kind(**values)
+        return values
+
+
+class TypedOptions(Options):
+    """The same, but as a dictionary of what was typed, for a command that knows better defaults."""
+
+    def build(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What was typed, once the dataclass has accepted it."""
+        super().build(given)
+        return self.values(given)
 
 
 def function(call: Callable[..., None], *parts: Options) -> Callable[..., None]:

@@ -3,6 +3,7 @@
 import bisect
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from ...vmem.errors import InvalidConfig
 from ..execution.model_runner import ModelRunner
 from ..execution.recordings import Recorder
 from ..execution.recurrent_runner import RecurrentRunner
+from ..model.ends import generation_ends, read_generation_config, sampling_defaults
 from ..model.forward import Forward
 from ..model.loading import LoadedModel, load_model
 from ..model.recurrent_state import RecurrentState
@@ -51,7 +53,8 @@ def load(
     config: EngineConfig,
 ) -> LoadedModel:
     """The model that an engine of this `config` runs; arguments as of `LLM`."""
-    return load_model(
+    generation = read_generation_config(config.generation_config)
+    loaded = load_model(
         model,
         tokenizer=tokenizer,
         device=resolve_device(device),
@@ -59,6 +62,14 @@ def load(
         pack_weights=config.pack_weights,
         repeatable=config.repeatable,
         lm_head_bits=config.lm_head_bits,
+    )
+    if config.generation_config == "auto":
+        generation = getattr(loaded.model, "generation_config", None)
+    ends = {token for token in generation_ends(generation) if 0 <= token < loaded.vocab_size}
+    return replace(
+        loaded,
+        sampling_defaults=sampling_defaults(generation, loaded.name),
+        eos_token_ids=loaded.eos_token_ids | ends,
     )
 
 

@@ -3,6 +3,7 @@
 import difflib
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from ...allocator import MemoryLimit, Sanitize, parse_bytes
@@ -52,6 +53,9 @@ class EngineConfig:
             False takes what is fastest, which is the same kernels but for processors with a
             matrix unit. True refuses a model of which it does not hold.
         lm_head_bits: 4 or 8 to quantise the output layer at load; None leaves it as it is.
+        generation_config: where sampling parameters come from if a call gives none: "auto" for the
+            model's own generation config, "vllm" for the defaults of `SamplingParams`, or a folder
+            or file that has one, whose end tokens count, too.
         sanitize: "zero" clears recycled memory before another request may see it.
         record_decodes: record decode steps and replay them, as CUDA graphs (`recordings`) or on
             a CPU as a list of calls (`tape`); None does so where the attention backend and the
@@ -81,6 +85,7 @@ class EngineConfig:
     pack_weights: bool | None = None
     repeatable: bool = False
     lm_head_bits: int | None = None
+    generation_config: str | Path = "auto"
     sanitize: Sanitize = "never"
     record_decodes: bool | None = None
     overlap: bool | None = None
@@ -124,6 +129,10 @@ class EngineConfig:
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
         if self.policy not in ("splitfuse", "prefill_first"):
             raise InvalidConfig(f"policy is {self.policy!r}; use 'splitfuse' or 'prefill_first'")
+        if not isinstance(self.generation_config, str | Path):
+            raise InvalidConfig(
+                f"generation_config is {self.generation_config!r}; use 'auto', 'vllm' or a folder"
+            )
         if self.idle_trim_s is not None:
             _check_seconds("idle_trim_s", self.idle_trim_s)
         _check_seconds("shortage_wait_s", self.shortage_wait_s)

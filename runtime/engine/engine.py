@@ -102,7 +102,11 @@ class Engine:
                 index=index,
                 max_tokens=max_tokens,
                 sampling=SamplingState(
-                    spec.params, spec.prompt_token_ids, index=index, eos_token_ids=stop_ids
+                    spec.params,
+                    spec.prompt_token_ids,
+                    index=index,
+                    eos_token_ids=stop_ids,
+                    bad_words=spec.bad_words,
                 ),
                 leader=(spec.request_id, 0) if index else None,
             )
@@ -249,6 +253,8 @@ class Engine:
                 logprobs=(token.logprobs,) if token.logprobs is not None else (),
                 prompt_logprobs=tuple(request.prompt_logprobs) if is_first else (),
                 num_cached_tokens=request.num_cached if is_first else None,
+                queued_time_s=request.queued_time_s if is_first else None,
+                scheduled_time_s=request.scheduled_time_s if is_first else None,
                 finish_reason=reason,
                 stop_reason=stop_reason,
             )
@@ -262,6 +268,8 @@ class Engine:
             StepOutput(
                 request_id=request.key[0],
                 index=request.key[1],
+                queued_time_s=request.queued_time_s,
+                scheduled_time_s=request.scheduled_time_s,
                 finish_reason=reason,
                 failure=failure,
             )

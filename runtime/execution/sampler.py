@@ -2,8 +2,8 @@
 
 In float32 and in this order, each step only where a request asks for it: penalties (repetition,
 then frequency and presence), `logit_bias`, `min_tokens` (stop tokens become impossible),
-`temperature`, `top_k`, `top_p`, `min_p`, and one draw. Greedy requests take the largest logit
-after the first three.
+`allowed_token_ids` and `bad_words` (`logit_masks`), `temperature`, `top_k`, `top_p`, `min_p`, and
+one draw. Greedy requests take the largest logit after the first four.
 
 Two promises shape the code:
 
@@ -32,6 +32,7 @@ from ..cpu_kernels import kernels as native_kernels
 from ..request.outputs import Logprob
 from ..request.sampling_params import SamplingParams
 from ..request.sampling_state import SamplingState
+from .logit_masks import mask_logits
 from .upload import is_ready, select_rows, upload
 
 _NUM_LIKELY = 1024
@@ -58,7 +59,7 @@ class SampledToken:
 NO_TOKEN = (
     "no token can be chosen: the largest logit is not a finite number; the model's output "
     "overflowed or its weights are damaged (try a wider dtype), a penalty is out of all "
-    "proportion, or every token is a stop token that min_tokens bars"
+    "proportion, or min_tokens, allowed_token_ids and bad_words together bar every token"
 )
 """What is wrong with a row of which `SampledToken.is_finite` is False."""
 
@@ -93,7 +94,7 @@ def choose(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     As of `sample`, but int64 [2, batch], on the device of `logits`, which need not be waited for;
     no state is advanced.
     """
-    adjusted = _adjust(logits, states)
+    adjusted = mask_logits(_adjust(logits, states), states)
     # One pass for the greedy token (the first of equals, as argmax) and for the check of the row:
     # the largest value of a row with a NaN is NaN.
     peaks, token_ids = adjusted.max(dim=-1)  # [batch] each
@@ -118,7 +119,12 @@ def prompt_logprobs(logits: Tensor, targets: Tensor, num_top: int) -> list[dict[
 def _adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """Penalties, bias and barred stop tokens; returns `logits` itself where no row asks."""
     penalised = [i for i, state in enumerate(states) if state.has_penalties]
-    addends = [(row, *addend) for row, state in enumerate(states) for addend in state.addends()]
+    addends = [
+        (row, token_id, value)
+        for row, state in enumerate(states)
+        for token_id, value in state.addends()
+        if token_id < logits.shape[-1]  # of more embeddings than logits, some never come
+    ]
     if not penalised and not addends:
         return logits
     adjusted = logits.to(torch.float32, copy=True)

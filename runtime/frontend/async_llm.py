@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...vmem import janitor
 from ...vmem.at_exit import stop_at_exit
-from ...vmem.errors import InvalidConfig, InvalidOperation, InvalidSamplingParams, VkvError
+from ...vmem.errors import InvalidConfig, InvalidOperation, VkvError
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.loop import EngineLoop
@@ -26,6 +26,7 @@ from ..engine.stats import EngineStats
 from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
 from ..request.step_output import Failure, StepOutput
+from .chat_template import ChatOptions
 from .driving.driver import LoopDriver
 from .driving.places import Place, Places
 from .driving.sinks import give
@@ -33,6 +34,7 @@ from .front_end import FrontEnd
 from .prompts import Message as ChatMessage
 from .prompts import Prompt
 from .text_stream import RequestText
+from .tokenizer import own
 
 _log = logging.getLogger(__name__)
 
@@ -70,10 +72,12 @@ class AsyncLLM:
         if max_unfinished < 1:
             raise InvalidConfig(f"max_unfinished is {max_unfinished}; it must be at least 1")
         self.config = EngineConfig(**options)
-        loaded = load(model, tokenizer=tokenizer, device=device, dtype=dtype, config=self.config)
+        loaded = load(
+            model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
+        )
         loop = build_loop(loaded, self.config)
         self.engine = loop.engine
-        self._front_end = FrontEnd(loaded.name, loaded.tokenizer, loop.engine.admission)
+        self._front_end = FrontEnd(loaded, loop.engine.admission)
         self._places = Places(max_unfinished)
         self._ids = itertools.count()
         # Streams by name, for as long as they live. A signal's handler may come back for the lock.
@@ -89,9 +93,11 @@ class AsyncLLM:
         prompt: Prompt | Sequence[ChatMessage],
         params: SamplingParams | None = None,
         request_id: str | None = None,
+        **options: Unpack[ChatOptions],
     ) -> AsyncIterator[RequestOutput]:
-        """Complete a text, token ids or a conversation; yields all that there is so far.
+        """Complete a prompt or a conversation; yields all that there is so far.
 
+        Prompts are as of `LLM.generate`, conversations and `options` as of `LLM.chat`.
         Each output holds the whole of text and tokens up to then; the last has `finished`. The
         name is known to `abort` from now on, also while the request waits for its place.
 
@@ -99,12 +105,8 @@ class AsyncLLM:
         meanwhile, and the request's own error if it goes wrong.
         """
         self._thread.check_open()
-        if params is not None and not isinstance(params, SamplingParams):
-            raise InvalidSamplingParams(
-                f"the parameters are {type(params).__name__} {params!r}; use SamplingParams(…)"
-            )
         name = f"async-{next(self._ids)}" if request_id is None else request_id
-        request = self._front_end.request(prompt, params)
+        request = self._front_end.request(prompt, params, options)
         with self._naming:
             namesakes = self._named.get(name)
             if namesakes is None:
@@ -141,6 +143,15 @@ class AsyncLLM:
             namesakes = list(self._named.get(request_id, ()))
         for stream in namesakes:
             stream.abort()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """As of `LLM`."""
+        return self._front_end.callers_tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """As of `LLM`."""
+        return self._front_end.default_params
 
     def stats(self) -> EngineStats:
         """What the engine holds and has done, as of the last step's end; waits for no step."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..request.outputs import Logprob
 
@@ -18,6 +19,9 @@ _REPLACEMENT = "\ufffd"  # what decoders put where bytes make no character, or n
 
 _NUM_CONTEXT_TOKENS = 6
 """Prompt tokens to decode before the output: enough for any decoder's memory of what is left."""
+
+_MOST_CONTEXT_TOKENS = 64
+"""Tokens before a single one to look at, at most: with special tokens shown, few have no text."""
 
 _MAX_SILENT_TOKENS = 16
 """Tokens without text after which they are skipped specials rather than half of something."""
@@ -135,7 +139,7 @@ class _DecodeWindow:
         # The Rust tokenizer inside, if there is one: the wrapper takes ten times as long.
         self._decoder = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._skip_special_tokens = skip_special_tokens
-        self._token_ids, self._seen = self._context(prompt_token_ids)
+        self._token_ids, self._seen = _context(self._decode, prompt_token_ids)
         self._num_seen = len(self._token_ids)  # the tokens whose text is `_seen`
         # Where the window begins after its next move, always between characters. The prompt may
         # end within one, so the first move stays behind the prompt's tail.
@@ -164,39 +168,80 @@ class _DecodeWindow:
         self._seen = self._decode(self._token_ids)
 
     def _unseen(self, text: str) -> str:
-        """`text` without what was seen of it."""
-        if text.startswith(self._seen):
-            return text[len(self._seen) :]
-        # Later bytes changed it: they completed a character of the prompt, or spoiled one that
-        # is out. What is out stays out.
-        return text[len(self._seen.rstrip(_REPLACEMENT)) :]
+        return _growth(self._seen, text)
 
-    def _context(self, prompt_token_ids: Sequence[int]) -> tuple[list[int], str]:
-        """The prompt's shortest tail (by doubling) that has text and begins on a character."""
-        num_tokens = _NUM_CONTEXT_TOKENS
-        while True:
-            tail = list(prompt_token_ids[-num_tokens:])
-            text = self._decode(tail)
-            whole = len(tail) == len(prompt_token_ids)
-            if whole or (text and not text.startswith(_REPLACEMENT)):
-                return tail, text
-            num_tokens *= 2
-
-    def _decode(self, token_ids: list[int]) -> str:
-        text = self._decoder.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
-        assert isinstance(text, str), "one sequence was decoded, not a batch"
-        return text
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return _text(self._decoder, token_ids, self._skip_special_tokens)
 
 
-def decode_logprobs(tokenizer: AnyTokenizer, logprobs: Mapping[int, Logprob]) -> dict[int, Logprob]:
-    """The same entries, each with its token's own text, special tokens included."""
-    decoder = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    return {
-        token_id: replace(
-            entry, decoded_token=decoder.decode([token_id], skip_special_tokens=False)
-        )
-        for token_id, entry in logprobs.items()
-    }
+class TokenTexts:
+    """The texts of single tokens where they stand, special tokens included.
+
+    A token's text depends on those before it: the first word of a text often loses its leading
+    space, and a character may span tokens. Hence each is what the decoded text grows by, behind the
+    last few tokens. A character is the text of its last token; those before show a replacement.
+
+    Args:
+        tokenizer: None for no texts.
+        before: the tokens before the first position.
+    """
+
+    def __init__(self, tokenizer: AnyTokenizer | None, before: Sequence[int] = ()) -> None:
+        self._decoder = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self._before = deque(before[-_MOST_CONTEXT_TOKENS:], maxlen=_MOST_CONTEXT_TOKENS)
+
+    def fill(self, table: dict[int, Logprob]) -> dict[int, Logprob]:
+        """The entries of this position, each with its token's text."""
+        if self._decoder is None:
+            return table
+        context, seen = _context(self._decode, tuple(self._before))
+        num_whole = len(context)
+        while num_whole and seen.endswith(_REPLACEMENT):  # perhaps half of a character
+            num_whole -= 1
+            seen = self._decode(context[:num_whole])
+        texts: dict[int, Logprob] = {}
+        for token_id, entry in table.items():
+            text = _growth(seen, self._decode([*context, token_id]))
+            if text.startswith(_REPLACEMENT):  # for the tokens before, too, of the same character
+                text = text.lstrip(_REPLACEMENT) or _REPLACEMENT
+            texts[token_id] = replace(entry, decoded_token=text)
+        return texts
+
+    def advance(self, token_id: int) -> None:
+        """Go on to the next position; this one's token is `token_id`."""
+        self._before.append(token_id)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return _text(self._decoder, token_ids, skip_special_tokens=False)
+
+
+def _text(decoder: Any, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+    text = decoder.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str), "one sequence was decoded, not a batch"
+    return text
+
+
+def _context(
+    decode: Callable[[Sequence[int]], str], token_ids: Sequence[int]
+) -> tuple[list[int], str]:
+    """The shortest tail (by doubling) that has text and begins on a character, and its text."""
+    num_tokens = _NUM_CONTEXT_TOKENS
+    while True:
+        tail = list(token_ids[-num_tokens:])
+        text = decode(tail)
+        whole = len(tail) == len(token_ids)
+        if whole or (text and not text.startswith(_REPLACEMENT)):
+            return tail, text
+        num_tokens *= 2
+
+
+def _growth(seen: str, text: str) -> str:
+    """`text` without what was seen of it."""
+    if text.startswith(seen):
+        return text[len(seen) :]
+    # Later bytes changed it: they completed a character of the context, or spoiled one that is
+    # out. What is out stays out.
+    return text[len(seen.rstrip(_REPLACEMENT)) :]
 
 
 def _overlap(text: str, string: str) -> int:

@@ -1,59 +1,98 @@
 """From what a caller gives to what an engine is asked: tokens and parameters, checked."""
 
+import functools
 import itertools
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from ...vmem.errors import InvalidPrompt, InvalidSamplingParams
 from ..engine.admission import Admission
+from ..model.loading import LoadedModel
 from ..request.sampling_params import SamplingParams
 from ..request.spec import RequestSpec
-from .chat_template import render_chat
-from .prompts import Message, Prompt, as_token_ids
+from .chat_template import ChatOptions, ChatTemplate, check_names
+from .prompts import (
+    Message,
+    PlainPrompt,
+    Prompt,
+    as_plain,
+    check_params,
+    is_conversation,
+)
 from .text_stream import RequestText
+from .tokenizer import encode, own_copy, settle, spell
 
 
 class FrontEnd:
     """Makes requests of prompts. Any number of threads may use it.
 
     Args:
-        name: the model's, for messages.
-        tokenizer: None for a model without one: prompts are token ids then.
+        loaded: the model, whose tokenizer nobody else has. Without one, prompts are token ids.
         admission: what the engine takes.
+
+    Attributes:
+        default_params, chat_params: for prompts and conversations that come without parameters:
+            those of the model's generation config, and a conversation's answer has no limit else.
     """
 
-    def __init__(
-        self, name: str, tokenizer: PreTrainedTokenizerBase | None, admission: Admission
-    ) -> None:
-        self.name = name
-        self.tokenizer = tokenizer
+    def __init__(self, loaded: LoadedModel, admission: Admission) -> None:
+        self.name = loaded.name
+        self.tokenizer = loaded.tokenizer
         self.admission = admission
+        self.default_params = SamplingParams(**loaded.sampling_defaults)
+        self.chat_params = SamplingParams(**{"max_tokens": None, **loaded.sampling_defaults})
+        if self.tokenizer is not None:
+            settle(self.tokenizer)
+        self._chat_template = ChatTemplate(self.tokenizer, self.name)
         self._ids = itertools.count()
         self._prefix = f"{os.getpid()}-{id(self):x}"  # apart from other front ends' of an engine
 
-    def request(
-        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
-    ) -> RequestText:
-        """A request for a text, token ids or a conversation.
+    @functools.cached_property
+    def callers_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """A tokenizer for callers to use and change; prompts are not touched by that."""
+        return None if self.tokenizer is None else own_copy(self.tokenizer)
 
-        Without `params`, an answer to a conversation is as long as the model makes it.
+    def request(
+        self,
+        prompt: Prompt | Sequence[Message],
+        params: SamplingParams | None = None,
+        options: ChatOptions | None = None,
+    ) -> RequestText:
+        """A request for a prompt or a conversation.
+
         Raises a `UsageError` that names what cannot be.
         """
         if is_conversation(prompt):
-            text, tokens = None, self.render_chat(prompt)  # type: ignore[arg-type]
-            params = SamplingParams(max_tokens=None) if params is None else params
-        else:
-            text = prompt if isinstance(prompt, str) else None
-            tokens = self.tokenise(prompt)  # type: ignore[arg-type]
-            params = SamplingParams() if params is None else params
+            return self.chat_request(prompt, params, options or {})  # type: ignore[arg-type]
+        if options:
+            check_names(options)
+            raise InvalidPrompt(
+                f"{', '.join(options)} is for conversations, and the prompt is none; leave it out"
+            )
+        plain = as_plain(prompt)  # type: ignore[arg-type]
+        return self._request(plain, self.default_params if params is None else params)
+
+    def chat_request(
+        self, messages: Sequence[Message], params: SamplingParams | None, options: ChatOptions
+    ) -> RequestText:
+        """A request for the answer to a conversation."""
+        prompt = self._chat_template.render(messages, options)
+        return self._request(prompt, self.chat_params if params is None else params)
+
+    def _request(self, prompt: PlainPrompt, params: SamplingParams) -> RequestText:
+        check_params(params)
+        tokens = self._truncate(self._tokenise(prompt), params)
         self.check(tokens, params)
         spec = RequestSpec(
-            request_id=f"{self._prefix}-{next(self._ids)}", prompt_token_ids=tokens, params=params
+            request_id=f"{self._prefix}-{next(self._ids)}",
+            prompt_token_ids=tokens,
+            params=params,
+            bad_words=self._bad_words(params),
+            variant=prompt.salt,
         )
-        return RequestText(spec, text, self.tokenizer)
+        return RequestText(spec, prompt.text, self.tokenizer if params.detokenize else None)
 
     def check(self, tokens: Sequence[int], params: SamplingParams) -> int:
         """Refuse what could never run; returns the most tokens that may be generated.
@@ -61,31 +100,44 @@ class FrontEnd:
         Raises a `UsageError`.
         """
         max_tokens = self.admission.check(tokens, params)
-        if params.stop_strings and self.tokenizer is None:
-            raise InvalidSamplingParams(
-                f"stop = {params.stop_strings!r} needs a tokenizer, and the model has none; use "
-                "stop_token_ids"
-            )
+        for name, remedy in (("stop", "stop_token_ids"), ("bad_words", "logit_bias")):
+            words = getattr(params, name)
+            if words and self.tokenizer is None:
+                raise InvalidSamplingParams(
+                    f"{name} = {words!r} needs a tokenizer, and the model has none; use {remedy}"
+                )
         return max_tokens
 
-    def tokenise(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, which may be token ids already. Raises InvalidPrompt."""
-        if not isinstance(prompt, str):
-            return as_token_ids(prompt)
+    def render_chat(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's next message begins."""
+        return self._chat_template.render(messages, options).token_ids or []
+
+    def _tokenise(self, prompt: PlainPrompt) -> list[int]:
+        if prompt.token_ids is not None:
+            return prompt.token_ids
         if self.tokenizer is None:
             raise InvalidPrompt(
                 f"{self.name} has no tokenizer; give prompts as lists of token ids, or pass "
                 "tokenizer="
             )
-        return self.tokenizer(prompt).input_ids
+        assert prompt.text is not None
+        return encode(self.tokenizer, prompt.text, what="the prompt")
 
-    def render_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's next message begins."""
-        return render_chat(self.tokenizer, messages, self.name)
+    def _truncate(self, tokens: list[int], params: SamplingParams) -> list[int]:
+        """The last tokens, as many as `truncate_prompt_tokens` says; the first stays if it is the
+        tokenizer's begin-of-sequence token."""
+        most = params.truncate_prompt_tokens
+        if most == -1:
+            most = max(1, self.admission.max_len - (params.max_tokens or 1))
+        if most is None or len(tokens) <= most:
+            return tokens
+        begin = None if self.tokenizer is None else self.tokenizer.bos_token_id
+        head = tokens[:1] if tokens[0] == begin and most > 1 else []
+        return head + tokens[len(tokens) - most + len(head) :]
 
-
-def is_conversation(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
-        return False
-    return isinstance(prompt[0], Mapping)
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        spelt: set[tuple[int, ...]] = set()
+        for word in params.bad_words or ():
+            assert self.tokenizer is not None, "checked"
+            spelt |= spell(self.tokenizer, word)
+        return tuple(sorted(spelt))

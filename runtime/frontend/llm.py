@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,11 +19,20 @@ from ..engine.interrupts import Shield
 from ..engine.stats import EngineStats
 from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
+from .chat_template import ChatOptions
 from .driving.driver import LoopDriver
-from .front_end import FrontEnd, is_conversation
+from .front_end import FrontEnd
 from .progress import BatchProgress
-from .prompts import Message, Prompt, as_batch, params_for_each
+from .prompts import (
+    Message,
+    Prompt,
+    are_conversations,
+    as_batch,
+    params_for_each,
+    refuse_conversation,
+)
 from .text_stream import RequestText, StreamDelta
+from .tokenizer import own
 
 OnError = Literal["return", "raise"]
 
@@ -36,7 +45,7 @@ class LLM:
     Args:
         model: a checkpoint folder, a hub id, a `transformers` model built elsewhere, or None for
             the built-in tiny chat model.
-        tokenizer: a tokenizer or its folder, if it is not with the model.
+        tokenizer: a tokenizer, which is copied, or its folder, if it is not with the model.
         device: "auto", "cpu" or "cuda".
         dtype: of weights and KV: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
         options: the fields of `EngineConfig`, among them `kv_memory`, `max_seqs`, `max_len`,
@@ -68,12 +77,11 @@ class LLM:
     ) -> None:
         self.config = EngineConfig(**options)
         self.loaded = load(
-            model, tokenizer=tokenizer, device=device, dtype=dtype, config=self.config
+            model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         self.loop = build_loop(self.loaded, self.config)
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)
-        admission = self.loop.engine.admission
-        self._front_end = FrontEnd(self.loaded.name, self.loaded.tokenizer, admission)
+        self._front_end = FrontEnd(self.loaded, self.loop.engine.admission)
         # A finaliser may run with any lock held, so the janitor closes it.
         weakref.finalize(self, janitor.later, self._driver.close).atexit = False
 
@@ -90,8 +98,9 @@ class LLM:
         """Complete prompts together; outputs come in the order of the prompts.
 
         Args:
-            prompts: a text, a list of token ids, or a list of either.
-            params: for all prompts, or one for each.
+            prompts: a text, a list of token ids, `{"prompt": …}`, `{"prompt_token_ids": …}`, or a
+                list of these.
+            params: for all prompts, or one for each; None for `get_default_sampling_params()`.
             progress: show a bar; None shows one on a terminal if it takes a while.
             on_error: what becomes of a request that goes wrong while it runs, whose logits are not
                 finite, for one; an exception of the model's hits all requests of that step.
@@ -104,9 +113,12 @@ class LLM:
         """
         self._driver.check_ready()
         batch = as_batch(prompts)
+        for prompt in (prompts, *batch):
+            refuse_conversation(prompt)
         each = params_for_each(params, len(batch))
         pairs = zip(batch, each, strict=True)
-        return self._run([self._request(*pair) for pair in pairs], progress, on_error)
+        requests = [self._front_end.request(*pair) for pair in pairs]
+        return self._run(requests, progress, on_error)
 
     def chat(
         self,
@@ -115,32 +127,41 @@ class LLM:
         *,
         progress: bool | None = None,
         on_error: OnError = "return",
+        **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
-        """Answer one conversation or several; a message has a `role` and a `content`.
+        """Answer one conversation or several.
 
-        Without `params` an answer is as long as the model makes it. `on_error` is as of
-        `generate`. Raises InvalidPrompt if the tokenizer has no chat template.
+        A message has a `role` and a `content`, a text or a list of text parts; one with
+        `tool_calls` may do without. `options` are those of `ChatOptions`: `tools`, `chat_template`,
+        `chat_template_kwargs`, `add_generation_prompt` and `continue_final_message`. Without
+        `params` an answer is as long as the model or its generation config makes it. `on_error` is
+        as of `generate`.
+
+        Raises InvalidPrompt if there is no chat template, or if it does not know what it is told.
         """
         self._driver.check_ready()
-        several = bool(messages) and not is_conversation(messages)
-        conversations = messages if several else [messages]
-        prompts = [self.render_chat(conversation) for conversation in conversations]  # type: ignore[arg-type]
-        default = SamplingParams(max_tokens=None)
-        each = params_for_each(default if params is None else params, len(prompts))
-        pairs = zip(prompts, each, strict=True)
-        return self._run([self._request(*pair) for pair in pairs], progress, on_error)
+        conversations: Any = messages if are_conversations(messages) else [messages]
+        each = params_for_each(params, len(conversations))
+        requests = [
+            self._front_end.chat_request(conversation, one, options)
+            for conversation, one in zip(conversations, each, strict=True)
+        ]
+        return self._run(requests, progress, on_error)
 
     def stream(
-        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
+        self,
+        prompt: Prompt | Sequence[Message],
+        params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
     ) -> Iterator[StreamDelta]:
-        """Generate for one prompt or conversation, and yield what comes.
+        """Generate for one prompt or conversation, and yield what comes; `options` as of `chat`.
 
         No token is lost if another stream or thread steps the engine meanwhile. Nothing is queued
         before the first delta is asked for. Closing or dropping the iterator, as leaving a `for`
         loop does, ends the request and gives its pages back. An error of the request is raised.
         """
         self._driver.check_ready()
-        request = self._request(prompt, params)
+        request = self._front_end.request(prompt, params, options)
         if request.spec.params.n != 1:
             raise InvalidSamplingParams(
                 f"n = {request.spec.params.n}: a stream has one output; use generate"
@@ -165,9 +186,13 @@ class LLM:
             finally:  # a signal's handler may have raised in between
                 self._driver.abandon([request])
 
-    def render_chat(self, messages: Sequence[Message]) -> list[int]:
+    def render_chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins."""
-        return self._front_end.render_chat(messages)
+        return self._front_end.render_chat(messages, options)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How prompts are completed that come without parameters (`generation_config`)."""
+        return self._front_end.default_params
 
     def check(self, tokens: Sequence[int], params: SamplingParams) -> int:
         """Refuse what could never run; returns the most tokens that could be generated."""
@@ -182,8 +207,8 @@ class LLM:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The model's tokenizer, if it has one."""
-        return self.loaded.tokenizer
+        """A copy of the model's tokenizer, if it has one: what is done to it touches no prompt."""
+        return self._front_end.callers_tokenizer
 
     @property
     def engine(self) -> Engine:
@@ -259,11 +284,6 @@ class LLM:
         self.close()
 
     # -- running requests --------------------------------------------------------------------
-
-    def _request(
-        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None
-    ) -> RequestText:
-        return self._front_end.request(prompt, params)
 
     def _run(
         self, requests: Sequence[RequestText], progress: bool | None, on_error: OnError

@@ -5,6 +5,7 @@ in the caller's process: for `LLM` by whichever thread turned the loop, for `Asy
 loop.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from ..request.outputs import (
 )
 from ..request.spec import RequestSpec
 from ..request.step_output import StepOutput
-from .detokenizer import IncrementalDetokenizer, decode_logprobs
+from .detokenizer import IncrementalDetokenizer, TokenTexts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ class SequenceText:
         self._cumulative_logprob = 0.0
         self._logprobs: list[dict[int, Logprob]] = []
         self._asks_logprobs = params.logprobs is not None
-        self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer, spec.prompt_token_ids)
+        self._shows_stop = params.include_stop_str_in_output
         self._detokenizer = IncrementalDetokenizer(
             tokenizer,
             spec.prompt_token_ids,
@@ -78,11 +80,10 @@ class SequenceText:
         self.token_ids += output.token_ids
         for token_id, table in zip(output.token_ids, output.logprobs, strict=False):
             self._cumulative_logprob += table[token_id].logprob
-            self._logprobs.append(
-                table if self._tokenizer is None else decode_logprobs(self._tokenizer, table)
-            )
-        # A stop token is not shown.
-        shown = output.token_ids[:-1] if output.finish_reason == "stop" else output.token_ids
+            self._logprobs.append(self._texts.fill(table))
+            self._texts.advance(token_id)
+        hides_last = output.finish_reason == "stop" and not self._shows_stop
+        shown = output.token_ids[:-1] if hides_last else output.token_ids
         for token_id in shown:
             self._detokenizer.append(token_id)
         if output.finish_reason is not None:
@@ -126,13 +127,13 @@ class RequestText:
         self.spec = spec
         self.error: VkvError | None = None
         self._prompt = prompt
-        self._tokenizer = tokenizer
+        self._asks_prompt_logprobs = spec.params.prompt_logprobs is not None
+        self._prompt_texts = TokenTexts(tokenizer)
         self._sequences = [SequenceText(i, spec, tokenizer) for i in range(spec.params.n)]
         self._num_unfinished = len(self._sequences)
         self._prompt_logprobs: list[dict[int, Logprob] | None] = []
         self._num_cached: int | None = None
-        self._first_token_time_s: float | None = None
-        self._finished_time_s: float | None = None
+        self._times = _Times(spec)
         self._num_shown_tokens = self._num_shown_characters = 0  # of the first, by `take_delta`
 
     @property
@@ -155,16 +156,15 @@ class RequestText:
         sequence = self._sequences[output.index]
         if sequence.finish_reason is not None:
             return ()  # computed behind a stop string
-        if output.token_ids and self._first_token_time_s is None:
-            self._first_token_time_s = output.time_s
+        self._times.note(output)
         if output.num_cached_tokens is not None and output.index == 0:
             self._num_cached = output.num_cached_tokens
-        self._prompt_logprobs += output.prompt_logprobs
+        self._take_prompt_logprobs(output.prompt_logprobs)
         if output.failure is not None:
             self.error = self.error or output.failure.error()
         ended_by_text = sequence.accept(output)
         if sequence.finish_reason is not None:
-            self._finished_time_s = output.time_s
+            self._times.finished_ts = output.time_s
             self._num_unfinished -= 1  # last: others read it without a lock
         return (Finish(output.request_id, output.index),) if ended_by_text else ()
 
@@ -190,15 +190,11 @@ class RequestText:
             request_id=spec.request_id if request_id is None else request_id,
             prompt=self._prompt,
             prompt_token_ids=tuple(spec.prompt_token_ids),
-            prompt_logprobs=self._prompt_scores(),
+            prompt_logprobs=tuple(self._prompt_logprobs) if self._asks_prompt_logprobs else None,
             outputs=tuple(sequence.output() for sequence in self._sequences),
             finished=self.is_finished,
             num_cached_tokens=self._num_cached,
-            metrics=RequestMetrics(
-                arrival_time_s=spec.arrival_time_s,
-                first_token_time_s=self._first_token_time_s,
-                finished_time_s=self._finished_time_s if self.is_finished else None,
-            ),
+            metrics=self._times.metrics(self.num_output_tokens, finished=self.is_finished),
             error=self.error,
         )
 
@@ -216,12 +212,34 @@ class RequestText:
         self._num_shown_tokens, self._num_shown_characters = len(tokens), len(text)
         return delta
 
-    def _prompt_scores(self) -> tuple[dict[int, Logprob] | None, ...] | None:
-        if self.spec.params.prompt_logprobs is None:
-            return None
-        if self._tokenizer is None:
-            return tuple(self._prompt_logprobs)
-        return tuple(
-            None if table is None else decode_logprobs(self._tokenizer, table)
-            for table in self._prompt_logprobs
-        )
+    def _take_prompt_logprobs(self, tables: Sequence[dict[int, Logprob] | None]) -> None:
+        tokens = self.spec.prompt_token_ids[len(self._prompt_logprobs) :]
+        for token_id, table in zip(tokens, tables, strict=False):
+            texts = self._prompt_texts
+            self._prompt_logprobs.append(None if table is None else texts.fill(table))
+            texts.advance(token_id)
+
+
+class _Times:
+    """What a request's outputs say of the time."""
+
+    def __init__(self, spec: RequestSpec) -> None:
+        self.arrival_ts = spec.arrival_time_s
+        self.arrival_time = time.time() - time.monotonic() + spec.arrival_time_s
+        self.queued_ts: float | None = None
+        self.scheduled_ts: float | None = None
+        self.first_token_ts: float | None = None
+        self.last_token_ts: float | None = None
+        self.finished_ts: float | None = None
+
+    def note(self, output: StepOutput) -> None:
+        if self.queued_ts is None:
+            self.queued_ts, self.scheduled_ts = output.queued_time_s, output.scheduled_time_s
+        if output.token_ids:
+            self.last_token_ts = output.time_s
+            if self.first_token_ts is None:
+                self.first_token_ts = output.time_s
+
+    def metrics(self, num_tokens: int, *, finished: bool) -> RequestMetrics:
+        times = {**vars(self), "finished_ts": self.finished_ts if finished else None}
+        return RequestMetrics(**times, num_generation_tokens=num_tokens)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class LoadedModel:
         geometry: per layer that attends, the shape of its keys and values.
         eos_token_ids: tokens that end a generation.
         max_positions: the longest sequence the model was made for.
+        sampling_defaults: what a generation config says of sampling, by `SamplingParams`' names.
     """
 
     name: str
@@ -66,6 +67,7 @@ class LoadedModel:
     vocab_size: int
     eos_token_ids: frozenset[int]
     max_positions: int
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def keeps_state(self) -> bool:

@@ -20,43 +20,82 @@ class Logprob:
     rank: int
     """1 + the number of tokens that are strictly likelier; equals share a rank."""
     decoded_token: str | None = None
-    """The token's own text; None without a tokenizer."""
+    """The token's text where it stands, a leading space included; None without a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
-    """When a request arrived, spoke and finished, in seconds of one monotonic clock."""
+    """When a request arrived, ran, spoke and finished, under vLLM's names, in seconds.
 
-    arrival_time_s: float
-    first_token_time_s: float | None = None
-    finished_time_s: float | None = None
+    `…_ts` are on the system's monotonic clock, `…_time` on the wall clock; what has not happened is
+    None.
+    """
+
+    arrival_time: float
+    """When the caller asked."""
+    arrival_ts: float
+    queued_ts: float | None = None
+    """When the engine took it."""
+    scheduled_ts: float | None = None
+    """When it first had memory and a place in a batch."""
+    first_token_ts: float | None = None
+    last_token_ts: float | None = None
+    finished_ts: float | None = None
+    num_generation_tokens: int = 0
+    """Of all outputs together."""
 
     @property
-    def ttft_s(self) -> float | None:
-        """Time to the first token, queueing included; None before it."""
-        if self.first_token_time_s is None:
-            return None
-        return self.first_token_time_s - self.arrival_time_s
+    def first_token_latency(self) -> float | None:
+        """From arrival to the first token, queueing included."""
+        return _between(self.arrival_ts, self.first_token_ts)
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """From when the engine took it to its place in a batch."""
+        return _between(self.queued_ts, self.scheduled_ts)
+
+    @property
+    def first_scheduled_time(self) -> float | None:
+        """`scheduled_ts` on the wall clock."""
+        return self._wall(self.scheduled_ts)
+
+    @property
+    def first_token_time(self) -> float | None:
+        """`first_token_ts` on the wall clock."""
+        return self._wall(self.first_token_ts)
+
+    @property
+    def last_token_time(self) -> float | None:
+        """`last_token_ts` on the wall clock."""
+        return self._wall(self.last_token_ts)
+
+    @property
+    def finished_time(self) -> float | None:
+        """`finished_ts` on the wall clock."""
+        return self._wall(self.finished_ts)
 
     @property
     def decode_time_s(self) -> float | None:
         """From the first token to the end; None before the end, or if there was no token."""
-        if self.first_token_time_s is None or self.finished_time_s is None:
-            return None
-        return self.finished_time_s - self.first_token_time_s
+        return _between(self.first_token_ts, self.finished_ts)
 
     @property
     def e2e_latency_s(self) -> float | None:
         """From arrival to the end; None before it."""
-        if self.finished_time_s is None:
-            return None
-        return self.finished_time_s - self.arrival_time_s
+        return _between(self.arrival_ts, self.finished_ts)
 
     def time_per_output_token_s(self, num_output_tokens: int) -> float | None:
         """Mean time between tokens; None before the end or with fewer than two tokens."""
         if self.decode_time_s is None or num_output_tokens < 2:
             return None
         return self.decode_time_s / (num_output_tokens - 1)
+
+    def _wall(self, time_s: float | None) -> float | None:
+        return None if time_s is None else self.arrival_time + time_s - self.arrival_ts
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +125,7 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    """None where the prompt came as token ids."""
+    """A conversation is written out; None where the prompt came as token ids alone."""
     prompt_token_ids: tuple[int, ...]
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     """One entry for each prompt token; the first is None, as nothing precedes it."""

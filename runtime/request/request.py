@@ -1,6 +1,7 @@
 """One prompt on its way through the engine."""
 
 import enum
+import time
 from dataclasses import dataclass
 
 from ...allocator import Slot
@@ -31,6 +32,7 @@ class Request:
         num_pending: further tokens that were sampled, but are known on the device alone.
         pending_index: of the last of them: its place among those sampled in the same step.
         prompt_logprobs: entries of the prompt's tokens that are known, where they are asked.
+        queued_time_s, scheduled_time_s: when it came, and when it first had a slot (`StepOutput`).
     """
 
     def __init__(
@@ -45,7 +47,6 @@ class Request:
         self.key: SequenceKey = (spec.request_id, index)
         self.params: SamplingParams = spec.params
         self.variant = spec.variant
-        self.arrival_time_s = spec.arrival_time_s
         self.max_tokens = max_tokens
         self.sampling = sampling
         self.leader = leader
@@ -57,8 +58,14 @@ class Request:
         self.num_cached = 0  # prompt tokens found in a slot at the first admission
         self.state = RequestState.WAITING
         self.slot: Slot | None = None
-        self.was_admitted = False
+        self.queued_time_s = time.monotonic()
+        self.scheduled_time_s: float | None = None
         self.prompt_logprobs: list[dict[int, Logprob] | None] = []
+
+    @property
+    def was_admitted(self) -> bool:
+        """True if it has, or has had, a slot."""
+        return self.scheduled_time_s is not None
 
     @property
     def num_tokens(self) -> int:
@@ -88,7 +95,7 @@ class Request:
     @property
     def can_run_ahead(self) -> bool:
         """True if its next token can be sampled before the host knows the last."""
-        return not self.sampling.has_penalties and self.params.logprobs is None
+        return not self.sampling.looks_back and self.params.logprobs is None
 
     def ids(self, start: int, stop: int) -> list[int]:
         """Tokens `start … stop`; one that is pending as `-1 - pending_index`."""

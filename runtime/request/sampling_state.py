@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .sampling_params import SamplingParams
+from .token_bars import TokenBars
 
 
 class SamplingState:
@@ -27,6 +28,7 @@ class SamplingState:
         "_prompt_token_ids",
         "_seed",
         "_stop_ids",
+        "bars",
         "index",
         "num_output_tokens",
         "params",
@@ -39,14 +41,17 @@ class SamplingState:
         *,
         index: int = 0,
         eos_token_ids: Collection[int] = (),
+        bad_words: Sequence[Sequence[int]] = (),
     ) -> None:
         """Start a sequence: number `index` of the request's `n`, after `prompt_token_ids`.
 
-        `eos_token_ids` are the model's own stop tokens, which `min_tokens` holds off.
+        `eos_token_ids` are the model's own stop tokens, which `min_tokens` holds off. `bad_words`
+        are sequences of tokens that must not be completed.
         """
         self.params = params
         self.index = index
         self.num_output_tokens = 0
+        self.bars = TokenBars.of(params.allowed_token_ids, bad_words)
         self._prompt_token_ids = prompt_token_ids
         self._stop_ids = params.stop_ids.union(eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -69,6 +74,11 @@ class SamplingState:
             or params.presence_penalty != 0.0
             or params.frequency_penalty != 0.0
         )
+
+    @property
+    def looks_back(self) -> bool:
+        """True if the next token's choice depends on those before it, beside the logits."""
+        return self.has_penalties or (self.bars is not None and self.bars.looks_back)
 
     def addends(self) -> list[tuple[int, float]]:
         """What to add to which token's logit at this step: the bias, and -inf for a barred stop."""
@@ -93,5 +103,7 @@ class SamplingState:
     def advance(self, token_id: int) -> None:
         """Record the step's token."""
         self.num_output_tokens += 1
+        if self.bars is not None:
+            self.bars.advance(token_id)
         if self._output_counts is not None:
             self._output_counts[token_id] += 1

@@ -18,6 +18,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
         request_id: names the request among those an engine has; the caller sees to it.
         prompt_token_ids: at least one.
         params: how tokens are chosen. Stop strings are not the engine's: it knows no text.
+        bad_words: what `params.bad_words` are in tokens: sequences that must not be completed.
         variant: what keys and values depend on besides the tokens: an adapter, a tenant's salt.
             Prefixes are shared within one variant alone.
         arrival_time_s: on the system's monotonic clock, which all processes of a machine share.
@@ -26,5 +27,6 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
+    bad_words: tuple[tuple[int, ...], ...] = ()
     variant: str = ""
     arrival_time_s: float = msgspec.field(default_factory=time.monotonic)

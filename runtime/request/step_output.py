@@ -41,10 +41,12 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         logprobs: for each of them, where asked; without texts, of which the engine knows nothing.
         prompt_logprobs: further entries of the prompt's, where asked.
         num_cached_tokens: prompt tokens that needed no computing; with the first output.
+        queued_time_s: when the engine took the request; with the first output or the end.
+        scheduled_time_s: when it first had a slot; None if it never had one.
         finish_reason: none before the end. An end by a stop string is not among these.
         stop_reason: the stop token that ended it; None for the end-of-sequence token.
         failure: with the finish reason "error".
-        time_s: on the system's monotonic clock.
+        time_s: now. Times are on the system's monotonic clock.
     """
 
     request_id: str
@@ -53,6 +55,8 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: tuple[dict[int, Logprob], ...] = ()
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] = ()
     num_cached_tokens: int | None = None
+    queued_time_s: float | None = None
+    scheduled_time_s: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     failure: Failure | None = None

@@ -7,6 +7,7 @@ policy's to say (`policies`): it sees a `Snapshot` and answers with a `Plan`. A 
 refuses (DriverError) keeps one request waiting, as a shortage does, and tears no step.
 """
 
+import time
 from collections.abc import Sequence
 
 from ...allocator import Slot, SlotCache
@@ -230,7 +231,7 @@ class Scheduler:
         request.num_computed = num_cached
         request.state = RequestState.RUNNING
         if not request.was_admitted:
-            request.was_admitted = True
+            request.scheduled_time_s = time.monotonic()
             request.num_cached = num_cached
             self.prefix_hit_tokens += num_cached
         self.running.append(request)

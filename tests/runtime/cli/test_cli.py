@@ -1,5 +1,6 @@
 """The `vkv` command, as a user types it."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,15 +10,23 @@ from typing import Any
 import pytest
 import torch
 import vkv
+import zoo
 from typer.testing import CliRunner
 from vkv.quant import quantize_output
 from vkv.runtime.cli import main as cli
-from vkv.runtime.cli.chat import ChatSession
+from vkv.runtime.cli.chat import ChatSession, run_chat
 from vkv.runtime.cli.generate import run_generate
+from vkv.runtime.cli.streams import tolerate_bytes
 from vkv.runtime.execution.model_runner import ModelRunner
 from vkv.runtime.frontend.llm import LLM
 from vkv.runtime.request.sampling_params import SamplingParams
-from vkv.vmem.errors import InvalidOperation, VkvError
+from vkv.vmem.errors import (
+    InvalidOperation,
+    InvalidPrompt,
+    InvalidSamplingParams,
+    StepFailed,
+    VkvError,
+)
 
 torch.set_num_threads(1)
 
@@ -62,6 +71,95 @@ def test_a_long_chat_drops_its_oldest_turns_and_goes_on() -> None:
         with pytest.raises(VkvError, match="max_len"):
             list(session.answer("word " * 200))
         assert "".join(session.answer("hello")), "a refused message must not stay"
+
+
+def test_a_refused_turn_leaves_the_session_as_it_was() -> None:
+    """Through a pipe: an empty line in its place, what is wrong beside it, and a status."""
+    lines = [b"my gate code is 4821", b"caf\xe9", b"word " * 3000, b"what is my gate code?"]
+    result = CliRunner().invoke(cli.app, ["chat"], input=b"\n".join(lines))
+    assert result.exit_code == 2, result.output
+    first, second, third, last = result.stdout.splitlines()
+    assert first
+    assert (second, third) == ("", "")
+    assert "4821" in last, "neither refused turn may cost the conversation its beginning"
+    told, longer = (line for line in result.stderr.splitlines() if line.startswith("vkv: "))
+    assert "no UTF-8" in told
+    assert "max_len" in longer
+
+
+def test_an_error_in_a_terminal_is_told_and_the_session_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["my gate code is 4821", "caf\udce9", "what is my gate code?", "/exit"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: next(typed))
+    with LLM(device="cpu", max_seqs=1) as llm:
+        run_chat(llm, SamplingParams(temperature=0, max_tokens=32))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no UTF-8" in shown
+    assert "4821" in shown.split("no UTF-8")[1]
+
+
+def test_a_turn_that_fails_before_a_word_leaves_the_conversation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with LLM(device="cpu", max_seqs=1) as llm:
+        session = ChatSession(llm, SamplingParams(temperature=0, max_tokens=8))
+        list(session.answer("hello"))
+        with monkeypatch.context() as patched:
+            patched.setattr(llm.engine.runner, "launch", lambda *_, **__: 1 / 0)
+            with pytest.raises(StepFailed):
+                list(session.answer("hello"))
+        assert [turn["role"] for turn in session.turns] == ["user", "assistant"]
+        assert "".join(session.answer("hello"))
+
+
+def test_a_system_message_that_cannot_be_is_refused_at_once(llama_folder: Path) -> None:
+    with pytest.raises(InvalidPrompt, match="no system"), LLM(llama_folder, device="cpu") as llm:
+        ChatSession(llm, SamplingParams(), system="be brief")
+
+
+@pytest.mark.parametrize("arguments", [["generate"], ["generate", "caf\udce9"]])
+def test_bytes_that_are_no_text_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(InvalidPrompt, match=r"caf\\udce9.*no UTF-8"):
+        CliRunner().invoke(cli.app, arguments, input=b"hello\ncaf\xe9\n", catch_exceptions=False)
+    with pytest.raises(InvalidSamplingParams, match=r"stop = .*no UTF-8"):
+        CliRunner().invoke(cli.app, ["generate", "x", "--stop", "\udce9"], catch_exceptions=False)
+
+
+def test_what_the_terminal_cannot_show_is_a_question_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="latin-1"))
+    tolerate_bytes()
+    print("café ☕", end="", flush=True)  # noqa: T201
+    assert shown.getvalue() == "café ?".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"temperature": 0.25, "top_p": 0.75, "max_tokens": 64}),
+        (["--temperature", "0"], {"temperature": 0, "top_p": 0.75, "max_tokens": 64}),
+        (["--top-p", "1", "--max-tokens", "3"], {"temperature": 0.25, "max_tokens": 3}),
+        (["--generation-config", "vllm"], {"temperature": 0, "max_tokens": 64}),
+    ],
+)
+def test_what_is_not_typed_is_the_models_to_say(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    expected: dict[str, Any],
+) -> None:
+    zoo.save_checkpoint(tmp_path)
+    said = {"do_sample": True, "temperature": 0.25, "top_p": 0.75, "max_new_tokens": 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    used: list[SamplingParams] = []
+    monkeypatch.setattr(
+        "vkv.runtime.cli.generate.run_generate",
+        lambda llm, prompts, params, **_: used.append(params),
+    )
+    run("generate", "hello", "--model", str(tmp_path), "--device", "cpu", *arguments)
+    assert used == [SamplingParams(**expected)]
 
 
 def test_chat_reuses_the_rows_of_earlier_turns() -> None:

@@ -104,6 +104,33 @@ def test_penalties_scores_and_several_outputs_beside_plain_requests() -> None:
     _compare(_PROMPTS[:6], params[::-1], max_seqs=2, policy="prefill_first")
 
 
+@pytest.mark.parametrize("options", [{}, {"kv_memory": 18 * 4096, "look_ahead_tokens": 0}], ids=str)
+def test_bad_words_that_look_back_and_bars_that_do_not(options: dict[str, Any]) -> None:
+    """Also under preemption: what a sequence said before it lost its slot counts."""
+    allowed = {ord(letter) - 32 for letter in "abcd"}
+    bars = [
+        {"allowed_token_ids": allowed, "bad_words": ["ab", "bc", "ca", "dd", "aaa"]},
+        {"allowed_token_ids": allowed},
+        {"bad_words": ["a", "Q", "#"]},
+        {"allowed_token_ids": allowed, "bad_words": ["d", "cb"]},
+        {},
+        {"bad_words": [" x", "7"], "repetition_penalty": 1.2},
+    ]
+    params = [
+        SamplingParams(temperature=0.8, seed=i, max_tokens=50, ignore_eos=True, **bar)
+        for i, bar in enumerate(bars)
+    ]
+    prompts = zoo.random_prompts([20, 31, 12, 25, 8, 17])
+    plain, _ = _compare(prompts, params, **options)
+    assert bool(plain.num_preemptions) == bool(options)
+    with _open(overlap=True, **options) as llm:
+        texts = [out.outputs[0].text for out in llm.generate(prompts, params)]
+    for text, bar in zip(texts, bars, strict=True):
+        assert text
+        assert not any(word in text for word in bar.get("bad_words", ()))
+        assert "allowed_token_ids" not in bar or set(text) <= set("abcd")
+
+
 def test_recorded_steps_take_pending_tokens(flash_standin: str) -> None:
     params = [zoo.greedy(n) for n in (30, 9, 17, 1, 40, 12, 3, 25, 2)]
     _, overlapped = _compare(_PROMPTS, params, recorded=True, attention=flash_standin)

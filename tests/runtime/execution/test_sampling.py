@@ -128,7 +128,7 @@ def test_one_sequence_draws_independently_at_every_step() -> None:
 def test_keys_are_uniform_along_each_of_their_inputs(vary: str) -> None:
     numbers = []
     for i in range(4000):
-        params = SamplingParams(seed=i if vary == "seed" else -1)
+        params = SamplingParams(seed=i if vary == "seed" else -2)
         state = SamplingState(params, index=i if vary == "index" else 0)
         state.num_output_tokens = i if vary == "step" else 0
         numbers.append(state.key())
@@ -380,6 +380,81 @@ def test_min_tokens_bars_every_stop_token_and_then_lets_it_come() -> None:
     assert [sample_one(logits, state).token_id for _ in range(5)] == [2, 2, 2, 0, 0]
 
 
+def test_tokens_beyond_the_logits_may_be_named() -> None:
+    """Some models have more embeddings than logits: those beyond never come, barred or not."""
+    params = SamplingParams(
+        temperature=0, logit_bias={9: 50.0}, min_tokens=2, stop_token_ids=[7], ignore_eos=True,
+        allowed_token_ids=[1, 2, 8],
+    )  # fmt: skip
+    state = SamplingState(params, bad_words=[[6], [1, 5]])
+    assert sample_one(torch.tensor([9.0, 8.0, 7.0]), state).token_id == 1
+    assert sample_one(torch.tensor([9.0, 8.0, 7.0]), state).token_id == 1
+
+
+# --- bars --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_only_allowed_tokens_come(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=2, allowed_token_ids=[3, 5, 8])
+    logits = random_logits(seed=6)[0]
+    counts = draw_many(logits, params, num=500)
+    if temperature:
+        masked = [x if i in (3, 5, 8) else -math.inf for i, x in enumerate(logits.tolist())]
+        assert_distributed(counts, reference_probabilities(masked, SamplingParams()))
+    else:
+        assert set(counts) == {max((3, 5, 8), key=lambda i: logits[i])}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    words=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=4),
+    allowed=st.none() | st.sets(st.integers(0, 3), min_size=1),
+    seed=st.integers(0, 1000),
+)
+def test_no_bad_word_is_completed(
+    words: list[list[int]], allowed: set[int] | None, seed: int
+) -> None:
+    """Against a search of the output, token by token; others of the batch are not touched."""
+    state = SamplingState(SamplingParams(temperature=0, allowed_token_ids=allowed), bad_words=words)
+    other = SamplingState(SamplingParams(temperature=0))
+    output: list[int] = []
+    for step in range(8):
+        logits = random_logits(vocab=4, seed=8 * seed + step)[0]
+        token, plain = sample(logits.expand(2, -1), [state, other])
+        assert plain.token_id == int(logits.argmax())
+        free = [
+            i
+            for i in (range(4) if allowed is None else allowed)
+            if not any([*output, i][-len(word) :] == word for word in words)
+        ]
+        assert token.is_finite == bool(free)
+        if not free:
+            return
+        assert token.token_id == max(free, key=lambda i: float(logits[i]))
+        output.append(token.token_id)
+
+
+def test_logits_and_log_probabilities_know_no_bars() -> None:
+    logits = random_logits(rows=2, seed=4)
+    before = logits.clone()
+    params = SamplingParams(temperature=0, allowed_token_ids=[1], logprobs=2)
+    token, _ = sample(logits, [SamplingState(params), SamplingState(SamplingParams())])
+    assert torch.equal(logits, before)
+    assert token.logprobs is not None
+    assert token.logprobs[1].logprob == pytest.approx(float(logits[0].log_softmax(0)[1]), abs=1e-5)
+    assert int(logits[0].argmax()) in token.logprobs
+
+
+def test_only_bars_of_several_tokens_look_back() -> None:
+    def looks_back(*words: list[int]) -> bool:
+        return SamplingState(SamplingParams(allowed_token_ids=[1]), bad_words=words).looks_back
+
+    assert not SamplingState(SamplingParams()).looks_back
+    assert not looks_back([2])
+    assert looks_back([2], [2, 3])
+
+
 # --- log probabilities -------------------------------------------------------------------------
 
 
@@ -477,7 +552,10 @@ def test_a_model_may_bar_tokens_of_its_own() -> None:
         ("top_p", 0.0, "in (0, 1]"),
         ("top_p", 1.1, "in (0, 1]"),
         ("top_p", math.nan, "in (0, 1]"),
-        ("top_k", -1, "0 keeps all"),
+        ("top_k", -2, "0 keeps all"),
+        ("top_k", -1.0, "0 keeps all"),
+        ("top_k", np.array([1, 2]), "0 keeps all"),
+        ("temperature", 10**400, "finite"),
         ("top_k", 2.0, "integer"),
         ("top_k", True, "integer"),
         ("min_p", -0.1, "in [0, 1]"),
@@ -491,6 +569,16 @@ def test_a_model_may_bar_tokens_of_its_own() -> None:
         ("stop", "", "non-empty"),
         ("stop", ["a", ""], "non-empty"),
         ("stop", ["a", 3], "non-empty"),
+        ("stop", b"a", "a string or a list"),
+        ("stop", {"a": 1}, "a string or a list"),
+        ("stop", "caf\udce9", "no UTF-8"),
+        ("bad_words", 3, "a string or a list"),
+        ("bad_words", [""], "non-empty"),
+        ("bad_words", ["\ud800"], "no UTF-8"),
+        ("allowed_token_ids", [], "at least one token id"),
+        ("allowed_token_ids", 3, "a list of token ids"),
+        ("allowed_token_ids", [-1], "integer >= 0"),
+        ("allowed_token_ids", np.array([1.0]), "integer >= 0"),
         ("stop_token_ids", 3, "a list of token ids"),
         ("stop_token_ids", [-1], "integer >= 0"),
         ("stop_token_ids", ["3"], "integer >= 0"),
@@ -500,6 +588,9 @@ def test_a_model_may_bar_tokens_of_its_own() -> None:
         ("ignore_eos", 1, "True or False"),
         ("include_stop_str_in_output", None, "True or False"),
         ("skip_special_tokens", "yes", "True or False"),
+        ("detokenize", 0, "True or False"),
+        ("spaces_between_special_tokens", "no", "True or False"),
+        ("spaces_between_special_tokens", False, "decoder decides"),
         ("repetition_penalty", 0.0, "> 0"),
         ("repetition_penalty", -1.0, "> 0"),
         ("presence_penalty", 2.1, "in [-2, 2]"),
@@ -508,9 +599,12 @@ def test_a_model_may_bar_tokens_of_its_own() -> None:
         ("logit_bias", [1, 2], "mapping"),
         ("logit_bias", {-1: 1.0}, "integer >= 0"),
         ("logit_bias", {"1": 1.0}, "integer >= 0"),
-        ("logprobs", -1, "integer >= 0"),
+        ("logprobs", -2, "integer >= 0"),
         ("logprobs", True, "integer >= 0"),
-        ("prompt_logprobs", -1, "integer >= 0"),
+        ("prompt_logprobs", -2, "integer >= 0"),
+        ("truncate_prompt_tokens", 0, "-1 for all that fits"),
+        ("truncate_prompt_tokens", -2, "-1 for all that fits"),
+        ("truncate_prompt_tokens", 2.5, "-1 for all that fits"),
     ],
 )
 def test_impossible_values_are_refused_by_name(name: str, value: object, allowed: str) -> None:
@@ -534,7 +628,12 @@ def test_an_impossible_bias_is_refused_with_its_token(bias: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"n": 2, "temperature": 0}, {"min_tokens": 5, "max_tokens": 4}]
+    "options",
+    [
+        {"n": 2, "temperature": 0},
+        {"min_tokens": 5, "max_tokens": 4},
+        {"stop": "x", "detokenize": False},
+    ],
 )
 def test_contradictions_are_refused_with_both_names(options: dict) -> None:
     with pytest.raises(InvalidSamplingParams) as caught:
@@ -549,6 +648,75 @@ def test_an_unknown_name_is_refused_with_the_likely_one() -> None:
         SamplingParams(best_of_all=1)
     with pytest.raises(InvalidSamplingParams, match="'stop_ids'"):  # derived, not given
         SamplingParams(stop_ids=frozenset({1}))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("best_of", "use n"),
+        ("max_new_tokens", "use max_tokens"),
+        ("logits_processors", "allowed_token_ids"),
+        ("structured_outputs", "grammar"),
+        ("num_beams", "no beam search"),
+        ("stop_strings", "use stop"),
+    ],
+)
+def test_what_others_have_is_refused_with_what_to_do(name: str, remedy: str) -> None:
+    with pytest.raises(InvalidSamplingParams, match=f"'{name}': .*{remedy}"):
+        SamplingParams(**{name: 1})
+
+
+def test_numbers_of_numpy_and_torch_are_kept_as_pythons_own() -> None:
+    given = SamplingParams(
+        n=np.int64(2),
+        temperature=np.float32(0.5),
+        top_p=torch.tensor(0.5),
+        top_k=np.array(7),
+        min_p=np.float64(0.25),
+        seed=torch.tensor(3),
+        max_tokens=np.int32(9),
+        ignore_eos=np.bool_(True),
+        logit_bias={np.int64(3): np.float32(1.5)},
+        stop_token_ids=np.array([4, 5]),
+        allowed_token_ids=torch.tensor([7, 6]),
+    )
+    assert given == SamplingParams(
+        n=2, temperature=0.5, top_p=0.5, top_k=7, min_p=0.25, seed=3, max_tokens=9,
+        ignore_eos=True, logit_bias={3: 1.5}, stop_token_ids=[4, 5], allowed_token_ids=[7, 6],
+    )  # fmt: skip
+    kinds = {type(getattr(given, f.name)) for f in dataclasses.fields(given)}
+    assert kinds <= {int, float, bool, tuple, dict, frozenset, type(None)}
+    assert {type(x) for x in (*given.stop_ids, *given.logit_bias, *given.allowed_token_ids)} == {
+        int
+    }
+
+
+def test_sets_are_kept_in_order() -> None:
+    given = SamplingParams(
+        stop={"b", "a"}, stop_token_ids={11, 3}, allowed_token_ids={9, 10}, bad_words={"y", "x"}
+    )
+    assert given.stop == given.stop_strings == ("a", "b")
+    assert given.stop_token_ids == (3, 11)
+    assert given.allowed_token_ids == (9, 10)
+    assert given.bad_words == ("x", "y")
+    assert SamplingParams(stop=np.str_("END"), bad_words="x").stop == ("END",)
+
+
+def test_vllms_minus_ones_have_its_meaning() -> None:
+    given = SamplingParams(top_k=-1, seed=-1, logprobs=-1, prompt_logprobs=-1)
+    assert (given.top_k, given.seed) == (0, None)
+    given.check_vocab(10)
+    logits = random_logits(rows=2)
+    token = sample_one(logits[0], SamplingState(given))
+    assert token.logprobs is not None
+    assert set(token.logprobs) == set(range(VOCAB))
+    (table, _) = prompt_logprobs(logits, torch.tensor([3, 4]), given.prompt_logprobs)
+    assert set(table) == set(range(VOCAB))
+
+
+def test_none_may_stand_for_a_default() -> None:
+    given = SamplingParams.from_optional(n=None, temperature=None, top_p=0.5, max_tokens=None)
+    assert given == SamplingParams(top_p=0.5, max_tokens=None)
 
 
 def test_stops_are_normalised_and_copies_are_equal() -> None:
@@ -569,6 +737,7 @@ def test_the_vocabulary_bounds_token_ids_and_alternatives() -> None:
     for options in (
         {"stop_token_ids": [1, 10]},
         {"logit_bias": {10: 1.0}},
+        {"allowed_token_ids": [3, 10]},
         {"logprobs": 11},
         {"prompt_logprobs": 11},
     ):
@@ -580,11 +749,26 @@ def test_the_vocabulary_bounds_token_ids_and_alternatives() -> None:
 
 
 def test_metrics_are_differences_once_their_ends_are_known() -> None:
-    waiting = RequestMetrics(arrival_time_s=10.0)
-    assert (waiting.ttft_s, waiting.decode_time_s, waiting.e2e_latency_s) == (None, None, None)
+    waiting = RequestMetrics(arrival_time=1000.0, arrival_ts=10.0)
+    assert (waiting.first_token_latency, waiting.decode_time_s, waiting.e2e_latency_s) == (
+        None,
+    ) * 3
+    assert (waiting.time_in_queue, waiting.first_token_time) == (None, None)
     assert waiting.time_per_output_token_s(5) is None
-    done = RequestMetrics(arrival_time_s=10.0, first_token_time_s=10.5, finished_time_s=12.5)
-    assert (done.ttft_s, done.decode_time_s, done.e2e_latency_s) == (0.5, 2.0, 2.5)
+    done = RequestMetrics(
+        arrival_time=1000.0,
+        arrival_ts=10.0,
+        queued_ts=10.125,
+        scheduled_ts=10.25,
+        first_token_ts=10.5,
+        last_token_ts=12.25,
+        finished_ts=12.5,
+        num_generation_tokens=5,
+    )
+    assert (done.first_token_latency, done.decode_time_s, done.e2e_latency_s) == (0.5, 2.0, 2.5)
+    assert done.time_in_queue == 0.125
+    wall = (done.first_scheduled_time, done.first_token_time, done.last_token_time)
+    assert (*wall, done.finished_time) == (1000.25, 1000.5, 1002.25, 1002.5)
     assert done.time_per_output_token_s(5) == 0.5
     assert done.time_per_output_token_s(1) is None
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
-from vkv.runtime.frontend.detokenizer import IncrementalDetokenizer, decode_logprobs
+from vkv.runtime.frontend.detokenizer import IncrementalDetokenizer, TokenTexts
 from vkv.runtime.request.outputs import Logprob
 
 CORPUS = [
@@ -263,14 +263,62 @@ def test_without_a_tokenizer_there_is_no_text() -> None:
     assert detokenizer.stopped is None
 
 
-def test_logprobs_are_given_their_tokens_text() -> None:
+# --- texts of single tokens --------------------------------------------------------------------
+
+
+def test_entries_are_given_their_tokens_text() -> None:
     tokenizer = byte_level()
     (space,) = tokenizer.encode(" ").ids
     table = {space: Logprob(-0.5, 1), 1: Logprob(-2.0, 2)}
-    assert decode_logprobs(tokenizer, table) == {
-        space: Logprob(-0.5, 1, " "),
-        1: Logprob(-2.0, 2, "</s>"),
-    }
+    texts = {space: Logprob(-0.5, 1, " "), 1: Logprob(-2.0, 2, "</s>")}
+    assert TokenTexts(tokenizer, [1, 1]).fill(table) == texts
+    assert TokenTexts(None).fill(table) == table
+
+
+@pytest.mark.parametrize("make", [metaspace, byte_fallback], ids=lambda make: make.__name__)
+def test_a_words_leading_space_is_part_of_its_token(make: Callable[[], Tokenizer]) -> None:
+    """Decoded alone, the two tokens have the same text: the decoder strips the first space."""
+    tokenizer = make()
+    vocab = tokenizer.get_vocab()
+    word = next(word for word in sorted(vocab) if "▁" not in word and "▁" + word in vocab)
+    bare, spaced = vocab[word], vocab["▁" + word]
+    table = {bare: Logprob(-1.0, 1), spaced: Logprob(-1.0, 1)}
+    for before in ("the fox", "the", "世"):  # that begins a text, too
+        texts = TokenTexts(tokenizer, tokenizer.encode(before).ids).fill(table)
+        assert [texts[i].decoded_token for i in (bare, spaced)] == [word, " " + word]
+    texts = TokenTexts(tokenizer, [0]).fill(table)  # a special token says nothing, but stands there
+    assert [texts[i].decoded_token for i in (bare, spaced)] == [word, " " + word]
+
+
+@each_tokenizer
+@settings(max_examples=40, deadline=None)
+@given(text=TEXTS)
+def test_the_texts_of_a_texts_tokens_join_to_it(make: Callable[[], Tokenizer], text: str) -> None:
+    tokenizer = make()
+    before = tokenizer.encode("the fox").ids
+    token_ids = tokenizer.encode("the fox" + text).ids
+    if token_ids[: len(before)] != before:  # the seam fell into a token
+        return
+    texts = TokenTexts(tokenizer, before)
+    pieces = []
+    for token_id in token_ids[len(before) :]:
+        pieces.append(texts.fill({token_id: Logprob(-1.0, 1)})[token_id].decoded_token)
+        texts.advance(token_id)
+    halves = {"\ufffd"}  # what a token shows that ends within a character
+    whole = tokenizer.decode(token_ids, skip_special_tokens=False)[len("the fox") :]
+    if not halves & set("".join(pieces)):
+        assert "".join(pieces) == whole
+
+
+def test_half_a_character_is_shown_as_such_and_then_whole() -> None:
+    tokenizer = byte_fallback()
+    bytes_of_it = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "好".encode()]
+    texts = TokenTexts(tokenizer, tokenizer.encode("the fox").ids)
+    shown = []
+    for token_id in bytes_of_it:
+        shown.append(texts.fill({token_id: Logprob(-1.0, 1)})[token_id].decoded_token)
+        texts.advance(token_id)
+    assert shown == ["\ufffd", "\ufffd", "好"]
 
 
 # --- stop strings ------------------------------------------------------------------------------

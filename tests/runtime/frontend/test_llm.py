@@ -41,7 +41,7 @@ def test_the_pinned_surface(llama_folder: Path, reference: PreTrainedModel) -> N
         assert completion.finish_reason == "length"
         assert out.finished
         assert out.metrics is not None
-        assert 0 < (out.metrics.ttft_s or 0) <= (out.metrics.e2e_latency_s or 0)
+        assert 0 < (out.metrics.first_token_latency or 0) <= (out.metrics.e2e_latency_s or 0)
     assert dataclasses.is_dataclass(stats)
     with pytest.raises(dataclasses.FrozenInstanceError):
         stats.pages_held = 0  # type: ignore[misc]

@@ -31,7 +31,7 @@ from vkv.vmem.errors import (
         ([5, 96], None, InvalidPrompt, r"token id 96.*\[0, 96\)"),
         ([-1], None, InvalidPrompt, "token id -1"),
         ([1.5], None, InvalidPrompt, "plain integers"),
-        ([torch.tensor(3)], None, InvalidPrompt, "plain integers"),
+        ([torch.tensor(3.0)], None, InvalidPrompt, "plain integers"),
         ([True], None, InvalidPrompt, "plain integers"),
         (7, None, InvalidPrompt, "neither"),
         (None, None, InvalidPrompt, "neither"),
@@ -51,7 +51,7 @@ def test_impossible_requests_are_refused_before_anything_runs(
 
 
 def test_what_is_no_batch_is_refused(llm: LLM) -> None:
-    for prompts in (None, 5, {"a": 1}, torch.tensor([1, 2])):
+    for prompts in (None, 5, torch.tensor(1)):
         with pytest.raises(InvalidPrompt, match="prompts is a"):
             llm.generate(prompts)  # type: ignore[arg-type]
     with pytest.raises(InvalidSamplingParams, match="2 sampling parameters for 3 prompts"):
