@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -57,8 +58,9 @@ def save_checkpoints(
         loaded = build_model(shape, dtype=dtype, device=torch.device("cpu"))
         loaded.save_pretrained(dense)
     weights = {p.data_ptr(): p.numel() * p.element_size() for p in loaded.parameters()}
-    embedding, head = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
-    looked_up = 0 if head is embedding else embedding.nbytes  # type: ignore[union-attr]
+    embedding: Any = loaded.get_input_embeddings()
+    head: Any = loaded.get_output_embeddings()
+    looked_up = 0 if head.weight is embedding.weight else embedding.weight.nbytes
     int4 = None if format is None else scratch / f"model-{format}"
     return Checkpoints(
         dense=dense,

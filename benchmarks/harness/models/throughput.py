@@ -264,19 +264,23 @@ def _measure_again(
 
     Then it is measured again, with the limit.
     """
-    for attempt in range(1 + _AGAIN):
-        rate, timing = _measure(worker, cell, prompts)
+
+    def is_beyond(rate: float, timing: Timing) -> bool:
         if cell.kind != "decode":
-            return rate, timing, False
+            return False
         step = cell.decode_step
         weights = timing.read_bytes or checkpoints.read_bytes
         step_bytes = weights + step.kv_tokens * checkpoints.kv_bytes_per_token
-        limit = probe.latest_read * step.num_tokens / step_bytes
-        if rate <= _DOUBT * limit:
-            return rate, timing, False
-        if attempt < _AGAIN and probe.can_measure:
+        return rate > _DOUBT * probe.latest_read * step.num_tokens / step_bytes
+
+    rate, timing = _measure(worker, cell, prompts)
+    for _ in range(_AGAIN):
+        if not is_beyond(rate, timing):
+            break
+        if probe.can_measure:
             probe.measure()
-    return rate, timing, True
+        rate, timing = _measure(worker, cell, prompts)
+    return rate, timing, is_beyond(rate, timing)
 
 
 def _measure(worker: Worker, cell: Cell, prompts: Sequence[Sequence[int]]) -> tuple[float, Timing]:
