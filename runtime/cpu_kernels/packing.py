@@ -18,6 +18,7 @@ from torch import nn
 
 from ...quant import Int4Linear, concatenate, empty_apart, split, trim_heap
 from ...vmem import linux
+from ...vmem.errors import InvalidOperation
 from . import kernels as native_kernels
 from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of
 from .kernels import Gate, PanelLinear
@@ -62,6 +63,7 @@ class PackedLinear(nn.Module):
         self.out_features = product.out_features[part]
         self.product = product
         self.part = part
+        self.register_load_state_dict_pre_hook(_refuse_loading)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.product.compute(inputs, self.part)
@@ -79,6 +81,7 @@ class PackedGatedLayer(nn.Module):
         super().__init__()
         self.product = product
         self.down_proj = down_proj
+        self.register_load_state_dict_pre_hook(_refuse_loading)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.product.gated(hidden_states))
@@ -239,6 +242,24 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
     return packed_bytes(model)
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module computes with weights that were laid out, and not with parameters."""
+    return isinstance(module, PackedLinear | PackedGatedLayer)
+
+
+def has_foreign_weights(model: nn.Module) -> bool:
+    """Whether somebody gave parameters or modules to packed ones, which would read none of them."""
+    children = {PackedLinear: set(), PackedGatedLayer: {"down_proj"}}
+    return any(
+        is_packed(module)
+        and (
+            any(True for _ in module.parameters(recurse=False))
+            or {name for name, _ in module.named_children()} - children[type(module)]
+        )
+        for module in model.modules()
+    )
+
+
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of packed weights, which are no parameters any more."""
     products = {
@@ -258,6 +279,18 @@ def int4_products(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
         if isinstance(linear, Int4Linear) and linear not in seen:
             seen.add(linear)
             yield name, linear
+
+
+def _refuse_loading(
+    module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: object
+) -> None:
+    """Weights that were laid out have no parameters for others to be loaded into."""
+    own = [name for name in state_dict if name.startswith(prefix) and "down_proj" not in name]
+    if own:
+        raise InvalidOperation(
+            f"{own[0]} cannot be loaded, for the weights there were laid out for the CPU's kernels; "
+            "load them before vkv.LLM takes the model, or make it with pack_weights=False"
+        )
 
 
 def _exchange_linears(

@@ -10,6 +10,7 @@ from ...allocator import SlotCache
 from ...vmem.errors import InvalidOperation, StepFailed, UsageError, VkvError
 from ..execution.model_runner import LaunchedStep, ModelRunner
 from ..execution.sampler import NO_TOKEN, SampledToken
+from ..model.weights import ModelWatch
 from ..request.outputs import FinishReason
 from ..request.request import Batch, Request
 from ..request.sampling_state import SamplingState
@@ -33,6 +34,7 @@ class Engine:
         scheduler: chooses the batches.
         admission: refuses what could never run.
         eos_token_ids: tokens that end a generation.
+        watch: notices that somebody changed the model; None to look for nothing.
         overlap: prepare a step while the device computes the one before. Not for hybrids.
 
     Attributes:
@@ -47,12 +49,14 @@ class Engine:
         admission: Admission,
         *,
         eos_token_ids: Collection[int],
+        watch: ModelWatch | None = None,
         overlap: bool = False,
     ) -> None:
         self.runner = runner
         self.cache = cache
         self.scheduler = scheduler
         self.admission = admission
+        self.watch = watch
         self.overlap = overlap
         self._eos_token_ids = frozenset(eos_token_ids)
         self._requests: dict[str, list[Request]] = {}
@@ -142,12 +146,42 @@ class Engine:
         if not self.has_work:
             return
         start = time.perf_counter()
+        self._notice_changes()
         if self.overlap:
             self._overlapped_step()
         else:
             self._plain_step()
         self._drop_step_if_idle()
         self._step_time_s += time.perf_counter() - start
+
+    def weights_changed(self) -> None:
+        """Drop all that was computed with the model as it was: recordings, parked keys and values.
+
+        Unfinished requests keep their tokens, and their keys and values are computed again.
+
+        Raises InvalidOperation or UnsupportedModel if the model does not fit any more; so do
+        requests end from then on.
+        """
+        self._catch_up()
+        self.scheduler.recompute_all()
+        self.cache.trim()
+        if self.watch is not None:
+            layers = self.watch.learn()
+            self.runner.model_changed(layers, recordable=not self.watch.has_hooks)
+
+    def _notice_changes(self) -> None:
+        """Look whether somebody changed the model: thoroughly where a prompt is computed next."""
+        if self.watch is None:
+            return
+        try:
+            change = self.watch.change(thoroughly=bool(self.scheduler.waiting))
+            if change is not None:
+                _log.warning("%s while vkv.LLM has the model; all is computed anew", change)
+                self.weights_changed()
+        except VkvError as error:
+            self._catch_up()
+            for request in self.requests:
+                self.fail(request, error)
 
     def _plain_step(self) -> None:
         batch = self.scheduler.schedule()

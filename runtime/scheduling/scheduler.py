@@ -177,9 +177,17 @@ class Scheduler:
             budget -= granted[request]
         return None
 
-    def preempt(self, request: Request) -> None:
-        """Take a request's slot away; it will be computed again. Its tokens are kept."""
-        self._release(request, keep=True)
+    def recompute_all(self) -> None:
+        """Have all that runs computed again: what the slots hold is not right any more."""
+        for request in reversed(self.running):  # so that they come back in their order
+            self.preempt(request, keep=False)
+
+    def preempt(self, request: Request, *, keep: bool = True) -> None:
+        """Take a request's slot away; it will be computed again. Its tokens are kept.
+
+        With `keep` the slot is parked, so that what is left of it by then is found again.
+        """
+        self._release(request, keep=keep)
         request.state = RequestState.WAITING
         request.num_computed = 0
         self.waiting.put_back(request)

@@ -172,6 +172,13 @@ class LoopDriver:
             self._carry_out()
             return self._loop.trim()
 
+    def weights_changed(self) -> None:
+        """As `EngineLoop.weights_changed`."""
+        with self._exclusive():
+            self.check_open()
+            self._carry_out()
+            self._loop.weights_changed()
+
     def sleep(self, *, weights: bool = False) -> int:
         """As `EngineLoop.sleep`."""
         with self._exclusive():
