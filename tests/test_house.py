@@ -25,6 +25,8 @@ FOREIGN = {
     "_model_mapping",
     "_forward_hooks",
     "_forward_pre_hooks",
+    "_parameters",
+    "_modules",
     "_fields_",
     "_schema",
     "_cdata",

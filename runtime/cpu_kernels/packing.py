@@ -288,7 +288,7 @@ def _refuse_loading(
     own = [name for name in state_dict if name.startswith(prefix) and "down_proj" not in name]
     if own:
         raise InvalidOperation(
-            f"{own[0]} cannot be loaded, for the weights there were laid out for the CPU's kernels; "
+            f"{own[0]} cannot be loaded, for the weights there were laid out for a CPU's kernels; "
             "load them before vkv.LLM takes the model, or make it with pack_weights=False"
         )
 

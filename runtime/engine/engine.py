@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 class Engine:
     """Runs requests together, one step at a time. It knows tokens and no text.
 
-    Not for use from several threads, nor driven by anything but an `EngineLoop`.
+    Not for use from several threads, nor driven by anything but an `EngineLoop`. One class, since
+    requests, the step under way and a change of the model all meet in the same state.
 
     Args:
         runner: runs the model.
@@ -163,7 +164,8 @@ class Engine:
         requests end from then on.
         """
         self._catch_up()
-        self.scheduler.recompute_all()
+        for request in self.scheduler.running[::-1]:  # so that they come back in their order
+            self.scheduler.preempt(request, keep=False)
         self.cache.trim()
         if self.watch is not None:
             layers = self.watch.learn()

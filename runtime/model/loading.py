@@ -341,7 +341,9 @@ def _max_without_window(model: PreTrainedModel, probed: Probed) -> int:
     windows = [
         layer.sliding_window
         for index, layer in enumerate(DynamicCache(config=model.config).layers)
-        if isinstance(layer, DynamicSlidingWindowLayer) and index in attends and attends[index].window is None
+        if isinstance(layer, DynamicSlidingWindowLayer)
+        and index in attends
+        and attends[index].window is None
     ]
     return min(windows, default=sys.maxsize)
 

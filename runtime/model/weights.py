@@ -181,7 +181,7 @@ def _identities(holders: Sequence[Mapping[str, Any]]) -> list[int]:
 def _adapters(tuner: nn.Module) -> tuple[Any, ...]:
     """What decides which of a layer's adapters count, under PEFT's names."""
     names = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
-    values = (getattr(tuner, name, None) for name in names)
+    values: list[Any] = [getattr(tuner, name, None) for name in names]
     return tuple(value.copy() if hasattr(value, "copy") else value for value in values)
 
 

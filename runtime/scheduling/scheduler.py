@@ -177,11 +177,6 @@ class Scheduler:
             budget -= granted[request]
         return None
 
-    def recompute_all(self) -> None:
-        """Have all that runs computed again: what the slots hold is not right any more."""
-        for request in reversed(self.running):  # so that they come back in their order
-            self.preempt(request, keep=False)
-
     def preempt(self, request: Request, *, keep: bool = True) -> None:
         """Take a request's slot away; it will be computed again. Its tokens are kept.
 

@@ -93,18 +93,22 @@ _DOTS3 = {
     "swa_kv_lora_rank": 16,
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_COMPASS = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        kind: {**_ROPE, "mrope_section": [2, 1, 1]}
+        for kind in ("sliding_attention", "full_attention")
+    },
+}
+_SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
 _KNOWN: dict[str, dict[str, Any]] = {
     "blt": {
         "encoder_hash_byte_group_vocab": 50,
         "encoder_hash_byte_group_size": [2, 3],
     },
-    "cohere_compass_text": {
-        "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {
-            kind: {**_ROPE, "mrope_section": [2, 1, 1]}
-            for kind in ("sliding_attention", "full_attention")
-        },
-    },
+    "cohere_compass": {"text_config": _COMPASS},
+    "cohere_compass_text": _COMPASS,
+    "cosmos3_edge": {"text_config": _SECTIONS},
     "cwm": _IDS,
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
@@ -118,6 +122,29 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config": _IDS},
     "gemma4_unified": {"text_config": _IDS},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    **{
+        name: {"text_config": _SECTIONS}
+        for name in (
+            "glm46v",
+            "glm4v",
+            "glm_ocr",
+            "glmga",
+            "paddleocr_vl",
+            "qwen2_5_vl",
+            "qwen2_vl",
+        )
+    },
+    "unlimited_ocr": {"text_config": {"num_key_value_heads": 4}},
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": {
+                **_ROPE,
+                "mrope_section": [1, 1, 0],
+                "partial_rotary_factor": 0.5,
+            }
+        }
+    },
+    "hunyuan_vl": {"text_config": {"head_dim": 8}},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {
@@ -173,6 +200,11 @@ def _tiny(default: PretrainedConfig) -> dict[str, Any]:
             tiny[name] = _SIZES[name]
     if "kv_lora_rank" in fields:  # latent attention, whose rotary part alone has `head_dim`
         tiny |= {name: 4 for name in ("num_key_value_heads", "head_dim") if name in fields}
+    rope = fields.get("rope_parameters") or {}
+    if "mrope_section" in rope:  # halves of a head's rotary part, for time, height and width
+        half = int(tiny.get("head_dim", 8) * rope.get("partial_rotary_factor", 1.0)) // 2
+        sections = [half - 2 * (half // 3), half // 3, half // 3]
+        tiny["rope_parameters"] = {**rope, "mrope_section": sections}
     for name in _LAYERS:
         if name in fields and isinstance(fields[name], int):
             chosen = _chosen_layers(fields, fields[name])

@@ -185,7 +185,7 @@ def test_weights_changed_of_a_hybrid_and_with_overlap() -> None:
 
 def hybrid_part(model: Any) -> Any:
     class Part:
-        class model:  # noqa: N801 - as in the models
+        class model:
             layers = (None, type("Layer", (), {"mlp": model.model.layers[1].mlp.shared_expert}))
 
     return Part
