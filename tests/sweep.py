@@ -89,6 +89,14 @@ class NoCache(Exception):
     """The model takes no cache of `transformers`' growing kind either, in words."""
 
 
+class Tie(Exception):
+    """At a token that has another one's score, within the tolerance; what follows differs."""
+
+
+class NoReference(Exception):
+    """There is nothing to compare with, in words."""
+
+
 class Different(Exception):
     """Another result than the reference, in words."""
 
@@ -189,8 +197,10 @@ def examine(name: str) -> Row:
     try:
         alone = [reference(model, [prompt])[0] for prompt in prompts]
         together = reference(model, prompts[:2])
-    except Exception as error:  # noqa: BLE001 - whatever a model raises
-        return Row(name, NO_REFERENCE, words(error), NO_REFERENCE, words(error))
+    except Exception as failed:  # noqa: BLE001 - whatever a model raises
+        error = failed
+        engine = verdict(lambda: check_refused(model, prompts, words(error)))
+        return Row(name, *engine, NO_REFERENCE, words(error))
     doubt = own_difference(model, prompts, alone)
     virtual = verdict(lambda: check_virtual(model, prompts, alone, together))
     engine = verdict(lambda: check_engines(model, prompts, alone))
@@ -220,6 +230,10 @@ def verdict(check: Callable[[], str]) -> tuple[str, str]:
         return SAME, check()
     except VkvError as error:
         return REFUSED, words(error)
+    except NoReference as error:
+        return NO_REFERENCE, str(error)
+    except Tie as tie:
+        return SAME, f"up to token {tie}, where two tokens have one score"
     except NoCache as error:
         return NO_CACHE, str(error)
     except Different as error:
@@ -306,6 +320,13 @@ def check_takes_cache(model: PreTrainedModel, batch: Sequence[Sequence[int]]) ->
         raise NoCache(words(error)) from error
 
 
+def check_refused(model: PreTrainedModel, prompts: Sequence[Sequence[int]], said: str) -> str:
+    """Whether `LLM` refuses what `generate` cannot run; raises NoReference where it does not."""
+    with LLM(model, **zoo.with_defaults({"max_len": 64, "device": "cpu"})) as llm:
+        llm.generate(prompts, zoo.greedy(3), on_error="raise")
+    raise NoReference(said)
+
+
 def check_engines(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], alone: Sequence[Reference]
 ) -> str:
@@ -346,7 +367,7 @@ def compare(tokens: Sequence[int], expected: Reference, scores: torch.Tensor) ->
         if off > TOLERANCE:
             raise Different(f"scores of token {step} are {off:.3g} off, {token} for {other}")
         if token != other:
-            return  # a tie within the tolerance; from here on they read different tokens
+            raise Tie(step)  # from here on they read different tokens
 
 
 # -- the table -------------------------------------------------------------------------------
@@ -362,8 +383,8 @@ random weights in float32. Three prompts, of {lengths} tokens, are completed gre
   prefixes; and both once more with packed weights.
 - **`VirtualCache`**: each alone, and two in a batch, the shorter one padded.
 
-*Same*: log probabilities within {tolerance:g} of those of `generate` over its own cache,
-up to the first token that such a difference changes.
+*Same*: log probabilities of all tokens within {tolerance:g} of those of `generate` over its own
+cache.
 transformers {transformers}, torch {torch}, {processor}.
 """
 
