@@ -177,7 +177,11 @@ class LoopDriver:
         with self._exclusive():
             self.check_open()
             self._carry_out()
-            self._loop.weights_changed()
+            try:
+                self._loop.weights_changed()
+            finally:  # the step under way ended, and maybe the last request with it
+                self._sinks.route(self._loop.take_outputs())
+                self._note_rest()
 
     def sleep(self, *, weights: bool = False) -> int:
         """As `EngineLoop.sleep`."""

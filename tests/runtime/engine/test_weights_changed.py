@@ -191,6 +191,20 @@ def hybrid_part(model: Any) -> Any:
     return Part
 
 
+def test_what_the_step_under_way_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turn(*_: Any) -> None:
+        pytest.fail("nobody may be there to turn")
+
+    with make(zoo.tiny_model("llama"), overlap=True) as llm:
+        stream = llm.stream(PROMPTS[0], zoo.greedy(2))
+        first = next(stream)
+        llm.weights_changed()
+        monkeypatch.setattr(llm.loop, "turn", turn)
+        rest = list(stream)
+    assert sum(len(delta.token_ids) for delta in (first, *rest)) == 2
+    assert rest[-1].finish_reason == "length"
+
+
 def test_async_weights_changed() -> None:
     model: Any = zoo.tiny_model("llama")
 
