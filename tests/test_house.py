@@ -28,6 +28,8 @@ FOREIGN = {
     "_is_expert_parallel",
     "_forward_hooks",
     "_forward_pre_hooks",
+    "_parameters",
+    "_modules",
     "_fields_",
     "_schema",
     "_cdata",

@@ -93,6 +93,22 @@ _PROMISED = [
 ]
 
 
+def test_the_sweep_found_what_the_readme_says() -> None:
+    causal, images = (ROOT / "tests/sweep.md").read_text().split("\n## Models with images")
+    rows = re.findall(r"^\| `[^`]+` \| ([^|:]*)[^|]*\| ([^|:]*)", causal, flags=re.MULTILINE)
+    rows = [(engine.strip(), virtual.strip()) for engine, virtual in rows]
+    counts = {kind: sum(engine == kind for engine, _ in rows) for kind in ("same", "refused")}
+    same = sum(virtual == "same" for _, virtual in rows)
+    said = (
+        rf"the {len(rows)} causal architectures .* for {counts['same']}, refused "
+        rf"{counts['refused']} and differed in none; `VirtualCache` gave them for {same}\."
+    )
+    assert re.search(said, " ".join((ROOT / "README.md").read_text().split())), said
+    for part in (causal, images):
+        assert "| DIFFERENT | 0 | 0 |" in part
+        assert part.count("DIFFERENT") == 1
+
+
 def test_the_architectures_named_are_those_proven() -> None:
     text = (ROOT / "runtime/model/README.md").read_text()
     (listed,) = re.findall(r"<!-- architectures -->(.*?)<!-- end -->", text, flags=re.DOTALL)

@@ -18,7 +18,7 @@ from transformers.integrations import moe
 
 from ...quant import empty_apart
 from . import kernels as native_kernels
-from .fusing import ACTIVATIONS, Undo, close, exchange, has_hooks
+from .fusing import ACTIVATIONS, Undo, close, exchange, has_hooks, refuse_loading
 from .kernels import Gate, PanelLinear
 from .shared_inputs import single_homes
 
@@ -40,6 +40,7 @@ class PackedExperts(nn.Module):
         self._down = self._lay_out(experts, "down_proj", panel, None)
         self._names = (first, "down_proj")
         self.num_bytes = sum(parameter.nbytes for parameter in experts.parameters())
+        self.register_load_state_dict_pre_hook(refuse_loading)
 
     def _lay_out(self, experts: Any, name: str, panel: int, gate: Gate | None) -> list[PanelLinear]:
         weights = getattr(experts, name).detach()  # [experts, out, in], or transposed
@@ -165,19 +166,25 @@ class RowWeight(nn.Parameter):
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> "RowWeight | None":
         """None where there is no kernel for it."""
-        panel = native_kernels.best_panel(weight.dtype)
-        if panel is None or weight.shape[1] % 2:
+        if native_kernels.best_panel(weight.dtype) is None or weight.shape[1] % 2:
             return None
         row_weight = cls(weight.detach(), requires_grad=False)
         row_weight.bias = bias
-        row_weight.product = PanelLinear(weight, bias, panel=panel)
-        row_weight.num_bytes = weight.nbytes
-        row_weight.wider = None
-        if weight.dtype != torch.float32:
-            wider = None if bias is None else bias.float()
-            row_weight.wider = cls.of(weight.detach().float(), wider)
-            row_weight.num_bytes += weight.numel() * 8  # as it is and laid out
+        row_weight.lay_out()
         return row_weight
+
+    def lay_out(self) -> None:
+        """Take the numbers that are in the parameter now."""
+        panel = native_kernels.best_panel(self.dtype)
+        assert panel is not None, "looked at by `of`"
+        weight = self.detach().as_subclass(torch.Tensor)
+        self.product = PanelLinear(weight, self.bias, panel=panel)
+        self.num_bytes = weight.nbytes
+        self.wider = None
+        if weight.dtype != torch.float32:
+            bias = None if self.bias is None else self.bias.float()
+            self.wider = RowWeight.of(weight.float(), bias)
+            self.num_bytes += weight.numel() * 8  # as it is and laid out
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from ...quant import Int4Linear
+from ...vmem.errors import InvalidOperation
 from . import kernels as native_kernels
 from .kernels import Gate
 
@@ -180,6 +181,19 @@ def _rotates_halves(function: Callable[..., object]) -> bool:
 
 def _takes_one_tensor(module: nn.Module) -> bool:
     return len(inspect.signature(module.forward).parameters) == 1
+
+
+def refuse_loading(
+    module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: object
+) -> None:
+    """Weights that were laid out have no parameters for others to be loaded into."""
+    children = tuple(f"{prefix}{name}." for name, _ in module.named_children())
+    own = [n for n in state_dict if n.startswith(prefix) and not n.startswith(children)]
+    if own:
+        raise InvalidOperation(
+            f"{own[0]} cannot be loaded, for the weights there were laid out for a CPU's kernels; "
+            "load them before vkv.LLM takes the model, or make it with pack_weights=False"
+        )
 
 
 def has_hooks(module: nn.Module) -> bool:

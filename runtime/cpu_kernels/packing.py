@@ -22,7 +22,7 @@ from ...quant import Int4Linear, concatenate, empty_apart, split, trim_heap
 from ...vmem import linux
 from . import kernels as native_kernels
 from .experts import Multiplied, PackedExperts, RowWeight, pack_experts, pack_row_weights
-from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of
+from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of, refuse_loading
 from .kernels import Gate, PanelLinear
 from .shared_inputs import Linear, Place, group_by_input, plain_linears, single_homes
 
@@ -77,6 +77,7 @@ class PackedLinear(nn.Module):
         self.out_features = product.out_features[part]
         self.product = product
         self.part = part
+        self.register_load_state_dict_pre_hook(refuse_loading)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.product.compute(inputs, self.part)
@@ -94,6 +95,7 @@ class PackedGatedLayer(nn.Module):
         super().__init__()
         self.product = product
         self.down_proj = down_proj
+        self.register_load_state_dict_pre_hook(refuse_loading)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.product.gated(hidden_states))
@@ -270,6 +272,31 @@ def pack(
     for back in reversed(undo):
         back()
     return packed_bytes(model)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module computes with weights that were laid out, and not with parameters."""
+    return isinstance(module, PackedLinear | PackedGatedLayer | PackedExperts)
+
+
+def lay_out_again(model: nn.Module) -> None:
+    """Take the numbers that are now in parameters which stay, beside what was laid out of them."""
+    for weight in model.parameters():
+        if isinstance(weight, RowWeight):
+            weight.lay_out()
+
+
+def has_foreign_weights(model: nn.Module) -> bool:
+    """Whether somebody gave parameters or modules to packed ones, which would read none of them."""
+    children = {PackedLinear: set(), PackedGatedLayer: {"down_proj"}, PackedExperts: set()}
+    return any(
+        is_packed(module)
+        and (
+            any(True for _ in module.parameters(recurse=False))
+            or {name for name, _ in module.named_children()} - children[type(module)]
+        )
+        for module in model.modules()
+    )
 
 
 def packed_bytes(model: nn.Module) -> int:

@@ -30,6 +30,7 @@ from ..model.forward import Forward
 from ..model.loading import LoadedModel, load_model
 from ..model.recurrent_state import RecurrentState
 from ..model.repeatability import why_not_repeatable
+from ..model.weights import ModelWatch
 from ..scheduling.policies import POLICIES
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
@@ -93,6 +94,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             _build_scheduler(loaded, config, cache, profile),
             _build_admission(loaded, cache),
             eos_token_ids=loaded.eos_token_ids,
+            watch=ModelWatch(loaded),
             overlap=_overlaps(loaded, config, profile),
             step_bytes=step_bytes(
                 loaded,

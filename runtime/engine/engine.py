@@ -11,6 +11,7 @@ from ...vmem.errors import InvalidOperation, StepFailed, UsageError, VkvError
 from ...vmem.native_function import workspace_bytes
 from ..execution.model_runner import LaunchedStep, ModelRunner
 from ..execution.sampler import NO_TOKEN, SampledToken
+from ..model.weights import ModelWatch
 from ..request.outputs import FinishReason
 from ..request.request import Batch, Request
 from ..request.sampling_state import SamplingState
@@ -26,7 +27,8 @@ _log = logging.getLogger(__name__)
 class Engine:
     """Runs requests together, one step at a time. It knows tokens and no text.
 
-    Not for use from several threads, nor driven by anything but an `EngineLoop`.
+    Not for use from several threads, nor driven by anything but an `EngineLoop`. One class, since
+    requests, the step under way and a change of the model all meet in the same state.
 
     Args:
         runner: runs the model.
@@ -34,6 +36,7 @@ class Engine:
         scheduler: chooses the batches.
         admission: refuses what could never run.
         eos_token_ids: tokens that end a generation.
+        watch: notices that somebody changed the model; None to look for nothing.
         overlap: prepare a step while the device computes the one before. Not for hybrids.
         step_bytes: the most that tensors of a step take; for `stats`.
 
@@ -49,6 +52,7 @@ class Engine:
         admission: Admission,
         *,
         eos_token_ids: Collection[int],
+        watch: ModelWatch | None = None,
         overlap: bool = False,
         step_bytes: int = 0,
     ) -> None:
@@ -56,6 +60,7 @@ class Engine:
         self.cache = cache
         self.scheduler = scheduler
         self.admission = admission
+        self.watch = watch
         self.overlap = overlap
         self._step_bytes = step_bytes
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -150,12 +155,43 @@ class Engine:
         if not self.has_work:
             return
         start = time.perf_counter()
+        self._notice_changes()
         if self.overlap:
             self._overlapped_step()
         else:
             self._plain_step()
         self._drop_step_if_idle()
         self._step_time_s += time.perf_counter() - start
+
+    def weights_changed(self) -> None:
+        """Drop all that was computed with the model as it was: recordings, parked keys and values.
+
+        Unfinished requests keep their tokens, and their keys and values are computed again.
+
+        Raises InvalidOperation or UnsupportedModel if the model does not fit any more; so do
+        requests end from then on.
+        """
+        self._catch_up()
+        for request in self.scheduler.running[::-1]:  # so that they come back in their order
+            self.scheduler.preempt(request, keep=False)
+        self.cache.trim()
+        if self.watch is not None:
+            layers = self.watch.learn()
+            self.runner.model_changed(layers, recordable=not self.watch.has_hooks)
+
+    def _notice_changes(self) -> None:
+        """Look whether somebody changed the model: thoroughly where a prompt is computed next."""
+        if self.watch is None:
+            return
+        try:
+            change = self.watch.change(thoroughly=bool(self.scheduler.waiting))
+            if change is not None:
+                _log.warning("%s while vkv.LLM has the model; all is computed anew", change)
+                self.weights_changed()
+        except VkvError as error:
+            self._catch_up()
+            for request in self.requests:
+                self.fail(request, error)
 
     def _plain_step(self) -> None:
         batch = self.scheduler.schedule()

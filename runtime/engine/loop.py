@@ -149,6 +149,13 @@ class EngineLoop:
         self._publish()
         return num_bytes
 
+    def weights_changed(self) -> None:
+        """As `Engine.weights_changed`. Raises InvalidOperation while asleep."""
+        self._sleep.check_awake()
+        self.engine.scheduler.exits.retry()
+        self.engine.weights_changed()
+        self._publish()
+
     def sleep(self, *, weights: bool = False) -> int:
         """Give all memory of keys and values back; returns the bytes (`Sleep.begin`)."""
         self.engine.scheduler.exits.retry()

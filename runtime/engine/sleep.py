@@ -39,6 +39,8 @@ class Sleep:
         if weights and self._profile.moves_weights and self._weights is None:
             if engine.runner.recordings is not None:
                 engine.runner.recordings.forget()
+            if engine.watch is not None:
+                engine.watch.release()
             self._weights = OffloadedWeights(engine.runner.forward.model)
             num_bytes += self._weights.num_bytes
         self._profile.release_cached()
@@ -50,6 +52,8 @@ class Sleep:
         if self._weights is not None:
             self._weights.restore()
             self._weights = None
+            if self._engine.watch is not None:
+                self._engine.watch.renew()
         self.is_asleep = False
 
     def check_awake(self) -> None:

@@ -60,6 +60,17 @@ class ModelRunner:
         """Give back what finished requests left beside the slots; returns the bytes."""
         return 0
 
+    def model_changed(self, layers: Sequence[LayerAttention], *, recordable: bool) -> None:
+        """Go on with what the model's layers ask of attention now, and record its steps anew.
+
+        None is recorded if it is not `recordable` any more.
+        """
+        self._layers = tuple(layers)
+        self.forget()
+        if self.recordings is not None:
+            self.recordings.forget()
+            self.recordings.refused = None if recordable else "the model has forward hooks"
+
     @torch.inference_mode()
     def launch(
         self, batch: Batch, last_tokens: torch.Tensor | None = None, *, wait: bool = True

@@ -87,6 +87,7 @@ class TapeRecorder:
 
     def forget(self) -> None:
         self._pool = _Pool()
+        self._num_recorded = 0  # what is recorded next is compared again
 
 
 class _Pool:

@@ -165,6 +165,10 @@ class AsyncLLM:
         """As `LLM.wake`."""
         await asyncio.to_thread(self._thread.driver.wake)
 
+    async def weights_changed(self) -> None:
+        """As `LLM.weights_changed`."""
+        await asyncio.to_thread(self._thread.driver.weights_changed)
+
     async def close(self) -> None:
         """End all requests, with InvalidOperation for their consumers, and give all back."""
         await asyncio.to_thread(self._thread.close)

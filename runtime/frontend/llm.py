@@ -258,6 +258,20 @@ class LLM:
         """End a `sleep`. Keys and values take memory when requests do; harmless when awake."""
         self._driver.wake()
 
+    def weights_changed(self) -> None:
+        """Say that somebody changed the model that was handed over: all is computed anew.
+
+        Most changes are noticed within a few steps, and before the next prompt: weights loaded,
+        assigned or written to in place, hooks, adapters switched, modules exchanged. What PyTorch
+        does not count is not: writing into `p.data`, or a plain attribute of a module. Then call
+        this, after the change. Recorded steps and kept prefixes are dropped. Unfinished requests
+        go on: their tokens stay, and their keys and values are computed again.
+
+        Raises InvalidOperation while asleep, or if the model has another vocabulary, dtype, device
+        or other layers than when it was handed over. UnsupportedModel if it cannot run any more.
+        """
+        self._driver.weights_changed()
+
     @property
     def is_asleep(self) -> bool:
         """True between `sleep` and `wake`."""

@@ -1,6 +1,7 @@
 """Loading an unmodified `transformers` model, and learning what its layers ask of attention."""
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ...allocator import LayerGeometry
 from ...attention_backends import AttentionNeeds, LayerAttention
@@ -24,7 +27,7 @@ from ...vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from ..cpu_kernels.packing import can_pack, pack, packed_bytes
 from .attention_hook import ATTENTION_NAME, register
 from .ends import eos_token_ids
-from .probing import probe_attention, probe_outputs
+from .probing import Probed, probe_attention, probe_outputs
 from .reading import reading, resolve
 from .recurrent_state import STATE_LAYER_TYPES, keeps_state
 
@@ -157,7 +160,7 @@ def load_model(
         geometry=probed.geometry,
         vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
         eos_token_ids=eos_token_ids(model, held_tokenizer, probed.num_logits),
-        max_positions=_max_positions(text_config),
+        max_positions=min(_max_positions(text_config), _max_without_window(model, probed)),
     )
 
 
@@ -332,6 +335,23 @@ def _max_positions(config: Any) -> int:
         if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
             limit = min(limit, parameters.get("original_max_position_embeddings") or limit)
     return limit
+
+
+def _max_without_window(model: PreTrainedModel, probed: Probed) -> int:
+    """The longest sequence for which a window makes no difference that only `transformers` has.
+
+    Moshi names a window in its config, of which its attention learns nothing, while the cache of
+    `generate` drops what lies behind it.
+    """
+    attends = dict(zip(probed.layers, probed.attention, strict=True))
+    windows = [
+        layer.sliding_window
+        for index, layer in enumerate(DynamicCache(config=model.config).layers)
+        if isinstance(layer, DynamicSlidingWindowLayer)
+        and index in attends
+        and attends[index].window is None
+    ]
+    return min(windows, default=sys.maxsize)
 
 
 def load_tokenizer(

@@ -178,9 +178,12 @@ class Scheduler:
             budget -= granted[request]
         return None
 
-    def preempt(self, request: Request) -> None:
-        """Take a request's slot away; it will be computed again. Its tokens are kept."""
-        self._release(request, keep=True)
+    def preempt(self, request: Request, *, keep: bool = True) -> None:
+        """Take a request's slot away; it will be computed again. Its tokens are kept.
+
+        With `keep` the slot is parked, so that what is left of it by then is found again.
+        """
+        self._release(request, keep=keep)
         request.state = RequestState.WAITING
         request.num_computed = 0
         self.waiting.put_back(request)

@@ -22,6 +22,10 @@ from transformers.cache_utils import (
 from ...vmem.errors import InvalidConfig, InvalidOperation, RequestTooLong, UsageError
 from .lanes import Arena, LaneTensor
 
+# Memory is mapped by calls to the system, which a traced graph cannot hold: a compiled model
+# breaks its graph around them and goes on, as `torch.compile` does by default.
+_untraced = torch.compiler.disable(reason="vkv.VirtualCache maps memory; leave fullgraph=False")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualCacheStats:
@@ -51,8 +55,9 @@ class VirtualCache(DynamicCache):
     it is good until the cache is next written to, cropped or reordered: `clone` it to keep it, or
     to save it, since its storage spans the addresses of `max_len` tokens. A reorder of beams works
     in place; where the batch changes its size, one layer exists twice for a moment.
-    `copy.deepcopy` gives a cache apart, with memory of its own. For inference: no gradient flows
-    through it.
+    `copy.deepcopy` gives a cache apart, with memory of its own. In a model that `torch.compile`
+    compiled, graphs break where memory is mapped (`fullgraph=False`, the default). For inference:
+    a backward pass through it raises InvalidOperation.
 
     Args:
         config: of the model, `model.config`.
@@ -116,6 +121,7 @@ class VirtualLayer(DynamicLayer):
         self.max_len = max_len
         self._arena = arena
         self._tensors: tuple[LaneTensor, LaneTensor] | None = None  # of keys and of values
+        self._needs_gradient = False  # of some token held
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VirtualLayer":
         clone = copy.copy(self)
@@ -124,10 +130,12 @@ class VirtualLayer(DynamicLayer):
         clone._show()
         return clone
 
+    @_untraced
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Reserve addresses for states like these, [batch, heads, any length, dim]."""
         self._initialize(key_states, value_states)
 
+    @_untraced
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,8 +159,13 @@ class VirtualLayer(DynamicLayer):
         keys.append(key_states)
         values.append(value_states)
         self._show()
-        return keys.states(first), values.states(first)
+        self._needs_gradient |= key_states.requires_grad or value_states.requires_grad
+        visible = keys.states(first), values.states(first)
+        if self._needs_gradient and torch.is_grad_enabled():
+            return _NoGradient.apply(_anchor(), *visible)  # type: ignore[return-value]
+        return visible
 
+    @_untraced
     def get_seq_length(self) -> int:
         """Tokens of each sequence so far, those behind a window included."""
         return self._tensors[0].end if self._tensors else 0
@@ -161,12 +174,14 @@ class VirtualLayer(DynamicLayer):
         """The most tokens that the layer can hold."""
         return self.max_len
 
+    @_untraced
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many tokens `query_length` new ones may see, themselves included, and the first."""
         length = self.get_seq_length()
         first = self._first_visible(length)
         return length - first + query_length, first
 
+    @_untraced
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` tokens away; 0 only gives back what none may see.
 
@@ -190,21 +205,25 @@ class VirtualLayer(DynamicLayer):
             tensor.cut(first, length)
         self._show()
 
+    @_untraced
     def reset(self) -> None:
         """Forget all tokens, and give addresses and memory back."""
         self._tensors = self.keys = self.values = None
-        self.is_initialized = False
+        self.is_initialized = self._needs_gradient = False
 
+    @_untraced
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let sequence `i` of the batch be what sequence `beam_idx[i]` was."""
         self.batch_select_indices(beam_idx)
 
+    @_untraced
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence of the batch `repeats` times."""
         if self._tensors is not None:
             batch = torch.arange(self._tensors[0].shape[0])
             self.batch_select_indices(batch.repeat_interleave(repeats))
 
+    @_untraced
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences `indices` of the batch: int64 [new_batch], or a mask [batch].
 
@@ -242,6 +261,30 @@ class VirtualLayer(DynamicLayer):
         if self._tensors is not None:
             first = None if self.record_past else self._first_visible(self.get_seq_length())
             self.keys, self.values = (tensor.states(first) for tensor in self._tensors)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Hands tensors on, for a forward; a backward through them is an error.
+
+    Memory that is written to in place holds no graph, and leaving the gradient out would give
+    wrong ones for the weights before it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise InvalidOperation(
+            "no gradient flows through a VirtualCache, which is for inference; for a backward pass "
+            "run the model with use_cache=False, or with transformers' DynamicCache"
+        )
+
+
+def _anchor() -> torch.Tensor:
+    """Something to differentiate by, without which a graph would leave its node out."""
+    return torch.empty(0, requires_grad=True)
 
 
 class VirtualSlidingWindowLayer(VirtualLayer):

@@ -172,6 +172,17 @@ class LoopDriver:
             self._carry_out()
             return self._loop.trim()
 
+    def weights_changed(self) -> None:
+        """As `EngineLoop.weights_changed`."""
+        with self._exclusive():
+            self.check_open()
+            self._carry_out()
+            try:
+                self._loop.weights_changed()
+            finally:  # the step under way ended, and maybe the last request with it
+                self._sinks.route(self._loop.take_outputs())
+                self._note_rest()
+
     def sleep(self, *, weights: bool = False) -> int:
         """As `EngineLoop.sleep`."""
         with self._exclusive():

@@ -1,9 +1,11 @@
 """Hybrids in the engine: state follows its request through everything that happens to it."""
 
 import pytest
+import tiny_configs
 import torch
 import zoo
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from virtual_zoo import RECURRENT
 from vkv import LLM, SamplingParams
 from vkv.runtime.model.recurrent_state import StepState
 from vkv.vmem.errors import UnsupportedModel
@@ -55,13 +57,13 @@ def test_only_rows_that_are_wanted_become_logits(model_type: str, selects: bool)
     reference = zoo.tiny_model(model_type)
     expected = [zoo.generate_alone(reference, prompt, 5) for prompt in (PROMPT, other)]
     shapes: list[tuple[int, ...]] = []
-    with _llm(zoo.tiny_model(model_type), max_batch_tokens=16) as llm:
+    model = zoo.tiny_model(model_type)
+    model.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.logits.shape[:2])))
+    with _llm(model, max_batch_tokens=16) as llm:
         forward = llm.engine.runner.forward
         assert forward._selects_logits
         forward._selects_logits = selects  # else as with a model that cannot
-        llm.loaded.model.register_forward_hook(
-            lambda _, __, output: shapes.append(tuple(output.logits.shape[:2]))
-        )
+        shapes.clear()  # of the probe
         outputs = llm.generate([PROMPT, other], zoo.greedy(5))
         assert [list(output.outputs[0].token_ids) for output in outputs] == expected
         if selects:
@@ -99,3 +101,23 @@ def test_a_model_that_forgets_its_state_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(StepState, "update_conv_state", lambda self, conv, *_, **__: conv)
     with pytest.raises(UnsupportedModel, match="does not go on from its recurrent state"):
         _llm(zoo.tiny_model("bamba"))
+
+
+def test_a_model_that_takes_up_half_of_its_state_is_refused() -> None:
+    """Jamba's chunks go on from the recurrent state, but not from that of the convolution."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_configs.config_of("jamba"))
+    zoo.sharpen(model)
+    with pytest.raises(UnsupportedModel, match="does not go on from its recurrent state in a chu"):
+        _llm(model.eval())
+
+
+def test_a_model_whose_state_shows_in_its_queries_and_keys_alone() -> None:
+    """Zaya's state is beside attention; the probe attends to nothing, so its logits do not tell."""
+    model = zoo.tiny_model("zaya", **RECURRENT["zaya"])
+    prompts = zoo.random_prompts([5, 40, 23])
+    with _llm(model, max_batch_tokens=16) as llm:
+        outs = llm.generate(prompts, zoo.greedy(12), on_error="raise")
+    model.set_attn_implementation("eager")
+    for prompt, out in zip(prompts, outs, strict=True):
+        assert list(out.outputs[0].token_ids) == zoo.generate_alone(model, prompt, 12)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_configs
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
@@ -241,6 +242,23 @@ def test_a_long_rotary_embedding_is_held_to_its_original_length() -> None:
         _llm(model)
     with _llm(model, max_len=None) as llm:
         assert llm.engine.cache.max_len == 64
+
+
+def test_a_window_that_only_the_cache_of_transformers_has_bounds_the_length() -> None:
+    """Moshi's attention sees everything; `generate` forgets what lies behind the window."""
+    config = tiny_configs.config_of("moshi")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    zoo.sharpen(model)
+    window = tiny_configs.WINDOW
+    (prompt,) = zoo.random_prompts([5])
+    expected = zoo.generate_alone(model, prompt, window - 5, eos_token_id=None)
+    with pytest.raises(InvalidConfig, match=f"takes {window} positions here; lower max_len"):
+        _llm(model)
+    with _llm(model, max_len=None) as llm:
+        assert llm.max_len == window
+        (out,) = llm.generate([prompt], zoo.greedy(window - 5))
+    assert list(out.outputs[0].token_ids) == expected
 
 
 def test_a_prepared_model_says_how_to_use_it_elsewhere() -> None:
