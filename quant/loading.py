@@ -27,6 +27,7 @@ from .formats.scheme import Scheme
 from .formats.table import features, parse_config, read_layer, tensor_names
 from .linear import Int4Linear
 from .names import ModelNames
+from .stored_experts import expert_linear, stored_experts
 from .weight_memory import trim_heap
 
 _METHOD = "vkv_int4"
@@ -121,13 +122,15 @@ class _Int4Quantizer(HfQuantizer):
         stored = _read_headers(checkpoint_files or ())
         header = {names(name): described for name, described in stored.items()}
         for layer, tensors in _layers(header, self.scheme).items():
-            linear = _linear(model, layer, next(iter(tensors)))
+            linear = expert_linear(model, layer) or _linear(model, layer, next(iter(tensors)))
             _check_size(linear, layer, tensors, self.scheme)
             _refuse_others(layer, header, {*tensors, "bias"})
             bias = None
             if linear.bias is not None or f"{layer}.bias" in header:
                 bias = torch.empty(linear.out_features, dtype=linear.weight.dtype, device="meta")
             model.set_submodule(layer, _StoredLinear(tensors, bias))
+        for name, experts in stored_experts(model):
+            experts.check(name)
         return model
 
     def _process_model_after_weight_loading(
@@ -138,6 +141,9 @@ class _Int4Quantizer(HfQuantizer):
             layer, module = stored.pop()
             model.set_submodule(layer, module.read(layer, self.scheme))
             del module
+            trim_heap()
+        for name, experts in stored_experts(model):
+            model.set_submodule(name, experts.read())
             trim_heap()
         return model
 
@@ -203,8 +209,8 @@ def _linear(model: PreTrainedModel, layer: str, tensor: str) -> nn.Linear:
         held = "no module" if module is None else f"a {type(module).__name__}"
         raise UnsupportedQuantization(
             f"tensor {layer}.{tensor} is quantised, and {type(model).__name__} has {held} of that "
-            "name where a linear layer is expected; expert weights that a model keeps in one "
-            "tensor for all experts are not covered"
+            "name where a linear layer or an expert's is expected; use a checkpoint of that "
+            "architecture"
         )
     return module
 

@@ -31,7 +31,7 @@ class ModelNames:
     def __call__(self, name: str) -> str:
         """The model's name for the tensor that the checkpoint calls `name`.
 
-        A weight that is put together of several keeps its own, for there is no layer of its own.
+        A weight that the model puts together of several, as those of experts, is renamed alone.
         """
         layer, _, part = name.rpartition(".")
         if part not in self._parts:
@@ -43,4 +43,10 @@ class ModelNames:
         found, converted = rename_source_key(
             name, self._renamings, self._converters, self._prefix, self._dense
         )
-        return name if converted is not None else found
+        if converted is None:
+            return found
+        alone, _ = rename_source_key(name, self._renamings, [])
+        base = f"{self._prefix}."
+        if found.startswith(base) == alone.startswith(base):
+            return alone
+        return f"{base}{alone}" if found.startswith(base) else alone.removeprefix(base)

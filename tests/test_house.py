@@ -20,6 +20,7 @@ LONG = {  # with its reason
 _WHY_LARGE = r"One class|many\s+methods|hence their number|They\s+are many"  # the reason follows
 # Private names of libraries, for which they have no public ones.
 FOREIGN = {
+    "_apply_gate",
     "_attn_implementation",
     "_from_model_config",
     "_model_mapping",

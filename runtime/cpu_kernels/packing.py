@@ -19,7 +19,7 @@ from torch import nn
 from ...quant import Int4Linear, concatenate, empty_apart, split, trim_heap
 from ...vmem import linux
 from . import kernels as native_kernels
-from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of
+from .fusing import Undo, exchange, fuse_expert_gates, fuse_norms, fuse_rotary, gate_of
 from .kernels import Gate, PanelLinear
 from .shared_inputs import Linear, Place, group_by_input, plain_linears, single_homes
 
@@ -227,7 +227,7 @@ def pack(model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> int:
         for layer, product in gated:  # whose own linears are packed by now
             fused = PackedGatedLayer(product, layer.down_proj)  # type: ignore[arg-type]
             undo.append(exchange(*homes[id(layer)], fused))
-        undo += fuse_norms(model) + fuse_rotary(model)
+        undo += fuse_norms(model) + fuse_rotary(model) + fuse_expert_gates(model, dtype)
         if _same(run(), expected, _TOLERANCE[dtype]):
             for product in products:
                 product.settle(dtype)

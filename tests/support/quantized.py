@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from vkv.quant import Int4Weight, Scheme
 from vkv.quant.formats.table import parse_config, write_layer
 
+_LINEARS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 KINDS = ("awq", "compressed-tensors", "gptq", "gptq_v2")
 
 
@@ -141,7 +142,7 @@ def quantize_folder(
     quantized, dense = dict(tensors), dict(tensors)
     quantise = permuted if act_order else round_to_nearest
     for name in tensors:
-        if "layers." in name and "vision" not in name and name.endswith("_proj.weight"):
+        if "layers." in name and "vision" not in name and name.endswith(_LINEARS):
             weight = quantise(tensors[name], group_size, symmetric=symmetric)
             layer = name.removesuffix(".weight")
             del quantized[name]
