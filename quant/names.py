@@ -5,11 +5,50 @@ models with or without their prefix. Its rules know dense weights only, so the n
 layer is found by that of the weight it stands for.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
+import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from .experts import ROLES, FusedExperts, Role
+
+
+def published_names(model: PreTrainedModel, modules: Sequence[str]) -> tuple[str, ...]:
+    """What checkpoints of a model call its modules with a weight of two dimensions."""
+    marked = {f"{name}.weight": torch.full((1, 1), i) for i, name in enumerate(modules)}
+    saved = revert_weight_conversion(model, marked)
+    by_mark = {int(weight): name.removesuffix(".weight") for name, weight in saved.items()}
+    return tuple(by_mark[i] for i in range(len(modules)))
+
+
+def published_roles(model: PreTrainedModel, fused: FusedExperts, name: str) -> dict[Role, str]:
+    """What checkpoints of a model call the linears of an expert; `name` is of all experts' module.
+
+    Those of a model that was never published expert by expert have the names of their roles.
+    """
+    values: dict[Role, float] = {role: i + 1.0 for i, role in enumerate(ROLES)}
+    inner = "gate_up_proj" if fused.gated else "up_proj"
+    first = torch.tensor([[values["gate_proj"]], [values["up_proj"]]])[-2 if fused.gated else -1 :]
+    marked = {
+        f"{name}.{inner}": first.unsqueeze(0),  # [experts, out, in]
+        f"{name}.down_proj": torch.full((1, 1, 1), values["down_proj"]),
+    }
+    roles: dict[Role, str] = {role: role for role in fused.roles}
+    if fused.interleaved:
+        return roles
+    for saved, weight in revert_weight_conversion(model, marked).items():
+        parts = saved.removesuffix(".weight").split(".")
+        for role in fused.roles:
+            if parts[-2] == "0" and weight.unique().tolist() == [values[role]]:
+                roles[role] = parts[-1]
+    return roles
 
 
 class ModelNames:

@@ -108,7 +108,9 @@ def _quantize(
     )
     planned = plan(model, rounding)
     # Refuse what the format cannot say now, not after the hours that GPTQ may take.
-    quantization_config(options.format, rounding, planned.dense, planned.head)
+    quantization_config(
+        options.format, rounding, planned.dense, planned.head, routers=planned.routers
+    )
     refuse_occupied(out)
     body, tail = _read_text(model, tokenizer, options)
     report: dict[str, Any] = {}

@@ -238,19 +238,6 @@ def test_unknown_formats(dense: Path, tmp_path: Path, change: dict, message: str
         LLM(int4, device="cpu")
 
 
-def test_fused_experts_are_refused_by_name(tmp_path: Path) -> None:
-    zoo.tiny_model("mixtral").save_pretrained(tmp_path / "moe")
-    int4, _ = quantize_folder(tmp_path / "moe", tmp_path, "gptq", group_size=8)
-    held = load_file(int4 / "model.safetensors")
-    expert = next(name for name in held if ".experts." in name and name.endswith("weight"))
-    layer = expert.removesuffix(".weight")
-    for part in ("qweight", "qzeros", "scales", "g_idx"):
-        held[f"{layer}.{part}"] = held[f"model.layers.0.self_attn.q_proj.{part}"].clone()
-    save_file(held, int4 / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UnsupportedModel, match=r"experts.*for all experts are not covered"):
-        LLM(int4, device="cpu", dtype="float32")
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_output_layer_in_fewer_bits(dense: Path, bits: int) -> None:
     with LLM(dense, device="cpu", dtype="bfloat16", lm_head_bits=bits, kv_memory="4MiB") as llm:

@@ -163,6 +163,43 @@ def quantize_folder(
     return paths
 
 
+def gpt_oss_folders(
+    source: Path, folder: Path, kind: str, style: str, *, group_size: int = 8
+) -> tuple[Path, Path]:
+    """As `quantize_folder`, of a GPT-OSS in `source`, with experts' layers named by `style`.
+
+    In it {expert} and {part} stand for theirs. Gate and up are two layers in styles that name the
+    expert first, and one otherwise.
+    """
+    int4, same = quantize_folder(source, folder, kind, group_size=group_size)
+    held, dense = (load_file(path / "model.safetensors") for path in (int4, same))
+    for name in [name for name in held if name.endswith("experts.gate_up_proj")]:
+        home = name.removesuffix(".gate_up_proj")
+        for part in ("gate_up_proj", "down_proj"):
+            weights, biases = held.pop(f"{home}.{part}"), held.pop(f"{home}.{part}_bias")
+            for expert, (stacked, bias) in enumerate(zip(weights, biases, strict=True)):
+                weight = round_to_nearest(stacked.T, group_size, symmetric=True)
+                dense[f"{home}.{part}"][expert] = weight.dequantize(stacked.dtype).T
+                for own, rows in _rows_of(part, split=style.endswith("{part}")).items():
+                    layer = f"{home}.{style.format(expert=expert, part=own)}"
+                    some = Int4Weight.from_codes(weight.codes()[rows], weight.scales[rows], None)
+                    for suffix, tensor in written(kind, some).items():
+                        held[f"{layer}.{suffix}"] = tensor
+                    held[f"{layer}.bias"] = bias[rows].contiguous()
+    for path, tensors in ((int4, held), (same, dense)):
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return int4, same
+
+
+def _rows_of(part: str, *, split: bool) -> dict[str, slice]:
+    """The rows of a part of an expert by the names they are published under."""
+    if part == "down_proj":
+        return {"down_proj" if split else "down": slice(None)}
+    if split:
+        return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    return {"gate_up": slice(None)}
+
+
 def matrix(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
