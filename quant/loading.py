@@ -6,6 +6,7 @@ registered under a name of its own, beside the built-in ones and whatever they n
 the tensors of the checkpoint; after it, that one for an `Int4Linear`.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -30,6 +31,7 @@ from .names import ModelNames
 from .stored_experts import expert_linear, stored_experts
 from .weight_memory import trim_heap
 
+_log = logging.getLogger(__name__)
 _METHOD = "vkv_int4"
 _DTYPES = {
     "F64": torch.float64,
@@ -49,7 +51,8 @@ def adopt(config: PretrainedConfig) -> bool:
     """Have `from_pretrained` read the checkpoint of this config with vkv's readers.
 
     Returns False, with nothing changed, if its weights are not quantised or another quantiser of
-    `transformers` reads them. Raises UnsupportedQuantization for what nobody reads.
+    `transformers` reads them; that of MXFP4 is told to dequantise, for its kernels are a GPU's and
+    downloaded while it runs. Raises UnsupportedQuantization for what nobody reads.
     """
     described = getattr(config, "quantization_config", None)
     if described is None:
@@ -65,6 +68,12 @@ def adopt(config: PretrainedConfig) -> bool:
             raise UnsupportedQuantization(
                 f"quantization_config.quant_method is {method!r}, which is unknown; there are "
                 "readers for gptq, awq, compressed-tensors and auto-round"
+            )
+        if method == "mxfp4":
+            config.quantization_config = {**described, "dequantize": True}  # type: ignore[attr-defined]
+            _log.warning(
+                "weights in MXFP4 are dequantised while they are read, and take about four times "
+                "the memory of their files"
             )
         return False
     _register()

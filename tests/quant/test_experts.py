@@ -1,5 +1,6 @@
 """4-bit mixtures of experts: read as published, run like dequantised weights, and written."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -326,3 +327,53 @@ def test_gate_and_up_become_one_where_they_can(
     expert.join()
     assert hasattr(expert, "gate_up_proj") == (same_order and biased[0] == biased[1])
     torch.testing.assert_close(expert(inputs), expected)
+
+
+# -- GPT-OSS as its authors published it -------------------------------------------------------
+
+
+def mxfp4_folders(folder: Path) -> tuple[Path, Path]:
+    """A tiny GPT-OSS with experts in MXFP4, and the same with those numbers written out."""
+    zoo.tiny_model("gpt_oss", hidden_size=64, intermediate_size=32).save_pretrained(folder / "mx")
+    zoo.tiny_model("gpt_oss", hidden_size=64, intermediate_size=32).save_pretrained(
+        folder / "dense"
+    )
+    small, large = (load_file(folder / name / "model.safetensors") for name in ("mx", "dense"))
+    generator = torch.Generator().manual_seed(0)
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat([magnitudes, -magnitudes])
+    for name in [name for name in large if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inner, outer = small.pop(name).shape
+        blocks = torch.randint(
+            256, (experts, outer, inner // 32, 16), generator=generator, dtype=torch.uint8
+        )
+        scales = torch.randint(
+            122, 126, (experts, outer, inner // 32), generator=generator, dtype=torch.uint8
+        )
+        small |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        pairs = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], -1)
+        rows = pairs.flatten(-2) * torch.exp2(scales.float() - 127).unsqueeze(-1)
+        large[name] = rows.flatten(-2).transpose(1, 2).contiguous()
+    for name, tensors in (("mx", small), ("dense", large)):
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "mx" / "config.json").read_text())
+    described = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folder / "mx" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": described})
+    )
+    return folder / "mx", folder / "dense"
+
+
+def test_mxfp4_is_read_into_dense_experts_with_a_word_about_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small, large = mxfp4_folders(tmp_path)
+    with LLM(large, device="cpu", dtype="float32", kv_memory="4MiB") as llm:
+        expected = llm.generate(PROMPTS, zoo.greedy(48))
+    assert "MXFP4" not in caplog.text
+    with LLM(small, device="cpu", dtype="float32", kv_memory="4MiB") as llm:
+        found = llm.generate(PROMPTS, zoo.greedy(48))
+        assert llm.loaded.model.dtype == torch.float32
+    for one, other in zip(found, expected, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+    assert "four times the memory" in caplog.text
