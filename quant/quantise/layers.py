@@ -25,6 +25,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
+    found = [(n, m) for n, m in found if id(m) in inside] or found  # a tower may be as deep
     outermost = [
         (name, module)
         for name, module in found

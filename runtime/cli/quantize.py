@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,7 +32,7 @@ from ...vmem.errors import (
 )
 from ..engine.devices import resolve_device
 from ..frontend.progress import counted
-from ..model.loading import check_report, load_tokenizer, parse_dtype
+from ..model.loading import auto_class, check_report, load_tokenizer, parse_dtype
 from ..model.reading import reading, resolve
 from .commands import Quantize
 
@@ -81,9 +80,10 @@ def _load_dense(home: str | Path, device: str, dtype: str) -> PreTrainedModel:
     loaded: Any = reading(
         "weights",
         home,
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: auto_class(config).from_pretrained(
             home,
             trust_remote_code=False,
+            config=config,
             dtype=parse_dtype(dtype) or "auto",
             output_loading_info=True,
         ),
