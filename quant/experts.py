@@ -120,6 +120,7 @@ class Expert(nn.Module):
         interleaved: bool,
     ) -> None:
         super().__init__()
+        self.down_proj: nn.Module
         for role, linear in linears.items():
             self.add_module(role, linear)
         self.activation = activation
@@ -127,11 +128,11 @@ class Expert(nn.Module):
         self._first = tuple(role for role in ROLES if role in linears and role != "down_proj")
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        outs = [self.get_submodule(role)(rows) for role in self._first]
+        outs = [getattr(self, role)(rows) for role in self._first]
         if len(outs) == 1:
-            return self.get_submodule("down_proj")(self.activation(outs[0]))
+            return self.down_proj(self.activation(outs[0]))
         whole = torch.stack(outs, -1).flatten(-2) if self.interleaved else torch.cat(outs, -1)
-        return self.get_submodule("down_proj")(self.activation(whole))
+        return self.down_proj(self.activation(whole))
 
     def join(self) -> None:
         """Make one product of gate and up, if both are in 4 bits and their weights can be one."""
@@ -169,7 +170,7 @@ class Experts(nn.Module):
             self.add_module(str(number), expert)
 
     def __getitem__(self, number: int) -> Expert:
-        return cast(Expert, self.get_submodule(str(number)))
+        return cast(Expert, getattr(self, str(number)))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

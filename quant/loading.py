@@ -3,7 +3,8 @@
 `transformers` lets a quantiser exchange modules before weights are read and after. Ours is
 registered under a name of its own, beside the built-in ones and whatever they need installed:
 `adopt` rewrites a config to it. Before reading, each quantised linear makes way for one that has
-the tensors of the checkpoint; after it, that one for an `Int4Linear`.
+the tensors of the checkpoint; after it, that one for an `Int4Linear`. The module that holds all
+experts of a layer makes way likewise (`stored_experts`).
 """
 
 import logging
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -27,7 +29,7 @@ from ..vmem.errors import QuantError, UnsupportedQuantization
 from .formats.scheme import Scheme
 from .formats.table import features, parse_config, read_layer, tensor_names
 from .linear import Int4Linear
-from .names import ModelNames
+from .names import ModelNames, bind_to_weights
 from .stored_experts import expert_linear, stored_experts
 from .weight_memory import trim_heap
 
@@ -123,6 +125,12 @@ class _Int4Quantizer(HfQuantizer):
     def is_serializable(self, *_: Any, **__: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return False
 
+    def update_weight_conversions(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, weight_conversions: list[WeightTransform], *args: PreTrainedModel
+    ) -> list[WeightTransform]:
+        bind_to_weights(weight_conversions)
+        return super().update_weight_conversions(weight_conversions, *args)
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> PreTrainedModel:
@@ -137,6 +145,7 @@ class _Int4Quantizer(HfQuantizer):
             bias = None
             if linear.bias is not None or f"{layer}.bias" in header:
                 bias = torch.empty(linear.out_features, dtype=linear.weight.dtype, device="meta")
+            model.all_tied_weights_keys.pop(f"{layer}.weight", None)  # it has a weight of its own
             model.set_submodule(layer, _StoredLinear(tensors, bias))
         for name, experts in stored_experts(model):
             experts.check(name)
@@ -215,11 +224,13 @@ def _linear(model: PreTrainedModel, layer: str, tensor: str) -> nn.Linear:
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear):
-        held = "no module" if module is None else f"a {type(module).__name__}"
+        if module is None:
+            held, remedy = "no module", "use a checkpoint of that architecture"
+        else:
+            held, remedy = f"a {type(module).__name__}", "use a checkpoint that leaves it dense"
         raise UnsupportedQuantization(
             f"tensor {layer}.{tensor} is quantised, and {type(model).__name__} has {held} of that "
-            "name where a linear layer or an expert's is expected; use a checkpoint of that "
-            "architecture"
+            f"name where a linear layer or an expert's is expected; {remedy}"
         )
     return module
 

@@ -5,6 +5,7 @@ models with or without their prefix. Its rules know dense weights only, so the n
 layer is found by that of the weight it stands for.
 """
 
+import re
 from collections.abc import Collection, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -49,6 +51,17 @@ def published_roles(model: PreTrainedModel, fused: FusedExperts, name: str) -> d
             if parts[-2] == "0" and weight.unique().tolist() == [values[role]]:
                 roles[role] = parts[-1]
     return roles
+
+
+def bind_to_weights(rules: Sequence[WeightTransform]) -> None:
+    """Keep rules for dense weights from those of quantised ones, as `weight_packed`.
+
+    Older versions of `transformers` look for the beginning of a name.
+    """
+    for rule in rules:
+        whole = all(source.endswith(".weight") for source in rule.source_patterns)
+        if isinstance(rule, WeightConverter) and whole:
+            rule.compiled_sources = re.compile(rf"(?:{rule.compiled_sources.pattern})(?!\w)")
 
 
 class ModelNames:

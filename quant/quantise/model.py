@@ -22,7 +22,7 @@ Method = Literal["rtn", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "gptq")
 
 # Routers of mixtures of experts: next to nothing in bytes, and every choice hangs on them.
-ROUTERS = ("*.gate", "*.router", "*.shared_expert_gate")
+ROUTERS = ("*.gate", "*.gate.*", "*.router", "*.router.*", "*.shared_expert_gate")
 _MOST_HESSIAN_BYTES = 4 << 30  # at a time; a layer with many experts is run several times
 
 
@@ -200,12 +200,13 @@ def plan(model: PreTrainedModel, rounding: Rounding, ignore: tuple[str, ...] = R
 
 def _routers(layers: nn.ModuleList, prefix: str) -> list[str]:
     """What chooses experts: linear layers, or modules of their own that hold such a weight."""
-    return [
-        f"{prefix}.{name}"
-        for name, module in layers.named_modules()
-        if any(fnmatchcase(f"{prefix}.{name}", pattern) for pattern in ROUTERS)
-        and isinstance(getattr(module, "weight", None), nn.Parameter)
-    ]
+    found: list[str] = []
+    for name, module in layers.named_modules():
+        weight = getattr(module, "weight", None)
+        is_matrix = isinstance(weight, nn.Parameter) and weight.dim() == 2
+        if is_matrix and any(fnmatchcase(f"{prefix}.{name}", pattern) for pattern in ROUTERS):
+            found.append(f"{prefix}.{name}")
+    return found
 
 
 @contextmanager
