@@ -8,6 +8,7 @@ experts of a layer makes way likewise (`stored_experts`).
 """
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -139,7 +140,10 @@ class _Int4Quantizer(HfQuantizer):
         stored = _read_headers(checkpoint_files or ())
         header = {names(name): described for name, described in stored.items()}
         for layer, tensors in _layers(header, self.scheme).items():
-            linear = expert_linear(model, layer) or _linear(model, layer, next(iter(tensors)))
+            linear = expert_linear(model, layer)
+            if linear is None and _is_left_out(model, layer):
+                continue
+            linear = linear or _linear(model, layer, next(iter(tensors)))
             _check_size(linear, layer, tensors, self.scheme)
             _refuse_others(layer, header, {*tensors, "bias"})
             bias = None
@@ -216,6 +220,16 @@ def _refuse_others(layer: str, header: _Header, read: set[str]) -> None:
                 f"tensor {full_name} belongs to a quantised layer, and nothing here reads it; its "
                 "weights would mean something else without it: use a checkpoint in a plain format"
             )
+
+
+def _is_left_out(model: PreTrainedModel, layer: str) -> bool:
+    """Whether the model says itself that it has no use for such a layer (to predict ahead, say)."""
+    try:
+        model.get_submodule(layer)
+    except AttributeError:
+        patterns = model._keys_to_ignore_on_load_unexpected or ()
+        return any(re.search(pattern, f"{layer}.weight") for pattern in patterns)
+    return False
 
 
 def _linear(model: PreTrainedModel, layer: str, tensor: str) -> nn.Linear:

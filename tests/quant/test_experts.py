@@ -165,6 +165,21 @@ def test_names_of_parts_mean_in_every_architecture_what_they_mean_here() -> None
     assert seen >= 8
 
 
+def test_layers_that_a_model_leaves_out_may_be_in_4_bits_too(tmp_path: Path) -> None:
+    """Those that predict several tokens ahead, behind the last: `transformers` has none."""
+    zoo.tiny_model("deepseek_v3").save_pretrained(tmp_path / "source")
+    int4, same = quantize_folder(tmp_path / "source", tmp_path, "gptq", group_size=8)
+    held = load_file(int4 / "model.safetensors")
+    ahead = {
+        name.replace("layers.2.", "layers.61."): tensor.clone()
+        for name, tensor in held.items()
+        if "layers.2." in name
+    }
+    assert any("experts.3" in name for name in ahead)
+    save_file(held | ahead, int4 / "model.safetensors", metadata={"format": "pt"})
+    assert tokens(int4, 24) == tokens(same, 24)
+
+
 def lose(tensors: dict[str, torch.Tensor], home: str) -> None:
     for name in [name for name in tensors if name.startswith(f"{home}.2.down_proj.")]:
         del tensors[name]
