@@ -120,6 +120,11 @@ _CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**_QWEN_TEXT, **_HYBRID},
         {"vision_config": {**_QWEN_IMAGES, "num_position_embeddings": 16}, **_QWEN_IDS},
     ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        {**_QWEN_TEXT, **_HYBRID, **_EXPERTS, "shared_expert_intermediate_size": 24},
+        {"vision_config": {**_QWEN_IMAGES, "num_position_embeddings": 16}, **_QWEN_IDS},
+    ),
     "voxtral": (
         "llama",
         {},

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from vkv.quant import Int4Weight, Scheme
 from vkv.quant.formats.table import parse_config, write_layer
 
+_FUSED = ("experts.gate_up_proj", "experts.down_proj")
 _LINEARS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 KINDS = ("awq", "compressed-tensors", "gptq", "gptq_v2")
 
@@ -149,6 +150,9 @@ def quantize_folder(
             for part, tensor in written(kind, weight).items():
                 quantized[f"{layer}.{part}"] = tensor
             dense[name] = weight.dequantize(tensors[name].dtype)
+        elif name.endswith(_FUSED) and f"{name}_bias" not in tensors:  # those are GPT-OSS's
+            del quantized[name]
+            quantized |= _taken_apart(name, dense[name], kind, group_size, symmetric)
     config = json.loads((source / "config.json").read_text())
     paths = (folder / kind, folder / f"{kind}-dense")
     for path, held in zip(paths, (quantized, dense), strict=True):
@@ -161,6 +165,22 @@ def quantize_folder(
         added = {"quantization_config": described} if path == paths[0] else {}
         (path / "config.json").write_text(json.dumps(config | added))
     return paths
+
+
+def _taken_apart(
+    name: str, stacked: torch.Tensor, kind: str, group_size: int, symmetric: bool
+) -> dict[str, torch.Tensor]:
+    """A tensor of all experts, [experts, out, in], by expert; its numbers are then the same."""
+    held: dict[str, torch.Tensor] = {}
+    home, _, part = name.rpartition(".")
+    names = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+    for expert in range(len(stacked)):
+        for own, rows in zip(names, stacked[expert].chunk(len(names)), strict=True):
+            weight = round_to_nearest(rows, group_size, symmetric=symmetric)
+            rows.copy_(weight.dequantize(rows.dtype))
+            for suffix, tensor in written(kind, weight).items():
+                held[f"{home}.{expert}.{own}.{suffix}"] = tensor
+    return held
 
 
 def gpt_oss_folders(

@@ -77,7 +77,8 @@ def test_encoders_with_decoders_are_refused_before_their_weights_are_read(tmp_pa
         ("llava", "gptq"),
         ("mistral3", "awq"),
         ("qwen2_5_vl", "compressed-tensors"),
-        ("internvl", "gptq"),
+        ("qwen3_vl_moe", "gptq"),
+        ("qwen3_5_moe", "awq"),
         ("voxtral", "awq"),
         ("qwen3_5", "compressed-tensors"),
     ],
@@ -90,7 +91,9 @@ def test_their_text_in_4_bits(tmp_path: Path, model_type: str, kind: str) -> Non
     found, expected = scores_of(int4, prompts, 48), scores_of(same, prompts, 48)
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
     with LLM(int4, device="cpu", kv_memory="4MiB") as llm:
+        kinds = {type(module) for module in llm.loaded.model.modules()}
         assert list(int4_products(llm.loaded.model))
+        assert (Experts in kinds) == model_type.endswith("moe")
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl", "qwen3_vl_moe"])
