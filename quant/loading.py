@@ -50,6 +50,12 @@ _DTYPES = {
 _Header = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]  # by name of tensor
 
 
+def described_in(config: PretrainedConfig) -> Any:
+    """What a config says of quantised weights: itself, or in its text's part; None if nothing."""
+    own = getattr(config, "quantization_config", None)
+    return own or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+
+
 def adopt(config: PretrainedConfig) -> bool:
     """Have `from_pretrained` read the checkpoint of this config with vkv's readers.
 
@@ -57,7 +63,7 @@ def adopt(config: PretrainedConfig) -> bool:
     `transformers` reads them; that of MXFP4 is told to dequantise, for its kernels are a GPU's and
     downloaded while it runs. Raises UnsupportedQuantization for what nobody reads.
     """
-    described = getattr(config, "quantization_config", None)
+    described = described_in(config)
     if described is None:
         return False
     if not isinstance(described, dict):

@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ...quant.loading import described_in
 from ...quant.quantise.layers import perplexity, split_text
 from ...quant.quantise.model import METHODS, QuantizedModel, plan, quantize_model
 from ...quant.quantise.rounding import Rounding
@@ -75,7 +76,7 @@ def _load_dense(home: str | Path, device: str, dtype: str) -> PreTrainedModel:
     config = reading(
         "config", home, lambda: AutoConfig.from_pretrained(home, trust_remote_code=False)
     )
-    if getattr(config, "quantization_config", None) is not None:
+    if described_in(config) is not None:
         raise BadCheckpoint(f"{home} is quantised already; start from the dense checkpoint")
     loaded: Any = reading(
         "weights",

@@ -96,6 +96,19 @@ def test_their_text_in_4_bits(tmp_path: Path, model_type: str, kind: str) -> Non
         assert (Experts in kinds) == model_type.endswith("moe")
 
 
+def test_a_config_that_speaks_of_4_bits_in_its_texts_part(tmp_path: Path) -> None:
+    tiny_multimodal("qwen2_5_vl").save_pretrained(tmp_path / "source")
+    int4, same = quantize_folder(tmp_path / "source", tmp_path, "gptq", group_size=8)
+    config = json.loads((int4 / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (int4 / "config.json").write_text(json.dumps(config))
+    prompts = text_prompts([5])
+    (found, _), (expected, _) = scores_of(int4, prompts)[0], scores_of(same, prompts)[0]
+    assert found == expected
+    done = CliRunner().invoke(cli.app, ["quantize", str(int4), str(tmp_path / "out")])
+    assert "quantised already" in str(done.exception)
+
+
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl", "qwen3_vl_moe"])
 def test_the_command_quantises_their_text(tmp_path: Path, model_type: str) -> None:
     model = zoo.gemma3() if model_type == "gemma3" else tiny_multimodal(model_type)
