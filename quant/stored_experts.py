@@ -117,6 +117,8 @@ def expert_linear(model: nn.Module, layer: str) -> nn.Linear | None:
                 continue
             module = StoredExperts(fused)
             model.set_submodule(home, module)
+            # Or some models would fill its weights, by name, with noise before they are read.
+            model.get_submodule(home.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
         return module.place(path)
     return None
 

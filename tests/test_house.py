@@ -23,6 +23,7 @@ FOREIGN = {
     "_apply_gate",
     "_attn_implementation",
     "_from_model_config",
+    "_is_hf_initialized",
     "_keys_to_ignore_on_load_unexpected",
     "_model_mapping",
     "_forward_hooks",

@@ -33,7 +33,13 @@ from ...vmem.errors import (
 )
 from ..engine.devices import resolve_device
 from ..frontend.progress import counted
-from ..model.loading import auto_class, check_report, load_tokenizer, parse_dtype
+from ..model.loading import (
+    auto_class,
+    check_report,
+    load_tokenizer,
+    parse_dtype,
+    writing_part,
+)
 from ..model.reading import reading, resolve
 from .commands import Quantize
 
@@ -73,8 +79,8 @@ def _check(options: Quantize) -> None:
 
 
 def _load_dense(home: str | Path, device: str, dtype: str) -> PreTrainedModel:
-    config = reading(
-        "config", home, lambda: AutoConfig.from_pretrained(home, trust_remote_code=False)
+    config = writing_part(
+        reading("config", home, lambda: AutoConfig.from_pretrained(home, trust_remote_code=False))
     )
     if described_in(config) is not None:
         raise BadCheckpoint(f"{home} is quantised already; start from the dense checkpoint")

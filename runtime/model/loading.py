@@ -38,10 +38,12 @@ _DTYPES = {
     "float16": torch.float16,
 }
 # Tensors that older checkpoints hold, though they follow from the config: rotary frequencies and
-# causal masks. A value head stands beside the language model, and does not change what it says.
+# causal masks. A value head stands beside the language model, as does what speaks, and does not
+# change what it says.
 _HARMLESS_TENSORS = re.compile(
     r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.attn\.(bias|masked_bias)"
-    r"|\.attention\.(bias|masked_bias)|(^|\.)position_ids|^v_head\..*)$"
+    r"|\.attention\.(bias|masked_bias)|(^|\.)position_ids|^v_head\..*"
+    r"|^(talker|token2wav|code2wav)\..*)$"
 )
 
 
@@ -194,6 +196,7 @@ def _from_checkpoint(
     config: PretrainedConfig = reading(
         "config", home, lambda: AutoConfig.from_pretrained(home, trust_remote_code=False)
     )
+    config = writing_part(config)
     auto = auto_class(config)
     _check_architecture(config, auto._model_mapping[type(config)])  # type: ignore[arg-type]
     quantized = reading("quantisation", home, lambda: adopt(config))
@@ -214,6 +217,17 @@ def _from_checkpoint(
     model, report = loaded
     check_report(home, model, report)
     return model
+
+
+def writing_part(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of what writes the text in a model that speaks as well; any other's own."""
+    part = getattr(config, "thinker_config", None)
+    if part is None:
+        return config
+    part.dtype = part.dtype or config.dtype
+    if (described := getattr(config, "quantization_config", None)) is not None:
+        part.quantization_config = described
+    return part
 
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelForMultimodalLM]:

@@ -1,9 +1,11 @@
 """Tiny random models of text beside images or sound; only their text is asked for."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import zoo
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
 
 _IMAGES: dict[str, Any] = {
@@ -168,6 +170,30 @@ _CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
+_SOUND: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "num_mel_bins": 16,
+    "max_source_positions": 20,
+    "output_dim": 32,
+    "n_window": 4,
+    "downsample_hidden_size": 8,
+}
+_CASES["qwen2_5_omni_thinker"] = (
+    "qwen2_5_omni_text",
+    _QWEN_TEXT,
+    {
+        "vision_config": {**_QWEN_IMAGES, "fullatt_block_indexes": [1]},
+        "audio_config": _SOUND,
+    },
+)
+_CASES["qwen3_omni_moe_thinker"] = (
+    "qwen3_omni_moe_text",
+    {**_QWEN_TEXT, **_EXPERTS},
+    {"vision_config": _QWEN3_IMAGES, "audio_config": _SOUND},
+)
 _REFUSED = {"paligemma", "mllama"}
 NAMES = tuple(name for name in _CASES if name not in _REFUSED)
 NUM_TEXT_TOKENS = 90  # of the vocabulary; those behind stand for images and sounds
@@ -182,6 +208,17 @@ def tiny_multimodal(model_type: str) -> PreTrainedModel:
     model = AutoModelForMultimodalLM.from_config(config, attn_implementation="eager")
     zoo.sharpen(model)
     return model.eval()
+
+
+def speaking_folder(model_type: str, folder: Path) -> PreTrainedModel:
+    """A folder of a model that speaks as well, with hardly a tensor of that; and what writes."""
+    model = tiny_multimodal(f"{model_type}_thinker")
+    model.save_pretrained(folder)
+    held = load_file(folder / "model.safetensors")
+    held = {f"thinker.{name.removeprefix('thinker.')}": held[name] for name in held}
+    save_file(held | {"talker.weight": torch.ones(2)}, folder / "model.safetensors")
+    AutoConfig.for_model(model_type, thinker_config=model.config.to_dict()).save_pretrained(folder)
+    return model
 
 
 def text_prompts(lengths: list[int]) -> list[list[int]]:

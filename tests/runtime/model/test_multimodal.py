@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from multimodal_zoo import NAMES, text_prompts, tiny_multimodal
+from multimodal_zoo import NAMES, speaking_folder, text_prompts, tiny_multimodal
 from quantized import quantize_folder
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -39,6 +39,7 @@ def scores_of(
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*must be `None` or an integer within the vocabulary")
 @pytest.mark.parametrize("model_type", NAMES)
 def test_a_folders_text_runs_as_the_whole_models(tmp_path: Path, model_type: str) -> None:
     model = tiny_multimodal(model_type)
@@ -50,6 +51,20 @@ def test_a_folders_text_runs_as_the_whole_models(tmp_path: Path, model_type: str
         assert tokens == expected.argmax(-1).tolist()
         torch.testing.assert_close(scores, expected.log_softmax(-1), rtol=1e-4, atol=1e-4)
     assert len({token for tokens, _ in found for token in tokens}) > 8, "they say something"
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_of_models_that_speak_the_part_that_writes(tmp_path: Path, model_type: str) -> None:
+    model = speaking_folder(model_type, tmp_path / "dense")
+    prompts = text_prompts([5, 17])
+    for prompt, (found, _) in zip(prompts, scores_of(tmp_path / "dense", prompts), strict=True):
+        expected = zoo.full_logits(model, [*prompt, *found[:-1]])[len(prompt) - 1 :]
+        assert found == expected.argmax(-1).tolist()
+    int4, same = quantize_folder(tmp_path / "dense", tmp_path, "gptq", group_size=8)
+    ours, theirs = scores_of(int4, prompts), scores_of(same, prompts)
+    assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in theirs]
+    with LLM(int4, device="cpu", kv_memory="4MiB") as llm:
+        assert list(int4_products(llm.loaded.model))
 
 
 @pytest.mark.parametrize(
