@@ -181,15 +181,17 @@ class Experts(nn.Module):
         """
         num_tokens, num_chosen = top_k_index.shape
         chosen = top_k_index.flatten()  # [num_tokens * k], token by token
-        order = chosen.argsort(stable=True)
+        order = chosen.sort(stable=True).indices
         counts = chosen.bincount(minlength=self.num_experts).tolist()
-        outs = hidden_states.new_zeros(len(chosen), hidden_states.shape[-1])
+        rows = hidden_states[order // num_chosen]
+        results: list[torch.Tensor] = []
         start = 0
         for number, count in enumerate(counts[: self.num_experts]):
             if count:
-                mine = order[start : start + count]
-                outs[mine] = self[number](hidden_states[mine // num_chosen])
+                results.append(self[number](rows[start : start + count]))
             start += count
+        results.append(rows.new_zeros(len(rows) - start, rows.shape[1]))  # of no expert
+        outs = torch.cat(results)[order.sort().indices]  # token by token again
         weighted = outs.view(num_tokens, num_chosen, -1) * top_k_weights.unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden_states.dtype)
 
