@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from vkv import LLM, SamplingParams
 from vkv.quant import Int4Linear
+from vkv.quant.experts import Expert, Experts, FusedExperts
 
 # Heads of whole vectors, as models have them, and sizes of which tiles have a rest.
 _SIZES: dict[str, Any] = {
@@ -32,12 +33,26 @@ MODELS: dict[str, dict[str, Any]] = {
 def build(name: str, dtype: torch.dtype, *, in_4_bits: bool) -> PreTrainedModel:
     """The same weights for the same arguments."""
     model = zoo.tiny_model(name, **_SIZES, **MODELS[name]).to(dtype)
-    if in_4_bits:
-        for layer, module in list(model.named_modules()):
-            if type(module) is nn.Linear and layer != "lm_head":
-                weight = round_to_nearest(module.weight.float(), 32, symmetric=False)
-                model.set_submodule(layer, Int4Linear(weight, module.bias))
+    for layer, module in list(model.named_modules()) if in_4_bits else ():
+        if type(module) is nn.Linear and layer != "lm_head":
+            model.set_submodule(layer, _in_4_bits(module))
+        elif (fused := FusedExperts.of(module)) is not None:
+            model.set_submodule(layer, _experts_in_4_bits(fused))
     return model
+
+
+def _in_4_bits(linear: nn.Linear) -> Int4Linear:
+    weight = round_to_nearest(linear.weight.detach().float(), 32, symmetric=False)
+    return Int4Linear(weight, linear.bias)
+
+
+def _experts_in_4_bits(fused: FusedExperts) -> Experts:
+    linears = [
+        {role: _in_4_bits(fused.linear(role, index)) for role in fused.roles}
+        for index in range(fused.num_experts)
+    ]
+    activation, interleaved = fused.activation(), fused.interleaved
+    return Experts([Expert(one, activation, interleaved=interleaved) for one in linears])
 
 
 def requests(count: int) -> tuple[list[list[int]], list[SamplingParams]]:
