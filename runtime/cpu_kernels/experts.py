@@ -27,7 +27,7 @@ class PackedExperts(nn.Module):
     """What an experts module computes, each expert's weights in panels.
 
     `forward(hidden_states, top_k_index, top_k_weights)`: [tokens, hidden], [tokens, k] twice, to
-    [tokens, hidden]. A token's experts are added in ascending order.
+    [tokens, hidden]. A token's experts are added in the order of its own choice.
     """
 
     def __init__(self, experts: Any, panel: int) -> None:
@@ -64,22 +64,21 @@ class PackedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        out = torch.zeros_like(hidden_states)
-        num_chosen = top_k_index.shape[-1]
-        # Stable: within an expert, tokens keep their order.
-        experts, order = top_k_index.flatten().sort(stable=True)
-        tokens = order // num_chosen
-        weights = top_k_weights.flatten()[order].unsqueeze(1)
-        counts = torch.bincount(experts, minlength=self.num_experts).tolist()
-        rows = hidden_states[tokens]
+        num_tokens, num_chosen = top_k_index.shape
+        chosen = top_k_index.flatten()  # [tokens * k], token by token
+        order = chosen.sort(stable=True).indices
+        counts = chosen.bincount(minlength=self.num_experts).tolist()
+        rows = hidden_states[order // num_chosen]
+        results: list[torch.Tensor] = []
         start = 0
-        for expert, count in enumerate(counts[: self.num_experts]):  # one behind them is no expert
+        for expert, count in enumerate(counts[: self.num_experts]):
             if count:
-                some = slice(start, start + count)
-                result = self._expert(expert, rows[some]) * weights[some]
-                out.index_add_(0, tokens[some], result.to(out.dtype))
+                results.append(self._expert(expert, rows[start : start + count]))
                 start += count
-        return out
+        results.append(torch.zeros_like(rows[start:]))  # an index behind the last is no expert
+        outs = torch.cat(results)[order.sort().indices]  # token by token again
+        weighted = outs.view(num_tokens, num_chosen, -1) * top_k_weights.unsqueeze(-1)
+        return weighted.sum(dim=1).to(hidden_states.dtype)
 
     def _expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         up = self._up[expert](rows)
