@@ -143,6 +143,8 @@ def _commands(options: ThroughputOptions) -> dict[str, tuple[list[str], dict[str
         commands[name] = command, {"eager": options.eager_peers, "kv": "virtual"}
         if quant and name == "llama-cpp":
             commands["llama-cpp-q4_0"] = command, {"weights": "q4_0"}
+        if quant and name == "vkv-other":
+            commands["vkv-other-int4"] = command, {"kv": "virtual"}
     return commands
 
 
@@ -172,7 +174,8 @@ def _started(
     with ExitStack() as stack:
         running: dict[str, Worker] = {}
         for name, (command, own) in workers.items():
-            model = checkpoints.int4 if name in INT4_SYSTEMS else checkpoints.dense
+            in_4_bits = name in (*INT4_SYSTEMS, "vkv-other-int4")
+            model = checkpoints.int4 if in_4_bits else checkpoints.dense
             given = common | own | {"model": str(model)}
             try:
                 running[name] = Worker(command, given, scratch / f"{name}.log")

@@ -1,11 +1,16 @@
 """`repeatable=True`: a request's tokens are its own to the bit, or the model is refused."""
 
+import ctypes
+
 import pytest
 import repeatable
 import torch
 import zoo
 from vkv import LLM
+from vkv.attention_backends import native
 from vkv.attention_backends.native import NativeBackend
+from vkv.quant.kernels import native as int4_native
+from vkv.runtime.cpu_kernels import kernels as native_kernels
 from vkv.vmem.errors import InvalidConfig
 
 pytestmark = pytest.mark.skipif(
@@ -45,3 +50,18 @@ def test_floats_in_4_bits_are_refused() -> None:
     model = repeatable.build("llama", torch.float32, in_4_bits=True)
     with pytest.raises(InvalidConfig, match=r"computes aten\.linear"):
         LLM(model, repeatable=True, max_len=64)
+
+
+def test_the_kernels_of_narrower_processors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "avx2" not in int4_native.instruction_sets():
+        pytest.skip("this processor lacks AVX2")
+    library = native.library()
+    library.vkv_limit_instruction_set.argtypes = [ctypes.c_char_p]
+    monkeypatch.setattr(native_kernels, "best_panel", lambda dtype: 16)
+    monkeypatch.setattr(int4_native, "instruction_sets", lambda: ("avx2",))
+    library.vkv_limit_instruction_set(b"avx2")
+    try:
+        for in_4_bits in (False, True):
+            repeatable.check("mistral", torch.bfloat16, in_4_bits=in_4_bits, count=12)
+    finally:
+        library.vkv_limit_instruction_set(b"avx512_bf16")
