@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers.integrations import moe
 
 from ...quant import empty_apart
 from . import kernels as native_kernels
@@ -137,6 +136,8 @@ def _can_pack(module: Any, dtype: torch.dtype) -> bool:
 
 def _gate(experts: Any) -> Gate | None:
     """The kernel's gate, if that is what the experts do between their two products."""
+    from transformers.integrations import moe  # late: `vkv info` does without
+
     if not experts.has_gate or not experts.is_concatenated:
         return None
     if type(experts)._apply_gate is not moe._default_apply_gate:
