@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ..vmem.errors import QuantError, UnsupportedQuantization
+from .experts import Expert, Experts
 from .formats.scheme import FormatName, Scheme
 from .linear import Int4Linear
 from .output_layer import Int8Linear, quantize_output
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .loading import adopt, int4_linears
 
 __all__ = [
+    "Expert",
+    "Experts",
     "FormatName",
     "Int4Linear",
     "Int4Weight",

@@ -3,9 +3,12 @@
 `transformers` lets a quantiser exchange modules before weights are read and after. Ours is
 registered under a name of its own, beside the built-in ones and whatever they need installed:
 `adopt` rewrites a config to it. Before reading, each quantised linear makes way for one that has
-the tensors of the checkpoint; after it, that one for an `Int4Linear`.
+the tensors of the checkpoint; after it, that one for an `Int4Linear`. The module that holds all
+experts of a layer makes way likewise (`stored_experts`).
 """
 
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -26,9 +30,11 @@ from ..vmem.errors import QuantError, UnsupportedQuantization
 from .formats.scheme import Scheme
 from .formats.table import features, parse_config, read_layer, tensor_names
 from .linear import Int4Linear
-from .names import ModelNames
+from .names import ModelNames, bind_to_weights
+from .stored_experts import expert_linear, stored_experts
 from .weight_memory import trim_heap
 
+_log = logging.getLogger(__name__)
 _METHOD = "vkv_int4"
 _DTYPES = {
     "F64": torch.float64,
@@ -44,13 +50,20 @@ _DTYPES = {
 _Header = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]  # by name of tensor
 
 
+def described_in(config: PretrainedConfig) -> Any:
+    """What a config says of quantised weights: itself, or in its text's part; None if nothing."""
+    own = getattr(config, "quantization_config", None)
+    return own or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+
+
 def adopt(config: PretrainedConfig) -> bool:
     """Have `from_pretrained` read the checkpoint of this config with vkv's readers.
 
     Returns False, with nothing changed, if its weights are not quantised or another quantiser of
-    `transformers` reads them. Raises UnsupportedQuantization for what nobody reads.
+    `transformers` reads them; that of MXFP4 is told to dequantise, for its kernels are a GPU's and
+    downloaded while it runs. Raises UnsupportedQuantization for what nobody reads.
     """
-    described = getattr(config, "quantization_config", None)
+    described = described_in(config)
     if described is None:
         return False
     if not isinstance(described, dict):
@@ -64,6 +77,12 @@ def adopt(config: PretrainedConfig) -> bool:
             raise UnsupportedQuantization(
                 f"quantization_config.quant_method is {method!r}, which is unknown; there are "
                 "readers for gptq, awq, compressed-tensors and auto-round"
+            )
+        if method == "mxfp4":
+            config.quantization_config = {**described, "dequantize": True}  # type: ignore[attr-defined]
+            _log.warning(
+                "weights in MXFP4 are dequantised while they are read, and take about four times "
+                "the memory of their files"
             )
         return False
     _register()
@@ -113,6 +132,12 @@ class _Int4Quantizer(HfQuantizer):
     def is_serializable(self, *_: Any, **__: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return False
 
+    def update_weight_conversions(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, weight_conversions: list[WeightTransform], *args: PreTrainedModel
+    ) -> list[WeightTransform]:
+        bind_to_weights(weight_conversions)
+        return super().update_weight_conversions(weight_conversions, *args)
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> PreTrainedModel:
@@ -121,13 +146,19 @@ class _Int4Quantizer(HfQuantizer):
         stored = _read_headers(checkpoint_files or ())
         header = {names(name): described for name, described in stored.items()}
         for layer, tensors in _layers(header, self.scheme).items():
-            linear = _linear(model, layer, next(iter(tensors)))
+            linear = expert_linear(model, layer)
+            if linear is None and _is_left_out(model, layer):
+                continue
+            linear = linear or _linear(model, layer, next(iter(tensors)))
             _check_size(linear, layer, tensors, self.scheme)
             _refuse_others(layer, header, {*tensors, "bias"})
             bias = None
             if linear.bias is not None or f"{layer}.bias" in header:
                 bias = torch.empty(linear.out_features, dtype=linear.weight.dtype, device="meta")
+            model.all_tied_weights_keys.pop(f"{layer}.weight", None)  # it has a weight of its own
             model.set_submodule(layer, _StoredLinear(tensors, bias))
+        for name, experts in stored_experts(model):
+            experts.check(name)
         return model
 
     def _process_model_after_weight_loading(
@@ -138,6 +169,9 @@ class _Int4Quantizer(HfQuantizer):
             layer, module = stored.pop()
             model.set_submodule(layer, module.read(layer, self.scheme))
             del module
+            trim_heap()
+        for name, experts in stored_experts(model):
+            model.set_submodule(name, experts.read())
             trim_heap()
         return model
 
@@ -194,17 +228,29 @@ def _refuse_others(layer: str, header: _Header, read: set[str]) -> None:
             )
 
 
+def _is_left_out(model: PreTrainedModel, layer: str) -> bool:
+    """Whether the model says itself that it has no use for such a layer (to predict ahead, say)."""
+    try:
+        model.get_submodule(layer)
+    except AttributeError:
+        patterns = model._keys_to_ignore_on_load_unexpected or ()
+        return any(re.search(pattern, f"{layer}.weight") for pattern in patterns)
+    return False
+
+
 def _linear(model: PreTrainedModel, layer: str, tensor: str) -> nn.Linear:
     try:
         module = model.get_submodule(layer)
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear):
-        held = "no module" if module is None else f"a {type(module).__name__}"
+        if module is None:
+            held, remedy = "no module", "use a checkpoint of that architecture"
+        else:
+            held, remedy = f"a {type(module).__name__}", "use a checkpoint that leaves it dense"
         raise UnsupportedQuantization(
             f"tensor {layer}.{tensor} is quantised, and {type(model).__name__} has {held} of that "
-            "name where a linear layer is expected; expert weights that a model keeps in one "
-            "tensor for all experts are not covered"
+            f"name where a linear layer or an expert's is expected; {remedy}"
         )
     return module
 

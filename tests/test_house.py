@@ -20,8 +20,10 @@ LONG = {  # with its reason
 _WHY_LARGE = r"One class|many\s+methods|hence their number|They\s+are many"  # the reason follows
 # Private names of libraries, for which they have no public ones.
 FOREIGN = {
+    "_apply_gate",
     "_attn_implementation",
     "_from_model_config",
+    "_keys_to_ignore_on_load_unexpected",
     "_model_mapping",
     "_apply_gate",
     "_default_apply_gate",

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...vmem.errors import QuantError, UnsupportedQuantization
+from ..experts import FusedExperts
 from .gptq import Hessian
 
 
@@ -24,6 +25,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
+    found = [(n, m) for n, m in found if id(m) in inside] or found  # a tower may be as deep
     outermost = [
         (name, module)
         for name, module in found
@@ -37,21 +41,30 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return outermost[0]
 
 
-def linears(layers: nn.ModuleList, prefix: str) -> dict[str, nn.Linear]:
+def linears(layers: nn.Module, prefix: str) -> dict[str, nn.Linear]:
     """The linear layers inside, by full name."""
     named = ((f"{prefix}.{name}", module) for name, module in layers.named_modules())
     return {name: module for name, module in named if isinstance(module, nn.Linear)}
 
 
-def refuse_fused_experts(prefix: str, layers: nn.ModuleList) -> None:
-    """Raise UnsupportedQuantization if a layer keeps the weights of all experts in one tensor."""
+def fused_experts(layers: nn.ModuleList, prefix: str) -> dict[str, FusedExperts]:
+    """The modules inside that keep the weights of all experts of a layer, by full name.
+
+    Raises UnsupportedQuantization if one keeps them in a way that is not known.
+    """
+    found: dict[str, FusedExperts] = {}
     for name, module in layers.named_modules():
+        if (fused := FusedExperts.of(module)) is not None:
+            found[f"{prefix}.{name}"] = fused
+            continue
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
                 raise UnsupportedQuantization(
-                    f"{prefix}.{name}.{own} holds the weights of all experts in one tensor, which "
-                    "is not covered; quantise a model without a mixture of experts"
+                    f"{prefix}.{name}.{own} holds several weights in one tensor, in a way that is "
+                    f"not known of a {type(module).__name__}; use a model whose experts are made "
+                    "by transformers' use_experts_implementation, or one without experts"
                 )
+    return found
 
 
 class _FirstLayerReached(Exception):

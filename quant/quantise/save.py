@@ -1,16 +1,19 @@
 """Writing a quantised model as a checkpoint folder that transformers, vLLM and vkv load."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...vmem.errors import QuantError
-from ..formats.scheme import FormatName
+from ..formats.scheme import FormatName, Scheme
 from ..formats.table import parse_config, write_layer
+from ..names import published_roles
 from ..weight import Int4Weight
 from .model import QuantizedModel
 from .rounding import Rounding
@@ -38,15 +41,12 @@ def save_quantized(
     """
     home = Path(out)
     refuse_occupied(home)
-    config = quantization_config(format, result.rounding, result.dense, result.head)
+    config = quantization_config(
+        format, result.rounding, result.dense, result.head, routers=result.routers
+    )
     scheme = parse_config(config)
     assert scheme is not None, "we read what we write"
-    state = dict(result.model.state_dict())
-    for name, weight in result.weights.items():
-        del state[f"{name}.weight"]
-        for suffix, tensor in write_layer(weight, scheme).items():
-            state[f"{name}.{suffix}"] = tensor
-
+    state = _state(result, scheme)
     partial = home.with_name(f"{home.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     result.model.save_pretrained(partial, state_dict=state)
@@ -63,13 +63,33 @@ def save_quantized(
         "symmetric": result.rounding.symmetric,
         "clip": result.rounding.clip,
         **(report or {}),
-        "dense": list(result.dense),
+        "dense": [*result.dense, *result.routers],
         "layers": [asdict(error) for error in result.errors],
     }
     (partial / REPORT).write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
     if home.exists():
         home.rmdir()
     partial.rename(home)
+
+
+def _state(result: QuantizedModel, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """The tensors of the checkpoint, by the model's names and those of its experts' linears."""
+    state = dict(result.model.state_dict())
+    names = {name: name for name in result.weights}
+    for home, fused in result.experts.items():
+        for own in fused.tensor_names():
+            del state[f"{home}.{own}"]
+        for role, published in published_roles(result.model, fused, home).items():
+            for expert in range(fused.num_experts):
+                name = f"{home}.{expert}.{published}"
+                names[f"{home}.{expert}.{role}"] = name
+                if (bias := fused.bias(role, expert)) is not None:
+                    state[f"{name}.bias"] = bias.contiguous()
+    for name, weight in result.weights.items():
+        state.pop(f"{name}.weight", None)
+        for suffix, tensor in write_layer(weight, scheme).items():
+            state[f"{names[name]}.{suffix}"] = tensor
+    return state
 
 
 def refuse_occupied(out: Path) -> None:
@@ -83,14 +103,16 @@ def quantization_config(
     rounding: Rounding,
     dense: tuple[str, ...],
     head: str | None,
+    *,
+    routers: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """What goes into config.json for others to read the weights by.
 
-    `dense` and `head` name what is not quantised, as in `Plan`. Raises QuantError for what the
-    format cannot express.
+    `dense`, `routers` and `head` name what is not quantised, as in `Plan`. Raises QuantError for
+    what the format cannot express.
     """
     group, symmetric = rounding.group_size, rounding.symmetric
-    ignore = [*dense, *([head] if head else [])]
+    ignore = [*dense, *routers, *([head] if head else [])]
     if format == "gptq":
         if dense:
             raise QuantError(
@@ -107,6 +129,7 @@ def quantization_config(
             "checkpoint_format": "gptq",
             "lm_head": False,
             "quantizer": "vkv",
+            **({"dynamic": {f"-:^{re.escape(name)}$": {} for name in routers}} if routers else {}),
         }
     if format == "awq":
         return {

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from ...quant.loading import described_in
 from ...quant.quantise.layers import perplexity, split_text
 from ...quant.quantise.model import METHODS, QuantizedModel, plan, quantize_model
 from ...quant.quantise.rounding import Rounding
@@ -33,7 +33,7 @@ from ...vmem.errors import (
 )
 from ..engine.devices import resolve_device
 from ..frontend.progress import counted
-from ..model.loading import check_report, load_tokenizer, parse_dtype
+from ..model.loading import auto_class, check_report, load_tokenizer, parse_dtype
 from ..model.reading import reading, resolve
 from .commands import Quantize
 
@@ -76,14 +76,15 @@ def _load_dense(home: str | Path, device: str, dtype: str) -> PreTrainedModel:
     config = reading(
         "config", home, lambda: AutoConfig.from_pretrained(home, trust_remote_code=False)
     )
-    if getattr(config, "quantization_config", None) is not None:
+    if described_in(config) is not None:
         raise BadCheckpoint(f"{home} is quantised already; start from the dense checkpoint")
     loaded: Any = reading(
         "weights",
         home,
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: auto_class(config).from_pretrained(
             home,
             trust_remote_code=False,
+            config=config,
             dtype=parse_dtype(dtype) or "auto",
             output_loading_info=True,
         ),
@@ -108,7 +109,9 @@ def _quantize(
     )
     planned = plan(model, rounding)
     # Refuse what the format cannot say now, not after the hours that GPTQ may take.
-    quantization_config(options.format, rounding, planned.dense, planned.head)
+    quantization_config(
+        options.format, rounding, planned.dense, planned.head, routers=planned.routers
+    )
     refuse_occupied(out)
     body, tail = _read_text(model, tokenizer, options)
     report: dict[str, Any] = {}

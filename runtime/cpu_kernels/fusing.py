@@ -9,13 +9,14 @@ is run on random numbers and compared.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType, MethodType
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from ...quant import Int4Linear
+from ...quant import Expert, Int4Linear
 from . import kernels as native_kernels
 from .kernels import Gate
 
@@ -77,6 +78,22 @@ def fuse_rotary(model: nn.Module) -> list[Undo]:
     return undo
 
 
+def fuse_expert_gates(model: nn.Module, dtype: torch.dtype) -> list[Undo]:
+    """Have the gates of experts in 4 bits computed by the kernel; returns how to undo each."""
+    undo: list[Undo] = []
+    gates: dict[object, Callable[[torch.Tensor], torch.Tensor] | None] = {}  # by activation
+    for module in model.modules():
+        if not isinstance(module, Expert):
+            continue
+        old = module.activation
+        if old not in gates:
+            gates[old] = _gate_kernel(old, dtype)
+        if (kernel := gates[old]) is not None:
+            module.activation = kernel
+            undo.append(lambda module=module, old=old: setattr(module, "activation", old))
+    return undo
+
+
 def gate_of(module: nn.Module, dtype: torch.dtype) -> Gate | None:
     """The gate of a layer that computes down_proj(act_fn(gate_proj(x)) * up_proj(x)), else None.
 
@@ -97,6 +114,20 @@ def gate_of(module: nn.Module, dtype: torch.dtype) -> Gate | None:
             continue
         expected = children["down_proj"](activation(gate_proj(x)) * up_proj(x))
         return gate if _takes_one_tensor(module) and close(module(x), expected) else None
+    return None
+
+
+def _gate_kernel(
+    activation: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The kernel that gives the results of an activation over gate and up, if there is one."""
+    if not native_kernels.available(dtype):
+        return None
+    wide = 3 * _random(_NUM_TEST_ROWS, 128, like=torch.empty(0))  # float32 tells them apart
+    found = activation(wide)
+    for gate in ACTIVATIONS:
+        if close(found, native_kernels.gated(wide, gate)):
+            return partial(native_kernels.gated, gate=gate)
     return None
 
 

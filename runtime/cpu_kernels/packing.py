@@ -22,7 +22,7 @@ from ...quant import Int4Linear, concatenate, empty_apart, split, trim_heap
 from ...vmem import linux
 from . import kernels as native_kernels
 from .experts import Multiplied, PackedExperts, RowWeight, pack_experts, pack_row_weights
-from .fusing import Undo, exchange, fuse_norms, fuse_rotary, gate_of
+from .fusing import Undo, exchange, fuse_expert_gates, fuse_norms, fuse_rotary, gate_of
 from .kernels import Gate, PanelLinear
 from .shared_inputs import Linear, Place, group_by_input, plain_linears, single_homes
 
@@ -260,7 +260,7 @@ def pack(
         if _panel(dtype, repeatable) is not None:
             undo += pack_experts(model, dtype)
             undo += pack_row_weights(model, multiplied)
-        undo += fuse_norms(model) + fuse_rotary(model)
+        undo += fuse_norms(model) + fuse_rotary(model) + fuse_expert_gates(model, dtype)
         if _same(run(), expected, _TOLERANCE[dtype]):
             for product in products:
                 product.settle(dtype)

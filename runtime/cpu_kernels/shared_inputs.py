@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from ...quant import Int4Linear, can_concatenate
+from ...quant import Expert, Int4Linear, can_concatenate
 from .fusing import has_hooks
 
 Linear: TypeAlias = nn.Linear | Int4Linear
@@ -35,12 +35,13 @@ def single_homes(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
 def plain_linears(model: nn.Module, can_lay_out: Callable[[nn.Linear], bool]) -> list[Place]:
     """The linears in 4 bits, and those dense ones that can be laid out.
 
-    Without hooks, in one place only, and of no subclass, which may have ideas of its own.
+    Without hooks, in one place only, and of no subclass, which may have ideas of its own. Those of
+    experts are left out: a few tokens do not call them all.
     """
     found: list[Place] = []
     for parent, name in single_homes(model).values():
         child = getattr(parent, name)
-        if has_hooks(child):
+        if has_hooks(child) or isinstance(parent, Expert):  # which lays out its own
             continue
         if type(child) is Int4Linear or (type(child) is nn.Linear and can_lay_out(child)):
             found.append(Place(parent, name, child))

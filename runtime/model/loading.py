@@ -1,5 +1,6 @@
 """Loading an unmodified `transformers` model, and learning what its layers ask of attention."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -196,20 +198,15 @@ def _from_checkpoint(
     config: PretrainedConfig = reading(
         "config", home, lambda: AutoConfig.from_pretrained(home, trust_remote_code=False)
     )
-    mapping = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping:
-        raise UnsupportedModel(
-            f"{config.model_type} has no causal language model in transformers; use one that "
-            "generates text"
-        )
-    _check_architecture(config, mapping[type(config)])  # type: ignore[arg-type]
+    auto = auto_class(config)
+    _check_architecture(config, auto._model_mapping[type(config)])  # type: ignore[arg-type]
     quantized = reading("quantisation", home, lambda: adopt(config))
     if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
         dtype = torch.bfloat16  # the checkpoint's float16 is a GPU's; a CPU has no kernels for it
     loaded: Any = reading(
         "weights",
         home,
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: auto.from_pretrained(
             home,
             trust_remote_code=False,
             config=config,
@@ -221,6 +218,30 @@ def _from_checkpoint(
     model, report = loaded
     check_report(home, model, report)
     return model
+
+
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelForMultimodalLM]:
+    """What loads a checkpoint's language model: alone, or with the towers that it came with.
+
+    Raises UnsupportedModel if `transformers` has none that goes on with a text.
+    """
+    alone, whole = AutoModelForCausalLM, AutoModelForMultimodalLM
+    if not config.is_encoder_decoder:
+        has_whole = type(config) in whole._model_mapping
+        if type(config) in alone._model_mapping and not (has_whole and _is_mere_part(config)):
+            return alone
+        if has_whole:
+            return whole
+    raise UnsupportedModel(
+        f"{config.model_type} has no causal language model in transformers; use one that "
+        "generates text"
+    )
+
+
+def _is_mere_part(config: PretrainedConfig) -> bool:
+    """Whether the causal model is a larger one's part, and does not know of the other parts."""
+    part: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    return part.config_class is not type(config) and not part._keys_to_ignore_on_load_unexpected
 
 
 def check_report(home: str | Path, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
@@ -341,6 +362,12 @@ def load_tokenizer(
     path = Path(source)
     if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
         return None
-    return reading(
+    found = reading(
         "tokenizer", source, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     )
+    template = path / "chat_template.json"  # where a processor of images kept it
+    if not found.chat_template and template.is_file():
+        found.chat_template = reading(
+            "chat template", source, lambda: json.loads(template.read_text())["chat_template"]
+        )
+    return found

@@ -46,7 +46,7 @@ def probe_attention(model: PreTrainedModel) -> Probed:
         raise UnsupportedModel(
             f"{type(model).__name__} has {len(expected)} layers that should attend, of which "
             f"{len(ahead.geometry)} use attention over keys and values of every token; the "
-            "others' state has no place in a slot"
+            "others' state has no place in a slot: use a model in which all attend to the text"
         )
     if not keeps_state(model.config):
         _check_neighbours(model, ahead)

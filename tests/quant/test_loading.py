@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from quantized import KINDS, quantize_folder, random_weight, written
+from quantized import KINDS, quantize_folder, random_weight, round_to_nearest, written
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vkv import LLM, SamplingParams
@@ -238,16 +238,32 @@ def test_unknown_formats(dense: Path, tmp_path: Path, change: dict, message: str
         LLM(int4, device="cpu")
 
 
-def test_fused_experts_are_refused_by_name(tmp_path: Path) -> None:
-    zoo.tiny_model("mixtral").save_pretrained(tmp_path / "moe")
-    int4, _ = quantize_folder(tmp_path / "moe", tmp_path, "gptq", group_size=8)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_output_layer_of_its_own_where_the_config_ties_it(tmp_path: Path, kind: str) -> None:
+    """Quantisers untie it, and many leave the config as it was."""
+    model = zoo.tiny_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "source")
+    int4, same = quantize_folder(tmp_path / "source", tmp_path, kind, group_size=8)
+    head = round_to_nearest(model.lm_head.weight.detach(), 8, symmetric=True)
     held = load_file(int4 / "model.safetensors")
-    expert = next(name for name in held if ".experts." in name and name.endswith("weight"))
-    layer = expert.removesuffix(".weight")
-    for part in ("qweight", "qzeros", "scales", "g_idx"):
-        held[f"{layer}.{part}"] = held[f"model.layers.0.self_attn.q_proj.{part}"].clone()
+    held |= {f"lm_head.{part}": tensor for part, tensor in written(kind, head).items()}
     save_file(held, int4 / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UnsupportedModel, match=r"experts.*for all experts are not covered"):
+    held = load_file(same / "model.safetensors") | {"lm_head.weight": head.dequantize()}
+    save_file(held, same / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((same / "config.json").read_text())
+    (same / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert tokens(int4, dtype="float32") == tokens(same, dtype="float32")
+
+
+def test_a_router_in_4_bits_is_refused_by_name(tmp_path: Path) -> None:
+    zoo.tiny_model("qwen3_moe").save_pretrained(tmp_path / "source")
+    int4, _ = quantize_folder(tmp_path / "source", tmp_path, "gptq", group_size=8)
+    held = load_file(int4 / "model.safetensors")
+    name = "model.layers.1.mlp.gate"
+    weight = round_to_nearest(held.pop(f"{name}.weight").repeat(2, 1), 8, symmetric=True)
+    held |= {f"{name}.{part}": tensor for part, tensor in written("gptq", weight).items()}
+    save_file(held, int4 / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"mlp\.gate\.\w+ is .*Router .* leaves it dense"):
         LLM(int4, device="cpu", dtype="float32")
 
 

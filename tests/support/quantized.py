@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from vkv.quant import Int4Weight, Scheme
 from vkv.quant.formats.table import parse_config, write_layer
 
+_FUSED = ("experts.gate_up_proj", "experts.down_proj")
+_LINEARS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 KINDS = ("awq", "compressed-tensors", "gptq", "gptq_v2")
 
 
@@ -141,13 +143,16 @@ def quantize_folder(
     quantized, dense = dict(tensors), dict(tensors)
     quantise = permuted if act_order else round_to_nearest
     for name in tensors:
-        if "layers." in name and "vision" not in name and name.endswith("_proj.weight"):
+        if "layers." in name and "vision" not in name and name.endswith(_LINEARS):
             weight = quantise(tensors[name], group_size, symmetric=symmetric)
             layer = name.removesuffix(".weight")
             del quantized[name]
             for part, tensor in written(kind, weight).items():
                 quantized[f"{layer}.{part}"] = tensor
             dense[name] = weight.dequantize(tensors[name].dtype)
+        elif name.endswith(_FUSED) and f"{name}_bias" not in tensors:  # those are GPT-OSS's
+            del quantized[name]
+            quantized |= _taken_apart(name, dense[name], kind, group_size, symmetric)
     config = json.loads((source / "config.json").read_text())
     paths = (folder / kind, folder / f"{kind}-dense")
     for path, held in zip(paths, (quantized, dense), strict=True):
@@ -160,6 +165,59 @@ def quantize_folder(
         added = {"quantization_config": described} if path == paths[0] else {}
         (path / "config.json").write_text(json.dumps(config | added))
     return paths
+
+
+def _taken_apart(
+    name: str, stacked: torch.Tensor, kind: str, group_size: int, symmetric: bool
+) -> dict[str, torch.Tensor]:
+    """A tensor of all experts, [experts, out, in], by expert; its numbers are then the same."""
+    held: dict[str, torch.Tensor] = {}
+    home, _, part = name.rpartition(".")
+    names = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+    for expert in range(len(stacked)):
+        for own, rows in zip(names, stacked[expert].chunk(len(names)), strict=True):
+            weight = round_to_nearest(rows, group_size, symmetric=symmetric)
+            rows.copy_(weight.dequantize(rows.dtype))
+            for suffix, tensor in written(kind, weight).items():
+                held[f"{home}.{expert}.{own}.{suffix}"] = tensor
+    return held
+
+
+def gpt_oss_folders(
+    source: Path, folder: Path, kind: str, style: str, *, group_size: int = 8
+) -> tuple[Path, Path]:
+    """As `quantize_folder`, of a GPT-OSS in `source`, with experts' layers named by `style`.
+
+    In it {expert} and {part} stand for theirs. Gate and up are two layers in styles that name the
+    expert first, and one otherwise.
+    """
+    int4, same = quantize_folder(source, folder, kind, group_size=group_size)
+    held, dense = (load_file(path / "model.safetensors") for path in (int4, same))
+    for name in [name for name in held if name.endswith("experts.gate_up_proj")]:
+        home = name.removesuffix(".gate_up_proj")
+        for part in ("gate_up_proj", "down_proj"):
+            weights, biases = held.pop(f"{home}.{part}"), held.pop(f"{home}.{part}_bias")
+            for expert, (stacked, bias) in enumerate(zip(weights, biases, strict=True)):
+                weight = round_to_nearest(stacked.T, group_size, symmetric=True)
+                dense[f"{home}.{part}"][expert] = weight.dequantize(stacked.dtype).T
+                for own, rows in _rows_of(part, split=style.endswith("{part}")).items():
+                    layer = f"{home}.{style.format(expert=expert, part=own)}"
+                    some = Int4Weight.from_codes(weight.codes()[rows], weight.scales[rows], None)
+                    for suffix, tensor in written(kind, some).items():
+                        held[f"{layer}.{suffix}"] = tensor
+                    held[f"{layer}.bias"] = bias[rows].contiguous()
+    for path, tensors in ((int4, held), (same, dense)):
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return int4, same
+
+
+def _rows_of(part: str, *, split: bool) -> dict[str, slice]:
+    """The rows of a part of an expert by the names they are published under."""
+    if part == "down_proj":
+        return {"down_proj" if split else "down": slice(None)}
+    if split:
+        return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    return {"gate_up": slice(None)}
 
 
 def matrix(*shape: int, seed: int = 0) -> torch.Tensor:
