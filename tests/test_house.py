@@ -25,7 +25,6 @@ FOREIGN = {
     "_from_model_config",
     "_keys_to_ignore_on_load_unexpected",
     "_model_mapping",
-    "_apply_gate",
     "_default_apply_gate",
     "_is_expert_parallel",
     "_forward_hooks",
