@@ -264,10 +264,10 @@ def _check_size(linear: nn.Linear, layer: str, tensors: _Header, scheme: Scheme)
     _, shape = tensors[marker]
     if len(shape) != 2:
         return  # which its reader refuses
-    found, expected = features(scheme.format, shape), (linear.out_features, linear.in_features)
+    found, expected = features(scheme, shape), (linear.out_features, linear.in_features)
     if found != expected:
         raise QuantError(
-            f"tensor {layer}.{marker} is {list(shape)}, in 4 bits a weight of {list(found)} "
+            f"tensor {layer}.{marker} is {list(shape)}, in {scheme.bits} bits a weight of {list(found)} "
             f"(outputs, inputs), and the model's layer is {list(expected)}; use weights and "
-            "config.json of one checkpoint, with 4 bits in all quantised layers"
+            f"config.json of one checkpoint, with {scheme.bits} bits in all quantised layers"
         )

@@ -5,6 +5,8 @@ weight_scale       float [N, groups]    one group for the strategy `channel`
 weight_zero_point  int32 [N/8, groups]  eight rows a word, plus 8; absent if symmetric
 weight_shape       int64 [2]            N and K
 weight_g_idx       int32 [K]            only with activation order `group`
+
+In 8 bits there are four to a word, and 128 is added.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +15,8 @@ from typing import Any
 import torch
 
 from ...vmem.errors import QuantError, UnsupportedQuantization
-from ..weight import Int4Weight, pack
-from .int32_words import CODES_PER_WORD, from_words, to_words
+from ..weight import Int4Weight
+from .int32_words import codes_per_word, from_words, to_words
 from .keys import HARMLESS, group_size, is_empty, refuse_unknown, require
 from .scheme import (
     LayerTensors,
@@ -23,8 +25,9 @@ from .scheme import (
     codes_in_order,
     group_index,
     groups_of,
+    order_of,
     require_bits,
-    sort_groups,
+    weight_of,
 )
 
 REQUIRED = ("weight_packed", "weight_scale", "weight_shape")
@@ -87,7 +90,7 @@ def _group_scheme(group: Mapping[str, Any], kind: str | None, where: str) -> Sch
     """The scheme of one of the config's groups of layers."""
     kind = group.get("format") or kind
     weights = group.get("weights") or {}
-    require_bits(weights.get("num_bits"), f"{where}.weights.num_bits")
+    bits = require_bits(weights.get("num_bits"), f"{where}.weights.num_bits", 4, 8)
     if kind != _FORMAT or weights.get("type", "int") != "int":
         raise UnsupportedQuantization(
             f"{where} is {kind!r} of type {weights.get('type')!r}; there is a reader for "
@@ -111,21 +114,22 @@ def _group_scheme(group: Mapping[str, Any], kind: str | None, where: str) -> Sch
     size = weights.get("group_size") if strategy == "group" else -1
     return Scheme(
         format="compressed-tensors",
+        bits=bits,
         group_size=group_size(size, f"{where}.weights.group_size"),
         symmetric=weights.get("symmetric", True),
         act_order=_ACT_ORDERS[order] if order else False,
     )
 
 
-def features(weight_packed: Sequence[int]) -> tuple[int, int]:
+def features(scheme: Scheme, weight_packed: Sequence[int]) -> tuple[int, int]:
     """Outputs and inputs of a layer whose `weight_packed` has this shape."""
-    return weight_packed[0], weight_packed[1] * CODES_PER_WORD
+    return weight_packed[0], weight_packed[1] * codes_per_word(scheme.bits)
 
 
 def read(tensors: LayerTensors, scheme: Scheme) -> Int4Weight:
     """The weight of one layer; raises QuantError, which names the tensor."""
     words = tensors.get("weight_packed", torch.int32, None, None)
-    out_features, in_features = features(words.shape)
+    out_features, in_features = features(scheme, words.shape)
     shape = tensors.get("weight_shape", torch.int64, 2).tolist()
     if shape != [out_features, in_features]:
         raise tensors.refuse(
@@ -134,26 +138,17 @@ def read(tensors: LayerTensors, scheme: Scheme) -> Int4Weight:
     scales = _scales(tensors, out_features)
     stored = scales.shape[1]
     groups = groups_of(scheme, in_features, tensors, "weight_scale", stored, short=False)
-    zeros = _zeros(tensors, out_features, stored)
+    zeros = _zeros(scheme, tensors, out_features, stored)
     if zeros is None and scheme.symmetric is False:
         raise tensors.refuse("weight_zero_point", "is missing, and the config has zero points")
-    packed, order = words.contiguous().view(torch.uint8), None  # [N, K/2]
-    if "weight_g_idx" in tensors or scheme.act_order:
-        codes, order = sort_groups(from_words(words), scheme, tensors, "weight_g_idx", groups)
-        packed = packed if order is None else pack(codes)
+    order = order_of(scheme, tensors, "weight_g_idx", groups)
     if zeros is not None and not check_zeros(scheme, tensors, "weight_zero_point", zeros):
         zeros = None
-    return Int4Weight(
-        packed=packed,
-        scales=groups.spread(scales),
-        zeros=None if zeros is None else groups.spread(zeros),
-        group_size=groups.even,
-        permutation=order,
-    )
+    return weight_of(words, scales, zeros, groups, bits=scheme.bits, order=order)
 
 
 def write(weight: Int4Weight, scheme: Scheme) -> dict[str, torch.Tensor]:
-    """The tensors of one layer; K and, with zeros, N are multiples of 8."""
+    """The tensors of one layer in 4 bits; K and, with zeros, N are multiples of 8."""
     tensors = {
         "weight_packed": to_words(codes_in_order(weight)),
         "weight_scale": weight.scales.contiguous(),
@@ -177,8 +172,11 @@ def _scales(tensors: LayerTensors, out_features: int) -> torch.Tensor:
     return tensors.finite("weight_scale", scales)
 
 
-def _zeros(tensors: LayerTensors, out_features: int, groups: int) -> torch.Tensor | None:
+def _zeros(
+    scheme: Scheme, tensors: LayerTensors, out_features: int, groups: int
+) -> torch.Tensor | None:
     if "weight_zero_point" not in tensors:
         return None
-    words = tensors.get("weight_zero_point", torch.int32, out_features // CODES_PER_WORD, groups)
-    return from_words(words.T).T.contiguous()  # [N, groups]
+    num_words = out_features // codes_per_word(scheme.bits)
+    words = tensors.get("weight_zero_point", torch.int32, num_words, groups)
+    return from_words(words.T, scheme.bits).T.contiguous()  # [N, groups]

@@ -44,9 +44,9 @@ def tensor_names(name: FormatName) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return _MODULES[name].REQUIRED, _MODULES[name].OPTIONAL
 
 
-def features(name: FormatName, codes: Sequence[int]) -> tuple[int, int]:
+def features(scheme: Scheme, codes: Sequence[int]) -> tuple[int, int]:
     """Outputs and inputs of a layer, from the shape of the tensor that marks it, of two sizes."""
-    return _MODULES[name].features(codes)
+    return _MODULES[scheme.format].features(scheme, codes)
 
 
 def read_layer(layer: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Int4Weight:
