@@ -67,6 +67,8 @@ class Int4Weight:
         zeros = self.zeros
         if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != expected):
             raise QuantError(f"zeros are uint8 {list(expected)}, not {_describe(zeros)}")
+        if self.bits == 8 and zeros is None:
+            raise QuantError("a weight in 8 bits has zeros, since those of its halves differ")
         order = self.permutation
         if order is not None and (order.dtype != torch.int64 or order.shape != (self.in_features,)):
             raise QuantError(f"a permutation is int64 [{self.in_features}], not {_describe(order)}")
@@ -130,19 +132,18 @@ class Int4Weight:
         Products are taken in float32 (float64 if that is asked for) and rounded once.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        groups = (
-            unpack(self.packed).unflatten(1, (-1, self.group_size)).to(wide)
-        )  # [N, groups, group]
-        if self.zeros is None:
+        groups = self.codes().unflatten(1, (-1, self.group_size)).to(wide)  # [N, groups, group]
+        scales, zeros = self.scales, self.zeros
+        if self.bits == 8:
+            assert zeros is not None
+            high, low = zeros.chunk(2, dim=1)
+            scales, zeros = scales.chunk(2, dim=1)[1], (high << 4) | low
+        if zeros is None:
             groups -= SYMMETRIC_ZERO
         else:
-            groups -= self.zeros.to(wide).unsqueeze(-1)
-        groups *= self.scales.to(wide).unsqueeze(-1)
-        columns = groups.flatten(1)
-        if self.bits == 8:
-            high, low = columns.chunk(2, dim=1)
-            columns = high + low
-        weight = columns.to(dtype)
+            groups -= zeros.to(wide).unsqueeze(-1)
+        groups *= scales.to(wide).unsqueeze(-1)
+        weight = groups.flatten(1).to(dtype)
         if self.permutation is None:
             return weight
         ordered = torch.empty_like(weight)

@@ -23,6 +23,7 @@ from .keys import (
 )
 from .scheme import LayerTensors, Scheme, check_zeros, groups_of, require_bits
 
+CODES = "qweight"
 REQUIRED = ("qweight", "qzeros", "scales")
 OPTIONAL = ()
 _HONOURED = {

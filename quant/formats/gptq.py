@@ -5,7 +5,8 @@
     scales   float [groups, N]    the last group is shorter if the others do not fill K
     g_idx    int32 [K]            the group of each row; may be absent without act-order
 
-The first version stores zeros less one, so that a zero of 0 wraps to the largest code. It is read back as 0.
+The first version stores zeros less one, so that a zero of 0 wraps to the largest code. It is
+read back as 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ from .scheme import (
     weight_of,
 )
 
+CODES = "qweight"
 REQUIRED = ("qweight", "qzeros", "scales")
 OPTIONAL = ("g_idx",)
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}

@@ -12,7 +12,15 @@ from ..int8 import int8_weight
 from ..weight import Int4Weight, pack
 from .int32_words import from_words
 
-FormatName = Literal["gptq", "awq", "compressed-tensors"]
+FormatName = Literal[
+    "gptq",
+    "awq",
+    "compressed-tensors",
+    "compressed-tensors-int8",
+    "compressed-tensors-fp8",
+    "bitsandbytes",
+    "bitsandbytes-4bit",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +32,11 @@ class Scheme:
         bits: 4 or 8, of a code.
         zero_offset: what the stored zeros lack: 1 in GPTQ's first version.
         group_size: columns that share a scale; None for one scale a row.
-        symmetric: True if all zeros are the middle code; None if the config says nothing, and the zeros all.
+        symmetric: True if all zeros are the middle code; None if the config says nothing, and the
+            zeros all.
         act_order: whether columns were dealt to groups out of order; None as above.
+        block: rows and columns that share a scale, instead of groups.
+        rounds_kv: keys and values were to be rounded too, and the checkpoint has their scales.
     """
 
     format: FormatName
@@ -34,6 +45,8 @@ class Scheme:
     group_size: int | None = None
     symmetric: bool | None = None
     act_order: bool | None = None
+    block: tuple[int, int] | None = None
+    rounds_kv: bool = False
 
     @property
     def middle(self) -> int:
@@ -59,9 +72,7 @@ class LayerTensors:
 
         Raises QuantError if it is missing or otherwise.
         """
-        if name not in self._tensors:
-            raise QuantError(f"tensor {self.layer}.{name} is missing")
-        tensor = self._tensors[name]
+        tensor = self.any_of(name)
         right_type = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
         sizes = zip(tensor.shape, shape, strict=False)
         right_shape = tensor.dim() == len(shape) and all(b is None or a == b for a, b in sizes)
@@ -73,6 +84,20 @@ class LayerTensors:
                 f"{list(tensor.shape)}, and should be {expected} [{wanted}]"
             )
         return tensor
+
+    def any_of(self, name: str) -> torch.Tensor:
+        """The tensor of that name, of any type and shape. Raises QuantError if it is missing."""
+        if name not in self._tensors:
+            raise QuantError(f"tensor {self.layer}.{name} is missing")
+        return self._tensors[name]
+
+    def is_single(self, name: str) -> bool:
+        """Whether the tensor of that name has one number, in any shape."""
+        return self.any_of(name).numel() == 1
+
+    def single(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+        """The tensor of that name, as [1, 1]. Raises QuantError as `get` does."""
+        return self.get(name, dtype, *([1] * self.any_of(name).dim())).reshape(1, 1)
 
     def refuse(self, name: str, why: str) -> QuantError:
         """The error for a tensor whose values are wrong."""
