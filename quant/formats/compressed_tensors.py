@@ -20,8 +20,8 @@ from ..weight import Int4Weight
 from .int32_words import codes_per_word, from_words, to_words
 from .keys import HARMLESS, block_of, group_size, is_empty, refuse_unknown, require
 from .scheme import (
-    FormatName,
     LayerTensors,
+    ReadFormat,
     Scheme,
     check_zeros,
     codes_in_order,
@@ -37,7 +37,7 @@ REQUIRED = ("weight_packed", "weight_scale", "weight_shape")
 # By what activations are rounded where a checkpoint is run as it was meant to be. Not here.
 OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 OPTIONAL = ("weight_zero_point", "weight_g_idx", *OF_ACTIVATIONS)
-_FORMATS: dict[tuple[Any, Any, Any], FormatName] = {  # by format, type and bits
+_FORMATS: dict[tuple[Any, Any, Any], ReadFormat] = {  # by format, type and bits
     ("pack-quantized", "int", 4): "compressed-tensors",
     ("pack-quantized", "int", 8): "compressed-tensors",
     ("int-quantized", "int", 8): "compressed-tensors-int8",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -12,15 +12,16 @@ from ..int8 import int8_weight
 from ..weight import Int4Weight, pack
 from .int32_words import from_words
 
-FormatName = Literal[
-    "gptq",
-    "awq",
-    "compressed-tensors",
-    "compressed-tensors-int8",
-    "compressed-tensors-fp8",
-    "bitsandbytes",
-    "bitsandbytes-4bit",
-]
+FormatName = Literal["gptq", "awq", "compressed-tensors"]  # which are written, too
+ReadFormat: TypeAlias = (
+    FormatName
+    | Literal[
+        "compressed-tensors-int8",
+        "compressed-tensors-fp8",
+        "bitsandbytes",
+        "bitsandbytes-4bit",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Scheme:
         rounds_kv: keys and values were to be rounded too, and the checkpoint has their scales.
     """
 
-    format: FormatName
+    format: ReadFormat
     bits: int = 4
     zero_offset: int = 0
     group_size: int | None = None

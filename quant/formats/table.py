@@ -10,9 +10,9 @@ import torch
 from ...vmem.errors import UnsupportedQuantization
 from ..weight import Int4Weight
 from . import awq, bitsandbytes, bitsandbytes_4bit, compressed_tensors, fp8, gptq, int8
-from .scheme import FormatName, LayerTensors, Scheme
+from .scheme import LayerTensors, ReadFormat, Scheme
 
-_MODULES: dict[FormatName, ModuleType] = {
+_MODULES: dict[ReadFormat, ModuleType] = {
     "gptq": gptq,
     "awq": awq,
     "compressed-tensors": compressed_tensors,
@@ -45,24 +45,24 @@ def parse_config(config: Mapping[str, Any]) -> Scheme | None:
     return _MODULES[method].parse_config(config)
 
 
-def tensor_names(name: FormatName) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def tensor_names(name: ReadFormat) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The tensors that a layer must have, and those it may; the first marks a layer."""
     return _MODULES[name].REQUIRED, _MODULES[name].OPTIONAL
 
 
-def renamings(name: FormatName) -> tuple[tuple[str, str], ...]:
+def renamings(name: ReadFormat) -> tuple[tuple[str, str], ...]:
     """Patterns of tensors' names in the files, and what to read in place of what they match."""
     return getattr(_MODULES[name], "RENAMED", ())
 
 
-def renamed(full_name: str, name: FormatName) -> str:
+def renamed(full_name: str, name: ReadFormat) -> str:
     """What to read in place of a tensor's name in the files."""
     for pattern, replacement in renamings(name):
         full_name = re.sub(pattern, replacement, full_name)
     return full_name
 
 
-def codes_name(name: FormatName) -> str:
+def codes_name(name: ReadFormat) -> str:
     """The tensor that has a layer's codes."""
     return _MODULES[name].CODES
 
