@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..vmem.errors import QuantError, UnsupportedQuantization
 from .experts import Expert, Experts
 from .formats.scheme import FormatName, Scheme
+from .int8 import int8_weight
 from .linear import Int4Linear
-from .output_layer import Int8Linear, quantize_output
+from .output_layer import quantize_output
 from .weight import Int4Weight, can_concatenate, concatenate, pack, split, unpack
 from .weight_memory import empty_apart, trim_heap
 
@@ -23,7 +24,6 @@ __all__ = [
     "FormatName",
     "Int4Linear",
     "Int4Weight",
-    "Int8Linear",
     "QuantError",
     "Scheme",
     "UnsupportedQuantization",
@@ -32,6 +32,7 @@ __all__ = [
     "concatenate",
     "empty_apart",
     "int4_linears",
+    "int8_weight",
     "pack",
     "quantize_output",
     "split",

@@ -1,4 +1,4 @@
-"""A linear layer with a 4-bit weight."""
+"""A linear layer with a 4-bit weight, or an 8-bit one of two such halves."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,12 +32,13 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.in_features = weight.in_features
         self.out_features = weight.out_features
+        self.bits = weight.bits
         self.bias: torch.Tensor | None
         self.permutation: torch.Tensor | None
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("permutation", weight.permutation, persistent=False)
         self._pinned = kernel(kernel_name) if kernel_name is not None else None
-        self._weight: Int4Weight | None = replace(weight, permutation=None)
+        self._weight: Int4Weight | None = weight.halves()
         self._outline = self._weight.to("meta")
         self._layouts: dict[str, Any] = {}
         self._choices: dict[tuple[torch.dtype, int], Int4Kernel] = {}
@@ -50,7 +51,7 @@ class Int4Linear(nn.Module):
                 f"the weight is laid out for {', '.join(self._layouts)} and no longer kept in its "
                 "canonical form; take it before `settle`"
             )
-        return replace(self._weight, permutation=self.permutation)
+        return replace(self._weight, permutation=self.permutation, bits=self.bits)
 
     @property
     def is_settled(self) -> bool:
@@ -70,6 +71,8 @@ class Int4Linear(nn.Module):
         rows = inputs.reshape(-1, self.in_features)
         if self.permutation is not None:
             rows = rows[:, self.permutation]
+        if self.bits == 8:
+            rows = torch.cat((rows, rows), dim=1)  # [M, 2 K]: for the high halves, for the low ones
         chosen = self.kernel_for(inputs.device, inputs.dtype, rows.shape[0])
         product = chosen.multiply(self._layout(chosen), rows)
         if self.bias is not None:
@@ -106,8 +109,7 @@ class Int4Linear(nn.Module):
 
     def _layout(self, chosen: Int4Kernel) -> Any:
         if chosen.name not in self._layouts:
-            weight = self.weight_int4
-            self._layouts[chosen.name] = chosen.prepare(replace(weight, permutation=None))
+            self._layouts[chosen.name] = chosen.prepare(self.weight_int4.halves())
             trim_heap()
         return self._layouts[chosen.name]
 
@@ -126,5 +128,5 @@ class Int4Linear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"group_size={self._outline.group_size}"
+            f"bits={self.bits}, group_size={self._outline.group_size}"
         )

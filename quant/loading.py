@@ -11,13 +11,13 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import WeightTransform
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -28,10 +28,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..vmem.errors import QuantError, UnsupportedQuantization
 from .formats.scheme import Scheme
-from .formats.table import features, parse_config, read_layer, tensor_names
+from .formats.table import (
+    codes_name,
+    features,
+    parse_config,
+    read_layer,
+    renamed,
+    renamings,
+    tensor_names,
+)
 from .linear import Int4Linear
 from .names import ModelNames, bind_to_weights
 from .stored_experts import expert_linear, stored_experts
+from .weight import Int4Weight
 from .weight_memory import trim_heap
 
 _log = logging.getLogger(__name__)
@@ -46,7 +55,14 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
+_READ_AS_DENSE = {
+    "compressed-tensors-fp8": ("FP8", "two"),
+    "bitsandbytes-4bit": ("bitsandbytes' 4 bits", "four"),
+}
+_KV_SCALES = r"\.[kv]_(scale|zero_point)$"
 _Header = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]  # by name of tensor
 
 
@@ -71,12 +87,10 @@ def adopt(config: PretrainedConfig) -> bool:
     scheme = parse_config(described)
     if scheme is None:
         method = described.get("quant_method")
-        # bitsandbytes is there under two names, by the number of bits.
-        names = (method, f"{method}_4bit", f"{method}_8bit")
-        if not any(name in AUTO_QUANTIZATION_CONFIG_MAPPING for name in names):
+        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             raise UnsupportedQuantization(
                 f"quantization_config.quant_method is {method!r}, which is unknown; there are "
-                "readers for gptq, awq, compressed-tensors and auto-round"
+                "readers for gptq, awq, compressed-tensors, auto-round and bitsandbytes"
             )
         if method == "mxfp4":
             config.quantization_config = {**described, "dequantize": True}  # type: ignore[attr-defined]
@@ -100,16 +114,32 @@ def int4_linears(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
 class _StoredLinear(nn.Module):
     """A linear as the checkpoint stores it: one buffer for each of its tensors."""
 
-    def __init__(self, header: _Header, bias: torch.Tensor | None) -> None:
+    def __init__(self, header: _Header, like: nn.Linear, bias: torch.Tensor | None) -> None:
         super().__init__()
+        self.size = like.out_features, like.in_features
+        self.dtype = like.weight.dtype
         self.tensor_names = tuple(header)
         for name, (dtype, shape) in header.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_buffer("bias", bias)
 
-    def read(self, layer: str, scheme: Scheme) -> Int4Linear:
+    def read(self, layer: str, scheme: Scheme) -> Int4Linear | nn.Linear:
         tensors = {name: getattr(self, name) for name in self.tensor_names}
-        return Int4Linear(read_layer(layer, tensors, scheme), self.bias)  # type: ignore[arg-type]
+        bias = cast(torch.Tensor | None, self.bias)
+        weight = read_layer(layer, tensors, scheme)
+        if isinstance(weight, Int4Weight):
+            return Int4Linear(weight, bias)
+        if weight.shape != self.size:
+            raise QuantError(
+                f"tensor {layer}.{codes_name(scheme.format)} holds a weight of "
+                f"{list(weight.shape)} (outputs, inputs), and the model's layer is "
+                f"{list(self.size)}; use weights and config.json of one checkpoint"
+            )
+        linear = nn.Linear(*reversed(self.size), bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear
 
 
 class _Int4Config(QuantizationConfigMixin):
@@ -136,7 +166,8 @@ class _Int4Quantizer(HfQuantizer):
         self, weight_conversions: list[WeightTransform], *args: PreTrainedModel
     ) -> list[WeightTransform]:
         bind_to_weights(weight_conversions)
-        return super().update_weight_conversions(weight_conversions, *args)
+        own = [WeightRenaming(*pair) for pair in renamings(self.scheme.format)]
+        return super().update_weight_conversions([*own, *weight_conversions], *args)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -144,11 +175,17 @@ class _Int4Quantizer(HfQuantizer):
         required, optional = tensor_names(self.scheme.format)
         names = ModelNames(model, (*required, *optional))
         stored = _read_headers(checkpoint_files or ())
-        header = {names(name): described for name, described in stored.items()}
+        kind = self.scheme.format
+        header = {names(renamed(name, kind)): described for name, described in stored.items()}
         for layer, tensors in _layers(header, self.scheme).items():
             linear = expert_linear(model, layer)
             if linear is None and _is_left_out(model, layer):
                 continue
+            if linear is not None and "weight" in tensors:
+                raise UnsupportedQuantization(
+                    f"tensor {layer}.weight is an expert's, and of {self.scheme.format} no experts "
+                    "are read; use a checkpoint with experts in GPTQ, AWQ or pack-quantized"
+                )
             linear = linear or _linear(model, layer, next(iter(tensors)))
             _check_size(linear, layer, tensors, self.scheme)
             _refuse_others(layer, header, {*tensors, "bias"})
@@ -156,15 +193,24 @@ class _Int4Quantizer(HfQuantizer):
             if linear.bias is not None or f"{layer}.bias" in header:
                 bias = torch.empty(linear.out_features, dtype=linear.weight.dtype, device="meta")
             model.all_tied_weights_keys.pop(f"{layer}.weight", None)  # it has a weight of its own
-            model.set_submodule(layer, _StoredLinear(tensors, bias))
+            model.set_submodule(layer, _StoredLinear(tensors, linear, bias))
         for name, experts in stored_experts(model):
             experts.check(name)
+        if self.scheme.rounds_kv:  # by scales of their own; here keys and values stay as they are
+            passed_over = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*passed_over, _KV_SCALES}
         return model
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
         stored = [(n, m) for n, m in model.named_modules() if isinstance(m, _StoredLinear)]
+        if self.scheme.format in _READ_AS_DENSE:
+            _log.warning(
+                "weights in %s are read as dense ones in the model's type, and take %s times the "
+                "memory of their files in bfloat16",
+                *_READ_AS_DENSE[self.scheme.format],
+            )
         while stored:  # one at a time, so that a layer's tensors go before the next is read
             layer, module = stored.pop()
             model.set_submodule(layer, module.read(layer, self.scheme))
@@ -201,8 +247,11 @@ def _layers(header: _Header, scheme: Scheme) -> dict[str, _Header]:
     layers: dict[str, _Header] = {}
     for full_name in header:
         layer, _, last = full_name.rpartition(".")
-        if last in (*required, *optional):
+        if last in (*required, *optional) and last != "weight":  # which dense ones have too
             layers.setdefault(layer, {})[last] = header[full_name]
+    for layer, tensors in layers.items():
+        if "weight" in required and f"{layer}.weight" in header:
+            tensors["weight"] = header[f"{layer}.weight"]
     for layer, tensors in layers.items():
         for name in required:
             if name not in tensors:
@@ -260,14 +309,15 @@ def _check_size(linear: nn.Linear, layer: str, tensors: _Header, scheme: Scheme)
 
     That the other tensors fit the codes is seen to when they are read.
     """
-    marker = tensor_names(scheme.format)[0][0]
-    _, shape = tensors[marker]
+    codes = codes_name(scheme.format)
+    _, shape = tensors[codes]
     if len(shape) != 2:
         return  # which its reader refuses
-    found, expected = features(scheme.format, shape), (linear.out_features, linear.in_features)
-    if found != expected:
+    found, expected = features(scheme, shape), (linear.out_features, linear.in_features)
+    if found is not None and found != expected:
         raise QuantError(
-            f"tensor {layer}.{marker} is {list(shape)}, in 4 bits a weight of {list(found)} "
-            f"(outputs, inputs), and the model's layer is {list(expected)}; use weights and "
-            "config.json of one checkpoint, with 4 bits in all quantised layers"
+            f"tensor {layer}.{codes} is {list(shape)}, in {scheme.bits} bits a weight of "
+            f"{list(found)} (outputs, inputs), and the model's layer is {list(expected)}; use "
+            f"weights and config.json of one checkpoint, with {scheme.bits} bits in all quantised "
+            "layers"
         )

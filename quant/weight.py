@@ -26,18 +26,20 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Int4Weight:
-    """The weight of a linear layer, in 4 bits an element.
+    """The weight of a linear layer, in 4 bits an element, or in 8 as two of four (`int8`).
 
     Element (n, j) is `(codes[n, j] - zeros[n, g]) * scales[n, g]` with `g = j // group_size`. It
     belongs to input feature `j`, or to `permutation[j]` where the columns were sorted so that
-    groups are contiguous (GPTQ's act-order).
+    groups are contiguous (GPTQ's act-order). In 8 bits there are twice as many columns, the second
+    half of them for the same inputs again, and an element is the sum of its two.
 
     Attributes:
-        packed: uint8 [out_features, in_features / 2], two codes a byte, low nibble first.
-        scales: floating point [out_features, in_features / group_size].
-        zeros: uint8 [out_features, in_features / group_size], values 0 to 15; None means 8.
-        group_size: columns that share a scale; all of them for one scale a row.
+        packed: uint8 [out_features, columns / 2], two codes a byte, low nibble first.
+        scales: floating point [out_features, columns / group_size].
+        zeros: uint8 [out_features, columns / group_size], values 0 to 15; None means 8.
+        group_size: columns that share a scale; all inputs for one scale a row.
         permutation: int64 [in_features], or None for columns in their own order.
+        bits: 4, or 8.
 
     Raises QuantError if shapes, types or the permutation contradict each other.
     """
@@ -47,6 +49,7 @@ class Int4Weight:
     zeros: torch.Tensor | None
     group_size: int
     permutation: torch.Tensor | None = None
+    bits: int = 4
 
     def __post_init__(self) -> None:
         if self.packed.dtype != torch.uint8 or self.packed.dim() != 2:
@@ -55,7 +58,7 @@ class Int4Weight:
             raise QuantError(
                 f"{self.in_features} input features do not divide into groups of {self.group_size}"
             )
-        expected = (self.out_features, self.in_features // self.group_size)
+        expected = (self.out_features, self.num_columns // self.group_size)
         if not self.scales.is_floating_point() or self.scales.shape != expected:
             raise QuantError(
                 f"scales are floating point {list(expected)} for groups of {self.group_size}, "
@@ -64,6 +67,8 @@ class Int4Weight:
         zeros = self.zeros
         if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != expected):
             raise QuantError(f"zeros are uint8 {list(expected)}, not {_describe(zeros)}")
+        if self.bits == 8 and zeros is None:
+            raise QuantError("a weight in 8 bits has zeros, since those of its halves differ")
         order = self.permutation
         if order is not None and (order.dtype != torch.int64 or order.shape != (self.in_features,)):
             raise QuantError(f"a permutation is int64 [{self.in_features}], not {_describe(order)}")
@@ -96,8 +101,12 @@ class Int4Weight:
         return self.packed.shape[0]
 
     @property
-    def in_features(self) -> int:
+    def num_columns(self) -> int:
         return 2 * self.packed.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.num_columns * 4 // self.bits
 
     @property
     def num_bytes(self) -> int:
@@ -107,7 +116,15 @@ class Int4Weight:
 
     def codes(self) -> torch.Tensor:
         """The codes, one to an element: uint8 [N, K], columns in the order they are stored."""
-        return unpack(self.packed)
+        codes = unpack(self.packed)
+        if self.bits == 4:
+            return codes
+        high, low = codes.chunk(2, dim=1)
+        return (high << 4) | low
+
+    def halves(self) -> "Int4Weight":
+        """What kernels multiply by: every column an input of its own, in the stored order."""
+        return replace(self, permutation=None, bits=4)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as [out_features, in_features] of `dtype`, in the order of the inputs.
@@ -116,11 +133,16 @@ class Int4Weight:
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         groups = self.codes().unflatten(1, (-1, self.group_size)).to(wide)  # [N, groups, group]
-        if self.zeros is None:
+        scales, zeros = self.scales, self.zeros
+        if self.bits == 8:
+            assert zeros is not None
+            high, low = zeros.chunk(2, dim=1)
+            scales, zeros = scales.chunk(2, dim=1)[1], (high << 4) | low
+        if zeros is None:
             groups -= SYMMETRIC_ZERO
         else:
-            groups -= self.zeros.to(wide).unsqueeze(-1)
-        groups *= self.scales.to(wide).unsqueeze(-1)
+            groups -= zeros.to(wide).unsqueeze(-1)
+        groups *= scales.to(wide).unsqueeze(-1)
         weight = groups.flatten(1).to(dtype)
         if self.permutation is None:
             return weight
@@ -140,9 +162,9 @@ class Int4Weight:
 
 
 def can_concatenate(first: Int4Weight, other: Int4Weight) -> bool:
-    """Whether two weights can be one: the same group size, and the same order of columns."""
-    alike = (first.group_size, first.in_features) == (other.group_size, other.in_features)
-    return alike and _same_order(first.permutation, other.permutation)
+    """Whether two weights can be one: the same bits, group size, and order of columns."""
+    sizes = [(one.bits, one.group_size, one.in_features) for one in (first, other)]
+    return sizes[0] == sizes[1] and _same_order(first.permutation, other.permutation)
 
 
 def concatenate(weights: Sequence[Int4Weight]) -> Int4Weight:

@@ -12,7 +12,7 @@ import torch
 
 from ...vmem.errors import QuantError, UnsupportedQuantization
 from ..weight import SYMMETRIC_ZERO, Int4Weight, pack
-from .int32_words import CODES_PER_WORD, from_words, to_words
+from .int32_words import codes_per_word, from_words, to_words
 from .keys import (
     HARMLESS,
     group_size,
@@ -23,6 +23,7 @@ from .keys import (
 )
 from .scheme import LayerTensors, Scheme, check_zeros, groups_of, require_bits
 
+CODES = "qweight"
 REQUIRED = ("qweight", "qzeros", "scales")
 OPTIONAL = ()
 _HONOURED = {
@@ -47,7 +48,7 @@ _PLACES = torch.argsort(_ORDER)  # the nibble of each column
 def parse_config(config: Mapping[str, Any]) -> Scheme:
     """The scheme of a `quantization_config`; raises UnsupportedQuantization for other kinds."""
     where = "quantization_config"
-    require_bits(config.get("bits", config.get("w_bit")), f"{where}.bits")
+    require_bits(config.get("bits", config.get("w_bit")), f"{where}.bits", 4)
     version = str(config.get("version", config.get("format", "gemm"))).lower()
     if version != "gemm":
         raise UnsupportedQuantization(
@@ -68,15 +69,15 @@ def parse_config(config: Mapping[str, Any]) -> Scheme:
     )
 
 
-def features(qweight: Sequence[int]) -> tuple[int, int]:
+def features(scheme: Scheme, qweight: Sequence[int]) -> tuple[int, int]:
     """Outputs and inputs of a layer whose `qweight` has this shape."""
-    return qweight[1] * CODES_PER_WORD, qweight[0]
+    return qweight[1] * codes_per_word(scheme.bits), qweight[0]
 
 
 def read(tensors: LayerTensors, scheme: Scheme) -> Int4Weight:
     """The weight of one layer; raises QuantError, which names the tensor."""
     qweight = tensors.get("qweight", torch.int32, None, None)
-    out_features, in_features = features(qweight.shape)
+    out_features, in_features = features(scheme, qweight.shape)
     scales = tensors.finite("scales", tensors.get("scales", None, None, out_features))
     stored = scales.shape[0]
     groups = groups_of(scheme, in_features, tensors, "scales", stored, short=False)
@@ -106,9 +107,9 @@ def write(weight: Int4Weight, scheme: Scheme) -> dict[str, torch.Tensor]:
 
 def _from_awq(words: torch.Tensor) -> torch.Tensor:
     places = _PLACES.to(words.device)
-    return from_words(words).unflatten(-1, (-1, CODES_PER_WORD))[..., places].flatten(-2)
+    return from_words(words).unflatten(-1, (-1, len(_ORDER)))[..., places].flatten(-2)
 
 
 def _to_awq(codes: torch.Tensor) -> torch.Tensor:
     order = _ORDER.to(codes.device)
-    return to_words(codes.unflatten(-1, (-1, CODES_PER_WORD))[..., order].flatten(-2))
+    return to_words(codes.unflatten(-1, (-1, len(_ORDER)))[..., order].flatten(-2))

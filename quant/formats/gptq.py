@@ -1,11 +1,12 @@
 """GPTQ checkpoints (AutoGPTQ, GPTQModel, auto-round): a layer's tensors to `Int4Weight` and back.
 
-    qweight  int32 [K/8, N]       eight rows a word, the first in the lowest bits
-    qzeros   int32 [groups, N/8]  eight columns a word; less one in the first version
+    qweight  int32 [K/8, N]       eight rows a word (four in 8 bits), the first in the lowest bits
+    qzeros   int32 [groups, N/8]  eight columns a word (four); less one in the first version
     scales   float [groups, N]    the last group is shorter if the others do not fill K
     g_idx    int32 [K]            the group of each row; may be absent without act-order
 
-The first version stores zeros less one, so that a zero of 0 wraps to 15. It is read back as 0.
+The first version stores zeros less one, so that a zero of 0 wraps to the largest code. It is
+read back as 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 
 from ...vmem.errors import UnsupportedQuantization
-from ..weight import SYMMETRIC_ZERO, Int4Weight, pack
-from .int32_words import CODES_PER_WORD, from_words, to_words
+from ..weight import SYMMETRIC_ZERO, Int4Weight
+from .int32_words import codes_per_word, from_words, to_words
 from .keys import (
     HARMLESS,
     group_size,
@@ -31,10 +32,12 @@ from .scheme import (
     codes_in_order,
     group_index,
     groups_of,
+    order_of,
     require_bits,
-    sort_groups,
+    weight_of,
 )
 
+CODES = "qweight"
 REQUIRED = ("qweight", "qzeros", "scales")
 OPTIONAL = ("g_idx",)
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
@@ -55,7 +58,7 @@ _HONOURED = {
 def parse_config(config: Mapping[str, Any]) -> Scheme:
     """The scheme of a `quantization_config`; raises UnsupportedQuantization for other kinds."""
     where = "quantization_config"
-    require_bits(config.get("bits"), f"{where}.bits")
+    bits = require_bits(config.get("bits"), f"{where}.bits", 4, 8)
     for pattern in config.get("dynamic") or {}:
         if not pattern.startswith("-:"):  # which leaves layers out, as the files show
             raise UnsupportedQuantization(
@@ -74,6 +77,7 @@ def parse_config(config: Mapping[str, Any]) -> Scheme:
     refuse_unknown(config, where, _HONOURED | known, HARMLESS | {"backend", "scale_dtype"})
     return Scheme(
         format="gptq",
+        bits=bits,
         zero_offset=_ZERO_OFFSETS[kind],
         group_size=group_size(config.get("group_size"), f"{where}.group_size"),
         symmetric=config.get("sym"),
@@ -81,36 +85,34 @@ def parse_config(config: Mapping[str, Any]) -> Scheme:
     )
 
 
-def features(qweight: Sequence[int]) -> tuple[int, int]:
+def features(scheme: Scheme, qweight: Sequence[int]) -> tuple[int, int]:
     """Outputs and inputs of a layer whose `qweight` has this shape."""
-    return qweight[1], qweight[0] * CODES_PER_WORD
+    return qweight[1], qweight[0] * codes_per_word(scheme.bits)
 
 
 def read(tensors: LayerTensors, scheme: Scheme) -> Int4Weight:
     """The weight of one layer; raises QuantError, which names the tensor."""
     qweight = tensors.get("qweight", torch.int32, None, None)
-    out_features, in_features = features(qweight.shape)
+    out_features, in_features = features(scheme, qweight.shape)
     scales = tensors.finite("scales", tensors.get("scales", None, None, out_features))
     stored = scales.shape[0]
     groups = groups_of(scheme, in_features, tensors, "scales", stored, short=True)
-    shape = (stored, out_features // CODES_PER_WORD)
-    zeros = (from_words(tensors.get("qzeros", torch.int32, *shape)) + scheme.zero_offset) & 0xF
-    packed, order = qweight.T.contiguous().view(torch.uint8), None  # [N, K/2]
-    if "g_idx" in tensors or scheme.act_order:
-        codes, order = sort_groups(from_words(qweight.T), scheme, tensors, "g_idx", groups)
-        packed = packed if order is None else pack(codes)
+    shape = (stored, out_features // codes_per_word(scheme.bits))
+    zeros = from_words(tensors.get("qzeros", torch.int32, *shape), scheme.bits)
+    zeros = (zeros + scheme.zero_offset) & (2 * scheme.middle - 1)
     asymmetric = check_zeros(scheme, tensors, "qzeros", zeros)
-    return Int4Weight(
-        packed=packed,
-        scales=groups.spread(scales.T),
-        zeros=groups.spread(zeros.T) if asymmetric else None,
-        group_size=groups.even,
-        permutation=order,
+    return weight_of(
+        qweight.T,
+        scales.T,
+        zeros.T if asymmetric else None,
+        groups,
+        bits=scheme.bits,
+        order=order_of(scheme, tensors, "g_idx", groups),
     )
 
 
 def write(weight: Int4Weight, scheme: Scheme) -> dict[str, torch.Tensor]:
-    """The tensors of one layer; K and N are multiples of 8."""
+    """The tensors of one layer in 4 bits; K and N are multiples of 8."""
     zeros = weight.zeros
     if zeros is None:
         zeros = torch.full_like(weight.scales, SYMMETRIC_ZERO, dtype=torch.uint8)

@@ -119,6 +119,17 @@ def group_size(value: Any, where: str) -> int | None:
     return None if value == -1 else value
 
 
+def block_of(value: Any, where: str) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    sides = list(value) if isinstance(value, list | tuple) else []
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise QuantError(
+            f"{where} is {value!r}, and is two sizes, of rows and columns; use the config.json "
+            "that was written with the weights"
+        )
+    return sides[0], sides[1]
+
+
 def refuse_activations(config: Mapping[str, Any], where: str) -> frozenset[str]:
     """Refuse quantised activations, and name the keys that then say nothing more."""
     bits = config.get("act_bits")

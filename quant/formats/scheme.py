@@ -1,16 +1,27 @@
-"""What a checkpoint's config says of its 4-bit weights, and the tensors of one layer."""
+"""What a checkpoint's config says of its quantised weights, and the tensors of one layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from ...vmem.errors import QuantError, UnsupportedQuantization
-from ..weight import SYMMETRIC_ZERO, Int4Weight
+from ..int8 import int8_weight
+from ..weight import Int4Weight, pack
+from .int32_words import from_words
 
-FormatName = Literal["gptq", "awq", "compressed-tensors"]
+FormatName = Literal["gptq", "awq", "compressed-tensors"]  # which are written, too
+ReadFormat: TypeAlias = (
+    FormatName
+    | Literal[
+        "compressed-tensors-int8",
+        "compressed-tensors-fp8",
+        "bitsandbytes",
+        "bitsandbytes-4bit",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +30,29 @@ class Scheme:
 
     Attributes:
         format: whose tensors they are.
+        bits: 4 or 8, of a code.
         zero_offset: what the stored zeros lack: 1 in GPTQ's first version.
         group_size: columns that share a scale; None for one scale a row.
-        symmetric: True if all zeros are 8; None if the config says nothing, and the zeros all.
+        symmetric: True if all zeros are the middle code; None if the config says nothing, and the
+            zeros all.
         act_order: whether columns were dealt to groups out of order; None as above.
+        block: rows and columns that share a scale, instead of groups.
+        rounds_kv: keys and values were to be rounded too, and the checkpoint has their scales.
     """
 
-    format: FormatName
+    format: ReadFormat
+    bits: int = 4
     zero_offset: int = 0
     group_size: int | None = None
     symmetric: bool | None = None
     act_order: bool | None = None
+    block: tuple[int, int] | None = None
+    rounds_kv: bool = False
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric weight."""
+        return 1 << (self.bits - 1)
 
 
 class LayerTensors:
@@ -50,9 +73,7 @@ class LayerTensors:
 
         Raises QuantError if it is missing or otherwise.
         """
-        if name not in self._tensors:
-            raise QuantError(f"tensor {self.layer}.{name} is missing")
-        tensor = self._tensors[name]
+        tensor = self.any_of(name)
         right_type = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
         sizes = zip(tensor.shape, shape, strict=False)
         right_shape = tensor.dim() == len(shape) and all(b is None or a == b for a, b in sizes)
@@ -65,6 +86,20 @@ class LayerTensors:
             )
         return tensor
 
+    def any_of(self, name: str) -> torch.Tensor:
+        """The tensor of that name, of any type and shape. Raises QuantError if it is missing."""
+        if name not in self._tensors:
+            raise QuantError(f"tensor {self.layer}.{name} is missing")
+        return self._tensors[name]
+
+    def is_single(self, name: str) -> bool:
+        """Whether the tensor of that name has one number, in any shape."""
+        return self.any_of(name).numel() == 1
+
+    def single(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+        """The tensor of that name, as [1, 1]. Raises QuantError as `get` does."""
+        return self.get(name, dtype, *([1] * self.any_of(name).dim())).reshape(1, 1)
+
     def refuse(self, name: str, why: str) -> QuantError:
         """The error for a tensor whose values are wrong."""
         return QuantError(f"tensor {self.layer}.{name} {why}")
@@ -76,12 +111,15 @@ class LayerTensors:
         return tensor
 
 
-def require_bits(bits: Any, where: str) -> None:
-    """Refuse all but four bits."""
-    if bits != 4:
+def require_bits(bits: Any, where: str, *allowed: int) -> int:
+    """The bits of a code; raises UnsupportedQuantization for others than those allowed."""
+    if isinstance(bits, bool) or bits not in allowed:
+        read = " and ".join(f"{some}-bit" for some in allowed)
         raise UnsupportedQuantization(
-            f"{where} is {bits!r}, and only 4-bit weights are read; use a 4-bit checkpoint"
+            f"{where} is {bits!r}, and only {read} weights are read; use a {read.split()[0]} "
+            "checkpoint"
         )
+    return bits
 
 
 @dataclass(frozen=True)
@@ -138,8 +176,8 @@ def groups_of(
 
 
 def check_zeros(scheme: Scheme, tensors: LayerTensors, name: str, zeros: torch.Tensor) -> bool:
-    """Whether any of the zeros is other than 8; raises QuantError if the config says none is."""
-    symmetric = bool((zeros == SYMMETRIC_ZERO).all())
+    """Whether any zero is not the middle code; raises QuantError if the config says none is."""
+    symmetric = bool((zeros == scheme.middle).all())
     if scheme.symmetric and not symmetric:
         raise tensors.refuse(
             name,
@@ -149,22 +187,22 @@ def check_zeros(scheme: Scheme, tensors: LayerTensors, name: str, zeros: torch.T
     return not symmetric
 
 
-def sort_groups(
-    codes: torch.Tensor, scheme: Scheme, tensors: LayerTensors, name: str, groups: Groups
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Columns sorted so that groups are contiguous, and their order; None if they were.
+def order_of(
+    scheme: Scheme, tensors: LayerTensors, name: str, groups: Groups
+) -> torch.Tensor | None:
+    """The order of columns, int64 [K], in which groups are contiguous; None if they are.
 
-    `codes` is [N, K], and the tensor `name`, int32 [K], has the group of each column (GPTQ's
-    act-order). Raises QuantError if it contradicts the groups, or the config.
+    The tensor `name`, int32 [K], has the group of each column (GPTQ's act-order). Raises QuantError
+    if it contradicts the groups, or the config.
     """
     if name not in tensors:
         if scheme.act_order and groups.num_stored > 1:
             raise tensors.refuse(name, "is missing, and the config says that columns are reordered")
-        return codes, None
+        return None
     index = tensors.get(name, torch.int32, groups.columns).long()
-    in_order = torch.arange(groups.columns, device=codes.device) // groups.size
+    in_order = torch.arange(groups.columns, device=index.device) // groups.size
     if torch.equal(index, in_order):
-        return codes, None
+        return None
     if scheme.act_order is False:
         raise tensors.refuse(
             name,
@@ -176,11 +214,39 @@ def sort_groups(
         raise tensors.refuse(
             name, f"does not deal the columns evenly to {groups.num_stored} groups"
         )
-    return codes[:, order], order
+    return order
+
+
+def weight_of(
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    groups: Groups,
+    *,
+    bits: int,
+    order: torch.Tensor | None = None,
+) -> Int4Weight:
+    """The weight of a layer: words int32 [N, words], scales and zeros [N, stored groups].
+
+    `order` is that of the columns, which are stored as the inputs are.
+    """
+    scales = groups.spread(scales)
+    zeros = None if zeros is None else groups.spread(zeros)
+    if bits == 4 and order is None:
+        packed = words.contiguous().view(torch.uint8)
+    else:
+        codes = from_words(words, bits)
+        codes = codes if order is None else codes[:, order]
+        if bits == 8:
+            return int8_weight(codes, scales, zeros, permutation=order)
+        packed = pack(codes)
+    return Int4Weight(
+        packed=packed, scales=scales, zeros=zeros, group_size=groups.even, permutation=order
+    )
 
 
 def group_index(weight: Int4Weight) -> torch.Tensor:
-    """The group of each input feature, int32 [K]: the inverse of `sort_groups`."""
+    """The group of each input feature, int32 [K]: the inverse of `order_of`."""
     columns = torch.arange(weight.in_features, device=weight.packed.device)
     groups = (columns // weight.group_size).to(torch.int32)
     if weight.permutation is None:

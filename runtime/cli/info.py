@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...attention_backends import AttentionNeeds, describe_backends, explain_choice
-from ...quant import Int4Linear, Int4Weight, Int8Linear
+from ...quant import Int4Linear, Int4Weight
 from ...quant.kernels.table import MANY_ROWS, Int4Kernel, choose_kernel, kernel_class, kernel_names
 from ...vmem import VmemDriver, linux, open_driver
 from ...vmem.errors import VkvError
@@ -206,19 +206,18 @@ def _model(llm: LLM) -> Table:
 
 
 def _int4_rows(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
-    """What computes the products of a model with 4-bit weights; no rows for any other."""
+    """What computes the products of a model with 4-bit or 8-bit weights; no rows for any other."""
     head = loaded.model.get_output_embeddings()
     in_head = [] if head is None else [linear for _, linear in int4_products(head)]
     inner = [(name, one) for name, one in int4_products(loaded.model) if one not in in_head]
-    by_kernels: dict[str, list[str]] = {}
+    by_kernels: dict[tuple[int, str], list[str]] = {}
     for name, linear in inner:
-        by_kernels.setdefault(_kernels(linear, loaded), []).append(name)
-    for kernels, names in by_kernels.items():
+        by_kernels.setdefault((linear.bits, _kernels(linear, loaded)), []).append(name)
+    for (bits, kernels), names in by_kernels.items():
         which = f": {len(names)} of {len(inner)}, such as {names[0]}"
-        yield "4-bit products", kernels + (which if len(by_kernels) > 1 else "")
+        yield f"{bits}-bit products", kernels + (which if len(by_kernels) > 1 else "")
     if in_head:
-        bits = 8 if isinstance(head, Int8Linear) else 4
-        yield "output layer", f"{bits} bits: {_kernels(in_head[0], loaded)}"
+        yield "output layer", f"{in_head[0].bits} bits: {_kernels(in_head[0], loaded)}"
     elif inner:
         yield "output layer", "dense"
 

@@ -43,7 +43,7 @@ _CASES: tuple[_Case, ...] = (
         ("requires a gpu", "only supported on gpu", "no gpu found", "a gpu is needed"),
         UnsupportedModel,
         "run it on a machine with such a device, or use a GPTQ, AWQ or compressed-tensors "
-        "checkpoint of 4 bits, which needs none",
+        "checkpoint of 4 or 8 bits, which needs none",
     ),
     (
         ("couldn't connect", "offline mode", "not a valid model identifier"),
@@ -52,8 +52,8 @@ _CASES: tuple[_Case, ...] = (
     ),
 )
 _PACKAGE = (
-    "install what it asks for, or use a dense checkpoint, or one in GPTQ, AWQ or "
-    "compressed-tensors, which need nothing"
+    "install what it asks for, or use a dense checkpoint, or one in GPTQ, AWQ, "
+    "compressed-tensors or bitsandbytes, which need nothing"
 )
 _T = TypeVar("_T")
 

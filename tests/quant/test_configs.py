@@ -53,7 +53,8 @@ def compressed(weights: dict[str, Any], **group: Any) -> dict[str, Any]:
         ("awq", {"backend": "llm-awq"}, "backend is 'llm-awq'"),
         ("awq", {"desc_act": True}, "desc_act is True"),
         ("compressed-tensors", {"format": "float-quantized"}, "float-quantized"),
-        ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 4}}, "kv_cache_scheme"),
+        ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8, "turn": 1}}, "turn is 1"),
         ("compressed-tensors", {"transform_config": ROTATION}, r"transform_config is .*hadamard"),
         ("compressed-tensors", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24"),
     ]
@@ -79,7 +80,8 @@ def test_kinds_without_a_reader_are_refused(kind: str, change: dict, message: st
         (compressed({"block_structure": [128, 128]}), "block_structure"),
         (compressed({"strategy": "block"}), "strategy is 'block'"),
         (compressed({"type": "float"}), "type 'float'"),
-        (compressed({}, input_activations={"num_bits": 8}), "quantises activations"),
+        (compressed({}, input_activations={"num_bits": 4}), r"input_activations\.num_bits is 4"),
+        (compressed({}, output_activations={"num_bits": 4}), "output_activations"),
     ],
     ids=str,
 )

@@ -176,7 +176,7 @@ def test_auto_round_stores_gptq() -> None:
 
 
 def test_other_methods_are_left_to_others() -> None:
-    assert parse_config({"quant_method": "bitsandbytes"}) is None
+    assert parse_config({"quant_method": "hqq"}) is None
 
 
 @given(data=st.data())

@@ -223,7 +223,7 @@ def test_a_truncated_file(dense: Path, tmp_path: Path, kept: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 8}, "only 4-bit weights"),
+        ({"bits": 3}, "only 4-bit and 8-bit weights"),
         ({"quant_method": "of-tomorrow"}, "'of-tomorrow', which is unknown"),
         ({"checkpoint_format": "marlin"}, "'marlin'"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from eight_bits import write_folders
 from quantized import quantize_folder
 from rich.console import Console
 from typer.testing import CliRunner
@@ -55,7 +56,7 @@ def of_model(folder: Path, **options: Any) -> list[list[str]]:
     console = Console()
     with LLM(folder, device="cpu", kv_memory="4MiB", **options) as llm, console.capture() as shown:
         console.print(_model(llm))
-    return [row for row in rows(shown.get()) if row[0] in ("4-bit products", "output layer")]
+    return [row for row in rows(shown.get()) if row[0].endswith(("-bit products", "output layer"))]
 
 
 def table_of_kernels() -> dict[str, list[str]]:
@@ -118,3 +119,9 @@ def test_the_output_layer_may_have_fewer_bits(int4: Path, bits: int, pack_weight
 
 def test_of_a_dense_model_it_says_nothing_of_bits(int4: Path) -> None:
     assert of_model(int4.with_name("gptq-dense")) == []
+
+
+@pytest.mark.skipif(NativeKernel.unavailable_reason() is not None, reason="no native kernel here")
+def test_products_in_8_bits_are_called_so(int4: Path, tmp_path: Path) -> None:
+    folder, _ = write_folders(int4.with_name("dense"), tmp_path, "w8a8")
+    assert of_model(folder)[0] == ["8-bit products", "native (1 row and more)"]

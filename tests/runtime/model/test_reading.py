@@ -111,7 +111,7 @@ def test_an_architecture_of_tomorrow(tmp_path: Path) -> None:
         load(checkpoint(tmp_path, model_type="of_tomorrow"))
 
 
-@pytest.mark.parametrize("method", ["hqq", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["hqq", "eetq"])
 def test_a_quantiser_whose_package_is_missing(tmp_path: Path, method: str) -> None:
     described = {"quant_method": method, "load_in_4bit": True}
     with pytest.raises(UnsupportedModel, match=r"install what it asks for, or use a dense"):

@@ -1,0 +1,341 @@
+"""GGUF files: the model, its weights and its tokenizer from the one file that llama.cpp reads.
+
+The `gguf` package reads the container, `transformers` knows what configs and tensors are called.
+Linears in Q4_0 and Q8_0 stay as they are, exactly: 4- or 8-bit codes in groups of 32. All else is
+dequantised tensor by tensor, from the mapped file, with a word about the memory that takes. What
+this module does not know of a file, and could change a result, is refused by name.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..vmem.errors import BadCheckpoint, UnsupportedModel
+from .int8 import int8_weight
+from .linear import Int4Linear
+from .weight import Int4Weight
+
+_log = logging.getLogger(__name__)
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma3")
+_GROUP = 32  # of Q4_0 and Q8_0
+# Of an architecture's keys, beside those that make its config: they say nothing that is not there.
+_HARMLESS_KEYS = frozenset(
+    (
+        *("attention.key_length", "attention.value_length", "rope.dimension_count"),
+        *("vocab_size", "attention.layer_norm_rms_epsilon", "expert_feed_forward_length"),
+        *("attention.sliding_window", "rope.scaling.finetuned"),
+    )
+)
+_SPLITS = {  # how text is cut before merges, by `tokenizer.ggml.pre`
+    "llama": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+_PRE = {
+    "llama-bpe": "llama",
+    "llama3": "llama",
+    "llama-v3": "llama",
+    "qwen2": "qwen",
+    "deepseek-r1-qwen": "qwen",
+}
+
+
+class GgufFile:
+    """An open file, or the parts that one was split in.
+
+    Raises BadCheckpoint for what is no whole GGUF file, UnsupportedModel for one of another kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._readers = [_open(part) for part in _parts(path)]
+        self.fields = self._readers[0].fields
+        found = sum(len(reader.tensors) for reader in self._readers)
+        wanted = self.value("split.tensors.count", found)
+        if found != wanted:
+            raise BadCheckpoint(f"{path} has {found} of the {wanted} tensors that it should have")
+        self.architecture = self.value("general.architecture", "")
+        kind = self.value("general.type", "model")
+        if kind != "model" or self.architecture == "clip":
+            raise UnsupportedModel(
+                f"{path} holds {'a vision tower' if kind != 'adapter' else 'an adapter'}, not a "
+                "model by itself; give the GGUF file of the language model"
+            )
+        if self.architecture not in _ARCHITECTURES:
+            raise UnsupportedModel(
+                f"{path} is of architecture {self.architecture!r}, and GGUF files are read of "
+                f"{', '.join(_ARCHITECTURES)}; use the model's folder with *.safetensors"
+            )
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """What a key of the header says."""
+        field = self.fields.get(key)
+        return default if field is None else field.contents()
+
+    def tensors(self) -> Iterator[Any]:
+        """The `gguf` package's, mapped and not read."""
+        for reader in self._readers:
+            yield from reader.tensors
+
+
+def load_gguf(path: Path, dtype: torch.dtype | None, attention: str) -> PreTrainedModel:
+    """The model of a GGUF file. `dtype` None is bfloat16."""
+    file = GgufFile(path)
+    dtype = dtype or torch.bfloat16
+    config = _config(file)
+    with no_init_weights():  # parameters that nobody writes to take no memory
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.generation_config.eos_token_id = config.eos_token_id
+    _fill(model, file, dtype)
+    return model
+
+
+def load_gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer of a GGUF file, with its chat template; None if it has none."""
+    file = GgufFile(path)
+    kind = file.value("tokenizer.ggml.model")
+    if kind in (None, "none", "no_vocab"):
+        return None
+    pre = file.value("tokenizer.ggml.pre", "default")
+    if kind == "gpt2" and pre not in _PRE:
+        raise UnsupportedModel(
+            f"{path} cuts text as {pre!r} does (tokenizer.ggml.pre), which is not known here, and "
+            "other tokens would be other answers; pass tokenizer= with the model's own folder"
+        )
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if kind == "gpt2":
+        from tokenizers import Regex, pre_tokenizers
+
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_SPLITS[_PRE[pre]]), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    tokenizer.chat_template = file.value("tokenizer.chat_template")
+    return tokenizer
+
+
+# -- the container -------------------------------------------------------------------------------
+
+
+def _parts(path: Path) -> list[Path]:
+    """The file, or all that it was split in, of which the first was given."""
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if match is None:
+        return [path]
+    stem, _, count = match.groups()
+    return [path.with_name(f"{stem}-{i + 1:05d}-of-{count}.gguf") for i in range(int(count))]
+
+
+def _open(path: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UnsupportedModel(
+            f"{path} is a GGUF file, and the package that reads them is not installed; "
+            "pip install 'vkv[gguf]'"
+        ) from error
+    if not path.is_file():
+        raise BadCheckpoint(f"{path} is not there; give a GGUF file with all its parts beside it")
+    with path.open("rb") as opened:
+        head = opened.read(8)
+    if head[:4] != b"GGUF":
+        raise BadCheckpoint(f"{path} does not begin as a GGUF file does; download it again")
+    if head[4:8] == head[4:8][::-1] or head[4] == 0:
+        raise UnsupportedModel(f"{path} is big-endian; use one for little-endian machines")
+    try:
+        reader = GGUFReader(path)
+        end = max((t.data_offset + int(t.n_bytes) for t in reader.tensors), default=0)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise BadCheckpoint(f"{path} is damaged or cut short: {error}; download it again") from error
+    if end > path.stat().st_size:
+        raise BadCheckpoint(f"{path} is cut short; download it again")
+    return reader
+
+
+# -- the config ----------------------------------------------------------------------------------
+
+
+def _config(file: GgufFile) -> Any:
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    arch = file.architecture
+    names = {"qwen3moe": "qwen3_moe"}
+    known = GGUF_CONFIG_MAPPING[names.get(arch, arch)].keys() | _HARMLESS_KEYS
+    for key in file.fields:
+        name = key.removeprefix(f"{arch}.")
+        if key.startswith(f"{arch}.") and name not in known:
+            raise UnsupportedModel(
+                f"{file.path} sets {key} to {file.value(key)!r}, which nothing here reads, and it "
+                "may change what the model computes; use the model's folder with *.safetensors"
+            )
+    config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    ends = [file.value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    config.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None] or None
+    config.bos_token_id = file.value("tokenizer.ggml.bos_token_id")
+    head_dim = file.value(f"{arch}.attention.key_length")
+    if head_dim is not None:
+        config.head_dim = head_dim
+    if (width := file.value(f"{arch}.expert_feed_forward_length")) is not None:
+        config.moe_intermediate_size = width
+    return config
+
+
+# -- the tensors ---------------------------------------------------------------------------------
+
+
+def _fill(model: PreTrainedModel, file: GgufFile, dtype: torch.dtype) -> None:
+    """Give the model its weights."""
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(
+        config=model.config.to_dict()
+    )
+    names = get_gguf_hf_weights_map(model, processor)
+    merged: dict[str, Any] = {"tensors": {}}  # experts, which the file keeps role by role
+    missing = {name for name, _ in model.named_parameters()}
+    widened = [0, 0]  # bytes of quantised tensors, as they are and dequantised
+    for tensor in file.tensors():
+        if tensor.name == "rope_freqs.weight":
+            _check_rope(model, file, tensor)
+            continue
+        if tensor.name not in names and "_exps." not in tensor.name:
+            raise UnsupportedModel(
+                f"{file.path} has tensor {tensor.name}, which {type(model).__name__} has no place "
+                "for; without it another result would come: use the model's folder"
+            )
+        name = names.get(tensor.name, "")
+        layer, _, last = name.rpartition(".")
+        module = model.get_submodule(layer) if layer and name in missing else None
+        if type(module) is nn.Linear and last == "weight":
+            weight = _exactly(tensor, processor)
+            if weight is not None:
+                model.set_submodule(layer, Int4Linear(weight, module.bias))
+                missing.discard(name)
+                continue
+        values = _dequantized(tensor, file.path)
+        done = processor.process(
+            weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters=merged
+        )
+        if tensor.tensor_type.name not in ("F32", "F16", "BF16"):
+            widened[0] += int(tensor.n_bytes)
+            widened[1] += math.prod(int(n) for n in tensor.shape) * dtype.itemsize
+        if done.name in names:
+            _assign(model, names[done.name], torch.from_numpy(np.array(done.weights)), dtype, file)
+            missing.discard(names[done.name])
+    for name, values in merged["tensors"].items():
+        _assign(model, name, torch.as_tensor(np.asarray(values)), dtype, file)
+        missing.discard(name)
+    model.tie_weights()
+    if model.config.tie_word_embeddings:
+        missing.discard("lm_head.weight")
+    if missing:
+        raise BadCheckpoint(f"{file.path} lacks {len(missing)} tensors, among them {min(missing)}")
+    if widened[1]:
+        _log.warning(
+            "%s: tensors of %.1f GiB were dequantised and take %.1f GiB; linear layers in Q4_0 and "
+            "Q8_0 stay as they are",
+            file.path.name,
+            widened[0] / 2**30,
+            widened[1] / 2**30,
+        )
+
+
+def _assign(
+    model: PreTrainedModel, name: str, values: torch.Tensor, dtype: torch.dtype, file: GgufFile
+) -> None:
+    layer, _, last = name.rpartition(".")
+    module = model.get_submodule(layer)
+    held = getattr(module, last)
+    if held.shape != values.shape:
+        raise BadCheckpoint(
+            f"{file.path}: {name} is {list(values.shape)}, and the model's is {list(held.shape)}"
+        )
+    setattr(module, last, nn.Parameter(values.to(dtype), requires_grad=False))
+
+
+def _exactly(tensor: Any, processor: Any) -> Int4Weight | None:
+    """The codes of a linear in Q4_0 or Q8_0; None for another type."""
+    kind = tensor.tensor_type.name
+    rows, columns = int(tensor.shape[1]), int(tensor.shape[0])
+    if kind not in ("Q4_0", "Q8_0") or columns % _GROUP:
+        return None
+    order = processor.process(weights=np.arange(rows).reshape(rows, 1), name=tensor.name)
+    blocks = torch.from_numpy(np.array(tensor.data)).view(rows, columns // _GROUP, -1)
+    blocks = blocks[torch.from_numpy(np.array(order.weights)).flatten()]
+    scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    if kind == "Q8_0":
+        return int8_weight(blocks[..., 2:].contiguous().view(torch.int8).flatten(1), scales)
+    packed = blocks[..., 2:]  # the first sixteen of a block are low halves
+    codes = torch.cat([packed & 15, packed >> 4], dim=-1).flatten(1)
+    return Int4Weight.from_codes(codes, scales, None)
+
+
+def _dequantized(tensor: Any, path: Path) -> np.ndarray:
+    from gguf import dequantize
+
+    try:
+        return dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise UnsupportedModel(
+            f"{path}: {tensor.name} is in {tensor.tensor_type.name}, which is not read; use a file "
+            "in Q4_0, Q8_0 or a K-quant (Q4_K_M, say)"
+        ) from error
+
+
+def _check_rope(model: PreTrainedModel, file: GgufFile, tensor: Any) -> None:
+    """Long contexts' factors of the rotary frequencies, as Llama 3.1 has them: into the config."""
+    factors = np.array(tensor.data, dtype=np.float64).flatten()
+    config: Any = model.config
+    theta = config.rope_parameters["rope_theta"]
+    dim = config.head_dim
+    for factor in (8.0, 32.0):
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        if len(factors) == dim // 2 and np.allclose(factors, _llama3_factors(rope, dim), rtol=1e-4):
+            config.rope_parameters = rope
+            rotary = model.model.rotary_emb
+            model.model.rotary_emb = type(rotary)(config=config)
+            return
+    raise UnsupportedModel(
+        f"{file.path} scales its rotary embedding (rope_freqs.weight) by factors that are not "
+        "Llama 3.1's or 3.2's; use the model's folder with *.safetensors"
+    )
+
+
+def _llama3_factors(rope: Mapping[str, Any], dim: int) -> np.ndarray:
+    """What llama.cpp divides each frequency by.
+
+    Source: Llama 3.1's reference implementation, `apply_scaling`.
+    """
+    frequencies = 1 / rope["rope_theta"] ** (np.arange(0, dim, 2) / dim)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / rope["factor"] + smooth)
