@@ -55,6 +55,11 @@ _PRE = {
 }
 
 
+def is_gguf(home: str | Path) -> bool:
+    """Whether a model's source is a GGUF file, by its name."""
+    return str(home).endswith(".gguf")
+
+
 class GgufFile:
     """An open file, or the parts that one was split in.
 
@@ -69,7 +74,7 @@ class GgufFile:
         wanted = self.value("split.tensors.count", found)
         if found != wanted:
             raise BadCheckpoint(f"{path} has {found} of the {wanted} tensors that it should have")
-        self.architecture = self.value("general.architecture", "")
+        self.architecture: str = self.value("general.architecture", "")
         kind = self.value("general.type", "model")
         if kind != "model" or self.architecture == "clip":
             raise UnsupportedModel(
@@ -119,16 +124,28 @@ def load_gguf_tokenizer(path: Path) -> Any:
         )
     tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if kind == "gpt2":
-        from tokenizers import Regex, pre_tokenizers
-
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_SPLITS[_PRE[pre]]), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        _set_byte_level(tokenizer.backend_tokenizer, file, _PRE[pre])
     tokenizer.chat_template = file.value("tokenizer.chat_template")
     return tokenizer
+
+
+def _set_byte_level(backend: Any, file: GgufFile, kind: str) -> None:
+    """How text is normalised and cut, and whether it begins with a token of its own."""
+    from tokenizers import Regex, normalizers, pre_tokenizers, processors
+
+    backend.normalizer = normalizers.NFC() if kind == "qwen" else None
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLITS[kind]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    begin = file.value("tokenizer.ggml.bos_token_id")
+    if begin is not None and file.value("tokenizer.ggml.add_bos_token", kind == "llama"):
+        token = backend.id_to_token(begin)
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, begin)]
+        )
 
 
 # -- the container -------------------------------------------------------------------------------
@@ -163,7 +180,9 @@ def _open(path: Path) -> Any:
         reader = GGUFReader(path)
         end = max((t.data_offset + int(t.n_bytes) for t in reader.tensors), default=0)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise BadCheckpoint(f"{path} is damaged or cut short: {error}; download it again") from error
+        raise BadCheckpoint(
+            f"{path} is damaged or cut short: {error}; download it again"
+        ) from error
     if end > path.stat().st_size:
         raise BadCheckpoint(f"{path} is cut short; download it again")
     return reader
@@ -176,8 +195,7 @@ def _config(file: GgufFile) -> Any:
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     arch = file.architecture
-    names = {"qwen3moe": "qwen3_moe"}
-    known = GGUF_CONFIG_MAPPING[names.get(arch, arch)].keys() | _HARMLESS_KEYS
+    known = GGUF_CONFIG_MAPPING[arch.replace("qwen3moe", "qwen3_moe")].keys() | _HARMLESS_KEYS
     for key in file.fields:
         name = key.removeprefix(f"{arch}.")
         if key.startswith(f"{arch}.") and name not in known:

@@ -47,7 +47,7 @@ class Model:
     model: str | None = option(
         None,
         names=("--model", "-m"),
-        help="A model folder or hub id. Default: the built-in tiny model.",
+        help="A model folder, GGUF file or hub id. Default: the built-in tiny model.",
     )
     device: str = option("auto", help=_DEVICE)
     dtype: str = option("auto", help=_DTYPE)
@@ -107,7 +107,9 @@ class Info:
     """What `vkv info` is about."""
 
     model: str | None = option(
-        None, is_argument=True, help="A checkpoint folder or hub id: what is chosen for it."
+        None,
+        is_argument=True,
+        help="A checkpoint folder, GGUF file or hub id: what is chosen for it.",
     )
 
 

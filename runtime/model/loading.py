@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from ...allocator import LayerGeometry
 from ...attention_backends import AttentionNeeds, LayerAttention
 from ...quant import QuantError, adopt, int4_linears, quantize_output
+from ...quant.gguf_files import is_gguf, load_gguf, load_gguf_tokenizer
 from ...vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from ..cpu_kernels.packing import can_pack, pack, packed_bytes
 from .attention_hook import ATTENTION_NAME, register
@@ -202,6 +203,8 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 def _from_checkpoint(
     home: str | Path, dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
+    if is_gguf(home):
+        return reading("weights", home, lambda: load_gguf(Path(home), dtype, ATTENTION_NAME))
     config: PretrainedConfig = reading(
         "config", home, lambda: AutoConfig.from_pretrained(home, trust_remote_code=False)
     )
@@ -396,6 +399,8 @@ def load_tokenizer(
     if source is None or isinstance(source, PreTrainedTokenizerBase):
         return source
     path = Path(source)
+    if is_gguf(source):
+        return reading("tokenizer", source, lambda: load_gguf_tokenizer(path))
     if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
         return None
     found = reading(

@@ -59,7 +59,7 @@ _T = TypeVar("_T")
 
 
 def resolve(source: str | Path | None) -> str | Path:
-    """The folder of a model, or its hub id; raises what fits if it can be neither."""
+    """The folder or GGUF file of a model, or its hub id; raises what fits if it can be neither."""
     if source is None:
         from ...tiny_chat import model_path  # pyright: ignore[reportMissingImports] - examples/
 
@@ -68,7 +68,7 @@ def resolve(source: str | Path | None) -> str | Path:
         raise _no_source(source)
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
-        raise _gguf(path)
+        return path
     if path.is_dir():
         _check_folder(path)
         return path
@@ -109,8 +109,11 @@ def _check_folder(path: Path) -> None:
         )
     if (path / "config.json").is_file():
         return
-    if any(path.glob("*.gguf")):
-        raise _gguf(path)
+    if files := sorted(path.glob("*.gguf")):
+        raise BadCheckpoint(
+            f"{path} has no config.json, and GGUF files are models by themselves; give the file, "
+            f"{files[0]}"
+        )
     raise BadCheckpoint(
         f"{path} has no config.json, so it is not a model folder; point at the folder "
         "that holds config.json and *.safetensors"
@@ -124,13 +127,6 @@ def _base_of(adapter: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError):
         return ""
     return f" for {base}"
-
-
-def _gguf(path: Path) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{path} is in the GGUF format, which is not read here; use the checkpoint it was made "
-        "from, a folder with config.json and *.safetensors"
-    )
 
 
 def _no_source(source: object) -> InvalidConfig | UnsupportedModel:

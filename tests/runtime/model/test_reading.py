@@ -76,7 +76,7 @@ class _Adapted(torch.nn.Module):
         ),
         (torch.nn.Linear(2, 2), UnsupportedModel, r"Linear is no model of transformers"),
         (3, InvalidConfig, r"model is 3; give a model folder, a hub id"),
-        (Path("weights/model.gguf"), UnsupportedModel, r"GGUF format, which is not read"),
+        (Path("weights/model.gguf"), BadCheckpoint, r"model\.gguf is not there"),
     ],
 )
 def test_what_is_no_model(source: Any, error: type[Exception], message: str) -> None:
@@ -86,7 +86,7 @@ def test_what_is_no_model(source: Any, error: type[Exception], message: str) -> 
 
 def test_a_folder_of_gguf_files(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UnsupportedModel, match=r"GGUF .* use the checkpoint it was made from"):
+    with pytest.raises(BadCheckpoint, match=r"give the file, .*model\.gguf"):
         load(tmp_path)
 
 
