@@ -14,8 +14,7 @@ struct job {
     const struct vkv_int4 *args;
     const struct vkv_int4_kernel *kernel;
     int64_t next_tile, next_block, next_thread; /* atomic */
-    int64_t num_tiles, share;                   /* tiles, and how many a thread takes */
-    int64_t at_a_time;                          /* tiles */
+    int64_t num_tiles, share;                   /* tiles, and how many a thread takes at a time */
     int64_t block_rows, num_blocks;             /* rows of a block, and blocks */
     int64_t stretches;                          /* of a row */
     const uint16_t *inputs;            /* [block][in_features][rows], as kernels differ */
@@ -39,33 +38,31 @@ static int64_t stretch_at(const struct vkv_int4 *args, int64_t stretch, int64_t 
     return group * args->group_size + within;
 }
 
-/* `count` tiles from `tile` on: one, or two for few rows. */
-static void multiply_tiles(const struct job *job, int64_t tile, int64_t count, float *totals) {
+static void multiply_tile(const struct job *job, int64_t tile, float *totals) {
     const struct vkv_int4 *args = job->args;
-    const int64_t groups = args->in_features / args->group_size;
-    const int64_t tile_codes = args->in_features * (TILE / 2), tile_totals = args->num_rows * TILE;
-    struct vkv_int4_tiles tiles = {.num_tiles = count,
-                                   .codes_apart = tile_codes,
-                                   .scales_apart = groups * TILE,
-                                   .totals_apart = tile_totals};
-    memset(totals, 0, (size_t)(count * tile_totals) * sizeof(float));
-    for (int64_t s = 0; s < job->stretches; s++) {
-        const int64_t at = (tile * groups + s / group_stretches(args)) * TILE;
-        int64_t length;
-        const int64_t k = stretch_at(args, s, &length);
-        tiles.codes = (const uint8_t *)args->codes + tile * tile_codes + k * (TILE / 2);
-        tiles.scales = args->scales + at;
-        tiles.zeros = args->zeros ? args->zeros + at : NULL;
+    const int64_t groups = args->in_features / args->group_size, in_group = group_stretches(args);
+    const uint8_t *codes = (const uint8_t *)args->codes + tile * args->in_features * (TILE / 2);
+    memset(totals, 0, (size_t)(args->num_rows * TILE) * sizeof(float));
+    struct vkv_int4_stretches some;
+    for (int64_t s = 0; s < job->stretches; s += some.count) {
+        const int64_t k = stretch_at(args, s, &some.length);
+        int64_t next_length = 0;
+        if (s + 1 < job->stretches && args->num_rows <= job->kernel->pair_rows)
+            stretch_at(args, s + 1, &next_length);
+        some.count = next_length == some.length ? 2 : 1;
+        const int64_t group = s / in_group, at = (tile * groups + group) * TILE;
+        some.codes = codes + k * (TILE / 2);
+        some.scales = args->scales + at;
+        some.zeros = args->zeros ? args->zeros + at : NULL;
+        some.scales_apart = ((s + 1) / in_group - group) * TILE;
         for (int64_t row = 0; row < args->num_rows; row += job->block_rows) {
             const int64_t rows = least(job->block_rows, args->num_rows - row);
-            tiles.totals = totals + row * TILE;
-            job->kernel->multiply(
-                rows, &tiles, job->inputs + row * args->in_features + k * rows, length,
-                job->notes ? job->notes + row * job->stretches + s * rows : NULL);
+            some.inputs = job->inputs + row * args->in_features + k * rows;
+            some.notes = job->notes ? job->notes + row * job->stretches + s * rows : NULL;
+            job->kernel->multiply(rows, &some, totals + row * TILE);
         }
     }
-    for (int64_t t = 0; t < count; t++)
-        job->kernel->write_out(args, tile + t, totals + t * tile_totals);
+    job->kernel->write_out(args, tile, totals);
 }
 
 static void multiply(void *data) {
@@ -74,13 +71,11 @@ static void multiply(void *data) {
     if (thread >= job->args->num_threads) return; /* more came than there is scratch for */
     float *totals = (float *)(job->scratch + thread * job->scratch_bytes);
     for (;;) {
-        int64_t tile = __atomic_fetch_add(&job->next_tile, job->share, __ATOMIC_RELAXED);
-        if (tile >= job->num_tiles) return;
-        const int64_t last = least(tile + job->share, job->num_tiles);
-        for (int64_t count; tile < last; tile += count) {
-            count = least(job->at_a_time, last - tile);
-            multiply_tiles(job, tile, count, totals);
-        }
+        const int64_t first =
+            __atomic_fetch_add(&job->next_tile, job->share, __ATOMIC_RELAXED);
+        if (first >= job->num_tiles) return;
+        const int64_t last = least(first + job->share, job->num_tiles);
+        for (int64_t tile = first; tile < last; tile++) multiply_tile(job, tile, totals);
     }
 }
 
@@ -112,11 +107,11 @@ static void run(struct job *job, void (*work)(void *), int threaded) {
 }
 
 /* Tiles side by side, since kernels fetch ahead what follows; enough shares for an even load. */
-static int64_t share_of(const struct job *job) {
-    const int64_t near = SHARE_BYTES / (job->args->in_features * (TILE / 2));
-    const int64_t even = job->num_tiles / (SHARES_A_THREAD * (int64_t)job->args->num_threads);
-    const int64_t share = round_up(least(near, even), job->at_a_time);
-    return share > job->at_a_time ? share : job->at_a_time;
+static int64_t share_of(const struct vkv_int4 *args, int64_t num_tiles) {
+    const int64_t near = SHARE_BYTES / (args->in_features * (TILE / 2));
+    const int64_t even = num_tiles / (SHARES_A_THREAD * (int64_t)args->num_threads);
+    const int64_t share = least(near, even);
+    return share > 1 ? share : 1;
 }
 
 static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_kernel *kernel) {
@@ -125,10 +120,9 @@ static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_
     job.block_rows = (args->num_rows + job.num_blocks - 1) / job.num_blocks;
     job.num_blocks = (args->num_rows + job.block_rows - 1) / job.block_rows;
     job.num_tiles = (args->out_features + TILE - 1) / TILE;
-    job.at_a_time = args->num_rows <= kernel->pair_rows ? 2 : 1;
-    job.share = share_of(&job);
+    job.share = share_of(args, job.num_tiles);
     job.stretches = args->in_features / args->group_size * group_stretches(args);
-    job.scratch_bytes = job.at_a_time * args->num_rows * TILE * (int64_t)sizeof(float);
+    job.scratch_bytes = args->num_rows * TILE * (int64_t)sizeof(float);
     const int64_t inputs_bytes = round_up(args->num_rows * args->in_features * 2, 64);
     const int64_t notes_bytes =
         round_up(args->num_rows * job.stretches * (int64_t)sizeof(struct vkv_int4_note), 64);

@@ -115,23 +115,19 @@ multiply_eights(const int rows, const int eights, const uint8_t *codes, const in
 
 /* Up to two rows have registers for a whole tile at a time, whose codes are then read in order. */
 static inline __attribute__((always_inline)) void
-multiply_rows(const int rows, const struct vkv_int4_tiles *tile, const void *inputs,
-              int64_t length, const struct vkv_int4_note *notes) {
-    const struct vkv_int4_tiles of = *tile; /* in registers: totals might lie in the original */
+multiply_rows(const int rows, const struct vkv_int4_stretches *stretch, float *totals) {
+    const struct vkv_int4_stretches of = *stretch; /* totals might lie in the original */
     const int eights = rows <= 2 ? 4 : 2;
     for (int at = 0; at < TILE; at += 8 * eights)
-        multiply_eights(rows, eights, of.codes + 4 * at, inputs, length / BLOCK, of.scales + at,
-                        of.zeros ? of.zeros + at : NULL, notes, of.totals + at);
+        multiply_eights(rows, eights, of.codes + 4 * at, (const int32_t *)of.inputs,
+                        of.length / BLOCK, of.scales + at, of.zeros ? of.zeros + at : NULL,
+                        of.notes, totals + at);
 }
 
 /* The number of rows becomes a constant, so that sums stay in registers. */
-static void multiply(int64_t rows, const struct vkv_int4_tiles *tile, const void *inputs,
-                     int64_t length, const struct vkv_int4_note *notes) {
+static void multiply(int64_t rows, const struct vkv_int4_stretches *stretch, float *totals) {
     switch (rows) {
-#define CASE(n)                                               \
-    case n:                                                   \
-        multiply_rows(n, tile, inputs, length, notes);        \
-        break;
+#define CASE(n) case n: multiply_rows(n, stretch, totals); break;
         CASE(1) CASE(2) CASE(3) CASE(4)
 #undef CASE
     }

@@ -2,8 +2,8 @@
  *
  * A code is looked up as the bfloat16 of code - 8, which is exact, and multiplied as it is. Codes
  * are looked up in registers, anew for every dozen rows: that costs a tenth of the product itself,
- * less than to write the looked-up weights anywhere and read them again. Few rows take two tiles at a
- * time, lest each sum wait for its last term.
+ * less than to write the looked-up weights anywhere and read them again. Few rows take two stretches
+ * at a time, lest each sum wait for its last term.
  */
 #include "kernel.h"
 
@@ -21,7 +21,7 @@
 enum {
     ROWS = 12,   /* at a time: their sums fill the registers */
     PAIR_ROWS = 3,
-    AHEAD = 2048 /* bytes of codes that are fetched before they are needed */
+    AHEAD = 4096 /* bytes of codes that are fetched before they are needed */
 };
 
 /* bfloat16 of 0 .. 15 less 8, twice: a look-up heeds five bits, of which the top one is another's. */
@@ -63,45 +63,48 @@ scale_in(const int rows, const int half, __m512 *sums, float *totals, const floa
 }
 
 static inline __attribute__((always_inline)) void
-multiply_rows(const int rows, const int num_tiles, const struct vkv_int4_tiles *tiles,
-              const int32_t *inputs, int64_t length, const struct vkv_int4_note *notes) {
+multiply_rows(const int rows, const int count, const struct vkv_int4_stretches *stretches,
+              float *totals) {
+    const struct vkv_int4_stretches of = *stretches; /* totals might lie in the original */
     const __m512i table = code_values();
-    __m512 low_sums[ROWS], high_sums[ROWS]; /* [num_tiles][rows], of each half of a tile */
-    UNROLLED(i, rows * num_tiles) low_sums[i] = high_sums[i] = _mm512_setzero_ps();
-    const uint8_t *codes = tiles->codes;
-    for (int64_t b = 0; b < length / BLOCK; b++, codes += 128, inputs += 4 * rows)
-        UNROLLED(t, num_tiles) {
-            const uint8_t *from = codes + t * tiles->codes_apart;
+    __m512 low_sums[ROWS], high_sums[ROWS]; /* [count][rows], of each half of a tile */
+    UNROLLED(i, rows * count) low_sums[i] = high_sums[i] = _mm512_setzero_ps();
+    const uint8_t *codes = of.codes;
+    const int32_t *inputs = (const int32_t *)of.inputs;
+    const int64_t codes_apart = of.length * (TILE / 2), inputs_apart = of.length / 2 * rows;
+    const char *ahead = (const char *)codes + AHEAD; /* in the order of memory */
+    for (int64_t b = 0; b < of.length / BLOCK; b++, codes += 128, inputs += 4 * rows) {
+        UNROLLED(line, 2 * count) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
+        ahead += 128 * count;
+        UNROLLED(t, count) {
+            const uint8_t *from = codes + t * codes_apart;
+            const int32_t *by = inputs + t * inputs_apart;
             const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + 64);
-            _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *)from + AHEAD + 64, _MM_HINT_T0);
             UNROLLED(s, 4) {
                 const __m512i low = look_up(table, first, s), high = look_up(table, second, s);
                 UNROLLED(m, rows) {
-                    const __m512i pair = _mm512_set1_epi32(inputs[s * rows + m]);
+                    const __m512i pair = _mm512_set1_epi32(by[s * rows + m]);
                     const int at = t * rows + m;
                     low_sums[at] = add_product(low_sums[at], low, pair);
                     high_sums[at] = add_product(high_sums[at], high, pair);
                 }
             }
         }
-    UNROLLED(t, num_tiles) {
-        const float *scales = tiles->scales + t * tiles->scales_apart;
-        const uint8_t *zeros = tiles->zeros ? tiles->zeros + t * tiles->scales_apart : NULL;
-        float *totals = tiles->totals + t * tiles->totals_apart;
+    }
+    UNROLLED(t, count) {
+        const float *scales = of.scales + t * of.scales_apart;
+        const uint8_t *zeros = of.zeros ? of.zeros + t * of.scales_apart : NULL;
+        const struct vkv_int4_note *notes = of.notes + t * rows;
         scale_in(rows, 0, low_sums + t * rows, totals, scales, zeros, notes);
         scale_in(rows, 1, high_sums + t * rows, totals, scales, zeros, notes);
     }
 }
 
 /* The number of rows becomes a constant, so that sums stay in registers. */
-static void multiply(int64_t rows, const struct vkv_int4_tiles *tiles, const void *inputs,
-                     int64_t length, const struct vkv_int4_note *notes) {
-    switch (tiles->num_tiles == 2 ? ROWS + rows : rows) {
-#define ONE(n)                                                     \
-    case n: multiply_rows(n, 1, tiles, inputs, length, notes); break;
-#define TWO(n)                                                     \
-    case ROWS + n: multiply_rows(n, 2, tiles, inputs, length, notes); break;
+static void multiply(int64_t rows, const struct vkv_int4_stretches *stretches, float *totals) {
+    switch (stretches->count == 2 ? ROWS + rows : rows) {
+#define ONE(n) case n: multiply_rows(n, 1, stretches, totals); break;
+#define TWO(n) case ROWS + n: multiply_rows(n, 2, stretches, totals); break;
         ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
         TWO(1) TWO(2) TWO(3)
 #undef ONE

@@ -16,21 +16,22 @@ struct vkv_int4_note {
     float factor; /* that their products are to be multiplied by */
 };
 
-/* The same stretch of one tile of the weight or two. */
-struct vkv_int4_tiles {
+/* A stretch of a tile, or two of the same length, the second right behind the first. */
+struct vkv_int4_stretches {
+    int64_t count, length;
     const uint8_t *codes;
-    const float *scales;  /* [TILE] */
-    const uint8_t *zeros; /* [TILE], or NULL: all 8 */
-    float *totals;        /* [rows][TILE] */
-    int64_t num_tiles;
-    int64_t codes_apart, scales_apart, totals_apart; /* elements from the first to the second */
+    const uint16_t *inputs;             /* arranged */
+    const float *scales;                /* [TILE] */
+    const uint8_t *zeros;               /* [TILE], or NULL: all 8 */
+    const struct vkv_int4_note *notes;  /* [count][rows], or NULL */
+    int64_t scales_apart;               /* from the first to the second; zeros too */
 };
 
 /* A stretch is up to STRETCH inputs of one group, a multiple of BLOCK. A result is a sum in one
- * order, whatever the number of rows and of tiles. */
+ * order, whatever the number of rows, and of stretches at a time. */
 struct vkv_int4_kernel {
     int64_t rows;        /* of the inputs that it takes at a time, at most */
-    int64_t pair_rows;   /* up to so many rows take two tiles at a time */
+    int64_t pair_rows;   /* up to so many rows take two stretches at a time */
     int32_t reads_a_row; /* a single row may be read as it is given, unless it needs notes */
     int32_t centred;     /* codes are multiplied less 8: notes matter to other zeros only */
 
@@ -39,9 +40,8 @@ struct vkv_int4_kernel {
     void (*arrange)(const uint16_t *inputs, int64_t rows, int64_t in_features, int64_t length,
                     void *arranged, struct vkv_int4_note *notes);
 
-    /* totals += the product of a stretch with one tile, or two. */
-    void (*multiply)(int64_t rows, const struct vkv_int4_tiles *tiles, const void *inputs,
-                     int64_t length, const struct vkv_int4_note *notes);
+    /* totals [rows][TILE] += the products of one stretch, or of two in turn. */
+    void (*multiply)(int64_t rows, const struct vkv_int4_stretches *stretches, float *totals);
 
     /* totals [num_rows][TILE] as bfloat16, to a tile of the outputs. */
     void (*write_out)(const struct vkv_int4 *args, int64_t tile, const float *totals);
