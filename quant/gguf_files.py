@@ -1,8 +1,8 @@
 """GGUF files: the model, its weights and its tokenizer from the one file that llama.cpp reads.
 
 The `gguf` package reads the container, `transformers` knows what configs and tensors are called.
-Linears in Q4_0 and Q8_0 stay as they are, exactly: 4- or 8-bit codes in groups of 32. All else is
-dequantised tensor by tensor, from the mapped file, with a word about the memory that takes. What
+Linears in Q4_0, Q4_1 and Q8_0 stay as they are, exactly, in groups of 32. All else
+is dequantised tensor by tensor, from the mapped file, with a word about the memory that takes. What
 this module does not know of a file, and could change a result, is refused by name.
 """
 
@@ -22,7 +22,8 @@ from transformers.initialization import no_init_weights
 from ..vmem.errors import BadCheckpoint, UnsupportedModel
 from .int8 import int8_weight
 from .linear import Int4Linear
-from .weight import Int4Weight
+from .offset_linear import OffsetLinear
+from .weight import SYMMETRIC_ZERO, Int4Weight
 
 _log = logging.getLogger(__name__)
 
@@ -246,9 +247,9 @@ def _fill(model: PreTrainedModel, file: GgufFile, dtype: torch.dtype) -> None:
         layer, _, last = name.rpartition(".")
         module = model.get_submodule(layer) if layer and name in missing else None
         if type(module) is nn.Linear and last == "weight":
-            weight = _exactly(tensor, processor)
-            if weight is not None:
-                model.set_submodule(layer, Int4Linear(weight, module.bias))
+            exact = _exactly(tensor, processor, module.bias)
+            if exact is not None:
+                model.set_submodule(layer, exact)
                 missing.discard(name)
                 continue
         values = _dequantized(tensor, file.path)
@@ -271,8 +272,8 @@ def _fill(model: PreTrainedModel, file: GgufFile, dtype: torch.dtype) -> None:
         raise BadCheckpoint(f"{file.path} lacks {len(missing)} tensors, among them {min(missing)}")
     if widened[1]:
         _log.warning(
-            "%s: tensors of %.1f GiB were dequantised and take %.1f GiB; linear layers in Q4_0 and "
-            "Q8_0 stay as they are",
+            "%s: tensors of %.1f GiB were dequantised and take %.1f GiB; linear layers in Q4_0, "
+            "Q4_1 and Q8_0 stay as they are",
             file.path.name,
             widened[0] / 2**30,
             widened[1] / 2**30,
@@ -284,6 +285,8 @@ def _assign(
 ) -> None:
     layer, _, last = name.rpartition(".")
     module = model.get_submodule(layer)
+    if isinstance(module, OffsetLinear):
+        module = module.codes  # whose bias it is
     held = getattr(module, last)
     if held.shape != values.shape:
         raise BadCheckpoint(
@@ -292,21 +295,27 @@ def _assign(
     setattr(module, last, nn.Parameter(values.to(dtype), requires_grad=False))
 
 
-def _exactly(tensor: Any, processor: Any) -> Int4Weight | None:
-    """The codes of a linear in Q4_0 or Q8_0; None for another type."""
+def _exactly(tensor: Any, processor: Any, bias: torch.Tensor | None) -> nn.Module | None:
+    """A linear in Q4_0, Q4_1 or Q8_0 by its codes; None for another type."""
     kind = tensor.tensor_type.name
     rows, columns = int(tensor.shape[1]), int(tensor.shape[0])
-    if kind not in ("Q4_0", "Q8_0") or columns % _GROUP:
+    if kind not in ("Q4_0", "Q4_1", "Q8_0") or columns % _GROUP:
         return None
     order = processor.process(weights=np.arange(rows).reshape(rows, 1), name=tensor.name)
     blocks = torch.from_numpy(np.array(tensor.data)).view(rows, columns // _GROUP, -1)
     blocks = blocks[torch.from_numpy(np.array(order.weights)).flatten()]
     scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
     if kind == "Q8_0":
-        return int8_weight(blocks[..., 2:].contiguous().view(torch.int8).flatten(1), scales)
-    packed = blocks[..., 2:]  # the first sixteen of a block are low halves
+        values = blocks[..., 2:].contiguous().view(torch.int8).flatten(1)
+        return Int4Linear(int8_weight(values, scales), bias)
+    packed = blocks[..., -_GROUP // 2 :]  # the first sixteen of a block are low halves
     codes = torch.cat([packed & 15, packed >> 4], dim=-1).flatten(1)
-    return Int4Weight.from_codes(codes, scales, None)
+    if kind == "Q4_0":
+        return Int4Linear(Int4Weight.from_codes(codes, scales, None), bias)
+    least = blocks[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
+    # From the middle of the codes: the two products are then no larger than their sum.
+    middle = least.float() + SYMMETRIC_ZERO * scales.float()
+    return OffsetLinear(Int4Weight.from_codes(codes, scales, None), middle, bias)
 
 
 def _dequantized(tensor: Any, path: Path) -> np.ndarray:

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q8_0", "Q4_1", "Q5_0"])
 @pytest.mark.parametrize("architecture", gguf_zoo.ARCHITECTURES)
 def test_the_logits_of_the_files_own_weights(
     architecture: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -36,7 +36,7 @@ def test_the_logits_of_the_files_own_weights(
         model(ids).logits, expected, rtol=1e-4, atol=1e-5 * expected.abs().max()
     )
     exact = [name for name, module in model.named_modules() if isinstance(module, Int4Linear)]
-    assert bool(exact) == (kind in ("Q4_0", "Q8_0"))
+    assert bool(exact) == (kind in ("Q4_0", "Q4_1", "Q8_0"))
     assert ("dequantised" in caplog.text) == (kind != "F32"), "a word about memory"
 
 
@@ -225,3 +225,18 @@ def test_rotary_factors_of_llama_3_are_read_and_others_refused(tmp_path: Path) -
     plain = 1 / 500_000 ** (torch.arange(0, 64, 2) / 64)
     factors = gguf_files._llama3_factors(rope, 64)
     torch.testing.assert_close(plain / scaled, torch.from_numpy(factors).float(), rtol=1e-5, atol=0)
+
+
+def test_q4_1_is_repeatable_and_close_to_its_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    reference = gguf_zoo.make("llama", path, "Q4_1")
+    model: Any = load_gguf(path, torch.bfloat16, "eager")
+    linear = model.model.layers[0].mlp.down_proj
+    assert linear.offsets.dtype == torch.float32
+    assert model.to(torch.bfloat16).model.layers[0].mlp.down_proj.offsets.dtype == torch.float32
+    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    exact = x.double() @ reference.model.layers[0].mlp.down_proj.weight.double().T
+    torch.testing.assert_close(linear(x).double(), exact, rtol=2**-7, atol=2**-7)
+    with LLM(path) as llm:
+        first = [out.outputs[0].token_ids for out in llm.generate(zoo.random_prompts([9, 30]))]
+    assert all(first)
