@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 
 from ..vmem.errors import BadCheckpoint, UnsupportedModel
+from .experts import Expert, Experts, FusedExperts, Role
 from .int8 import int8_weight
 from .linear import Int4Linear
 from .offset_linear import OffsetLinear
@@ -28,7 +29,8 @@ from .weight import SYMMETRIC_ZERO, Int4Weight
 _log = logging.getLogger(__name__)
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma3")
-_GROUP = 32  # of Q4_0 and Q8_0
+_GROUP = 32  # inputs of a block, in the types that are kept
+_EXACT = ("Q4_0", "Q4_1", "Q8_0")
 # Of an architecture's keys, beside those that make its config: they say nothing that is not there.
 _HARMLESS_KEYS = frozenset(
     (
@@ -231,12 +233,17 @@ def _fill(model: PreTrainedModel, file: GgufFile, dtype: torch.dtype) -> None:
         config=model.config.to_dict()
     )
     names = get_gguf_hf_weights_map(model, processor)
+    experts = _experts_in_codes(model, file)
     merged: dict[str, Any] = {"tensors": {}}  # experts, which the file keeps role by role
     missing = {name for name, _ in model.named_parameters()}
+    missing -= {f"{layer}.{part}" for layer in experts for part in ("gate_up_proj", "down_proj")}
     widened = [0, 0]  # bytes of quantised tensors, as they are and dequantised
     for tensor in file.tensors():
         if tensor.name == "rope_freqs.weight":
             _check_rope(model, file, tensor)
+            continue
+        if (place := _expert_role(tensor)) is not None and place[0] in experts:
+            experts[place[0]][place[1]] = tensor
             continue
         if tensor.name not in names and "_exps." not in tensor.name:
             raise UnsupportedModel(
@@ -265,6 +272,10 @@ def _fill(model: PreTrainedModel, file: GgufFile, dtype: torch.dtype) -> None:
     for name, values in merged["tensors"].items():
         _assign(model, name, torch.as_tensor(np.asarray(values)), dtype, file)
         missing.discard(name)
+    for layer, tensors in experts.items():
+        fused = FusedExperts.of(model.get_submodule(layer))
+        assert fused is not None, "_experts_in_codes has looked"
+        model.set_submodule(layer, _experts(fused, tensors))
     model.tie_weights()
     if model.config.tie_word_embeddings:
         missing.discard("lm_head.weight")
@@ -295,15 +306,59 @@ def _assign(
     setattr(module, last, nn.Parameter(values.to(dtype), requires_grad=False))
 
 
+def _expert_role(tensor: Any) -> tuple[str, Role] | None:
+    """Whose experts a tensor belongs to, and what it is of each; None if it is none of theirs."""
+    match = re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight", tensor.name)
+    if match is None:
+        return None
+    roles: dict[str, Role] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    return f"model.layers.{match[1]}.mlp.experts", roles[match[2]]
+
+
+def _experts_in_codes(model: PreTrainedModel, file: GgufFile) -> dict[str, dict[Role, Any]]:
+    """The layers whose experts are all in codes, with no tensor of theirs as yet."""
+    kinds: dict[str, dict[Role, bool]] = {}
+    for tensor in file.tensors():
+        if (place := _expert_role(tensor)) is not None:
+            is_whole = int(tensor.shape[0]) % _GROUP == 0
+            exact = tensor.tensor_type.name in _EXACT and is_whole
+            kinds.setdefault(place[0], {})[place[1]] = exact
+    whole = [layer for layer, exact in kinds.items() if len(exact) == 3 and all(exact.values())]
+    return {layer: {} for layer in whole if FusedExperts.of(model.get_submodule(layer))}
+
+
+def _experts(fused: FusedExperts, tensors: Mapping[Role, Any]) -> Experts:
+    """Experts with linears of their own, from tensors [experts, out, in]."""
+    activation = fused.activation()
+    experts = []
+    for number in range(fused.num_experts):
+        linears = {
+            role: _of_blocks(tensor.tensor_type.name, torch.from_numpy(tensor.data[number].copy()))
+            for role, tensor in tensors.items()
+        }
+        experts.append(Expert(linears, activation, interleaved=False))
+        experts[-1].join()
+    fused.release()
+    return Experts(experts)
+
+
 def _exactly(tensor: Any, processor: Any, bias: torch.Tensor | None) -> nn.Module | None:
     """A linear in Q4_0, Q4_1 or Q8_0 by its codes; None for another type."""
     kind = tensor.tensor_type.name
     rows, columns = int(tensor.shape[1]), int(tensor.shape[0])
-    if kind not in ("Q4_0", "Q4_1", "Q8_0") or columns % _GROUP:
+    if kind not in _EXACT or columns % _GROUP:
         return None
     order = processor.process(weights=np.arange(rows).reshape(rows, 1), name=tensor.name)
-    blocks = torch.from_numpy(np.array(tensor.data)).view(rows, columns // _GROUP, -1)
-    blocks = blocks[torch.from_numpy(np.array(order.weights)).flatten()]
+    data = torch.from_numpy(np.array(tensor.data))
+    return _of_blocks(kind, data[torch.from_numpy(np.array(order.weights)).flatten()], bias)
+
+
+def _of_blocks(
+    kind: str, data: torch.Tensor, bias: torch.Tensor | None = None
+) -> Int4Linear | OffsetLinear:
+    """A linear of the bytes of its rows, uint8 [out_features, bytes], in a type of `_EXACT`."""
+    size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
+    blocks = data.view(len(data), -1, size)
     scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
     if kind == "Q8_0":
         values = blocks[..., 2:].contiguous().view(torch.int8).flatten(1)

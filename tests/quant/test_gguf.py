@@ -37,6 +37,8 @@ def test_the_logits_of_the_files_own_weights(
     )
     exact = [name for name, module in model.named_modules() if isinstance(module, Int4Linear)]
     assert bool(exact) == (kind in ("Q4_0", "Q4_1", "Q8_0"))
+    if architecture == "qwen3moe" and exact:
+        assert any(".experts.3." in name for name in exact), "experts too"
     assert ("dequantised" in caplog.text) == (kind != "F32"), "a word about memory"
 
 
