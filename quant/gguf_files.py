@@ -9,7 +9,7 @@ this module does not know of a file, and could change a result, is refused by na
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,17 @@ def _fill(model: PreTrainedModel, file: GgufFile, dtype: torch.dtype) -> None:
     for name, values in merged["tensors"].items():
         _assign(model, name, torch.as_tensor(np.asarray(values)), dtype, file)
         missing.discard(name)
+    _finish(model, file, experts, missing, widened)
+
+
+def _finish(
+    model: PreTrainedModel,
+    file: GgufFile,
+    experts: Mapping[str, Mapping[Role, Any]],
+    missing: set[str],
+    widened: Sequence[int],
+) -> None:
+    """Put the experts in their places, see that nothing is missing, and say what was dequantised."""
     for layer, tensors in experts.items():
         fused = FusedExperts.of(model.get_submodule(layer))
         assert fused is not None, "_experts_in_codes has looked"
@@ -332,7 +343,7 @@ def _experts(fused: FusedExperts, tensors: Mapping[Role, Any]) -> Experts:
     activation = fused.activation()
     experts = []
     for number in range(fused.num_experts):
-        linears = {
+        linears: dict[Role, nn.Module] = {
             role: _of_blocks(tensor.tensor_type.name, torch.from_numpy(tensor.data[number].copy()))
             for role, tensor in tensors.items()
         }
