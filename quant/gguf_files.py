@@ -282,7 +282,7 @@ def _finish(
     missing: set[str],
     widened: Sequence[int],
 ) -> None:
-    """Put the experts in their places, see that nothing is missing, and say what was dequantised."""
+    """Put experts in their places, see that nothing is missing, and say what was dequantised."""
     for layer, tensors in experts.items():
         fused = FusedExperts.of(model.get_submodule(layer))
         assert fused is not None, "_experts_in_codes has looked"
