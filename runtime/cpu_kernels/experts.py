@@ -240,6 +240,8 @@ def pack_row_weights(model: nn.Module, multiplied: Multiplied) -> list[Undo]:
         for name, weight in list(module.named_parameters(recurse=False)):
             if id(weight) not in multiplied.weights or weight.dim() != 2 or has_hooks(module):
                 continue
+            if isinstance(module, nn.Embedding):  # tied to an output layer, which is packed
+                continue
             bias = getattr(module, "bias", None)
             fits = isinstance(bias, torch.Tensor) and bias.shape == weight.shape[:1]
             row_weight = RowWeight.of(weight, bias if fits else None)

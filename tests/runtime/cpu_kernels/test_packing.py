@@ -258,3 +258,12 @@ def test_logits_may_be_of_another_type() -> None:
     ids = torch.tensor([[1, 2, 3]])
     packed = pack(model, lambda: [model.model(ids)[0][0], model(ids).logits[0].float()])
     assert packed > 0
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no packed kernels")
+def test_a_tied_embedding_stays_a_plain_parameter() -> None:
+    """Its output layer is packed; to lay it out a second time would be memory for nothing."""
+    model = zoo.tiny_model("llama", tie_word_embeddings=True).to(torch.bfloat16)
+    with LLM(model, pack_weights=True):
+        assert type(model.get_output_embeddings()) is PackedLinear
+        assert type(model.get_input_embeddings().weight) is nn.Parameter
