@@ -5,7 +5,7 @@ checkpoints in 4 bits have linears for each. `FusedExperts` looks at such a modu
 `Experts` takes its place, with linears of any kind.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, cast, get_args
 
@@ -159,8 +159,7 @@ class Expert(nn.Module):
 class Experts(nn.Module):
     """All experts of a layer, called as the module of `transformers` is that they stand for.
 
-    A token's result follows from its own row, experts and weights: rows are multiplied expert by
-    expert, and a token's results are added in the order of its own choice.
+    A token's result follows from its own row, experts and weights (`mixed`).
     """
 
     def __init__(self, experts: list[Expert]) -> None:
@@ -179,21 +178,36 @@ class Experts(nn.Module):
 
         An index past the last expert stands for none.
         """
-        num_tokens, num_chosen = top_k_index.shape
-        chosen = top_k_index.flatten()  # [num_tokens * k], token by token
-        order = chosen.sort(stable=True).indices
-        counts = chosen.bincount(minlength=self.num_experts).tolist()
-        rows = hidden_states[order // num_chosen]
-        results: list[torch.Tensor] = []
-        start = 0
-        for number, count in enumerate(counts[: self.num_experts]):
-            if count:
-                results.append(self[number](rows[start : start + count]))
-            start += count
-        results.append(rows.new_zeros(len(rows) - start, rows.shape[1]))  # of no expert
-        outs = torch.cat(results)[order.sort().indices]  # token by token again
-        weighted = outs.view(num_tokens, num_chosen, -1) * top_k_weights.unsqueeze(-1)
-        return weighted.sum(dim=1).to(hidden_states.dtype)
+        experts = [self[number] for number in range(self.num_experts)]
+        return mixed(experts, hidden_states, top_k_index, top_k_weights)
+
+
+def mixed(
+    experts: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The weighted sum of what each token's experts make of it, [num_tokens, hidden].
+
+    Rows are computed expert by expert, and a token's results added in the order of its own choice.
+    Shapes are as of `Experts.forward`; each expert takes [n, hidden] to [n, hidden].
+    """
+    num_tokens, num_chosen = top_k_index.shape
+    chosen = top_k_index.flatten()  # [num_tokens * k], token by token
+    order = chosen.sort(stable=True).indices
+    counts = chosen.bincount(minlength=len(experts)).tolist()
+    rows = hidden_states[order // num_chosen]
+    results: list[torch.Tensor] = []
+    start = 0
+    for expert, count in zip(experts, counts, strict=False):
+        if count:
+            results.append(expert(rows[start : start + count]))
+        start += count
+    results.append(rows.new_zeros(len(rows) - start, rows.shape[1]))  # of no expert
+    outs = torch.cat(results)[order.sort().indices]  # token by token again
+    weighted = outs.view(num_tokens, num_chosen, -1) * top_k_weights.unsqueeze(-1)
+    return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
 def taken_apart(fused: FusedExperts) -> Experts:

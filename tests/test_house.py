@@ -26,7 +26,6 @@ FOREIGN = {
     "_is_hf_initialized",
     "_keys_to_ignore_on_load_unexpected",
     "_model_mapping",
-    "_default_apply_gate",
     "_is_expert_parallel",
     "_forward_hooks",
     "_forward_pre_hooks",

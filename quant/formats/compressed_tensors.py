@@ -54,16 +54,6 @@ _HARMLESS = {
     "quantization_status",  # that the tensors are packed, their names say
 }
 _HONOURED_OF_GROUP = {"format", "input_activations", "output_activations", "weights"}
-_HONOURED_OF_WEIGHTS = {
-    "actorder",
-    "block_structure",
-    "dynamic",
-    "group_size",
-    "num_bits",
-    "strategy",
-    "symmetric",
-    "type",
-}
 _HONOURED_OF_ACTIVATIONS = {
     "block_structure",
     "dynamic",
@@ -73,6 +63,7 @@ _HONOURED_OF_ACTIVATIONS = {
     "symmetric",
     "type",
 }
+_HONOURED_OF_WEIGHTS = _HONOURED_OF_ACTIVATIONS | {"actorder"}
 _HARMLESS_TYPES = {"scale_dtype", "zp_dtype"}  # the tensors have theirs
 
 

@@ -23,7 +23,7 @@ from .kernels import Gate
 
 _ROTARY = "apply_rotary_pos_emb"
 _NUM_TEST_ROWS = 3
-ACTIVATIONS: dict[Gate, Callable[[torch.Tensor], torch.Tensor]] = {
+_ACTIVATIONS: dict[Gate, Callable[[torch.Tensor], torch.Tensor]] = {
     Gate.SILU: functional.silu,
     Gate.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
 }
@@ -82,15 +82,15 @@ def fuse_rotary(model: nn.Module) -> list[Undo]:
 def fuse_expert_gates(model: nn.Module, dtype: torch.dtype) -> list[Undo]:
     """Have the gates of experts in 4 bits computed by the kernel; returns how to undo each."""
     undo: list[Undo] = []
-    gates: dict[object, Callable[[torch.Tensor], torch.Tensor] | None] = {}  # by activation
+    gates: dict[object, Gate | None] = {}  # by activation
     for module in model.modules():
         if not isinstance(module, Expert):
             continue
         old = module.activation
         if old not in gates:
-            gates[old] = _gate_kernel(old, dtype)
-        if (kernel := gates[old]) is not None:
-            module.activation = kernel
+            gates[old] = gate_between(old, dtype)
+        if (gate := gates[old]) is not None:
+            module.activation = partial(native_kernels.gated, gate=gate)
             undo.append(lambda module=module, old=old: setattr(module, "activation", old))
     return undo
 
@@ -110,25 +110,25 @@ def gate_of(module: nn.Module, dtype: torch.dtype) -> Gate | None:
         return None
     x = _random(_NUM_TEST_ROWS, gate_proj.in_features, like=torch.empty(0, dtype=dtype))
     wide = 3 * _random(_NUM_TEST_ROWS, 64, like=torch.empty(0))  # float32 tells activations apart
-    for gate, activation in ACTIVATIONS.items():
-        if not close(children["act_fn"](wide), activation(wide)):
+    for gate, activation in _ACTIVATIONS.items():
+        if not _close(children["act_fn"](wide), activation(wide)):
             continue
         expected = children["down_proj"](activation(gate_proj(x)) * up_proj(x))
-        return gate if _takes_one_tensor(module) and close(module(x), expected) else None
+        return gate if _takes_one_tensor(module) and _close(module(x), expected) else None
     return None
 
 
-def _gate_kernel(
+def gate_between(
     activation: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The kernel that gives the results of an activation over gate and up, if there is one."""
+) -> Gate | None:
+    """The gate that gives the results of an activation over gate and up, if there is one."""
     if not native_kernels.available(dtype):
         return None
     wide = 3 * _random(_NUM_TEST_ROWS, 128, like=torch.empty(0))  # float32 tells them apart
     found = activation(wide)
-    for gate in ACTIVATIONS:
-        if close(found, native_kernels.gated(wide, gate)):
-            return partial(native_kernels.gated, gate=gate)
+    for gate in _ACTIVATIONS:
+        if _close(found, native_kernels.gated(wide, gate)):
+            return gate
     return None
 
 
@@ -150,7 +150,7 @@ def _fused_norm(norm: nn.Module) -> FusedNorm | None:
     x = _random(_NUM_TEST_ROWS, len(weight), like=weight)
     for offset in (0.0, 1.0):
         fused = FusedNorm(norm, eps, offset)
-        if close(fused(x), norm(x)):
+        if _close(fused(x), norm(x)):
             return fused
     return None
 
@@ -206,7 +206,7 @@ def _rotates_halves(function: Callable[..., object]) -> bool:
     return (
         isinstance(found, tuple)
         and len(found) == 2
-        and all(close(a, b) for a, b in zip(found, expected, strict=True))
+        and all(_close(a, b) for a, b in zip(found, expected, strict=True))
     )
 
 
@@ -236,7 +236,7 @@ def _random(*shape: int, like: torch.Tensor) -> torch.Tensor:
     return torch.randn(*shape, generator=generator).to(like.dtype)
 
 
-def close(found: object, expected: torch.Tensor) -> bool:
+def _close(found: object, expected: torch.Tensor) -> bool:
     """Whether one tensor is the other, but for the rounding of its dtype."""
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         return False

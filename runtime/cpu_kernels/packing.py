@@ -268,7 +268,8 @@ def pack(
             fused = PackedGatedLayer(product, layer.down_proj)  # type: ignore[arg-type]
             undo.append(exchange(*homes[id(layer)], fused))
         if _panel(dtype, repeatable) is not None:
-            undo += pack_experts(model, dtype)
+            for back in pack_experts(model, dtype):
+                undo.append(back)
             undo += pack_row_weights(model, multiplied)
         undo += fuse_norms(model) + fuse_rotary(model) + fuse_expert_gates(model, dtype)
         if _same(run(), expected, _TOLERANCE[dtype]):

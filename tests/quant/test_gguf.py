@@ -229,7 +229,7 @@ def test_rotary_factors_of_llama_3_are_read_and_others_refused(tmp_path: Path) -
     torch.testing.assert_close(plain / scaled, torch.from_numpy(factors).float(), rtol=1e-5, atol=0)
 
 
-def test_q4_1_is_repeatable_and_close_to_its_numbers(tmp_path: Path) -> None:
+def test_q4_1_keeps_its_offsets_and_is_close_to_its_numbers(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     reference = gguf_zoo.make("llama", path, "Q4_1")
     model: Any = load_gguf(path, torch.bfloat16, "eager")
