@@ -85,8 +85,24 @@ class FusedExperts:
 
     def release(self) -> None:
         """Let go of the weights."""
-        for name in self.tensor_names():
+        self._released = {
+            name: getattr(self.module, name).to("meta") for name in self.tensor_names()
+        }
+        for name in self._released:
             self.module.register_parameter(name, None)
+
+    def restore(self, linears: Mapping[tuple[int, Role], nn.Linear]) -> nn.Module:
+        """The module with weights again, after `release`: those of dense linears by expert."""
+        dtype = next(iter(linears.values())).weight.dtype
+        for name, outline in self._released.items():
+            weight = torch.empty(outline.shape, dtype=dtype)
+            self.module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        for (expert, role), linear in linears.items():
+            self.weight(role, expert).copy_(linear.weight)
+            bias = self.bias(role, expert)
+            if bias is not None:
+                bias.copy_(linear.bias)
+        return self.module
 
     def _stored_in(self, role: Role) -> str:
         if role == "down_proj" or not self.gated:

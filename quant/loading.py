@@ -62,6 +62,9 @@ _READ_AS_DENSE = {
     "compressed-tensors-fp8": ("FP8", "two"),
     "bitsandbytes-4bit": ("bitsandbytes' 4 bits", "four"),
 }
+# What the tensor `weight` of an expert is called while it is read: those of that name are for
+# `transformers`, which makes one tensor of all.
+_EXPERT_CODES = "expert_codes"
 _KV_SCALES = r"\.[kv]_(scale|zero_point)$"
 _Header = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]  # by name of tensor
 
@@ -125,6 +128,8 @@ class _StoredLinear(nn.Module):
 
     def read(self, layer: str, scheme: Scheme) -> Int4Linear | nn.Linear:
         tensors = {name: getattr(self, name) for name in self.tensor_names}
+        if _EXPERT_CODES in tensors:
+            tensors["weight"] = tensors.pop(_EXPERT_CODES)
         bias = cast(torch.Tensor | None, self.bias)
         weight = read_layer(layer, tensors, scheme)
         if isinstance(weight, Int4Weight):
@@ -154,6 +159,7 @@ class _Int4Quantizer(HfQuantizer):
         scheme = parse_config(quantization_config.described)
         assert scheme is not None, "adopt() has seen to it"
         self.scheme = scheme
+        self.of_experts: set[tuple[str, str]] = set()  # renamings of their `weight`
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -167,6 +173,7 @@ class _Int4Quantizer(HfQuantizer):
     ) -> list[WeightTransform]:
         bind_to_weights(weight_conversions)
         own = [WeightRenaming(*pair) for pair in renamings(self.scheme.format)]
+        own += [WeightRenaming(*pair) for pair in sorted(self.of_experts)]
         return super().update_weight_conversions([*own, *weight_conversions], *args)
 
     def _process_model_before_weight_loading(
@@ -176,19 +183,19 @@ class _Int4Quantizer(HfQuantizer):
         names = ModelNames(model, (*required, *optional))
         stored = _read_headers(checkpoint_files or ())
         kind = self.scheme.format
-        header = {names(renamed(name, kind)): described for name, described in stored.items()}
+        in_files = {names(renamed(name, kind)): name for name in stored}
+        header = {name: stored[in_file] for name, in_file in in_files.items()}
         for layer, tensors in _layers(header, self.scheme).items():
             linear = expert_linear(model, layer)
             if linear is None and _is_left_out(model, layer):
                 continue
-            if linear is not None and "weight" in tensors:
-                raise UnsupportedQuantization(
-                    f"tensor {layer}.weight is an expert's, and of {self.scheme.format} no experts "
-                    "are read; use a checkpoint with experts in GPTQ, AWQ or pack-quantized"
-                )
+            of_expert = linear is not None
             linear = linear or _linear(model, layer, next(iter(tensors)))
             _check_size(linear, layer, tensors, self.scheme)
             _refuse_others(layer, header, {*tensors, "bias"})
+            if of_expert and "weight" in tensors:
+                self.of_experts.add(_renaming_of(in_files[f"{layer}.weight"]))
+                tensors[_EXPERT_CODES] = tensors.pop("weight")
             bias = None
             if linear.bias is not None or f"{layer}.bias" in header:
                 bias = torch.empty(linear.out_features, dtype=linear.weight.dtype, device="meta")
@@ -239,6 +246,12 @@ def _read_headers(files: Sequence[str]) -> _Header:
         except SafetensorError as error:
             raise QuantError(f"{file} is damaged or no safetensors file: {error}") from error
     return header
+
+
+def _renaming_of(weight: str) -> tuple[str, str]:
+    """A renaming of an expert's `weight` in the files, and of those that differ in numbers."""
+    layer = re.sub(r"\d+", r"\\d+", re.escape(weight.removesuffix(".weight")))
+    return rf"^({layer})\.weight$", rf"\1.{_EXPERT_CODES}"
 
 
 def _layers(header: _Header, scheme: Scheme) -> dict[str, _Header]:

@@ -80,15 +80,24 @@ class StoredExperts(nn.Module):
                 "checkpoint's *.safetensors are there, or use one that quantises whole experts"
             )
 
-    def read(self) -> Experts:
-        """The experts, once every stored layer has made way for an `Int4Linear`."""
+    def read(self) -> nn.Module:
+        """The experts, once every stored layer has made way for a linear.
+
+        Dense ones are one tensor again for each role, as `transformers` keeps them.
+        """
+        read = {place: self.get_submodule(path) for place, path in self._paths.items()}
+        dense = {place: one for place, one in read.items() if isinstance(one, nn.Linear)}
+        if dense:
+            assert len(dense) == len(read), "of one format"
+            self._modules.clear()
+            return self._fused.restore(dense)
         activation = self._fused.activation()
         experts = []
         for number in range(self._fused.num_experts):
             linears: dict[Role, nn.Module] = {}
-            for (expert, role), path in self._paths.items():
+            for (expert, role), linear in read.items():
                 if expert == number:
-                    linears[role] = self.get_submodule(path)
+                    linears[role] = linear
             assert all(isinstance(linear, Int4Linear) for linear in linears.values())
             experts.append(Expert(linears, activation, interleaved=self._fused.interleaved))
         self._modules.clear()

@@ -52,6 +52,15 @@ def test_tokens_are_those_of_dense_weights(source: Path, tmp_path: Path, kind: s
     assert len(set(found[0])) > 5, "a text of one word would hide a difference"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts(tmp_path: Path, kind: str) -> None:
+    zoo.tiny_model("qwen3_moe").save_pretrained(tmp_path / "source")
+    rounded, dense = write_folders(tmp_path / "source", tmp_path, kind)
+    found = tokens(rounded, dtype="float32")
+    assert found == tokens(dense, dtype="float32")
+    assert len(set(found[0])) > 3, "a text of one word would hide a difference"
+
+
 @pytest.mark.parametrize("kind", DENSE)
 def test_what_is_read_as_dense_is_rounded_once_and_says_so(
     source: Path, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture

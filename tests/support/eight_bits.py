@@ -1,6 +1,7 @@
 """Small checkpoints in 8 bits and in others' types: a random model, rounded as each format does."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,33 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Tensors]]] = {
     "llm-int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, llm_int8),
     "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, nf4),
 }
+_FUSED = ("experts.gate_up_proj", "experts.down_proj")
+_LINEAR = re.compile(r"layers\..*_proj\.weight$")
 DENSE = ("fp8", "fp8-blocks", "nf4")  # that have no integers for codes
+
+
+def _take_apart(held: Tensors) -> None:
+    """Tensors of all experts, [experts, out, in], by expert."""
+    for name in [name for name in held if name.endswith(_FUSED)]:
+        home, _, part = name.rpartition(".")
+        names = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+        for expert, stacked in enumerate(held.pop(name)):
+            for own, rows in zip(names, stacked.chunk(len(names)), strict=True):
+                held[f"{home}.{expert}.{own}.weight"] = rows.contiguous()
+
+
+def _put(dense: Tensors, name: str, weight: torch.Tensor) -> None:
+    """A weight in its place, which of an expert is a part of its tensor."""
+    found = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
+    if found is None or name in dense:
+        dense[name] = weight
+        return
+    home, expert, part = found.groups()
+    if part == "down_proj":
+        dense[f"{home}.down_proj"][int(expert)] = weight
+    else:
+        stacked = dense[f"{home}.gate_up_proj"][int(expert)]
+        stacked.chunk(2)[part == "up_proj"].copy_(weight)
 
 
 def write_folders(source: Path, folder: Path, kind: str) -> tuple[Path, Path]:
@@ -134,12 +161,13 @@ def write_folders(source: Path, folder: Path, kind: str) -> tuple[Path, Path]:
     assert scheme is not None
     held = load_file(source / "model.safetensors")
     dense = dict(held)
-    for name in [name for name in held if name.endswith("_proj.weight") and "layers." in name]:
+    _take_apart(held)
+    for name in [name for name in held if _LINEAR.search(name)]:
         layer, tensors = name.removesuffix(".weight"), write(held.pop(name))
         held |= {f"{layer}.{part}": tensor.contiguous() for part, tensor in tensors.items()}
         by_name = {renamed(f".{part}", scheme.format)[1:]: t for part, t in tensors.items()}
         weight = read_layer(layer, by_name, scheme)
-        dense[name] = weight.dequantize() if isinstance(weight, Int4Weight) else weight
+        _put(dense, name, weight.dequantize() if isinstance(weight, Int4Weight) else weight)
     paths = folder / kind, folder / f"{kind}-dense"
     for path, tensors in zip(paths, (held, dense), strict=True):
         path.mkdir(parents=True)
