@@ -60,6 +60,7 @@ _DTYPES = {
 }
 _READ_AS_DENSE = {
     "compressed-tensors-fp8": ("FP8", "two"),
+    "fp8": ("FP8", "two"),
     "bitsandbytes-4bit": ("bitsandbytes' 4 bits", "four"),
 }
 # What the tensor `weight` of an expert is called while it is read: those of that name are for
@@ -75,12 +76,13 @@ def described_in(config: PretrainedConfig) -> Any:
     return own or getattr(config.get_text_config(decoder=True), "quantization_config", None)
 
 
-def adopt(config: PretrainedConfig) -> bool:
+def adopt(config: PretrainedConfig, device: torch.device) -> bool:
     """Have `from_pretrained` read the checkpoint of this config with vkv's readers.
 
     Returns False, with nothing changed, if its weights are not quantised or another quantiser of
-    `transformers` reads them; that of MXFP4 is told to dequantise, for its kernels are a GPU's and
-    downloaded while it runs. Raises UnsupportedQuantization for what nobody reads.
+    `transformers` reads them: on a GPU also that of `fp8`, which has kernels there. That of MXFP4
+    is told to dequantise, for its kernels are a GPU's and downloaded while it runs. Raises
+    UnsupportedQuantization for what nobody reads.
     """
     described = described_in(config)
     if described is None:
@@ -88,12 +90,12 @@ def adopt(config: PretrainedConfig) -> bool:
     if not isinstance(described, dict):
         described = described.to_dict()
     scheme = parse_config(described)
-    if scheme is None:
+    if scheme is None or (scheme.format == "fp8" and device.type != "cpu"):
         method = described.get("quant_method")
         if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             raise UnsupportedQuantization(
                 f"quantization_config.quant_method is {method!r}, which is unknown; there are "
-                "readers for gptq, awq, compressed-tensors, auto-round and bitsandbytes"
+                "readers for gptq, awq, compressed-tensors, auto-round, bitsandbytes and fp8"
             )
         if method == "mxfp4":
             config.quantization_config = {**described, "dequantize": True}  # type: ignore[attr-defined]

@@ -74,7 +74,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     """Return the model; a 4-bit one computes with its dequantised weights, which is far faster
     in float32 than to dequantise them at every token."""
     config = AutoConfig.from_pretrained(folder)
-    adopt(config)  # which concerns 4-bit checkpoints alone
+    adopt(config, torch.device("cpu"))  # which concerns 4-bit checkpoints alone
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).eval()
     for name, layer in list(int4_linears(model)):
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=model.dtype)

@@ -18,6 +18,7 @@ ReadFormat: TypeAlias = (
     | Literal[
         "compressed-tensors-int8",
         "compressed-tensors-fp8",
+        "fp8",
         "bitsandbytes",
         "bitsandbytes-4bit",
     ]

@@ -9,7 +9,16 @@ import torch
 
 from ...vmem.errors import UnsupportedQuantization
 from ..weight import Int4Weight
-from . import awq, bitsandbytes, bitsandbytes_4bit, compressed_tensors, fp8, gptq, int8
+from . import (
+    awq,
+    bitsandbytes,
+    bitsandbytes_4bit,
+    compressed_tensors,
+    finegrained_fp8,
+    fp8,
+    gptq,
+    int8,
+)
 from .scheme import LayerTensors, ReadFormat, Scheme
 
 _MODULES: dict[ReadFormat, ModuleType] = {
@@ -18,10 +27,11 @@ _MODULES: dict[ReadFormat, ModuleType] = {
     "compressed-tensors": compressed_tensors,
     "compressed-tensors-int8": int8,
     "compressed-tensors-fp8": fp8,
+    "fp8": finegrained_fp8,
     "bitsandbytes": bitsandbytes,
     "bitsandbytes-4bit": bitsandbytes_4bit,
 }
-_METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes")
+_METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8")
 _AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
 
 

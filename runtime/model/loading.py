@@ -211,7 +211,7 @@ def _from_checkpoint(
     config = writing_part(config)
     auto = auto_class(config)
     _check_architecture(config, auto._model_mapping[type(config)])  # type: ignore[arg-type]
-    quantized = reading("quantisation", home, lambda: adopt(config))
+    quantized = reading("quantisation", home, lambda: adopt(config, device))
     if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
         dtype = torch.bfloat16  # the checkpoint's float16 is a GPU's; a CPU has no kernels for it
     loaded: Any = reading(

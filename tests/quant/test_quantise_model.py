@@ -47,7 +47,7 @@ def tiny_chat() -> PreTrainedModel:
 
 def loaded(folder: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
-    assert adopt(config)
+    assert adopt(config, torch.device("cpu"))
     return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="float32").eval()
 
 

@@ -61,6 +61,12 @@ def fp8_blocks(weight: torch.Tensor) -> Tensors:
     return {"weight": values.to(torch.float8_e4m3fn), "weight_scale": scales}
 
 
+def fp8_inverse(weight: torch.Tensor) -> Tensors:
+    """As `fp8_blocks`, under the names of `quant_method: "fp8"`."""
+    tensors = fp8_blocks(weight)
+    return {"weight": tensors["weight"], "weight_scale_inv": tensors["weight_scale"]}
+
+
 def llm_int8(weight: torch.Tensor) -> Tensors:
     largest = weight.float().abs().amax(1)
     values = (weight * 127 / largest.unsqueeze(1)).round().to(torch.int8)
@@ -122,12 +128,21 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Tensors]]] = {
         ),
         fp8_blocks,
     ),
+    "fp8-inverse": (
+        {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": [12, 20],
+        },
+        fp8_inverse,
+    ),
     "llm-int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, llm_int8),
     "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, nf4),
 }
 _FUSED = ("experts.gate_up_proj", "experts.down_proj")
 _LINEAR = re.compile(r"layers\..*_proj\.weight$")
-DENSE = ("fp8", "fp8-blocks", "nf4")  # that have no integers for codes
+DENSE = ("fp8", "fp8-blocks", "fp8-inverse", "nf4")  # that have no integers for codes
 
 
 def _take_apart(held: Tensors) -> None:
