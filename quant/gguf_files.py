@@ -397,38 +397,26 @@ def _dequantized(tensor: Any, path: Path) -> np.ndarray:
 
 
 def _check_rope(model: PreTrainedModel, file: GgufFile, tensor: Any) -> None:
-    """Long contexts' factors of the rotary frequencies, as Llama 3.1 has them: into the config."""
-    factors = np.array(tensor.data, dtype=np.float64).flatten()
+    """What divides the rotary frequencies for long contexts, as Llama 3 has it: into the config."""
+    factors = torch.from_numpy(np.array(tensor.data)).flatten().float()
     config: Any = model.config
-    theta = config.rope_parameters["rope_theta"]
-    dim = config.head_dim
-    for factor in (8.0, 32.0):
-        rope = {
+    rotary: Any = model.model.rotary_emb
+    plain = config.rope_parameters
+    for factor in (8.0, 32.0):  # of 3.1 and 3.3, and of 3.2
+        config.rope_parameters = {
             "rope_type": "llama3",
-            "rope_theta": theta,
+            "rope_theta": plain["rope_theta"],
             "factor": factor,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        if len(factors) == dim // 2 and np.allclose(factors, _llama3_factors(rope, dim), rtol=1e-4):
-            config.rope_parameters = rope
-            rotary = model.model.rotary_emb
-            model.model.rotary_emb = type(rotary)(config=config)
+        scaled = type(rotary)(config=config)
+        expected = rotary.inv_freq / scaled.inv_freq
+        if factors.shape == expected.shape and torch.allclose(factors, expected, rtol=1e-4):
+            model.model.rotary_emb = scaled
             return
     raise UnsupportedModel(
         f"{file.path} scales its rotary embedding (rope_freqs.weight) by factors that are not "
-        "Llama 3.1's or 3.2's; use the model's folder with *.safetensors"
+        "Llama 3's; use the model's folder with *.safetensors"
     )
-
-
-def _llama3_factors(rope: Mapping[str, Any], dim: int) -> np.ndarray:
-    """What llama.cpp divides each frequency by.
-
-    Source: Llama 3.1's reference implementation, `apply_scaling`.
-    """
-    frequencies = 1 / rope["rope_theta"] ** (np.arange(0, dim, 2) / dim)
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / rope["factor"] + smooth)

@@ -209,24 +209,32 @@ def test_damaged_files(tmp_path: Path) -> None:
         load_gguf(tmp_path / "m-00001-of-00002.gguf", None, "eager")
 
 
+@torch.inference_mode()
 def test_rotary_factors_of_llama_3_are_read_and_others_refused(tmp_path: Path) -> None:
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-    from vkv.quant import gguf_files
-
     rope = {
         "rope_type": "llama3",
-        "rope_theta": 500_000.0,
+        "rope_theta": 10_000.0,
         "factor": 32.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    config = LlamaConfig(head_dim=64, rope_parameters=rope, max_position_embeddings=131072)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, CPU)
-    plain = 1 / 500_000 ** (torch.arange(0, 64, 2) / 64)
-    factors = gguf_files._llama3_factors(rope, 64)
-    torch.testing.assert_close(plain / scaled, torch.from_numpy(factors).float(), rtol=1e-5, atol=0)
+    # What llama.cpp's converter writes for a head of 16, by the formula of Llama 3's own code.
+    turns = 8192 * 10_000.0 ** (-torch.arange(0, 16, 2) / 16) / (2 * torch.pi)
+    smooth = ((turns - 1) / 3).clamp(0, 1)
+    factors = 1 / ((1 - smooth) / 32 + smooth)
+    assert len(factors.unique()) > 2, "some frequencies are between"
+    path = tmp_path / "model.gguf"
+    reference = gguf_zoo.make("llama", path, "F32", rope=rope, rope_factors=factors)
+    model: Any = load_gguf(path, torch.float32, "eager")
+    assert model.config.rope_parameters == rope
+    ids = torch.tensor([zoo.random_prompts([300])[0]])
+    expected = reference(ids).logits
+    atol = 1e-5 * expected.abs().max()
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=atol)
+    gguf_zoo.make("llama", path, "F32", rope_factors=factors + 1)
+    with pytest.raises(UnsupportedModel, match="factors that are not Llama 3's"):
+        load_gguf(path, None, "eager")
 
 
 def test_q4_1_keeps_its_offsets_and_is_close_to_its_numbers(tmp_path: Path) -> None:

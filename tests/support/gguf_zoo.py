@@ -33,13 +33,26 @@ _EXPERTS: dict[str, Any] = {
 }
 
 
-def make(architecture: str, path: Path, kind: str, **fields: Any) -> PreTrainedModel:
-    """Write a model whose matrices are in `kind`; returns it with the weights that the file has."""
+def make(
+    architecture: str,
+    path: Path,
+    kind: str,
+    *,
+    rope: dict[str, Any] | None = None,
+    rope_factors: torch.Tensor | None = None,
+    **fields: Any,
+) -> PreTrainedModel:
+    """Write a model whose matrices are in `kind`; returns it with the weights that the file has.
+
+    With `rope`, the model has these parameters, which a file has as factors only.
+    """
     options = dict(_SIZES)
     if architecture == "qwen3moe":
         options |= _EXPERTS
     if architecture == "gemma3":
         options |= _GEMMA
+    if rope is not None:
+        options["rope_parameters"] = rope
     model = zoo.tiny_model(ARCHITECTURES[architecture], **options)
     writer = gguf.GGUFWriter(path, architecture)
     _write_config(writer, model.config, architecture, fields)
@@ -48,6 +61,8 @@ def make(architecture: str, path: Path, kind: str, **fields: Any) -> PreTrainedM
     for name, parameter in model.named_parameters():
         for stem, part in _parts(name, parameter.data):
             _write(writer, names, stem, part, model.config, architecture, kind)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
