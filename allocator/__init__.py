@@ -1,7 +1,7 @@
 """Pages, slots and their geometry: contiguous KV that grows page by page."""
 
 from .kv_cache import KVCache
-from .layout import KVLayout, LayerGeometry
+from .layout import KVLayout, LayerGeometry, PageGeometry
 from .memory_limit import MemoryLimit, parse_bytes
 from .page_pool import PagePool, Reservation, Sanitize
 from .paged_kv_cache import PagedKVCache, PagedLayout
@@ -15,6 +15,7 @@ __all__ = [
     "KVStats",
     "LayerGeometry",
     "MemoryLimit",
+    "PageGeometry",
     "PagePool",
     "PagedKVCache",
     "PagedLayout",

@@ -16,6 +16,11 @@ class KernelView(ABC):
         self._geometry = geometry
 
     @property
+    def geometry(self) -> PageGeometry:
+        """The arithmetic of its slots, which other processes may have, too."""
+        return self._geometry
+
+    @property
     def max_len(self) -> int:
         """Tokens that a slot can hold."""
         return self._geometry.max_len

@@ -21,6 +21,7 @@ VkvError
 ├── NativeUnavailable (RuntimeError)  C kernels that are not built and cannot be compiled here
 ├── InvalidOperation (RuntimeError)  a call the address space's state forbids
 ├── StepFailed (RuntimeError)      the model itself failed under a batch of requests
+├── EngineDied (RuntimeError)      the process that had the engine has ended
 └── ForkedProcess (RuntimeError)   used in a forked child of the process that made it
 """
 
@@ -107,6 +108,10 @@ class InvalidOperation(VkvError, RuntimeError):
 
 class StepFailed(VkvError, RuntimeError):
     """The model raised while it computed a batch; what it raised is the cause."""
+
+
+class EngineDied(VkvError, RuntimeError):
+    """The process that had the engine has ended, and its requests with it."""
 
 
 class ForkedProcess(VkvError, RuntimeError):

@@ -38,6 +38,14 @@ def generate() -> Command:
 
 
 @app.command(cls=LazyCommand)
+def serve() -> Command:
+    """Serve a model to OpenAI's and Anthropic's clients."""
+    from .serve import serve_command
+
+    return serve_command()
+
+
+@app.command(cls=LazyCommand)
 def quantize() -> Command:
     """Make a 4-bit checkpoint that transformers, vLLM and vkv load."""
     from .commands import quantize_command

@@ -1,6 +1,7 @@
 """From a model and its options to an engine: driver, pages, slots, kernels."""
 
 import bisect
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from ...allocator import (
     MemoryLimit,
     PagedKVCache,
     PagedLayout,
+    PageGeometry,
     PagePool,
     SlotCache,
     parse_bytes,
@@ -223,8 +225,12 @@ def _build_admission(loaded: LoadedModel, cache: SlotCache) -> Admission:
         max_len=cache.max_len,
         limit_pages=limit,
         longest=bisect.bisect_right(range(cache.max_len), limit, key=cache.num_pages) - 1,
-        num_pages=cache.num_pages,
+        num_pages=functools.partial(_num_pages, cache.geometry),  # which a process may send
     )
+
+
+def _num_pages(geometry: PageGeometry, num_tokens: int) -> int:
+    return sum(geometry.pages_per_range(num_tokens))
 
 
 def _overlaps(loaded: LoadedModel, config: EngineConfig, profile: DeviceProfile) -> bool:

@@ -3,13 +3,14 @@
 import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from ...vmem.errors import InvalidPrompt, InvalidSamplingParams
 from ..engine.admission import Admission
-from ..model.loading import LoadedModel
 from ..request.sampling_params import SamplingParams
 from ..request.spec import RequestSpec
 from .chat_template import ChatOptions, ChatTemplate, check_names
@@ -25,6 +26,17 @@ from .text_stream import RequestText
 from .tokenizer import encode, own_copy, settle, spell
 
 
+class ModelFace(Protocol):
+    """What a front end must know of a model, which may be in another process (`LoadedModel`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None: ...
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]: ...
+
+
 class FrontEnd:
     """Makes requests of prompts. Any number of threads may use it.
 
@@ -37,7 +49,7 @@ class FrontEnd:
             those of the model's generation config, and a conversation's answer has no limit else.
     """
 
-    def __init__(self, loaded: LoadedModel, admission: Admission) -> None:
+    def __init__(self, loaded: ModelFace, admission: Admission) -> None:
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer
         self.admission = admission
@@ -75,10 +87,14 @@ class FrontEnd:
         return self._request(plain, self.default_params if params is None else params)
 
     def chat_request(
-        self, messages: Sequence[Message], params: SamplingParams | None, options: ChatOptions
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None,
+        options: ChatOptions,
+        salt: str = "",
     ) -> RequestText:
-        """A request for the answer to a conversation."""
-        prompt = self._chat_template.render(messages, options)
+        """A request for the answer to a conversation; prefixes are shared within one `salt`."""
+        prompt = replace(self._chat_template.render(messages, options), salt=salt)
         return self._request(prompt, self.chat_params if params is None else params)
 
     def _request(self, prompt: PlainPrompt, params: SamplingParams) -> RequestText:

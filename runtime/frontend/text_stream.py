@@ -33,11 +33,17 @@ class StreamDelta:
         text: text that became final, often empty.
         token_ids: tokens since the last delta.
         finish_reason: why it ended; None before the end.
+        stop_reason: the stop token or string that ended it.
+        index: which of the request's outputs.
+        logprobs: for each of the tokens, where asked.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    index: int = 0
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -57,6 +63,8 @@ class SequenceText:
         self._cumulative_logprob = 0.0
         self._logprobs: list[dict[int, Logprob]] = []
         self._asks_logprobs = params.logprobs is not None
+        self._num_shown_tokens = self._num_shown_characters = 0  # by `take_delta`
+        self._is_end_shown = False
         self._texts = TokenTexts(tokenizer, spec.prompt_token_ids)
         self._shows_stop = params.include_stop_str_in_output
         self._detokenizer = IncrementalDetokenizer(
@@ -93,6 +101,27 @@ class SequenceText:
             return output.finish_reason is None
         self.finish_reason, self._stop_reason = output.finish_reason, output.stop_reason
         return False
+
+    def take_delta(self) -> StreamDelta | None:
+        """What came since the last call; None if that is nothing."""
+        tokens, text = self.token_ids, self.text
+        is_over = self.finish_reason is not None
+        if len(tokens) == self._num_shown_tokens and self._is_end_shown == is_over:
+            return None
+        start, self._num_shown_tokens, self._is_end_shown = (
+            self._num_shown_tokens,
+            len(tokens),
+            is_over,
+        )
+        before, self._num_shown_characters = self._num_shown_characters, len(text)
+        return StreamDelta(
+            text=text[before:],
+            token_ids=tuple(tokens[start:]),
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+            index=self.index,
+            logprobs=tuple(self._logprobs[start:]) if self._asks_logprobs else None,
+        )
 
     def output(self) -> CompletionOutput:
         """All there is so far."""
@@ -134,7 +163,6 @@ class RequestText:
         self._prompt_logprobs: list[dict[int, Logprob] | None] = []
         self._num_cached: int | None = None
         self._times = _Times(spec)
-        self._num_shown_tokens = self._num_shown_characters = 0  # of the first, by `take_delta`
 
     @property
     def is_finished(self) -> bool:
@@ -198,19 +226,24 @@ class RequestText:
             error=self.error,
         )
 
+    @property
+    def prompt(self) -> str | None:
+        """The prompt's text; None where it came as token ids alone."""
+        return self._prompt
+
+    @property
+    def num_cached_tokens(self) -> int | None:
+        """Prompt tokens that needed no computing; None before it is scheduled."""
+        return self._num_cached
+
     def take_delta(self) -> StreamDelta | None:
         """What the first output got since the last call; None if that is nothing."""
-        sequence = self._sequences[0]
-        tokens, text = sequence.token_ids, sequence.text
-        if len(tokens) == self._num_shown_tokens:
-            return None
-        delta = StreamDelta(
-            text=text[self._num_shown_characters :],
-            token_ids=tuple(tokens[self._num_shown_tokens :]),
-            finish_reason=sequence.finish_reason,
-        )
-        self._num_shown_tokens, self._num_shown_characters = len(tokens), len(text)
-        return delta
+        return self._sequences[0].take_delta()
+
+    def take_deltas(self) -> list[StreamDelta]:
+        """What each output got since the last call, those with nothing left out."""
+        deltas = (sequence.take_delta() for sequence in self._sequences)
+        return [delta for delta in deltas if delta is not None]
 
     def _take_prompt_logprobs(self, tables: Sequence[dict[int, Logprob] | None]) -> None:
         tokens = self.spec.prompt_token_ids[len(self._prompt_logprobs) :]

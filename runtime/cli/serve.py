@@ -1,0 +1,96 @@
+"""`vkv serve`: what it can be told, and what it starts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ...vmem.errors import InvalidConfig
+from .options import Flag, Options, TypedOptions, function, option
+
+if TYPE_CHECKING:
+    from ..serving.options import ServeOptions
+
+_SEVERAL = Flag(default=None, kind=list[str])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """Which model, and where."""
+
+    model: str | None = option(
+        None,
+        is_argument=True,
+        help="A model folder, GGUF file or hub id. Default: the built-in tiny model.",
+    )
+    device: str = option("auto", help="auto, cpu or cuda.")
+    dtype: str = option("auto", help="auto (the checkpoint's), float32, bfloat16 or float16.")
+
+
+def serve_command() -> Callable[..., None]:
+    """`vkv serve`."""
+    try:
+        from ..serving.options import ServeOptions
+        from ..serving.processes import run  # noqa: F401 - whether all it needs is installed
+    except ModuleNotFoundError as error:
+        raise InvalidConfig(
+            f"vkv serve needs {error.name}, which is not installed: pip install 'vkv[serve]'"
+        ) from error
+    from ..engine.config import EngineConfig
+
+    server = Options(
+        ServeOptions,
+        "host",
+        "port",
+        "uds",
+        api_key=_SEVERAL,
+        api_key_file=Flag(),
+        served_model_name=_SEVERAL,
+        **{name: Flag() for name in _OTHERS},
+    )
+    engine = TypedOptions(
+        EngineConfig,
+        "repeatable",
+        "lm_head_bits",
+        max_len=Flag(names=("--max-model-len",)),
+        max_seqs=Flag(names=("--max-num-seqs",)),
+        max_batch_tokens=Flag(names=("--max-num-batched-tokens",)),
+        kv_memory=Flag(
+            help="The most memory KV may take, such as 64MiB. Taken only as it is used."
+        ),
+        attention=Flag(help="An attention backend (see `vkv info`), or auto."),
+        generation_config=Flag(help="auto: sample as the model's authors say; vllm: do not."),
+        idle_trim_s=Flag(),
+    )
+    return function(_serve, Options(Served), server, engine)
+
+
+_OTHERS = (
+    "root_path",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "api_server_count",
+    "max_num_queued_reqs",
+    "max_num_queued_tokens",
+    "key_share",
+    "max_body_bytes",
+    "max_n",
+    "shutdown_timeout",
+    "restart_engine",
+    "stuck_after",
+    "sse_keep_alive_interval",
+    "log_format",
+    "tool_call_parser",
+    "reasoning_parser",
+    "chat_template",
+)
+
+
+def _serve(served: Served, options: "ServeOptions", engine: dict[str, Any]) -> None:
+    from ..serving.processes.run import serve
+
+    status = serve(
+        options, model=served.model, device=served.device, dtype=served.dtype, engine=engine
+    )
+    raise typer.Exit(status)

@@ -1,0 +1,1 @@
+"""The server: HTTP here, the engine in a process of its own."""

@@ -1,0 +1,75 @@
+"""Requests that run for one HTTP request, and what they bring."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from ...vmem.errors import VkvError
+from ..frontend.async_requests import AsyncRequests
+from ..frontend.text_stream import RequestText, StreamDelta
+
+Delta = tuple[int, StreamDelta]
+"""Which of the requests, and what it got."""
+
+
+async def deltas(
+    requests: AsyncRequests, texts: Sequence[RequestText], name: str
+) -> AsyncGenerator[list[Delta]]:
+    """What several requests under one name bring, as it comes; to its end.
+
+    Leaving it drops all of them. Raises what one of them raises.
+    """
+    if len(texts) == 1:
+        async with aclosing(_one(requests, 0, texts[0], name)) as bits:
+            async for some in bits:
+                yield some
+        return
+    queue: asyncio.Queue[list[Delta] | _End] = asyncio.Queue()
+    feeders = [
+        asyncio.ensure_future(_feed(queue, _one(requests, number, text, name)))
+        for number, text in enumerate(texts)
+    ]
+    try:
+        num_open = len(feeders)
+        while num_open:
+            some = await queue.get()
+            if isinstance(some, _End):
+                if some.error is not None:
+                    raise some.error
+                num_open -= 1
+            else:
+                yield some
+    finally:
+        for feeder in feeders:
+            feeder.cancel()
+        await asyncio.wait(feeders)
+
+
+@dataclass(frozen=True)
+class _End:
+    """One of several requests is over."""
+
+    error: VkvError | None
+
+
+async def _one(
+    requests: AsyncRequests, number: int, text: RequestText, name: str
+) -> AsyncGenerator[list[Delta]]:
+    async with aclosing(requests.run(text, name)) as arrivals:
+        async for _ in arrivals:
+            if some := [(number, delta) for delta in text.take_deltas()]:
+                yield some
+
+
+async def _feed(
+    queue: "asyncio.Queue[list[Delta] | _End]", bits: AsyncGenerator[list[Delta]]
+) -> None:
+    error: VkvError | None = None
+    try:
+        async with aclosing(bits):
+            async for some in bits:
+                queue.put_nowait(some)
+    except VkvError as raised:
+        error = raised
+    queue.put_nowait(_End(error))

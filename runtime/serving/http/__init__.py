@@ -1,0 +1,1 @@
+"""HTTP: what every request passes, and how answers go back."""

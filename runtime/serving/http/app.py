@@ -1,0 +1,100 @@
+"""The HTTP application of a front process."""
+
+import difflib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from ....vmem.errors import VkvError
+from ..protocols import chat, completions, operations, tokens
+from ..protocols.fields import Strict
+from ..server import Server
+from .errors import ApiError, refusal
+from .gate import ANTHROPIC_PATHS, Gate
+from .streams import Gone, json_response
+
+_log = logging.getLogger(__name__)
+
+
+def build_app(server: Server) -> Callable[..., Awaitable[None]]:
+    """An ASGI application of all routes, behind the `Gate`."""
+    app = FastAPI(
+        title="vkv",
+        summary="Large language models over virtual-memory KV.",
+        root_path=server.options.root_path,
+    )
+    for protocol in (chat, completions, tokens, operations):
+        app.include_router(protocol.router(server))
+    app.add_exception_handler(ApiError, _told)
+    app.add_exception_handler(VkvError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _plain)
+    app.add_exception_handler(Gone, _gone)
+    return Gate(app, server.options)
+
+
+async def _told(request: Request, error: Any) -> Response:
+    assert isinstance(error, ApiError), error
+    is_anthropic = request.url.path.startswith(ANTHROPIC_PATHS)
+    response = json_response(error.anthropic_body() if is_anthropic else error.body(), error.status)
+    response.headers.update(error.headers)
+    return response
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    told = refusal(error)
+    if told.status >= 500 and told.status != 503:
+        _log.error("request %s failed: %s", request.state.request_id, error)
+    return await _told(request, told)
+
+
+async def _plain(request: Request, error: Any) -> Response:
+    assert isinstance(error, HTTPException), error
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return await _told(
+        request, ApiError(error.status_code, message, more_headers=error.headers or {})
+    )
+
+
+async def _gone(request: Request, error: Any) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    assert isinstance(error, RequestValidationError), error
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part != "body"]
+    name = ".".join(where)
+    if first["type"] == "extra_forbidden":
+        message = _unknown_field(request, where[-1])
+    elif first["type"] == "json_invalid":
+        message, name = f"the body is no JSON: {first.get('ctx', {}).get('error', '')}", ""
+    else:
+        message = f"{name or 'the body'}: {first['msg']}"
+    return await _told(request, ApiError(400, message, "invalid_value", name or None))
+
+
+def _unknown_field(request: Request, name: str) -> str:
+    """What to say of a field that no request of this route has."""
+    kind = _body_kind(request)
+    if kind is None:
+        return f"there is no field {name!r} there; leave it out"
+    if name in kind.not_here:
+        return f"there is no field {name!r} here: {kind.not_here[name]}"
+    close = difflib.get_close_matches(name, kind.model_fields, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "leave it out"
+    return f"there is no field {name!r} here; {hint}"
+
+
+def _body_kind(request: Request) -> type[Strict] | None:
+    """The model of the route's body."""
+    dependant = getattr(request.scope.get("route"), "dependant", None)
+    for field in getattr(dependant, "body_params", ()):
+        kind = getattr(field, "type_", None) or field.field_info.annotation
+        if isinstance(kind, type) and issubclass(kind, Strict):
+            return kind
+    return None

@@ -1,0 +1,1 @@
+"""Between front processes and the engine's: messages, and who sends them."""

@@ -1,0 +1,291 @@
+"""The process that has the engine: messages in, steps, outputs out.
+
+It is told by its standard input what to load (`EngineOrder`). That pipe is its lifeline, too: when
+it ends, the parent is gone, and so is this process, whatever it is doing.
+"""
+
+import gc
+import logging
+import os
+import pickle
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from ....vmem.errors import UsageError, VkvError
+from ...engine.build import build_loop, load
+from ...engine.config import EngineConfig
+from ...engine.loop import EngineLoop
+from ...engine.messages import Abort, Add, Finish
+from ...request.step_output import Failure, StepOutput
+from .face import Face
+from .messages import (
+    Answer,
+    Ask,
+    FromEngine,
+    Outputs,
+    Pulse,
+    ToEngine,
+    Welcome,
+    decode_to_engine,
+    encode,
+)
+from .wire import Frames
+
+REFUSED = 2  # exit status: what was asked for cannot be, and standard error says why
+
+_PULSE_S = 0.2  # between pulses while the engine works
+_MOST_KEPT_BYTES = 256 << 20  # of outputs that a front does not read, before it is hung up on
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOrder:
+    """What an engine's process is to load.
+
+    Attributes:
+        model, device, dtype: as of `LLM`.
+        options: of `EngineConfig`.
+        listener: the descriptor of the socket on which front processes call.
+    """
+
+    model: str | None
+    device: str
+    dtype: str
+    options: dict[str, Any]
+    listener: int
+
+
+@dataclass(eq=False)
+class _Front:
+    """A front process that has called.
+
+    Attributes:
+        unfinished: its requests, each with those of its outputs that have not ended.
+    """
+
+    frames: Frames
+    unfinished: dict[str, set[int]] = field(default_factory=dict)
+
+
+class EngineServer:
+    """Turns a loop for the front processes that call, in one thread.
+
+    A front that hangs up has its requests dropped before the next step.
+    """
+
+    def __init__(
+        self, loop: EngineLoop, face: Face, listener: socket.socket, *, idle_trim_s: float | None
+    ) -> None:
+        self._loop = loop
+        self._welcome = encode(Welcome(face.pack()))
+        self._listener = listener
+        self._idle_trim_s = idle_trim_s
+        self._fronts: dict[str, _Front] = {}  # by request
+        self._all_fronts: list[_Front] = []
+        self._selector = selectors.DefaultSelector()
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ, None)
+        self._pulse_s = 0.0
+        self._trim_at_s: float | None = None  # on the monotonic clock
+
+    def run(self) -> None:
+        """Serve until the process ends."""
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """Take what has come, wait if there is nothing to do, and run one step."""
+        self._receive(0 if self._loop.has_work else self._idle_wait_s())
+        if not self._loop.has_work:
+            self._rest()
+            return
+        self._trim_at_s = None
+        self._deliver(self._loop.turn())
+        if self._loop.has_mail:
+            self._deliver(self._loop.carry_out())
+        if not self._loop.has_work and self._idle_trim_s is not None:
+            self._trim_at_s = time.monotonic() + self._idle_trim_s
+        if time.monotonic() - self._pulse_s > _PULSE_S or not self._loop.has_work:
+            self._pulse()
+
+    # -- at rest -------------------------------------------------------------------------------
+
+    def _idle_wait_s(self) -> float | None:
+        """For how long nothing needs doing, if nobody calls; None for ever."""
+        return None if self._trim_at_s is None else max(0.0, self._trim_at_s - time.monotonic())
+
+    def _rest(self) -> None:
+        if self._trim_at_s is not None and time.monotonic() >= self._trim_at_s:
+            self._trim_at_s = None
+            self._loop.trim()
+            self._pulse()
+
+    # -- the fronts ----------------------------------------------------------------------------
+
+    def _receive(self, timeout_s: float | None) -> None:
+        for key, events in self._selector.select(timeout_s):
+            if key.data is None:
+                self._greet()
+            elif events & selectors.EVENT_WRITE:
+                self._send(key.data, None)
+            if key.data is not None and events & selectors.EVENT_READ:
+                self._read(key.data)
+
+    def _greet(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:  # it has hung up
+            return
+        front = _Front(Frames(connection))
+        self._all_fronts.append(front)
+        self._selector.register(connection, selectors.EVENT_READ, front)
+        self._send(front, self._welcome)
+        self._send(front, encode(self._stats()))
+
+    def _read(self, front: _Front) -> None:
+        if front not in self._all_fronts:
+            return
+        try:
+            messages = [decode_to_engine(message) for message in front.frames.read()]
+        except EOFError:
+            self._drop(front)
+            return
+        for message in messages:
+            self._take(front, message)
+
+    def _take(self, front: _Front, message: ToEngine) -> None:
+        if isinstance(message, Ask):
+            self._send(front, encode(self._answer(message)))
+            self._pulse()
+            return
+        if isinstance(message, Add):
+            front.unfinished[message.spec.request_id] = set(range(message.spec.params.n))
+            self._fronts[message.spec.request_id] = front
+        elif isinstance(message, Finish):  # no output comes back
+            self._note_end(message.request_id, message.index)
+        self._loop.post(message)
+
+    def _answer(self, ask: Ask) -> Answer:
+        calls: dict[str, Any] = {
+            "sleep": self._loop.sleep,
+            "sleep_weights": lambda: self._loop.sleep(weights=True),
+            "wake": self._loop.wake,
+            "trim": self._loop.trim,
+            "weights_changed": self._loop.weights_changed,
+        }
+        try:
+            self._deliver(self._loop.carry_out())
+            return Answer(ask.number, calls[ask.question]())
+        except VkvError as error:
+            return Answer(ask.number, failure=Failure.of(error))
+
+    def _drop(self, front: _Front) -> None:
+        """A front has gone: nobody waits for its requests."""
+        self._all_fronts.remove(front)
+        self._selector.unregister(front.frames)
+        front.frames.close()
+        for request_id in front.unfinished:
+            self._fronts.pop(request_id, None)
+            self._loop.post(Abort(request_id))
+
+    # -- outputs -------------------------------------------------------------------------------
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        for_fronts: dict[int, tuple[_Front, list[StepOutput]]] = {}
+        for output in outputs:
+            front = self._fronts.get(output.request_id)
+            if front is not None:
+                for_fronts.setdefault(id(front), (front, []))[1].append(output)
+                if output.finish_reason is not None:
+                    self._note_end(output.request_id, output.index)
+        for front, its in for_fronts.values():
+            self._send(front, encode(Outputs(its)))
+
+    def _note_end(self, request_id: str, index: int) -> None:
+        """One of a request's outputs has ended."""
+        front = self._fronts.get(request_id)
+        if front is None:
+            return
+        unfinished = front.unfinished[request_id]
+        unfinished.discard(index)
+        if not unfinished:
+            del front.unfinished[request_id], self._fronts[request_id]
+
+    def _pulse(self) -> None:
+        self._pulse_s = time.monotonic()
+        pulse = encode(self._stats())
+        for front in list(self._all_fronts):
+            self._send(front, pulse)
+
+    def _stats(self) -> FromEngine:
+        return Pulse(self._loop.stats(fresh=True), self._loop.is_asleep)
+
+    def _send(self, front: _Front, message: bytes | None) -> None:
+        """Send a message, or what was kept before; a front that is gone is dropped."""
+        if front not in self._all_fronts:
+            return
+        try:
+            front.frames.flush() if message is None else front.frames.write(message)
+        except OSError:
+            self._drop(front)
+            return
+        if front.frames.num_kept_bytes > _MOST_KEPT_BYTES:
+            _log.error("a front process reads nothing; its requests are dropped")
+            self._drop(front)
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if front.frames.has_kept else 0)
+        self._selector.modify(front.frames, events, front)
+
+
+def main() -> None:
+    """Load what standard input orders, and serve it until that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    lifeline = sys.stdin.buffer
+    order: EngineOrder = pickle.load(lifeline)
+    die_with_parent(lifeline)
+    try:
+        server = _build(order)
+    except UsageError as error:
+        print(f"vkv serve: {error}", file=sys.stderr)  # noqa: T201 - the command's last word
+        sys.exit(REFUSED)
+    gc.collect()
+    gc.freeze()
+    server.run()
+
+
+def die_with_parent(lifeline: BinaryIO) -> None:
+    """End this process when `lifeline` ends, whatever it is doing."""
+
+    def watch() -> None:
+        lifeline.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="vkv-lifeline", daemon=True).start()
+
+
+def _build(order: EngineOrder) -> EngineServer:
+    config = EngineConfig(**order.options)
+    loaded = load(
+        order.model, tokenizer=None, device=order.device, dtype=order.dtype, config=config
+    )
+    loop = build_loop(loaded, config)
+    face = Face(
+        name=loaded.name,
+        tokenizer=loaded.tokenizer,
+        sampling_defaults=loaded.sampling_defaults,
+        admission=loop.engine.admission,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        max_seqs=config.max_seqs,
+        page_bytes=loop.stats().page_bytes,
+    )
+    listener = socket.socket(fileno=order.listener)
+    return EngineServer(loop, face, listener, idle_trim_s=config.idle_trim_s)

@@ -1,0 +1,45 @@
+"""What a front process knows of the model, which is in another process."""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ...engine.admission import Admission
+
+
+@dataclass(frozen=True, kw_only=True)
+class Face:
+    """A model and an engine as their users see them.
+
+    Attributes:
+        name: as of `LoadedModel`.
+        tokenizer: None for a model without one.
+        sampling_defaults: what its generation config says of sampling.
+        admission: what the engine takes.
+        dtype, device: where and how it runs, in words.
+        max_seqs: requests that run at once.
+        page_bytes: of a physical page.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase | None
+    sampling_defaults: Mapping[str, Any]
+    admission: Admission
+    dtype: str
+    device: str
+    max_seqs: int
+    page_bytes: int
+
+    def pack(self) -> bytes:
+        """For the front processes, which are of the same program."""
+        return pickle.dumps(self)
+
+    @staticmethod
+    def unpack(packed: bytes) -> "Face":
+        """What `pack` packed."""
+        face = pickle.loads(packed)
+        assert isinstance(face, Face), face
+        return face

@@ -1,0 +1,54 @@
+"""What the server's front processes and its engine's process tell each other."""
+
+from typing import Literal
+
+import msgspec
+
+from ...engine.messages import Abort, Add, Finish
+from ...engine.stats import EngineStats
+from ...request.step_output import Failure, StepOutput
+
+Question = Literal["sleep", "sleep_weights", "wake", "trim", "weights_changed"]
+
+
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """Something to be done between steps; an `Answer` of the same number follows."""
+
+    number: int
+    question: Question
+
+
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    """What came of an `Ask`: a value, or why not."""
+
+    number: int
+    value: int | None = None
+    failure: Failure | None = None
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """The engine is ready: what a front end must know of its model, pickled (`Face`)."""
+
+    face: bytes
+
+
+class Outputs(msgspec.Struct, frozen=True, tag=True):
+    """What a step brought to this front's requests."""
+
+    outputs: list[StepOutput]
+
+
+class Pulse(msgspec.Struct, frozen=True, tag=True):
+    """What the engine holds and has done."""
+
+    stats: EngineStats
+    is_asleep: bool = False
+
+
+ToEngine = Add | Finish | Abort | Ask
+FromEngine = Welcome | Outputs | Answer | Pulse
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

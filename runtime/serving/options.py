@@ -1,0 +1,117 @@
+"""Options of a server, resolved once."""
+
+import hmac
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ...vmem.errors import InvalidConfig
+
+LogFormat = Literal["line", "json"]
+MiB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """How a server listens, whom it lets in, and how much it takes on.
+
+    Attributes:
+        host: the address to listen on; 0.0.0.0 for all of this machine's.
+        port: the port to listen on; 0 takes a free one and says which.
+        uds: a Unix socket to listen on instead of host and port.
+        api_key: a key that callers must show; may be given several times. Also the environment's
+            VKV_API_KEY, where several stand apart by commas.
+        api_key_file: a file of keys, one a line; lines that begin with # are left out.
+        served_model_name: the names that requests may use for the model; the first is in answers.
+        root_path: the path under which a proxy shows this server.
+        ssl_certfile: a certificate, for HTTPS.
+        ssl_keyfile: its key.
+        api_server_count: processes that take requests; one where one suffices.
+        max_num_queued_reqs: requests that may wait for a place beside those that run; more get 503.
+        max_num_queued_tokens: prompt tokens that may wait; more get 503.
+        key_share: the part of all places that one of several keys may hold; more get 429.
+        max_body_bytes: of a request.
+        max_n: the most outputs that one request may ask for.
+        shutdown_timeout: seconds that requests under way have to finish after SIGTERM.
+        restart_engine: start the engine again if its process dies.
+        stuck_after: seconds without a step, while requests wait, until /health says 503.
+        sse_keep_alive_interval: seconds without an event until a stream gets a comment.
+        log_format: access and error logs as lines or as JSON.
+        tool_call_parser: how calls are written in answers; auto knows it of the tokenizer.
+        reasoning_parser: how reasoning is marked in answers; auto knows it of the tokenizer.
+        chat_template: a file with a template in place of the tokenizer's.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    api_key: Sequence[str] = ()
+    api_key_file: Path | None = None
+    served_model_name: Sequence[str] = ()
+    root_path: str = ""
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    api_server_count: int = 1
+    max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int = 1 << 20
+    key_share: float = 0.5
+    max_body_bytes: int = 16 * MiB
+    max_n: int = 16
+    shutdown_timeout: float = 30.0
+    restart_engine: bool = False
+    stuck_after: float = 60.0
+    sse_keep_alive_interval: float = 15.0
+    log_format: LogFormat = "line"
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    chat_template: Path | None = None
+    keys: tuple[str, ...] = field(init=False, repr=False, default=())
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("port", 0),
+            ("api_server_count", 1),
+            ("max_num_queued_reqs", 0),
+            ("max_num_queued_tokens", 0),
+            ("max_body_bytes", 1),
+            ("max_n", 1),
+        ):
+            if getattr(self, name) < least:
+                raise InvalidConfig(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("shutdown_timeout", "stuck_after", "sse_keep_alive_interval"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise InvalidConfig(f"{name} is {value}; use a finite number of seconds")
+        if not 0 < self.key_share <= 1:
+            raise InvalidConfig(f"key_share is {self.key_share}; use a part in (0, 1]")
+        if self.log_format not in ("line", "json"):
+            raise InvalidConfig(f"log_format is {self.log_format!r}; use line or json")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise InvalidConfig("ssl_certfile and ssl_keyfile go together; give both, or neither")
+        object.__setattr__(self, "keys", self._read_keys())
+
+    def _read_keys(self) -> tuple[str, ...]:
+        keys = [*self.api_key, *os.environ.get("VKV_API_KEY", "").split(",")]
+        if self.api_key_file is not None:
+            try:
+                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise InvalidConfig(f"api_key_file {self.api_key_file}: {error}") from error
+            keys += [line for line in lines if not line.lstrip().startswith("#")]
+            if not any(line.strip() for line in keys):
+                raise InvalidConfig(
+                    f"api_key_file {self.api_key_file} has no key; write one a line, or leave it "
+                    "out"
+                )
+        return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
+
+    def key_index(self, shown: str) -> int | None:
+        """Which of the keys it is, in a time that tells nothing; None if it is none."""
+        found = None
+        for index, key in enumerate(self.keys):
+            if hmac.compare_digest(key.encode(), shown.encode(errors="surrogateescape")):
+                found = index
+        return found

@@ -1,0 +1,1 @@
+"""The server's processes, and who looks after them."""

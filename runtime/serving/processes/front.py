@@ -1,0 +1,115 @@
+"""A front process: HTTP until it is told to end, and then no stream without its end."""
+
+import asyncio
+import contextlib
+import logging
+import pickle
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import uvicorn
+import uvloop
+
+from ..http.app import build_app
+from ..link.engine_process import die_with_parent
+from ..options import ServeOptions
+from ..server import Server
+from .logs import configure_logs
+
+_CLOSE_S = 2.0  # for connections that are open when all requests have ended
+_LOOK_S = 0.05
+
+_log = logging.getLogger(__name__)
+
+
+class _Http(uvicorn.Server):
+    """uvicorn, without signal handlers of its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Front:
+    """Serves HTTP on a socket, for the engine at a path."""
+
+    def __init__(self, options: ServeOptions, engine_path: str) -> None:
+        self.server = Server(options, engine_path)
+        self._options = options
+        self._http = _Http(
+            uvicorn.Config(
+                build_app(self.server),
+                loop="none",
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(_CLOSE_S),
+                ssl_certfile=options.ssl_certfile,
+                ssl_keyfile=str(options.ssl_keyfile) if options.ssl_keyfile else None,
+            )
+        )
+        self._draining: asyncio.Task[None] | None = None
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serve until `end` was called, and all that was under way has ended."""
+        connecting = asyncio.ensure_future(self.server.engine.stay_connected())
+        try:
+            await self._http.serve(sockets=[listener])
+        finally:
+            connecting.cancel()
+            self.server.engine.close()
+
+    def end(self) -> None:
+        """Take no more requests, and end when those under way have; called again: at once."""
+        if self._draining is None:
+            self.server.is_draining = True
+            self._draining = asyncio.ensure_future(self._drain())
+        else:
+            self._patience_s = 0.0
+
+    async def _drain(self) -> None:
+        self._patience_s = self._options.shutdown_timeout
+        waited_s = 0.0
+        while self.server.num_under_way and waited_s < self._patience_s:
+            await asyncio.sleep(_LOOK_S)
+            waited_s += _LOOK_S
+        if self.server.num_under_way:
+            _log.warning("%d requests are aborted", self.server.num_under_way)
+            self.server.requests.abort_all()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    while self.server.num_under_way:
+                        await asyncio.sleep(_LOOK_S)
+        self._http.should_exit = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontOrder:
+    """What a front process is told."""
+
+    options: ServeOptions
+    engine_path: str
+    listener: int
+
+
+def main() -> None:
+    """Serve as standard input orders, until SIGTERM or until that input ends."""
+    order: FrontOrder = pickle.load(sys.stdin.buffer)
+    configure_logs(order.options.log_format)
+    die_with_parent(sys.stdin.buffer)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_run(order))
+
+
+async def _run(order: FrontOrder) -> None:
+    front = Front(order.options, order.engine_path)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, front.end)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)  # the parent decides
+    await front.run(socket.socket(fileno=order.listener))

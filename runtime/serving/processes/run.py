@@ -1,0 +1,165 @@
+"""`vkv serve`: an engine's process, front processes, and who looks after them."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from ....vmem.errors import InvalidConfig
+from ..link.engine_process import REFUSED
+from ..options import ServeOptions
+from .children import Child, EngineSocket
+from .front import Front, FrontOrder
+from .logs import configure_logs
+
+_FIRST_REST_S, _LONGEST_REST_S = 0.5, 30.0  # before a process that died is started again
+
+_log = logging.getLogger(__name__)
+
+
+def serve(
+    options: ServeOptions, *, model: str | None, device: str, dtype: str, engine: dict[str, Any]
+) -> int:
+    """Serve until a signal ends it; returns the exit status.
+
+    Args:
+        engine: options of `EngineConfig`.
+
+    Raises InvalidConfig if the address cannot be listened on.
+    """
+    configure_logs(options.log_format)
+    listener = listen(options)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        supervisor = Supervisor(options, (model, device, dtype, engine), listener)
+        return runner.run(supervisor.run())
+
+
+def listen(options: ServeOptions) -> socket.socket:
+    """The socket that callers reach. Raises InvalidConfig."""
+    if options.uds is not None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        address: Any = options.uds
+        if Path(options.uds).is_socket():
+            Path(options.uds).unlink()
+    else:
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(
+                options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+        except socket.gaierror as error:
+            raise InvalidConfig(f"host is {options.host!r}: {error.strerror}") from error
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        where = options.uds or f"{options.host}:{options.port}"
+        raise InvalidConfig(
+            f"{where} cannot be listened on: {error.strerror}; use another --port, or 0 for any"
+        ) from error
+    listener.listen(2048)
+    return listener
+
+
+def shown_address(options: ServeOptions, listener: socket.socket) -> str:
+    """Where callers reach it."""
+    if options.uds is not None:
+        return f"unix:{options.uds}"
+    scheme = "https" if options.ssl_certfile else "http"
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return f"{scheme}://{host}:{listener.getsockname()[1]}"
+
+
+class Supervisor:
+    """Keeps the processes: one engine, and fronts, of which a single one is this process."""
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        engine: tuple[str | None, str, str, dict[str, Any]],
+        listener: socket.socket,
+    ) -> None:
+        self._options = options
+        self._engine = engine
+        self._listener = listener
+        self._socket = EngineSocket()
+        self._child: Child | None = None
+        self._fronts: list[Child] = []
+        self._front: Front | None = None
+        self._is_ending = False
+        self._status = 0
+
+    async def run(self) -> int:
+        """Serve; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        _log.info("listening on %s", shown_address(self._options, self._listener))
+        keeping = asyncio.ensure_future(self._keep_engine())
+        try:
+            if self._options.api_server_count == 1:
+                self._front = Front(self._options, self._socket.path)
+                await self._front.run(self._listener)
+            else:
+                count = self._options.api_server_count
+                await asyncio.gather(*(self._keep_front() for _ in range(count)))
+        finally:
+            self._is_ending = True
+            if self._child is not None:
+                await asyncio.to_thread(self._child.stop)
+            await keeping
+            self._socket.close()
+            self._listener.close()
+        return self._status
+
+    def _end(self) -> None:
+        self._is_ending = True
+        if self._front is not None:
+            self._front.end()
+        for front in self._fronts:
+            with contextlib.suppress(ProcessLookupError):
+                front.signal(signal.SIGTERM)
+
+    async def _keep_engine(self) -> None:
+        """Start the engine, and again if it dies and that was asked for."""
+        rest_s = _FIRST_REST_S
+        while not self._is_ending:
+            began_s = asyncio.get_running_loop().time()
+            self._child = self._socket.start(*self._engine)
+            status = await asyncio.to_thread(self._child.wait)
+            if self._is_ending:
+                return
+            if status == REFUSED:
+                self._status = REFUSED
+                self._end()
+                return
+            _log.error("the engine's process ended with status %d", status)
+            if not self._options.restart_engine:
+                _log.error("it is not started again; --restart-engine would")
+                return
+            if asyncio.get_running_loop().time() - began_s > _LONGEST_REST_S:
+                rest_s = _FIRST_REST_S
+            await asyncio.sleep(rest_s)
+            rest_s = min(2 * rest_s, _LONGEST_REST_S)
+
+    async def _keep_front(self) -> None:
+        """Start a front process, and again if it dies before its time."""
+        order = FrontOrder(
+            options=self._options,
+            engine_path=self._socket.path,
+            listener=self._listener.fileno(),
+        )
+        while not self._is_ending:
+            front = Child(Front.__module__, order, (self._listener.fileno(),))
+            self._fronts.append(front)
+            status = await asyncio.to_thread(front.wait)
+            self._fronts.remove(front)
+            if not self._is_ending:
+                _log.error("a front process ended with status %d, and is started again", status)
+                await asyncio.sleep(_FIRST_REST_S)

@@ -1,0 +1,277 @@
+"""`/v1/completions`, as OpenAI's older clients, lm-eval and vLLM's speak it."""
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from ...frontend.text_stream import RequestText, StreamDelta
+from ...frontend.tokenizer import encode
+from ...request.outputs import Logprob
+from ..generation import deltas
+from ..http.errors import ApiError
+from ..http.streams import DONE, EventStream, event, json_response, last_words, placed, unless_gone
+from ..server import Server
+from .chat import ResponseFormat
+from .fields import Sampling
+from .logprobs import completion_logprobs, prompt_logprobs
+from .usage import usage
+
+_MOST_PROMPTS = 256
+
+
+class CompletionRequest(Sampling):
+    """Prompts to be gone on with."""
+
+    not_here: ClassVar[dict[str, str]] = {
+        **Sampling.not_here,
+        "suffix": "models go on with a text here, and fill no gap; leave it out",
+        "messages": "conversations are for /v1/chat/completions",
+        "tools": "tools are for /v1/chat/completions",
+        "max_completion_tokens": "it is max_tokens here",
+    }
+
+    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+        description="A text, several, or the same as token ids."
+    )
+    max_tokens: int | None = Field(None, ge=0)
+    echo: bool | None = False
+    logprobs: int | None = None
+    add_special_tokens: bool | None = True
+    response_format: ResponseFormat | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """As a list. Raises ApiError."""
+        given = self.prompt
+        if isinstance(given, str):
+            return [given]
+        if not given:
+            raise ApiError(400, "prompt is an empty list; give at least one", None, "prompt")
+        if isinstance(given[0], int):
+            return [given]  # type: ignore[list-item]
+        if len(given) > _MOST_PROMPTS:
+            raise ApiError(
+                400,
+                f"prompt has {len(given)} prompts, and {_MOST_PROMPTS} are allowed; send several "
+                "requests",
+                "invalid_value",
+                "prompt",
+            )
+        return list(given)  # type: ignore[arg-type]
+
+
+@dataclass
+class _Choice:
+    """One output as it comes."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    tables: list[dict[int, Logprob]] = field(default_factory=list)
+    num_characters: int = 0
+    last: StreamDelta | None = None
+
+
+class CompletionJob:
+    """One request under way: its prompts, and `n` outputs of each."""
+
+    def __init__(self, server: Server, asked: CompletionRequest, request_id: str) -> None:
+        self.server = server
+        self.asked = asked
+        self.id = f"cmpl-{asked.request_id or request_id}"
+        self.created = int(time.time())
+        self.model = server.model_name(asked.model)
+        self.shows_output = asked.max_tokens != 0
+        if not self.shows_output and not asked.echo:
+            raise ApiError(
+                400,
+                "max_tokens is 0 without echo, which asks for nothing; set one of them",
+                "invalid_value",
+                "max_tokens",
+            )
+        self.texts = [self._prepare(prompt) for prompt in asked.prompts()]
+        self.n = self.texts[0].spec.params.n
+        self._choices = [_Choice() for _ in range(self.n * len(self.texts))]
+
+    def _prepare(self, prompt: str | list[int]) -> RequestText:
+        asked, front_end = self.asked, self.server.requests.front_end
+        structure = asked.response_format and asked.response_format.structured_outputs()
+        if structure and asked.structured_outputs:
+            raise ApiError(
+                400, "response_format and structured_outputs both hold the answer; use one"
+            )
+        params = self.server.params(
+            front_end.default_params,
+            asked,
+            max_tokens=asked.max_tokens if self.shows_output else 1,
+            logprobs=asked.logprobs,
+            prompt_logprobs=asked.logprobs if asked.echo else asked.prompt_logprobs,
+            structured_outputs=structure or None,
+        )
+        given: dict[str, Any] = {"cache_salt": asked.cache_salt}
+        if isinstance(prompt, str) and asked.add_special_tokens is False and front_end.tokenizer:
+            given["prompt_token_ids"] = encode(
+                front_end.tokenizer, prompt, what="the prompt", add_special_tokens=False
+            )
+        if isinstance(prompt, str):
+            given["prompt"] = prompt
+        else:
+            given["prompt_token_ids"] = prompt
+        return front_end.request(given, params)
+
+    # -- the whole answer ----------------------------------------------------------------------
+
+    async def run(self) -> dict[str, Any]:
+        """The answer, when all of it is there."""
+        async with aclosing(deltas(self.server.requests, self.texts, self.id)) as bits:
+            async for some in bits:
+                for number, delta in some:
+                    self._take(number, delta)
+        return {
+            **self._head(),
+            "choices": [self._whole(index) for index in range(len(self._choices))],
+            "usage": self.usage(),
+        }
+
+    def _take(self, number: int, delta: StreamDelta) -> None:
+        choice = self._choices[number * self.n + delta.index]
+        choice.last = delta
+        if self.shows_output:
+            choice.text.append(delta.text)
+            choice.token_ids += delta.token_ids
+            choice.tables += delta.logprobs or ()
+
+    def _whole(self, index: int) -> dict[str, Any]:
+        choice, text, asked = self._choices[index], self.texts[index // self.n], self.asked
+        assert choice.last is not None
+        shown = self._prompt_text(text) if asked.echo else ""
+        told: dict[str, Any] = {
+            "index": index,
+            "text": shown + "".join(choice.text),
+            "logprobs": self._logprobs(text, choice.token_ids, choice.tables, len(shown)),
+            "finish_reason": choice.last.finish_reason if self.shows_output else "length",
+            "stop_reason": choice.last.stop_reason if self.shows_output else None,
+        }
+        if asked.prompt_logprobs is not None:
+            told["prompt_logprobs"] = prompt_logprobs(text)
+        if asked.return_token_ids:
+            told["token_ids"] = choice.token_ids
+            told["prompt_token_ids"] = list(text.spec.prompt_token_ids)
+        return told
+
+    def _logprobs(
+        self, text: RequestText, token_ids: list[int], tables: list[dict[int, Logprob]], begin: int
+    ) -> dict[str, Any] | None:
+        """Of the output, and of the prompt before it where that is echoed."""
+        if self.asked.logprobs is None:
+            return None
+        if not self.asked.echo:
+            return completion_logprobs(token_ids, tables, begin)
+        return self._echoed_logprobs(text, token_ids, tables)
+
+    def _echoed_logprobs(
+        self, text: RequestText, token_ids: list[int], tables: list[dict[int, Logprob]]
+    ) -> dict[str, Any]:
+        """Of the prompt, and of the output behind it."""
+        prompt = list(text.spec.prompt_token_ids)
+        known = [*(text.output().prompt_logprobs or ()), *tables]
+        first = self._token_text(prompt[0])
+        return completion_logprobs([*prompt, *token_ids], known, 0, first)
+
+    def _token_text(self, token_id: int) -> str:
+        tokenizer = self.server.requests.front_end.tokenizer
+        return "" if tokenizer is None else str(tokenizer.decode([token_id]))
+
+    def _prompt_text(self, text: RequestText) -> str:
+        if text.prompt is not None:
+            return text.prompt
+        tokenizer = self.server.requests.front_end.tokenizer
+        if tokenizer is None:
+            return ""
+        return str(tokenizer.decode(list(text.spec.prompt_token_ids)))
+
+    def usage(self) -> dict[str, Any]:
+        """What it cost so far."""
+        told = usage(self.texts)
+        if not self.shows_output:
+            told["completion_tokens"] = 0
+            told["total_tokens"] = told["prompt_tokens"]
+        return told
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+        }
+
+    # -- bit by bit ----------------------------------------------------------------------------
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The answer as chunks."""
+        options, head = self.asked.stream_options, self._head()
+        always = bool(options and options.continuous_usage_stats)
+        async with aclosing(deltas(self.server.requests, self.texts, self.id)) as bits:
+            async for some in bits:
+                for number, delta in some:
+                    chunk = {**head, "choices": [self._chunk(number, delta)]}
+                    if always:
+                        chunk["usage"] = self.usage()
+                    yield event(chunk)
+        if options and options.include_usage:
+            yield event({**head, "choices": [], "usage": self.usage()})
+        yield DONE
+
+    def _chunk(self, number: int, delta: StreamDelta) -> dict[str, Any]:
+        text, asked = self.texts[number], self.asked
+        choice = self._choices[number * self.n + delta.index]
+        is_first, choice.last = choice.last is None, delta
+        shown = self._prompt_text(text) if asked.echo and is_first else ""
+        token_ids = list(delta.token_ids) if self.shows_output else []
+        told: dict[str, Any] = {
+            "index": number * self.n + delta.index,
+            "text": shown + (delta.text if self.shows_output else ""),
+            "logprobs": None,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if asked.logprobs is not None:
+            tables = list(delta.logprobs or ()) if self.shows_output else []
+            if asked.echo and is_first:
+                told["logprobs"] = self._echoed_logprobs(text, token_ids, tables)
+            else:
+                told["logprobs"] = completion_logprobs(token_ids, tables, choice.num_characters)
+        choice.num_characters += len(told["text"])
+        if asked.return_token_ids:
+            told["token_ids"] = list(delta.token_ids)
+            told["prompt_token_ids"] = list(text.spec.prompt_token_ids) if is_first else None
+        return told
+
+
+def router(server: Server) -> APIRouter:
+    """The protocol's routes."""
+    routes = APIRouter(tags=["OpenAI"])
+
+    @routes.post("/v1/completions", response_model=None)
+    async def completions(request: Request, asked: CompletionRequest) -> Response:
+        """Go on with prompts."""
+        server.check_ready()
+        make: Callable[[], CompletionJob] = lambda: CompletionJob(  # noqa: E731
+            server, asked, request.state.request_id
+        )
+        job = await server.prepare(make, sum(map(len, asked.prompts())))
+        place = server.place(request, job.texts)
+        if not asked.stream:
+            with place:
+                return json_response(await unless_gone(request, job.run()))
+        return EventStream(
+            placed(place, job.events()),
+            last_words,
+            keep_alive_s=server.options.sse_keep_alive_interval,
+        )
+
+    return routes

@@ -1,0 +1,145 @@
+"""Routes for operators: is it well, what does it hold, what is it to stop doing."""
+
+import importlib.metadata
+from typing import Any
+
+from fastapi import APIRouter, Query, Response
+
+from ..http.errors import ApiError
+from ..http.streams import json_response
+from ..server import Server
+from .fields import Strict
+
+
+class AbortRequest(Strict):
+    """Requests to be ended: by their names, or all."""
+
+    request_ids: list[str] | None = None
+    request_id: str | None = None
+    abort_all: bool | None = False
+
+
+def router(server: Server) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(tags=["operations"])
+
+    @routes.get("/health", response_model=None)
+    async def health() -> Response:
+        """200 while the engine is alive and gets on; 503 while it is dead or stuck."""
+        if problem := _problem(server):
+            raise ApiError(503, problem, "unhealthy", retry_after_s=5)
+        return json_response({"status": "ok"})
+
+    @routes.get("/ready", response_model=None)
+    async def ready() -> Response:
+        """200 while requests are taken; 503 while the model loads, or the server shuts down."""
+        server.check_ready()
+        return json_response({"status": "ready"})
+
+    @routes.get("/version", response_model=None)
+    async def version() -> Response:
+        """vkv's version."""
+        return json_response({"version": importlib.metadata.version("vkv")})
+
+    @routes.get("/v1/models", response_model=None)
+    async def models() -> Response:
+        """The model, under each of its names."""
+        return json_response({"object": "list", "data": [_card(server, n) for n in server.names]})
+
+    @routes.get("/v1/models/{name:path}", response_model=None)
+    async def model(name: str) -> Response:
+        """The model under one of its names."""
+        return json_response(_card(server, server.model_name(name)))
+
+    @routes.get("/v1/load", response_model=None)
+    async def load() -> Response:
+        """How much is under way, for balancers."""
+        return json_response(_load(server))
+
+    @routes.post("/sleep", response_model=None)
+    async def sleep(level: int = Query(1, ge=1, le=2)) -> Response:
+        """Give memory back: of keys and values (1), and of weights that can be read again (2)."""
+        freed = await server.engine.ask("sleep" if level == 1 else "sleep_weights")
+        return json_response({"freed_bytes": freed})
+
+    @routes.post("/wake_up", response_model=None)
+    async def wake_up() -> Response:
+        """End a sleep."""
+        await server.engine.ask("wake")
+        return json_response({"status": "awake"})
+
+    @routes.get("/is_sleeping", response_model=None)
+    async def is_sleeping() -> Response:
+        """Whether it sleeps."""
+        return json_response({"is_sleeping": server.engine.is_asleep})
+
+    @routes.post("/reset_prefix_cache", response_model=None)
+    async def reset_prefix_cache() -> Response:
+        """Forget keys and values of finished requests."""
+        return json_response({"freed_bytes": await server.engine.ask("trim")})
+
+    @routes.post("/abort_requests", response_model=None)
+    async def abort_requests(asked: AbortRequest) -> Response:
+        """End requests: their callers get what there is, with the reason "abort"."""
+        names = [*(asked.request_ids or ()), *filter(None, (asked.request_id,))]
+        if bool(names) == bool(asked.abort_all):
+            raise ApiError(400, "give either request_ids or abort_all")
+        if asked.abort_all:
+            server.requests.abort_all()
+        for name in names:
+            server.requests.abort(name)
+        return json_response({"status": "ok"})
+
+    for path in ("/v1/embeddings", "/v1/score", "/score", "/rerank", "/v1/rerank", "/classify"):
+        routes.add_api_route(path, _no_vectors, methods=["POST"], response_model=None)
+    return routes
+
+
+async def _no_vectors() -> Response:
+    """Embeddings, scores and classes are not made here."""
+    raise ApiError(
+        400,
+        "this server generates text, and makes no embeddings, scores or classes; use "
+        "/v1/completions or /v1/chat/completions",
+        "not_supported",
+    )
+
+
+def _problem(server: Server) -> str | None:
+    """Why the server is not well; None if it is. A model that still loads is no illness."""
+    if server.engine.has_died and not server.engine.is_ready:
+        return "the engine's process has died"
+    if server.engine.stuck_s > server.options.stuck_after:
+        return f"requests have waited {server.engine.stuck_s:.0f} s without a step"
+    return None
+
+
+def _card(server: Server, name: str) -> dict[str, Any]:
+    face = server.face
+    return {
+        "id": name,
+        "object": "model",
+        "created": server.created,
+        "owned_by": "vkv",
+        "root": face.name,
+        "parent": None,
+        "max_model_len": face.admission.max_len,
+    }
+
+
+def _load(server: Server) -> dict[str, Any]:
+    stats = server.engine.stats
+    assert stats is not None or not server.engine.is_ready
+    if stats is None:
+        raise ApiError(503, "the model is loading; try again", "loading", retry_after_s=2)
+    return {
+        "server_load": server.admittance.num_requests,
+        "running": stats.num_running,
+        "waiting": stats.num_waiting,
+        "max_running": server.face.max_seqs,
+        "kv_used_bytes": (stats.pages_held - stats.pages_parked) * stats.page_bytes,
+        "kv_parked_bytes": stats.pages_parked * stats.page_bytes,
+        "kv_limit_bytes": stats.pages_limit * stats.page_bytes,
+        "kv_physical_bytes": stats.physical_bytes,
+        "kv_virtual_bytes": stats.virtual_bytes,
+    }

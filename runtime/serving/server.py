@@ -1,0 +1,150 @@
+"""What the routes of a front process share: the engine, the model's face, who is under way."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from ..frontend.async_requests import AsyncRequests
+from ..frontend.front_end import FrontEnd
+from ..frontend.text_stream import RequestText
+from ..request.sampling_params import SamplingParams
+from .http.errors import ApiError
+from .link.face import Face
+from .link.remote import RemoteEngine
+from .options import ServeOptions
+from .parsing import AnswerFormat, answer_format
+from .places import Admittance
+from .protocols.fields import Sampling
+
+_LONG_TEXT = 20_000  # characters, from which on the event loop does not wait for the tokenizer
+_NO_LIMIT = 1 << 30  # of requests with the engine: `Admittance` keeps it
+
+_T = TypeVar("_T")
+
+
+class Server:
+    """A front process: the engine it calls, and the model as callers see it.
+
+    Attributes:
+        is_draining: no further request is taken.
+        created: when it began, for /v1/models.
+    """
+
+    def __init__(self, options: ServeOptions, engine_path: str) -> None:
+        self.options = options
+        self.engine = RemoteEngine(engine_path, self._meet)
+        self.is_draining = False
+        self.created = int(time.time())
+        self._face: Face | None = None
+        self._requests: AsyncRequests | None = None
+        self._answers: AnswerFormat | None = None
+        self._admittance: Admittance | None = None
+
+    def _meet(self, face: Face) -> None:
+        """An engine has answered; after a restart it is the same model again."""
+        if self._face is not None:
+            return
+        if self.options.chat_template is not None and face.tokenizer is not None:
+            face.tokenizer.chat_template = self.options.chat_template.read_text(encoding="utf-8")
+        self._answers = answer_format(
+            face.tokenizer,
+            tool_call_parser=self.options.tool_call_parser,
+            reasoning_parser=self.options.reasoning_parser,
+        )
+        front_end = FrontEnd(face, face.admission)
+        self._requests = AsyncRequests(front_end, self.engine, max_unfinished=_NO_LIMIT)
+        self._admittance = Admittance(self.options, face.max_seqs)
+        self._face = face
+
+    # -- what there is -------------------------------------------------------------------------
+
+    @property
+    def is_ready(self) -> bool:
+        """True while requests are taken."""
+        return self._face is not None and self.engine.is_ready and not self.is_draining
+
+    @property
+    def face(self) -> Face:
+        """The model. Raises ApiError 503 while it loads."""
+        return _there(self._face)
+
+    @property
+    def requests(self) -> AsyncRequests:
+        """Where requests run. Raises ApiError 503 while the model loads."""
+        return _there(self._requests)
+
+    @property
+    def answers(self) -> AnswerFormat:
+        """How the model's answers are to be read. Raises ApiError 503 while it loads."""
+        return _there(self._answers)
+
+    @property
+    def admittance(self) -> Admittance:
+        """Who is under way. Raises ApiError 503 while the model loads."""
+        return _there(self._admittance)
+
+    @property
+    def num_under_way(self) -> int:
+        """Requests that run or wait."""
+        return self._admittance.num_requests if self._admittance is not None else 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model's, as requests may call it."""
+        return tuple(self.options.served_model_name) or (self.face.name,)
+
+    def check_ready(self) -> None:
+        """Raises ApiError 503 while nothing can be asked."""
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down", "unavailable", retry_after_s=30)
+        _there(self._face)
+        self.engine.check_open()
+
+    def model_name(self, asked: str | None) -> str:
+        """The name for the answer. Raises ApiError 404 for a model that is not here."""
+        names = self.names
+        if asked is None or asked in names:
+            return asked or names[0]
+        raise ApiError(
+            404,
+            f"there is no model {asked!r} here; use {' or '.join(map(repr, names))}",
+            "model_not_found",
+            "model",
+        )
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def params(self, base: SamplingParams, fields: Sampling, **more: object) -> SamplingParams:
+        """What a request asks over what the model's authors say. Raises InvalidSamplingParams."""
+        if (fields.n or 1) > self.options.max_n:
+            raise ApiError(
+                400,
+                f"n is {fields.n}, and {self.options.max_n} outputs of a request are allowed",
+                "invalid_value",
+                "n",
+            )
+        given = {name: value for name, value in more.items() if value is not None}
+        return dataclasses.replace(base, **{**fields.sampling_values(), **given})
+
+    async def prepare(self, make: Callable[[], _T], num_characters: int) -> _T:
+        """Make requests, away from the event loop if that may take long."""
+        if num_characters < _LONG_TEXT:
+            return make()
+        return await asyncio.to_thread(make)
+
+    def place(self, request: Request, texts: Sequence[RequestText]) -> AbstractContextManager[None]:
+        """Places for what a request asks. Raises ApiError 503 or 429."""
+        num_tokens = sum(len(text.spec.prompt_token_ids) for text in texts)
+        num_requests = sum(text.spec.params.n for text in texts)
+        return self.admittance.place(num_requests, num_tokens, request.state.key)
+
+
+def _there(what: _T | None) -> _T:
+    if what is None:
+        raise ApiError(503, "the model is loading; try again", "loading", retry_after_s=2)
+    return what
