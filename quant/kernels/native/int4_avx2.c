@@ -116,12 +116,17 @@ multiply_eights(const int rows, const int eights, const uint8_t *codes, const in
 /* Up to two rows have registers for a whole tile at a time, whose codes are then read in order. */
 static inline __attribute__((always_inline)) void
 multiply_rows(const int rows, const struct vkv_int4_stretches *stretch, float *totals) {
-    const struct vkv_int4_stretches of = *stretch; /* totals might lie in the original */
+    /* Read once, since totals might lie among them; and one by one: the caller has only just written
+     * some of them, and a copy of the whole would wait until those had reached the cache. */
+    const uint8_t *codes = stretch->codes, *zeros = stretch->zeros;
+    const int32_t *inputs = (const int32_t *)stretch->inputs;
+    const struct vkv_int4_note *notes = stretch->notes;
+    const float *scales = stretch->scales;
+    const int64_t num_blocks = stretch->length / BLOCK;
     const int eights = rows <= 2 ? 4 : 2;
     for (int at = 0; at < TILE; at += 8 * eights)
-        multiply_eights(rows, eights, of.codes + 4 * at, (const int32_t *)of.inputs,
-                        of.length / BLOCK, of.scales + at, of.zeros ? of.zeros + at : NULL,
-                        of.notes, totals + at);
+        multiply_eights(rows, eights, codes + 4 * at, inputs, num_blocks, scales + at,
+                        zeros ? zeros + at : NULL, notes, totals + at);
 }
 
 /* The number of rows becomes a constant, so that sums stay in registers. */
