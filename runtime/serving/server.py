@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +21,8 @@ from .options import ServeOptions
 from .parsing import AnswerFormat, answer_format
 from .places import Admittance
 from .protocols.fields import Sampling
+
+_log = logging.getLogger(__name__)
 
 _LONG_TEXT = 20_000  # characters, from which on the event loop does not wait for the tokenizer
 _NO_LIMIT = 1 << 30  # of requests with the engine: `Admittance` keeps it
@@ -47,6 +50,7 @@ class Server:
 
     def _meet(self, face: Face) -> None:
         """An engine has answered; after a restart it is the same model again."""
+        _log.info("%s is ready: %s, %s", face.name, face.device, face.dtype)
         if self._face is not None:
             return
         if self.options.chat_template is not None and face.tokenizer is not None:

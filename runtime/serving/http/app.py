@@ -73,6 +73,9 @@ async def _invalid(request: Request, error: Any) -> Response:
         message = _unknown_field(request, where[-1])
     elif first["type"] == "json_invalid":
         message, name = f"the body is no JSON: {first.get('ctx', {}).get('error', '')}", ""
+    elif len({error["loc"][:2] for error in error.errors()}) < len(error.errors()):
+        name = where[0]  # of several forms none fits, which its description tells better
+        message = f"{name} has none of the forms that it may have{_described(request, name)}"
     else:
         message = f"{name or 'the body'}: {first['msg']}"
     return await _told(request, ApiError(400, message, "invalid_value", name or None))
@@ -88,6 +91,12 @@ def _unknown_field(request: Request, name: str) -> str:
     close = difflib.get_close_matches(name, kind.model_fields, n=1)
     hint = f"did you mean {close[0]!r}?" if close else "leave it out"
     return f"there is no field {name!r} here; {hint}"
+
+
+def _described(request: Request, name: str) -> str:
+    kind = _body_kind(request)
+    field = kind.model_fields.get(name) if kind is not None else None
+    return f": {field.description}" if field is not None and field.description else ""
 
 
 def _body_kind(request: Request) -> type[Strict] | None:

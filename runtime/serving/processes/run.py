@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 import socket
@@ -19,6 +20,8 @@ from .logs import configure_logs
 
 _FIRST_REST_S, _LONGEST_REST_S = 0.5, 30.0  # before a process that died is started again
 
+BUILT_IN = "tiny-chat"  # what the built-in model is called, where no name was given
+
 _log = logging.getLogger(__name__)
 
 
@@ -33,6 +36,8 @@ def serve(
     Raises InvalidConfig if the address cannot be listened on.
     """
     configure_logs(options.log_format)
+    if not options.served_model_name:
+        options = dataclasses.replace(options, served_model_name=(model or BUILT_IN,))
     listener = listen(options)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         supervisor = Supervisor(options, (model, device, dtype, engine), listener)
