@@ -237,8 +237,9 @@ class RequestText:
         return self._num_cached
 
     def take_delta(self) -> StreamDelta | None:
-        """What the first output got since the last call; None if that is nothing."""
-        return self._sequences[0].take_delta()
+        """What the first output got since the last call; None if no token came."""
+        delta = self._sequences[0].take_delta()
+        return delta if delta is not None and delta.token_ids else None
 
     def take_deltas(self) -> list[StreamDelta]:
         """What each output got since the last call, those with nothing left out."""

@@ -262,7 +262,7 @@ def tasks(count: int, **_: Any) -> Counter[str]:
             done["cancelled"] += isinstance(result, asyncio.CancelledError)
             done["wrong"] += isinstance(result, Exception)
         await asyncio.to_thread(check, async_llm, async_llm._thread.driver)
-        assert async_llm._places.num_free == 12
+        assert async_llm._requests._places.num_free == 12
         await async_llm.close()
 
     asyncio.run(main())

@@ -43,7 +43,14 @@ class Gate:
             scope["state"] = {**scope.get("state", {}), "request_id": visit.request_id}
             scope["state"]["key"] = self._check_key(scope)
             limit = _Limit(receive, self._options.max_body_bytes, scope)
-            await self._app(scope, limit, visit.send)
+
+            async def send_unless_too_large(message: MutableMapping[str, Any]) -> None:
+                if limit.error is None:
+                    await visit.send(message)
+                elif visit.status is None:  # in place of what the application made of it
+                    await self._refuse(scope, visit, limit.error)
+
+            await self._app(scope, limit, send_unless_too_large)
         except ApiError as error:
             await self._refuse(scope, visit, error)
         finally:
@@ -86,12 +93,17 @@ class Gate:
 
 
 class _Limit:
-    """Receives a body up to a limit."""
+    """Receives a body up to a limit.
+
+    Attributes:
+        error: that it was more.
+    """
 
     def __init__(self, receive: Receive, most: int, scope: Scope) -> None:
         self._receive = receive
         self._most = most
         self._num_bytes = 0
+        self.error: ApiError | None = None
         length = _header(scope, b"content-length")
         if length is not None and length.isdigit() and int(length) > most:
             raise self._too_large(int(length))
@@ -101,7 +113,8 @@ class _Limit:
         if message["type"] == "http.request":
             self._num_bytes += len(message.get("body", b""))
             if self._num_bytes > self._most:
-                raise self._too_large(self._num_bytes)
+                self.error = self._too_large(self._num_bytes)
+                raise self.error
         return message
 
     def _too_large(self, num_bytes: int) -> ApiError:

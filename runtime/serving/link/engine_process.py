@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 from ....vmem.errors import UsageError, VkvError
 from ...engine.build import build_loop, load
@@ -94,6 +95,11 @@ class EngineServer:
         self._selector.register(listener, selectors.EVENT_READ, None)
         self._pulse_s = 0.0
         self._trim_at_s: float | None = None  # on the monotonic clock
+
+    @property
+    def path(self) -> str:
+        """Where it listens."""
+        return self._listener.getsockname()
 
     def run(self) -> None:
         """Serve until the process ends."""
@@ -248,9 +254,8 @@ def main() -> None:
     """Load what standard input orders, and serve it until that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    lifeline = sys.stdin.buffer
-    order: EngineOrder = pickle.load(lifeline)
-    die_with_parent(lifeline)
+    order: EngineOrder = pickle.load(sys.stdin.buffer)
+    die_with_parent(sys.stdin.fileno())
     try:
         server = _build(order)
     except UsageError as error:
@@ -258,17 +263,24 @@ def main() -> None:
         sys.exit(REFUSED)
     gc.collect()
     gc.freeze()
+    ready_mark(server.path).touch()
     server.run()
 
 
-def die_with_parent(lifeline: BinaryIO) -> None:
-    """End this process when `lifeline` ends, whatever it is doing."""
+def die_with_parent(lifeline: int) -> None:
+    """End this process when what it reads from the descriptor `lifeline` ends, whatever it does."""
 
     def watch() -> None:
-        lifeline.read()
-        os._exit(1)
+        while os.read(lifeline, 1):  # not by a file, whose lock would outlive the interpreter
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="vkv-lifeline", daemon=True).start()
+
+
+def ready_mark(path: str) -> Path:
+    """A file that is there once the engine that listens at `path` has loaded its model."""
+    return Path(path + ".ready")
 
 
 def _build(order: EngineOrder) -> EngineServer:

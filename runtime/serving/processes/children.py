@@ -71,6 +71,7 @@ class EngineSocket:
 
     def start(self, model: str | None, device: str, dtype: str, options: dict[str, Any]) -> Child:
         """Start an engine's process that listens here."""
+        engine_process.ready_mark(self.path).unlink(missing_ok=True)
         order = EngineOrder(
             model=model,
             device=device,
@@ -79,6 +80,11 @@ class EngineSocket:
             listener=self._listener.fileno(),
         )
         return Child(engine_process.__name__, order, (self._listener.fileno(),))
+
+    @property
+    def was_ready(self) -> bool:
+        """Whether the last process that was started has loaded its model."""
+        return engine_process.ready_mark(self.path).exists()
 
     def close(self) -> None:
         """Take the socket away."""

@@ -102,7 +102,7 @@ def main() -> None:
     """Serve as standard input orders, until SIGTERM or until that input ends."""
     order: FrontOrder = pickle.load(sys.stdin.buffer)
     configure_logs(order.options.log_format)
-    die_with_parent(sys.stdin.buffer)
+    die_with_parent(sys.stdin.fileno())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(order))
 

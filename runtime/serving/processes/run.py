@@ -140,11 +140,12 @@ class Supervisor:
             status = await asyncio.to_thread(self._child.wait)
             if self._is_ending:
                 return
-            if status == REFUSED:
-                self._status = REFUSED
+            if status != REFUSED:
+                _log.error("the engine's process ended with status %d", status)
+            if not self._socket.was_ready:  # nor would another be
+                self._status = status if status > 0 else 1
                 self._end()
                 return
-            _log.error("the engine's process ended with status %d", status)
             if not self._options.restart_engine:
                 _log.error("it is not started again; --restart-engine would")
                 return

@@ -22,7 +22,15 @@ class AbortRequest(Strict):
 def router(server: Server) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["operations"])
+    _add_health(routes, server)
+    _add_models(routes, server)
+    _add_orders(routes, server)
+    for path in ("/v1/embeddings", "/v1/score", "/score", "/rerank", "/v1/rerank", "/classify"):
+        routes.add_api_route(path, _no_vectors, methods=["POST"], response_model=None)
+    return routes
 
+
+def _add_health(routes: APIRouter, server: Server) -> None:
     @routes.get("/health", response_model=None)
     async def health() -> Response:
         """200 while the engine is alive and gets on; 503 while it is dead or stuck."""
@@ -41,6 +49,8 @@ def router(server: Server) -> APIRouter:
         """vkv's version."""
         return json_response({"version": importlib.metadata.version("vkv")})
 
+
+def _add_models(routes: APIRouter, server: Server) -> None:
     @routes.get("/v1/models", response_model=None)
     async def models() -> Response:
         """The model, under each of its names."""
@@ -55,6 +65,10 @@ def router(server: Server) -> APIRouter:
     async def load() -> Response:
         """How much is under way, for balancers."""
         return json_response(_load(server))
+
+
+def _add_orders(routes: APIRouter, server: Server) -> None:
+    """What an operator may have the engine do."""
 
     @routes.post("/sleep", response_model=None)
     async def sleep(level: int = Query(1, ge=1, le=2)) -> Response:
@@ -89,10 +103,6 @@ def router(server: Server) -> APIRouter:
         for name in names:
             server.requests.abort(name)
         return json_response({"status": "ok"})
-
-    for path in ("/v1/embeddings", "/v1/score", "/score", "/rerank", "/v1/rerank", "/classify"):
-        routes.add_api_route(path, _no_vectors, methods=["POST"], response_model=None)
-    return routes
 
 
 async def _no_vectors() -> Response:

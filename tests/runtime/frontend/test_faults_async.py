@@ -51,7 +51,7 @@ def opened(model: PreTrainedModel, **options: Any) -> Iterator[AsyncLLM]:
         stats = llm.stats()
         assert stats.pages_held == stats.pages_parked
         llm.engine.cache.check_invariants()
-        assert llm._places.num_free == options.get("max_unfinished", 256)
+        assert llm._requests._places.num_free == options.get("max_unfinished", 256)
         assert not len(llm._thread.driver._sinks)
     finally:
         asyncio.run(llm.close())
@@ -233,7 +233,7 @@ def test_text_that_cannot_be_made_fails_its_request_alone(
         async def main() -> None:
             neighbours = asyncio.create_task(_neighbours(llm))
             outputs = llm.generate([1, 2, 3], _ENDLESS, request_id="mine")
-            (stream,) = llm._named["mine"]
+            (stream,) = llm._requests._named["mine"]
             bad = _failing([4], ValueError("no text"), stream.request._sequences[0].accept)
             monkeypatch.setattr(stream.request._sequences[0], "accept", bad)
             del stream
@@ -301,7 +301,7 @@ def test_aborting_several_of_one_name_from_another_thread(model: PreTrainedModel
 
         run(main)
         gc.collect()
-        assert not len(llm._named)
+        assert not len(llm._requests._named)
 
 
 # -- event loops ---------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_a_place_given_to_a_loop_that_is_closed_returns(model: PreTrainedModel) 
         _left_behind(llm, 1, lambda: True)
         gc.collect()
         assert janitor.drain(20)
-        assert llm._places.num_free == 1
+        assert llm._requests._places.num_free == 1
         assert not llm.engine.has_work
 
 

@@ -101,7 +101,7 @@ def test_every_entry_of_an_async_llm_refuses_a_child(model: PreTrainedModel) -> 
         "sleep": lambda: asyncio.run(async_llm.sleep()),
         "wake": lambda: asyncio.run(async_llm.wake()),
     }
-    locks = [async_llm._naming, async_llm._places._lock]
+    locks = [async_llm._requests._naming, async_llm._requests._places._lock]
     driver = async_llm._thread.driver
     try:
         with held_elsewhere(*_locks_of(async_llm, driver), *locks):
