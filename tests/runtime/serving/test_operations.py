@@ -203,7 +203,7 @@ def test_a_killed_engine_ends_streams_and_comes_back(guarded: Served) -> None:
 def test_a_stopped_engine_is_no_healthy_one(guarded: Served, tmp_path: Path) -> None:
     with Served("--stuck-after", "0.5", log=tmp_path / "log") as server:
         engine = server.engine()
-        body = {**LONG, "stream": True}
+        body = {**LONG, "temperature": 1, "n": 16, "stream": True}  # for long enough
         with server.client.stream("POST", "/v1/completions", json=body) as answer:
             next(answer.iter_lines())
             os.kill(engine, signal.SIGSTOP)
