@@ -200,12 +200,13 @@ def test_a_killed_engine_ends_streams_and_comes_back(guarded: Served) -> None:
     assert guarded.client.post("/v1/chat/completions", json=CHAT).status_code == 200
 
 
-def test_a_stopped_engine_is_no_healthy_one(guarded: Served, tmp_path: Path) -> None:
+def test_a_stopped_engine_is_no_healthy_one(tmp_path: Path) -> None:
     with Served("--stuck-after", "0.5", log=tmp_path / "log") as server:
         engine = server.engine()
         body = {**LONG, "temperature": 1, "n": 16, "stream": True}  # for long enough
         with server.client.stream("POST", "/v1/completions", json=body) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # which ends the request when it is dropped
+            next(lines)
             os.kill(engine, signal.SIGSTOP)
             _until(lambda: server.client.get("/health").status_code == 503)
             os.kill(engine, signal.SIGCONT)
