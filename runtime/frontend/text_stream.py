@@ -232,6 +232,11 @@ class RequestText:
         return self._prompt
 
     @property
+    def last_token_s(self) -> float | None:
+        """When the last token came, on the monotonic clock; None before the first."""
+        return self._times.last_token_ts
+
+    @property
     def num_cached_tokens(self) -> int | None:
         """Prompt tokens that needed no computing; None before it is scheduled."""
         return self._num_cached

@@ -1,20 +1,27 @@
 """How much the server takes on: requests that run or wait, and whose they are."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .http.errors import ApiError
 from .options import ServeOptions
+
+REFUSALS = ("key_share", "queue_full", "queue_tokens")
 
 
 class Admittance:
     """Counts what is under way, and refuses what would be too much.
 
     With several front processes each has an equal part of the places.
+
+    Args:
+        on_refusal: called with the reason of each.
     """
 
-    def __init__(self, options: ServeOptions, max_seqs: int) -> None:
+    def __init__(
+        self, options: ServeOptions, max_seqs: int, on_refusal: Callable[[str], None]
+    ) -> None:
         parts = options.api_server_count
         self._num_places = -(-(max_seqs + options.max_num_queued_reqs) // parts)
         self._max_seqs = max_seqs
@@ -26,7 +33,7 @@ class Admittance:
         self.num_requests = 0
         self.num_tokens = 0
         self._of_key: Counter[int] = Counter()
-        self.num_refused: Counter[str] = Counter()
+        self._on_refusal = on_refusal
 
     @contextmanager
     def place(self, num_requests: int, num_tokens: int, key: int | None) -> Iterator[None]:
@@ -46,7 +53,7 @@ class Admittance:
 
     def _check(self, num_requests: int, num_tokens: int, key: int | None) -> None:
         if key is not None and self._of_key[key] + num_requests > self._places_of_a_key:
-            self.num_refused["key_share"] += 1
+            self._on_refusal("key_share")
             raise ApiError(
                 429,
                 f"this key has {self._of_key[key]} requests under way, and may have "
@@ -55,7 +62,7 @@ class Admittance:
                 retry_after_s=1,
             )
         if self.num_requests + num_requests > self._num_places:
-            self.num_refused["queue_full"] += 1
+            self._on_refusal("queue_full")
             raise ApiError(
                 503,
                 f"{self.num_requests} requests run or wait, and {self._num_places} may; try again",
@@ -64,7 +71,7 @@ class Admittance:
             )
         waits = self.num_requests >= self._max_seqs
         if waits and self.num_tokens + num_tokens > self._most_tokens:
-            self.num_refused["queue_tokens"] += 1
+            self._on_refusal("queue_tokens")
             raise ApiError(
                 503,
                 f"prompts of {self.num_tokens} tokens run or wait, and another {num_tokens} are "

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -14,9 +14,11 @@ from ..frontend.async_requests import AsyncRequests
 from ..frontend.front_end import FrontEnd
 from ..frontend.text_stream import RequestText
 from ..request.sampling_params import SamplingParams
+from .generation import Delta, deltas
 from .http.errors import ApiError
 from .link.face import Face
 from .link.remote import RemoteEngine
+from .metrics import Metrics
 from .options import ServeOptions
 from .parsing import AnswerFormat, answer_format
 from .places import Admittance
@@ -47,6 +49,7 @@ class Server:
         self._requests: AsyncRequests | None = None
         self._answers: AnswerFormat | None = None
         self._admittance: Admittance | None = None
+        self._metrics: Metrics | None = None
 
     def _meet(self, face: Face) -> None:
         """An engine has answered; after a restart it is the same model again."""
@@ -62,7 +65,9 @@ class Server:
         )
         front_end = FrontEnd(face, face.admission)
         self._requests = AsyncRequests(front_end, self.engine, max_unfinished=_NO_LIMIT)
-        self._admittance = Admittance(self.options, face.max_seqs)
+        name = (*self.options.served_model_name, face.name)[0]
+        self._metrics = Metrics(face, name, self.engine)
+        self._admittance = Admittance(self.options, face.max_seqs, self._metrics.rejected)
         self._face = face
 
     # -- what there is -------------------------------------------------------------------------
@@ -91,6 +96,11 @@ class Server:
     def admittance(self) -> Admittance:
         """Who is under way. Raises ApiError 503 while the model loads."""
         return _there(self._admittance)
+
+    @property
+    def metrics(self) -> Metrics:
+        """What is counted. Raises ApiError 503 while the model loads."""
+        return _there(self._metrics)
 
     @property
     def num_under_way(self) -> int:
@@ -140,6 +150,10 @@ class Server:
         if num_characters < _LONG_TEXT:
             return make()
         return await asyncio.to_thread(make)
+
+    def deltas(self, texts: Sequence[RequestText], name: str) -> AsyncGenerator[list[Delta]]:
+        """Have requests run, under one name for `abort` (`generation.deltas`)."""
+        return deltas(self.requests, self.metrics, texts, name)
 
     def place(self, request: Request, texts: Sequence[RequestText]) -> AbstractContextManager[None]:
         """Places for what a request asks. Raises ApiError 503 or 429."""

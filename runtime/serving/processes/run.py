@@ -4,15 +4,19 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import uvloop
+from prometheus_client.multiprocess import mark_process_dead
 
 from ....vmem.errors import InvalidConfig
 from ..link.engine_process import REFUSED
+from ..metrics import SHARED
 from ..options import ServeOptions
 from .children import Child, EngineSocket
 from .front import Front, FrontOrder
@@ -113,7 +117,9 @@ class Supervisor:
                 await self._front.run(self._listener)
             else:
                 count = self._options.api_server_count
-                await asyncio.gather(*(self._keep_front() for _ in range(count)))
+                with tempfile.TemporaryDirectory(prefix="vkv-metrics-") as shared:
+                    os.environ[SHARED] = shared  # for the fronts
+                    await asyncio.gather(*(self._keep_front() for _ in range(count)))
         finally:
             self._is_ending = True
             if self._child is not None:
@@ -166,6 +172,7 @@ class Supervisor:
             self._fronts.append(front)
             status = await asyncio.to_thread(front.wait)
             self._fronts.remove(front)
+            mark_process_dead(front.pid)
             if not self._is_ending:
                 _log.error("a front process ended with status %d, and is started again", status)
                 await asyncio.sleep(_FIRST_REST_S)

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from ...frontend.chat_template import ChatOptions
 from ...frontend.text_stream import RequestText, StreamDelta
-from ..generation import deltas
 from ..http.errors import ApiError
 from ..http.streams import DONE, EventStream, event, json_response, last_words, placed, unless_gone
 from ..parsing import MessageDelta, MessageParser, ToolCallDelta, tool_grammar
@@ -140,7 +139,7 @@ class ChatJob:
         self.model = server.model_name(asked.model)
         self.choice = asked.choice()
         self.text = self._prepare()
-        self.answers = [_Answer(self) for _ in range(self.text.spec.params.n)]
+        self.answers = [Answer(self) for _ in range(self.text.spec.params.n)]
 
     def _prepare(self) -> RequestText:
         asked, front_end = self.asked, self.server.requests.front_end
@@ -201,8 +200,10 @@ class ChatJob:
 
     def parser(self) -> MessageParser:
         """A reader for one of the outputs."""
+        is_held = self.choice in ("none", "auto") and self._structure() is not None
+        prompt = "" if is_held else self.text.prompt or ""  # held text holds no thoughts
         return self.server.answers.parser(
-            tools=self.asked.tools, tool_choice=self.choice, prompt=self.text.prompt or ""
+            tools=self.asked.tools, tool_choice=self.choice, prompt=prompt
         )
 
     def usage(self) -> dict[str, Any]:
@@ -214,7 +215,7 @@ class ChatJob:
 
     async def run(self) -> dict[str, Any]:
         """The answer, when all of it is there."""
-        bits = deltas(self.server.requests, [self.text], self.id)
+        bits = self.server.deltas([self.text], self.id)
         async with aclosing(bits):
             async for some in bits:
                 for _, delta in some:
@@ -240,7 +241,7 @@ class ChatJob:
         options = self.asked.stream_options
         head = self._head("chat.completion.chunk")
         always = bool(options and options.continuous_usage_stats)
-        bits = deltas(self.server.requests, [self.text], self.id)
+        bits = self.server.deltas([self.text], self.id)
         async with aclosing(bits):
             async for some in bits:
                 for _, delta in some:
@@ -254,7 +255,7 @@ class ChatJob:
         yield DONE
 
 
-class _Answer:
+class Answer:
     """One output, read as a message."""
 
     def __init__(self, job: ChatJob) -> None:
@@ -269,7 +270,8 @@ class _Answer:
         self._has_begun = self._has_calls = False
         self.num_reasoning_tokens = 0
 
-    def _read(self, delta: StreamDelta) -> list[MessageDelta]:
+    def read(self, delta: StreamDelta) -> list[MessageDelta]:
+        """What came, as parts of a message."""
         self._last = delta
         parts = [self._parser.feed(delta.text)]
         if delta.finish_reason is not None:
@@ -281,9 +283,14 @@ class _Answer:
             parts = [MessageDelta(content=p.content, tool_calls=p.tool_calls) for p in parts]
         return parts
 
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The stop token or string that ended it."""
+        return self._last.stop_reason if self._last is not None else None
+
     def take(self, delta: StreamDelta) -> None:
         """Add what came to the whole."""
-        for part in self._read(delta):
+        for part in self.read(delta):
             self._content.append(part.content)
             self._reasoning.append(part.reasoning)
             for call in part.tool_calls:
@@ -318,7 +325,7 @@ class _Answer:
             "index": index,
             "message": message,
             "logprobs": {"content": self._logprobs} if asks else None,
-            "finish_reason": self._finish_reason(),
+            "finish_reason": self.finish_reason(),
             "stop_reason": self._last.stop_reason,
         }
         if self._job.asked.return_token_ids:
@@ -327,7 +334,7 @@ class _Answer:
 
     def chunks(self, delta: StreamDelta) -> list[dict[str, Any]]:
         """What came, as choices of chunks."""
-        bodies = [_body(part) for part in self._read(delta)]
+        bodies = [_body(part) for part in self.read(delta)]
         bodies = [body for body in bodies if body]
         if not self._has_begun:
             self._has_begun = True
@@ -348,14 +355,15 @@ class _Answer:
             if self._job.asked.return_token_ids:
                 choices[-1]["token_ids"] = list(delta.token_ids)
         if is_over:
-            choices[-1]["finish_reason"] = self._finish_reason()
+            choices[-1]["finish_reason"] = self.finish_reason()
             choices[-1]["stop_reason"] = delta.stop_reason
         return choices
 
     def _entries(self, delta: StreamDelta) -> list[dict[str, Any]]:
         return chat_logprobs(delta, self._job.asked.top_logprobs or 0)
 
-    def _finish_reason(self) -> str:
+    def finish_reason(self) -> str:
+        """As OpenAI's API names it."""
         assert self._last is not None
         reason = self._last.finish_reason or "stop"
         return "tool_calls" if reason == "stop" and self._has_calls else reason

@@ -12,7 +12,6 @@ from pydantic import Field
 from ...frontend.text_stream import RequestText, StreamDelta
 from ...frontend.tokenizer import encode
 from ...request.outputs import Logprob
-from ..generation import deltas
 from ..http.errors import ApiError
 from ..http.streams import DONE, EventStream, event, json_response, last_words, placed, unless_gone
 from ..server import Server
@@ -126,7 +125,7 @@ class CompletionJob:
 
     async def run(self) -> dict[str, Any]:
         """The answer, when all of it is there."""
-        async with aclosing(deltas(self.server.requests, self.texts, self.id)) as bits:
+        async with aclosing(self.server.deltas(self.texts, self.id)) as bits:
             async for some in bits:
                 for number, delta in some:
                     self._take(number, delta)
@@ -215,7 +214,7 @@ class CompletionJob:
         """The answer as chunks."""
         options, head = self.asked.stream_options, self._head()
         always = bool(options and options.continuous_usage_stats)
-        async with aclosing(deltas(self.server.requests, self.texts, self.id)) as bits:
+        async with aclosing(self.server.deltas(self.texts, self.id)) as bits:
             async for some in bits:
                 for number, delta in some:
                     chunk = {**head, "choices": [self._chunk(number, delta)]}

@@ -4,6 +4,7 @@ import importlib.metadata
 from typing import Any
 
 from fastapi import APIRouter, Query, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from ..http.errors import ApiError
 from ..http.streams import json_response
@@ -43,6 +44,11 @@ def _add_health(routes: APIRouter, server: Server) -> None:
         """200 while requests are taken; 503 while the model loads, or the server shuts down."""
         server.check_ready()
         return json_response({"status": "ready"})
+
+    @routes.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """For Prometheus: vLLM's names, and vkv's own."""
+        return Response(server.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/version", response_model=None)
     async def version() -> Response:
