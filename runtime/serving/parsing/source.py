@@ -85,6 +85,11 @@ class Source:
                 return ""
             yield
 
+    def is_cut_within(self, *markers: str) -> bool:
+        """Whether the text ends with the beginning of a marker, and nothing else is to be read."""
+        rest = self._text[self._at :] if self._is_over else ""
+        return bool(rest) and any(marker.startswith(rest) for marker in markers)
+
     # -- reading -------------------------------------------------------------------------------
 
     def take(self, length: int) -> str:
@@ -121,19 +126,26 @@ class Source:
         marker = yield from self.reach(markers, write)
         return self.take(len(marker))
 
-    def reach(self, markers: Markers, write: Write) -> Reading[str]:
-        """As `scan`, but the marker stays to be read."""
+    def reach(self, markers: Markers, write: Write, *, is_text: bool = True) -> Reading[str]:
+        """As `scan`, but the marker stays to be read.
+
+        So does the beginning of one with which the text is cut off, unless that `is_text` then.
+        """
         while True:
             found = markers.pattern.search(self._text, self._at)
             if found:
                 self._write(found.start() - self._at, write)
                 return found[0]
             rest = self._text[self._at :]
-            held = 0 if self._is_over else markers.num_held(rest)
+            held = 0 if self._is_over and is_text else markers.num_held(rest)
             self._write(len(rest) - held, write)
             if self._is_over:
                 return ""
             yield
+
+    def drop(self) -> None:
+        """Leave unread all that is there."""
+        self._at = len(self._text)
 
     def _write(self, length: int, write: Write) -> None:
         if length:

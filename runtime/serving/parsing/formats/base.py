@@ -76,10 +76,13 @@ def _read_text(
         write((yield from calls.read(marker, source, draft)))
 
 
-def as_text(source: Source, before: str, text: str) -> Reading[str]:
+def as_text(source: Source, before: str, text: str, *expected: str) -> Reading[str]:
     """What stands for text that was no call: with the markup before it, unless it was cut off.
 
-    At the end of an answer, it may be a call that had no time to show itself as one.
+    At the end of an answer, or within a marker that was expected, it may be a call that had no
+    time to show itself as one.
     """
+    if source.is_cut_within(*expected):
+        source.drop()
     is_cut = not (yield from source.peek())
     return text if is_cut else before + text

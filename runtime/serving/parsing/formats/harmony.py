@@ -105,7 +105,9 @@ def _read_call(source: Source, draft: Draft, recipient: str) -> Reading[str]:
     if (yield from source.peek()) in ("{", "["):
         yield from read_value(source, draft.arguments, _ENDS)
     yield from source.skip_space()
-    marker = yield from source.scan(_BODY_ENDS, draft.arguments)
-    if marker:
-        draft.end_call()
-    return marker
+    marker = yield from source.reach(_BODY_ENDS, draft.arguments, is_text=False)
+    if not marker:
+        source.drop()
+        return ""
+    draft.end_call()
+    return source.take(len(marker))

@@ -35,4 +35,8 @@ class Hermes:
                 return (yield from as_text(source, "" if self._is_open else before, text))
             self._is_open = True
             yield from source.read_run(_BETWEEN)
-        return "" if self._is_open else (yield from as_text(source, before, ""))
+        if not self._is_open:
+            return (yield from as_text(source, before, ""))
+        if not (yield from source.comes(_CLOSING)) and source.is_cut_within(_CLOSING):
+            source.drop()
+        return ""

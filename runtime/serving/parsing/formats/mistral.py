@@ -32,7 +32,7 @@ class Mistral:
             text = yield from CallReader(source, draft, stops=_STOPS).read()
         else:
             text = yield from _read_named(source, draft)
-        return "" if text is None else (yield from as_text(source, before, text))
+        return "" if text is None else (yield from as_text(source, before, text, _ID, _ARGUMENTS))
 
 
 def _read_named(source: Source, draft: Draft) -> Reading[str | None]:

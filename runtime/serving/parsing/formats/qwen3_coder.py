@@ -18,6 +18,7 @@ _OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 _NAME = re.compile(r"[^\s<>]+")
+_BEHIND = ("\n" + _CLOSING, _CLOSING)  # a function
 _VALUE_ENDS = Markers((_PARAMETER_END, _PARAMETER, _FUNCTION_END, _CLOSING))
 
 
@@ -48,7 +49,7 @@ class Qwen3Coder:
         if opener == _OPENING:
             opener += yield from source.skip_space()
             if not (yield from source.comes(_FUNCTION)):
-                return (yield from as_text(source, opener, ""))
+                return (yield from as_text(source, opener, "", _FUNCTION))
             opener += source.take(len(_FUNCTION))
         name = yield from source.read_run(_NAME)
         if (yield from source.peek()) != ">" or not name:
@@ -56,19 +57,27 @@ class Qwen3Coder:
         source.take(1)
         self._is_open = True
         draft.begin_call(name)
-        if (yield from _Arguments(source, draft, self._schemas.get(name, {})).read()):
+        arguments = _Arguments(source, draft, self._schemas.get(name, {}))
+        if (yield from arguments.read()):
             draft.end_call()
-        return ""
+        if not (yield from source.comes(*_BEHIND)) and source.is_cut_within(*_BEHIND):
+            source.drop()
+        return arguments.rest
 
 
 class _Arguments:
-    """Reads the parameters of one function as the members of an object."""
+    """Reads the parameters of one function as the members of an object.
+
+    Attributes:
+        rest: what was read last and is no parameter.
+    """
 
     def __init__(self, source: Source, draft: Draft, schema: Mapping[str, Any]) -> None:
         self._source = source
         self._draft = draft
         self._schema = schema
         self._num_members = 0
+        self.rest = ""
 
     def read(self) -> Reading[bool]:
         """Read up to the end of the function. False if it is cut off."""
@@ -77,6 +86,9 @@ class _Arguments:
         while True:
             yield from source.skip_space()
             marker = yield from source.comes(_PARAMETER, *ends)
+            if source.is_cut_within(_PARAMETER, *ends):
+                source.drop()
+                return False
             if marker != _PARAMETER:
                 source.take(len(marker) if marker == _FUNCTION_END else 0)
                 is_whole = bool(marker or (yield from source.peek()))
@@ -86,6 +98,7 @@ class _Arguments:
             source.take(len(marker))
             name = yield from source.read_run(_NAME)
             if (yield from source.peek()) != ">":
+                self.rest = marker + name if (yield from source.peek()) else ""
                 return False
             source.take(1)
             if not (yield from self._member(name)):
@@ -126,9 +139,9 @@ class _Arguments:
             if text:
                 write(text)
 
-        marker = yield from source.reach(_VALUE_ENDS, pass_on)
+        marker = yield from source.reach(_VALUE_ENDS, pass_on, is_text=False)
         if marker == _PARAMETER_END:
             source.take(len(marker))
-        elif not marker and held:
-            write(held)
+        elif not marker:  # cut off, perhaps within a tag
+            source.drop()
         return bool(marker)
