@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 from vkv.runtime.serving.parsing import AnswerFormat, MessageDelta, MessageParser, answer_format
 
 TOOLS = [
@@ -40,6 +43,19 @@ class Answer:
 def by_names(calls: str, reasoning: str = "none") -> AnswerFormat:
     """A format that needs no tokenizer."""
     return answer_format(None, tool_call_parser=calls, reasoning_parser=reasoning)
+
+
+def tokenizer(
+    template: str | dict[str, str] | None = None,
+    special: Iterable[str] = (),
+    plain: Iterable[str] = (),
+    **more: Any,
+) -> PreTrainedTokenizerFast:
+    """One that knows a chat template and added tokens, and no words."""
+    own = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    own.add_special_tokens([AddedToken(text, special=True) for text in special])
+    own.add_tokens([AddedToken(text, special=False) for text in plain])
+    return PreTrainedTokenizerFast(tokenizer_object=own, chat_template=template, **more)
 
 
 def parser(

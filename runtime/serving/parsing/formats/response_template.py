@@ -68,51 +68,49 @@ class TemplateReader:
             self._template["fields"].pop(name, None)
         self._tools: list[Any] = [dict(tool) for tool in tools or ()]
         self._parser = ResponseParser(self._template, prefix=prompt, tools=self._tools)
-        self._calls_text: list[str] | None = None  # since a part of calls began
-        self._unread: list[str] = []  # the same, with what may be the beginning of a marker
+        self._calls_text: list[str] = []  # of the part under way, if it has calls
+        self._read: list[str] = []  # since shortly before it began
 
     def read(self, source: Source, draft: Draft) -> Reading[None]:
         """Read to the end, a character at a time, so that pieces make no difference."""
         self._take([event for event in self._parser.initial_events if _opens(event)], draft)
         while (yield from source.peek()):
             text = source.take(1)
-            self._unread.append(text)
+            self._read.append(text)
             try:
                 self._take(self._parser.feed(text), draft)
-            except _BAD_TEXT:
-                draft.content("".join(self._calls_text or self._unread))
-                self._begin_anew()
+            except _BAD_TEXT:  # go on behind the part that could not be read
+                draft.content("".join(self._calls_text))
+                self._parser = ResponseParser(self._template, prefix="", tools=self._tools)
         try:
             self._take(self._parser.finalize()[1], draft)
         except _BAD_TEXT:
-            draft.content("".join(self._unread))
+            draft.content(self._cut_text())
 
-    def _begin_anew(self) -> None:
-        """Go on behind a part that could not be read."""
-        self._parser = ResponseParser(self._template, prefix="", tools=self._tools)
-        self._calls_text, self._unread = None, []
+    def _cut_text(self) -> str:
+        """The text of a part that was cut off, with what may be the beginning of a marker."""
+        told, read = "".join(self._calls_text), "".join(self._read)
+        return read[read.find(told) :] if told else ""
 
     def _take(self, events: Sequence[Mapping[str, Any]], draft: Draft) -> None:
         for event in events:
             field, kind = event["field"], event["type"]
             if kind == "region_open":
-                self._calls_text = [] if field == _CALLS else None
+                self._calls_text, self._read = [], self._read[-1:]
                 if field in _REASONING:
                     draft.begin_reasoning()
             elif kind == "region_close" and field == _CALLS:
                 self._close_calls(event["value"], draft)
             elif kind == "region_chunk" and field == _CALLS:
-                assert self._calls_text is not None
                 self._calls_text.append(event["text"])
             elif kind == "region_chunk":
+                self._read = []
                 (draft.content if field == _CONTENT else draft.reasoning)(event["text"])
-            if field != _CALLS or kind != "region_chunk":
-                self._unread = []
 
     def _close_calls(self, value: Any, draft: Draft) -> None:
         calls = [_call(item) for item in (value if isinstance(value, list) else [value])]
         if None in calls:
-            draft.content("".join(self._calls_text or ()))
+            draft.content("".join(self._calls_text))
             return
         for name, arguments in filter(None, calls):
             draft.begin_call(name)
