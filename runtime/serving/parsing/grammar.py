@@ -1,6 +1,6 @@
 """The JSON that holds an answer to calls of tools, where a request asks for one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ....vmem.errors import InvalidPrompt
@@ -26,6 +26,7 @@ _LISTS = frozenset(["allOf", "anyOf", "oneOf", "prefixItems", "items"])
 _TABLES = frozenset(
     ["properties", "patternProperties", "dependentSchemas", "$defs", "definitions", "dependencies"]
 )
+_MOST_DEPTH = 100
 _BASES = ("$id", "id", "$anchor", "$dynamicAnchor", "$dynamicRef", "$recursiveRef")
 
 
@@ -85,7 +86,12 @@ def _call(index: int, tool: Tool, definitions: dict[str, Any]) -> dict[str, Any]
 def _check(tool: Tool) -> dict[str, Any]:
     """A tool's schema by itself. Raises InvalidPrompt for a reference that leads nowhere."""
     schema = {key: value for key, value in tool.parameters.items() if key not in ("$schema", "$id")}
-    for part in _parts(schema):
+    for part, depth in _parts(schema):
+        if depth > _MOST_DEPTH:
+            raise InvalidPrompt(
+                f"the parameters of tool {tool.name!r} nest schemas more than {_MOST_DEPTH} deep; "
+                "use references to '#/$defs/…'"
+            )
         if base := next((key for key in _BASES if isinstance(part.get(key), str)), None):
             raise InvalidPrompt(
                 f"the parameters of tool {tool.name!r} have {base!r}, and references here are by "
@@ -120,22 +126,21 @@ def _children(schema: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in schema.items() if key in _SCHEMAS | _LISTS | _TABLES]
 
 
-def _parts(schema: Any) -> list[Mapping[str, Any]]:
-    """A schema and all schemas within it."""
-    found, waiting = [], [schema]
+def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], int]]:
+    """A schema and all schemas within it, with how deep they are."""
+    waiting: list[tuple[Any, int]] = [(schema, 0)]
     while waiting:
-        part = waiting.pop()
+        part, depth = waiting.pop()
         if not isinstance(part, Mapping):
             continue
-        found.append(part)
+        yield part, depth
         for key, value in _children(part):
+            parts = [value]
             if key in _TABLES and isinstance(value, Mapping):
-                waiting += value.values()
+                parts = list(value.values())
             elif key in _LISTS and isinstance(value, list):
-                waiting += value
-            elif key in _SCHEMAS:
-                waiting.append(value)
-    return found
+                parts = value
+            waiting += [(inner, depth + 1) for inner in parts]
 
 
 def _moved(schema: Any, place: str) -> Any:

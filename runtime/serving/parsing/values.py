@@ -20,28 +20,30 @@ _NAMES = {
 def types_of(name: str, schema: Mapping[str, Any]) -> frozenset[str]:
     """The types that a schema allows one of an object's members; a string if it says nothing."""
     members = schema.get("properties")
-    member = members.get(name) if isinstance(members, Mapping) else None
-    return _types(member, schema, depth=0) or _STRING
+    waiting = [members.get(name)] if isinstance(members, Mapping) else []
+    found: set[str] = set()
+    seen: set[int] = set()  # a definition may be of itself
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, Mapping) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        found |= _own_types(part)
+        waiting += [*_list(part.get("anyOf")), *_list(part.get("oneOf"))]
+        if isinstance(part.get("$ref"), str):
+            waiting.append(_resolved(part["$ref"], schema))
+    return frozenset(found) or _STRING
 
 
-def _types(schema: Any, root: Mapping[str, Any], depth: int) -> frozenset[str]:
-    if not isinstance(schema, Mapping) or depth > 8:  # a definition may be of itself
-        return frozenset()
-    reference = schema.get("$ref")
-    if isinstance(reference, str):
-        return _types(_resolved(reference, root), root, depth + 1)
+def _own_types(schema: Mapping[str, Any]) -> set[str]:
+    """Those that a schema names, or that its values have."""
     kind = schema.get("type")
     kinds = [kind] if isinstance(kind, str) else _list(kind)
     found = {kind for kind in kinds if isinstance(kind, str)}
-    if schema.get("nullable") is True:
-        found.add("null")
     if not found:
         values = [schema["const"]] if "const" in schema else _list(schema.get("enum"))
         found = {_NAMES[type(value)] for value in values if type(value) in _NAMES}
-    for union in ("anyOf", "oneOf"):
-        for choice in _list(schema.get(union)):
-            found |= _types(choice, root, depth + 1)
-    return frozenset(found)
+    return found | ({"null"} if schema.get("nullable") is True else set())
 
 
 def _list(value: Any) -> list[Any]:

@@ -17,6 +17,13 @@ def _tool(name: str, parameters: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
+def _nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"properties": {"x": schema}}
+    return schema
+
+
 def _pointed(schema: dict[str, Any], reference: str) -> Any:
     """What a reference within a schema is to."""
     assert reference.startswith("#/")
@@ -104,6 +111,7 @@ def test_a_tool_without_parameters_has_empty_arguments(parameters: Any) -> None:
         ({"properties": {"x": {"$ref": "https://a.b/c"}}}, "refer to 'https://a.b/c'"),
         ({"properties": {"x": {"$ref": 3}}}, "refer to 3"),
         ({"properties": {"x": {"$anchor": "X"}}}, "tool 'f' have '$anchor'"),
+        (_nested(200), "tool 'f' nest schemas more than 100 deep"),
     ],
 )
 def test_schemas_that_cannot_be_right_are_refused(parameters: Any, words: str) -> None:

@@ -189,7 +189,7 @@ anything = st.lists(st.sampled_from(SHREDS) | plain, max_size=25).map("".join)
 
 
 @pytest.mark.parametrize("answers", FORMATS, ids=lambda answers: answers.tool_call_parser)
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(text=anything, places=PLACES, prompt=st.sampled_from(["", "<think>", "<|start|>assistant"]))
 def test_nothing_raises_and_cuts_make_no_difference(
     answers: AnswerFormat, text: str, places: list[int], prompt: str

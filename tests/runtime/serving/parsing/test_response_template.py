@@ -58,7 +58,7 @@ def test_it_is_chosen_where_a_tokenizer_has_one() -> None:
         ("<tool_call>{x}</tool_call> so", Answer("{x} so")),
         ("<tool_call>[1]</tool_call>", Answer("[1]")),
         (f"<tool_call>?</tool_call>{as_hermes('now', {})}", Answer("?", calls=(("now", "{}"),))),
-        ('Hm <tool_call>{"name": "no', Answer('Hm {"name": "no')),
+        ('Hm <tool_call>{"name": "no', Answer('Hm{"name": "no')),  # its opening takes the space
         ("<think>so </thi", Answer("", "so </thi")),
     ],
 )
