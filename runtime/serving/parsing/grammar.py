@@ -27,7 +27,7 @@ _TABLES = frozenset(
     ["properties", "patternProperties", "dependentSchemas", "$defs", "definitions", "dependencies"]
 )
 _MOST_DEPTH = 100
-_BASES = ("$id", "id", "$anchor", "$dynamicAnchor", "$dynamicRef", "$recursiveRef")
+_BASES = ("$id", "$anchor", "$dynamicAnchor", "$dynamicRef", "$recursiveRef")
 
 
 def tool_grammar(

@@ -38,10 +38,7 @@ class Harmony:
         self._has_calls = has_calls
         self._has_reasoning = has_reasoning
         begun = prompt.rpartition(_START)[2] if _START in prompt else ""
-        self._is_in_body = _MESSAGE in begun and not any(end in begun for end in (_END, _CALL))
-        self._header = begun.partition(_MESSAGE)[0] if self._is_in_body else begun
-        if _MESSAGE in begun and not self._is_in_body:
-            self._header = ""
+        self._header, self._is_in_body = _begun_message(begun)
         self._num_messages = {"content": 0, "reasoning": 0}
 
     def read(self, source: Source, draft: Draft) -> Reading[None]:
@@ -96,6 +93,17 @@ class Harmony:
             write("\n")
         self._num_messages[kind] += 1
         return write
+
+
+def _begun_message(text: str) -> tuple[str, bool]:
+    """Of a prompt's last message: the header as far as it is there, and whether it is complete.
+
+    A message that has ended as well is none to go on with.
+    """
+    header, marker, body = text.partition(_MESSAGE)
+    if marker and any(end in body for end in (_END, _CALL, _RETURN)):
+        return "", False
+    return header, bool(marker)
 
 
 def _read_call(source: Source, draft: Draft, recipient: str) -> Reading[str]:

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-
 from vkv.runtime.serving.parsing.values import json_value, types_of
 
 
