@@ -11,18 +11,15 @@ from ..json_calls import read_value
 from ..source import Markers, Reading, Source, Write
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
-_END, _CALL, _RETURN, _CONSTRAIN = "<|end|>", "<|call|>", "<|return|>", "<|constrain|>"
+_END, _CALL, _RETURN = "<|end|>", "<|call|>", "<|return|>"
 _ENDS = (_END, _CALL, _RETURN, _START, _CHANNEL)
 _BODY_ENDS = Markers(_ENDS)
 _HEADER_ENDS = Markers((_MESSAGE, _END, _CALL, _RETURN, _START))
 _BEGINNINGS = (_START, _CHANNEL, _MESSAGE, "to=")
 _MARKUP = re.compile(r"<\|(?:channel|constrain)\|>")
+_HEADER_WORDS = ("assistant", "analysis", "commentary", "final", "json")
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
-_HEADER = re.compile(
-    r"\s*(assistant)?(\s*to=\S+?)?\s*(<\|channel\|>\s*\w+)?(\s+to=[^\s<]+)?"
-    r"\s*(<\|constrain\|>)?\s*\w*\s*"
-)
 
 
 class Harmony:
@@ -71,8 +68,9 @@ class Harmony:
         header = "".join(parts)
         if marker == _MESSAGE:
             return (yield from self._body(source, draft, header))
-        if not _HEADER.fullmatch(header):  # a channel without a message
-            draft.content(_MARKUP.sub("", header))
+        text = _MARKUP.sub("", header)
+        if not all(map(_is_of_a_header, text.split())):  # a channel without a message
+            draft.content(text)
         return marker
 
     def _body(self, source: Source, draft: Draft, header: str) -> Reading[str]:
@@ -93,6 +91,11 @@ class Harmony:
             write("\n")
         self._num_messages[kind] += 1
         return write
+
+
+def _is_of_a_header(word: str) -> bool:
+    """Whether a header has such a word, which may be cut off."""
+    return word.startswith("to=") or any(known.startswith(word) for known in _HEADER_WORDS)
 
 
 def _begun_message(text: str) -> tuple[str, bool]:

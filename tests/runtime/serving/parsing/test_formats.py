@@ -140,6 +140,7 @@ HARMONY = [
     ("no channels", Answer("no channels")),
     ("<|channel|>final says nothing", Answer("final says nothing")),
     ("<|channel|>ana", Answer()),
+    (f"<|channel|>{' ' * 9999}so", Answer(f"{' ' * 9999}so")),
     (
         '<|channel|>commentary to=functions.f<|message|>{"a": "<|end|>"}<|call|>',
         (("f", '{"a": "<|end|>"}'),),
