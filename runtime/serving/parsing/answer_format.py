@@ -71,6 +71,7 @@ class AnswerFormat:
             tool_choice: `auto`; `none` to leave calls as text; `required` or a tool's name for an
                 answer that `tool_grammar` holds.
             prompt: the text that the model goes on with, since it may have opened the reasoning.
+                Empty for an answer that a grammar holds to something other than calls.
 
         Raises InvalidPrompt for tools that cannot be right.
         """
