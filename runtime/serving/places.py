@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from .http.errors import ApiError
 from .options import ServeOptions
@@ -51,6 +52,20 @@ class Admittance:
             if key is not None:
                 self._of_key[key] -= num_requests
 
+    def check_room(self) -> None:
+        """Raises ApiError 503 if all places are taken."""
+        if self.num_requests >= self._num_places:
+            self._refuse_queue()
+
+    def _refuse_queue(self) -> NoReturn:
+        self._on_refusal("queue_full")
+        raise ApiError(
+            503,
+            f"{self.num_requests} requests run or wait, and {self._num_places} may; try again",
+            "queue_full",
+            retry_after_s=self._patience_s(),
+        )
+
     def _check(self, num_requests: int, num_tokens: int, key: int | None) -> None:
         if key is not None and self._of_key[key] + num_requests > self._places_of_a_key:
             self._on_refusal("key_share")
@@ -62,13 +77,7 @@ class Admittance:
                 retry_after_s=1,
             )
         if self.num_requests + num_requests > self._num_places:
-            self._on_refusal("queue_full")
-            raise ApiError(
-                503,
-                f"{self.num_requests} requests run or wait, and {self._num_places} may; try again",
-                "queue_full",
-                retry_after_s=self._patience_s(),
-            )
+            self._refuse_queue()
         waits = self.num_requests >= self._max_seqs
         if waits and self.num_tokens + num_tokens > self._most_tokens:
             self._on_refusal("queue_tokens")

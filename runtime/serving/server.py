@@ -16,8 +16,8 @@ from ..frontend.text_stream import RequestText
 from ..request.sampling_params import SamplingParams
 from .generation import Delta, deltas
 from .http.errors import ApiError
+from .link.engine_link import EngineLink
 from .link.face import Face
-from .link.remote import RemoteEngine
 from .metrics import Metrics
 from .options import ServeOptions
 from .parsing import AnswerFormat, answer_format
@@ -35,14 +35,16 @@ _T = TypeVar("_T")
 class Server:
     """A front process: the engine it calls, and the model as callers see it.
 
+    It takes requests once it has met the model (`meet`).
+
     Attributes:
         is_draining: no further request is taken.
         created: when it began, for /v1/models.
     """
 
-    def __init__(self, options: ServeOptions, engine_path: str) -> None:
+    def __init__(self, options: ServeOptions, engine: EngineLink) -> None:
         self.options = options
-        self.engine = RemoteEngine(engine_path, self._meet)
+        self.engine = engine
         self.is_draining = False
         self.created = int(time.time())
         self._face: Face | None = None
@@ -51,7 +53,7 @@ class Server:
         self._admittance: Admittance | None = None
         self._metrics: Metrics | None = None
 
-    def _meet(self, face: Face) -> None:
+    def meet(self, face: Face) -> None:
         """An engine has answered; after a restart it is the same model again."""
         _log.info("%s is ready: %s, %s", face.name, face.device, face.dtype)
         if self._face is not None:
@@ -113,11 +115,12 @@ class Server:
         return tuple(self.options.served_model_name) or (self.face.name,)
 
     def check_ready(self) -> None:
-        """Raises ApiError 503 while nothing can be asked."""
+        """Raises ApiError 503 while nothing can be asked, or the line is full."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", "unavailable", retry_after_s=30)
         _there(self._face)
         self.engine.check_open()
+        self.admittance.check_room()  # before a prompt is read for nothing
 
     def model_name(self, asked: str | None) -> str:
         """The name for the answer. Raises ApiError 404 for a model that is not here."""

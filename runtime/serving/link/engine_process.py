@@ -289,15 +289,6 @@ def _build(order: EngineOrder) -> EngineServer:
         order.model, tokenizer=None, device=order.device, dtype=order.dtype, config=config
     )
     loop = build_loop(loaded, config)
-    face = Face(
-        name=loaded.name,
-        tokenizer=loaded.tokenizer,
-        sampling_defaults=loaded.sampling_defaults,
-        admission=loop.engine.admission,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        device=str(loaded.device),
-        max_seqs=config.max_seqs,
-        page_bytes=loop.stats().page_bytes,
-    )
+    face = Face.of(loaded, loop.engine, config)
     listener = socket.socket(fileno=order.listener)
     return EngineServer(loop, face, listener, idle_trim_s=config.idle_trim_s)
