@@ -40,7 +40,7 @@ class Served:
     def _wait_for_address(self) -> str:
         deadline = time.monotonic() + _READY_S
         while time.monotonic() < deadline:
-            if found := re.search(r"listening on (\S+)", self.log()):
+            if found := re.search(r'listening on ([^\s"]+)', self.log()):
                 return found[1]
             assert self.process.poll() is None, self.log()
             time.sleep(0.05)
