@@ -39,7 +39,7 @@ class Admittance:
     @contextmanager
     def place(self, num_requests: int, num_tokens: int, key: int | None) -> Iterator[None]:
         """Hold places for requests with so many prompt tokens. Raises ApiError 503 or 429."""
-        self._check(num_requests, num_tokens, key)
+        self.check(num_requests, num_tokens, key)
         self.num_requests += num_requests
         self.num_tokens += num_tokens
         if key is not None:
@@ -52,11 +52,6 @@ class Admittance:
             if key is not None:
                 self._of_key[key] -= num_requests
 
-    def check_room(self) -> None:
-        """Raises ApiError 503 if all places are taken."""
-        if self.num_requests >= self._num_places:
-            self._refuse_queue()
-
     def _refuse_queue(self) -> NoReturn:
         self._on_refusal("queue_full")
         raise ApiError(
@@ -66,7 +61,8 @@ class Admittance:
             retry_after_s=self._patience_s(),
         )
 
-    def _check(self, num_requests: int, num_tokens: int, key: int | None) -> None:
+    def check(self, num_requests: int, num_tokens: int, key: int | None) -> None:
+        """Raises ApiError 503 or 429 if there are no places for so many."""
         if key is not None and self._of_key[key] + num_requests > self._places_of_a_key:
             self._on_refusal("key_share")
             raise ApiError(

@@ -115,12 +115,19 @@ class Server:
         return tuple(self.options.served_model_name) or (self.face.name,)
 
     def check_ready(self) -> None:
-        """Raises ApiError 503 while nothing can be asked, or the line is full."""
+        """Raises ApiError 503, or EngineDied, while nothing can be asked."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", "unavailable", retry_after_s=30)
         _there(self._face)
         self.engine.check_open()
-        self.admittance.check_room()  # before a prompt is read for nothing
+
+    def check_room(self, request: Request) -> None:
+        """As `check_ready`, and raises ApiError 503 or 429 if there is no place for one more.
+
+        It is asked before a prompt is read, which would be for nothing.
+        """
+        self.check_ready()
+        self.admittance.check(1, 0, request.state.key)
 
     def model_name(self, asked: str | None) -> str:
         """The name for the answer. Raises ApiError 404 for a model that is not here."""

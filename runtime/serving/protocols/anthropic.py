@@ -331,7 +331,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("/v1/messages", response_model=None)
     async def messages(request: Request, asked: MessagesRequest) -> Response:
         """Answer a conversation."""
-        server.check_ready()
+        server.check_room(request)
         job = await server.prepare(
             lambda: MessagesJob(server, asked, request.state.request_id), len(str(asked.messages))
         )

@@ -398,7 +398,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         """Answer a conversation."""
-        server.check_ready()
+        server.check_room(request)
         num_characters = sum(len(str(message.get("content"))) for message in asked.messages)
         job = await server.prepare(
             lambda: ChatJob(server, asked, request.state.request_id), num_characters

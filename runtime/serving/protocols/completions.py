@@ -258,7 +258,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("/v1/completions", response_model=None)
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         """Go on with prompts."""
-        server.check_ready()
+        server.check_room(request)
         make: Callable[[], CompletionJob] = lambda: CompletionJob(  # noqa: E731
             server, asked, request.state.request_id
         )
