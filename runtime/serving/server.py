@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from ..execution.grammars import Grammars
 from ..frontend.async_requests import AsyncRequests
 from ..frontend.front_end import FrontEnd
 from ..frontend.text_stream import RequestText
@@ -56,7 +57,10 @@ class Server:
             tool_call_parser=self.options.tool_call_parser,
             reasoning_parser=self.options.reasoning_parser,
         )
-        front_end = FrontEnd(face, face.admission)
+        grammars = None
+        if face.tokenizer is not None:  # which refuse before anything is sent
+            grammars = Grammars(face.tokenizer, face.admission.vocab_size)
+        front_end = FrontEnd(face, face.admission, grammars)
         self._requests = AsyncRequests(front_end, self.engine, max_unfinished=_NO_LIMIT)
         self._admittance = Admittance(self.options, face.max_seqs)
         self._face = face
