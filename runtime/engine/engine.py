@@ -295,6 +295,9 @@ class Engine:
         request.token_ids.append(token.token_id)
         self._num_output_tokens += 1
         reason, stop_reason = _why_finished(request, self._eos_token_ids)
+        is_whole = reason != "stop" and request.sampling.is_complete
+        if is_whole:
+            reason = "stop"
         self._outputs.append(
             StepOutput(
                 request_id=request.key[0],
@@ -307,6 +310,7 @@ class Engine:
                 scheduled_time_s=request.scheduled_time_s if is_first else None,
                 finish_reason=reason,
                 stop_reason=stop_reason,
+                ends_with_text=is_whole,
             )
         )
         if reason is not None:
@@ -369,8 +373,6 @@ def _why_finished(
     if token_id in params.stop_ids:
         return "stop", token_id
     if token_id in eos_token_ids and not params.ignore_eos:
-        return "stop", None
-    if request.sampling.is_complete:
         return "stop", None
     return ("length" if request.num_output_tokens >= request.max_tokens else None), None
 
