@@ -92,6 +92,11 @@ class Grammars:
         """
         self._find(outputs)
 
+    def knows(self, outputs: StructuredOutputsParams) -> bool:
+        """True if `prepare` has nothing to do, or refuses at once."""
+        with self._lock:
+            return outputs in self._kept
+
     def start(self, outputs: StructuredOutputsParams, *, ignore_ends: bool = False) -> TokenGrammar:
         """A new output's place in its grammar, which is prepared if it was not.
 

@@ -135,9 +135,12 @@ class Server:
         given = {name: value for name, value in more.items() if value is not None}
         return dataclasses.replace(base, **{**fields.sampling_values(), **given})
 
-    async def prepare(self, make: Callable[[], _T], num_characters: int) -> _T:
-        """Make requests, away from the event loop if that may take long."""
-        if num_characters < _LONG_TEXT:
+    async def prepare(
+        self, make: Callable[[], _T], num_characters: int, *, compiles: bool = False
+    ) -> _T:
+        """Make requests, away from the event loop if that may take long: if they are long, or if a
+        grammar `compiles`."""
+        if num_characters < _LONG_TEXT and not compiles:
             return make()
         return await asyncio.to_thread(make)
 
