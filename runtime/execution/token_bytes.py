@@ -74,13 +74,23 @@ class TextCutter:
         self.longest_first: Callable[[str], list[int]] | None = None
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Token ids that spell a text."""
+        """Token ids that spell a text, up to where the vocabulary lacks what it takes."""
         data = text if isinstance(text, bytes) else text.encode()
         text = data.decode()
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        if b"".join(self._table[i] for i in ids) == data:
-            return ids
-        return [] if self.longest_first is None else self.longest_first(text)
+        if self.longest_first is not None and self._num_spelt(ids, data) < len(ids):
+            ids = self.longest_first(text)
+            ids = ids[: self._num_spelt(ids, data)]
+        return ids
+
+    def _num_spelt(self, ids: Sequence[int], data: bytes) -> int:
+        """How many of the first tokens spell what a text begins with."""
+        start = 0
+        for n, i in enumerate(ids):
+            if not data.startswith(self._table[i], start):
+                return n
+            start += len(self._table[i])
+        return len(ids)
 
 
 def _without_prefix(backend: Tokenizer) -> Tokenizer:
