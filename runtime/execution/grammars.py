@@ -192,7 +192,7 @@ def _refusal(outputs: StructuredOutputsParams, why: str) -> str:
         remedy = _TOO_LARGE
     else:
         remedy = _REMEDIES[outputs.kind]
-    what = " ".join(why.split())[:300]
+    what = " ".join(why.replace("<non-verbose/>", "").split())[:300]
     return f"structured_outputs.{outputs.kind} cannot be followed: {what}; {remedy}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,8 +15,16 @@ from .plain_values import HALF_A_PAIR, half_of_a_pair, plain, refuse, strings
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _OF_JSON = ("disable_any_whitespace", "whitespace_pattern")  # what else these kinds may have
 
-MAX_CHARACTERS = 1 << 18
-"""Of a schema or grammar: a larger one takes seconds to compile, if it can be."""
+MAX_CHARACTERS = {
+    "json": 1 << 17,
+    "choice": 1 << 17,
+    "regex": 1 << 15,
+    "grammar": 1 << 15,
+    "whitespace_pattern": 1 << 10,
+}
+"""Of each field. What takes a compiler the square of its length takes it seconds then, not more."""
+
+_MOST_IN_A_TEXT = 1 << 14  # characters of a schema's names and values, among them its patterns
 
 _NOT_HERE = {  # fields of vLLM's, and what to do without them
     "structural_tag": "outputs are held to one grammar from their start; use json or grammar",
@@ -166,6 +175,12 @@ def _schema_text(value: Any) -> str:
             "left out; whitespace is set by disable_any_whitespace and whitespace_pattern",
         )
     _check_text("json", text)
+    longest = max(map(len, re.findall(r'"(?:[^"\\]|\\.)*"', text)), default=0)
+    if longest > _MOST_IN_A_TEXT:
+        raise InvalidSamplingParams(
+            f"structured_outputs.json has a text of {longest} characters, and {_MOST_IN_A_TEXT} "
+            "are allowed in one; say it in fewer"
+        )
     return text
 
 
@@ -175,23 +190,21 @@ def _texts(value: Any) -> tuple[str, ...]:
     texts = strings("structured_outputs.choice", value)
     if not texts:
         refuse("structured_outputs.choice", texts, "a list of at least one text")
-    num_characters = sum(map(len, texts))
-    if num_characters > MAX_CHARACTERS:
-        _refuse_length("choice", num_characters)
+    _check_length("choice", sum(map(len, texts)))
     return texts
 
 
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
         refuse(f"structured_outputs.{name}", value, "a text that is not empty")
-    if len(value) > MAX_CHARACTERS:
-        _refuse_length(name, len(value))
+    _check_length(name, len(value))
     if half_of_a_pair(value) is not None:
         refuse(f"structured_outputs.{name}", value, f"text; {HALF_A_PAIR}")
 
 
-def _refuse_length(name: str, num_characters: int) -> None:
-    raise InvalidSamplingParams(
-        f"structured_outputs.{name} has {num_characters} characters, and {MAX_CHARACTERS} are "
-        "allowed; say it in fewer"
-    )
+def _check_length(name: str, num_characters: int) -> None:
+    if num_characters > MAX_CHARACTERS[name]:
+        raise InvalidSamplingParams(
+            f"structured_outputs.{name} has {num_characters} characters, and "
+            f"{MAX_CHARACTERS[name]} are allowed; say it in fewer"
+        )

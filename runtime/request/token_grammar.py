@@ -60,9 +60,10 @@ class TokenGrammar:
         """Note whether the matcher has failed: it would let the output end where it stands."""
         if self.failure is not None or not self.matcher.is_error():
             return
+        why = self.matcher.get_error().replace("<non-verbose/>", "").strip()
         self.failure = (
             "the grammar of structured_outputs cannot be followed any further: "
-            f"{self.matcher.get_error().strip()[:300] or 'unknown'}. Either no token of the "
+            f"{why[:300]}. Either no token of the "
             "vocabulary continues the output, or the grammar takes too much work; simplify it"
         )
         if self._on_failure is not None:
