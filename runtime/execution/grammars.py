@@ -192,7 +192,9 @@ def _refusal(outputs: StructuredOutputsParams, why: str) -> str:
         remedy = _TOO_LARGE
     else:
         remedy = _REMEDIES[outputs.kind]
-    what = " ".join(why.replace("<non-verbose/>", "").split())[:300]
+    what = " ".join(why.replace("<non-verbose/>", "").split())
+    if len(what) > 320:  # it repeats the grammar, and then says what is wrong
+        what = f"{what[:100]} … {what[-200:]}"
     return f"structured_outputs.{outputs.kind} cannot be followed: {what}; {remedy}"
 
 
