@@ -18,9 +18,9 @@ _NUM_SAMPLES = 512  # tokens of which the tokenizer's own decoder is asked
 
 
 def token_bytes(
-    tokenizer: PreTrainedTokenizerBase, num_tokens: int, end_token_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_token_ids: Sequence[int]
 ) -> list[bytes]:
-    """The bytes of `num_tokens` tokens or of all the tokenizer has, whichever are more.
+    """The bytes of each of `vocab_size` tokens, which may be more than the tokenizer's, or fewer.
 
     Special tokens, those that end an output and ids without a token begin with `SPECIAL`.
 
@@ -31,9 +31,8 @@ def token_bytes(
     texts = {i: text for text, i in backend.get_vocab(with_added_tokens=True).items()}
     added = backend.get_added_tokens_decoder()
     spell = _speller(_decoders(backend))
-    num_tokens = max(num_tokens, max(texts, default=-1) + 1)
     table: list[bytes] = []
-    for i in range(num_tokens):
+    for i in range(vocab_size):
         if i in added:
             content = added[i].content.encode()
             table.append(SPECIAL + content if added[i].special else content)
@@ -87,7 +86,7 @@ class TextCutter:
         """How many of the first tokens spell what a text begins with."""
         start = 0
         for n, i in enumerate(ids):
-            if not data.startswith(self._table[i], start):
+            if i >= len(self._table) or not data.startswith(self._table[i], start):
                 return n
             start += len(self._table[i])
         return len(ids)

@@ -32,16 +32,16 @@ def test_a_text_is_cut_into_tokens_that_spell_it(make: object, text: str) -> Non
 
 def test_a_text_is_cut_as_the_model_was_taught() -> None:
     tokenizer = vocabularies.byte_level()
-    cutter = TextCutter(tokenizer, token_bytes(tokenizer, 0, ()))
+    cutter = TextCutter(tokenizer, token_bytes(tokenizer, len(tokenizer), ()))
     assert cutter(b'{"name": ') == tokenizer.encode('{"name": ', add_special_tokens=False)
     tokenizer = vocabularies.byte_fallback()
-    cutter = TextCutter(tokenizer, token_bytes(tokenizer, 0, ()))
+    cutter = TextCutter(tokenizer, token_bytes(tokenizer, len(tokenizer), ()))
     assert cutter('{"name": "') == tokenizer.convert_tokens_to_ids(['{"', "name", '":', '▁"'])
 
 
 def test_what_the_vocabulary_lacks_ends_the_cut() -> None:
     tokenizer = zoo.letter_tokenizer()
-    table = token_bytes(tokenizer, 0, ())
+    table = token_bytes(tokenizer, len(tokenizer), ())
     cutter = TextCutter(tokenizer, table)
     cutter.longest_first = lambda text: [table.index(c.encode()) for c in text if c.isascii()]
     assert cutter("größe") == [table.index(b"g"), table.index(b"r")]
@@ -55,7 +55,7 @@ def test_special_tokens_ends_and_empty_ids_are_no_text() -> None:
     assert table[1] == SPECIAL + b"<end>"
     assert table[letter] == SPECIAL + b"a"
     assert all(table[i].startswith(SPECIAL) for i in range(len(tokenizer), 600))
-    assert len(token_bytes(tokenizer, 3, ())) == len(tokenizer)
+    assert token_bytes(tokenizer, 300, [1, letter]) == table[:300]
 
 
 def test_a_decoder_that_looks_around_is_refused() -> None:
@@ -68,7 +68,7 @@ def test_a_decoder_that_says_otherwise_is_refused() -> None:
     parts = [decoders.Replace(Regex("[a-f]"), "x"), decoders.Fuse()]
     tokenizer.backend_tokenizer.decoder = decoders.Sequence(parts)
     with pytest.raises(InvalidSamplingParams, match="do not know what token"):
-        token_bytes(tokenizer, 0, ())
+        token_bytes(tokenizer, len(tokenizer), ())
 
 
 def test_a_tokenizer_of_another_library_is_refused() -> None:
