@@ -1,5 +1,7 @@
 """Tokenizers of the kinds that models have, small enough to be made in a test."""
 
+import random
+
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -72,4 +74,21 @@ def word_piece() -> PreTrainedTokenizerFast:
     vocab = {"[UNK]": 0, "a": 1, "##b": 2, "<end>": 3}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def byte_level_of_size(vocab_size: int) -> PreTrainedTokenizerFast:
+    """As `byte_level`, with random words up to a size that no text was read for."""
+    rng = random.Random(0)
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    vocab = {token: i for i, token in enumerate(["<pad>", "<end>", "<turn>", *sorted(letters)])}
+    common = "etaoinshrdlucmfwypvbgkETAOINSHR0123456789"
+    while len(vocab) < vocab_size:
+        word = "".join(rng.choices(common, k=rng.randint(2, 7)))
+        start, end = rng.choice(["Ġ", ""]), rng.choice([*[""] * 9, '"', '":', '",', "}"])
+        vocab.setdefault(start + word + end, len(vocab))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens(["<pad>", "<end>", "<turn>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
