@@ -1,14 +1,14 @@
 """Tokens that must not come: `allowed_token_ids`, `bad_words` and `structured_outputs`."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..request.sampling_state import SamplingState
-from ..request.token_bars import TokenBars
 from ..request.token_grammar import TokenGrammar, allowed_bits
 from .upload import is_ready, upload, upload_array
 
@@ -18,23 +18,18 @@ def mask_logits(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
     `logits` [batch, vocab] are left as they are; row i belongs to `states[i]`.
     """
-    bars = {row: state.bars for row, state in enumerate(states) if state.bars is not None}
     grammars = {row: s.grammar for row, s in enumerate(states) if s.grammar is not None}
-    if not bars and not grammars:
+    return _follow(_bar(logits, states), grammars)
+
+
+def _bar(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """`logits` without what `TokenBars` bar."""
+    rows = [row for row, state in enumerate(states) if state.bars is not None]
+    if not rows:
         return logits
-    barred = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-    if bars:
-        where = upload(list(bars), torch.long, logits.device)
-        barred[where] = _of_bars(list(bars.values()), logits.shape[-1], logits.device)
-    if grammars:
-        where = upload(list(grammars), torch.long, logits.device)
-        barred[where] |= _of_grammars(list(grammars.values()), logits.shape[-1], logits.device)
-    return logits.masked_fill(barred, -math.inf)
-
-
-def _of_bars(bars: Sequence[TokenBars], vocab_size: int, device: torch.device) -> Tensor:
-    """True where a token is barred: bool [bars, vocab_size]."""
-    masks = torch.stack([bar.mask(vocab_size, device) for bar in bars])
+    bars = [bar for state in states if (bar := state.bars) is not None]
+    vocab_size, device = logits.shape[-1], logits.device
+    masks = torch.stack([bar.mask(vocab_size, device) for bar in bars])  # [rows, vocab]
     ends = [
         (i, token_id)
         for i, bar in enumerate(bars)
@@ -44,16 +39,34 @@ def _of_bars(bars: Sequence[TokenBars], vocab_size: int, device: torch.device) -
     if ends:
         where = upload(list(zip(*ends, strict=True)), torch.long, device)
         masks[where[0], where[1]] = True
-    return masks
+    where = upload(rows, torch.long, device)
+    masked = logits.clone()
+    masked[where] = logits[where].masked_fill_(masks, -math.inf)
+    return masked
 
 
-def _of_grammars(grammars: Sequence[TokenGrammar], vocab_size: int, device: torch.device) -> Tensor:
-    """True where a token cannot go on an output: bool [grammars, vocab_size]."""
-    barred = ~allowed_bits(grammars)
-    if is_ready(device):
-        bits = np.unpackbits(barred.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_))
-    # Eight times as little to copy; a word has the bits of 32 tokens.
-    words = upload_array(barred, device)[:, :, None]
-    bits = words >> torch.arange(32, dtype=torch.int32, device=device) & 1
-    return bits.bool().flatten(1)[:, :vocab_size]
+def _follow(logits: Tensor, grammars: Mapping[int, TokenGrammar]) -> Tensor:
+    """`logits` without what the rows' grammars do not allow next."""
+    if not grammars:
+        return logits
+    some = allowed_bits(list(grammars.values()))
+    bits = np.full((len(logits), some.shape[1]), -1, dtype=np.int32)  # the other rows: all
+    bits[list(grammars)] = some
+    vocab_size = logits.shape[-1]
+    if is_ready(logits.device):
+        # Several times as fast as to fill by a mask. A barred NaN stays, and its row fails.
+        addends = _addends_by_byte().take(bits.view(np.uint8), axis=0).reshape(len(bits), -1)
+        return logits + torch.from_numpy(addends[:, :vocab_size])
+    words = upload_array(bits, logits.device)[:, :, None]  # of 32 tokens each
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = (words >> shifts & 1).bool().flatten(1)[:, :vocab_size]
+    return logits.masked_fill(~allowed, -math.inf)
+
+
+@functools.cache
+def _addends_by_byte() -> np.ndarray:
+    """For each byte of a mask, what to add to the logits of its tokens: float32 [256, 8]."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    table = np.where(bits, np.float32(0), np.float32(-np.inf))
+    table.flags.writeable = False
+    return table
