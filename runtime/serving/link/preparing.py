@@ -64,7 +64,7 @@ class Preparing:
         self._ringer.send(b"!")
 
     def close(self) -> None:
-        """End the threads. What is under way is forgotten."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End the threads, once what they compile is compiled."""
+        self._threads.shutdown(cancel_futures=True)
         self._bell.close()
         self._ringer.close()
