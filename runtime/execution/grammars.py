@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
 
 from llguidance import (
     LLExecutor,
@@ -201,13 +200,15 @@ def _refusal(outputs: StructuredOutputsParams, why: str) -> str:
 def _in_llguidance(outputs: StructuredOutputsParams) -> str:
     """The grammar in llguidance's own form. Raises ValueError if it cannot be read."""
     if outputs.is_json:
-        options: dict[str, Any] = {
-            "lenient": False,  # keywords that are not implemented are refused by name
-            "coerce_one_of": False,
-            "whitespace_flexible": not outputs.disable_any_whitespace,
-            "whitespace_pattern": outputs.whitespace_pattern,
-        }
-        return LLMatcher.grammar_from_json_schema(outputs.schema_text, overrides=options)
+        return LLMatcher.grammar_from_json_schema(
+            outputs.schema_text,
+            overrides={
+                "lenient": False,  # keywords that are not implemented are refused by name
+                "coerce_one_of": False,
+                "whitespace_flexible": not outputs.disable_any_whitespace,
+                "whitespace_pattern": outputs.whitespace_pattern,
+            },
+        )
     if outputs.regex is not None:
         return LLMatcher.grammar_from_regex(outputs.regex)
     if outputs.choice is not None:
