@@ -33,12 +33,17 @@ _MOST_KEPT = 64  # grammars, and refusals
 # These bytes are address space; memory is taken as far as they are used.
 _STACK_BYTES = 512 << 20
 
+_sizing = threading.Lock()  # the size of new threads' stacks is the process's, not a thread's
+
 # llguidance lets the GIL go while it compiles and while it computes masks (a thread beside it was
 # never kept from running for more than 0.1 s), but nothing can stop it from outside. These limits
 # do: what meets none of them is compiled within a few seconds.
 _MOST_SYMBOLS = 30_000
 
 _TOO_LARGE = "use fewer properties, alternatives or repetitions"
+# Enough for indentation. Without a bound a weak model may go on with nothing else to the end.
+_WHITESPACE = r"[ \n\r\t]{1,40}"
+
 _REMEDIES = {
     "json": "see the keywords that llguidance has for JSON schemas, or check the output instead",
     "regex": "use the syntax of Rust's regex, without look-around and back-references",
@@ -206,7 +211,7 @@ def _in_llguidance(outputs: StructuredOutputsParams) -> str:
                 "lenient": False,  # keywords that are not implemented are refused by name
                 "coerce_one_of": False,
                 "whitespace_flexible": not outputs.disable_any_whitespace,
-                "whitespace_pattern": outputs.whitespace_pattern,
+                "whitespace_pattern": _whitespace(outputs),
             },
         )
     if outputs.regex is not None:
@@ -219,14 +224,20 @@ def _in_llguidance(outputs: StructuredOutputsParams) -> str:
     return grammar_from("grammar", outputs.grammar)
 
 
+def _whitespace(outputs: StructuredOutputsParams) -> str | None:
+    """The pattern of whitespace between JSON's tokens; None for none."""
+    return None if outputs.disable_any_whitespace else outputs.whitespace_pattern or _WHITESPACE
+
+
 def _start(work: Callable[[], None]) -> threading.Thread:
     """A thread for `work`, with a stack for it."""
     thread = threading.Thread(target=work, name="vkv-grammar")
-    before = threading.stack_size(_STACK_BYTES)  # of threads to come, for a moment anybody's
-    try:
-        thread.start()
-    finally:
-        threading.stack_size(before)
+    with _sizing:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
     return thread
 
 

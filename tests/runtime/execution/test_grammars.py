@@ -67,6 +67,10 @@ def test_whitespace_is_as_asked(walker: Walker) -> None:
     schema = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 3}
     anything = _walks(walker, 60, json=schema)
     assert any(" " in text or "\n" in text for text in anything)
+    grammar = walker.grammars.start(StructuredOutputsParams(json=schema))
+    for byte in (b"[", *[b" "] * 40):
+        grammar.advance(walker.table.index(byte))
+    assert {walker.table[i][:1] for i in allowed(grammar)} == {b"1", b"2"}
     for text in _walks(walker, json=schema, disable_any_whitespace=True):
         assert re.fullmatch(r"\[[12](,[12])+\]", text)
     for text in _walks(walker, json=schema, whitespace_pattern="_?"):
@@ -219,6 +223,7 @@ def test_grammars_are_kept_and_the_oldest_forgotten(
 
 def test_any_number_of_threads_may_prepare_and_start(walker: Walker) -> None:
     errors: list[BaseException] = []
+    stack_bytes = threading.stack_size()
 
     def work(number: int) -> None:
         try:
@@ -234,6 +239,7 @@ def test_any_number_of_threads_may_prepare_and_start(walker: Walker) -> None:
     for thread in threads:
         thread.join()
     assert not errors, errors[0]
+    assert threading.stack_size() == stack_bytes
 
 
 def test_all_end_tokens_may_end_an_output_and_only_a_whole_one(walker: Walker) -> None:
