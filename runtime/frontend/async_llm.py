@@ -68,7 +68,7 @@ class AsyncLLM:
         )
         loop = build_loop(loaded, self.config)
         self.engine = loop.engine
-        front_end = FrontEnd(loaded, loop.engine.admission)
+        front_end = FrontEnd(loaded, loop.engine.admission, loop.engine.grammars)
         # The thread knows the driver, not this object, which can so be dropped without `close`.
         self._thread = EngineThread(loop, idle_trim_s=self.config.idle_trim_s)
         self._requests = AsyncRequests(front_end, self._thread, max_unfinished=max_unfinished)

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from ..execution.grammars import Grammars
 from ..frontend.async_requests import AsyncRequests
 from ..frontend.front_end import FrontEnd
 from ..frontend.text_stream import RequestText
@@ -65,7 +66,10 @@ class Server:
             tool_call_parser=self.options.tool_call_parser,
             reasoning_parser=self.options.reasoning_parser,
         )
-        front_end = FrontEnd(face, face.admission)
+        grammars = None
+        if face.tokenizer is not None:  # which refuse before anything is sent
+            grammars = Grammars(face.tokenizer, face.admission.vocab_size)
+        front_end = FrontEnd(face, face.admission, grammars)
         self._requests = AsyncRequests(front_end, self.engine, max_unfinished=_NO_LIMIT)
         name = (*self.options.served_model_name, face.name)[0]
         self._metrics = Metrics(face, name, self.engine)
@@ -155,9 +159,12 @@ class Server:
         given = {name: value for name, value in more.items() if value is not None}
         return dataclasses.replace(base, **{**fields.sampling_values(), **given})
 
-    async def prepare(self, make: Callable[[], _T], num_characters: int) -> _T:
-        """Make requests, away from the event loop if that may take long."""
-        if num_characters < _LONG_TEXT:
+    async def prepare(
+        self, make: Callable[[], _T], num_characters: int, *, compiles: bool = False
+    ) -> _T:
+        """Make requests, away from the event loop if that may take long: if they are long, or if a
+        grammar `compiles`."""
+        if num_characters < _LONG_TEXT and not compiles:
             return make()
         return await asyncio.to_thread(make)
 

@@ -262,7 +262,11 @@ def router(server: Server) -> APIRouter:
         make: Callable[[], CompletionJob] = lambda: CompletionJob(  # noqa: E731
             server, asked, request.state.request_id
         )
-        job = await server.prepare(make, sum(map(len, asked.prompts())))
+        job = await server.prepare(
+            make,
+            sum(map(len, asked.prompts())),
+            compiles=bool(asked.structured_outputs or asked.response_format),
+        )
         place = server.place(request, job.texts)
         if not asked.stream:
             with place:
