@@ -26,7 +26,7 @@ def app_of(llm: AsyncLLM, **options: Any) -> Callable[..., Awaitable[None]]:
         >>> uvicorn.run(app_of(AsyncLLM()))
     """
     server = Server(ServeOptions(**options), LocalEngine(llm))
-    server.meet(Face.of(llm.loaded, llm.engine, llm.config))
+    server.meet(Face.of(llm.loaded, llm.engine, llm.config), llm.engine.grammars)
     return build_app(server)
 
 

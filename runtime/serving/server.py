@@ -54,8 +54,11 @@ class Server:
         self._admittance: Admittance | None = None
         self._metrics: Metrics | None = None
 
-    def meet(self, face: Face) -> None:
-        """An engine has answered; after a restart it is the same model again."""
+    def meet(self, face: Face, grammars: Grammars | None = None) -> None:
+        """An engine has answered; after a restart it is the same model again.
+
+        `grammars` are the engine's own, where it is in this process.
+        """
         _log.info("%s is ready: %s, %s", face.name, face.device, face.dtype)
         if self._face is not None:
             return
@@ -66,8 +69,7 @@ class Server:
             tool_call_parser=self.options.tool_call_parser,
             reasoning_parser=self.options.reasoning_parser,
         )
-        grammars = None
-        if face.tokenizer is not None:  # which refuse before anything is sent
+        if grammars is None and face.tokenizer is not None:  # to refuse before anything is sent
             grammars = Grammars(face.tokenizer, face.admission.vocab_size)
         front_end = FrontEnd(face, face.admission, grammars)
         self._requests = AsyncRequests(front_end, self.engine, max_unfinished=_NO_LIMIT)
