@@ -84,6 +84,11 @@ for folder in ("attention_backends", "quant/kernels", "runtime/cpu_kernels"):
     )
 PY
 venv/bin/vkv info >/dev/null
+told=$(venv/bin/vkv serve 2>&1) && { echo "vkv serve ran without its extra: $told"; exit 1; }
+case "$told" in
+  *"pip install 'vkv[serve]'"*) ;;
+  *) echo "vkv serve does not say what it lacks: $told"; exit 1 ;;
+esac
 answer=$(printf 'my gate code is 4821\nwhat is my gate code?\n' | venv/bin/vkv chat --device cpu | tail -n 1)
 echo "the wheel, on its own, answers: $answer"
 case "$answer" in
