@@ -136,8 +136,8 @@ class Answer(asyncio.Protocol):
                     num_tokens = usage["completion_tokens"] if usage else num_tokens
         if not is_done:
             raise RuntimeError("the stream has no end")
-        if num_tokens is not None and times:
-            times = times[:num_tokens] + times[-1:] * (num_tokens - len(times))
+        if num_tokens is not None:
+            times = times[:num_tokens] + [self._pieces[-1][0]] * (num_tokens - len(times))
         return times
 
 
@@ -145,7 +145,7 @@ def _num_tokens(event: dict[str, Any]) -> int:
     for choice in event.get("choices") or ():
         if choice.get("token_ids") is not None:
             return len(choice["token_ids"])
-        return int(bool(choice.get("text")))
+        return int(bool(choice.get("text")) or choice.get("finish_reason") is None)
     return 0
 
 
