@@ -36,6 +36,8 @@ class PageGeometry(Protocol):
     @property
     def num_ranges(self) -> int: ...
     @property
+    def range_widths(self) -> tuple[int, ...]: ...
+    @property
     def growth_tokens(self) -> int: ...
     def pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
     def whole_pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
@@ -148,6 +150,11 @@ class KVLayout:
     @property
     def num_ranges(self) -> int:
         return len(self.ranges)
+
+    @cached_property
+    def range_widths(self) -> tuple[int, ...]:
+        """Bytes of one token in each range."""
+        return tuple(r.token_bytes for r in self.ranges)
 
     def pages_per_range(self, num_tokens: int) -> tuple[int, ...]:
         """Pages of each range that back the first `num_tokens` tokens, over-read included."""
