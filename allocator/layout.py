@@ -159,7 +159,7 @@ class KVLayout:
     def pages_per_range(self, num_tokens: int) -> tuple[int, ...]:
         """Pages of each range that back the first `num_tokens` tokens, over-read included."""
         backed = -(-num_tokens // self.over_read_tokens) * self.over_read_tokens
-        return tuple(-(-backed * r.token_bytes // self.page_bytes) for r in self.ranges)
+        return tuple([-(-backed * width // self.page_bytes) for width in self.range_widths])
 
     def num_pages(self, num_tokens: int) -> int:
         """Pages of all ranges that back the first `num_tokens` tokens."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .backing import Backing
 from .layout import PageGeometry
-from .slot import Slot
+from .slot import Slot, SlotState
 from .slot_table import SlotTable
 from .stats import KVStats
 
@@ -29,8 +29,7 @@ class PageRuns(NamedTuple):
     parked: int
 
 
-@dataclass(frozen=True, slots=True)
-class Lane:
+class Lane(NamedTuple):
     """Ranges whose tokens are equally wide, and whose pages so come and go together.
 
     Attributes:
@@ -42,8 +41,7 @@ class Lane:
     num_pages: int
 
 
-@dataclass(frozen=True, slots=True)
-class SlotPages:
+class SlotPages(NamedTuple):
     """A slot that is not free.
 
     Attributes:
@@ -90,7 +88,7 @@ def draw(backing: Backing, table: SlotTable, stats: KVStats) -> PageMap:
         slots=tuple(
             SlotPages(
                 slot.index,
-                slot.index not in table.live,
+                slot.state is SlotState.PARKED,
                 slot.num_tokens,
                 slot.reservation.num_pages,
                 tuple(_runs(backing, slot, index) for index in lanes),
