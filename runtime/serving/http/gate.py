@@ -15,7 +15,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/ready"})  # without a key
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # without a key: none of them holds a secret
 ANTHROPIC_PATHS = ("/v1/messages",)
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")  # visible ASCII
 _LINE = '%(client)s "%(method)s %(path)s" %(status)d %(bytes)d %(seconds).4fs %(request_id)s'
