@@ -29,7 +29,8 @@ class PageRuns(NamedTuple):
     parked: int
 
 
-class Lane(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Lane:
     """Ranges whose tokens are equally wide, and whose pages so come and go together.
 
     Attributes:

@@ -98,16 +98,18 @@ class Projector:
     async def watch(self) -> AsyncGenerator[bytes]:
         """Events for one viewer: the newest map or trouble, then each that it has time for.
 
-        Raises ApiError 503 once the server shuts down.
+        Raises ApiError 503 once the server shuts down, and what went wrong if asking did.
         """
         self._num_viewers += 1
-        if self._asking is None:
+        if self._asking is None or self._asking.done():
             self._asking = asyncio.ensure_future(self._ask())
         seen = 0
         try:
             while True:
                 if not self._is_open():
                     raise ApiError(503, "the server is shutting down", "unavailable")
+                if self._asking.done():
+                    self._asking.result()
                 if self._shown is None or seen == self._number:
                     await self._news.wait()
                     continue
@@ -123,17 +125,21 @@ class Projector:
             self._asking, self._shown = None, None
 
     async def _ask(self) -> None:
-        while self._is_open():
-            begin_s = time.monotonic()
-            try:
-                drawn = await self._source.memory_map()
-            except VkvError as error:  # said to the viewers, as it may pass
-                self._show(Trouble(str(error)))
-                await asyncio.sleep(_TROUBLE_S)
-            else:
-                self._show(drawn)
-                await asyncio.sleep(max(0.0, begin_s + _BETWEEN_S - time.monotonic()))
-        self._tell()
+        try:
+            while self._is_open():
+                await self._ask_once()
+        finally:
+            self._tell()
+
+    async def _ask_once(self) -> None:
+        begin_s = time.monotonic()
+        try:
+            self._show(await self._source.memory_map())
+        except VkvError as error:  # said to the viewers, as it may pass
+            self._show(Trouble(str(error)))
+            await asyncio.sleep(_TROUBLE_S)
+        else:
+            await asyncio.sleep(max(0.0, begin_s + _BETWEEN_S - time.monotonic()))
 
     def _show(self, what: MemoryMap | Trouble) -> None:
         if what == self._shown:
