@@ -6,8 +6,9 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
@@ -17,6 +18,7 @@ from vkv.runtime.serving.page import MapSource, page_router
 
 MODEL = "tiny-chat"
 KEY = "sesame"
+T = TypeVar("T")
 
 
 def page_app(source: MapSource, llm: AsyncLLM | None, *, needs_key: bool = False) -> FastAPI:
@@ -70,6 +72,12 @@ async def _answer(llm: AsyncLLM, body: dict[str, Any]) -> AsyncIterator[str]:
 
 def _chunk(delta: dict[str, str], reason: str | None = None) -> str:
     return f"data: {json.dumps({'choices': [{'delta': delta, 'finish_reason': reason}]})}\n\n"
+
+
+def run_elsewhere(work: Coroutine[Any, Any, T]) -> T:
+    """What `work` comes to, on another thread: a browser's event loop has this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 @contextlib.contextmanager
