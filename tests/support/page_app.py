@@ -1,4 +1,4 @@
-"""The page of memory on a server of its own, in a thread: maps of a source, and a chat to cause them."""
+"""The page of memory on a server of its own, in a thread, and a chat that takes some."""
 
 import asyncio
 import contextlib
@@ -29,9 +29,9 @@ def page_app(source: MapSource, llm: AsyncLLM | None, *, needs_key: bool = False
 
     @app.middleware("http")
     async def check_key(request: Request, call_next: Callable[[Request], Any]) -> Any:
-        if needs_key and request.url.path != "/":
-            if request.headers.get("authorization") != f"Bearer {KEY}":
-                return JSONResponse({"error": {"message": "no API key was shown"}}, 401)
+        shown = request.headers.get("authorization")
+        if needs_key and request.url.path != "/" and shown != f"Bearer {KEY}":
+            return JSONResponse({"error": {"message": "no API key was shown"}}, 401)
         return await call_next(request)
 
     return app
@@ -63,7 +63,8 @@ async def _answer(llm: AsyncLLM, body: dict[str, Any]) -> AsyncIterator[str]:
         text = output.outputs[0].text
         yield _chunk({"content": text[len(told) :]})
         told = text
-    assert output is not None and output.prompt_token_ids is not None
+    assert output is not None
+    assert output.prompt_token_ids is not None
     counts = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
     yield _chunk({}, "length")
     usage = {"prompt_tokens": counts[0], "completion_tokens": counts[1]}

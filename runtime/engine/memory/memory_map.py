@@ -107,7 +107,7 @@ class MemoryMap(msgspec.Struct, frozen=True):
 
 
 def draw_memory(engine: Engine) -> MemoryMap:
-    """The map of now, for whoever drives the engine. Takes time for each slot, not for each page."""
+    """The map of now, for whoever drives the engine. Takes time a slot, not a page."""
     pages = engine.cache.page_map()
     stats = engine.stats(pages.stats)
     return MemoryMap(

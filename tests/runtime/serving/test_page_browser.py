@@ -1,5 +1,6 @@
 """The page in a browser: strips grow during a chat, and hands, eyes and ears find their way."""
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -62,7 +63,9 @@ def visit(browser: Any) -> Iterator[Callable[..., Visit]]:
         contexts.append(context)
         visit = Visit(context.new_page())
         visit.page.set_default_timeout(PATIENCE_MS)
-        visit.page.on("console", lambda said: said.type == "error" and visit.errors.append(said.text))
+        visit.page.on(
+            "console", lambda said: said.type == "error" and visit.errors.append(said.text)
+        )
         visit.page.on("pageerror", lambda error: visit.errors.append(str(error)))
         visit.page.on("request", lambda request: visit.urls.append(request.url))
         visit.page.goto(address)
@@ -83,18 +86,25 @@ def _ask(page: Any, text: str, *, most: int) -> None:
     page.keyboard.press("Enter")
 
 
-def _colors(page: Any) -> int:
-    """How many colours the strips show: what is backed has its request's."""
+def _backed(page: Any) -> int:
+    """Pixels of the strips that have a request's colour, which no text and no free slot has."""
     return page.evaluate(
         """() => {
           const canvas = document.getElementById("strips");
           const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-          const colors = new Set();
-          for (let i = 0; i < data.length; i += 4)
-            if (data[i + 3] === 255) colors.add((data[i] << 16) + (data[i + 1] << 8) + data[i + 2]);
-          return colors.size;
+          let count = 0;
+          for (let i = 0; i < data.length; i += 4) {
+            const channels = [data[i], data[i + 1], data[i + 2]];
+            if (data[i + 3] === 255 && Math.max(...channels) - Math.min(...channels) > 60) count++;
+          }
+          return count;
         }"""
     )
+
+
+def _tokens(page: Any) -> int:
+    """Tokens of the slot that is chosen, as the line under the strips says."""
+    return int(re.search(r"([\d\u202f]+) tokens? of", page.locator("#detail").inner_text())[1])
 
 
 # -- watching a conversation ------------------------------------------------------------------
@@ -109,22 +119,28 @@ def test_a_chat_takes_memory_before_ones_eyes(
     assert page.get_by_text("Nothing has been asked yet").is_visible()
     assert page.locator("#model").inner_text() == MODEL
     assert page.locator("#says").inner_text().endswith("0 B backed")
-    before = _colors(page)
-    _ask(page, "Tell me of the sea.", most=400)
-    page.wait_for_function("document.getElementById('slots-line').textContent.startsWith('1 live')")
-    page.wait_for_function("Number(document.getElementById('out-rate').textContent) > 0")
+    assert _backed(page) == 0
+    _ask(page, "Tell me of the sea.", most=1800)
+    page.wait_for_function(
+        "() => document.getElementById('slots-line').textContent.startsWith('1 live')"
+    )
+    page.wait_for_function("() => Number(document.getElementById('out-rate').textContent) > 0")
     assert page.get_by_text("Nothing has been asked yet").is_hidden()
     page.focus("#strips")
     page.keyboard.press("Home")
     words = page.locator("#spoken").inner_text()
     assert words.startswith("Slot 0: request #")
     assert "with tokens" in words
-    page.evaluate("document.activeElement.blur()")
-    page.wait_for_timeout(150)
-    assert _colors(page) > before
+    backed, tokens = _backed(page), _tokens(page)
+    assert backed > 0
+    page.wait_for_timeout(700)
+    assert _tokens(page) > tokens
+    assert _backed(page) > backed
     page.wait_for_selector(".turn.assistant:not(.busy)")
-    assert "400 tokens in" in page.locator(".turn.assistant .note").inner_text()
-    page.wait_for_function("document.getElementById('slots-line').textContent.startsWith('0 live, 1 p')")
+    assert "1\u202f800 tokens in" in page.locator(".turn.assistant .note").inner_text()
+    page.wait_for_function(
+        "() => document.getElementById('slots-line').textContent.startsWith('0 live, 1 p')"
+    )
     reserved = f"{llm.stats().virtual_bytes >> 20} MiB reserved"
     assert page.locator("#says").inner_text().startswith(reserved)
     assert len(page.locator("#said").inner_text()) > 20  # told once, when it is whole
@@ -140,13 +156,17 @@ def test_an_answer_can_be_stopped_and_another_conversation_begun(
     page = visit(address).page
     _live(page)
     _ask(page, "Tell me of the wind.", most=1500)
-    page.wait_for_function("document.querySelector('.turn.assistant .text')?.textContent.length > 5")
+    page.wait_for_function(
+        "() => document.querySelector('.turn.assistant .text')?.textContent.length > 5"
+    )
     assert page.get_by_role("button", name="Send").is_disabled()
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("stopped", exact=True).wait_for()
     assert page.get_by_role("button", name="Stop").is_hidden()
     assert page.evaluate("document.activeElement.id") == "ask"
-    page.wait_for_function("document.getElementById('slots-line').textContent.startsWith('0 live')")
+    page.wait_for_function(
+        "() => document.getElementById('slots-line').textContent.startsWith('0 live')"
+    )
     page.get_by_role("button", name="New conversation").click()
     assert page.locator(".turn").count() == 0
     assert page.get_by_text("Ask something, and watch").is_visible()
@@ -164,7 +184,9 @@ def test_what_a_model_or_a_server_says_is_text_and_never_markup(
     _ask(page, "refuse", most=3)
     assert page.get_by_role("alert").inner_text() == "refused: <b>as asked</b>"
     _ask(page, "think", most=3)
-    page.wait_for_function("document.querySelectorAll('.turn.assistant:not(.busy)').length === 3")
+    page.wait_for_function(
+        "() => document.querySelectorAll('.turn.assistant:not(.busy)').length === 3"
+    )
     details = page.locator(".turn details")
     assert details.get_attribute("open") is None
     details.locator("summary").click()
@@ -180,7 +202,9 @@ def test_keys_alone_reach_everything(visit: Callable[..., Visit], address: str) 
     reached = []
     for _ in range(11):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
+        reached.append(
+            page.evaluate("document.activeElement.id || document.activeElement.className")
+        )
     order = ["skip", "key-toggle", "theme", "zoom", "as-table", "strips"]
     assert reached[: len(order)] == order
     assert {"ask", "send"} <= set(reached)
@@ -201,7 +225,7 @@ def test_all_has_a_name_a_role_and_a_table_in_its_place(
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll("button, input, textarea, canvas, section, [role]")]
           .filter((node) => !node.closest("[aria-hidden]"))
-          .filter((node) => !(node.getAttribute("aria-label") || node.getAttribute("aria-labelledby")
+          .filter((node) => !(node.ariaLabel || node.getAttribute("aria-labelledby")
             || node.labels?.length || node.textContent.trim() || node.matches("[role=status]")))
           .map((node) => node.outerHTML)"""
     )
@@ -212,8 +236,8 @@ def test_all_has_a_name_a_role_and_a_table_in_its_place(
     page.wait_for_selector(".turn.assistant:not(.busy)")
     page.get_by_role("button", name="As a table").click()
     assert page.locator("#strips").is_hidden()
-    row = page.get_by_role("row").filter(has_text="parked").first
-    assert int(row.get_by_role("cell").nth(3).inner_text()) >= 30
+    row = page.locator("#rows tr").filter(has_text="parked").first
+    assert int(row.locator("td").nth(3).inner_text().replace("\u202f", "")) >= 30
     assert page.get_by_role("columnheader", name="Shared").is_visible()
 
 
@@ -287,7 +311,7 @@ def test_a_key_is_asked_for_and_sent_with_all_but_the_page(
         page.get_by_role("textbox", name="API key").fill(KEY)
         page.get_by_role("button", name="Use it").click()
         _live(page)
-        page.wait_for_function(f"document.getElementById('model').textContent === '{MODEL}'")
+        page.wait_for_function(f"() => document.getElementById('model').textContent === '{MODEL}'")
         _ask(page, "hello", most=3)
         page.locator(".turn.assistant .note").filter(has_text="3 tokens in").wait_for()
         page.reload()

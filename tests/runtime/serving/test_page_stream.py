@@ -1,4 +1,4 @@
-"""The stream of maps: one asks for all, whoever is slow or gone, and nobody's key is needed to load."""
+"""The stream of maps: one asks for all of them, whoever is slow or gone; and the page's policy."""
 
 import asyncio
 import base64
@@ -266,11 +266,13 @@ def test_a_viewer_that_hangs_up_is_noticed(drawn: MemoryMap) -> None:
     async def test() -> None:
         source = Source(drawn, lambda _: 0)
         with served(page_app(source, None)) as address:
-            async with httpx.AsyncClient(base_url=address) as client:
-                async with client.stream("GET", "/memory/stream") as response:
-                    lines = response.aiter_lines()  # which ends the stream when it is dropped
-                    await anext(lines)
-                    await _until(lambda: source.num_asked > 2)
+            async with (
+                httpx.AsyncClient(base_url=address) as client,
+                client.stream("GET", "/memory/stream") as response,
+            ):
+                lines = response.aiter_lines()  # which ends the stream when it is dropped
+                await anext(lines)
+                await _until(lambda: source.num_asked > 2)
             before = -1
             while source.num_asked != before:  # it goes on until the hang-up has arrived
                 before = source.num_asked
