@@ -46,14 +46,14 @@ class SlotPages(NamedTuple):
     """A slot that is not free.
 
     Attributes:
-        index: of the slot.
+        slot: its index.
         is_parked: False while it is a live request's.
         num_tokens: that it holds.
         num_promised: pages set aside for it and not mapped yet, over all ranges.
         runs: of one range of each lane.
     """
 
-    index: int
+    slot: int
     is_parked: bool
     num_tokens: int
     num_promised: int

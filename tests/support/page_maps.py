@@ -16,7 +16,7 @@ def check_page_map(cache: SlotCache, slots: Sequence[Slot]) -> None:
     assert sum(lane.num_ranges * lane.num_pages for lane in found.lanes) == sum(most)
     firsts = [cache.layout.range_widths.index(w) for w in dict.fromkeys(cache.layout.range_widths)]
     by_index = sorted(slots, key=lambda slot: slot.index)
-    assert [s.index for s in found.slots] == [slot.index for slot in by_index]
+    assert [s.slot for s in found.slots] == [slot.index for slot in by_index]
     for slot, drawn in zip(by_index, found.slots, strict=True):
         assert drawn.is_parked == (slot.state is SlotState.PARKED)
         assert drawn.num_tokens == slot.num_tokens

@@ -127,18 +127,18 @@ def draw_memory(engine: Engine) -> MemoryMap:
 
 def _strips(slots: Iterable[SlotPages], running: Iterable[Request]) -> tuple[Strip, ...]:
     owners = {request.slot.index: request for request in running if request.slot is not None}
-    return tuple(_strip(slot, owners.get(slot.index)) for slot in slots)
+    return tuple(_strip(pages, owners.get(pages.slot)) for pages in slots)
 
 
-def _strip(slot: SlotPages, owner: Request | None) -> Strip:
+def _strip(pages: SlotPages, owner: Request | None) -> Strip:
     return Strip(
-        slot=slot.index,
-        state="parked" if slot.is_parked else "live",
+        slot=pages.slot,
+        state="parked" if pages.is_parked else "live",
         request="" if owner is None else _short_name(owner),
-        num_tokens=slot.num_tokens,
+        num_tokens=pages.num_tokens,
         num_prompt_tokens=0 if owner is None else owner.num_prompt_tokens,
-        num_promised=slot.num_promised,
-        runs=slot.runs,
+        num_promised=pages.num_promised,
+        runs=pages.runs,
     )
 
 
