@@ -3,6 +3,7 @@
 from .kv_cache import KVCache
 from .layout import KVLayout, LayerGeometry, PageGeometry
 from .memory_limit import MemoryLimit, parse_bytes
+from .page_map import Lane, PageMap, PageRuns, SlotPages
 from .page_pool import PagePool, Reservation, Sanitize
 from .paged_kv_cache import PagedKVCache, PagedLayout
 from .slot import Slot, SlotState
@@ -13,16 +14,20 @@ __all__ = [
     "KVCache",
     "KVLayout",
     "KVStats",
+    "Lane",
     "LayerGeometry",
     "MemoryLimit",
     "PageGeometry",
+    "PageMap",
     "PagePool",
+    "PageRuns",
     "PagedKVCache",
     "PagedLayout",
     "Reservation",
     "Sanitize",
     "Slot",
     "SlotCache",
+    "SlotPages",
     "SlotState",
     "parse_bytes",
 ]

@@ -55,7 +55,7 @@ class Backing(ABC):
         while True:
             full = self.geometry.whole_pages_per_range(num_tokens)
             keep = [
-                next((i for i in range(start, len(pages)) if self._is_shared(pages[i])), len(pages))
+                next((i for i in range(start, len(pages)) if self.is_shared(pages[i])), len(pages))
                 for start, pages in zip(full, slot.pages, strict=True)
             ]
             backed = min(num_tokens, self.geometry.tokens_backed(keep))
@@ -160,10 +160,11 @@ class Backing(ABC):
         boundary = self.geometry.whole_pages_per_range(slot.num_tokens)
         for index, pages in enumerate(slot.pages):
             for position in range(boundary[index], min(targets[index], len(pages))):
-                if self._is_shared(pages[position]):
+                if self.is_shared(pages[position]):
                     yield index, position
 
-    def _is_shared(self, page: Page) -> bool:
+    def is_shared(self, page: Page) -> bool:
+        """True of a page that several slots have."""
         return self.pool.references(page) > 1
 
     def _own(self, slot: Slot, range_index: int, position: int, undo: ExitStack) -> Page:

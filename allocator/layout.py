@@ -36,6 +36,8 @@ class PageGeometry(Protocol):
     @property
     def num_ranges(self) -> int: ...
     @property
+    def range_widths(self) -> tuple[int, ...]: ...
+    @property
     def growth_tokens(self) -> int: ...
     def pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
     def whole_pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
@@ -149,10 +151,15 @@ class KVLayout:
     def num_ranges(self) -> int:
         return len(self.ranges)
 
+    @property
+    def range_widths(self) -> tuple[int, ...]:
+        """Bytes of one token in each range."""
+        return tuple(r.token_bytes for r in self.ranges)
+
     def pages_per_range(self, num_tokens: int) -> tuple[int, ...]:
         """Pages of each range that back the first `num_tokens` tokens, over-read included."""
         backed = -(-num_tokens // self.over_read_tokens) * self.over_read_tokens
-        return tuple(-(-backed * r.token_bytes // self.page_bytes) for r in self.ranges)
+        return tuple([-(-backed * r.token_bytes // self.page_bytes) for r in self.ranges])
 
     def num_pages(self, num_tokens: int) -> int:
         """Pages of all ranges that back the first `num_tokens` tokens."""
@@ -178,7 +185,7 @@ class KVLayout:
         ranges: list[RangeGeometry] = []
         offset = 0
         for group in self._groups:
-            sizes = [self._layer_bytes(layer) for layer in group]
+            sizes = [_key_value_bytes(self.layers[layer], self.itemsize) for layer in group]
             keys, values = sum(key for key, _ in sizes), sum(value for _, value in sizes)
             for token_bytes in (keys, values) if self.split_kv else (keys + values,):
                 window = self.layers[group[0]].window
@@ -209,14 +216,16 @@ class KVLayout:
     def _tensor_geometry(self, layer: int, *, is_value: bool) -> TensorGeometry:
         group_index = next(i for i, group in enumerate(self._groups) if layer in group)
         group = self._groups[group_index]
-        before = [self._layer_bytes(other) for other in group[: group.index(layer)]]
+        earlier = group[: group.index(layer)]
+        before = [_key_value_bytes(self.layers[other], self.itemsize) for other in earlier]
         if self.split_kv:
             home = self.ranges[2 * group_index + is_value]
             inside = sum(sizes[is_value] for sizes in before)
         else:
             home = self.ranges[group_index]
             inside = sum(key + value for key, value in before)
-            inside += self._layer_bytes(layer)[0] if is_value else 0
+            keys, _ = _key_value_bytes(self.layers[layer], self.itemsize)
+            inside += keys if is_value else 0
         geometry = self.layers[layer]
         return TensorGeometry(
             offset_bytes=home.offset + inside,
@@ -247,10 +256,11 @@ class KVLayout:
     def _widest_token_bytes(self) -> int:
         return max(r.token_bytes for r in self.ranges)
 
-    def _layer_bytes(self, layer: int) -> tuple[int, int]:
-        geometry = self.layers[layer]
-        heads = geometry.num_kv_heads * self.itemsize
-        return heads * geometry.key_dim, heads * geometry.value_dim
-
     def _range_bytes(self, token_bytes: int) -> int:
         return -(-self.capacity_tokens * token_bytes // self.page_bytes) * self.page_bytes
+
+
+def _key_value_bytes(layer: LayerGeometry, itemsize: int) -> tuple[int, int]:
+    """Bytes of a token's keys and values in one layer."""
+    heads = layer.num_kv_heads * itemsize
+    return heads * layer.key_dim, heads * layer.value_dim

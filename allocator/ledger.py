@@ -72,6 +72,8 @@ class Ledger:
     def settle(self, slot: Slot) -> None:
         """Note what `slot` has its pages for now; only those whose use changed are looked at."""
         settled = self._borders(slot)
+        if settled == slot.borders:
+            return
         for pages, before, after in zip(slot.pages, slot.borders, settled, strict=True):
             if before != after:
                 for start, stop in pairwise(sorted({*before, *after})):

@@ -45,6 +45,11 @@ class PagedLayout:
         return 1
 
     @property
+    def range_widths(self) -> tuple[int, ...]:
+        """Bytes of one token in the one range."""
+        return (self.token_bytes,)
+
+    @property
     def growth_tokens(self) -> int:
         return self.block_tokens
 

@@ -18,10 +18,11 @@ from ..vmem.errors import (
     RequestTooLong,
     Shortage,
 )
-from . import accounts
+from . import accounts, page_map
 from .backing import Backing
 from .kernel_view import KernelView
 from .look_ahead import LookAhead
+from .page_map import PageMap
 from .slot import Slot, SlotState
 from .slot_table import SlotTable
 from .stats import KVStats
@@ -34,8 +35,8 @@ class SlotCache(KernelView):
 
     An operation that raises has changed nothing for any live request; parked slots that it has
     reclaimed on the way stay reclaimed. All methods may be called from several threads, one
-    slot's from one at a time. A forked child is refused each of them (ForkedProcess): it would
-    write into its parent's pages.
+    slot's from one at a time. They are many, as one lock holds for all of them. A forked child is
+    refused each of them (ForkedProcess): it would write into its parent's pages.
 
     The cache gives everything back at `shutdown`, or soon after it is dropped (`vmem.janitor`).
     Its tensors must not be used after that.
@@ -307,6 +308,11 @@ class SlotCache(KernelView):
                 background_time_s=self._background_time_s,
                 background_failures=self._look_ahead.num_failures,
             )
+
+    def page_map(self) -> PageMap:
+        """What each slot has its pages for, and `stats` of the same moment."""
+        with self._lock:
+            return page_map.draw(self._backing, self._table, self.stats())
 
     def check_invariants(self) -> None:
         """Recount everything from scratch; AssertionError names what does not add up."""

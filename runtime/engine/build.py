@@ -41,7 +41,7 @@ from .config import EngineConfig
 from .devices import DeviceProfile, device_profile, resolve_device
 from .engine import Engine
 from .loop import EngineLoop
-from .memory_profile import step_bytes
+from .memory.memory_profile import step_bytes
 
 _log = logging.getLogger(__name__)
 

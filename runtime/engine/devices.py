@@ -12,7 +12,7 @@ from ...vmem.errors import DriverUnavailable, InvalidConfig
 from ..execution.recordings import CudaRecorder, Recorder
 from ..execution.tape import TapeRecorder
 from ..model.loading import LoadedModel
-from .memory_profile import memory_for_kv
+from .memory.memory_profile import memory_for_kv
 
 _AUTO_SHARE = 0.5  # of a machine's memory that is free when the engine is built
 _GROWTH_TOKENS = 64  # about what a page should cover where the page size is ours to choose

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from ...allocator import SlotCache
+from ...allocator import KVStats, SlotCache
 from ...vmem.errors import InvalidOperation, StepFailed, UsageError, VkvError
 from ...vmem.native_function import workspace_bytes
 from ..execution.grammars import Grammars, check_grammars
@@ -343,11 +343,11 @@ class Engine:
 
     # -- what it holds -----------------------------------------------------------------------
 
-    def stats(self) -> EngineStats:
-        """Memory and work, from counters."""
+    def stats(self, kv: KVStats | None = None) -> EngineStats:
+        """Memory and work, from counters; `kv`, if the cache has been asked already."""
         recordings = self.runner.recordings
         return EngineStats(
-            kv=self.cache.stats(),
+            kv=self.cache.stats() if kv is None else kv,
             state_bytes=self.runner.state_bytes,
             working_bytes=self._step_bytes + workspace_bytes(),
             num_running=len(self.scheduler.running),

@@ -10,6 +10,7 @@ from ..request.request import Request
 from ..request.spec import RequestSpec
 from ..request.step_output import Failure, StepOutput
 from .engine import Engine
+from .memory.memory_map import MemoryMap, draw_memory
 from .messages import Abort, Add, Finish, Message
 from .sleep import Sleep
 from .stats import EngineStats
@@ -141,6 +142,10 @@ class EngineLoop:
         if fresh:
             self._publish()
         return self._stats
+
+    def memory_map(self) -> MemoryMap:
+        """What each slot holds now; for the driver alone."""
+        return draw_memory(self.engine)
 
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""

@@ -15,6 +15,7 @@ from ...vmem import janitor
 from ...vmem.errors import InvalidConfig
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
+from ..engine.memory.memory_map import MemoryMap
 from ..engine.stats import EngineStats
 from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
@@ -121,6 +122,10 @@ class AsyncLLM:
     def stats(self) -> EngineStats:
         """What the engine holds and has done, as of the last step's end; waits for no step."""
         return self._thread.driver.stats()
+
+    async def memory_map(self) -> MemoryMap:
+        """What each slot holds, as of the end of the step under way; for a picture of memory."""
+        return await asyncio.to_thread(self._thread.driver.memory_map)
 
     async def sleep(self, *, weights: bool = False) -> int:
         """As `LLM.sleep`. Requests are refused with InvalidOperation until `wake`."""

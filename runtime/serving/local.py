@@ -4,6 +4,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from ..engine.memory.memory_map import MemoryMap
 from ..engine.messages import Message
 from ..engine.stats import EngineStats
 from ..frontend.async_llm import AsyncLLM
@@ -80,6 +81,10 @@ class LocalEngine:
         if question == "trim":
             return await self._llm.trim()
         return await self._llm.sleep(weights=question == "sleep_weights")
+
+    async def memory_map(self) -> MemoryMap:
+        """As of `EngineLink`."""
+        return await self._llm.memory_map()
 
     def check_process(self) -> None:
         """As of `EnginePort`."""

@@ -78,6 +78,7 @@ def entries_of(cache: SlotCache, slot):
         "num_obtainable": cache.num_obtainable,
         "prefix_length": lambda: cache.prefix_length(keys),
         "trim": cache.trim,
+        "page_map": cache.page_map,
         "stats": cache.stats,
         "check_invariants": cache.check_invariants,
         "layer": lambda: cache.layer(0),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from page_maps import check_page_map
 from standin import StandInCudaDriver
 from vkv.allocator import (
     KVCache,
@@ -300,6 +301,7 @@ class Model:
         assert held + ahead + idle == len(references)
         assert cache.num_obtainable() == pool.num_available + reclaimable
         assert stats.physical_bytes == pool.num_created * stats.page_bytes
+        check_page_map(cache, [*(r.slot for r in self.live), *parked])
 
     def _uses(self) -> tuple[int, int, int, int]:
         """Pages held, ahead, idle or parked, and reclaimable: by listing every page."""

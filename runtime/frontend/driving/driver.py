@@ -2,7 +2,9 @@
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -12,6 +14,7 @@ from ....vmem.errors import InvalidOperation
 from ....vmem.process import ProcessOwner
 from ...engine.interrupts import Shield
 from ...engine.loop import EngineLoop
+from ...engine.memory.memory_map import MemoryMap
 from ...engine.messages import Abort, Add, Message
 from ...engine.stats import EngineStats
 from .idle import IdleTrim
@@ -51,6 +54,7 @@ class LoopDriver:
         self._owner = ProcessOwner("this LLM")
         self._sinks = Sinks(loop)
         self._end = ThreadsEnd()
+        self._maps_wanted: deque[Future[MemoryMap]] = deque()
         self._on_post = on_post
         self._idle: IdleTrim | None = None
         if idle_trim_s is not None:
@@ -163,6 +167,26 @@ class LoopDriver:
             finally:
                 self._lock.release()
 
+    def memory_map(self) -> MemoryMap:
+        """What each slot holds, as of the end of the step under way. From any thread.
+
+        Raises InvalidOperation if this is closed meanwhile.
+        """
+        wanted: Future[MemoryMap] = Future()
+        self._maps_wanted.append(wanted)
+        while not wanted.done():
+            self.check_open()
+            with Shield():
+                # Who turns the loop may have the lock again at once: then it answers in between.
+                if self._lock.acquire(timeout=_TIDYING_S):
+                    try:
+                        self.check_open()
+                        self._carry_out()
+                        self._draw_maps()
+                    finally:
+                        self._lock.release()
+        return wanted.result()
+
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""
         with self._exclusive():
@@ -244,6 +268,14 @@ class LoopDriver:
         if self._loop.has_mail:  # sequences whose text ended: their slots are parked at once
             self._sinks.route(self._loop.carry_out())
         self._note_rest()
+        self._draw_maps()
+
+    def _draw_maps(self) -> None:
+        """Answer those that wait for a map."""
+        if self._maps_wanted:
+            drawn = self._loop.memory_map()
+            while self._maps_wanted:
+                self._maps_wanted.popleft().set_result(drawn)
 
     def _carry_out(self) -> None:
         had_work = self._loop.has_work

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ....vmem.errors import VkvError
+from ..page import page_router
 from ..protocols import anthropic, chat, completions, operations, tokens
 from ..protocols.fields import Strict
 from ..server import Server
@@ -29,6 +30,13 @@ def build_app(server: Server) -> Callable[..., Awaitable[None]]:
     )
     for protocol in (chat, completions, anthropic, tokens, operations):
         app.include_router(protocol.router(server))
+    app.include_router(
+        page_router(
+            server.engine,
+            keep_alive_s=server.options.sse_keep_alive_interval,
+            is_open=lambda: not server.is_draining,
+        )
+    )
     app.add_exception_handler(ApiError, _told)
     app.add_exception_handler(VkvError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -16,7 +16,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/ready"})  # without a key
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # without a key: none of them holds a secret
 ANTHROPIC_PATHS = ("/v1/messages",)
 _BODY_S = 60.0  # for a body to come whole
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")  # visible ASCII

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from ...engine.memory.memory_map import MemoryMap
 from ...engine.stats import EngineStats
 from ...frontend.driving.port import EnginePort
 from .messages import Question
@@ -33,6 +34,10 @@ class EngineLink(EnginePort, Protocol):
     @property
     def stuck_s(self) -> float:
         """For how long requests have waited without a step."""
+        ...
+
+    async def memory_map(self) -> MemoryMap:
+        """What its slots hold, between two steps."""
         ...
 
     async def ask(self, question: Question) -> int | None:

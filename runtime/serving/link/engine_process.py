@@ -174,7 +174,8 @@ class EngineServer:
     def _take(self, front: _Front, message: ToEngine) -> None:
         if isinstance(message, Ask):
             self._send(front, encode(self._answer(message)))
-            self._pulse()
+            if message.question != "memory_map":  # which changes nothing, and is asked often
+                self._pulse()
             return
         if isinstance(message, Add):
             front.unfinished[message.spec.request_id] = set(range(message.spec.params.n))
@@ -203,6 +204,7 @@ class EngineServer:
             "wake": self._loop.wake,
             "trim": self._loop.trim,
             "weights_changed": self._loop.weights_changed,
+            "memory_map": self._loop.memory_map,
         }
         try:
             self._deliver(self._loop.carry_out())

@@ -4,11 +4,12 @@ from typing import Literal
 
 import msgspec
 
+from ...engine.memory.memory_map import MemoryMap
 from ...engine.messages import Abort, Add, Finish
 from ...engine.stats import EngineStats
 from ...request.step_output import Failure, StepOutput
 
-Question = Literal["sleep", "sleep_weights", "wake", "trim", "weights_changed"]
+Question = Literal["sleep", "sleep_weights", "wake", "trim", "weights_changed", "memory_map"]
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):
@@ -22,7 +23,7 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
     """What came of an `Ask`: a value, or why not."""
 
     number: int
-    value: int | None = None
+    value: int | MemoryMap | None = None
     failure: Failure | None = None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from ....vmem.errors import EngineDied, InvalidOperation
 from ....vmem.process import ProcessOwner
+from ...engine.memory.memory_map import MemoryMap
 from ...engine.messages import Abort, Add, Message
 from ...engine.stats import EngineStats
 from ...frontend.driving.sinks import Sink, give
@@ -62,7 +63,7 @@ class RemoteEngine:
         self._is_closed = False
         self._sinks: weakref.WeakValueDictionary[str, Sink] = weakref.WeakValueDictionary()
         self._numbers = itertools.count()
-        self._asked: dict[int, asyncio.Future[int | None]] = {}
+        self._asked: dict[int, asyncio.Future[int | MemoryMap | None]] = {}
         self._moved_s = time.monotonic()  # when the engine last got on, or had nothing to do
         self._num_steps = 0
 
@@ -157,11 +158,17 @@ class RemoteEngine:
         """As of `EnginePort`, on the event loop's thread."""
         self._send(message)
 
-    async def ask(self, question: Question) -> int | None:
+    async def memory_map(self) -> MemoryMap:
+        """What each slot of the engine holds. Raises EngineDied while there is no engine."""
+        answer = await self.ask("memory_map")
+        assert isinstance(answer, MemoryMap), answer
+        return answer
+
+    async def ask(self, question: Question) -> int | MemoryMap | None:
         """Have the engine do something between steps. Raises what it raises."""
         self.check_open()
         number = next(self._numbers)
-        future: asyncio.Future[int | None] = self._loop.create_future()
+        future: asyncio.Future[int | MemoryMap | None] = self._loop.create_future()
         self._asked[number] = future
         self._send(Ask(number, question))
         return await future

@@ -10,7 +10,7 @@ import zoo
 from quantized import quantize_folder
 from vkv import LLM
 from vkv.allocator import parse_bytes
-from vkv.runtime.engine.memory_profile import memory_for_kv, profile_step
+from vkv.runtime.engine.memory.memory_profile import memory_for_kv, profile_step
 from vkv.vmem import janitor, linux
 
 _GIB = 1 << 30
@@ -53,7 +53,7 @@ def test_the_largest_step_and_some_headroom_are_left_out(monkeypatch: pytest.Mon
         ran.append((num_tokens, num_seqs))
         return 1 << 20
 
-    monkeypatch.setattr("vkv.runtime.engine.memory_profile.profile_step", profile)
+    monkeypatch.setattr("vkv.runtime.engine.memory.memory_profile.profile_step", profile)
     # What is free is asked for when the step's own memory has been taken.
     monkeypatch.setattr(
         torch.cuda, "mem_get_info", lambda _: ((60 - 5 * len(ran)) * _GIB, 80 * _GIB)

@@ -7,14 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ...attention_backends import LayerAttention
-from ..execution.sampler import sample
-from ..model.forward import Forward
-from ..model.loading import LoadedModel
-from ..model.probing import probe_outputs
-from ..model.recurrent_state import StepState
-from ..request.sampling_params import SamplingParams
-from ..request.sampling_state import SamplingState
+from ....attention_backends import LayerAttention
+from ...execution.sampler import sample
+from ...model.forward import Forward
+from ...model.loading import LoadedModel
+from ...model.probing import probe_outputs
+from ...model.recurrent_state import StepState
+from ...request.sampling_params import SamplingParams
+from ...request.sampling_state import SamplingState
 
 _HEADROOM = 0.04  # of the device: recorded steps, kernels' workspaces, fragmentation, neighbours
 _LEAST_HEADROOM = 512 << 20

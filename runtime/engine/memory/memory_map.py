@@ -1,0 +1,173 @@
+"""What every slot of an engine holds, as plain data for a picture that is drawn as it changes."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from ....allocator import KVStats, Lane, PagedKVCache, PageRuns, SlotPages
+from ...request.request import Request
+from ..engine import Engine
+from ..stats import EngineStats
+
+_SHORT = 12  # characters of a request's name
+
+StripState = Literal["live", "parked"]
+
+
+class Strip(msgspec.Struct, frozen=True):
+    """A slot that is not free.
+
+    Attributes:
+        slot: its index.
+        state: a live request's, or parked: kept for a request that begins with the same tokens.
+        request: the end of the live request's name, apart from all others'; else empty.
+        num_tokens: with keys and values in the slot.
+        num_prompt_tokens: of the live request.
+        num_promised: pages set aside for it and not mapped yet, over all ranges.
+        runs: of one range of each lane.
+    """
+
+    slot: int
+    state: StripState
+    request: str
+    num_tokens: int
+    num_prompt_tokens: int
+    num_promised: int
+    runs: tuple[PageRuns, ...]
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """Bytes, in sum; a page that several slots share counts once.
+
+    Attributes:
+        virtual: address space of all slots.
+        limit: the most that may be backed.
+        physical: that exists: what follows, and free pages.
+        held, ahead, parked: as of `PageRuns`; shared pages count by their best use.
+        promised: set aside and not mapped yet.
+    """
+
+    virtual: int
+    limit: int
+    physical: int
+    held: int
+    ahead: int
+    parked: int
+    promised: int
+
+
+class Counters(msgspec.Struct, frozen=True):
+    """What was done since the engine began; rates come of two of them.
+
+    Attributes:
+        prompt_tokens, output_tokens, steps: work done.
+        cached_tokens: prompt tokens that were found in slots.
+        preemptions: requests whose slot was taken away to be computed again.
+        driver_calls: of the system or the driver.
+        mapping_time_s: that steps waited for memory.
+        background_time_s: that mapping ahead took meanwhile.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    steps: int
+    cached_tokens: int
+    preemptions: int
+    driver_calls: int
+    mapping_time_s: float
+    background_time_s: float
+
+
+class MemoryMap(msgspec.Struct, frozen=True):
+    """What an engine's slots hold at one moment. Equal maps look the same.
+
+    Attributes:
+        kind: "virtual", or "paged" for the baseline, whose slots are lists of blocks.
+        num_slots: in all; those without a strip are free.
+        max_len: tokens that a slot can hold.
+        page_bytes: of a page, or of a block.
+        growth_tokens: that one page of every range covers.
+        num_running, num_waiting: live requests by state.
+        lanes: what ranges a slot is made of.
+        strips: the slots that are not free, by index.
+    """
+
+    kind: Literal["virtual", "paged"]
+    num_slots: int
+    max_len: int
+    page_bytes: int
+    growth_tokens: int
+    num_running: int
+    num_waiting: int
+    lanes: tuple[Lane, ...]
+    strips: tuple[Strip, ...]
+    totals: Totals
+    counters: Counters
+
+
+def draw_memory(engine: Engine) -> MemoryMap:
+    """The map of now, for whoever drives the engine. Takes time a slot, not a page."""
+    pages = engine.cache.page_map()
+    stats = engine.stats(pages.stats)
+    return MemoryMap(
+        kind="paged" if isinstance(engine.cache, PagedKVCache) else "virtual",
+        num_slots=engine.cache.num_slots,
+        max_len=engine.cache.max_len,
+        page_bytes=stats.page_bytes,
+        growth_tokens=stats.growth_tokens,
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        lanes=pages.lanes,
+        strips=_strips(pages.slots, engine.scheduler.running),
+        totals=_totals(pages.stats),
+        counters=_counters(stats),
+    )
+
+
+def _strips(slots: Iterable[SlotPages], running: Iterable[Request]) -> tuple[Strip, ...]:
+    owners = {request.slot.index: request for request in running if request.slot is not None}
+    return tuple(_strip(pages, owners.get(pages.slot)) for pages in slots)
+
+
+def _strip(pages: SlotPages, owner: Request | None) -> Strip:
+    return Strip(
+        slot=pages.slot,
+        state="parked" if pages.is_parked else "live",
+        request="" if owner is None else _short_name(owner),
+        num_tokens=pages.num_tokens,
+        num_prompt_tokens=0 if owner is None else owner.num_prompt_tokens,
+        num_promised=pages.num_promised,
+        runs=pages.runs,
+    )
+
+
+def _short_name(request: Request) -> str:
+    """The end of a request's name, and which of its outputs it is if that is not the first."""
+    request_id, index = request.key
+    return request_id[-_SHORT:] + (f"/{index}" if index else "")
+
+
+def _totals(stats: KVStats) -> Totals:
+    return Totals(
+        virtual=stats.virtual_bytes,
+        limit=stats.pages_limit * stats.page_bytes,
+        physical=stats.physical_bytes,
+        held=stats.pages_held * stats.page_bytes,
+        ahead=stats.pages_ahead * stats.page_bytes,
+        parked=stats.pages_parked * stats.page_bytes,
+        promised=stats.pages_reserved * stats.page_bytes,
+    )
+
+
+def _counters(stats: EngineStats) -> Counters:
+    return Counters(
+        prompt_tokens=stats.num_prompt_tokens,
+        output_tokens=stats.num_output_tokens,
+        steps=stats.num_steps,
+        cached_tokens=stats.prefix_hit_tokens,
+        preemptions=stats.num_preemptions,
+        driver_calls=sum(stats.driver_calls.values()),
+        mapping_time_s=stats.mapping_time_s,
+        background_time_s=stats.background_time_s,
+    )

@@ -1,0 +1,89 @@
+"""A picture of the page of memory under load: `runtime/serving/memory_page.png`.
+
+    python tests/attacks/memory_page.py [--dark] [--to FILE]
+
+Half a minute, with Playwright and Chromium. `tests/runtime/serving/test_page_browser.py` tests
+what is seen here.
+"""
+
+import argparse
+import asyncio
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from page_app import page_app, run_elsewhere, served
+from playwright.sync_api import Page, sync_playwright
+from vkv import AsyncLLM, SamplingParams
+
+ROOT = Path(__file__).parents[2]
+NUM_REQUESTS = 18
+SYSTEM = "You help the keeper of a lighthouse. Be short, be kind, and think of the weather. " * 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dark", action="store_true", help="in dark colours")
+    parser.add_argument("--to", type=Path, default=ROOT / "runtime/serving/memory_page.png")
+    options = parser.parse_args()
+    llm = AsyncLLM(max_seqs=18, max_parked=4)
+    load = threading.Thread(target=lambda: asyncio.run(ask_all(llm)))
+    with served(page_app(llm, llm)) as address:
+        take_picture(address, load, dark=options.dark, path=options.to)
+        load.join()
+    run_elsewhere(llm.close())
+
+
+async def ask_all(llm: AsyncLLM) -> None:
+    """Requests of many lengths, one after the other so that some end while others begin."""
+
+    async def ask(number: int) -> None:
+        await asyncio.sleep(0.25 * number)
+        words = "Tell me of the sea. " * (1 + number * 7 % 12)
+        system = SYSTEM if number % 3 else ""
+        params = SamplingParams(
+            temperature=1,
+            seed=number,
+            max_tokens=300 + 170 * (number % 6),
+            ignore_eos=True,
+            n=3 if number % 6 == 2 else 1,
+        )
+        async for _ in llm.generate(system + words, params):
+            pass
+
+    await asyncio.gather(*(ask(number) for number in range(NUM_REQUESTS)))
+
+
+def take_picture(address: str, load: threading.Thread, *, dark: bool, path: Path) -> None:
+    """Once the load has run for a while, with a chat beside it."""
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = chromium.new_page(
+            viewport={"width": 1280, "height": 800}, color_scheme="dark" if dark else "light"
+        )
+        page.goto(address)
+        page.wait_for_selector("#link[data-state=live]")
+        load.start()
+        page.wait_for_timeout(1000)
+        ask(page, "hello", most=11)
+        page.wait_for_timeout(6500)
+        ask(page, "tell me about the moon", most=400)
+        page.wait_for_timeout(900)
+        page.screenshot(path=path)
+        chromium.close()
+
+
+def ask(page: Page, text: str, *, most: int) -> None:
+    """In the chat, for so many tokens."""
+    page.get_by_role("spinbutton").fill(str(most))
+    page.fill("#ask", text)
+    page.keyboard.press("Enter")
+
+
+if __name__ == "__main__":
+    main()
