@@ -80,6 +80,7 @@ _OTHERS = (
     "restart_engine",
     "stuck_after",
     "sse_keep_alive_interval",
+    "max_chunk_rate",
     "log_format",
     "tool_call_parser",
     "reasoning_parser",

@@ -28,10 +28,23 @@ class AsyncRequests:
 
     Leaving an `async for`, or cancelling its task, drops the request. At most `max_unfinished` are
     with the engine; more wait here for their place.
+
+    Args:
+        most_arrivals: a second, of all streams together, beyond which tokens wait for the next to
+            arrive with them: who makes texts of them competes with the engine for processors. None
+            for no limit.
     """
 
-    def __init__(self, front_end: FrontEnd, port: EnginePort, *, max_unfinished: int) -> None:
+    def __init__(
+        self,
+        front_end: FrontEnd,
+        port: EnginePort,
+        *,
+        max_unfinished: int,
+        most_arrivals: float | None = None,
+    ) -> None:
         self.front_end = front_end
+        self._pace = _Pace(most_arrivals)
         self._port = port
         self._places = Places(max_unfinished)
         self._ids = itertools.count()
@@ -82,7 +95,7 @@ class AsyncRequests:
             namesakes = self._named.get(name)
             if namesakes is None:
                 namesakes = self._named[name] = weakref.WeakSet()
-            stream = _Stream(name, request, self._port, namesakes)
+            stream = _Stream(name, request, self._port, namesakes, self._pace)
             namesakes.add(stream)
         return stream
 
@@ -94,6 +107,7 @@ class AsyncRequests:
     async def _arrivals(self, stream: "_Stream") -> AsyncGenerator[None]:
         place = self._places.line_up()
         stream.begin(place)
+        self._pace.num_streams += 1
         try:
             # Aborted before it stood in line, in the line, or while it was called.
             if stream.is_aborted or not await place.wait() or stream.is_aborted:
@@ -108,8 +122,27 @@ class AsyncRequests:
                 if finished:
                     return
         finally:
+            self._pace.num_streams -= 1
             stream.leave()
             place.release()
+
+
+class _Pace:
+    """How long after one arrival a stream may have the next.
+
+    Attributes:
+        num_streams: that there are now. Several event loops may count at once, and a number that
+            is a little off does no harm.
+    """
+
+    def __init__(self, most_arrivals: float | None) -> None:
+        self.num_streams = 0
+        self._each_s = 0.0 if most_arrivals is None else 1 / most_arrivals
+
+    @property
+    def gap_s(self) -> float:
+        """With few streams nothing to speak of."""
+        return self.num_streams * self._each_s
 
 
 class _Stream:
@@ -129,6 +162,7 @@ class _Stream:
         request: RequestText,
         port: EnginePort,
         namesakes: "weakref.WeakSet[_Stream]",
+        pace: "_Pace",
     ) -> None:
         self.name = name
         self._namesakes = namesakes  # so that they are known as long as one of them lives
@@ -138,6 +172,8 @@ class _Stream:
         self._port = port
         self._place: Place | None = None
         self._mail: deque[StepOutput] = deque()
+        self._pace = pace
+        self._opened_s = 0.0  # when the mail last was, on the event loop's clock
         self._is_called = False  # the loop, to open the mail
         self._ended: set[int] = set()  # sequences that the engine gives nothing more of
 
@@ -170,8 +206,20 @@ class _Stream:
         """Nobody waits any more: what is unfinished is dropped."""
         self._port.abandon([self])
 
+    def _open_in_time(self) -> None:
+        """Open the mail now, or as soon as it is this stream's turn again.
+
+        Where text may end an output, each token counts, lest more are computed for nothing.
+        """
+        wait_s = self._opened_s + self._pace.gap_s - self._loop.time()
+        if wait_s <= 0 or self.spec.params.stop_strings:
+            self._open_mail()
+        else:
+            self._loop.call_later(wait_s, self._open_mail)
+
     def _open_mail(self) -> None:
         self._is_called = False
+        self._opened_s = self._loop.time()
         while self._mail:
             for message in give(self.request, self._mail.popleft()):
                 self._port.post(message)
@@ -210,7 +258,7 @@ class _Stream:
         if not self._is_called:
             self._is_called = True
             try:
-                self._loop.call_soon_threadsafe(self._open_mail)
+                self._loop.call_soon_threadsafe(self._open_in_time)
             except RuntimeError:
                 return False
         return True

@@ -69,6 +69,15 @@ class IncrementalDetokenizer:
         """All that was returned so far."""
         return self._text[: self._num_shown]
 
+    def text_from(self, start: int) -> str:
+        """What was returned behind the first `start` characters."""
+        return self._text[start : self._num_shown]
+
+    @property
+    def num_characters(self) -> int:
+        """Of all that was returned so far."""
+        return self._num_shown
+
     @property
     def stopped(self) -> str | None:
         """The stop string that ended the text, if one did."""

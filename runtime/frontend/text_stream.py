@@ -5,7 +5,6 @@ in the caller's process: for `LLM` by whichever thread turned the loop, for `Asy
 loop.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,12 +16,12 @@ from ..request.outputs import (
     CompletionOutput,
     FinishReason,
     Logprob,
-    RequestMetrics,
     RequestOutput,
 )
 from ..request.spec import RequestSpec
 from ..request.step_output import StepOutput
 from .detokenizer import IncrementalDetokenizer, TokenTexts
+from .request_times import RequestTimes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,18 +104,15 @@ class SequenceText:
 
     def take_delta(self) -> StreamDelta | None:
         """What came since the last call; None if that is nothing."""
-        tokens, text = self.token_ids, self.text
+        tokens, text = self.token_ids, self._detokenizer
         is_over = self.finish_reason is not None
         if len(tokens) == self._num_shown_tokens and self._is_end_shown == is_over:
             return None
-        start, self._num_shown_tokens, self._is_end_shown = (
-            self._num_shown_tokens,
-            len(tokens),
-            is_over,
-        )
-        before, self._num_shown_characters = self._num_shown_characters, len(text)
+        start, before = self._num_shown_tokens, self._num_shown_characters
+        self._num_shown_tokens, self._num_shown_characters = len(tokens), text.num_characters
+        self._is_end_shown = is_over
         return StreamDelta(
-            text=text[before:],
+            text=text.text_from(before),
             token_ids=tuple(tokens[start:]),
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
@@ -163,7 +159,7 @@ class RequestText:
         self._num_unfinished = len(self._sequences)
         self._prompt_logprobs: list[dict[int, Logprob] | None] = []
         self._num_cached: int | None = None
-        self._times = _Times(spec)
+        self._times = RequestTimes(spec)
 
     @property
     def is_finished(self) -> bool:
@@ -258,28 +254,3 @@ class RequestText:
             texts = self._prompt_texts
             self._prompt_logprobs.append(None if table is None else texts.fill(table))
             texts.advance(token_id)
-
-
-class _Times:
-    """What a request's outputs say of the time."""
-
-    def __init__(self, spec: RequestSpec) -> None:
-        self.arrival_ts = spec.arrival_time_s
-        self.arrival_time = time.time() - time.monotonic() + spec.arrival_time_s
-        self.queued_ts: float | None = None
-        self.scheduled_ts: float | None = None
-        self.first_token_ts: float | None = None
-        self.last_token_ts: float | None = None
-        self.finished_ts: float | None = None
-
-    def note(self, output: StepOutput) -> None:
-        if self.queued_ts is None:
-            self.queued_ts, self.scheduled_ts = output.queued_time_s, output.scheduled_time_s
-        if output.token_ids:
-            self.last_token_ts = output.time_s
-            if self.first_token_ts is None:
-                self.first_token_ts = output.time_s
-
-    def metrics(self, num_tokens: int, *, finished: bool) -> RequestMetrics:
-        times = {**vars(self), "finished_ts": self.finished_ts if finished else None}
-        return RequestMetrics(**times, num_generation_tokens=num_tokens)

@@ -12,6 +12,7 @@ from ...vmem.errors import InvalidConfig
 
 LogFormat = Literal["line", "json"]
 MiB = 1 << 20
+_NOT_NEGATIVE = ("shutdown_timeout", "stuck_after", "sse_keep_alive_interval", "max_chunk_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class ServeOptions:
         restart_engine: start the engine again if its process dies.
         stuck_after: seconds without a step, while requests wait, until /health says 503.
         sse_keep_alive_interval: seconds without an event until a stream gets a comment.
+        max_chunk_rate: chunks a second that a front process sends to all streams together; above
+            it, chunks hold more tokens. 0 for a chunk each token.
         log_format: access and error logs as lines or as JSON.
         tool_call_parser: how calls are written in answers; auto knows it of the tokenizer.
         reasoning_parser: how reasoning is marked in answers; auto knows it of the tokenizer.
@@ -64,6 +67,7 @@ class ServeOptions:
     restart_engine: bool = False
     stuck_after: float = 60.0
     sse_keep_alive_interval: float = 15.0
+    max_chunk_rate: float = 500.0
     log_format: LogFormat = "line"
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
@@ -81,10 +85,10 @@ class ServeOptions:
         ):
             if getattr(self, name) < least:
                 raise InvalidConfig(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("shutdown_timeout", "stuck_after", "sse_keep_alive_interval"):
+        for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise InvalidConfig(f"{name} is {value}; use a finite number of seconds")
+                raise InvalidConfig(f"{name} is {value}; use a finite number of at least 0")
         if not 0 < self.key_share <= 1:
             raise InvalidConfig(f"key_share is {self.key_share}; use a part in (0, 1]")
         if self.log_format not in ("line", "json"):

@@ -72,7 +72,12 @@ class Server:
         if grammars is None and face.tokenizer is not None:  # to refuse before anything is sent
             grammars = Grammars(face.tokenizer, face.admission.vocab_size)
         front_end = FrontEnd(face, face.admission, grammars)
-        self._requests = AsyncRequests(front_end, self.engine, max_unfinished=_NO_LIMIT)
+        self._requests = AsyncRequests(
+            front_end,
+            self.engine,
+            max_unfinished=_NO_LIMIT,
+            most_arrivals=self.options.max_chunk_rate or None,
+        )
         name = (*self.options.served_model_name, face.name)[0]
         self._metrics = Metrics(face, name, self.engine)
         self._admittance = Admittance(self.options, face.max_seqs, self._metrics.rejected)

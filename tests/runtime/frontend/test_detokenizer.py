@@ -99,6 +99,8 @@ def stream(detokenizer: IncrementalDetokenizer, token_ids: Sequence[int]) -> lis
     for token_id in token_ids:
         chunks.append(detokenizer.append(token_id))
         assert detokenizer.text == "".join(chunks)
+        assert detokenizer.text_from(3) == detokenizer.text[3:]
+        assert detokenizer.num_characters == len(detokenizer.text)
     chunks.append(detokenizer.finish())
     assert detokenizer.text == "".join(chunks)
     return chunks

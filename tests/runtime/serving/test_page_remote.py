@@ -46,7 +46,8 @@ def test_a_remote_engine_tells_the_map_that_its_loop_draws(tmp_path: Path) -> No
 
 async def _ask(path: str, llm: LLM) -> None:
     welcome = asyncio.Event()
-    engine = RemoteEngine(path, lambda _: welcome.set())
+    engine = RemoteEngine(path)
+    engine.on_welcome = lambda _: welcome.set()
     with pytest.raises(EngineDied, match="not there"):
         await engine.memory_map()
     calling = asyncio.ensure_future(engine.stay_connected())
