@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ....vmem.errors import VkvError
-from ..protocols import anthropic, chat, completions, operations, tokens
+from ..protocols import anthropic, chat, completions, operations, responses, tokens
 from ..protocols.fields import Strict
 from ..server import Server
 from .errors import ApiError, refusal
@@ -27,7 +27,7 @@ def build_app(server: Server) -> Callable[..., Awaitable[None]]:
         summary="Large language models over virtual-memory KV.",
         root_path=server.options.root_path,
     )
-    for protocol in (chat, completions, anthropic, tokens, operations):
+    for protocol in (chat, completions, responses, anthropic, tokens, operations):
         app.include_router(protocol.router(server))
     app.add_exception_handler(ApiError, _told)
     app.add_exception_handler(VkvError, _refused)
