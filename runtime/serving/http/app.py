@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 def build_app(server: Server) -> Callable[..., Awaitable[None]]:
     """An ASGI application of all routes, behind the `Gate`."""
-    app = FastAPI(
+    app = _Application(
         title="vkv",
         summary="Large language models over virtual-memory KV.",
         root_path=server.options.root_path,
@@ -35,6 +35,21 @@ def build_app(server: Server) -> Callable[..., Awaitable[None]]:
     app.add_exception_handler(HTTPException, _plain)
     app.add_exception_handler(Gone, _gone)
     return Gate(app, server.options)
+
+
+class _Application(FastAPI):
+    """Describes itself without FastAPI's own answer to a wrong body, which has the status 400."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description, made once."""
+        if self.openapi_schema is None:
+            told = super().openapi()
+            for operations in told["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                told["components"]["schemas"].pop(name, None)
+        return super().openapi()
 
 
 async def _told(request: Request, error: Any) -> Response:

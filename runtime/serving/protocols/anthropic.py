@@ -14,6 +14,8 @@ from ..parsing import MessageDelta
 from ..server import Server
 from .chat import ChatJob, ChatRequest
 from .fields import Strict
+from .shapes.anthropic import Count, Message
+from .shapes.base import AnthropicError, described
 
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "abort": "end_turn"}
 
@@ -328,7 +330,11 @@ def router(server: Server) -> APIRouter:
     """The protocol's routes."""
     routes = APIRouter(tags=["Anthropic"])
 
-    @routes.post("/v1/messages", response_model=None)
+    @routes.post(
+        "/v1/messages",
+        response_model=None,
+        responses=described(Message, body=True, work=True, stream=True, error=AnthropicError),
+    )
     async def messages(request: Request, asked: MessagesRequest) -> Response:
         """Answer a conversation."""
         server.check_ready()
@@ -345,7 +351,11 @@ def router(server: Server) -> APIRouter:
             keep_alive_s=server.options.sse_keep_alive_interval,
         )
 
-    @routes.post("/v1/messages/count_tokens", response_model=None)
+    @routes.post(
+        "/v1/messages/count_tokens",
+        response_model=None,
+        responses=described(Count, 404, body=True, error=AnthropicError),
+    )
     async def count_tokens(request: Request, asked: CountRequest) -> Response:
         """How many tokens a conversation has."""
         server.check_ready()

@@ -16,6 +16,8 @@ from ..parsing import MessageDelta, MessageParser, ToolCallDelta, tool_grammar
 from ..server import Server
 from .fields import Sampling, Strict
 from .logprobs import chat_logprobs, prompt_logprobs
+from .shapes.base import described
+from .shapes.openai import ChatCompletion
 from .usage import usage
 
 
@@ -395,7 +397,11 @@ def router(server: Server) -> APIRouter:
     """The protocol's routes."""
     routes = APIRouter(tags=["OpenAI"])
 
-    @routes.post("/v1/chat/completions", response_model=None)
+    @routes.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses=described(ChatCompletion, body=True, work=True, stream=True),
+    )
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         """Answer a conversation."""
         server.check_ready()

@@ -12,6 +12,8 @@ from ...http.streams import EventStream, event, json_response, placed, unless_go
 from ...server import Server
 from ..chat import ChatJob
 from ..logprobs import chat_logprobs
+from ..shapes import responses as shapes
+from ..shapes.base import described
 from .output_items import Event, OutputItems
 from .request import ResponsesRequest
 
@@ -132,7 +134,11 @@ def router(server: Server) -> APIRouter:
     """The protocol's routes."""
     routes = APIRouter(tags=["OpenAI"])
 
-    @routes.post("/v1/responses", response_model=None)
+    @routes.post(
+        "/v1/responses",
+        response_model=None,
+        responses=described(shapes.Response, body=True, work=True, stream=True),
+    )
     async def responses(request: Request, asked: ResponsesRequest) -> Response:
         """Answer a conversation, of which nothing is kept."""
         server.check_ready()
@@ -150,7 +156,14 @@ def router(server: Server) -> APIRouter:
         )
 
     for path, method in _kept():
-        routes.add_api_route(path, _not_kept, methods=[method], response_model=None)
+        routes.add_api_route(
+            path,
+            _not_kept,
+            methods=[method],
+            response_model=None,
+            responses=described(None, 404),
+            status_code=404,
+        )
     return routes
 
 
