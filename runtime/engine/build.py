@@ -24,6 +24,7 @@ from ...allocator import (
 from ...attention_backends import AttentionBackend, choose_backend, create_backend
 from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import InvalidConfig
+from ..execution.grammars import Grammars
 from ..execution.model_runner import ModelRunner
 from ..execution.recordings import Recorder
 from ..execution.recurrent_runner import RecurrentRunner
@@ -96,6 +97,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             _build_scheduler(loaded, config, cache, profile),
             _build_admission(loaded, cache),
             eos_token_ids=loaded.eos_token_ids,
+            grammars=_build_grammars(loaded),
             watch=ModelWatch(loaded),
             overlap=_overlaps(loaded, config, profile),
             step_bytes=step_bytes(
@@ -216,6 +218,12 @@ def _build_scheduler(
         # A slot has keys and values from its start, but state of its last token only.
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
     )
+
+
+def _build_grammars(loaded: LoadedModel) -> Grammars | None:
+    if loaded.tokenizer is None:
+        return None
+    return Grammars(loaded.tokenizer, loaded.vocab_size, loaded.eos_token_ids)
 
 
 def _build_admission(loaded: LoadedModel, cache: SlotCache) -> Admission:

@@ -9,14 +9,17 @@ from torch import Tensor
 from ...allocator import SlotCache
 from ...vmem.errors import InvalidOperation, StepFailed, UsageError, VkvError
 from ...vmem.native_function import workspace_bytes
+from ..execution.grammars import Grammars, check_grammars
 from ..execution.model_runner import LaunchedStep, ModelRunner
 from ..execution.sampler import NO_TOKEN, SampledToken
 from ..model.weights import ModelWatch
 from ..request.outputs import FinishReason
 from ..request.request import Batch, Request
+from ..request.sampling_params import SamplingParams
 from ..request.sampling_state import SamplingState
 from ..request.spec import RequestSpec
 from ..request.step_output import Failure, StepOutput
+from ..request.token_grammar import TokenGrammar
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
 from .stats import EngineStats
@@ -36,6 +39,7 @@ class Engine:
         scheduler: chooses the batches.
         admission: refuses what could never run.
         eos_token_ids: tokens that end a generation.
+        grammars: what `structured_outputs` are compiled by; None for a model without a tokenizer.
         watch: notices that somebody changed the model; None to look for nothing.
         overlap: prepare a step while the device computes the one before. Not for hybrids.
         step_bytes: the most that tensors of a step take; for `stats`.
@@ -52,6 +56,7 @@ class Engine:
         admission: Admission,
         *,
         eos_token_ids: Collection[int],
+        grammars: Grammars | None = None,
         watch: ModelWatch | None = None,
         overlap: bool = False,
         step_bytes: int = 0,
@@ -60,6 +65,7 @@ class Engine:
         self.cache = cache
         self.scheduler = scheduler
         self.admission = admission
+        self.grammars = grammars
         self.watch = watch
         self.overlap = overlap
         self._step_bytes = step_bytes
@@ -112,6 +118,7 @@ class Engine:
                     index=index,
                     eos_token_ids=stop_ids,
                     bad_words=spec.bad_words,
+                    grammar=self._grammar(spec.params),
                 ),
                 leader=(spec.request_id, 0) if index else None,
             )
@@ -121,6 +128,13 @@ class Engine:
         for request in requests:
             self.scheduler.add(request)
         return requests
+
+    def _grammar(self, params: SamplingParams) -> TokenGrammar | None:
+        """A place in the grammar that an output is to follow, which is compiled if nobody did."""
+        if params.structured_outputs is None:
+            return None
+        grammars = check_grammars(self.grammars)
+        return grammars.start(params.structured_outputs, ignore_ends=params.ignore_eos)
 
     def abort(self, request_id: str) -> None:
         """Drop all that is unfinished of a request; its pages go back at once."""
@@ -273,7 +287,7 @@ class Engine:
             if token.is_finite:
                 self._append(request, token)
             else:
-                self.fail(request, InvalidOperation(NO_TOKEN))
+                self.fail(request, InvalidOperation(request.sampling.failure or NO_TOKEN))
 
     def _append(self, request: Request, token: SampledToken) -> None:
         """Add a token to its request; finish the request if that was its last."""
@@ -281,6 +295,9 @@ class Engine:
         request.token_ids.append(token.token_id)
         self._num_output_tokens += 1
         reason, stop_reason = _why_finished(request, self._eos_token_ids)
+        is_whole = reason != "stop" and request.sampling.is_complete
+        if is_whole:
+            reason = "stop"
         self._outputs.append(
             StepOutput(
                 request_id=request.key[0],
@@ -293,6 +310,7 @@ class Engine:
                 scheduled_time_s=request.scheduled_time_s if is_first else None,
                 finish_reason=reason,
                 stop_reason=stop_reason,
+                ends_with_text=is_whole,
             )
         )
         if reason is not None:

@@ -98,7 +98,7 @@ class EngineLoop:
                 self._carry_out(message)
             except (UsageError, InvalidOperation) as error:
                 assert isinstance(message, Add), message
-                self._refused += _refusal(message.spec, error)
+                self._refused += refusal(message.spec, error)
 
     def _carry_out(self, message: Message) -> None:
         if isinstance(message, Add):
@@ -187,7 +187,7 @@ class EngineLoop:
             self._is_given_back = True
 
 
-def _refusal(spec: RequestSpec, error: VkvError) -> list[StepOutput]:
+def refusal(spec: RequestSpec, error: VkvError) -> list[StepOutput]:
     """The end of every sequence of a request that was never queued."""
     return [
         StepOutput(

@@ -1,13 +1,16 @@
-"""Tokens that must not come: `allowed_token_ids` and `bad_words`."""
+"""Tokens that must not come: `allowed_token_ids`, `bad_words` and `structured_outputs`."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..request.sampling_state import SamplingState
-from .upload import upload
+from ..request.token_grammar import TokenGrammar, allowed_bits
+from .upload import is_ready, upload, upload_array
 
 
 def mask_logits(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -15,6 +18,12 @@ def mask_logits(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
     `logits` [batch, vocab] are left as they are; row i belongs to `states[i]`.
     """
+    grammars = {row: s.grammar for row, s in enumerate(states) if s.grammar is not None}
+    return _follow(_bar(logits, states), grammars)
+
+
+def _bar(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """`logits` without what `TokenBars` bar."""
     rows = [row for row, state in enumerate(states) if state.bars is not None]
     if not rows:
         return logits
@@ -34,3 +43,30 @@ def mask_logits(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     masked = logits.clone()
     masked[where] = logits[where].masked_fill_(masks, -math.inf)
     return masked
+
+
+def _follow(logits: Tensor, grammars: Mapping[int, TokenGrammar]) -> Tensor:
+    """`logits` without what the rows' grammars do not allow next."""
+    if not grammars:
+        return logits
+    some = allowed_bits(list(grammars.values()))
+    bits = np.full((len(logits), some.shape[1]), -1, dtype=np.int32)  # the other rows: all
+    bits[list(grammars)] = some
+    vocab_size = logits.shape[-1]
+    if is_ready(logits.device):
+        # Several times as fast as to fill by a mask. A barred NaN stays, and its row fails.
+        addends = _addends_by_byte().take(bits.view(np.uint8), axis=0).reshape(len(bits), -1)
+        return logits + torch.from_numpy(addends[:, :vocab_size])
+    words = upload_array(bits, logits.device)[:, :, None]  # of 32 tokens each
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = (words >> shifts & 1).bool().flatten(1)[:, :vocab_size]
+    return logits.masked_fill(~allowed, -math.inf)
+
+
+@functools.cache
+def _addends_by_byte() -> np.ndarray:
+    """For each byte of a mask, what to add to the logits of its tokens: float32 [256, 8]."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    table = np.where(bits, np.float32(0), np.float32(-np.inf))
+    table.flags.writeable = False
+    return table

@@ -2,8 +2,8 @@
 
 In float32 and in this order, each step only where a request asks for it: penalties (repetition,
 then frequency and presence), `logit_bias`, `min_tokens` (stop tokens become impossible),
-`allowed_token_ids` and `bad_words` (`logit_masks`), `temperature`, `top_k`, `top_p`, `min_p`, and
-one draw. Greedy requests take the largest logit after the first four.
+`allowed_token_ids`, `bad_words` and `structured_outputs` (`logit_masks`), `temperature`, `top_k`,
+`top_p`, `min_p`, and one draw. Greedy requests take the largest logit after the first four.
 
 Two promises shape the code:
 
@@ -59,7 +59,8 @@ class SampledToken:
 NO_TOKEN = (
     "no token can be chosen: the largest logit is not a finite number; the model's output "
     "overflowed or its weights are damaged (try a wider dtype), a penalty is out of all "
-    "proportion, or min_tokens, allowed_token_ids and bad_words together bar every token"
+    "proportion, or min_tokens, allowed_token_ids, bad_words and structured_outputs together bar "
+    "every token"
 )
 """What is wrong with a row of which `SampledToken.is_finite` is False."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
@@ -28,3 +29,11 @@ def select_rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     if len(rows) == len(tensor):
         return tensor
     return tensor[upload(rows, torch.long, tensor.device)]
+
+
+def upload_array(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The same for an array of numpy's."""
+    tensor = torch.from_numpy(values)
+    if pins(device):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

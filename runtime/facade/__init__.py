@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .runtime.frontend.text_stream import StreamDelta
     from .runtime.request.outputs import CompletionOutput, RequestOutput
     from .runtime.request.sampling_params import SamplingParams
+    from .runtime.request.structured_outputs import StructuredOutputsParams
     from .runtime.virtual_cache.cache import VirtualCache
     from .vmem import open_driver
     from .vmem.errors import VkvError
@@ -38,6 +39,7 @@ _HOMES = {
     "LLM": ".runtime.frontend.llm",
     "StreamDelta": ".runtime.frontend.text_stream",
     "SamplingParams": ".runtime.request.sampling_params",
+    "StructuredOutputsParams": ".runtime.request.structured_outputs",
     "RequestOutput": ".runtime.request.outputs",
     "CompletionOutput": ".runtime.request.outputs",
     "EngineConfig": ".runtime.engine.config",
@@ -70,6 +72,7 @@ __all__ = [
     "SamplingParams",
     "Slot",
     "StreamDelta",
+    "StructuredOutputsParams",
     "VirtualCache",
     "VkvError",
     "open_driver",

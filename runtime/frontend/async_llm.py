@@ -20,6 +20,7 @@ from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
 from .async_requests import AsyncRequests
 from .chat_template import ChatOptions
+from .driving.port import EnginePort
 from .driving.thread import EngineThread
 from .front_end import FrontEnd
 from .prompts import Message as ChatMessage
@@ -62,12 +63,12 @@ class AsyncLLM:
         if max_unfinished < 1:
             raise InvalidConfig(f"max_unfinished is {max_unfinished}; it must be at least 1")
         self.config = EngineConfig(**options)
-        loaded = load(
+        self.loaded = loaded = load(
             model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         loop = build_loop(loaded, self.config)
         self.engine = loop.engine
-        front_end = FrontEnd(loaded, loop.engine.admission)
+        front_end = FrontEnd(loaded, loop.engine.admission, loop.engine.grammars)
         # The thread knows the driver, not this object, which can so be dropped without `close`.
         self._thread = EngineThread(loop, idle_trim_s=self.config.idle_trim_s)
         self._requests = AsyncRequests(front_end, self._thread, max_unfinished=max_unfinished)
@@ -99,6 +100,16 @@ class AsyncLLM:
         self._requests.abort(request_id)
 
     @property
+    def port(self) -> EnginePort:
+        """The way to the engine, for a server."""
+        return self._thread
+
+    @property
+    def is_asleep(self) -> bool:
+        """True between `sleep` and `wake`."""
+        return self._thread.driver.is_asleep
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """As of `LLM`."""
         return self._requests.front_end.callers_tokenizer
@@ -118,6 +129,10 @@ class AsyncLLM:
     async def wake(self) -> None:
         """As `LLM.wake`."""
         await asyncio.to_thread(self._thread.driver.wake)
+
+    async def trim(self) -> int:
+        """As `LLM.trim`."""
+        return await asyncio.to_thread(self._thread.driver.trim)
 
     async def weights_changed(self) -> None:
         """As `LLM.weights_changed`."""

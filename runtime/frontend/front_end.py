@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...vmem.errors import InvalidPrompt, InvalidSamplingParams
 from ..engine.admission import Admission
+from ..execution.grammars import Grammars, check_grammars
 from ..request.sampling_params import SamplingParams
 from ..request.spec import RequestSpec
 from .chat_template import ChatOptions, ChatTemplate, check_names
@@ -43,16 +44,19 @@ class FrontEnd:
     Args:
         loaded: the model, whose tokenizer nobody else has. Without one, prompts are token ids.
         admission: what the engine takes.
+        grammars: what `structured_outputs` are compiled by, before a request is posted: the
+            engine's own if it is in this process. None without a tokenizer.
 
     Attributes:
         default_params, chat_params: for prompts and conversations that come without parameters:
             those of the model's generation config, and a conversation's answer has no limit else.
     """
 
-    def __init__(self, loaded: ModelFace, admission: Admission) -> None:
+    def __init__(self, loaded: ModelFace, admission: Admission, grammars: Grammars | None) -> None:
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer
         self.admission = admission
+        self.grammars = grammars
         self.default_params = SamplingParams(**loaded.sampling_defaults)
         self.chat_params = SamplingParams(**{"max_tokens": None, **loaded.sampling_defaults})
         if self.tokenizer is not None:
@@ -113,7 +117,7 @@ class FrontEnd:
     def check(self, tokens: Sequence[int], params: SamplingParams) -> int:
         """Refuse what could never run; returns the most tokens that may be generated.
 
-        Raises a `UsageError`.
+        A grammar is compiled, which may take seconds. Raises a `UsageError`.
         """
         max_tokens = self.admission.check(tokens, params)
         for name, remedy in (("stop", "stop_token_ids"), ("bad_words", "logit_bias")):
@@ -122,6 +126,8 @@ class FrontEnd:
                 raise InvalidSamplingParams(
                     f"{name} = {words!r} needs a tokenizer, and the model has none; use {remedy}"
                 )
+        if params.structured_outputs is not None:
+            check_grammars(self.grammars).prepare(params.structured_outputs)
         return max_tokens
 
     def render_chat(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:

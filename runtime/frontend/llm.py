@@ -81,7 +81,7 @@ class LLM:
         )
         self.loop = build_loop(self.loaded, self.config)
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)
-        self._front_end = FrontEnd(self.loaded, self.loop.engine.admission)
+        self._front_end = FrontEnd(self.loaded, self.engine.admission, self.engine.grammars)
         # A finaliser may run with any lock held, so the janitor closes it.
         weakref.finalize(self, janitor.later, self._driver.close).atexit = False
 

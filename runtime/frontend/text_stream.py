@@ -90,7 +90,8 @@ class SequenceText:
             self._cumulative_logprob += table[token_id].logprob
             self._logprobs.append(self._texts.fill(table))
             self._texts.advance(token_id)
-        hides_last = output.finish_reason == "stop" and not self._shows_stop
+        ends_by_token = output.finish_reason == "stop" and not output.ends_with_text
+        hides_last = ends_by_token and not self._shows_stop
         shown = output.token_ids[:-1] if hides_last else output.token_ids
         for token_id in shown:
             self._detokenizer.append(token_id)

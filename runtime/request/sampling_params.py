@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from ...vmem.errors import InvalidSamplingParams
 from .plain_values import is_int, is_number, plain, refuse, strings, token_ids
+from .structured_outputs import StructuredOutputsParams
 
 GREEDY_TEMPERATURE = 1e-5
 """Below this a temperature means greedy, as in vLLM: float32 could not tell the two apart."""
@@ -34,8 +35,15 @@ _NOT_HERE = {  # parameters of vLLM's and of transformers', and what to do witho
     "length_penalty": _NO_BEAMS,
     "early_stopping": _NO_BEAMS,
     "logits_processors": "use allowed_token_ids, bad_words or logit_bias",
-    "structured_outputs": "outputs are held to no grammar; use allowed_token_ids, or check them",
-    "guided_decoding": "outputs are held to no grammar; use allowed_token_ids, or check them",
+    "guided_decoding": "use structured_outputs",
+    "guided_json": "use structured_outputs={'json': …}",
+    "guided_regex": "use structured_outputs={'regex': …}",
+    "guided_choice": "use structured_outputs={'choice': […]}",
+    "guided_grammar": "use structured_outputs={'grammar': …}",
+    "guided_json_object": "use structured_outputs={'json_object': True}",
+    "guided_decoding_backend": "there is one, llguidance; use structured_outputs",
+    "guided_whitespace_pattern": "use structured_outputs={'json': …, 'whitespace_pattern': …}",
+    "response_format": "use structured_outputs={'json': …}, or {'json_object': True}",
     "output_kind": "LLM.stream gives what is new, AsyncLLM all so far, LLM.generate the end",
     "flat_logprobs": "log probabilities are a dictionary for each token; leave it out",
     "extra_args": "nothing would read them; leave it out",
@@ -63,7 +71,8 @@ class SamplingParams:
     may be numpy's or torch's, and lists may be sets or arrays; they are kept as Python's own.
 
     The sampler applies them in this order: penalties, `logit_bias`, `min_tokens`,
-    `allowed_token_ids` and `bad_words`, `temperature`, `top_k`, `top_p`, `min_p`.
+    `allowed_token_ids`, `bad_words` and `structured_outputs`, `temperature`, `top_k`, `top_p`,
+    `min_p`.
     """
 
     n: int = 1
@@ -92,6 +101,9 @@ class SamplingParams:
     """Texts that must not come, as the tokenizer spells them, with a space before them or without.
 
     The same letters may still come from other tokens."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output must be: a JSON schema, a regular expression, a choice or a grammar. May be
+    given as a mapping of the fields. An output that is whole ends, whatever else is asked."""
     max_tokens: int | None = 16
     """Tokens to generate at most; None: as many as the slot holds."""
     min_tokens: int = 0
@@ -154,6 +166,7 @@ class SamplingParams:
         self._check_flags()
         self._normalise_lists()
         self._normalise_bias()
+        self._set("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
         self._check_contradictions()
 
     @property

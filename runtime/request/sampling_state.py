@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .sampling_params import SamplingParams
 from .token_bars import TokenBars
+from .token_grammar import TokenGrammar
 
 
 class SamplingState:
@@ -29,6 +30,7 @@ class SamplingState:
         "_seed",
         "_stop_ids",
         "bars",
+        "grammar",
         "index",
         "num_output_tokens",
         "params",
@@ -42,16 +44,18 @@ class SamplingState:
         index: int = 0,
         eos_token_ids: Collection[int] = (),
         bad_words: Sequence[Sequence[int]] = (),
+        grammar: TokenGrammar | None = None,
     ) -> None:
         """Start a sequence: number `index` of the request's `n`, after `prompt_token_ids`.
 
         `eos_token_ids` are the model's own stop tokens, which `min_tokens` holds off. `bad_words`
-        are sequences of tokens that must not be completed.
+        are sequences of tokens that must not be completed. `grammar` is this sequence's own.
         """
         self.params = params
         self.index = index
         self.num_output_tokens = 0
         self.bars = TokenBars.of(params.allowed_token_ids, bad_words)
+        self.grammar = grammar
         self._prompt_token_ids = prompt_token_ids
         self._stop_ids = params.stop_ids.union(eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -78,7 +82,19 @@ class SamplingState:
     @property
     def looks_back(self) -> bool:
         """True if the next token's choice depends on those before it, beside the logits."""
-        return self.has_penalties or (self.bars is not None and self.bars.looks_back)
+        if self.has_penalties or self.grammar is not None:
+            return True
+        return self.bars is not None and self.bars.looks_back
+
+    @property
+    def is_complete(self) -> bool:
+        """True once the output is whole and nothing can follow."""
+        return self.grammar is not None and self.grammar.is_complete
+
+    @property
+    def failure(self) -> str | None:
+        """Why no token can be chosen any more, if this knows it."""
+        return None if self.grammar is None else self.grammar.failure
 
     def addends(self) -> list[tuple[int, float]]:
         """What to add to which token's logit at this step: the bias, and -inf for a barred stop."""
@@ -105,5 +121,7 @@ class SamplingState:
         self.num_output_tokens += 1
         if self.bars is not None:
             self.bars.advance(token_id)
+        if self.grammar is not None:
+            self.grammar.advance(token_id)
         if self._output_counts is not None:
             self._output_counts[token_id] += 1

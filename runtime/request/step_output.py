@@ -45,6 +45,8 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         scheduled_time_s: when it first had a slot; None if it never had one.
         finish_reason: none before the end. An end by a stop string is not among these.
         stop_reason: the stop token that ended it; None for the end-of-sequence token.
+        ends_with_text: with the finish reason "stop": the last token is no stop token, but all of
+            the output is there.
         failure: with the finish reason "error".
         time_s: now. Times are on the system's monotonic clock.
     """
@@ -59,5 +61,6 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     scheduled_time_s: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    ends_with_text: bool = False
     failure: Failure | None = None
     time_s: float = msgspec.field(default_factory=time.monotonic)

@@ -16,8 +16,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from ..engine.stats import EngineStats
 from ..frontend.text_stream import RequestText
 from ..request.outputs import FinishReason, RequestMetrics
+from .link.engine_link import EngineLink
 from .link.face import Face
-from .link.remote import RemoteEngine
 from .places import REFUSALS
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
@@ -40,7 +40,7 @@ _LABELS = ("model_name", "engine")
 class Metrics:
     """Counts requests, and tells what the engine holds."""
 
-    def __init__(self, face: Face, model_name: str, engine: RemoteEngine) -> None:
+    def __init__(self, face: Face, model_name: str, engine: EngineLink) -> None:
         self._registry = CollectorRegistry()
         self._labels = (model_name, "0")
         tokens = _one_two_five(face.admission.max_len)
@@ -142,7 +142,7 @@ class Metrics:
 class _EngineCollector:
     """What the engine holds and has done, as of its last pulse."""
 
-    def __init__(self, face: Face, labels: tuple[str, ...], engine: RemoteEngine) -> None:
+    def __init__(self, face: Face, labels: tuple[str, ...], engine: EngineLink) -> None:
         self._face = face
         self._labels = labels
         self._engine = engine

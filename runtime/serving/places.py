@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from .http.errors import ApiError
 from .options import ServeOptions
@@ -38,7 +39,7 @@ class Admittance:
     @contextmanager
     def place(self, num_requests: int, num_tokens: int, key: int | None) -> Iterator[None]:
         """Hold places for requests with so many prompt tokens. Raises ApiError 503 or 429."""
-        self._check(num_requests, num_tokens, key)
+        self.check(num_requests, num_tokens, key)
         self.num_requests += num_requests
         self.num_tokens += num_tokens
         if key is not None:
@@ -51,7 +52,17 @@ class Admittance:
             if key is not None:
                 self._of_key[key] -= num_requests
 
-    def _check(self, num_requests: int, num_tokens: int, key: int | None) -> None:
+    def _refuse_queue(self) -> NoReturn:
+        self._on_refusal("queue_full")
+        raise ApiError(
+            503,
+            f"{self.num_requests} requests run or wait, and {self._num_places} may; try again",
+            "queue_full",
+            retry_after_s=self._patience_s(),
+        )
+
+    def check(self, num_requests: int, num_tokens: int, key: int | None) -> None:
+        """Raises ApiError 503 or 429 if there are no places for so many."""
         if key is not None and self._of_key[key] + num_requests > self._places_of_a_key:
             self._on_refusal("key_share")
             raise ApiError(
@@ -62,13 +73,7 @@ class Admittance:
                 retry_after_s=1,
             )
         if self.num_requests + num_requests > self._num_places:
-            self._on_refusal("queue_full")
-            raise ApiError(
-                503,
-                f"{self.num_requests} requests run or wait, and {self._num_places} may; try again",
-                "queue_full",
-                retry_after_s=self._patience_s(),
-            )
+            self._refuse_queue()
         waits = self.num_requests >= self._max_seqs
         if waits and self.num_tokens + num_tokens > self._most_tokens:
             self._on_refusal("queue_tokens")

@@ -10,14 +10,15 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from ..execution.grammars import Grammars
 from ..frontend.async_requests import AsyncRequests
 from ..frontend.front_end import FrontEnd
 from ..frontend.text_stream import RequestText
 from ..request.sampling_params import SamplingParams
 from .generation import Delta, deltas
 from .http.errors import ApiError
+from .link.engine_link import EngineLink
 from .link.face import Face
-from .link.remote import RemoteEngine
 from .metrics import Metrics
 from .options import ServeOptions
 from .parsing import AnswerFormat, answer_format
@@ -35,14 +36,16 @@ _T = TypeVar("_T")
 class Server:
     """A front process: the engine it calls, and the model as callers see it.
 
+    It takes requests once it has met the model (`meet`).
+
     Attributes:
         is_draining: no further request is taken.
         created: when it began, for /v1/models.
     """
 
-    def __init__(self, options: ServeOptions, engine_path: str) -> None:
+    def __init__(self, options: ServeOptions, engine: EngineLink) -> None:
         self.options = options
-        self.engine = RemoteEngine(engine_path, self._meet)
+        self.engine = engine
         self.is_draining = False
         self.created = int(time.time())
         self._face: Face | None = None
@@ -51,8 +54,11 @@ class Server:
         self._admittance: Admittance | None = None
         self._metrics: Metrics | None = None
 
-    def _meet(self, face: Face) -> None:
-        """An engine has answered; after a restart it is the same model again."""
+    def meet(self, face: Face, grammars: Grammars | None = None) -> None:
+        """An engine has answered; after a restart it is the same model again.
+
+        `grammars` are the engine's own, where it is in this process.
+        """
         _log.info("%s is ready: %s, %s", face.name, face.device, face.dtype)
         if self._face is not None:
             return
@@ -63,7 +69,9 @@ class Server:
             tool_call_parser=self.options.tool_call_parser,
             reasoning_parser=self.options.reasoning_parser,
         )
-        front_end = FrontEnd(face, face.admission)
+        if grammars is None and face.tokenizer is not None:  # to refuse before anything is sent
+            grammars = Grammars(face.tokenizer, face.admission.vocab_size)
+        front_end = FrontEnd(face, face.admission, grammars)
         self._requests = AsyncRequests(front_end, self.engine, max_unfinished=_NO_LIMIT)
         name = (*self.options.served_model_name, face.name)[0]
         self._metrics = Metrics(face, name, self.engine)
@@ -113,11 +121,19 @@ class Server:
         return tuple(self.options.served_model_name) or (self.face.name,)
 
     def check_ready(self) -> None:
-        """Raises ApiError 503 while nothing can be asked."""
+        """Raises ApiError 503, or EngineDied, while nothing can be asked."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", "unavailable", retry_after_s=30)
         _there(self._face)
         self.engine.check_open()
+
+    def check_room(self, request: Request) -> None:
+        """As `check_ready`, and raises ApiError 503 or 429 if there is no place for one more.
+
+        It is asked before a prompt is read, which would be for nothing.
+        """
+        self.check_ready()
+        self.admittance.check(1, 0, request.state.key)
 
     def model_name(self, asked: str | None) -> str:
         """The name for the answer. Raises ApiError 404 for a model that is not here."""
@@ -145,9 +161,12 @@ class Server:
         given = {name: value for name, value in more.items() if value is not None}
         return dataclasses.replace(base, **{**fields.sampling_values(), **given})
 
-    async def prepare(self, make: Callable[[], _T], num_characters: int) -> _T:
-        """Make requests, away from the event loop if that may take long."""
-        if num_characters < _LONG_TEXT:
+    async def prepare(
+        self, make: Callable[[], _T], num_characters: int, *, compiles: bool = False
+    ) -> _T:
+        """Make requests, away from the event loop if that may take long: if they are long, or if a
+        grammar `compiles`."""
+        if num_characters < _LONG_TEXT and not compiles:
             return make()
         return await asyncio.to_thread(make)
 

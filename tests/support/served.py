@@ -32,15 +32,16 @@ class Served:
                 env={**os.environ, "OMP_WAIT_POLICY": "passive"},
             )
         self.url = self._wait_for_address()
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        base_url = self.url if self.url.startswith("http") else "http://local"
+        self.client = httpx.Client(base_url=base_url, timeout=60)
         if wait:
             self.wait_until_ready()
 
     def _wait_for_address(self) -> str:
         deadline = time.monotonic() + _READY_S
         while time.monotonic() < deadline:
-            if found := re.search(r"https?://[\d.]+:\d+", self.log()):
-                return found[0]
+            if found := re.search(r'listening on ([^\s"]+)', self.log()):
+                return found[1]
             assert self.process.poll() is None, self.log()
             time.sleep(0.05)
         raise AssertionError(f"no address in {_READY_S} s:\n{self.log()}")

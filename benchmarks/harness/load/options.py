@@ -10,6 +10,7 @@ from ..options import (
     decimals,
     device_option,
     dtype_option,
+    interpreters,
     label_option,
     max_seqs_option,
     seed_option,
@@ -59,6 +60,7 @@ class ServeOptions:
         clients: numbers of clients that wait for their answers, one load each.
         rates: requests a second, one load each; in place of `clients` where there are any.
         budgets: tokens of a step, one run each; none for the device's default.
+        servers, peers: with any, the library and these are compared, and no policies.
 
     Raises InvalidConfig for an empty list, a number that is not positive, and an unknown policy.
     """
@@ -96,6 +98,22 @@ class ServeOptions:
         parse=whole_numbers,
         help="Tokens of a step; several with commas. Default: the device's own.",
     )
+    servers: tuple[str, ...] = option(
+        (),
+        names=("--server",),
+        kind=list[str],
+        parse=tuple,
+        help="URL or NAME=URL of an OpenAI server to drive, beside the library. Repeatable.",
+    )
+    peers: dict[str, str] = option(
+        (),
+        names=("--peer",),
+        kind=list[str],
+        parse=interpreters,
+        help="NAME=PYTHON: vkv, vllm or llama-cpp, whose server is started and driven over HTTP, "
+        "and an interpreter that has it. Repeatable.",
+    )
+    repeats: int = option(1, least=1, help="Turns of each system, of --server and --peer.")
     targets: Targets = group(Targets)
     label: str = label_option()
     seed: int = seed_option()

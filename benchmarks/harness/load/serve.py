@@ -1,5 +1,7 @@
 """`vkv bench serve`: latency and throughput while requests arrive, in this process.
 
+With servers to drive it is `http_serve` that runs.
+
 The lengths of published traces, arriving at a rate or from clients that wait for their answers,
 run through the engine once for each scheduling policy, SplitFuse and prefill-first to compare
 with, and for each budget of tokens a step. All get the same requests at the same times.
@@ -56,11 +58,15 @@ class Cell:
 
 def run(options: ServeOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
+    if options.servers or options.peers:
+        from .http_serve import run as run_over_http
+
+        return run_over_http(options, folder, command)
     name = record_name("serve", options.shape, options.label)
     record = Record(folder, name, device=options.device, config=asdict(options), command=command)
     model = build_model(options.shape, dtype=options.dtype, device=options.device)
-    works = _works(options, model)
-    loads = _loads(options)
+    works = works_of(options, model.config.vocab_size, model.config.max_position_embeddings)
+    loads = loads_of(options)
     plan = list(itertools.product(works, loads, options.policies, options.budgets or (None,)))
     cells: list[Cell] = []
     probe = LimitsProbe(options.device, options.dtype)
@@ -88,20 +94,22 @@ def run(options: ServeOptions, folder: Path, command: str) -> tuple[Path, list[T
     return record.grow(steps(), findings, probe)
 
 
-def _works(options: ServeOptions, model: PreTrainedModel) -> dict[str, list[WorkItem]]:
+def works_of(
+    options: ServeOptions, vocab_size: int, max_positions: int
+) -> dict[str, list[WorkItem]]:
     """The requests of each workload. Raises InvalidConfig for one that is too long."""
     works = {
         name: traffic(
             name,
             options.num_requests,
             scale=options.scale,
-            vocab_size=model.config.vocab_size,
+            vocab_size=vocab_size,
             seed=options.seed,
         )
         for name in _expanded(options.workloads)
     }
     for name, work in works.items():
-        _check_lengths(name, work, model.config.max_position_embeddings)
+        _check_lengths(name, work, max_positions)
     return works
 
 
@@ -122,7 +130,7 @@ def _check_lengths(name: str, work: Sequence[WorkItem], max_positions: int) -> N
         )
 
 
-def _loads(options: ServeOptions) -> dict[str, list[float]]:
+def loads_of(options: ServeOptions) -> dict[str, list[float]]:
     """When requests arrive, by the name of the load; see `drive` for those that follow."""
     if not options.rates:
         return {f"{clients} clients": [0.0] * clients for clients in options.clients}

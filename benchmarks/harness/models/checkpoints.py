@@ -31,6 +31,7 @@ class Checkpoints:
         weight_bytes: of the dense weights, tied ones counted once.
         read_bytes: of those, what a decode step reads: not an embedding that is looked up.
         kv_bytes_per_token: keys and values of a token over all layers, in the benchmark's dtype.
+        max_positions: tokens of the longest sequence.
     """
 
     dense: Path
@@ -40,6 +41,7 @@ class Checkpoints:
     read_bytes: int
     kv_bytes_per_token: int
     vocab_size: int
+    max_positions: int
 
 
 def save_checkpoints(
@@ -69,6 +71,7 @@ def save_checkpoints(
         read_bytes=sum(weights.values()) - looked_up,
         kv_bytes_per_token=cache_bytes_per_token(loaded, dtype),
         vocab_size=loaded.config.vocab_size,
+        max_positions=loaded.config.max_position_embeddings,
         group_size=_quantize(loaded, int4, format) if format and int4 else None,
     )
 

@@ -1,5 +1,6 @@
 """What every HTTP request passes: its name, its key, its size, and the access log."""
 
+import asyncio
 import json
 import logging
 import re
@@ -17,6 +18,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # without a key
 ANTHROPIC_PATHS = ("/v1/messages",)
+_BODY_S = 60.0  # for a body to come whole
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")  # visible ASCII
 _LINE = '%(client)s "%(method)s %(path)s" %(status)d %(bytes)d %(seconds).4fs %(request_id)s'
 
@@ -80,7 +82,7 @@ class Gate:
         data = json.dumps(body).encode()
         headers = {**error.headers, "content-type": "application/json"}
         headers["content-length"] = str(len(data))
-        if error.status in (401, 413):  # the rest of its body is not read
+        if error.status in (401, 408, 413):  # the rest of its body is not read
             headers["connection"] = "close"
         await visit.send(
             {
@@ -93,10 +95,10 @@ class Gate:
 
 
 class _Limit:
-    """Receives a body up to a limit.
+    """Receives a body up to a limit, and within a time.
 
     Attributes:
-        error: that it was more.
+        error: that it was more, or late.
     """
 
     def __init__(self, receive: Receive, most: int, scope: Scope) -> None:
@@ -104,17 +106,34 @@ class _Limit:
         self._most = most
         self._num_bytes = 0
         self.error: ApiError | None = None
+        self._is_whole = False
+        self._deadline_s = asyncio.get_running_loop().time() + _BODY_S
         length = _header(scope, b"content-length")
         if length is not None and length.isdigit() and int(length) > most:
             raise self._too_large(int(length))
 
     async def __call__(self) -> MutableMapping[str, Any]:
-        message = await self._receive()
+        message = await self._next()
         if message["type"] == "http.request":
             self._num_bytes += len(message.get("body", b""))
             if self._num_bytes > self._most:
                 self.error = self._too_large(self._num_bytes)
                 raise self.error
+        return message
+
+    async def _next(self) -> MutableMapping[str, Any]:
+        """What comes next; of a body within its time, and behind it whenever it comes."""
+        if self._is_whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline_s):
+                message = await self._receive()
+        except TimeoutError:
+            self.error = ApiError(
+                408, f"the body did not come within {_BODY_S:.0f} s; send it again", "timeout"
+            )
+            raise self.error from None
+        self._is_whole = not message.get("more_body", False)
         return message
 
     def _too_large(self, num_bytes: int) -> ApiError:

@@ -21,7 +21,7 @@ from typing import Any
 from ....vmem.errors import UsageError, VkvError
 from ...engine.build import build_loop, load
 from ...engine.config import EngineConfig
-from ...engine.loop import EngineLoop
+from ...engine.loop import EngineLoop, refusal
 from ...engine.messages import Abort, Add, Finish
 from ...request.step_output import Failure, StepOutput
 from .face import Face
@@ -36,6 +36,7 @@ from .messages import (
     decode_to_engine,
     encode,
 )
+from .preparing import Preparing
 from .wire import Frames
 
 REFUSED = 2  # exit status: what was asked for cannot be, and standard error says why
@@ -93,6 +94,8 @@ class EngineServer:
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, None)
+        self._preparing = Preparing(loop.engine.grammars)
+        self._selector.register(self._preparing, selectors.EVENT_READ, self._preparing)
         self._pulse_s = 0.0
         self._trim_at_s: float | None = None  # on the monotonic clock
 
@@ -139,9 +142,11 @@ class EngineServer:
         for key, events in self._selector.select(timeout_s):
             if key.data is None:
                 self._greet()
+            elif key.data is self._preparing:
+                self._take_prepared()
             elif events & selectors.EVENT_WRITE:
                 self._send(key.data, None)
-            if key.data is not None and events & selectors.EVENT_READ:
+            if isinstance(key.data, _Front) and events & selectors.EVENT_READ:
                 self._read(key.data)
 
     def _greet(self) -> None:
@@ -174,9 +179,22 @@ class EngineServer:
         if isinstance(message, Add):
             front.unfinished[message.spec.request_id] = set(range(message.spec.params.n))
             self._fronts[message.spec.request_id] = front
+            if self._preparing.begin(message):
+                return
         elif isinstance(message, Finish):  # no output comes back
             self._note_end(message.request_id, message.index)
+        elif add := self._preparing.drop(message.request_id):
+            self._deliver(_aborted(add))
+            return
         self._loop.post(message)
+
+    def _take_prepared(self) -> None:
+        """Hand requests to the engine whose grammar is compiled, and refuse the others."""
+        for add, error in self._preparing.take():
+            if error is None:
+                self._loop.post(add)
+            else:
+                self._deliver(refusal(add.spec, error))
 
     def _answer(self, ask: Ask) -> Answer:
         calls: dict[str, Any] = {
@@ -199,6 +217,7 @@ class EngineServer:
         front.frames.close()
         for request_id in front.unfinished:
             self._fronts.pop(request_id, None)
+            self._preparing.drop(request_id)
             self._loop.post(Abort(request_id))
 
     # -- outputs -------------------------------------------------------------------------------
@@ -250,6 +269,14 @@ class EngineServer:
         self._selector.modify(front.frames, events, front)
 
 
+def _aborted(add: Add) -> list[StepOutput]:
+    """The end of every sequence of a request that the engine never had."""
+    return [
+        StepOutput(request_id=add.spec.request_id, index=index, finish_reason="abort")
+        for index in range(add.spec.params.n)
+    ]
+
+
 def main() -> None:
     """Load what standard input orders, and serve it until that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -289,15 +316,6 @@ def _build(order: EngineOrder) -> EngineServer:
         order.model, tokenizer=None, device=order.device, dtype=order.dtype, config=config
     )
     loop = build_loop(loaded, config)
-    face = Face(
-        name=loaded.name,
-        tokenizer=loaded.tokenizer,
-        sampling_defaults=loaded.sampling_defaults,
-        admission=loop.engine.admission,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        device=str(loaded.device),
-        max_seqs=config.max_seqs,
-        page_bytes=loop.stats().page_bytes,
-    )
+    face = Face.of(loaded, loop.engine, config)
     listener = socket.socket(fileno=order.listener)
     return EngineServer(loop, face, listener, idle_trim_s=config.idle_trim_s)

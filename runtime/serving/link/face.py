@@ -8,6 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ...engine.admission import Admission
+from ...engine.config import EngineConfig
+from ...engine.engine import Engine
+from ...model.loading import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,20 @@ class Face:
     device: str
     max_seqs: int
     page_bytes: int
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, engine: Engine, config: EngineConfig) -> "Face":
+        """That of an engine which is here."""
+        return cls(
+            name=loaded.name,
+            tokenizer=loaded.tokenizer,
+            sampling_defaults=loaded.sampling_defaults,
+            admission=engine.admission,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=str(loaded.device),
+            max_seqs=config.max_seqs,
+            page_bytes=engine.stats().page_bytes,
+        )
 
     def pack(self) -> bytes:
         """For the front processes, which are of the same program."""

@@ -41,21 +41,21 @@ class RemoteEngine:
 
     Args:
         path: of the engine's socket.
-        on_welcome: called with the `Face` of each engine that answers.
 
     Attributes:
+        on_welcome: called with the `Face` of each engine that answers.
         stats: of the last pulse; None before the first.
         error: as of `EnginePort`.
         has_died: an engine that had answered is gone, and none has answered since.
     """
 
-    def __init__(self, path: str, on_welcome: Callable[[Face], None]) -> None:
+    def __init__(self, path: str) -> None:
+        self.on_welcome: Callable[[Face], None] = lambda face: None
         self.stats: EngineStats | None = None
         self.error: BaseException | None = None
         self.is_asleep = False
         self.has_died = False
         self._path = path
-        self._on_welcome = on_welcome
         self._owner = ProcessOwner("this server")
         self._frames: Frames | None = None
         self._is_welcome = False
@@ -217,7 +217,7 @@ class RemoteEngine:
             self._answer(message)
         else:
             assert isinstance(message, Welcome), message
-            self._on_welcome(Face.unpack(message.face))
+            self.on_welcome(Face.unpack(message.face))
             self.error, self._is_welcome, self.has_died = None, True, False
 
     def _answer(self, answer: Answer) -> None:

@@ -15,6 +15,7 @@ import uvloop
 
 from ..http.app import build_app
 from ..link.engine_process import die_with_parent
+from ..link.remote import RemoteEngine
 from ..options import ServeOptions
 from ..server import Server
 from .logs import configure_logs
@@ -37,7 +38,9 @@ class Front:
     """Serves HTTP on a socket, for the engine at a path."""
 
     def __init__(self, options: ServeOptions, engine_path: str) -> None:
-        self.server = Server(options, engine_path)
+        self._engine = RemoteEngine(engine_path)
+        self.server = Server(options, self._engine)
+        self._engine.on_welcome = self.server.meet
         self._options = options
         self._http = _Http(
             uvicorn.Config(
@@ -58,12 +61,12 @@ class Front:
 
     async def run(self, listener: socket.socket) -> None:
         """Serve until `end` was called, and all that was under way has ended."""
-        connecting = asyncio.ensure_future(self.server.engine.stay_connected())
+        connecting = asyncio.ensure_future(self._engine.stay_connected())
         try:
             await self._http.serve(sockets=[listener])
         finally:
             connecting.cancel()
-            self.server.engine.close()
+            self._engine.close()
 
     def end(self) -> None:
         """Take no more requests, and end when those under way have; called again: at once."""

@@ -337,9 +337,11 @@ def router(server: Server) -> APIRouter:
     )
     async def messages(request: Request, asked: MessagesRequest) -> Response:
         """Answer a conversation."""
-        server.check_ready()
+        server.check_room(request)
         job = await server.prepare(
-            lambda: MessagesJob(server, asked, request.state.request_id), len(str(asked.messages))
+            lambda: MessagesJob(server, asked, request.state.request_id),
+            len(str(asked.messages)),
+            compiles=bool(asked.tools),
         )
         place = server.place(request, [job.job.text])
         if not asked.stream:

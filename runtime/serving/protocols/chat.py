@@ -404,10 +404,12 @@ def router(server: Server) -> APIRouter:
     )
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         """Answer a conversation."""
-        server.check_ready()
+        server.check_room(request)
         num_characters = sum(len(str(message.get("content"))) for message in asked.messages)
         job = await server.prepare(
-            lambda: ChatJob(server, asked, request.state.request_id), num_characters
+            lambda: ChatJob(server, asked, request.state.request_id),
+            num_characters,
+            compiles=bool(asked.structured_outputs or asked.response_format or asked.tools),
         )
         place = server.place(request, [job.text])
         if not asked.stream:

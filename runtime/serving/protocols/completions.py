@@ -264,11 +264,15 @@ def router(server: Server) -> APIRouter:
     )
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         """Go on with prompts."""
-        server.check_ready()
+        server.check_room(request)
         make: Callable[[], CompletionJob] = lambda: CompletionJob(  # noqa: E731
             server, asked, request.state.request_id
         )
-        job = await server.prepare(make, sum(map(len, asked.prompts())))
+        job = await server.prepare(
+            make,
+            sum(map(len, asked.prompts())),
+            compiles=bool(asked.structured_outputs or asked.response_format),
+        )
         place = server.place(request, job.texts)
         if not asked.stream:
             with place:

@@ -14,7 +14,7 @@ from vkv.vmem.errors import OutOfPages, VkvError
 _PARAMS = SamplingParams(
     temperature=0.7, top_p=0.9, seed=3, n=2, stop=["x", "yz"], stop_token_ids=[5], logprobs=2,
     logit_bias={7: -1.5}, max_tokens=None, bad_words={"b", "a"}, allowed_token_ids={9, 8},
-    truncate_prompt_tokens=4, prompt_logprobs=-1,
+    truncate_prompt_tokens=4, prompt_logprobs=-1, structured_outputs={"choice": ["a", "b"]},
 )  # fmt: skip
 _SPEC = RequestSpec(
     request_id="a",

@@ -4,7 +4,11 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
+import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -237,6 +241,26 @@ def test_sigterm_ends_what_is_under_way(tmp_path: Path, patience_s: int) -> None
         assert not [pid for pid in children if is_alive(pid)]
 
 
+def test_https_and_a_unix_socket(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate, and is not there")
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
+    files = ("-keyout", str(key), "-out", str(certificate))
+    command = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2")
+    subprocess.run([*command, *names, *files], check=True, capture_output=True)
+    arguments = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+    with Served(*arguments, log=tmp_path / "log", wait=False) as server:
+        assert server.url.startswith("https://")
+        with httpx.Client(verify=ssl.create_default_context(cafile=certificate)) as client:
+            assert client.get(server.url + "/health").status_code == 200
+    uds = tmp_path / "socket"
+    with Served("--uds", str(uds), log=tmp_path / "log-of-uds", wait=False) as server:
+        transport = httpx.HTTPTransport(uds=str(uds))
+        with httpx.Client(transport=transport, base_url="http://local") as client:
+            assert client.get("/version").status_code == 200
+
+
 def test_several_front_processes(tmp_path: Path) -> None:
     with Served("--api-server-count", "2", log=tmp_path / "log") as server:
         fronts = [p for p in server.children() if p != server.engine()]
@@ -260,9 +284,6 @@ def _is_ready(server: Served) -> bool:
 
 
 def test_an_address_in_use_and_a_model_that_is_not_there(served: Served, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     port = served.url.rpartition(":")[2]
     for arguments, words in (
         (["--port", port], "cannot be listened on"),

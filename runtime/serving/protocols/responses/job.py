@@ -141,9 +141,11 @@ def router(server: Server) -> APIRouter:
     )
     async def responses(request: Request, asked: ResponsesRequest) -> Response:
         """Answer a conversation, of which nothing is kept."""
-        server.check_ready()
+        server.check_room(request)
         job = await server.prepare(
-            lambda: ResponseJob(server, asked, request.state.request_id), len(str(asked.input))
+            lambda: ResponseJob(server, asked, request.state.request_id),
+            len(str(asked.input)),
+            compiles=bool(asked.text or asked.tools),
         )
         place = server.place(request, [job.job.text])
         if not asked.stream:

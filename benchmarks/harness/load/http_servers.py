@@ -1,0 +1,163 @@
+"""Servers to compare: one that is there already, or one that is started here and ended again."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...vmem.errors import InvalidConfig
+from ..peers.peer import WORKERS, WorkerFailed, interpreter_of
+from .http_client import Endpoint
+
+STARTED = ("vkv", "vllm", "llama-cpp")
+_READY_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A server to be started on a free port of the loopback.
+
+    Attributes:
+        max_seqs, max_len: requests that run at once, and tokens of the longest.
+        max_batch_tokens: of a step; None for the server's own default.
+    """
+
+    name: str
+    interpreter: str
+    model: Path
+    dtype: str
+    threads: int
+    max_seqs: int
+    max_len: int
+    max_batch_tokens: int | None
+
+    def command(self, port: int) -> Sequence[str]:
+        """What starts it."""
+        if self.name == "vkv":
+            budget = ["--max-num-batched-tokens", str(self.max_batch_tokens)]
+            return [
+                *(self.interpreter, "-m", "vkv.runtime.cli.main", "serve", str(self.model)),
+                *("--port", str(port), "--dtype", self.dtype, "--device", "cpu"),
+                *("--max-num-seqs", str(self.max_seqs), "--max-model-len", str(self.max_len)),
+                *(budget if self.max_batch_tokens else ()),
+            ]
+        if self.name == "vllm":
+            return [
+                *(self.interpreter, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model)),
+                *("--port", str(port), "--dtype", self.dtype, "--host", "127.0.0.1"),
+                *("--max-num-seqs", str(self.max_seqs), "--max-model-len", str(self.max_len)),
+                *("--skip-tokenizer-init", "--no-enable-prefix-caching"),
+            ]
+        return [
+            *(self.interpreter, "-m", "llama_cpp.server", "--model", str(self.model)),
+            *("--port", str(port), "--n_ctx", str(self.max_len * self.max_seqs)),
+            *("--n_threads", str(self.threads)),
+        ]
+
+    @property
+    def extra(self) -> tuple[tuple[str, object], ...]:
+        """Fields of its requests, so that events name their tokens."""
+        if self.name == "vllm":
+            return (("return_token_ids", True), ("detokenize", False))
+        return (("return_token_ids", True),) if self.name == "vkv" else ()
+
+
+def checked(peers: dict[str, str]) -> dict[str, str]:
+    """Interpreters of servers to be started. Raises InvalidConfig for unknown ones."""
+    return {name: interpreter_of(name, path, STARTED) for name, path in peers.items()}
+
+
+def named(servers: Sequence[str]) -> dict[str, str]:
+    """Addresses by name, from NAME=URL or URL alone. Raises InvalidConfig."""
+    found: dict[str, str] = {}
+    for text in servers:
+        name, separator, url = text.partition("=")
+        if not separator or "://" in name:
+            name, url = f"server-{len(found) + 1}", text
+        if not url.startswith(("http://", "https://")):
+            raise InvalidConfig(f"server is {text!r}; write URL or NAME=URL, as http://host:port")
+        found[name] = url.removesuffix("/").removesuffix("/v1")
+    return found
+
+
+@contextmanager
+def running(server: Started, log: Path) -> Iterator[Endpoint]:
+    """Start a server and wait until it is ready; gives where it is.
+
+    Raises WorkerFailed, with the end of its log, if it does not come up.
+    """
+    port = _free_port()
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(server.threads),
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            server.command(port), stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait(f"{url}/v1/models", process, log)
+        model = str(server.model) if server.name != "llama-cpp" else None
+        yield Endpoint(url=url, model=model, extra=server.extra)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def as_gguf(model: Path, scratch: Path, interpreter: str, dtype: torch.dtype) -> Path:
+    """The model as llama.cpp reads it, written once by the interpreter that has it."""
+    weights = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(dtype)
+    if weights is None:
+        raise InvalidConfig(f"llama.cpp runs in float32 or bfloat16 here, not in {dtype}")
+    path = scratch / f"model-{weights}.gguf"
+    if not path.exists():
+        code = (
+            "import sys; from pathlib import Path; from llama_cpp_worker import write_gguf; "
+            "write_gguf(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])"
+        )
+        told = subprocess.run(
+            [interpreter, "-c", code, str(model), str(path), weights],
+            cwd=WORKERS,
+            capture_output=True,
+            text=True,
+        )
+        if told.returncode:
+            raise WorkerFailed(f"llama-cpp: {told.stderr[-1000:]}")
+    return path
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _READY_S
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            pass
+        if process.poll() is not None:
+            break
+        time.sleep(0.2)
+    raise WorkerFailed(f"the server did not come up: {log.read_text(errors='replace')[-2000:]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
