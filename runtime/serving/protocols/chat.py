@@ -20,6 +20,8 @@ from .shapes.base import described
 from .shapes.openai import ChatCompletion
 from .usage import usage
 
+_IN_CALLS = " ?"  # between JSON's tokens; nobody reads calls, and more of it only takes time
+
 
 class JsonSchema(Strict):
     """A schema that an answer keeps to."""
@@ -166,7 +168,8 @@ class ChatJob:
         ]
         if self.choice not in ("none", "auto"):
             parallel = asked.parallel_tool_calls is not False
-            held.append({"json": tool_grammar(asked.tools or [], self.choice, parallel)})
+            schema = tool_grammar(asked.tools or [], self.choice, parallel)
+            held.append({"json": schema, "whitespace_pattern": _IN_CALLS})
         given = [structure for structure in held if structure]
         if len(given) > 1:
             raise ApiError(

