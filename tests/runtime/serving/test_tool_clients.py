@@ -281,6 +281,13 @@ def test_messages(claude: anthropic.Anthropic, choice: str, stream: bool) -> Non
     check_call(block.name, block.input)
 
 
+def test_messages_parse(claude: anthropic.Anthropic) -> None:
+    told = claude.messages.parse(
+        model="tiny-chat", messages=MESSAGES, max_tokens=LONG, output_format=Sum
+    )
+    assert isinstance(told.parsed_output, Sum)
+
+
 def test_messages_round_trip(claude: anthropic.Anthropic) -> None:
     asked: dict[str, Any] = {"model": "tiny-chat", "tools": ANTHROPIC_TOOLS, "max_tokens": 300}
     first = claude.messages.create(**asked, messages=MESSAGES, tool_choice=_claude_choice("add"))
