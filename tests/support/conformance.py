@@ -24,7 +24,8 @@ _ASK: dict[str, Any] = {
     "max_tokens": 16,
 }
 _GO_ON: dict[str, Any] = {"prompt": "3 + 4 =", "temperature": 0, "max_tokens": 4}
-_TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+_NUMBER = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "additionalProperties": False}
+_TOOL = {"type": "function", "function": {"name": "add", "parameters": _NUMBER}}
 _DONE = {"-1": "[DONE]"}
 
 
@@ -238,13 +239,31 @@ CHAT = (
         llama_cpp=_NOT_READ,
         ours="400",
     ),
+    Row(
+        route=_CHAT,
+        asks="`tool_choice` that names a tool: why the answer ended",
+        body={
+            **_ASK,
+            "max_tokens": 200,
+            "tools": [_TOOL],
+            "tool_choice": {"type": "function", "function": {"name": "add"}},
+            "chat_template": "{{ tools | tojson }}",
+        },
+        vllm="`stop`, as OpenAI's API; `tool_calls` for `required` and `auto`",
+        llama_cpp=_NOT_READ,
+        ours="`tool_calls` whenever there are calls: agents go on by it",
+        finds={
+            "choices.0.finish_reason": "tool_calls",
+            "choices.0.message.tool_calls.0.function.name": "add",
+        },
+    ),
     _refused(
         _CHAT,
         "`tools` where the template shows none",
         {**_ASK, "tools": [_TOOL]},
         "tools",
-        vllm="200; the model is not told of them",
-        llama_cpp="200; a template of its own shows them",
+        vllm=_NOT_READ,
+        llama_cpp=_NOT_READ,
         ours="400: a model that is told of no tools can call none",
     ),
     _refused(
@@ -309,7 +328,7 @@ CHAT = (
         {**_ASK, "continue_final_message": True, "add_generation_prompt": True},
         "both True",
         vllm="400",
-        llama_cpp="200; ignored",
+        llama_cpp=_NOT_READ,
         ours="400",
     ),
     Row(
@@ -336,19 +355,19 @@ COMPLETIONS = (
     Row(
         route=_TEXT,
         asks="no `max_tokens`",
-        body={"prompt": "3 + 4 =", "temperature": 0},
+        body={"prompt": "3 + 4 =", "temperature": 0, "ignore_eos": True},
         vllm="16 tokens, as OpenAI's API",
         llama_cpp="tokens without end",
-        ours="16 tokens",
-        finds={"choices.0.finish_reason": ANY},
+        ours="as the model's authors say, 64 here; 16 where they say nothing",
+        finds={"usage.completion_tokens": 64},
     ),
     Row(
         route=_TEXT,
         asks="several prompts",
         body={**_GO_ON, "prompt": ["3 + 4 =", "hello"]},
         vllm="a choice for each",
-        llama_cpp="a choice for each",
-        ours="the same",
+        llama_cpp=_NOT_READ,
+        ours="as vLLM",
         finds={"choices.1.index": 1},
     ),
     Row(
@@ -394,7 +413,7 @@ COMPLETIONS = (
         {**_GO_ON, "prompt": []},
         "empty list",
         vllm=_NOT_READ,
-        llama_cpp="500",
+        llama_cpp="an error",
         ours="400",
     ),
     _refused(
@@ -411,7 +430,7 @@ COMPLETIONS = (
         "`suffix`",
         {**_GO_ON, "suffix": "x"},
         "fill no gap",
-        vllm="200; taken, of no effect",
+        vllm="no model of it takes one; what it answers was not read",
         llama_cpp="500: unsupported",
         ours="400",
     ),
@@ -430,7 +449,7 @@ COMPLETIONS = (
         {**_GO_ON, "n": 1000},
         "n is 1000",
         vllm=_NOT_READ,
-        llama_cpp="400: no more than its slots",
+        llama_cpp="an error: no more than its slots",
         ours="400: no more than `--max-n`",
     ),
     _refused(
@@ -438,8 +457,8 @@ COMPLETIONS = (
         "`temperature: -1`",
         {**_GO_ON, "temperature": -1},
         "temperature",
-        vllm="400",
-        llama_cpp="out of its limits",
+        vllm=_NOT_READ,
+        llama_cpp=_NOT_READ,
         ours="400",
     ),
     Row(
@@ -468,7 +487,7 @@ RESPONSES = (
         asks="a text",
         body={"input": "What is 3 + 4?", "temperature": 0},
         vllm="a `response` with items; it may be stored",
-        llama_cpp="a `response` with items; nothing is stored",
+        llama_cpp="a `response`; nothing is stored",
         ours="a `response` with items; nothing is stored",
         finds={"object": "response", "status": "completed", "output.0.type": "message"},
     ),
@@ -477,7 +496,7 @@ RESPONSES = (
         asks="`stream`",
         body={"input": "What is 3 + 4?", "stream": True},
         vllm="`response.created` … `response.completed`, numbered",
-        llama_cpp="`response.created` … `response.completed`",
+        llama_cpp=_NOT_READ,
         ours="as vLLM",
         finds={
             "0.type": "response.created",
@@ -597,7 +616,7 @@ OTHERS = (
         route="GET /v1/models",
         asks="what there is",
         vllm="cards with `max_model_len` and `permission`",
-        llama_cpp="cards with `meta`, and `models` in Ollama's form",
+        llama_cpp="a list, public even where keys are wanted",
         ours="cards with `max_model_len`",
         finds={"object": "list", "data.0.object": "model", "data.0.max_model_len": ANY},
     ),
