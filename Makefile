@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/.triton
 OLDEST := .venv-oldest
 
-.PHONY: help install chat test test-oldest lint wheel-test gpu-kit gpu-check clean
+.PHONY: help install chat test test-oldest lint wheel-test gpu-kit gpu-check clients clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -65,6 +65,9 @@ gpu-kit: $(INSTALLED) ## Gather what a bare machine with a GPU lacks into gpu-ki
 
 gpu-check: $(INSTALLED) ## Rehearse on the CPU what `gpu_check.py` does on such a machine
 	$(BIN)/python benchmarks/gpu/gpu_check.py --device cpu --out build/gpu-check $(ARGS)
+
+clients: $(INSTALLED) ## Run clients as their users install them against a server; ARGS names some
+	$(BIN)/python tests/attacks/clients.py $(ARGS)
 
 clean: ## Remove the virtual environment and what builds leave behind
 	rm -rf $(VENV) $(OLDEST) build dist gpu-kit *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from ....vmem.errors import VkvError
 from ..page import page_router
-from ..protocols import anthropic, chat, completions, operations, tokens
+from ..protocols import anthropic, chat, completions, operations, responses, tokens
 from ..protocols.fields import Strict
 from ..server import Server
 from .errors import ApiError, refusal
@@ -23,12 +23,12 @@ _log = logging.getLogger(__name__)
 
 def build_app(server: Server) -> Callable[..., Awaitable[None]]:
     """An ASGI application of all routes, behind the `Gate`."""
-    app = FastAPI(
+    app = _Application(
         title="vkv",
         summary="Large language models over virtual-memory KV.",
         root_path=server.options.root_path,
     )
-    for protocol in (chat, completions, anthropic, tokens, operations):
+    for protocol in (chat, completions, responses, anthropic, tokens, operations):
         app.include_router(protocol.router(server))
     app.include_router(
         page_router(
@@ -43,6 +43,21 @@ def build_app(server: Server) -> Callable[..., Awaitable[None]]:
     app.add_exception_handler(HTTPException, _plain)
     app.add_exception_handler(Gone, _gone)
     return Gate(app, server.options)
+
+
+class _Application(FastAPI):
+    """Describes itself without FastAPI's own answer to a wrong body, which has the status 400."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description, made once."""
+        if self.openapi_schema is None:
+            told = super().openapi()
+            for operations in told["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                told["components"]["schemas"].pop(name, None)
+        return super().openapi()
 
 
 async def _told(request: Request, error: Any) -> Response:

@@ -14,8 +14,24 @@ from ..parsing import MessageDelta
 from ..server import Server
 from .chat import ChatJob, ChatRequest
 from .fields import Strict
+from .shapes.anthropic import Count, Message
+from .shapes.base import AnthropicError, described
 
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "abort": "end_turn"}
+
+
+class OutputFormat(Strict):
+    """A schema that the answer keeps to."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Strict):
+    """Of which form the answer is, and how much the model thinks before it."""
+
+    effort: str | None = None
+    format: OutputFormat | None = None
 
 
 class CountRequest(Strict):
@@ -25,7 +41,7 @@ class CountRequest(Strict):
         "mcp_servers": "this server calls no others; leave it out",
         "container": "this server runs no code; leave it out",
         "context_management": "conversations are taken as they are; leave it out",
-        "output_config": "use /v1/chat/completions with response_format",
+        "output_format": "it is output_config.format",
     }
 
     model: str | None = None
@@ -34,6 +50,7 @@ class CountRequest(Strict):
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
 
     def as_chat(self, **more: Any) -> ChatRequest:
         """The same as OpenAI's API has it. Raises ApiError."""
@@ -43,6 +60,8 @@ class CountRequest(Strict):
             given["tools"] = [_tool(tool) for tool in self.tools]
         if self.tool_choice is not None:
             given |= _choice(self.tool_choice)
+        if self.output_config is not None:
+            given |= _output(self.output_config)
         thinking = (self.thinking or {}).get("type")
         if thinking is not None:
             given["chat_template_kwargs"] = {"enable_thinking": thinking != "disabled"}
@@ -97,14 +116,16 @@ def _text(blocks: list[dict[str, Any]]) -> str:
 def _messages(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for message in messages:
         role, content = message.get("role"), message.get("content")
-        if role not in ("user", "assistant"):
-            raise _wrong(f"a message's role is {role!r}; use user or assistant, and system for it")
+        if role not in ("user", "assistant", "system"):
+            raise _wrong(f"a message's role is {role!r}; use user, assistant or system")
         if isinstance(content, str):
             yield {"role": role, "content": content}
         elif not isinstance(content, list) or not all(isinstance(b, dict) for b in content):
             raise _wrong(f"a message's content is {content!r}; give a text, or a list of blocks")
         elif role == "user":
             yield from _of_user(content)
+        elif role == "system":
+            yield {"role": role, "content": _text(content)}
         else:
             yield _of_assistant(content)
 
@@ -158,6 +179,16 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     if tool.get("description"):
         function["description"] = tool["description"]
     return {"type": "function", "function": function}
+
+
+def _output(config: OutputConfig) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    if config.effort is not None:
+        given["reasoning_effort"] = config.effort
+    if config.format is not None:
+        schema = {"name": "output", "schema": config.format.schema_}
+        given["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return given
 
 
 def _choice(choice: dict[str, Any]) -> dict[str, Any]:
@@ -328,12 +359,18 @@ def router(server: Server) -> APIRouter:
     """The protocol's routes."""
     routes = APIRouter(tags=["Anthropic"])
 
-    @routes.post("/v1/messages", response_model=None)
+    @routes.post(
+        "/v1/messages",
+        response_model=None,
+        responses=described(Message, body=True, work=True, stream=True, error=AnthropicError),
+    )
     async def messages(request: Request, asked: MessagesRequest) -> Response:
         """Answer a conversation."""
         server.check_room(request)
         job = await server.prepare(
-            lambda: MessagesJob(server, asked, request.state.request_id), len(str(asked.messages))
+            lambda: MessagesJob(server, asked, request.state.request_id),
+            len(str(asked.messages)),
+            compiles=bool(asked.tools or asked.output_config),
         )
         place = server.place(request, [job.job.text])
         if not asked.stream:
@@ -345,7 +382,11 @@ def router(server: Server) -> APIRouter:
             keep_alive_s=server.options.sse_keep_alive_interval,
         )
 
-    @routes.post("/v1/messages/count_tokens", response_model=None)
+    @routes.post(
+        "/v1/messages/count_tokens",
+        response_model=None,
+        responses=described(Count, 404, body=True, error=AnthropicError),
+    )
     async def count_tokens(request: Request, asked: CountRequest) -> Response:
         """How many tokens a conversation has."""
         server.check_ready()

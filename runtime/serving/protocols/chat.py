@@ -16,7 +16,11 @@ from ..parsing import MessageDelta, MessageParser, ToolCallDelta, tool_grammar
 from ..server import Server
 from .fields import Sampling, Strict
 from .logprobs import chat_logprobs, prompt_logprobs
+from .shapes.base import described
+from .shapes.openai import ChatCompletion
 from .usage import usage
+
+_IN_CALLS = " ?"  # between JSON's tokens; nobody reads calls, and more of it only takes time
 
 
 class JsonSchema(Strict):
@@ -164,7 +168,8 @@ class ChatJob:
         ]
         if self.choice not in ("none", "auto"):
             parallel = asked.parallel_tool_calls is not False
-            held.append({"json": tool_grammar(asked.tools or [], self.choice, parallel)})
+            schema = tool_grammar(asked.tools or [], self.choice, parallel)
+            held.append({"json": schema, "whitespace_pattern": _IN_CALLS})
         given = [structure for structure in held if structure]
         if len(given) > 1:
             raise ApiError(
@@ -395,7 +400,11 @@ def router(server: Server) -> APIRouter:
     """The protocol's routes."""
     routes = APIRouter(tags=["OpenAI"])
 
-    @routes.post("/v1/chat/completions", response_model=None)
+    @routes.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses=described(ChatCompletion, body=True, work=True, stream=True),
+    )
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         """Answer a conversation."""
         server.check_room(request)

@@ -18,6 +18,8 @@ from ..server import Server
 from .chat import ResponseFormat
 from .fields import Sampling
 from .logprobs import completion_logprobs, prompt_logprobs
+from .shapes.base import described
+from .shapes.openai import Completion
 from .usage import usage
 
 _MOST_PROMPTS = 256
@@ -255,7 +257,11 @@ def router(server: Server) -> APIRouter:
     """The protocol's routes."""
     routes = APIRouter(tags=["OpenAI"])
 
-    @routes.post("/v1/completions", response_model=None)
+    @routes.post(
+        "/v1/completions",
+        response_model=None,
+        responses=described(Completion, body=True, work=True, stream=True),
+    )
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         """Go on with prompts."""
         server.check_room(request)

@@ -5,11 +5,14 @@ from typing import Any
 
 from fastapi import APIRouter, Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import PlainTextResponse
 
 from ..http.errors import ApiError
 from ..http.streams import json_response
 from ..server import Server
 from .fields import Strict
+from .shapes import others
+from .shapes.base import described
 
 
 class AbortRequest(Strict):
@@ -27,47 +30,53 @@ def router(server: Server) -> APIRouter:
     _add_models(routes, server)
     _add_orders(routes, server)
     for path in ("/v1/embeddings", "/v1/score", "/score", "/rerank", "/v1/rerank", "/classify"):
-        routes.add_api_route(path, _no_vectors, methods=["POST"], response_model=None)
+        routes.add_api_route(
+            path, _no_vectors, methods=["POST"], responses=described(None, 400), status_code=400
+        )
     return routes
 
 
 def _add_health(routes: APIRouter, server: Server) -> None:
-    @routes.get("/health", response_model=None)
+    @routes.get("/health", response_model=None, responses=described(others.Status))
     async def health() -> Response:
         """200 while the engine is alive and gets on; 503 while it is dead or stuck."""
         if problem := _problem(server):
             raise ApiError(503, problem, "unhealthy", retry_after_s=5)
         return json_response({"status": "ok"})
 
-    @routes.get("/ready", response_model=None)
+    @routes.get("/ready", response_model=None, responses=described(others.Status))
     async def ready() -> Response:
         """200 while requests are taken; 503 while the model loads, or the server shuts down."""
         server.check_ready()
         return json_response({"status": "ready"})
 
-    @routes.get("/metrics", response_model=None)
+    @routes.get("/metrics", response_class=PlainTextResponse, responses=described(None))
     async def metrics() -> Response:
         """For Prometheus: vLLM's names, and vkv's own."""
         return Response(server.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @routes.get("/version", response_model=None)
+    @routes.get("/version", response_model=None, responses=described(others.Version))
     async def version() -> Response:
         """vkv's version."""
         return json_response({"version": importlib.metadata.version("vkv")})
 
 
 def _add_models(routes: APIRouter, server: Server) -> None:
-    @routes.get("/v1/models", response_model=None)
+    @routes.get("/v1/models", response_model=None, responses=described(others.Models))
     async def models() -> Response:
         """The model, under each of its names."""
         return json_response({"object": "list", "data": [_card(server, n) for n in server.names]})
 
-    @routes.get("/v1/models/{name:path}", response_model=None)
+    @routes.get(
+        "/v1/models/{name:path}",
+        response_model=None,
+        responses=described(others.Model, 404),
+    )
     async def model(name: str) -> Response:
         """The model under one of its names."""
         return json_response(_card(server, server.model_name(name)))
 
-    @routes.get("/v1/load", response_model=None)
+    @routes.get("/v1/load", response_model=None, responses=described(others.Load))
     async def load() -> Response:
         """How much is under way, for balancers."""
         return json_response(_load(server))
@@ -76,29 +85,33 @@ def _add_models(routes: APIRouter, server: Server) -> None:
 def _add_orders(routes: APIRouter, server: Server) -> None:
     """What an operator may have the engine do."""
 
-    @routes.post("/sleep", response_model=None)
+    @routes.post("/sleep", response_model=None, responses=described(others.Freed, 400))
     async def sleep(level: int = Query(1, ge=1, le=2)) -> Response:
         """Give memory back: of keys and values (1), and of weights that can be read again (2)."""
         freed = await server.engine.ask("sleep" if level == 1 else "sleep_weights")
         return json_response({"freed_bytes": freed})
 
-    @routes.post("/wake_up", response_model=None)
+    @routes.post("/wake_up", response_model=None, responses=described(others.Status))
     async def wake_up() -> Response:
         """End a sleep."""
         await server.engine.ask("wake")
         return json_response({"status": "awake"})
 
-    @routes.get("/is_sleeping", response_model=None)
+    @routes.get("/is_sleeping", response_model=None, responses=described(others.Sleeping))
     async def is_sleeping() -> Response:
         """Whether it sleeps."""
         return json_response({"is_sleeping": server.engine.is_asleep})
 
-    @routes.post("/reset_prefix_cache", response_model=None)
+    @routes.post("/reset_prefix_cache", response_model=None, responses=described(others.Freed))
     async def reset_prefix_cache() -> Response:
         """Forget keys and values of finished requests."""
         return json_response({"freed_bytes": await server.engine.ask("trim")})
 
-    @routes.post("/abort_requests", response_model=None)
+    @routes.post(
+        "/abort_requests",
+        response_model=None,
+        responses=described(others.Status, body=True),
+    )
     async def abort_requests(asked: AbortRequest) -> Response:
         """End requests: their callers get what there is, with the reason "abort"."""
         names = [*(asked.request_ids or ()), *filter(None, (asked.request_id,))]

@@ -11,6 +11,8 @@ from ..http.errors import ApiError
 from ..http.streams import json_response
 from ..server import Server
 from .fields import Strict
+from .shapes.base import described
+from .shapes.others import Text, Tokens
 
 
 class TokenizeRequest(Strict):
@@ -39,7 +41,7 @@ def router(server: Server) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["vLLM"])
 
-    @routes.post("/tokenize", response_model=None)
+    @routes.post("/tokenize", response_model=None, responses=described(Tokens, 404, body=True))
     async def tokenize(asked: TokenizeRequest) -> Response:
         """Token ids of a text, or of a conversation as the model reads it."""
         server.model_name(asked.model)
@@ -57,7 +59,7 @@ def router(server: Server) -> APIRouter:
             told["token_strs"] = tokenizer.convert_ids_to_tokens(tokens)
         return json_response(told)
 
-    @routes.post("/detokenize", response_model=None)
+    @routes.post("/detokenize", response_model=None, responses=described(Text, 404, body=True))
     async def detokenize(asked: DetokenizeRequest) -> Response:
         """The text of token ids."""
         server.model_name(asked.model)

@@ -79,11 +79,18 @@ def test_system_and_blocks_are_text(client: anthropic.Anthropic) -> None:
     assert blocks == plain
 
 
+def test_a_system_message_within_the_conversation(client: anthropic.Anthropic) -> None:
+    """As coding agents send it."""
+    within = [{"role": "system", "content": "Be brief."}, *QUESTION]
+    before = client.messages.count_tokens(model="tiny-chat", system="Be brief.", messages=QUESTION)
+    assert client.messages.count_tokens(model="tiny-chat", messages=within) == before
+
+
 def test_refusals(client: anthropic.Anthropic, served: Served) -> None:
     image = [{"type": "image", "source": {"type": "url", "url": "x"}}]
     for more, words in (
         ({"messages": [{"role": "user", "content": image}]}, "'image' is not understood"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "role is 'system'"),
+        ({"messages": [{"role": "owner", "content": "x"}]}, "role is 'owner'"),
         ({"tool_choice": {"type": "some"}}, "tool_choice"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "bash_20250124"),
         ({"extra_body": {"container": "x"}}, "runs no code"),

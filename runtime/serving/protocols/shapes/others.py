@@ -1,0 +1,77 @@
+"""Answers about tokens, models and the server itself."""
+
+from typing import Literal
+
+from .base import Shape
+
+
+class Tokens(Shape):
+    """A text's tokens."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(Shape):
+    """Tokens' text."""
+
+    prompt: str
+
+
+class Status(Shape):
+    """How the server is, or what it did."""
+
+    status: Literal["ok", "ready", "awake"]
+
+
+class Version(Shape):
+    """Which vkv it is."""
+
+    version: str
+
+
+class Model(Shape):
+    """The model, under one of its names."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+
+
+class Models(Shape):
+    """The model, under each of its names."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Load(Shape):
+    """How much is under way, in requests and bytes."""
+
+    server_load: int
+    running: int
+    waiting: int
+    max_running: int
+    kv_used_bytes: int
+    kv_parked_bytes: int
+    kv_limit_bytes: int
+    kv_physical_bytes: int
+    kv_virtual_bytes: int
+
+
+class Freed(Shape):
+    """What was given back."""
+
+    freed_bytes: int
+
+
+class Sleeping(Shape):
+    """Whether the engine sleeps."""
+
+    is_sleeping: bool
