@@ -175,7 +175,8 @@ class Server:
         return deltas(self.requests, self.metrics, texts, name)
 
     def place(self, request: Request, texts: Sequence[RequestText]) -> AbstractContextManager[None]:
-        """Places for what a request asks. Raises ApiError 503 or 429."""
+        """Places for what a request asks. Raises ApiError 503 or 429, or as `check_ready`."""
+        self.check_ready()  # again: to read a long prompt takes a while
         num_tokens = sum(len(text.spec.prompt_token_ids) for text in texts)
         num_requests = sum(text.spec.params.n for text in texts)
         return self.admittance.place(num_requests, num_tokens, request.state.key)

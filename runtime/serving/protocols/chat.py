@@ -108,7 +108,8 @@ class ChatRequest(Sampling):
         if choice is None:
             choice = "auto" if self.tools else "none"
         if isinstance(choice, dict):
-            name = (choice.get("function") or {}).get("name") if choice else None
+            function = choice.get("function")
+            name = function.get("name") if isinstance(function, dict) else None
             if not isinstance(name, str):
                 raise ApiError(
                     400,

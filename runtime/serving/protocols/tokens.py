@@ -70,7 +70,9 @@ def router(server: Server) -> APIRouter:
                     "invalid_value",
                     "tokens",
                 )
-        return json_response({"prompt": _tokenizer(server).decode(asked.tokens)})
+        tokenizer = _tokenizer(server)
+        text = await server.prepare(lambda: tokenizer.decode(asked.tokens), len(asked.tokens))
+        return json_response({"prompt": text})
 
     return routes
 
