@@ -41,7 +41,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["root_path"] = self._options.root_path
+        if self._options.root_path:
+            scope["root_path"] = self._options.root_path
         visit = _Visit(scope, send)
         try:
             scope["state"] = {**scope.get("state", {}), "request_id": visit.request_id}
