@@ -34,6 +34,7 @@ from vkv.bench.record import Table
 
 MOST_GROWTH_MIB = 32
 MOST_BODY_BYTES = 200_000
+MOST_STREAMS = 6  # that run at once: some are of two requests
 KEY = "the-key"
 OPTIONS = ("--repeatable", "--max-num-seqs", "8", "--restart-engine", "--api-key", KEY)
 OPTIONS += ("--max-body-bytes", str(MOST_BODY_BYTES))
@@ -50,6 +51,7 @@ class Found:
     def check(self, what: str, is_right: bool, detail: object = "") -> None:
         """Note a finding."""
         self.rows.append([what, "right" if is_right else "WRONG", str(detail)])
+        sys.stderr.write(f"{self.rows[-1]}\n")
         if not is_right:
             self.wrong.append(f"{what}: {detail}")
 
@@ -238,7 +240,7 @@ async def kill_engine(found: Found, server: Served, cases: list[callers.Case]) -
         os.kill(server.engine(), signal.SIGKILL)
         told["s"] = wait_for(lambda: server.client.get("/health").status_code == 503, 1.0)
 
-    reads = await read_streams(server, 16, kill)
+    reads = await read_streams(server, MOST_STREAMS, kill)
     found.check(f"{what}: every stream ends with an error event", _all(reads, "error"), ends(reads))
     found.check(f"{what}: /health within a second", told["s"] is not None, told["s"])
     await asyncio.to_thread(server.wait_until_ready)
@@ -256,7 +258,7 @@ async def kill_front(found: Found, folder: Path, cases: list[callers.Case]) -> N
     server = serve(folder, "fronts", "--api-server-count", "2")
     engine = server.engine()
     front = next(pid for pid in server.children() if pid != engine)
-    reads = await read_streams(server, 16, lambda: os.kill(front, signal.SIGKILL))
+    reads = await read_streams(server, MOST_STREAMS, lambda: os.kill(front, signal.SIGKILL))
     is_right = all(read.end in ("done", "broken") for read in reads)
     found.check(f"{what}: others' streams end well", is_right, ends(reads))
     is_back = wait_for(lambda: len(server.children()) == 3, 30)
@@ -276,7 +278,7 @@ async def end_under_load(found: Found, folder: Path, patience_s: int) -> None:
     async with target.connection() as (_, writer):  # one that takes nothing
         writer.write(target.request(*hostile.STREAMS[0]))
         loose = [asyncio.ensure_future(hostile.left(target, rng)) for _ in range(8)]
-        reads = await read_streams(server, 16, server.process.terminate)
+        reads = await read_streams(server, MOST_STREAMS, server.process.terminate)
         await asyncio.gather(*loose, return_exceptions=True)
     found.check(f"{what}: every stream ends", _all(reads, "done"), ends(reads))
     status = await asyncio.to_thread(server.stop)

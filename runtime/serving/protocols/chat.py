@@ -189,6 +189,7 @@ class ChatJob:
             more.setdefault("reasoning_effort", asked.reasoning_effort)
         if asked.tools:
             options["tools"] = asked.tools
+        self.server.check_template(asked.chat_template)
         if asked.chat_template is not None:
             options["chat_template"] = asked.chat_template
         if more:

@@ -103,6 +103,7 @@ def _tokens(server: Server, asked: TokenizeRequest) -> list[int]:
             "invalid_value",
             "add_special_tokens",
         )
+    server.check_template(asked.chat_template)
     options = ChatOptions()
     for name in ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt"):
         if (value := getattr(asked, name)) is not None:
