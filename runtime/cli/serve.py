@@ -85,6 +85,7 @@ _OTHERS = (
     "tool_call_parser",
     "reasoning_parser",
     "chat_template",
+    "trust_request_chat_template",
 )
 
 

@@ -40,6 +40,7 @@ _NOT_HERE = {  # arguments of vLLM's `chat`
     "mm_processor_kwargs": "models take text alone here; leave it out",
     "tokenization_kwargs": "use SamplingParams(truncate_prompt_tokens=…), or leave it out",
 }
+_MOST_KNOWN = 64  # templates
 _PROBE = "vkv 7391"  # that no template says by itself
 
 
@@ -150,6 +151,8 @@ class ChatTemplate:
     def _wants_parts(self, template: str) -> bool:
         """Whether a template shows contents only if they are lists of parts. Found by trying."""
         if template not in self._takes_parts:
+            if len(self._takes_parts) >= _MOST_KNOWN:  # callers may give others for ever
+                self._takes_parts.clear()
             parts = [{"type": "text", "text": _PROBE}]
             self._takes_parts[template] = not self._shows(template, _PROBE) and self._shows(
                 template, parts

@@ -3,9 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 
-from ...vmem.errors import VkvError
 from ..frontend.async_requests import AsyncRequests
 from ..frontend.text_stream import RequestText, StreamDelta
 from .metrics import Metrics
@@ -26,32 +24,26 @@ async def deltas(
             async for some in bits:
                 yield some
         return
-    queue: asyncio.Queue[list[Delta] | _End] = asyncio.Queue()
+    queue: asyncio.Queue[list[Delta] | asyncio.Task[None]] = asyncio.Queue()
     feeders = [
         asyncio.ensure_future(_feed(queue, _one(requests, metrics, number, text, name)))
         for number, text in enumerate(texts)
     ]
+    for feeder in feeders:
+        feeder.add_done_callback(queue.put_nowait)
     try:
         num_open = len(feeders)
         while num_open:
             some = await queue.get()
-            if isinstance(some, _End):
-                if some.error is not None:
-                    raise some.error
+            if isinstance(some, asyncio.Task):
+                some.result()
                 num_open -= 1
             else:
                 yield some
     finally:
         for feeder in feeders:
             feeder.cancel()
-        await asyncio.wait(feeders)
-
-
-@dataclass(frozen=True)
-class _End:
-    """One of several requests is over."""
-
-    error: VkvError | None
+        await asyncio.gather(*feeders, return_exceptions=True)
 
 
 async def _one(
@@ -81,13 +73,8 @@ def _note(
 
 
 async def _feed(
-    queue: "asyncio.Queue[list[Delta] | _End]", bits: AsyncGenerator[list[Delta]]
+    queue: "asyncio.Queue[list[Delta] | asyncio.Task[None]]", bits: AsyncGenerator[list[Delta]]
 ) -> None:
-    error: VkvError | None = None
-    try:
-        async with aclosing(bits):
-            async for some in bits:
-                queue.put_nowait(some)
-    except VkvError as raised:
-        error = raised
-    queue.put_nowait(_End(error))
+    async with aclosing(bits):
+        async for some in bits:
+            queue.put_nowait(some)

@@ -46,6 +46,8 @@ class ServeOptions:
         tool_call_parser: how calls are written in answers; auto knows it of the tokenizer.
         reasoning_parser: how reasoning is marked in answers; auto knows it of the tokenizer.
         chat_template: a file with a template in place of the tokenizer's.
+        trust_request_chat_template: take templates from requests, too. They are programs, and may
+            run for hours.
     """
 
     host: str = "127.0.0.1"
@@ -72,6 +74,7 @@ class ServeOptions:
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     chat_template: Path | None = None
+    trust_request_chat_template: bool = False
     keys: tuple[str, ...] = field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:

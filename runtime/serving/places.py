@@ -62,7 +62,15 @@ class Admittance:
         )
 
     def check(self, num_requests: int, num_tokens: int, key: int | None) -> None:
-        """Raises ApiError 503 or 429 if there are no places for so many."""
+        """Raises ApiError 503 or 429 if there are no places for so many; 400 if never will be."""
+        most = self._num_places if key is None else self._places_of_a_key
+        if num_requests > most:
+            raise ApiError(
+                400,
+                f"this asks for {num_requests} outputs at once, and {most} may run or wait; send "
+                "several requests",
+                "invalid_value",
+            )
         if key is not None and self._of_key[key] + num_requests > self._places_of_a_key:
             self._on_refusal("key_share")
             raise ApiError(

@@ -166,6 +166,24 @@ class Server:
         given = {name: value for name, value in more.items() if value is not None}
         return dataclasses.replace(base, **{**fields.sampling_values(), **given})
 
+    def check_template(self, given: str | None) -> None:
+        """Raises ApiError 400 for a template of a request's own, unless those are trusted.
+
+        It is a program, and it runs in this process.
+        """
+        tokenizer = self.requests.front_end.tokenizer
+        named = tokenizer.chat_template if tokenizer is not None else None
+        is_name = isinstance(named, dict) and given in named
+        if given is None or is_name or self.options.trust_request_chat_template:
+            return
+        raise ApiError(
+            400,
+            "chat_template is a program, and requests' own are not run here; leave it out, or "
+            "start the server with --trust-request-chat-template",
+            "invalid_value",
+            "chat_template",
+        )
+
     async def prepare(
         self, make: Callable[[], _T], num_characters: int, *, compiles: bool = False
     ) -> _T:
@@ -180,7 +198,8 @@ class Server:
         return deltas(self.requests, self.metrics, texts, name)
 
     def place(self, request: Request, texts: Sequence[RequestText]) -> AbstractContextManager[None]:
-        """Places for what a request asks. Raises ApiError 503 or 429."""
+        """Places for what a request asks. Raises ApiError 503 or 429, or as `check_ready`."""
+        self.check_ready()  # again: to read a long prompt takes a while
         num_tokens = sum(len(text.spec.prompt_token_ids) for text in texts)
         num_requests = sum(text.spec.params.n for text in texts)
         return self.admittance.place(num_requests, num_tokens, request.state.key)

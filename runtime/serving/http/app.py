@@ -15,7 +15,7 @@ from ..protocols import anthropic, chat, completions, operations, responses, tok
 from ..protocols.fields import Strict
 from ..server import Server
 from .errors import ApiError, refusal
-from .gate import ANTHROPIC_PATHS, Gate
+from .gate import ANTHROPIC_PATHS, Gate, path_of
 from .streams import Gone, json_response
 
 _log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class _Application(FastAPI):
 
 async def _told(request: Request, error: Any) -> Response:
     assert isinstance(error, ApiError), error
-    is_anthropic = request.url.path.startswith(ANTHROPIC_PATHS)
+    is_anthropic = path_of(request.scope).startswith(ANTHROPIC_PATHS)
     response = json_response(error.anthropic_body() if is_anthropic else error.body(), error.status)
     response.headers.update(error.headers)
     return response

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import quote
 
 from ..options import ServeOptions
 from .errors import ApiError
@@ -40,6 +41,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._options.root_path:
+            scope["root_path"] = self._options.root_path
         visit = _Visit(scope, send)
         try:
             scope["state"] = {**scope.get("state", {}), "request_id": visit.request_id}
@@ -60,7 +63,7 @@ class Gate:
 
     def _check_key(self, scope: Scope) -> int | None:
         """Which key it shows; None where there are none. Raises ApiError 401."""
-        if not self._options.keys or _path(scope) in OPEN_PATHS:
+        if not self._options.keys or path_of(scope) in OPEN_PATHS:
             return None
         shown = _shown_key(scope)
         index = None if shown is None else self._options.key_index(shown)
@@ -77,7 +80,7 @@ class Gate:
     async def _refuse(self, scope: Scope, visit: "_Visit", error: ApiError) -> None:
         if visit.status is not None:
             raise error
-        is_anthropic = _path(scope).startswith(ANTHROPIC_PATHS)
+        is_anthropic = path_of(scope).startswith(ANTHROPIC_PATHS)
         body = error.anthropic_body() if is_anthropic else error.body()
         data = json.dumps(body).encode()
         headers = {**error.headers, "content-type": "application/json"}
@@ -176,7 +179,7 @@ class _Visit:
         entry = {
             "client": client[0] if client else "-",
             "method": self._scope["method"],
-            "path": _path(self._scope),
+            "path": quote(path_of(self._scope)),  # or one with a line break would forge lines
             "status": self.status or 499,  # it hung up before an answer began
             "bytes": self._num_bytes,
             "seconds": round(time.monotonic() - self._begin_s, 4),
@@ -188,7 +191,7 @@ class _Visit:
             _access.info(_LINE, entry)
 
 
-def _path(scope: Scope) -> str:
+def path_of(scope: Scope) -> str:
     """The path, without the one under which a proxy shows the server."""
     root, path = scope.get("root_path", ""), scope["path"]
     return path[len(root) :] if root and path.startswith(root + "/") else path

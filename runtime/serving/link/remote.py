@@ -94,6 +94,7 @@ class RemoteEngine:
 
     def _call(self) -> None:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.setblocking(False)  # to connect would wait where the line of callers is full
         try:
             connection.connect(self._path)
         except OSError:  # nobody there yet

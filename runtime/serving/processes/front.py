@@ -14,6 +14,7 @@ import uvicorn
 import uvloop
 
 from ..http.app import build_app
+from ..http.connections import Connection
 from ..link.engine_process import die_with_parent
 from ..link.remote import RemoteEngine
 from ..options import ServeOptions
@@ -46,7 +47,7 @@ class Front:
             uvicorn.Config(
                 build_app(self.server),
                 loop="none",
-                http="httptools",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,

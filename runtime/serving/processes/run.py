@@ -101,7 +101,7 @@ class Supervisor:
         self._child: Child | None = None
         self._fronts: list[Child] = []
         self._front: Front | None = None
-        self._is_ending = False
+        self._ending = asyncio.Event()
         self._status = 0
 
     async def run(self) -> int:
@@ -121,7 +121,7 @@ class Supervisor:
                     os.environ[SHARED] = shared  # for the fronts
                     await asyncio.gather(*(self._keep_front() for _ in range(count)))
         finally:
-            self._is_ending = True
+            self._ending.set()
             if self._child is not None:
                 await asyncio.to_thread(self._child.stop)
             await keeping
@@ -130,7 +130,7 @@ class Supervisor:
         return self._status
 
     def _end(self) -> None:
-        self._is_ending = True
+        self._ending.set()
         if self._front is not None:
             self._front.end()
         for front in self._fronts:
@@ -140,11 +140,11 @@ class Supervisor:
     async def _keep_engine(self) -> None:
         """Start the engine, and again if it dies and that was asked for."""
         rest_s = _FIRST_REST_S
-        while not self._is_ending:
+        while not self._ending.is_set():
             began_s = asyncio.get_running_loop().time()
             self._child = self._socket.start(*self._engine)
             status = await asyncio.to_thread(self._child.wait)
-            if self._is_ending:
+            if self._ending.is_set():
                 return
             if status != REFUSED:
                 _log.error("the engine's process ended with status %d", status)
@@ -157,8 +157,14 @@ class Supervisor:
                 return
             if asyncio.get_running_loop().time() - began_s > _LONGEST_REST_S:
                 rest_s = _FIRST_REST_S
-            await asyncio.sleep(rest_s)
+            await self._rest(rest_s)
             rest_s = min(2 * rest_s, _LONGEST_REST_S)
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait for so long, or until the end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ending.wait()
 
     async def _keep_front(self) -> None:
         """Start a front process, and again if it dies before its time."""
@@ -167,12 +173,12 @@ class Supervisor:
             engine_path=self._socket.path,
             listener=self._listener.fileno(),
         )
-        while not self._is_ending:
+        while not self._ending.is_set():
             front = Child(Front.__module__, order, (self._listener.fileno(),))
             self._fronts.append(front)
             status = await asyncio.to_thread(front.wait)
             self._fronts.remove(front)
             mark_process_dead(front.pid)
-            if not self._is_ending:
+            if not self._ending.is_set():
                 _log.error("a front process ended with status %d, and is started again", status)
-                await asyncio.sleep(_FIRST_REST_S)
+                await self._rest(_FIRST_REST_S)

@@ -1,6 +1,7 @@
 """`/v1/messages`, as Anthropic's clients speak it."""
 
 import json
+import reprlib
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any, ClassVar, Literal
@@ -55,7 +56,10 @@ class CountRequest(Strict):
     def as_chat(self, **more: Any) -> ChatRequest:
         """The same as OpenAI's API has it. Raises ApiError."""
         given: dict[str, Any] = {"model": self.model, **more}
-        given["messages"] = [*_system(self.system), *_messages(self.messages)]
+        said = list(_messages(self.messages))
+        if not said:
+            raise _wrong("the messages' contents are empty lists; give a block at least")
+        given["messages"] = [*_system(self.system), *said]
         if self.tools:
             given["tools"] = [_tool(tool) for tool in self.tools]
         if self.tool_choice is not None:
@@ -105,8 +109,10 @@ def _system(system: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system if isinstance(system, str) else _text(system)}]
 
 
-def _text(blocks: list[dict[str, Any]]) -> str:
-    """The text of blocks that are text alone."""
+def _text(blocks: Any) -> str:
+    """The text of blocks that are text alone. Raises ApiError for anything else."""
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        raise _wrong(f"{reprlib.repr(blocks)} is no content; give a text, or a list of blocks")
     for block in blocks:
         if block.get("type") != "text" or not isinstance(block.get("text"), str):
             raise _wrong(f"a block of type {block.get('type')!r} is not understood there; use text")
@@ -121,7 +127,7 @@ def _messages(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if isinstance(content, str):
             yield {"role": role, "content": content}
         elif not isinstance(content, list) or not all(isinstance(b, dict) for b in content):
-            raise _wrong(f"a message's content is {content!r}; give a text, or a list of blocks")
+            raise _wrong(f"{reprlib.repr(content)} is no content; give a text, or a list of blocks")
         elif role == "user":
             yield from _of_user(content)
         elif role == "system":
@@ -193,10 +199,10 @@ def _output(config: OutputConfig) -> dict[str, Any]:
 
 def _choice(choice: dict[str, Any]) -> dict[str, Any]:
     kind = choice.get("type")
-    known: dict[Any, Any] = {"auto": "auto", "any": "required", "none": "none"}
+    known: dict[str, Any] = {"auto": "auto", "any": "required", "none": "none"}
     if kind == "tool":
         known["tool"] = {"type": "function", "function": {"name": choice.get("name")}}
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ApiError(
             400,
             f"tool_choice is {choice!r}; its type is auto, any, none, or tool with a name",

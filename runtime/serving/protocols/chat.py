@@ -112,7 +112,8 @@ class ChatRequest(Sampling):
         if choice is None:
             choice = "auto" if self.tools else "none"
         if isinstance(choice, dict):
-            name = (choice.get("function") or {}).get("name") if choice else None
+            function = choice.get("function")
+            name = function.get("name") if isinstance(function, dict) else None
             if not isinstance(name, str):
                 raise ApiError(
                     400,
@@ -193,6 +194,7 @@ class ChatJob:
             more.setdefault("reasoning_effort", asked.reasoning_effort)
         if asked.tools:
             options["tools"] = asked.tools
+        self.server.check_template(asked.chat_template)
         if asked.chat_template is not None:
             options["chat_template"] = asked.chat_template
         if more:

@@ -72,7 +72,9 @@ def router(server: Server) -> APIRouter:
                     "invalid_value",
                     "tokens",
                 )
-        return json_response({"prompt": _tokenizer(server).decode(asked.tokens)})
+        tokenizer = _tokenizer(server)
+        text = await server.prepare(lambda: tokenizer.decode(asked.tokens), len(asked.tokens))
+        return json_response({"prompt": text})
 
     return routes
 
@@ -103,6 +105,7 @@ def _tokens(server: Server, asked: TokenizeRequest) -> list[int]:
             "invalid_value",
             "add_special_tokens",
         )
+    server.check_template(asked.chat_template)
     options = ChatOptions()
     for name in ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt"):
         if (value := getattr(asked, name)) is not None:
