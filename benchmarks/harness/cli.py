@@ -115,9 +115,9 @@ def cache() -> Command:
 def serve() -> Command:
     """TTFT, TPOT and ITL while requests arrive; SplitFuse against prefill-first.
 
-    Runs the engine in this process; with --server or --peer, drives servers over HTTP instead, beside
-    the engine without one. Lengths are those of published traces, regenerated from their quantiles;
-    the fields of the record are those of `vllm bench serve`.
+    Runs the engine in this process; with --server or --peer, drives servers over HTTP instead,
+    beside the engine without one. Lengths are those of published traces, regenerated from their
+    quantiles; the fields of the record are those of `vllm bench serve`.
     """
     from .load.options import ServeOptions
 
