@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
     with LLM(device="cpu", repeatable=True, max_seqs=8) as llm:
-        return callers.known_cases(llm, seed=0, count=30)
+        return callers.known_cases(llm, seed=0, count=15)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_disconnects_give_all_back(server: Served, target: hostile.Target) -> No
 
     async def work() -> None:
         rng = random.Random(1)
-        await asyncio.gather(*(rng.choice(hostile.LEAVING)(target, rng) for _ in range(60)))
+        await asyncio.gather(*(rng.choice(hostile.LEAVING)(target, rng) for _ in range(40)))
 
     asyncio.run(work())
     wait_for_rest(server, before)

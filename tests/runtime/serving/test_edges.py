@@ -73,7 +73,7 @@ def test_a_path_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> N
             await client.get("/a%0A2026-01-01 INFO forged")
             for path in ("/health", "/under/health", "/under/ready"):
                 assert (await client.get(path)).status_code == 200, path
-            for path in ("//health", "/health/", "/v1/models/../../health", "/under//health"):
+            for path in ("http://local//health", "/health/", "/v1/%2e%2e/health", "/under//health"):
                 assert (await client.get(path)).status_code == 401, path
             refused = await client.post("/under/v1/messages", json={})
             assert refused.json()["type"] == "error"  # in the protocol's words under a proxy, too
