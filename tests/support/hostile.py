@@ -19,7 +19,7 @@ STREAMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/completions", {"prompt": "hello", "ignore_eos": True, **ENDLESS}),
     ("/v1/completions", {"prompt": ["hello", "you"], "ignore_eos": True, **ENDLESS}),
     ("/v1/chat/completions", {"messages": _SAID, "ignore_eos": True, **ENDLESS}),
-    ("/v1/messages", {"messages": _SAID, **ENDLESS}),
+    ("/v1/messages", {"messages": _SAID, **ENDLESS, "temperature": 100.0}),  # hardly ever an end
 )
 
 
@@ -132,10 +132,14 @@ HOSTILE_SCHEMAS: tuple[Any, ...] = (
 )
 
 
-async def wrong_body(target: Target, rng: random.Random) -> None:
-    path, body = rng.choice(WRONG_BODIES)
+async def refused(target: Target, path: str, body: str) -> None:
+    """Send a body that is wrong."""
     data = body.encode()
     await _refused(target, target.head(path, len(data)) + data)
+
+
+async def wrong_body(target: Target, rng: random.Random) -> None:
+    await refused(target, *rng.choice(WRONG_BODIES))
 
 
 async def huge_body(target: Target, rng: random.Random) -> None:

@@ -20,10 +20,13 @@ class Served:
 
     Args:
         arguments: of the command, after the port.
+
+    Attributes:
+        log_path: where it logs.
     """
 
     def __init__(self, *arguments: str, log: Path, wait: bool = True) -> None:
-        self._log = log
+        self.log_path = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vkv.runtime.cli.main", "serve", "--port", "0", *arguments],
@@ -58,7 +61,7 @@ class Served:
 
     def log(self) -> str:
         """All it has said."""
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def children(self) -> list[int]:
         """Processes that it has started and that live."""

@@ -23,11 +23,7 @@ _log = logging.getLogger(__name__)
 
 def build_app(server: Server) -> Callable[..., Awaitable[None]]:
     """An ASGI application of all routes, behind the `Gate`."""
-    app = _Application(
-        title="vkv",
-        summary="Large language models over virtual-memory KV.",
-        root_path=server.options.root_path,
-    )
+    app = _Application(title="vkv", summary="Large language models over virtual-memory KV.")
     for protocol in (chat, completions, responses, anthropic, tokens, operations):
         app.include_router(protocol.router(server))
     app.include_router(

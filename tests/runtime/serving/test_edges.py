@@ -1,0 +1,126 @@
+"""What only goes wrong at the edges: feeders, places, paths, templates, an end while it rests."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import httpx
+import pytest
+from vkv import AsyncLLM
+from vkv.runtime.serving import generation
+from vkv.runtime.serving.http.errors import ApiError
+from vkv.runtime.serving.local import app_of
+from vkv.runtime.serving.options import ServeOptions
+from vkv.runtime.serving.places import Admittance
+from vkv.runtime.serving.processes import run
+
+ENDLESS_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+
+
+class _Broken:
+    """Requests of which one fails in a way that nobody thought of, and the others never end."""
+
+    def run(self, text: str, name: str) -> AsyncGenerator[None]:
+        return self._arrivals(text)
+
+    async def _arrivals(self, text: str) -> AsyncGenerator[None]:
+        if text == "broken":
+            raise ZeroDivisionError
+        await asyncio.Event().wait()
+        yield
+
+
+class _NoMetrics:
+    def ended(self, text: str) -> None:
+        """Nothing is counted."""
+
+
+def test_one_of_several_requests_fails_in_an_unknown_way() -> None:
+    async def work() -> None:
+        requests: Any = _Broken()
+        texts: Any = ["fine", "broken"]
+        metrics: Any = _NoMetrics()
+        async with asyncio.timeout(10):
+            async for _ in generation.deltas(requests, metrics, texts, "name"):
+                raise AssertionError("nothing comes")
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(work())
+
+
+@pytest.mark.parametrize(("key", "most"), [(None, 6), (0, 3)])
+def test_what_never_has_a_place_is_not_told_to_wait(key: int | None, most: int) -> None:
+    options = ServeOptions(max_num_queued_reqs=4, api_key=("a", "b"))
+    refused: list[str] = []
+    places = Admittance(options, 2, refused.append)
+    with places.place(most, 1, key):
+        for count, status in ((1, 503 if key is None else 429), (most + 1, 400)):
+            with pytest.raises(ApiError) as error:
+                places.check(count, 1, key)
+            assert error.value.status == status
+    places.check(most, 1, key)
+
+
+def test_a_path_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        llm = AsyncLLM(device="cpu")
+        transport = httpx.ASGITransport(app=app_of(llm, root_path="/under", api_key=("x",)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://local") as client:
+            await client.get("/a%0A2026-01-01 INFO forged")
+            for path in ("/health", "/under/health", "/under/ready"):
+                assert (await client.get(path)).status_code == 200, path
+            for path in ("http://local//health", "/health/", "/v1/%2e%2e/health", "/under//health"):
+                assert (await client.get(path)).status_code == 401, path
+            refused = await client.post("/under/v1/messages", json={})
+            assert refused.json()["type"] == "error"  # in the protocol's words under a proxy, too
+            shown = {"x-api-key": "x"}
+            for extra, status in ((CHAT, 200), ({**CHAT, "chat_template": ENDLESS_TEMPLATE}, 400)):
+                told = await client.post("/v1/chat/completions", json=extra, headers=shown)
+                assert told.status_code == status, told.text
+            assert "--trust-request-chat-template" in told.text
+        await llm.close()
+
+    with caplog.at_level(logging.INFO, logger="vkv.access"):
+        asyncio.run(work())
+    lines = [record.getMessage() for record in caplog.records if record.name == "vkv.access"]
+    assert lines
+    assert not any("\n" in line for line in lines)
+
+
+class _DeadEngine:
+    """An engine's process that has ended."""
+
+    def wait(self) -> int:
+        return 1
+
+    def stop(self) -> None:
+        """It has."""
+
+
+class _Socket:
+    path = "/nowhere"
+    was_ready = True
+
+    def start(self, *order: object) -> _DeadEngine:
+        return _DeadEngine()
+
+    def close(self) -> None:
+        """There is none."""
+
+
+def test_sigterm_while_it_rests_before_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "EngineSocket", _Socket)
+    monkeypatch.setattr(run, "_FIRST_REST_S", 300.0)
+    options = ServeOptions(port=0, restart_engine=True)
+
+    async def work() -> int:
+        supervisor = run.Supervisor(options, (None, "cpu", "auto", {}), run.listen(options))
+        asyncio.get_running_loop().call_later(0.5, os.kill, os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(60):
+            return await supervisor.run()
+
+    assert asyncio.run(work()) == 0
