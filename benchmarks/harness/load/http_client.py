@@ -59,7 +59,7 @@ class Endpoint:
         is_secret = at.scheme == "https"
         transport, answer = await loop.create_connection(
             Answer,
-            at.hostname,
+            at.hostname or "",
             at.port or (443 if is_secret else 80),
             ssl=ssl.create_default_context() if is_secret else None,
         )
@@ -89,7 +89,7 @@ class Answer(asyncio.Protocol):
         """Of asyncio."""
         self._parser.feed_data(data)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         """Of asyncio."""
         if not self.is_over.done():
             self.is_over.set_exception(ConnectionError("the answer broke off"))
