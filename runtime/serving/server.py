@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -47,6 +48,7 @@ class Server:
         self.options = options
         self.engine = engine
         self.is_draining = False
+        self._compilers = ThreadPoolExecutor(2, thread_name_prefix="vkv-compile")
         self.created = int(time.time())
         self._face: Face | None = None
         self._requests: AsyncRequests | None = None
@@ -191,7 +193,10 @@ class Server:
         grammar `compiles`."""
         if num_characters < _LONG_TEXT and not compiles:
             return make()
-        return await asyncio.to_thread(make)
+        if not compiles:
+            return await asyncio.to_thread(make)
+        # On threads of their own: a grammar may take seconds, and others wait for no grammar.
+        return await asyncio.get_running_loop().run_in_executor(self._compilers, make)
 
     def deltas(self, texts: Sequence[RequestText], name: str) -> AsyncGenerator[list[Delta]]:
         """Have requests run, under one name for `abort` (`generation.deltas`)."""

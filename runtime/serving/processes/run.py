@@ -139,7 +139,7 @@ class Supervisor:
 
     async def _keep_engine(self) -> None:
         """Start the engine, and again if it dies and that was asked for."""
-        rest_s = _FIRST_REST_S
+        rest_s, was_ever_ready = _FIRST_REST_S, False
         while not self._ending.is_set():
             began_s = asyncio.get_running_loop().time()
             self._child = self._socket.start(*self._engine)
@@ -148,7 +148,8 @@ class Supervisor:
                 return
             if status != REFUSED:
                 _log.error("the engine's process ended with status %d", status)
-            if not self._socket.was_ready:  # nor would another be
+            was_ever_ready |= self._socket.was_ready
+            if not was_ever_ready:  # nor would another be
                 self._status = status if status > 0 else 1
                 self._end()
                 return
