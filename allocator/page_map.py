@@ -111,9 +111,11 @@ def _lanes(geometry: PageGeometry) -> dict[int, Lane]:
 def _runs(backing: Backing, slot: Slot, range_index: int) -> PageRuns:
     pages, (needed, _, ahead, _) = slot.pages[range_index], slot.borders[range_index]
     # Shared pages come first: a fork shares from the start on, and what is written is one's own.
+    # Behind its tokens a slot may still have some that the driver refused to unmap.
+    backed = min(backing.geometry.pages_per_range(slot.num_tokens)[range_index], len(pages))
     shared = 0
-    if pages and backing.is_shared(pages[0]):
-        shared = bisect_left(pages, True, key=lambda page: not backing.is_shared(page))
+    if backed and backing.is_shared(pages[0]):
+        shared = bisect_left(pages, True, hi=backed, key=lambda page: not backing.is_shared(page))
     held = max(shared, min(needed, len(pages)))
     wanted = max(held, min(ahead, len(pages)))
     return PageRuns(shared, held - shared, wanted - held, len(pages) - wanted)

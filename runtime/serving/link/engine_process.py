@@ -173,9 +173,10 @@ class EngineServer:
 
     def _take(self, front: _Front, message: ToEngine) -> None:
         if isinstance(message, Ask):
-            self._send(front, encode(self._answer(message)))
+            answer = encode(self._answer(message))
             if message.question != "memory_map":  # which changes nothing, and is asked often
-                self._pulse()
+                self._pulse()  # first: who has the answer sees what came of it
+            self._send(front, answer)
             return
         if isinstance(message, Add):
             front.unfinished[message.spec.request_id] = set(range(message.spec.params.n))

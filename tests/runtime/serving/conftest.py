@@ -10,6 +10,6 @@ from served import Served
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The built-in model, served."""
     log = tmp_path_factory.mktemp("served") / "log"
-    with Served("--max-num-seqs", "8", log=log) as server:
+    with Served("--max-num-seqs", "8", "--trust-request-chat-template", log=log) as server:
         yield server
         assert "Traceback" not in server.log(), server.log()

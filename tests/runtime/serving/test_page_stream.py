@@ -19,6 +19,7 @@ from vkv.runtime.engine.memory.memory_map import MemoryMap
 from vkv.runtime.serving import page
 from vkv.runtime.serving.http.app import build_app
 from vkv.runtime.serving.http.errors import ApiError
+from vkv.runtime.serving.link.remote import RemoteEngine
 from vkv.runtime.serving.options import ServeOptions
 from vkv.runtime.serving.page import Frame, Projector
 from vkv.runtime.serving.server import Server
@@ -304,7 +305,7 @@ def test_the_page_runs_what_is_in_it_and_nothing_else(drawn: MemoryMap) -> None:
 
 
 def test_a_server_shows_the_page_to_all_and_maps_to_who_has_a_key() -> None:
-    server = Server(ServeOptions(api_key=["sesame"]), "/nowhere/engine.sock")
+    server = Server(ServeOptions(api_key=["sesame"]), RemoteEngine("/nowhere/engine.sock"))
     with served(build_app(server)) as address, httpx.Client(base_url=address) as client:  # type: ignore[arg-type]
         assert client.get("/").status_code == 200
         assert client.get("/memory/stream").status_code == 401
