@@ -109,6 +109,12 @@ class EngineServer:
         while True:
             self.turn()
 
+    def close(self) -> None:
+        """Hang up on all fronts."""
+        for front in list(self._all_fronts):
+            self._drop(front)
+        self._selector.close()
+
     def turn(self) -> None:
         """Take what has come, wait if there is nothing to do, and run one step."""
         self._receive(0 if self._loop.has_work else self._idle_wait_s())

@@ -42,6 +42,7 @@ def test_a_remote_engine_tells_the_map_that_its_loop_draws(tmp_path: Path) -> No
         asyncio.run(_ask(path, llm))
         turns.join(20)
         assert not turns.is_alive()
+        server.close()
 
 
 async def _ask(path: str, llm: LLM) -> None:
