@@ -114,6 +114,7 @@ class EngineServer:
         for front in list(self._all_fronts):
             self._drop(front)
         self._selector.close()
+        self._preparing.close()
 
     def turn(self) -> None:
         """Take what has come, wait if there is nothing to do, and run one step."""
