@@ -1,6 +1,7 @@
 """Answers that come bit by bit, and callers that go."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractContextManager, aclosing
@@ -13,6 +14,8 @@ from starlette.responses import Response
 from ....vmem.errors import VkvError
 from .errors import ApiError, refusal
 from .gate import Receive, Scope, Send
+
+_log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": still here\n\n"
@@ -112,6 +115,12 @@ class EventStream(Response):
             told = error if isinstance(error, ApiError) else refusal(error)
             if not self._has_begun:
                 raise told from error
+            await self._put(send, self._last_words(told))
+        except Exception:
+            if not self._has_begun:
+                raise
+            _log.exception("a stream failed")
+            told = ApiError(500, "the server failed; its log says how", "internal_error")
             await self._put(send, self._last_words(told))
         finally:
             await self._events.aclose()

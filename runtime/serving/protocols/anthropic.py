@@ -9,12 +9,14 @@ from typing import Any, ClassVar, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from ...frontend.text_stream import RequestText
 from ..http.errors import ApiError
-from ..http.streams import EventStream, event, json_response, placed, unless_gone
+from ..http.streams import event, json_response
 from ..parsing import MessageDelta
 from ..server import Server
 from .chat import ChatJob, ChatRequest
 from .fields import Strict
+from .responding import respond
 from .shapes.anthropic import Count, Message
 from .shapes.base import AnthropicError, described
 
@@ -256,6 +258,11 @@ class MessagesJob:
             told = "stop_sequence"
         return {"stop_reason": told, "stop_sequence": stop if isinstance(stop, str) else None}
 
+    @property
+    def texts(self) -> list[RequestText]:
+        """What runs for it."""
+        return [self.job.text]
+
     async def run(self) -> dict[str, Any]:
         """The message, when all of it is there."""
         blocks = _Blocks()
@@ -280,6 +287,10 @@ class MessagesJob:
             yield told
         yield _event("message_delta", delta=self._end(), usage=self._usage())
         yield _event("message_stop")
+
+    def last_words(self, error: ApiError) -> bytes:
+        """How the stream ends by an error."""
+        return event(error.anthropic_body(), "error")
 
     async def _parts(self) -> AsyncGenerator[MessageDelta]:
         job = self.job
@@ -356,11 +367,6 @@ def _event(name: str, **data: Any) -> bytes:
     return event({"type": name, **data}, name)
 
 
-def last_words(error: ApiError) -> bytes:
-    """How a stream ends by an error."""
-    return event(error.anthropic_body(), "error")
-
-
 def router(server: Server) -> APIRouter:
     """The protocol's routes."""
     routes = APIRouter(tags=["Anthropic"])
@@ -372,20 +378,13 @@ def router(server: Server) -> APIRouter:
     )
     async def messages(request: Request, asked: MessagesRequest) -> Response:
         """Answer a conversation."""
-        server.check_room(request)
-        job = await server.prepare(
+        return await respond(
+            server,
+            request,
             lambda: MessagesJob(server, asked, request.state.request_id),
-            len(str(asked.messages)),
+            num_characters=len(str(asked.messages)),
             compiles=bool(asked.tools or asked.output_config),
-        )
-        place = server.place(request, [job.job.text])
-        if not asked.stream:
-            with place:
-                return json_response(await unless_gone(request, job.run()))
-        return EventStream(
-            placed(place, job.events()),
-            last_words,
-            keep_alive_s=server.options.sse_keep_alive_interval,
+            stream=asked.stream,
         )
 
     @routes.post(

@@ -11,11 +11,12 @@ from pydantic import Field
 from ...frontend.chat_template import ChatOptions
 from ...frontend.text_stream import RequestText, StreamDelta
 from ..http.errors import ApiError
-from ..http.streams import DONE, EventStream, event, json_response, last_words, placed, unless_gone
+from ..http.streams import DONE, event, last_words
 from ..parsing import MessageDelta, MessageParser, ToolCallDelta, tool_grammar
 from ..server import Server
 from .fields import Sampling, Strict
 from .logprobs import chat_logprobs, prompt_logprobs
+from .responding import respond
 from .shapes.base import described
 from .shapes.openai import ChatCompletion
 from .usage import usage
@@ -218,6 +219,15 @@ class ChatJob:
         tokens = sum(answer.num_reasoning_tokens for answer in self.answers)
         return usage([self.text], reasoning_tokens=tokens if tokens else None)
 
+    @property
+    def texts(self) -> list[RequestText]:
+        """What runs for it."""
+        return [self.text]
+
+    def last_words(self, error: ApiError) -> bytes:
+        """How the stream ends by an error."""
+        return last_words(error)
+
     # -- the whole answer ----------------------------------------------------------------------
 
     async def run(self) -> dict[str, Any]:
@@ -409,21 +419,13 @@ def router(server: Server) -> APIRouter:
     )
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         """Answer a conversation."""
-        server.check_room(request)
-        num_characters = sum(len(str(message.get("content"))) for message in asked.messages)
-        job = await server.prepare(
+        return await respond(
+            server,
+            request,
             lambda: ChatJob(server, asked, request.state.request_id),
-            num_characters,
+            num_characters=sum(len(str(message.get("content"))) for message in asked.messages),
             compiles=bool(asked.structured_outputs or asked.response_format or asked.tools),
-        )
-        place = server.place(request, [job.text])
-        if not asked.stream:
-            with place:
-                return json_response(await unless_gone(request, job.run()))
-        return EventStream(
-            placed(place, job.events()),
-            last_words,
-            keep_alive_s=server.options.sse_keep_alive_interval,
+            stream=asked.stream,
         )
 
     return routes

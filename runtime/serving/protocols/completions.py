@@ -1,7 +1,7 @@
 """`/v1/completions`, as OpenAI's older clients, lm-eval and vLLM's speak it."""
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,11 +13,12 @@ from ...frontend.text_stream import RequestText, StreamDelta
 from ...frontend.tokenizer import encode
 from ...request.outputs import Logprob
 from ..http.errors import ApiError
-from ..http.streams import DONE, EventStream, event, json_response, last_words, placed, unless_gone
+from ..http.streams import DONE, event, last_words
 from ..server import Server
 from .chat import ResponseFormat
 from .fields import Sampling
 from .logprobs import completion_logprobs, prompt_logprobs
+from .responding import respond
 from .shapes.base import described
 from .shapes.openai import Completion
 from .usage import usage
@@ -122,6 +123,10 @@ class CompletionJob:
         else:
             given["prompt_token_ids"] = prompt
         return front_end.request(given, params)
+
+    def last_words(self, error: ApiError) -> bytes:
+        """How the stream ends by an error."""
+        return last_words(error)
 
     # -- the whole answer ----------------------------------------------------------------------
 
@@ -264,23 +269,13 @@ def router(server: Server) -> APIRouter:
     )
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         """Go on with prompts."""
-        server.check_room(request)
-        make: Callable[[], CompletionJob] = lambda: CompletionJob(  # noqa: E731
-            server, asked, request.state.request_id
-        )
-        job = await server.prepare(
-            make,
-            sum(map(len, asked.prompts())),
+        return await respond(
+            server,
+            request,
+            lambda: CompletionJob(server, asked, request.state.request_id),
+            num_characters=sum(map(len, asked.prompts())),
             compiles=bool(asked.structured_outputs or asked.response_format),
-        )
-        place = server.place(request, job.texts)
-        if not asked.stream:
-            with place:
-                return json_response(await unless_gone(request, job.run()))
-        return EventStream(
-            placed(place, job.events()),
-            last_words,
-            keep_alive_s=server.options.sse_keep_alive_interval,
+            stream=asked.stream,
         )
 
     return routes

@@ -7,11 +7,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from ....frontend.text_stream import RequestText
 from ...http.errors import ApiError
-from ...http.streams import EventStream, event, json_response, placed, unless_gone
+from ...http.streams import event
 from ...server import Server
 from ..chat import ChatJob
 from ..logprobs import chat_logprobs
+from ..responding import respond
 from ..shapes import responses as shapes
 from ..shapes.base import described
 from .output_items import Event, OutputItems
@@ -30,6 +32,11 @@ class ResponseJob:
         self.job.id = f"resp_{name}"
         self._items = OutputItems(name)
         self._num_told = 0
+
+    @property
+    def texts(self) -> list[RequestText]:
+        """What runs for it."""
+        return [self.job.text]
 
     async def run(self) -> dict[str, Any]:
         """The response, when all of it is there."""
@@ -141,20 +148,13 @@ def router(server: Server) -> APIRouter:
     )
     async def responses(request: Request, asked: ResponsesRequest) -> Response:
         """Answer a conversation, of which nothing is kept."""
-        server.check_room(request)
-        job = await server.prepare(
+        return await respond(
+            server,
+            request,
             lambda: ResponseJob(server, asked, request.state.request_id),
-            len(str(asked.input)),
+            num_characters=len(str(asked.input)),
             compiles=bool(asked.text or asked.tools),
-        )
-        place = server.place(request, [job.job.text])
-        if not asked.stream:
-            with place:
-                return json_response(await unless_gone(request, job.run()))
-        return EventStream(
-            placed(place, job.events()),
-            job.last_words,
-            keep_alive_s=server.options.sse_keep_alive_interval,
+            stream=asked.stream,
         )
 
     for path, method in _kept():
