@@ -79,11 +79,6 @@ class RemoteEngine:
         """For how long requests have waited without a step."""
         return time.monotonic() - self._moved_s if len(self._sinks) else 0.0
 
-    @property
-    def num_unfinished(self) -> int:
-        """Requests that the engine has."""
-        return len(self._sinks)
-
     async def stay_connected(self) -> None:
         """Call the engine, and call again when it is gone; until cancelled."""
         self._loop = asyncio.get_running_loop()

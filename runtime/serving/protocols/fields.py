@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...request.sampling_params import SamplingParams
 from ..http.errors import ApiError
 
-_HARMLESS = "Taken, and of no effect here."
+HARMLESS = "Taken, and of no effect here."
 
 
 class Strict(BaseModel):
@@ -24,10 +24,34 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
-    include_obfuscation: bool | None = Field(None, description=_HARMLESS)
+    include_obfuscation: bool | None = Field(None, description=HARMLESS)
 
 
-class Sampling(Strict):
+class Asked(Strict):
+    """What each protocol may be asked of an answer."""
+
+    model: str | None = Field(None, description="One of /v1/models; the first if left out.")
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=1024, description="Prefixes are shared within it alone."
+    )
+    request_id: str | None = Field(None, min_length=1, max_length=128)
+    stream: bool | None = False
+    user: str | None = Field(None, description=HARMLESS)
+
+
+class Sampling(Asked):
     """How tokens are chosen: OpenAI's fields and vLLM's."""
 
     not_here: ClassVar[dict[str, str]] = {
@@ -47,39 +71,20 @@ class Sampling(Strict):
         "logprob_token_ids": "use logprobs with a number of tokens",
     }
 
-    model: str | None = Field(None, description="One of /v1/models; the first if left out.")
     n: int | None = 1
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    min_tokens: int | None = None
-    stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     structured_outputs: dict[str, Any] | None = None
-    stream: bool | None = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    cache_salt: str | None = Field(
-        None, min_length=1, max_length=1024, description="Prefixes are shared within it alone."
-    )
-    request_id: str | None = Field(None, min_length=1, max_length=128)
     priority: int | None = Field(None, description="0 alone: requests run in their order.")
-    user: str | None = Field(None, description=_HARMLESS)
-    session_id: str | None = Field(None, description=_HARMLESS)
+    session_id: str | None = Field(None, description=HARMLESS)
 
     def sampling_values(self) -> dict[str, Any]:
         """What was given of `SamplingParams`, under its names. Raises ApiError."""

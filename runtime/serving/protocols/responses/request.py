@@ -6,10 +6,9 @@ from pydantic import Field
 
 from ...http.errors import ApiError
 from ..chat import ChatRequest
-from ..fields import Strict
+from ..fields import HARMLESS, Asked, Strict
 from .input_items import conversation
 
-_HARMLESS = "Taken, and of no effect here."
 _NO_STATE = "nothing is kept between requests; send the whole conversation as input"
 LOGPROBS = "message.output_text.logprobs"
 _SAME = (  # under the same name in a conversation
@@ -73,17 +72,17 @@ class Reasoning(Strict):
         None, description="Taken, and of no effect: reasoning is told in full."
     )
     generate_summary: Literal["auto", "concise", "detailed"] | None = Field(
-        None, description=_HARMLESS
+        None, description=HARMLESS
     )
 
 
 class StreamOptions(Strict):
     """`stream_options` of this API."""
 
-    include_obfuscation: bool | None = Field(None, description=_HARMLESS)
+    include_obfuscation: bool | None = Field(None, description=HARMLESS)
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(Asked):
     """A conversation to be answered."""
 
     not_here: ClassVar[dict[str, str]] = {
@@ -100,7 +99,6 @@ class ResponsesRequest(Strict):
         "n": "a response has one answer; use /v1/chat/completions for several",
     }
 
-    model: str | None = Field(None, description="One of /v1/models; the first if left out.")
     input: str | list[dict[str, Any]] = Field(description="A text, or a list of items.")
     instructions: str | None = None
     tools: list[dict[str, Any]] | None = None
@@ -109,26 +107,9 @@ class ResponsesRequest(Strict):
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    min_tokens: int | None = None
-    stop: str | list[str] | None = None
-    ignore_eos: bool | None = None
-    cache_salt: str | None = Field(
-        None, min_length=1, max_length=1024, description="Prefixes are shared within it alone."
-    )
-    request_id: str | None = Field(None, min_length=1, max_length=128)
     chat_template_kwargs: dict[str, Any] | None = None
     top_logprobs: int | None = Field(None, ge=0)
     include: list[str] | None = None
-    stream: bool | None = False
     stream_options: StreamOptions | None = None
     store: bool | None = Field(None, description="false: nothing is kept between requests.")
     background: bool | None = Field(None, description="false: an answer is waited for.")
@@ -137,10 +118,9 @@ class ResponsesRequest(Strict):
     )
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    user: str | None = Field(None, description=_HARMLESS)
-    safety_identifier: str | None = Field(None, description=_HARMLESS)
-    prompt_cache_key: str | None = Field(None, description=_HARMLESS)
-    prompt_cache_retention: str | None = Field(None, description=_HARMLESS)
+    safety_identifier: str | None = Field(None, description=HARMLESS)
+    prompt_cache_key: str | None = Field(None, description=HARMLESS)
+    prompt_cache_retention: str | None = Field(None, description=HARMLESS)
 
     def as_chat(self) -> ChatRequest:
         """The same as a conversation. Raises ApiError."""
