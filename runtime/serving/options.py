@@ -99,6 +99,16 @@ class ServeOptions:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise InvalidConfig("ssl_certfile and ssl_keyfile go together; give both, or neither")
         object.__setattr__(self, "keys", self._read_keys())
+        self.read_chat_template()  # to refuse it now, and not when the model is there
+
+    def read_chat_template(self) -> str | None:
+        """The template's text, where one is given. Raises InvalidConfig."""
+        if self.chat_template is None:
+            return None
+        try:
+            return self.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidConfig(f"chat_template {self.chat_template}: {error}") from error
 
     def _read_keys(self) -> tuple[str, ...]:
         keys = [*self.api_key, *os.environ.get("VKV_API_KEY", "").split(",")]

@@ -65,7 +65,7 @@ class Server:
         if self._face is not None:
             return
         if self.options.chat_template is not None and face.tokenizer is not None:
-            face.tokenizer.chat_template = self.options.chat_template.read_text(encoding="utf-8")
+            face.tokenizer.chat_template = self.options.read_chat_template()
         self._answers = answer_format(
             face.tokenizer,
             tool_call_parser=self.options.tool_call_parser,

@@ -119,6 +119,12 @@ class AnswerFormat:
         return bool(opening and self.turn_marks) and not any(end in rest for end in ends)
 
 
+def check_names(tool_call_parser: str, reasoning_parser: str) -> None:
+    """Raises InvalidConfig for a parser that there is not, before a model is loaded for it."""
+    _resolve("tool_call_parser", tool_call_parser, _CALLS)
+    _resolve("reasoning_parser", reasoning_parser, _REASONING)
+
+
 def answer_format(
     tokenizer: PreTrainedTokenizerBase | None,
     *,

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import uvicorn
 import uvloop
 
+from ....vmem.errors import UsageError
 from ..http.app import build_app
 from ..http.connections import Connection
-from ..link.engine_process import die_with_parent
+from ..link.engine_process import REFUSED, die_with_parent
+from ..link.face import Face
 from ..link.remote import RemoteEngine
 from ..options import ServeOptions
 from ..server import Server
@@ -36,12 +38,17 @@ class _Http(uvicorn.Server):
 
 
 class Front:
-    """Serves HTTP on a socket, for the engine at a path."""
+    """Serves HTTP on a socket, for the engine at a path.
+
+    Attributes:
+        is_refused: an option does not fit the model, so that it ends; the log says which.
+    """
 
     def __init__(self, options: ServeOptions, engine_path: str) -> None:
         self._engine = RemoteEngine(engine_path)
         self.server = Server(options, self._engine)
-        self._engine.on_welcome = self.server.meet
+        self._engine.on_welcome = self._meet
+        self.is_refused = False
         self._options = options
         self._http = _Http(
             uvicorn.Config(
@@ -68,6 +75,14 @@ class Front:
         finally:
             connecting.cancel()
             self._engine.close()
+
+    def _meet(self, face: Face) -> None:
+        try:
+            self.server.meet(face)
+        except UsageError as error:
+            _log.error("%s", error)
+            self.is_refused = True
+            self.end()
 
     def end(self) -> None:
         """Take no more requests, and end when those under way have; called again: at once."""
@@ -117,3 +132,5 @@ async def _run(order: FrontOrder) -> None:
     loop.add_signal_handler(signal.SIGTERM, front.end)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # the parent decides
     await front.run(socket.socket(fileno=order.listener))
+    if front.is_refused:
+        sys.exit(REFUSED)

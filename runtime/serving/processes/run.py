@@ -18,6 +18,7 @@ from ....vmem.errors import InvalidConfig
 from ..link.engine_process import REFUSED
 from ..metrics import SHARED
 from ..options import ServeOptions
+from ..parsing import check_names
 from .children import Child, EngineSocket
 from .front import Front, FrontOrder
 from .logs import configure_logs
@@ -37,9 +38,10 @@ def serve(
     Args:
         engine: options of `EngineConfig`.
 
-    Raises InvalidConfig if the address cannot be listened on.
+    Raises InvalidConfig if the address cannot be listened on, or a parser is unknown.
     """
     configure_logs(options.log_format)
+    check_names(options.tool_call_parser, options.reasoning_parser)
     if not options.served_model_name:
         options = dataclasses.replace(options, served_model_name=(model or BUILT_IN,))
     listener = listen(options)
@@ -115,6 +117,8 @@ class Supervisor:
             if self._options.api_server_count == 1:
                 self._front = Front(self._options, self._socket.path)
                 await self._front.run(self._listener)
+                if self._front.is_refused:
+                    self._status = REFUSED
             else:
                 count = self._options.api_server_count
                 with tempfile.TemporaryDirectory(prefix="vkv-metrics-") as shared:
@@ -180,6 +184,9 @@ class Supervisor:
             status = await asyncio.to_thread(front.wait)
             self._fronts.remove(front)
             mark_process_dead(front.pid)
+            if status == REFUSED and not self._ending.is_set():  # so would another be
+                self._status = REFUSED
+                self._end()
             if not self._ending.is_set():
                 _log.error("a front process ended with status %d, and is started again", status)
                 await self._rest(_FIRST_REST_S)

@@ -299,6 +299,10 @@ def test_an_address_in_use_and_a_model_that_is_not_there(served: Served, tmp_pat
         (["--port", port], "cannot be listened on"),
         (["--port", "0", str(tmp_path / "nothing")], "nothing"),
         (["--port", "0", "--key-share", "2"], "key_share is 2"),
+        (["--port", "0", "--chat-template", str(tmp_path / "none")], "chat_template"),
+        (["--port", "0", "--tool-call-parser", "nope"], "nope"),
+        (["--port", "0", "--tool-call-parser", "hf"], "response_template"),
+        (["--port", "0", "--tool-call-parser", "hf", "--api-server-count", "2"], "response_templ"),
         (["--port", "0", "--max-num-seqs", "0"], "max_seqs is 0"),
     ):
         told = subprocess.run(
