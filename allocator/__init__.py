@@ -1,7 +1,7 @@
 """Pages, slots and their geometry: contiguous KV that grows page by page."""
 
 from .kv_cache import KVCache
-from .layout import KVLayout, LayerGeometry, PageGeometry
+from .layout import KVLayout, LayerGeometry, PageGeometry, TokenFormat
 from .memory_limit import MemoryLimit, parse_bytes
 from .page_map import Lane, PageMap, PageRuns, SlotPages
 from .page_pool import PagePool, Reservation, Sanitize
@@ -29,5 +29,6 @@ __all__ = [
     "SlotCache",
     "SlotPages",
     "SlotState",
+    "TokenFormat",
     "parse_bytes",
 ]

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
+import torch
+
 from ..vmem import Page
 from ..vmem.errors import OutOfMappings
 from .layout import PageGeometry
@@ -250,6 +252,13 @@ class Backing(ABC):
     @abstractmethod
     def copy(self, source: Slot, target: Slot, skip: Sequence[int]) -> None:
         """Copy what the tokens of `target` have in `source` behind the first `skip[r]` pages."""
+
+    @abstractmethod
+    def spans(self, slot: Slot, start: int, stop: int) -> list[list[torch.Tensor]]:
+        """The bytes of tokens `start … stop`, uint8: of each stream of the token format, in pieces.
+
+        The pieces of a stream, in order, are those tokens. Writing to one writes to the slot.
+        """
 
     @abstractmethod
     def free(self) -> None:

@@ -170,6 +170,12 @@ class VirtualSlots(Backing):
             span = skip[index] * self._page_bytes, target.num_tokens * geometry.token_bytes
             self._bytes(target, index, *span).copy_(self._bytes(source, index, *span))
 
+    def spans(self, slot: Slot, start: int, stop: int) -> list[list[torch.Tensor]]:
+        return [
+            [self._bytes(slot, index, start * geometry.token_bytes, stop * geometry.token_bytes)]
+            for index, geometry in enumerate(self._layout.ranges)
+        ]
+
     def _clear_pages(self, slot: Slot, range_index: int, first: int) -> None:
         end = len(slot.pages[range_index]) * self._page_bytes
         self._bytes(slot, range_index, first * self._page_bytes, end).zero_()

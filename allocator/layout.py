@@ -39,6 +39,8 @@ class PageGeometry(Protocol):
     def range_widths(self) -> tuple[int, ...]: ...
     @property
     def growth_tokens(self) -> int: ...
+    @property
+    def token_format(self) -> "TokenFormat": ...
     def pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
     def whole_pages_per_range(self, num_tokens: int) -> tuple[int, ...]: ...
     def tokens_backed(self, pages: Sequence[int]) -> int: ...
@@ -89,6 +91,47 @@ class TensorGeometry:
     token_stride: int
     num_heads: int
     head_dim: int
+
+
+@dataclass(frozen=True)
+class TokenFormat:
+    """What the bytes of a token's keys and values are, wherever they lie.
+
+    Slots whose caches have equal formats may exchange tokens; their page sizes may differ.
+
+    Attributes:
+        dtype: of keys and values.
+        streams: what each stretch of bytes that tokens lie in, one behind the other, has of a
+            token: (layer, "key" or "value", heads, elements of a head), in order.
+    """
+
+    dtype: str
+    streams: tuple[tuple[tuple[int, str, int, int], ...], ...]
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Bytes of a token in each stream."""
+        itemsize = getattr(torch, self.dtype).itemsize
+        return tuple(
+            sum(heads * dim for _, _, heads, dim in parts) * itemsize for parts in self.streams
+        )
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token."""
+        return sum(self.widths)
+
+
+def _part(layers: Sequence[LayerGeometry], index: int, kind: str) -> tuple[int, str, int, int]:
+    """What a stream has of one layer's keys or values."""
+    layer = layers[index]
+    return index, kind, layer.num_kv_heads, layer.key_dim if kind == "key" else layer.value_dim
+
+
+def split_format(layers: Sequence[LayerGeometry], dtype: torch.dtype) -> TokenFormat:
+    """The format of memory that keeps every layer's keys and values in tensors of their own."""
+    parts = [(_part(layers, i, kind),) for i in range(len(layers)) for kind in ("key", "value")]
+    return TokenFormat(str(dtype).removeprefix("torch."), tuple(parts))
 
 
 @dataclass(frozen=True)
@@ -204,6 +247,17 @@ class KVLayout:
         used = last.offset + self._range_bytes(last.token_bytes)
         unit = math.lcm(self.page_bytes, *(_TOKEN_ALIGNMENT * r.token_bytes for r in self.ranges))
         return -(-used // unit) * unit
+
+    @cached_property
+    def token_format(self) -> TokenFormat:
+        """What a token's bytes are in each range."""
+        kinds = (("key",), ("value",)) if self.split_kv else (("key", "value"),)
+        streams = tuple(
+            tuple(_part(self.layers, layer, kind) for layer in group for kind in together)
+            for group in self._groups
+            for together in kinds
+        )
+        return TokenFormat(str(self.dtype).removeprefix("torch."), streams)
 
     def key_geometry(self, layer: int) -> TensorGeometry:
         """The strided view of a layer's keys over all slots."""

@@ -18,7 +18,7 @@ from ..vmem import Fence, Page
 from ..vmem.errors import InvalidConfig, InvalidOperation
 from .backing import Backing
 from .kv_cache import flat_positions, flat_rows
-from .layout import LayerGeometry
+from .layout import LayerGeometry, TokenFormat, split_format
 from .page_pool import PagePool, Sanitize
 from .slot import Slot
 from .slot_cache import SlotCache
@@ -52,6 +52,10 @@ class PagedLayout:
     @property
     def growth_tokens(self) -> int:
         return self.block_tokens
+
+    @property
+    def token_format(self) -> TokenFormat:
+        return split_format(self.layers, self.dtype)
 
     @property
     def token_bytes(self) -> int:
@@ -240,6 +244,20 @@ class ScatteredBlocks(Backing):
         origin, goal = self.locate([source], *span), self.locate([target], *span)
         for tensor in self._tensors():
             tensor[goal] = tensor[origin]
+
+    def spans(self, slot: Slot, start: int, stop: int) -> list[list[torch.Tensor]]:
+        size = self._block_tokens
+        blocks = [
+            (int(self.tables[slot.index, position]), position * size)
+            for position in range(start // size, -(-stop // size))
+        ]
+        return [
+            [
+                tensor[block, max(0, start - first) : stop - first].flatten().view(torch.uint8)
+                for block, first in blocks
+            ]
+            for tensor in self._tensors()
+        ]
 
     def _clear_pages(self, slot: Slot, range_index: int, first: int) -> None:
         self._clear_behind(slot, first * self._block_tokens)

@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
+import torch
+
 from ..vmem import OwnedLock, ProcessOwner, janitor
 from ..vmem.errors import (
     InvalidConfig,
@@ -223,6 +225,19 @@ class SlotCache(KernelView):
         with self._working:
             self._table.check(slot)
             self._table.close(slot)
+
+    def spans(self, slot: Slot, start: int, stop: int) -> list[list[torch.Tensor]]:
+        """The bytes of tokens `start … stop` of a live slot: of each stream of the geometry's
+        `token_format` the pieces that they lie in, each a uint8 tensor over the slot's memory.
+
+        Contiguous slots have one piece a stream, the paged baseline one a block. They may be read
+        and written as long as the slot is not cut below `stop` tokens, parked or closed.
+        """
+        with self._lock:
+            self._table.check(slot)
+            if not 0 <= start <= stop <= slot.num_tokens:
+                raise InvalidOperation(f"tokens {start} to {stop} are not all in {slot}")
+            return self._backing.spans(slot, start, stop)
 
     # -- elasticity ------------------------------------------------------------------------
 
