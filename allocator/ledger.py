@@ -21,7 +21,7 @@ from .slot import ENDLESS, Borders, Slot, SlotState
 class Use(IntEnum):
     """What a page is there for; the best first."""
 
-    NEEDED = 0  # holds tokens of a live request
+    NEEDED = 0  # holds tokens of a live request, or such as a transfer reads
     PROMISED = 1  # mapped already for tokens that were promised
     AHEAD = 2  # mapped for tokens that were asked ahead
     IDLE = 3  # a live slot's, from an earlier owner
@@ -85,9 +85,9 @@ class Ledger:
         slot.settled_tokens = self._geometry.tokens_backed([needed for needed, *_ in settled])
 
     def _borders(self, slot: Slot) -> list[Borders]:
-        if slot.state is not SlotState.OPEN:
-            return [(0, 0, 0, 0)] * len(slot.pages)
         to_pages, num_tokens = self._geometry.pages_per_range, slot.num_tokens
+        if slot.state is not SlotState.OPEN:
+            return [(n, n, n, n) for n in to_pages(slot.pinned_tokens)][: len(slot.pages)]
         promised_tokens = max(num_tokens, slot.promised_tokens)
         ahead_tokens = min(max(promised_tokens, slot.ahead_tokens), self._geometry.max_len)
         needed = to_pages(num_tokens)

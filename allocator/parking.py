@@ -63,6 +63,10 @@ class ParkingLot:
         tag = self._tags[slot]
         self._tags[slot] = replace(tag, tokens=tag.tokens[:num_tokens])
 
+    def touch(self, slot: Slot) -> None:
+        """Make `slot` the most recent."""
+        self._tags.move_to_end(slot)
+
     def best_prefix(self, tokens: Sequence[int], variant: str = "") -> PrefixMatch | None:
         """The slot that shares the longest prefix with `tokens`; the most recent of equals.
 
@@ -76,13 +80,14 @@ class ParkingLot:
                 best = PrefixMatch(slot, length, len(tag.tokens))
         return best
 
-    def largest(self) -> Slot:
-        """The slot with the most pages mapped; the least recent of equals."""
-        return max(self._tags, key=lambda slot: slot.num_pages)
+    def largest(self) -> Slot | None:
+        """The slot with the most pages mapped that is not pinned; the least recent of equals."""
+        loose = (slot for slot in self._tags if not slot.num_pins)
+        return max(loose, key=lambda slot: slot.num_pages, default=None)
 
-    def oldest(self) -> Slot:
-        """The slot parked least recently."""
-        return next(iter(self._tags))
+    def oldest(self) -> Slot | None:
+        """The slot parked least recently that is not pinned."""
+        return next((slot for slot in self._tags if not slot.num_pins), None)
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -43,12 +43,19 @@ def _shorten_all(backing: Backing, slots: Iterable[Slot], lot: ParkingLot, goal:
     """Shorten parked slots, in order, until `goal` pages are available."""
     for slot in slots:
         while slot.num_pages and backing.pool.num_available < goal:
-            _shorten(backing, lot, slot, goal - backing.pool.num_available)
+            if not shorten(backing, lot, slot, goal - backing.pool.num_available):
+                break
 
 
-def _shorten(backing: Backing, lot: ParkingLot, slot: Slot, num_pages: int) -> None:
-    """Take a growth step or more, about `num_pages` pages, from the end of a parked slot."""
+def shorten(backing: Backing, lot: ParkingLot, slot: Slot, num_pages: int) -> bool:
+    """Take a growth step or more, about `num_pages` pages, from the end of a parked slot.
+
+    What is pinned stays. Returns False once nothing more can be had.
+    """
     steps = -(-num_pages // len(slot.pages))
-    num_tokens = max(0, slot.num_tokens - steps * backing.geometry.growth_tokens)
+    wanted = slot.num_tokens - steps * backing.geometry.growth_tokens
+    num_tokens = min(slot.num_tokens, max(wanted, slot.pinned_tokens, 0))
     lot.shorten(slot, num_tokens)
-    backing.shrink(slot, num_tokens, backing.geometry.pages_per_range(num_tokens))
+    kept = max(num_tokens, slot.pinned_tokens)
+    backing.shrink(slot, num_tokens, backing.geometry.pages_per_range(kept))
+    return num_tokens > slot.pinned_tokens

@@ -33,6 +33,7 @@ class Slot:
         pages: of each range, the pages mapped from its start on.
         borders: of each range, what its pages are counted for; the ledger's.
         settled_tokens: tokens that it may grow to without moving a border; the ledger's.
+        num_pins: transfers that read it, so that its first `pinned_tokens` tokens stay.
     """
 
     __slots__ = (
@@ -40,8 +41,10 @@ class Slot:
         "borders",
         "fence",
         "index",
+        "num_pins",
         "num_tokens",
         "pages",
+        "pinned_tokens",
         "promised_tokens",
         "ready_tokens",
         "reservation",
@@ -58,6 +61,7 @@ class Slot:
         self.pages: list[list[Page]] = [[] for _ in range(num_ranges)]
         self.borders: list[Borders] = [(0, 0, 0, ENDLESS)] * num_ranges
         self.settled_tokens = 0
+        self.num_pins = self.pinned_tokens = 0
         self.reservation = Reservation()
         self.state = SlotState.OPEN
         self.fence: Fence | None = None  # the last work that may touch a parked slot

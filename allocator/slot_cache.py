@@ -25,6 +25,7 @@ from .backing import Backing
 from .kernel_view import KernelView
 from .look_ahead import LookAhead
 from .page_map import PageMap
+from .parking import PrefixMatch
 from .slot import Slot, SlotState
 from .slot_table import SlotTable
 from .stats import KVStats
@@ -84,7 +85,9 @@ class SlotCache(KernelView):
                 raise InvalidOperation("the cache has been shut down; create another")
             return self._table.open()
 
-    def adopt(self, tokens: Sequence[int], variant: str = "") -> tuple[Slot, int]:
+    def adopt(
+        self, tokens: Sequence[int], variant: str = "", *, recycle: bool = True
+    ) -> tuple[Slot, int]:
         """A slot for a request that begins with `tokens`, and how many it already holds.
 
         Only the KV of the same `variant` is found: what was parked under another was computed
@@ -93,20 +96,25 @@ class SlotCache(KernelView):
         A parked slot with the longest common prefix is taken over whole; if most of its tokens
         would be lost by that, it stays parked and the prefix is aliased. Without a common
         prefix, the largest parked slot is taken over once memory or slots run short, so that a
-        steady load maps nothing anew. Otherwise the slot is fresh. Raises OutOfSlots.
+        steady load maps nothing anew; not so without `recycle`, where the oldest is to go first.
+        Otherwise the slot is fresh. A pinned slot is never taken over. Raises OutOfSlots.
         """
         with self._working:
             table = self._table
             match = table.parked.best_prefix(tokens, variant)
             if match is not None:
-                if 2 * match.num_tokens < match.num_parked_tokens and table.free:
+                is_pinned = match.slot.num_pins > 0
+                if (is_pinned or 2 * match.num_tokens < match.num_parked_tokens) and table.free:
                     try:
                         return self.fork(match.slot, match.num_tokens), match.num_tokens
                     except Shortage:
                         pass  # then the parked slot itself is the memory that is left
-                return table.take_over(match.slot, match.num_tokens)
-            if table.parked and self._is_tight(len(tokens)):
-                return table.take_over(table.parked.largest(), 0)
+                if not is_pinned:
+                    return table.take_over(match.slot, match.num_tokens)
+            elif recycle and self._is_tight(len(tokens)):
+                largest = table.parked.largest()
+                if largest is not None:
+                    return table.take_over(largest, 0)
             return self.open(), 0
 
     def reserve(self, slot: Slot, num_tokens: int) -> None:
@@ -167,9 +175,10 @@ class SlotCache(KernelView):
         """
         with self._working:
             self._table.check(slot)
-            if not 0 <= num_tokens <= slot.num_tokens:
+            if not slot.pinned_tokens <= num_tokens <= slot.num_tokens:
                 raise InvalidOperation(
-                    f"cannot truncate {slot} to {num_tokens} tokens; use 0 to {slot.num_tokens}"
+                    f"cannot truncate {slot} to {num_tokens} tokens; use "
+                    f"{slot.pinned_tokens} to {slot.num_tokens}"
                 )
             self.pool.cancel(slot.reservation)
             slot.promised_tokens = num_tokens
@@ -226,16 +235,44 @@ class SlotCache(KernelView):
             self._table.check(slot)
             self._table.close(slot)
 
+    def pin(self, slot: Slot, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens of a live or parked slot as they are, until `unpin`.
+
+        Its owner may go on, park or close it. It is not taken over, and not reclaimed, but others
+        may share it. Pins are counted.
+        """
+        with self._working:
+            self._table.check(slot, allow_parked=True)
+            if not 0 <= num_tokens <= slot.num_tokens:
+                raise InvalidOperation(f"cannot pin {num_tokens} tokens of {slot}")
+            self._table.pin(slot, num_tokens)
+
+    def unpin(self, slot: Slot) -> None:
+        """Undo a `pin`. The last one gives back what was closed or reclaimable meanwhile."""
+        with self._working:
+            self._table.check(slot, allow_parked=True)
+            if not slot.num_pins:
+                raise InvalidOperation(f"{slot} is not pinned")
+            self._table.unpin(slot)
+
+    def find(self, tokens: Sequence[int], variant: str = "") -> PrefixMatch | None:
+        """The parked slot with the longest common prefix, which counts as used just now."""
+        with self._lock:
+            match = self._table.parked.best_prefix(tokens, variant)
+            if match is not None:
+                self._table.parked.touch(match.slot)
+            return match
+
     def spans(self, slot: Slot, start: int, stop: int) -> list[list[torch.Tensor]]:
-        """The bytes of tokens `start … stop` of a live slot: of each stream of the geometry's
+        """The bytes of tokens `start … stop` of a slot: of each stream of the geometry's
         `token_format` the pieces that they lie in, each a uint8 tensor over the slot's memory.
 
         Contiguous slots have one piece a stream, the paged baseline one a block. They may be read
-        and written as long as the slot is not cut below `stop` tokens, parked or closed.
+        and written while the slot is its owner's, or as far as it is pinned.
         """
         with self._lock:
-            self._table.check(slot)
-            if not 0 <= start <= stop <= slot.num_tokens:
+            self._table.check(slot, allow_parked=slot.num_pins > 0)
+            if not 0 <= start <= stop <= max(slot.num_tokens, slot.pinned_tokens):
                 raise InvalidOperation(f"tokens {start} to {stop} are not all in {slot}")
             return self._backing.spans(slot, start, stop)
 
@@ -267,10 +304,14 @@ class SlotCache(KernelView):
         """
         self._owner.check()
         self._look_ahead.stop()
+        table = self._table
         with self._working:
             if not self._finalizer.alive:
                 return
-            for slot in list(self._table.live.values()):
+            pinned = [slot for slot in (*table.live.values(), *table.parked) if slot.num_pins]
+            if pinned:
+                raise InvalidOperation(f"{pinned[0]} is being read by a transfer; end it first")
+            for slot in list(table.live.values()):
                 self.close(slot)
             self._supply.reclaim_all()
             self.pool.trim()

@@ -44,15 +44,22 @@ class SlotTable:
         Raises OutOfSlots if every slot is a live request's.
         """
         if not self.free:
-            if not self.parked:
+            oldest = self.parked.oldest()
+            if oldest is None:
                 raise OutOfSlots(f"all {self.num_slots} slots are in use; close one first")
-            self.close_parked(self.parked.oldest())
+            self.close_parked(oldest)
         slot = Slot(heapq.heappop(self.free), self._num_ranges)
         self.live[slot.index] = slot
         return slot
 
     def close(self, slot: Slot) -> None:
-        """Give up an open slot. Where the driver refuses (DriverError) it stays, without tokens."""
+        """Give up an open slot. Where the driver refuses (DriverError) it stays, without tokens.
+
+        What is pinned of it stays parked, under no tokens, until the last `unpin`.
+        """
+        if slot.num_pins:
+            self.park(slot, (), "")
+            return
         self._backing.pool.cancel(slot.reservation)
         slot.promised_tokens = 0
         self._backing.shrink(slot, 0, (0,) * self._num_ranges)
@@ -69,12 +76,33 @@ class SlotTable:
 
     def park(self, slot: Slot, tokens: Sequence[int], variant: str) -> None:
         """Park an open slot, which holds the KV of `tokens`, once there is a place for it."""
-        while len(self.parked) >= self.max_parked:
-            self.close_parked(self.parked.oldest())
+        self._make_places(1)
         self.set_fence(slot, self._backing.pool.driver.record_fence())
         self._backing.pool.cancel(slot.reservation)
         slot.num_tokens = slot.promised_tokens = len(tokens)
         self._set_parked(slot, tokens, variant)
+
+    def pin(self, slot: Slot, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens of a live or parked slot where they are."""
+        slot.num_pins += 1
+        slot.pinned_tokens = max(slot.pinned_tokens, num_tokens)
+        self._backing.ledger.settle(slot)
+
+    def unpin(self, slot: Slot) -> None:
+        """Undo a `pin`. With the last one goes a slot that was closed meanwhile."""
+        slot.num_pins -= 1
+        if slot.num_pins:
+            return
+        slot.pinned_tokens = 0
+        self._backing.ledger.settle(slot)
+        if slot.state is SlotState.PARKED and not slot.num_tokens:
+            self.close_parked(slot)
+        self._make_places(0)
+
+    def _make_places(self, count: int) -> None:
+        """Close the oldest parked slots until `count` more may be parked; pinned ones stay."""
+        while len(self.parked) + count > self.max_parked and (oldest := self.parked.oldest()):
+            self.close_parked(oldest)
 
     def take_over(self, parked: Slot, num_tokens: int) -> tuple[Slot, int]:
         """Open a parked slot again, of which `num_tokens` tokens are of use; fewer may be left."""

@@ -7,7 +7,7 @@ from ..vmem import OwnedLock
 from ..vmem.errors import ForkedProcess, InvalidOperation, OutOfMappings, OutOfPages
 from .backing import Backing
 from .ledger import Use
-from .reclaim import reclaim, reclaim_parked
+from .reclaim import reclaim, reclaim_parked, shorten
 from .slot import Slot
 from .slot_table import SlotTable
 
@@ -86,7 +86,10 @@ class Supply:
     def reclaim_all(self) -> None:
         """Take back all that no live request was promised."""
         for slot in self._table.parked:
-            self._table.close_parked(slot)
+            if slot.num_pins:
+                shorten(self._backing, self._table.parked, slot, slot.num_pages)
+            else:
+                self._table.close_parked(slot)
         for slot in self._table.live.values():
             self._backing.shrink(slot, slot.num_tokens, self._backing.promised_pages(slot))
 

@@ -42,6 +42,7 @@ from .devices import DeviceProfile, device_profile, resolve_device
 from .engine import Engine
 from .loop import EngineLoop
 from .memory.memory_profile import step_bytes
+from .memory.swap_memory import build_swapping
 
 _log = logging.getLogger(__name__)
 
@@ -89,12 +90,13 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     why_not_recorded(loaded, config, backend)
     _check_repeatable(loaded, config, backend)
     cache, driver = _build_cache(loaded, config, backend, profile)
+    engine: Engine | None = None
     try:
         runner = _build_runner(loaded, config, backend, cache, driver, profile)
         engine = Engine(
             runner,
             cache,
-            _build_scheduler(loaded, config, cache, profile),
+            _build_scheduler(loaded, config, cache, runner, profile),
             _build_admission(loaded, cache),
             eos_token_ids=loaded.eos_token_ids,
             grammars=_build_grammars(loaded),
@@ -109,22 +111,24 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
         for index in range(len(loaded.geometry)):
             backend.check_cache(*cache.layer(index))
     except BaseException:
-        _closer(None, cache, driver)()
+        _closer(engine, cache, driver)()
         raise
-    close = _closer(runner, cache, driver)
+    close = _closer(engine, cache, driver)
     return EngineLoop(engine, close, shortage_wait_s=config.shortage_wait_s)
 
 
 def _closer(
-    runner: ModelRunner | None, cache: SlotCache, driver: VmemDriver | None
+    engine: Engine | None, cache: SlotCache, driver: VmemDriver | None
 ) -> Callable[[], None]:
     """Gives back all memory and address space; the paged baseline has no driver."""
 
     def close() -> None:
-        if runner is not None:
-            if runner.recordings is not None:
-                runner.recordings.forget()
-            runner.forget()
+        if engine is not None:
+            if engine.runner.recordings is not None:
+                engine.runner.recordings.forget()
+            engine.runner.forget()
+            if engine.scheduler.swapping is not None:
+                engine.scheduler.swapping.close()
         cache.shutdown()
         if driver is not None:
             driver.close()
@@ -207,7 +211,11 @@ def _build_runner(
 
 
 def _build_scheduler(
-    loaded: LoadedModel, config: EngineConfig, cache: SlotCache, profile: DeviceProfile
+    loaded: LoadedModel,
+    config: EngineConfig,
+    cache: SlotCache,
+    runner: ModelRunner,
+    profile: DeviceProfile,
 ) -> Scheduler:
     return Scheduler(
         cache,
@@ -217,6 +225,7 @@ def _build_scheduler(
         look_ahead_tokens=config.look_ahead_tokens,
         # A slot has keys and values from its start, but state of its last token only.
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
+        swapping=build_swapping(loaded, config, cache, runner),
     )
 
 

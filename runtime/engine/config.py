@@ -35,6 +35,9 @@ class EngineConfig:
             "64MiB", a `MemoryLimit` that several engines share, or "auto": half of a machine's
             free memory, or what the largest step leaves on a GPU (measured, `memory_profile`).
             Never more than the slots could use or the machine has. Nothing is taken in advance.
+        swap_memory: the most bytes of host memory for keys and values that leave `kv_memory`, those
+            of preempted and of finished requests, and come back by a copy where that is faster
+            than computing them; None for no such memory. Nothing is taken in advance.
         max_batch_tokens: tokens of one step; None for 256 on a CPU, 2048 on a GPU.
         kv: contiguous slots in virtual memory, or the paged baseline.
         attention: a backend's name, or "auto".
@@ -72,6 +75,7 @@ class EngineConfig:
     max_seqs: int = 32
     max_len: int | None = None
     kv_memory: int | str | MemoryLimit = "auto"
+    swap_memory: int | str | None = None
     max_batch_tokens: int | None = None
     kv: KVKind = "virtual"
     attention: str = "auto"
@@ -144,6 +148,8 @@ class EngineConfig:
                 )
         elif self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
+        if self.swap_memory is not None:
+            parse_bytes(self.swap_memory)
 
 
 def _check_seconds(name: str, value: object) -> None:

@@ -22,9 +22,11 @@ from ..request.step_output import Failure, StepOutput
 from ..request.token_grammar import TokenGrammar
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
-from .stats import EngineStats
+from .stats import EngineStats, SwapStats
 
 _log = logging.getLogger(__name__)
+
+_MOVE_WAIT_S = 0.05  # for keys and values on their way, before messages are looked at again
 
 
 class Engine:
@@ -168,14 +170,23 @@ class Engine:
         """
         if not self.has_work:
             return
-        start = time.perf_counter()
+        start, num_before = time.perf_counter(), self.num_computed_tokens
         self._notice_changes()
         if self.overlap:
             self._overlapped_step()
         else:
             self._plain_step()
         self._drop_step_if_idle()
-        self._step_time_s += time.perf_counter() - start
+        step_s = time.perf_counter() - start
+        self._step_time_s += step_s
+        if self.scheduler.swapping is not None:
+            self.scheduler.swapping.note_step(self.num_computed_tokens - num_before, step_s)
+
+    def trim(self) -> int:
+        """Give what no live request needs back to the system; returns the bytes."""
+        swapping = self.scheduler.swapping
+        num_bytes = 0 if swapping is None else swapping.trim()
+        return num_bytes + self.cache.trim()
 
     def weights_changed(self) -> None:
         """Drop all that was computed with the model as it was: recordings, parked keys and values.
@@ -189,6 +200,8 @@ class Engine:
         for request in self.scheduler.running[::-1]:  # so that they come back in their order
             self.scheduler.preempt(request, keep=False)
         self.cache.trim()
+        if self.scheduler.swapping is not None:
+            self.scheduler.swapping.forget()
         if self.watch is not None:
             layers = self.watch.learn()
             self.runner.model_changed(layers, recordable=not self.watch.has_hooks)
@@ -209,7 +222,9 @@ class Engine:
 
     def _plain_step(self) -> None:
         batch = self.scheduler.schedule()
-        if batch.items and (launched := self._launch(batch, None, wait=True)):
+        if not batch.items:
+            self.scheduler.wait_for_moves(_MOVE_WAIT_S)
+        elif launched := self._launch(batch, None, wait=True):
             self._postprocess(launched)
 
     def _overlapped_step(self) -> None:
@@ -224,6 +239,8 @@ class Engine:
             if self._under_way is not None:
                 self._catch_up()
                 self.scheduler.shortage = None  # which was found before those ends
+            else:
+                self.scheduler.wait_for_moves(_MOVE_WAIT_S)
             return
         before = self._under_way
         wait = not batch.can_run_ahead
@@ -345,7 +362,7 @@ class Engine:
 
     def stats(self, kv: KVStats | None = None) -> EngineStats:
         """Memory and work, from counters; `kv`, if the cache has been asked already."""
-        recordings = self.runner.recordings
+        recordings, swapping = self.runner.recordings, self.scheduler.swapping
         return EngineStats(
             kv=self.cache.stats() if kv is None else kv,
             state_bytes=self.runner.state_bytes,
@@ -362,6 +379,7 @@ class Engine:
             num_replays=recordings.num_replays if recordings else 0,
             num_computed_tokens=self.num_computed_tokens,
             step_time_s=self._step_time_s,
+            swap=SwapStats.of(swapping) if swapping is not None else None,
         )
 
 

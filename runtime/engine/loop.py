@@ -150,7 +150,7 @@ class EngineLoop:
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""
         self.engine.scheduler.exits.retry()
-        num_bytes = self.engine.cache.trim()
+        num_bytes = self.engine.trim()
         self._publish()
         return num_bytes
 

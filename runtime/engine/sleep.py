@@ -35,7 +35,7 @@ class Sleep:
                 f"{len(engine.requests)} requests are unfinished, and their keys and values would "
                 "be lost; let them finish, or abort them, before sleep()"
             )
-        num_bytes = engine.cache.trim() + engine.runner.forget()
+        num_bytes = engine.trim() + engine.runner.forget()
         if weights and self._profile.moves_weights and self._weights is None:
             if engine.runner.recordings is not None:
                 engine.runner.recordings.forget()

@@ -1,8 +1,46 @@
 """What an engine holds and has done, as plain data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from ...allocator import KVStats
+from ...allocator.transfer import MoveStats
+from ..scheduling.swapping import Swapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapStats:
+    """What another tier of memory holds, and what moved there and back.
+
+    Attributes:
+        physical_bytes, limit_bytes: memory of the tier now, and the most that it may be.
+        num_tokens: tokens that it has.
+        stored, fetched: what was moved, there and back.
+        stall_s: that steps waited for copies, so far.
+        num_computed_instead: times that computing was faster than fetching.
+    """
+
+    physical_bytes: int
+    limit_bytes: int
+    num_tokens: int
+    stored: MoveStats
+    fetched: MoveStats
+    stall_s: float
+    num_computed_instead: int
+
+    @classmethod
+    def of(cls, swapping: Swapping) -> Self:
+        """Those of an engine's tier now."""
+        kv = swapping.tier.far.stats()
+        return cls(
+            physical_bytes=kv.physical_bytes,
+            limit_bytes=kv.pages_limit * kv.page_bytes,
+            num_tokens=kv.tokens_parked + kv.tokens_held,
+            stored=replace(swapping.tier.stored),
+            fetched=replace(swapping.tier.fetched),
+            stall_s=swapping.stall_s,
+            num_computed_instead=swapping.num_computed_instead,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +61,7 @@ class EngineStats:
         num_replays: steps that ran from one.
         num_computed_tokens: tokens that went through the model, those computed again included.
         step_time_s: time of all steps together.
+        swap: of the tier behind the cache; None without one.
     """
 
     kv: KVStats
@@ -40,6 +79,7 @@ class EngineStats:
     num_replays: int
     num_computed_tokens: int
     step_time_s: float
+    swap: SwapStats | None = None
 
     @property
     def virtual_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -59,6 +60,13 @@ class ModelRunner:
     def forget(self) -> int:
         """Give back what finished requests left beside the slots; returns the bytes."""
         return 0
+
+    def save_state(self, slot_index: int) -> Any:
+        """A copy of what the model remembers of a slot's tokens besides keys and values."""
+        return None
+
+    def load_state(self, slot_index: int, state: Any) -> None:
+        """Put such a copy into a slot's place."""
 
     def model_changed(self, layers: Sequence[LayerAttention], *, recordable: bool) -> None:
         """Go on with what the model's layers ask of attention now, and record its steps anew.

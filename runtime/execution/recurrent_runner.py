@@ -14,7 +14,7 @@ from ...allocator import SlotCache
 from ...attention_backends import AttentionBackend, LayerAttention
 from ..model.attention_hook import CacheStep
 from ..model.forward import Forward
-from ..model.recurrent_state import RecurrentState
+from ..model.recurrent_state import RecurrentState, SlotState
 from ..request.request import ScheduledRequest
 from .model_runner import ModelRunner
 
@@ -71,6 +71,12 @@ class RecurrentRunner(ModelRunner):
         num_bytes = self._states.num_bytes
         self._states.clear()
         return num_bytes
+
+    def save_state(self, slot_index: int) -> SlotState:
+        return self._states.save(slot_index)
+
+    def load_state(self, slot_index: int, state: SlotState) -> None:
+        self._states.load(slot_index, state)
 
     def _run(
         self,

@@ -21,6 +21,10 @@ def keeps_state(config: PretrainedConfig) -> bool:
     return not STATE_LAYER_TYPES.isdisjoint(layer_types)
 
 
+SlotState = dict[tuple[str, int, int], torch.Tensor]
+"""What recurrent and convolution layers remember of one request: by kind, layer and number."""
+
+
 class StepState(DynamicCache):
     """The `past_key_values` of one forward: states as usual, while keys and values pass through.
 
@@ -99,6 +103,15 @@ class RecurrentState:
                 self._saved[key] = states.new_zeros((self._num_slots, *states.shape[1:]))
             saved = self._saved[key]
             saved[torch.tensor(slots, device=saved.device)] = states
+
+    def save(self, slot: int) -> SlotState:
+        """A copy of what `slot` has, in host memory."""
+        return {key: saved[slot].to("cpu", copy=True) for key, saved in self._saved.items()}
+
+    def load(self, slot: int, state: SlotState) -> None:
+        """Put a copy that `save` made into the place of `slot`."""
+        for key, tensor in state.items():
+            self._saved[key][slot] = tensor.to(self._saved[key].device)
 
     def clear(self) -> None:
         """Give the memory back."""

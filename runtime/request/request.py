@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from ...allocator import Slot
+from ...allocator.transfer import Fetch
 from .outputs import Logprob
 from .sampling_params import SamplingParams
 from .sampling_state import SamplingState
@@ -31,6 +32,8 @@ class Request:
             launched so far is done.
         num_pending: further tokens that were sampled, but are known on the device alone.
         pending_index: of the last of them: its place among those sampled in the same step.
+        fetch: its keys and values on their way back, while it has a place among those that run
+            and no slot yet.
         prompt_logprobs: entries of the prompt's tokens that are known, where they are asked.
         queued_time_s, scheduled_time_s: when it came, and when it first had a slot (`StepOutput`).
     """
@@ -58,6 +61,8 @@ class Request:
         self.num_cached = 0  # prompt tokens found in a slot at the first admission
         self.state = RequestState.WAITING
         self.slot: Slot | None = None
+        self.fetch: Fetch | None = None
+        self.can_fetch = True  # False once that failed
         self.queued_time_s = time.monotonic()
         self.scheduled_time_s: float | None = None
         self.prompt_logprobs: list[dict[int, Logprob] | None] = []

@@ -17,6 +17,7 @@ from ..request.spec import SequenceKey
 from .exits import Exits
 from .plan import Plan, Policy
 from .snapshot import RunningRequest, Snapshot, WaitingRequest
+from .swapping import Swapping
 from .waiting import WaitingQueue
 
 Refusal = Shortage | DriverError
@@ -35,6 +36,7 @@ class Scheduler:
         max_batch_tokens: tokens of one step.
         look_ahead_tokens: tokens mapped ahead of a decoding request, in the background.
         prefix_reuse: start a request from keys and values that others computed for its tokens.
+        swapping: moves what slots hold to another tier of memory and back; None to drop it.
 
     Attributes:
         running: in the order of admission.
@@ -51,6 +53,7 @@ class Scheduler:
         max_batch_tokens: int,
         look_ahead_tokens: int = 0,
         prefix_reuse: bool = True,
+        swapping: Swapping | None = None,
     ) -> None:
         self.cache = cache
         self.policy = policy
@@ -58,6 +61,7 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.look_ahead_tokens = look_ahead_tokens
         self.prefix_reuse = prefix_reuse
+        self.swapping = swapping
         self.exits = Exits(cache)
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
@@ -93,17 +97,23 @@ class Scheduler:
         is short (`shortage`). No request is lost by that.
         """
         self.exits.retry()
+        self._take_arrivals()
         self._let_siblings_in()
         granted: dict[Request, int] = {}
+        held: set[Request] = set()
         num_before = self.num_preemptions
         short: tuple[Request, Refusal] | None = None
         while True:
-            snapshot = self._snapshot(granted, short[0] if short else None, num_before)
+            num_given_up = self.num_preemptions - num_before + len(held)
+            snapshot = self._snapshot(granted, short[0] if short else None, held, num_given_up)
             missed = self._apply(self.policy.plan(snapshot), granted)
             if missed is None:
                 break
+            if self._is_coming(missed[0], held):
+                short = None
+                continue
             short = missed
-        self.shortage = short if short and not granted else None
+        self.shortage = short if short and not granted and not self._is_moving else None
         batch = tuple(ScheduledRequest(request, count) for request, count in granted.items())
         self._look_ahead(batch)
         return Batch(batch, self._padding(batch))
@@ -116,17 +126,70 @@ class Scheduler:
         """Drop a request at any point of its life; its pages go back at once."""
         self._leave(request, keep=False)
 
+    # -- moving ------------------------------------------------------------------------------
+
+    @property
+    def _is_moving(self) -> bool:
+        """True while keys and values leave or come back: what a request lacks may be there soon."""
+        return self.swapping is not None and (
+            self.swapping.is_leaving or any(request.fetch for request in self.running)
+        )
+
+    def wait_for_moves(self, timeout_s: float) -> None:
+        """Wait a moment for what leaves or comes back. For when nothing else can go on."""
+        fetch = next((request.fetch for request in self.running if request.fetch), None)
+        if fetch is not None:
+            fetch.wait(timeout_s)
+        elif self.swapping is not None:
+            self.swapping.wait(timeout_s)
+
+    def _is_coming(self, request: Request, held: set[Request]) -> bool:
+        """Whether memory that a running request lacks is being copied out already.
+
+        It then stands aside for this step, and nobody gives way for it once more.
+        """
+        if self.swapping is None or not self.swapping.is_leaving or request not in self.running:
+            return False
+        held.add(request)
+        return True
+
+    def _take_arrivals(self) -> None:
+        """Let requests go on of which all is there that was fetched."""
+        if self.swapping is None:
+            return
+        self.swapping.tier.settle()
+        for request in [r for r in self.running if r.fetch is not None and r.fetch.is_done]:
+            fetch, request.fetch = request.fetch, None
+            assert fetch is not None
+            request.slot = self.swapping.arrive(request, fetch)
+            if request.slot is None:  # it could not be read: computed, then
+                self.running.remove(request)
+                request.state = RequestState.WAITING
+                request.can_fetch = False
+                self.waiting.put_back(request)
+                continue
+            request.num_computed = fetch.num_tokens
+            self._note_admission(request)
+
     # -- deciding ----------------------------------------------------------------------------
 
     def _snapshot(
-        self, granted: dict[Request, int], short: Request | None, num_preemptions: int
+        self,
+        granted: dict[Request, int],
+        short: Request | None,
+        held: set[Request],
+        num_given_up: int,
     ) -> Snapshot:
         free = max(1, self.max_seqs - len(self.running))
         return Snapshot(
             max_batch_tokens=self.max_batch_tokens,
             max_seqs=self.max_seqs,
             running=tuple(
-                RunningRequest(r.key, r.num_tokens, 0 if r.is_complete else r.num_uncomputed)
+                RunningRequest(
+                    r.key,
+                    r.num_tokens,
+                    0 if r.is_complete or r.slot is None or r in held else r.num_uncomputed,
+                )
                 for r in self.running
             ),
             waiting=tuple(
@@ -136,7 +199,7 @@ class Scheduler:
             num_waiting=len(self.waiting),
             granted={request.key: count for request, count in granted.items()},
             short=short.key if short else None,
-            num_preempted=self.num_preemptions - num_preemptions,
+            num_preempted=num_given_up,
             pages_obtainable=self.cache.num_obtainable(),
         )
 
@@ -172,18 +235,21 @@ class Scheduler:
             if share <= 0:
                 break
             try:
-                granted[request] = self._admit(request, share)
+                count = self._admit(request, share)
             except (Shortage, DriverError) as refusal:
                 return request, refusal
-            budget -= granted[request]
+            if count:  # or it waits for what is fetched
+                granted[request] = count
+            budget -= count
         return None
 
     def preempt(self, request: Request, *, keep: bool = True) -> None:
         """Take a request's slot away; it will be computed again. Its tokens are kept.
 
-        With `keep` the slot is parked, so that what is left of it by then is found again.
+        With `keep` the slot is parked, so that what is left of it by then is found again, and what
+        it holds is copied to the tier behind, if there is one.
         """
-        self._release(request, keep=keep)
+        self._release(request, keep=keep, comes_back=True)
         request.state = RequestState.WAITING
         request.num_computed = 0
         self.waiting.put_back(request)
@@ -195,15 +261,23 @@ class Scheduler:
         if request.state is RequestState.WAITING:  # new, or preempted with its last token pending
             self.waiting.remove(request)
         else:
-            self._release(request, keep=keep)
+            self._release(request, keep=keep, comes_back=False)
+        if self.swapping is not None:
+            self.swapping.release(request)
         request.state = RequestState.FINISHED
         del self._requests[request.key]
         self.waiting.let_in(request.key)
 
-    def _release(self, request: Request, *, keep: bool) -> None:
+    def _release(self, request: Request, *, keep: bool, comes_back: bool) -> None:
         slot, request.slot = request.slot, None
-        assert slot is not None
+        fetch, request.fetch = request.fetch, None
         self.running.remove(request)
+        if fetch is not None:
+            fetch.cancel()
+            return
+        assert slot is not None
+        if keep and self.swapping is not None:
+            self.swapping.leave(request, slot, comes_back=comes_back)
         computed = request.token_ids[: request.num_computed] if keep else ()
         self.exits.let_go(slot, computed, request.variant)
 
@@ -221,6 +295,8 @@ class Scheduler:
             own = self.cache.num_pages(needed) - self.cache.num_whole_pages(num_shared)
             if own > self.cache.num_obtainable():
                 raise OutOfPages(f"{own} pages are not to be had while others run")
+        if self._fetch(request, tokens, num_shared, needed):
+            return 0
         slot, num_cached = self._open_slot(request, tokens, donor, num_shared)
         count = min(request.num_tokens - num_cached, budget)
         try:
@@ -233,12 +309,34 @@ class Scheduler:
         request.slot = slot
         request.num_computed = num_cached
         request.state = RequestState.RUNNING
-        if not request.was_admitted:
-            request.scheduled_time_s = time.monotonic()
-            request.num_cached = num_cached
-            self.prefix_hit_tokens += num_cached
+        self._note_admission(request)
         self.running.append(request)
         return count
+
+    def _note_admission(self, request: Request) -> None:
+        """Note when a request first had a slot, and what it found in it."""
+        if not request.was_admitted:
+            request.scheduled_time_s = time.monotonic()
+            request.num_cached = request.num_computed
+            self.prefix_hit_tokens += request.num_computed
+
+    def _fetch(self, request: Request, tokens: Sequence[int], num_shared: int, needed: int) -> bool:
+        """Admit a request by fetching what another tier has of it, if that is the best there is.
+
+        Raises a Shortage or DriverError, with the request still waiting.
+        """
+        if self.swapping is None or not request.can_fetch:
+            return False
+        num_near = max(num_shared, self.cache.prefix_length(tokens, request.variant))
+        fetch = self.swapping.fetch(request, tokens, num_near, needed)
+        if fetch is None:
+            return False
+        self.waiting.remove(request)
+        request.fetch = fetch
+        request.num_computed = fetch.incoming.num_held
+        request.state = RequestState.RUNNING
+        self.running.append(request)
+        return True
 
     def _tokens_to_admit(self, request: Request) -> int:
         """All it has, and a page's worth of its output if others run: else it is soon preempted."""
@@ -274,7 +372,7 @@ class Scheduler:
         """The running request that has computed the longest common prefix, a page's at least."""
         donor, longest = None, 0
         for other in self.running:
-            if other.variant != request.variant:
+            if other.variant != request.variant or other.slot is None:
                 continue
             least = 1 if other.key == request.leader else self.cache.growth_tokens
             limit = min(len(tokens), other.num_computed)

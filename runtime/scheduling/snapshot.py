@@ -44,7 +44,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         num_waiting: all of them.
         granted: tokens that this step has already for running requests, in an earlier plan.
         short: the request that an earlier plan of this step found no memory for.
-        num_preempted: slots given up in this step so far.
+        num_preempted: slots given up in this step so far, or on their way out for a request that
+            stands aside until then.
         pages_obtainable: pages that could be had, those of finished requests included.
     """
 

@@ -223,6 +223,8 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.stop_failing()
         pool = self.model.cache.pool
+        for pin in list(self.model.pins):
+            self.model.unpin(pin)
         self.model.cache.shutdown()
         assert (pool.num_held, pool.num_reserved) == (0, 0)
 
@@ -259,7 +261,11 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def truncate(self, data):
         request = self._draw(data)
-        self.model.truncate(request, data.draw(st.integers(0, len(request.tokens))))
+        least = request.slot.pinned_tokens
+        if least:
+            with pytest.raises(InvalidOperation):
+                self.model.cache.truncate(request.slot, least - 1)
+        self.model.truncate(request, data.draw(st.integers(least, len(request.tokens))))
 
     @precondition(lambda self: self.model.live)
     @rule(data=st.data())
@@ -282,6 +288,22 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data(), num_tokens=st.integers(0, MAX_LEN + 9))
     def look_ahead(self, data, num_tokens):
         self.model.look_ahead(self._draw(data), num_tokens)
+
+    @precondition(lambda self: self.model.live and len(self.model.pins) < 3)
+    @rule(data=st.data())
+    def pin(self, data):
+        request = self._draw(data)
+        self.model.pin(request, data.draw(st.integers(0, len(request.tokens))))
+
+    @precondition(lambda self: self.model.pins)
+    @rule(data=st.data())
+    def unpin(self, data):
+        self.model.unpin(data.draw(st.sampled_from(self.model.pins)))
+
+    @rule(data=st.data(), variant=VARIANTS)
+    def find(self, data, variant):
+        tokens = data.draw(st.lists(st.integers(0, 1), max_size=12))
+        self.model.find((tokens * MAX_LEN)[: data.draw(st.integers(0, MAX_LEN))], variant)
 
     @rule()
     def trim(self):

@@ -166,6 +166,14 @@ class Request:
     written: set[int] = field(default_factory=set)  # all prefixes this request has had
 
 
+@dataclass(eq=False)
+class Pin:
+    """Tokens of a slot that stay readable, whatever becomes of the request that wrote them."""
+
+    slot: Slot
+    prefixes: list[int]
+
+
 class Model:
     """A cache and its live requests.
 
@@ -176,6 +184,7 @@ class Model:
     def __init__(self, cache: SlotCache) -> None:
         self.cache = cache
         self.live: list[Request] = []
+        self.pins: list[Pin] = []
         self._identities: dict[tuple[int | str, int], int] = {}
         self._factors = _factors(cache)
 
@@ -239,6 +248,21 @@ class Model:
         self._forget(request, request.slot.num_tokens)
         return False
 
+    def pin(self, request: Request, num_tokens: int) -> Pin:
+        self.cache.pin(request.slot, num_tokens)
+        self.pins.append(Pin(request.slot, request.prefixes[:num_tokens]))
+        return self.pins[-1]
+
+    def unpin(self, pin: Pin) -> None:
+        self.pins.remove(pin)  # also if what was closed meanwhile cannot be unmapped now
+        with self._refusable(lambda: self.live):
+            self.cache.unpin(pin.slot)
+
+    def find(self, tokens: Sequence[int], variant: str = "") -> None:
+        length = self.cache.prefix_length(tokens, variant)
+        match = self.cache.find(tokens, variant)
+        assert length == (match.num_tokens if match else 0)
+
     def look_ahead(self, request: Request, num_tokens: int) -> None:
         flaky, failures = self._is_flaky, self.cache._look_ahead.num_failures
         with self._refusable(lambda: self.live):
@@ -249,7 +273,8 @@ class Model:
     def trim(self) -> None:
         with self._refusable(lambda: self.live):
             self.cache.trim()
-            assert not self.cache.stats().slots_parked
+            pinned = {pin.slot for pin in self.pins} - {request.slot for request in self.live}
+            assert self.cache.stats().slots_parked == len(pinned)
             for request in self.live:
                 state = self._state(request.slot)
                 assert state[-1] == request.slot.pages  # nothing beyond the promise
@@ -260,16 +285,21 @@ class Model:
         """Compare all that live requests can read, and recount every page from scratch."""
         self.cache.check_invariants()
         self.check_content(self.live)
+        self._check_prefixes([(pin.slot, pin.prefixes) for pin in self.pins])
         self._recount()
 
     def check_content(self, requests: Sequence[Request]) -> None:
         """Every token of `requests`, in every layer, holds what its request wrote or adopted."""
         lengths = [len(r.tokens) for r in requests]
         assert lengths == [r.slot.num_tokens for r in requests]
+        self._check_prefixes([(request.slot, request.prefixes) for request in requests])
+
+    def _check_prefixes(self, expected: Sequence[tuple[Slot, list[int]]]) -> None:
+        lengths = [len(prefixes) for _, prefixes in expected]
         if not sum(lengths):
             return
-        where = self.cache.locate([r.slot for r in requests], [0] * len(requests), lengths)
-        prefixes = torch.tensor([p for r in requests for p in r.prefixes], dtype=DTYPE)
+        where = self.cache.locate([slot for slot, _ in expected], [0] * len(expected), lengths)
+        prefixes = torch.tensor([p for _, some in expected for p in some], dtype=DTYPE)
         for found, factor in self._factors:
             content = found[where].flatten(1)
             assert torch.equal(content, prefixes[:, None] * (_PLACES * _ELEMENTS) + factor)
@@ -315,7 +345,11 @@ class Model:
                 promised.update(pages[: counts[1]])
                 ahead.update(pages[: counts[2]])
                 rest.update(pages)
-        rest.update(p for slot in self.cache._table.parked for pages in slot.pages for p in pages)
+        for slot in self.cache._table.parked:
+            for pages, count in zip(slot.pages, to_pages(slot.pinned_tokens), strict=True):
+                rest.update(pages)
+                for known in (held, promised, ahead):
+                    known.update(pages[:count])
         return len(held), len(ahead - held), len(rest - ahead), len(rest - promised)
 
     # -- inside ------------------------------------------------------------------------------

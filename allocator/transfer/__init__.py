@@ -1,0 +1,19 @@
+"""KV that moves: between caches, between tiers of memory, between processes."""
+
+from .copier import Copier, CopyJob
+from .memory_tier import Fetch, MemoryTier, MoveStats, Store
+from .transfers import Incoming, Outgoing, TransferKey, Transfers, TransferState
+
+__all__ = [
+    "Copier",
+    "CopyJob",
+    "Fetch",
+    "Incoming",
+    "MemoryTier",
+    "MoveStats",
+    "Outgoing",
+    "Store",
+    "TransferKey",
+    "TransferState",
+    "Transfers",
+]

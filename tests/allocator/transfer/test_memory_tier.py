@@ -1,0 +1,188 @@
+"""What a tier has, what it copies for it, and that nothing is lost on the way."""
+
+from collections.abc import Iterator
+
+import pytest
+from allocator_model import KIND, NUM_SLOTS, Model, Request, make_cache, one_thread
+from vkv.allocator.transfer import Copier, MemoryTier
+from vkv.vmem.errors import InvalidOperation, OutOfPages
+
+__all__ = ["one_thread"]  # a fixture
+
+
+class Pair:
+    """Two caches, a tier between them, and the oracle of the near one."""
+
+    def __init__(self, *, far_rows: float = 4.0, synchronous: bool = False) -> None:
+        self.near = make_cache(KIND["even"])
+        far = make_cache(KIND["even"], rows=far_rows, max_parked=NUM_SLOTS)
+        copier = Copier(self.near.layer(0)[0].device, synchronous=synchronous)
+        self.tier = MemoryTier(self.near, far, copier)
+        self.model = Model(self.near)
+
+    def request(self, tokens: list[int], variant: str = "") -> Request:
+        request = self.model.open(variant)
+        assert request is not None
+        assert self.model.grow(request, tokens)
+        return request
+
+    def leave(self, name: str, request: Request, *, keep: bool = True) -> None:
+        """The request lets its slot go, and its tokens move to the tier."""
+        store = self.tier.store(name, request.slot, request.tokens, request.variant, keep=keep)
+        self.model.close(request)
+        if store is not None:
+            store.wait()
+            self.tier.settle()
+        self.check()
+
+    def come_back(self, name: str, tokens: list[int], variant: str = "") -> Request:
+        fetch = self.tier.fetch(name, tokens, variant)
+        assert fetch is not None
+        fetch.wait()
+        slot = self.tier.arrive(fetch)
+        assert slot is not None
+        request = self.model._admit(slot, tokens[: fetch.num_tokens], variant)
+        self.check()
+        return request
+
+    def check(self) -> None:
+        self.model.check()
+        self.tier.far.check_invariants()
+
+    def close(self) -> None:
+        self.tier.close()
+        self.near.shutdown()
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    pair = Pair()
+    yield pair
+    pair.close()
+
+
+def test_tokens_leave_and_come_back(pair: Pair) -> None:
+    tokens = list(range(70))
+    pair.leave("a", pair.request(tokens))
+    assert pair.near.stats().slots_open == pair.near.stats().slots_parked == 0
+    assert pair.tier.longest_prefix([*tokens, 1]) == 70
+    request = pair.come_back("a", [*tokens, 1])
+    assert request.tokens == tokens
+    num_ranges = pair.near.geometry.num_ranges
+    for moved in (pair.tier.stored, pair.tier.fetched):
+        assert (moved.num_moves, moved.num_copies, moved.num_tokens) == (1, num_ranges, 70)
+
+
+def test_the_next_turn_copies_its_increment_alone(pair: Pair) -> None:
+    tokens = list(range(70))
+    pair.leave("a", pair.request(tokens))
+    request = pair.come_back("a", tokens)
+    pair.tier.release("a")
+    assert pair.model.grow(request, [3] * 20)
+    before = pair.tier.stored.num_bytes
+    pair.leave("a", request)
+    token_bytes = pair.near.geometry.token_format.token_bytes
+    assert pair.tier.stored.num_bytes - before == 20 * token_bytes
+    assert pair.tier.longest_prefix([*tokens, *[3] * 20]) == 90
+
+
+def test_what_is_here_is_not_fetched(pair: Pair) -> None:
+    tokens = list(range(70))
+    request = pair.request(tokens)
+    store = pair.tier.store("a", request.slot, tokens, keep=False)
+    assert store is not None
+    store.wait()
+    pair.tier.settle()
+    pair.model.park(request, 40)
+    before = pair.tier.fetched.num_tokens
+    assert pair.come_back("a", tokens).tokens == tokens
+    assert pair.tier.fetched.num_tokens - before == 30
+
+
+def test_variants_stay_apart(pair: Pair) -> None:
+    tokens = list(range(70))
+    pair.leave("a", pair.request(tokens, "adapter"))
+    assert pair.tier.longest_prefix(tokens) == 0
+    assert pair.tier.fetch("b", tokens) is None
+    assert pair.come_back("a", tokens, "adapter").tokens == tokens
+
+
+def test_what_is_kept_for_its_owner_outlives_pressure() -> None:
+    pair = Pair(far_rows=2.0)
+    pair.leave("kept", pair.request([1] * 140))
+    for number in range(4):
+        pair.leave(f"other {number}", pair.request([2 + number] * 140), keep=False)
+    assert pair.tier.longest_prefix([1] * 140) == 140
+    assert pair.tier.longest_prefix([2] * 140) == 0  # the oldest of those that may go
+    pair.tier.release("kept")
+    for number in range(2):
+        pair.leave(f"more {number}", pair.request([9 + number] * 140), keep=False)
+    assert pair.tier.longest_prefix([1] * 140) == 0
+    pair.close()
+
+
+def test_a_full_tier_refuses_and_loses_nothing() -> None:
+    pair = Pair(far_rows=1.0)
+    pair.leave("a", pair.request([1] * 140))
+    request = pair.request([2] * 140)
+    assert pair.tier.store("b", request.slot, request.tokens, keep=True) is None
+    assert pair.tier.stored.num_failed == 1
+    assert pair.tier.longest_prefix([1] * 140) == 140
+    pair.check()
+    pair.close()
+
+
+def test_without_memory_here_a_fetch_changes_nothing(pair: Pair) -> None:
+    pair.leave("a", pair.request([1] * 140))
+    others = [pair.request([2 + number] * 140) for number in range(2)]
+    with pytest.raises(OutOfPages):
+        pair.tier.fetch("a", [1] * 140)
+    pair.check()
+    pair.model.close(others[0])
+    assert len(pair.come_back("a", [1] * 140).tokens) == 140
+
+
+def test_a_failed_copy_is_undone(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise InvalidOperation("no such memory")
+
+    tokens = list(range(70))
+    with monkeypatch.context() as patch:
+        patch.setattr("vkv.allocator.transfer.copier._copy", fail)
+        pair.leave("a", pair.request(tokens))
+    assert pair.tier.longest_prefix(tokens) == 0
+    assert pair.tier.stored.num_failed == 1
+    pair.leave("a", pair.request(tokens))
+    with monkeypatch.context() as patch:
+        patch.setattr("vkv.allocator.transfer.copier._copy", fail)
+        fetch = pair.tier.fetch("a", tokens)
+        assert fetch is not None
+        fetch.wait()
+        assert pair.tier.arrive(fetch) is None
+    pair.check()
+    assert pair.near.stats().slots_open == 0
+    assert pair.come_back("a", tokens).tokens == tokens
+
+
+def test_a_cancelled_move_is_undone(pair: Pair) -> None:
+    tokens = list(range(70))
+    pair.leave("a", pair.request(tokens))
+    fetch = pair.tier.fetch("a", tokens)
+    assert fetch is not None
+    fetch.cancel()
+    pair.check()
+    assert pair.near.stats().slots_open == 0
+    assert pair.come_back("a", tokens).tokens == tokens
+
+
+def test_to_forget_is_to_hold_nothing(pair: Pair) -> None:
+    pair.leave("a", pair.request(list(range(70))))
+    assert pair.tier.forget() > 0
+    assert pair.tier.far.stats().physical_bytes == 0
+    assert pair.tier.longest_prefix(list(range(70))) == 0
+
+
+def test_other_tokens_are_refused() -> None:
+    near, far = make_cache(KIND["even"]), make_cache(KIND["ragged"])
+    with near, far, pytest.raises(InvalidOperation, match="cannot be kept as"):
+        MemoryTier(near, far, Copier(near.layer(0)[0].device))
