@@ -18,7 +18,7 @@ class PageRuns(NamedTuple):
 
     Attributes:
         shared: that another slot has, too.
-        held: with tokens of a live request.
+        held: with tokens of a live request, or such as a transfer reads.
         ahead: mapped for a live request's tokens to come.
         parked: that no live request needs: a parked slot's, or left by a slot's earlier owner.
     """

@@ -199,9 +199,9 @@ class Engine:
         self._catch_up()
         for request in self.scheduler.running[::-1]:  # so that they come back in their order
             self.scheduler.preempt(request, keep=False)
-        self.cache.trim()
         if self.scheduler.swapping is not None:
-            self.scheduler.swapping.forget()
+            self.scheduler.swapping.forget()  # first: what it reads could not be trimmed
+        self.cache.trim()
         if self.watch is not None:
             layers = self.watch.learn()
             self.runner.model_changed(layers, recordable=not self.watch.has_hooks)

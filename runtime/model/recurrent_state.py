@@ -108,6 +108,7 @@ class RecurrentState:
         """A copy of what `slot` has, in host memory."""
         return {key: saved[slot].to("cpu", copy=True) for key, saved in self._saved.items()}
 
+    @torch.inference_mode()
     def load(self, slot: int, state: SlotState) -> None:
         """Put a copy that `save` made into the place of `slot`."""
         for key, tensor in state.items():

@@ -159,9 +159,10 @@ class Scheduler:
             return
         self.swapping.tier.settle()
         for request in [r for r in self.running if r.fetch is not None and r.fetch.is_done]:
-            fetch, request.fetch = request.fetch, None
+            fetch = request.fetch
             assert fetch is not None
             request.slot = self.swapping.arrive(request, fetch)
+            request.fetch = None
             if request.slot is None:  # it could not be read: computed, then
                 self.running.remove(request)
                 request.state = RequestState.WAITING

@@ -49,20 +49,22 @@ def run(
 
 
 def _drive(engine: Engine, num_moves: int, draw: random.Random) -> int:
-    """Step to the end; before some steps a request loses its slot, and the cache its parked ones.
+    """Step to the end; before most steps some requests lose their slots, and the cache its parked ones.
 
     What is parked would be found without the tier, so it goes, more often than not.
     """
     num_forced = 0
     while engine.has_work:
         running = engine.scheduler.running
-        if running and num_forced < num_moves and draw.random() < 0.4:
-            engine.scheduler.preempt(draw.choice(running))
-            num_forced += 1
-            if draw.random() < 0.7:
-                if draw.random() < 0.5 and engine.scheduler.swapping is not None:
-                    engine.scheduler.swapping.wait()
-                engine.cache.trim()
+        count = draw.choice((0, 1, 2, 4)) if num_forced < num_moves else 0
+        victims = draw.sample(running, min(count, len(running)))
+        for request in victims:
+            engine.scheduler.preempt(request)
+        num_forced += len(victims)
+        if victims and draw.random() < 0.7:
+            if draw.random() < 0.5 and engine.scheduler.swapping is not None:
+                engine.scheduler.swapping.wait()
+            engine.cache.trim()
         engine.step()
         if draw.random() < 0.1:
             engine.cache.check_invariants()

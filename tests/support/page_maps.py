@@ -38,7 +38,7 @@ def _count(cache: SlotCache, slot: Slot, index: int, references: Counter[int]) -
         if position < pages_of(slot.num_tokens) and references[page] > 1:
             kinds.append("shared")
         elif slot.state is SlotState.PARKED:
-            kinds.append("parked")
+            kinds.append("held" if position < pages_of(slot.pinned_tokens) else "parked")
         elif position < pages_of(slot.num_tokens):
             kinds.append("held")
         elif position < pages_of(max(slot.promised_tokens, slot.ahead_tokens)):

@@ -61,7 +61,7 @@ def test_forced_moves_change_no_token(
         asynchronous=asynchronous,
         **options,
     )
-    assert outcome.num_forced == 60
+    assert outcome.num_forced >= 60
     assert outcome.swap is not None
     assert outcome.swap.fetched.num_moves >= 5
     assert outcome.tokens == undisturbed.tokens
@@ -102,7 +102,7 @@ def test_failing_copies_change_no_token(
     copy, calls = copier._copy, iter(range(10**9))
 
     def flaky(*args: Any) -> None:
-        if next(calls) % (3 if where == "stored" else 40) == 2:
+        if next(calls) % 3 == 2:
             raise InvalidOperation("a copy that fails")
         copy(*args)
 
@@ -205,7 +205,10 @@ def test_sleep_and_a_changed_model_leave_nothing_behind(llama: PreTrainedModel) 
         llm.weights_changed()
         assert swapping.tier.longest_prefix(prompt) == 0
         changed = llm.generate([prompt], zoo.greedy(4))[0].outputs[0].token_ids
-        assert changed == zoo.generate_alone(model, prompt, 4)
+        reference = zoo.tiny_model("llama", attention="sdpa")
+        with torch.no_grad():
+            reference.get_input_embeddings().weight.mul_(1.5)
+        assert changed == zoo.generate_alone(reference, prompt, 4)
         llm.sleep()
         assert swapping.tier.far.stats().physical_bytes == 0
         llm.wake()
