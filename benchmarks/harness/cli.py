@@ -125,6 +125,18 @@ def serve() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def switch() -> Command:
+    """Requests that give way to others and come back: computed again, or copied, in several ways.
+
+    Conversations of several turns whose priorities change at random, as in FastSwitch's experiment;
+    TTFT and time between tokens, copies and bytes a move, and how long steps waited for them.
+    """
+    from .load.options import SwitchOptions
+
+    return _measuring(SwitchOptions, ".load.switch")
+
+
+@bench.command(cls=LazyCommand)
 def schedule() -> Command:
     """What a request costs the scheduler, from a hundred requests in line to a hundred thousand."""
     from .load.options import ScheduleOptions

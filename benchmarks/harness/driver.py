@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..allocator import KVCache, PagedKVCache
-from ..runtime.engine.messages import Add
+from ..runtime.engine.messages import Add, SetPriority
 from ..runtime.engine.stats import EngineStats
 from ..runtime.execution.tape import TapeRecorder
 from ..runtime.frontend.driving.idle import IdleTrim
@@ -26,6 +26,7 @@ class NewToken:
     """A request that got a token by a step, and whether it was its last."""
 
     request_id: str
+    token_id: int
     is_finished: bool
 
 
@@ -52,11 +53,30 @@ class Driver:
         self._loop = llm.loop
         self._engine = llm.loop.engine
 
-    def submit(self, request_id: str, prompt: Sequence[int], num_output_tokens: int) -> None:
+    def submit(
+        self, request_id: str, prompt: Sequence[int], num_output_tokens: int, *, priority: int = 0
+    ) -> None:
         """Queue a request that runs greedily to its full length."""
         params = SamplingParams(temperature=0, max_tokens=num_output_tokens, ignore_eos=True)
-        spec = RequestSpec(request_id=request_id, prompt_token_ids=prompt, params=params)
+        spec = RequestSpec(
+            request_id=request_id, prompt_token_ids=prompt, params=params, priority=priority
+        )
         self._loop.post(Add(spec))
+
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """Change the priority of a request that is unfinished."""
+        self._loop.post(SetPriority(request_id, priority))
+
+    def swap(self, *, asynchronous: bool, always: bool, reuses: bool) -> None:
+        """Choose how keys and values move to the tier behind the cache and back (`Swapping`).
+
+        What does not keep copies does not copy finished requests' either.
+        """
+        swapping = self._engine.scheduler.swapping
+        assert swapping is not None, "swap_memory was not given"
+        swapping.asynchronous = asynchronous
+        swapping.always = always
+        swapping.reuses = swapping.keeps_finished = reuses
 
     @property
     def has_work(self) -> bool:
@@ -70,7 +90,8 @@ class Driver:
             if output.failure is not None:
                 raise output.failure.error()
             if output.token_ids:
-                tokens.append(NewToken(output.request_id, output.finish_reason is not None))
+                is_finished = output.finish_reason is not None
+                tokens.append(NewToken(output.request_id, output.token_ids[-1], is_finished))
         return tokens
 
     def finish_all(self) -> None:
@@ -96,8 +117,7 @@ class Driver:
         """The requests that hold a slot."""
         found = []
         for request in self._engine.scheduler.running:
-            assert request.slot is not None
-            held = request.slot.num_tokens
+            held = request.slot.num_tokens if request.slot is not None else 0
             found.append(RunningRequest(request.key[0], held, request.num_output_tokens))
         return found
 

@@ -133,6 +133,61 @@ class ServeOptions:
             raise InvalidConfig(f"policy is {unknown[0]!r}; use some of {', '.join(POLICIES)}")
 
 
+CHANGES = ("random", "markov")
+WAYS = ("recompute", "blocks", "whole", "whole-reuse", "beside", "beside-reuse", "vkv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchOptions:
+    """What `vkv bench switch` runs.
+
+    Attributes:
+        ways: systems to compare; `switch.WAYS` says what they are.
+        changes: how priorities change.
+        frequency: changes of all priorities, a step.
+
+    Raises InvalidConfig for an unknown name, and for a number that is not positive.
+    """
+
+    shape: str = shape_option("llama-tiny")
+    dtype: "torch.dtype" = dtype_option("float32")
+    device: "torch.device" = device_option()
+    num_conversations: int = option(24, least=1, help="Conversations.")
+    mean_turns: float = option(5.5, help="Turns of a conversation, in the mean.")
+    rate: float = option(1.0, help="Conversations that begin a second (Poisson).")
+    pause_s: float = option(2.0, help="Seconds between an answer and the next turn, in the mean.")
+    scale: float = option(0.25, help="Multiplies ShareGPT's lengths.")
+    max_len: int = option(2048, least=2, help="Tokens of a conversation at most.")
+    kv_memory: str = option("64MiB", help="Memory for keys and values.")
+    swap_memory: str = option("4GiB", help="Host memory behind it.")
+    changes: tuple[str, ...] = option(
+        ",".join(CHANGES), parse=words, help="How priorities change: random, markov; with commas."
+    )
+    frequency: float = option(0.04, help="Changes of all priorities, a step.")
+    ways: tuple[str, ...] = option(
+        ",".join(WAYS),
+        names=("--systems",),
+        parse=words,
+        help=f"Systems to compare, of {', '.join(WAYS)}; with commas.",
+    )
+    max_seqs: int = max_seqs_option(8)
+    repeats: int = option(1, least=1, help="Turns of each system.")
+    label: str = label_option()
+    seed: int = seed_option()
+
+    def __post_init__(self) -> None:
+        for name, known in (("changes", CHANGES), ("ways", WAYS)):
+            chosen = getattr(self, name)
+            unknown = [value for value in chosen if value not in known]
+            if unknown or not chosen:
+                raise InvalidConfig(f"{name} are {chosen!r}; use some of {', '.join(known)}")
+        if min(self.mean_turns - 1, self.rate, self.pause_s, self.scale, self.frequency) <= 0:
+            raise InvalidConfig(
+                f"mean_turns {self.mean_turns} must be more than 1, and rate {self.rate}, pause_s "
+                f"{self.pause_s}, scale {self.scale} and frequency {self.frequency} positive"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
     """What `vkv bench schedule` runs.
