@@ -127,7 +127,7 @@ class SlotTable:
     def close_emptied(self) -> None:
         """Give up the parked slots of which nothing is left."""
         for slot in self.parked:
-            if not slot.num_pages:
+            if not slot.num_pages and not slot.num_pins:
                 self.close_parked(slot)
 
     def set_fence(self, slot: Slot, fence: Fence | None) -> None:

@@ -49,7 +49,7 @@ def run(
 
 
 def _drive(engine: Engine, num_moves: int, draw: random.Random) -> int:
-    """Step to the end; before most steps some requests lose their slots, and the cache what it parks.
+    """Step to the end; before most steps some requests lose slots, and the cache what it parks.
 
     What is parked would be found without the tier, so it goes, more often than not.
     """
