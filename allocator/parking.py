@@ -71,21 +71,22 @@ class ParkingLot:
         wanted = np.asarray(tokens, dtype=np.int64)
         best: PrefixMatch | None = None
         for slot, tag in self._tags.items():
-            length = _common_prefix(wanted, tag.tokens) if tag.variant == variant else 0
+            length = common_prefix(wanted, tag.tokens) if tag.variant == variant else 0
             if length and (best is None or length >= best.num_tokens):
                 best = PrefixMatch(slot, length, len(tag.tokens))
         return best
 
     def largest(self) -> Slot:
-        """The slot with the most pages mapped; the least recent of equals."""
-        return max(self._tags, key=lambda slot: slot.num_pages)
+        """The slot with the most pages that are memory; the least recent of equals."""
+        return max(self._tags, key=lambda slot: slot.num_pages - sum(slot.file_pages))
 
     def oldest(self) -> Slot:
         """The slot parked least recently."""
         return next(iter(self._tags))
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens that two sequences, int64, have in common from the start."""
     length = min(len(a), len(b))
     differs = a[:length] != b[:length]
     return int(differs.argmax()) if differs.any() else length

@@ -40,15 +40,19 @@ def reclaim_parked(backing: Backing, lot: ParkingLot, num_pages: int) -> None:
 
 
 def _shorten_all(backing: Backing, slots: Iterable[Slot], lot: ParkingLot, goal: int) -> None:
-    """Shorten parked slots, in order, until `goal` pages are available."""
+    """Shorten parked slots, in order, until `goal` pages are available.
+
+    What a slot has of a file alone stays: it takes no memory.
+    """
     for slot in slots:
-        while slot.num_pages and backing.pool.num_available < goal:
+        while slot.has_memory and backing.pool.num_available < goal:
             _shorten(backing, lot, slot, goal - backing.pool.num_available)
 
 
 def _shorten(backing: Backing, lot: ParkingLot, slot: Slot, num_pages: int) -> None:
     """Take a growth step or more, about `num_pages` pages, from the end of a parked slot."""
     steps = -(-num_pages // len(slot.pages))
-    num_tokens = max(0, slot.num_tokens - steps * backing.geometry.growth_tokens)
+    wanted = slot.num_tokens - steps * backing.geometry.growth_tokens
+    num_tokens = min(slot.num_tokens, max(backing.tokens_of_file(slot), wanted))
     lot.shorten(slot, num_tokens)
     backing.shrink(slot, num_tokens, backing.geometry.pages_per_range(num_tokens))

@@ -26,6 +26,14 @@ from .process import OwnedLock, ProcessOwner
 Page = NewType("Page", int)
 """A physical page: an opaque number, unique among the live pages of one driver."""
 
+FIRST_FILE_PAGE = Page(1 << 48)  # above the number of any page that a driver creates
+
+
+def is_of_file(page: Page) -> bool:
+    """Whether a page is a stretch of a file (`attach_file`): nobody's memory, and not to be written
+    to."""
+    return page >= FIRST_FILE_PAGE
+
 
 class Fence(Protocol):
     """A point in the device's work; `wait` returns once all work before it has finished."""
@@ -137,6 +145,25 @@ class VmemDriver(ABC):
             with self._lock:
                 for page in pages:
                     self._map_counts[page] = 0
+            return pages
+
+    def attach_file(self, fd: int, offset: int, num_pages: int) -> list[Page]:
+        """Pages that are the file `fd` itself, `num_pages * page_bytes` bytes of it from `offset`.
+
+        Nothing is read until it is touched, and all processes that map the file share one copy.
+        What is written to such a page stays in this process and leaves the file as it is. The
+        pages keep the file open until they are released; `fd` itself may be closed. They say
+        `is_of_file`. Whoever cuts the file short under a mapping ends the process that reads it.
+
+        Raises InvalidConfig if the stretch does not begin at a multiple of the system's page size
+        or leaves the file, InvalidOperation where memory is not the host's.
+        """
+        if num_pages < 1 or offset < 0:
+            raise InvalidConfig(f"{num_pages} pages from offset {offset} of a file are none")
+        with self._paging_lock, self._guarded():
+            pages = self._attach_file(fd, offset, num_pages)
+            for page in pages:
+                self._map_counts[page] = 0
             return pages
 
     def release(self, pages: Sequence[Page]) -> None:
@@ -305,6 +332,12 @@ class VmemDriver(ABC):
     def _create_for(self, homes: Sequence[int]) -> list[Page]:
         """As `_create`, for pages whose addresses are known."""
         return self._create(len(homes))
+
+    def _attach_file(self, fd: int, offset: int, num_pages: int) -> list[Page]:
+        """Refuses: only the host's memory can be a file's."""
+        raise InvalidOperation(
+            f"a file cannot be mapped as memory of {self.device}; read it into pages instead"
+        )
 
     @abstractmethod
     def _release(self, pages: Sequence[Page]) -> None: ...
