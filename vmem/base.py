@@ -235,6 +235,24 @@ class VmemDriver(ABC):
                 self._map_counts[self._page_table.pop(page_address)] -= 1
             reservation.num_mapped -= num_pages
 
+    def exchange(self, address: int, page: Page) -> None:
+        """Put `page` in place of the one that is mapped at `address`.
+
+        As `unmap` and `map`, but where it raises (OutOfMappings, DriverError), the page before is
+        there as it was. The caller answers for no work in flight touching it.
+        """
+        with self._guarded():
+            self._check_run(address, 1)
+            before = self._page_table.get(address)
+            if before is None:
+                raise InvalidOperation(f"{address:#x} is not mapped")
+            if page not in self._map_counts:
+                raise InvalidOperation(f"page {page} does not exist")
+            self._exchange(address, before, page)
+            self._page_table[address] = page
+            self._map_counts[before] -= 1
+            self._map_counts[page] += 1
+
     def page_at(self, address: int) -> Page | None:
         """The page mapped with its first byte at `address`, or None."""
         return self._page_table.get(address)
@@ -347,6 +365,9 @@ class VmemDriver(ABC):
 
     @abstractmethod
     def _unmap(self, address: int, num_pages: int) -> None: ...
+
+    @abstractmethod
+    def _exchange(self, address: int, before: Page, page: Page) -> None: ...
 
     @abstractmethod
     def _tensor(

@@ -268,6 +268,16 @@ class HostDriver(VmemDriver):
         self._map_unbacked("unmap", address, num_pages * self.page_bytes, OutOfMappings)
         self._num_mappings += added
 
+    def _exchange(self, address: int, before: Page, page: Page) -> None:
+        added = self._added_mappings(address, [before], [page])
+        # As for `_unmap`: what was undone must fit where it was.
+        self._check_budget(added, self._max_mappings + self._max_mappings // 4)
+        with ExitStack() as undo:
+            undo.callback(self._map_run, "map", address, before, 1, DriverError)
+            self._map_run("map", address, page, 1, OutOfMappings)
+            undo.pop_all()
+        self._num_mappings += added
+
     def _map_run(
         self, kind: str, address: int, first: int, count: int, shortage: type[Exception]
     ) -> None:
