@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from ..vmem import Page
+from ..vmem import Page, is_of_file
 from .backing import Backing
 from .ledger import Use
 from .slot import SlotState
@@ -33,6 +33,7 @@ def snapshot(
         pages_ahead=ledger.count(Use.PROMISED, Use.AHEAD),
         pages_parked=ledger.count(Use.IDLE, Use.PARKED),
         pages_free=pool.num_free,
+        pages_of_files=pool.num_of_files,
         pages_reserved=pool.num_reserved,
         pages_limit=pool.limit_pages,
         tokens_held=sum(slot.num_tokens for slot in live),
@@ -59,6 +60,8 @@ def recount(backing: Backing, table: SlotTable) -> None:
         for pages, count in zip(slot.pages, needed, strict=True):
             assert len(pages) >= count, f"{slot} lacks pages for its tokens"
             references.update(pages)
+        for pages, count in zip(slot.pages, slot.file_pages, strict=True):
+            assert not any(map(is_of_file, pages[count:])), f"{slot} has a file behind its own"
     for page, count in references.items():
         assert count <= pool.references(page), f"page {page} is under-counted"
     reserved = sum(slot.reservation.num_pages for slot in slots)

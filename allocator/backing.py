@@ -65,6 +65,10 @@ class Backing(ABC):
                 return num_tokens, keep
             num_tokens = backed
 
+    def tokens_of_file(self, slot: Slot) -> int:
+        """Tokens of `slot` that need no page but those of a file."""
+        return self.geometry.tokens_backed(slot.file_pages)
+
     # -- growing ---------------------------------------------------------------------------
 
     def grow(self, slot: Slot, num_tokens: int) -> None:
@@ -153,6 +157,28 @@ class Backing(ABC):
             return (0,) * len(counts)
         return counts
 
+    def attach_file(self, slot: Slot, fd: int, offsets: Sequence[int]) -> tuple[int, ...]:
+        """Let the whole pages of the tokens of `slot`, which has none yet, be pages of a file.
+
+        The bytes of range `r` begin at `offsets[r]`. Returns how many pages of each range they are.
+        All or nothing.
+        """
+        counts = self.geometry.whole_pages_per_range(slot.num_tokens)
+        with ExitStack() as undo:
+            for index, (offset, count) in enumerate(zip(offsets, counts, strict=True)):
+                if count:
+                    pages = self.pool.attach_file(fd, offset, count)
+                    try:
+                        self._attach(slot, index, pages)
+                    except BaseException:
+                        self.pool.release(pages)
+                        raise
+                    self._add(slot, index, pages)
+                    undo.callback(self._drop, slot, index, 0)
+            undo.pop_all()
+        self._note_ready(slot)
+        return counts
+
     def _shared_tail(self, slot: Slot, targets: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Shared pages, (range, position), that growing to `targets` pages would write to.
 
@@ -166,7 +192,7 @@ class Backing(ABC):
                     yield index, position
 
     def is_shared(self, page: Page) -> bool:
-        """True of a page that several slots have."""
+        """True of a page that several slots have, or a file."""
         return self.pool.references(page) > 1
 
     def _own(self, slot: Slot, range_index: int, position: int, undo: ExitStack) -> Page:

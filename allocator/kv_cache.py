@@ -145,14 +145,8 @@ class VirtualSlots(Backing):
 
     def _exchange(self, slot: Slot, range_index: int, position: int, page: Page) -> None:
         address = self._range_address(slot, range_index) + position * self._page_bytes
-        before = slot.pages[range_index][position]
         self._driver.record_fence().wait()
-        self._driver.unmap(address, self._page_bytes)
-        try:
-            self._driver.map(address, [page])
-        except BaseException:
-            self._driver.map(address, [before])
-            raise
+        self._driver.exchange(address, page)
 
     def _replace(self, slot: Slot, range_index: int, position: int, page: Page) -> None:
         start = position * self._page_bytes

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from itertools import pairwise
 
-from ..vmem import Page
+from ..vmem import Page, is_of_file
 from .layout import PageGeometry
 from .slot import ENDLESS, Borders, Slot, SlotState
 
@@ -30,6 +30,8 @@ class Use(IntEnum):
 
 class Ledger:
     """Counts the pages of one cache by their use. Not for use from several threads at once.
+
+    Pages of files are left out: they are nobody's memory, and giving them up gains none.
 
     `attach` and `detach` follow every page that comes to a slot or leaves it. `settle` follows the
     slot's tokens: whoever changes `num_tokens`, `promised_tokens` or the state calls it before the
@@ -55,7 +57,8 @@ class Ledger:
         if spare is None or spare.state is not SlotState.PARKED:
             return loose
         kept = (page for pages in spare.pages for page in pages)
-        return loose - sum(min(self._uses[page]) >= Use.AHEAD for page in kept)
+        own = (page for page in kept if not is_of_file(page))
+        return loose - sum(min(self._uses[page]) >= Use.AHEAD for page in own)
 
     def attach(self, slot: Slot, range_index: int, start: int, pages: Sequence[Page]) -> None:
         """Note that `slot` has `pages` in a range from position `start` on."""
@@ -97,6 +100,8 @@ class Ledger:
 
     def _change(self, page: Page, old: int | None, new: int | None) -> None:
         """One reference to `page` was of use `old` and is of use `new`; None for no reference."""
+        if is_of_file(page):
+            return
         uses = self._uses.setdefault(page, [])
         if uses:
             self._counts[min(uses)] -= 1
@@ -118,7 +123,8 @@ class Ledger:
                 # The third may lag behind `ahead_tokens`.
                 assert (*borders[:2], borders[3]) == (*now[:2], now[3]), f"{slot} is not settled"
                 for position, page in enumerate(pages):
-                    uses.setdefault(page, []).append(bisect_right(borders, position))
+                    if not is_of_file(page):
+                        uses.setdefault(page, []).append(bisect_right(borders, position))
         assert uses.keys() == self._uses.keys(), "the ledger lists other pages than the slots"
         for page, found in uses.items():
             assert sorted(found) == sorted(self._uses[page]), f"page {page} is of other use"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
-from ..vmem import Fence, OwnedLock, Page, ProcessOwner
+from ..vmem import Fence, OwnedLock, Page, ProcessOwner, is_of_file
 from ..vmem.errors import InvalidConfig, InvalidOperation, OutOfPages
 from .memory_limit import MemoryLimit
 
@@ -25,6 +25,7 @@ class PageSource(Protocol):
     @property
     def num_mappings(self) -> int: ...
     def create(self, num_pages: int) -> list[Page]: ...
+    def attach_file(self, fd: int, offset: int, num_pages: int) -> list[Page]: ...
     def release(self, pages: Sequence[Page]) -> None: ...
     def record_fence(self) -> Fence: ...
 
@@ -44,6 +45,9 @@ class PagePool:
     system. A `Reservation` sets pages aside before anything is promised, so
     that two admissions can never count on the same page.
 
+    Pages of files (`attach_file`) are guests: their references are counted, and nothing else. They
+    come under no limit, are never free, and go back to the driver with their last reference.
+
     Args:
         driver: creates and releases the pages.
         limit: the most memory the pool may hold, in bytes, rounded down to whole pages; or what
@@ -52,7 +56,7 @@ class PagePool:
         sanitize: "zero" asks whoever maps a recycled page to clear it first (`needs_zero`).
 
     All methods may be called from several threads, none from a forked child (ForkedProcess). They
-    are many because seven of them are counts.
+    are many because eight of them are counts.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class PagePool:
         self._lock = OwnedLock(ProcessOwner("this page pool"), self._created)
         self._free: list[Page] = []  # a heap: low numbers first, so that runs stay adjacent
         self._references: dict[Page, int] = {}
+        self._file_references: dict[Page, int] = {}
         self._recycled: set[Page] = set()  # pages that have had an owner
         self._num_reserved = 0
         self._num_creating = 0
@@ -125,8 +130,16 @@ class PagePool:
         with self._lock:
             return max(0, len(self._free) + self._num_creating - self._num_reserved)
 
+    @property
+    def num_of_files(self) -> int:
+        """Pages of files with at least one reference."""
+        return len(self._file_references)
+
     def references(self, page: Page) -> int:
-        """References to a held page; 0 if it is free or unknown."""
+        """References to a held page; 0 if it is free or unknown. A file counts as one more."""
+        if is_of_file(page):
+            count = self._file_references.get(page, 0)
+            return count + 1 if count else 0
         return self._references.get(page, 0)
 
     # -- claims ----------------------------------------------------------------------------
@@ -204,35 +217,58 @@ class PagePool:
 
     # -- references ------------------------------------------------------------------------
 
+    def attach_file(self, fd: int, offset: int, num_pages: int) -> list[Page]:
+        """Pages that are a file's (`VmemDriver.attach_file`), with one reference each.
+
+        They are shared with the file as they would be with another slot: never to be written to.
+        """
+        with self._lock:
+            pages = self.driver.attach_file(fd, offset, num_pages)
+            self._file_references.update(dict.fromkeys(pages, 1))
+            return pages
+
     def retain(self, pages: Sequence[Page]) -> None:
         """Add a reference to each page. Raises InvalidOperation if one is not held."""
         with self._lock:
             for page in pages:
-                if page not in self._references:
+                if not self.references(page):
                     raise InvalidOperation(f"page {page} is not held and cannot be retained")
             for page in pages:
-                self._references[page] += 1
+                self._counts_of(page)[page] += 1
 
     def release(self, pages: Sequence[Page]) -> None:
-        """Drop a reference to each page; pages without one are free again.
+        """Drop a reference to each page; pages without one are free again, or their file's alone.
 
         A page must be unmapped before its last reference goes. Raises InvalidOperation, with
         nothing changed, if a page is not held as often as it is named.
         """
         with self._lock:
-            self._drop_references(pages)
+            leaving = self._drop_references(pages)
             self._settle()
+            if leaving:
+                self.driver.release(leaving)
 
-    def _drop_references(self, pages: Sequence[Page]) -> None:
+    def _drop_references(self, pages: Sequence[Page]) -> list[Page]:
+        """Returns the pages of files that nobody refers to any more."""
         for page, times in Counter(pages).items():
-            if self._references.get(page, 0) < times:
+            if self._counts_of(page).get(page, 0) < times:
                 raise InvalidOperation(f"page {page} is released more often than it is held")
+        leaving: list[Page] = []
         for page in pages:
-            self._references[page] -= 1
-            if not self._references[page]:
-                del self._references[page]
+            counts = self._counts_of(page)
+            counts[page] -= 1
+            if counts[page]:
+                continue
+            del counts[page]
+            if is_of_file(page):
+                leaving.append(page)
+            else:
                 self._recycled.add(page)
                 heapq.heappush(self._free, page)
+        return leaving
+
+    def _counts_of(self, page: Page) -> dict[Page, int]:
+        return self._file_references if is_of_file(page) else self._references
 
     def needs_zero(self, pages: Iterable[Page]) -> bool:
         """True if a page among `pages` must be cleared before a new owner may see it."""
@@ -317,7 +353,10 @@ class PagePool:
             free = set(self._free)
             assert len(free) == len(self._free), "a page is free twice"
             assert not free & self._references.keys(), "a page is free and held"
-            assert all(count > 0 for count in self._references.values()), "a dead reference"
+            counts = (*self._references.values(), *self._file_references.values())
+            assert all(count > 0 for count in counts), "a dead reference"
+            owned = not any(map(is_of_file, (*self._free, *self._references, *self._recycled)))
+            assert owned, "a page of a file is taken for the pool's"
             assert self.num_created <= self.limit_pages, "the limit is exceeded"
             assert self._num_reserved >= 0, "negative reservation"
             assert self.num_available >= 0, "more promised than the pool may hold"

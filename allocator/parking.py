@@ -75,22 +75,24 @@ class ParkingLot:
         wanted = np.asarray(tokens, dtype=np.int64)
         best: PrefixMatch | None = None
         for slot, tag in self._tags.items():
-            length = _common_prefix(wanted, tag.tokens) if tag.variant == variant else 0
+            length = common_prefix(wanted, tag.tokens) if tag.variant == variant else 0
             if length and (best is None or length >= best.num_tokens):
                 best = PrefixMatch(slot, length, len(tag.tokens))
         return best
 
     def largest(self) -> Slot | None:
-        """The slot with the most pages mapped that is not pinned; the least recent of equals."""
+        """The slot with the most pages that are memory, of those not pinned; the least recent of
+        equals."""
         loose = (slot for slot in self._tags if not slot.num_pins)
-        return max(loose, key=lambda slot: slot.num_pages, default=None)
+        return max(loose, key=lambda slot: slot.num_pages - sum(slot.file_pages), default=None)
 
     def oldest(self) -> Slot | None:
         """The slot parked least recently that is not pinned."""
         return next((slot for slot in self._tags if not slot.num_pins), None)
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens that two sequences, int64, have in common from the start."""
     length = min(len(a), len(b))
     differs = a[:length] != b[:length]
     return int(differs.argmax()) if differs.any() else length

@@ -40,9 +40,12 @@ def reclaim_parked(backing: Backing, lot: ParkingLot, num_pages: int) -> None:
 
 
 def _shorten_all(backing: Backing, slots: Iterable[Slot], lot: ParkingLot, goal: int) -> None:
-    """Shorten parked slots, in order, until `goal` pages are available."""
+    """Shorten parked slots, in order, until `goal` pages are available.
+
+    What a slot has of a file alone stays: it takes no memory.
+    """
     for slot in slots:
-        while slot.num_pages and backing.pool.num_available < goal:
+        while slot.has_memory and backing.pool.num_available < goal:
             if not shorten(backing, lot, slot, goal - backing.pool.num_available):
                 break
 
@@ -50,12 +53,13 @@ def _shorten_all(backing: Backing, slots: Iterable[Slot], lot: ParkingLot, goal:
 def shorten(backing: Backing, lot: ParkingLot, slot: Slot, num_pages: int) -> bool:
     """Take a growth step or more, about `num_pages` pages, from the end of a parked slot.
 
-    What is pinned stays. Returns False once nothing more can be had.
+    What is pinned or a file's stays. Returns False once nothing more can be had.
     """
     steps = -(-num_pages // len(slot.pages))
     wanted = slot.num_tokens - steps * backing.geometry.growth_tokens
-    num_tokens = min(slot.num_tokens, max(wanted, slot.pinned_tokens, 0))
+    least = max(slot.pinned_tokens, backing.tokens_of_file(slot))
+    num_tokens = min(slot.num_tokens, max(wanted, least))
     lot.shorten(slot, num_tokens)
     kept = max(num_tokens, slot.pinned_tokens)
     backing.shrink(slot, num_tokens, backing.geometry.pages_per_range(kept))
-    return num_tokens > slot.pinned_tokens
+    return num_tokens > least

@@ -2,8 +2,9 @@
 
 import enum
 import sys
+from bisect import bisect_left
 
-from ..vmem import Fence, Page
+from ..vmem import Fence, Page, is_of_file
 from .page_pool import Reservation
 
 ENDLESS = sys.maxsize
@@ -85,8 +86,22 @@ class Slot:
         """Pages mapped over all ranges."""
         return sum(len(pages) for pages in self.pages)
 
+    @property
+    def file_pages(self) -> list[int]:
+        """Of each range, how many pages are a file's; they come first."""
+        return [bisect_left(pages, True, key=_is_memory) for pages in self.pages]
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether any of its pages is the pool's."""
+        return any(pages and _is_memory(pages[-1]) for pages in self.pages)
+
     def __repr__(self) -> str:
         return (
             f"Slot({self.index}, {self.state.value}, {self.num_tokens} tokens, "
             f"{self.num_pages} pages)"
         )
+
+
+def _is_memory(page: Page) -> bool:
+    return not is_of_file(page)

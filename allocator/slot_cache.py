@@ -125,11 +125,7 @@ class SlotCache(KernelView):
         """
         with self._working:
             self._table.check(slot)
-            if num_tokens > self.max_len:
-                raise RequestTooLong(
-                    f"{num_tokens} tokens do not fit into a slot of {self.max_len}; "
-                    "raise max_len or shorten the request"
-                )
+            self._check_length(num_tokens)
             with self._supply.promising(slot, num_tokens):
                 self._supply.claim(slot, num_tokens)
 
@@ -209,6 +205,34 @@ class SlotCache(KernelView):
                 self._table.set_fence(slot, self.pool.driver.record_fence())  # the copy reads it
             undo.pop_all()
             return child
+
+    def attach(
+        self, slot: Slot, fd: int, offsets: Sequence[int], num_tokens: int
+    ) -> tuple[int, ...]:
+        """Let the first `num_tokens` tokens of `slot`, which is new, be those in the file `fd`.
+
+        The bytes of stream `r` of the geometry's `token_format` begin at `offsets[r]`, a multiple
+        of the system's page size. Pages that they fill are mapped, not read, take no memory, and
+        are copied where the slot writes to them. The rest of each stream has pages of its own, to
+        be written through `spans`; returns from which byte of each stream on.
+
+        Raises OutOfPages, OutOfMappings or DriverError with nothing changed; InvalidOperation if
+        the slot is not new, or the cache is not of contiguous slots in the host's memory.
+        """
+        with self._working:
+            self._table.check(slot)
+            self._check_length(num_tokens)
+            if slot.num_tokens or slot.num_pages:
+                raise InvalidOperation(f"{slot} is not new; attach a file to one that is")
+            with self._supply.promising(slot, num_tokens), ExitStack() as undo:
+                undo.callback(self._backing.shrink, slot, 0, [0] * len(slot.pages))
+                slot.num_tokens = num_tokens
+                self._ledger.settle(slot)
+                counts = self._backing.attach_file(slot, fd, offsets)
+                self._supply.claim(slot, num_tokens)
+                self._backing.extend(slot, num_tokens)
+                undo.pop_all()
+            return tuple(count * self.pool.driver.page_bytes for count in counts)
 
     def park(self, slot: Slot, tokens: Sequence[int], variant: str = "") -> None:
         """Let go of `slot` but keep it mapped: it holds the KV of `tokens`.
@@ -325,6 +349,13 @@ class SlotCache(KernelView):
         self.shutdown()
 
     # -- inside ----------------------------------------------------------------------------
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens > self.max_len:
+            raise RequestTooLong(
+                f"{num_tokens} tokens do not fit into a slot of {self.max_len}; "
+                "raise max_len or shorten the request"
+            )
 
     def _is_tight(self, num_tokens: int) -> bool:
         """True if a fresh slot for `num_tokens` tokens would have to reclaim a parked one."""

@@ -18,6 +18,8 @@ class KVStats:
             slot taken over from one has beyond its new owner's need. Reclaimed when others want
             them, returned by `trim`.
         pages_free: pages that exist and are nobody's.
+        pages_of_files: pages that are stretches of files and mapped by slots; no memory of the
+            pool's, under no limit, and not among the others.
         pages_reserved: pages promised to requests and not yet taken.
         pages_limit: the most pages the pool may hold.
         tokens_held: tokens of live requests.
@@ -38,6 +40,7 @@ class KVStats:
     pages_ahead: int
     pages_parked: int
     pages_free: int
+    pages_of_files: int
     pages_reserved: int
     pages_limit: int
     tokens_held: int

@@ -14,7 +14,7 @@ from .process import OwnedLock, ProcessOwner
 if TYPE_CHECKING:
     import torch
 
-    from .base import Fence, Page, VmemDriver
+    from .base import Fence, Page, VmemDriver, is_of_file
     from .cuda import CudaDriver
     from .host import HostDriver
 
@@ -24,6 +24,7 @@ _HOMES = {
     "HostDriver": ".host",
     "Page": ".base",
     "VmemDriver": ".base",
+    "is_of_file": ".base",
 }
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Page",
     "ProcessOwner",
     "VmemDriver",
+    "is_of_file",
     "janitor",
     "open_driver",
     "stop_at_exit",

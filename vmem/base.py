@@ -26,6 +26,14 @@ from .process import OwnedLock, ProcessOwner
 Page = NewType("Page", int)
 """A physical page: an opaque number, unique among the live pages of one driver."""
 
+FIRST_FILE_PAGE = Page(1 << 48)  # above the number of any page that a driver creates
+
+
+def is_of_file(page: Page) -> bool:
+    """Whether a page is a stretch of a file (`attach_file`): nobody's memory, and not to be written
+    to."""
+    return page >= FIRST_FILE_PAGE
+
 
 class Fence(Protocol):
     """A point in the device's work; `wait` returns once all work before it has finished."""
@@ -139,6 +147,25 @@ class VmemDriver(ABC):
                     self._map_counts[page] = 0
             return pages
 
+    def attach_file(self, fd: int, offset: int, num_pages: int) -> list[Page]:
+        """Pages that are the file `fd` itself, `num_pages * page_bytes` bytes of it from `offset`.
+
+        Nothing is read until it is touched, and all processes that map the file share one copy.
+        What is written to such a page stays in this process and leaves the file as it is. The
+        pages keep the file open until they are released; `fd` itself may be closed. They say
+        `is_of_file`. Whoever cuts the file short under a mapping ends the process that reads it.
+
+        Raises InvalidConfig if the stretch does not begin at a multiple of the system's page size
+        or leaves the file, InvalidOperation where memory is not the host's.
+        """
+        if num_pages < 1 or offset < 0:
+            raise InvalidConfig(f"{num_pages} pages from offset {offset} of a file are none")
+        with self._paging_lock, self._guarded():
+            pages = self._attach_file(fd, offset, num_pages)
+            for page in pages:
+                self._map_counts[page] = 0
+            return pages
+
     def release(self, pages: Sequence[Page]) -> None:
         """Return pages to the system. Raises InvalidOperation if one is mapped or unknown.
 
@@ -207,6 +234,24 @@ class VmemDriver(ABC):
             for page_address in addresses:
                 self._map_counts[self._page_table.pop(page_address)] -= 1
             reservation.num_mapped -= num_pages
+
+    def exchange(self, address: int, page: Page) -> None:
+        """Put `page` in place of the one that is mapped at `address`.
+
+        As `unmap` and `map`, but where it raises (OutOfMappings, DriverError), the page before is
+        there as it was. The caller answers for no work in flight touching it.
+        """
+        with self._guarded():
+            self._check_run(address, 1)
+            before = self._page_table.get(address)
+            if before is None:
+                raise InvalidOperation(f"{address:#x} is not mapped")
+            if page not in self._map_counts:
+                raise InvalidOperation(f"page {page} does not exist")
+            self._exchange(address, before, page)
+            self._page_table[address] = page
+            self._map_counts[before] -= 1
+            self._map_counts[page] += 1
 
     def page_at(self, address: int) -> Page | None:
         """The page mapped with its first byte at `address`, or None."""
@@ -306,6 +351,12 @@ class VmemDriver(ABC):
         """As `_create`, for pages whose addresses are known."""
         return self._create(len(homes))
 
+    def _attach_file(self, fd: int, offset: int, num_pages: int) -> list[Page]:
+        """Refuses: only the host's memory can be a file's."""
+        raise InvalidOperation(
+            f"a file cannot be mapped as memory of {self.device}; read it into pages instead"
+        )
+
     @abstractmethod
     def _release(self, pages: Sequence[Page]) -> None: ...
 
@@ -314,6 +365,9 @@ class VmemDriver(ABC):
 
     @abstractmethod
     def _unmap(self, address: int, num_pages: int) -> None: ...
+
+    @abstractmethod
+    def _exchange(self, address: int, before: Page, page: Page) -> None: ...
 
     @abstractmethod
     def _tensor(

@@ -169,6 +169,13 @@ class CudaDriver(VmemDriver):
                 undo.callback(self._map_all, position, [self._page_table[position]])
             undo.pop_all()
 
+    def _exchange(self, address: int, before: Page, page: Page) -> None:
+        self._unmap(address, 1)
+        with ExitStack() as undo:
+            undo.callback(self._map_all, address, [before])
+            self._map_all(address, [page])
+            undo.pop_all()
+
     # -- use and end -----------------------------------------------------------------------
 
     def _tensor(

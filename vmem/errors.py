@@ -12,6 +12,10 @@ VkvError
 │   ├── UnsupportedAttention       a backend that lacks what the model needs
 │   └── QuantError                 a quantised tensor or checkpoint that cannot be right
 │       └── UnsupportedQuantization  a known scheme that is not read here
+├── KVFileError (RuntimeError)     a file of keys and values that is of no use: its name, and why
+│   ├── KVFileInaccessible         missing, no plain file, no permission, no room on the disk
+│   ├── KVFileDamaged              cut short, or other bytes than were written
+│   └── KVFileMismatch             of another model or format, or no such file at all
 ├── Shortage (RuntimeError)        nothing was changed; it may succeed later
 │   ├── OutOfPages                 the pool's limit is reached
 │   ├── OutOfSlots                 every slot is taken
@@ -72,6 +76,22 @@ class QuantError(UsageError):
 
 class UnsupportedQuantization(QuantError):
     """A scheme that is known to exist and is not read here; the message says what is."""
+
+
+class KVFileError(VkvError, RuntimeError):
+    """A file of keys and values cannot be used or written; the message names it and says why."""
+
+
+class KVFileInaccessible(KVFileError):
+    """The system will not have the file read or written: missing, forbidden, a full disk."""
+
+
+class KVFileDamaged(KVFileError):
+    """The file was cut short, or holds other bytes than were written."""
+
+
+class KVFileMismatch(KVFileError):
+    """The file is of another model, of another or a newer format, or no file of this kind."""
 
 
 class Shortage(VkvError, RuntimeError):

@@ -3,24 +3,38 @@
 Page number n is the stretch of the memfd at offset n * page_bytes. Backed addresses are shared
 mappings of the memfd; reserved ones are PROT_NONE, so that a stray access is a fault, as on a
 GPU. Pages with adjacent numbers are mapped by one call and cost one mapping together.
+
+Pages of other files have numbers of their own, from `FIRST_FILE_PAGE` on, and private mappings,
+which copy what is written to.
 """
 
 import heapq
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from errno import ENOMEM, ENOSPC
 from itertools import pairwise
 
 import torch
 
 from . import linux
-from .base import Fence, Page, VmemDriver
+from .base import FIRST_FILE_PAGE, Fence, Page, VmemDriver, is_of_file
 from .dlpack import tensor_from_address
 from .errors import DriverError, InvalidConfig, OutOfMappings, OutOfPages
 
 _SHORTAGES = (ENOMEM, ENOSPC)
+
+
+@dataclass
+class _Stretch:
+    """Adjacent pages of a file: where the first is, and how many have not been released."""
+
+    first: int
+    fd: int
+    offset: int
+    num_pages: int
 
 
 class HostDriver(VmemDriver):
@@ -59,6 +73,8 @@ class HostDriver(VmemDriver):
         self._next_page = 0  # the memfd holds, or held, the pages below it
         self._punched: list[int] = []  # heap of released numbers below `_next_page`
         self._memfd = os.memfd_create("vkv")
+        self._next_file_page: int = FIRST_FILE_PAGE
+        self._stretches: dict[Page, _Stretch] = {}  # by each page of a file
 
     @property
     def num_mappings(self) -> int:
@@ -189,8 +205,35 @@ class HostDriver(VmemDriver):
             return False
         return True
 
+    def _attach_file(self, fd: int, offset: int, num_pages: int) -> list[Page]:
+        if offset % linux.PAGE_SIZE:
+            raise InvalidConfig(
+                f"offset {offset} of a file is not a multiple of {linux.PAGE_SIZE}, the system's "
+                "page size"
+            )
+        own = self._call("attach", linux.fcntl, fd, linux.F_DUPFD_CLOEXEC, 0)
+        end, size = offset + num_pages * self.page_bytes, os.fstat(own).st_size
+        if end > size:
+            os.close(own)
+            raise InvalidConfig(f"{num_pages} pages end at byte {end} of a file of {size} bytes")
+        first = self._next_file_page
+        self._next_file_page += num_pages + 1  # two stretches never adjoin
+        pages = [Page(first + index) for index in range(num_pages)]
+        self._stretches.update(dict.fromkeys(pages, _Stretch(first, own, offset, num_pages)))
+        return pages
+
+    def _let_go(self, pages: Iterable[Page]) -> None:
+        """Forget pages of files, and close the files of which none is left."""
+        for page in pages:
+            stretch = self._stretches.pop(page)
+            stretch.num_pages -= 1
+            if not stretch.num_pages:
+                os.close(stretch.fd)
+
     def _release(self, pages: Sequence[Page]) -> None:
-        for first, count in _adjacent_runs(sorted(pages)):
+        self._let_go(page for page in pages if is_of_file(page))
+        own = sorted(page for page in pages if not is_of_file(page))
+        for first, count in _adjacent_runs(own):
             self._punch("release", first * self.page_bytes, count * self.page_bytes)
             for number in range(first, min(first + count, self._next_page)):
                 heapq.heappush(self._punched, number)
@@ -225,19 +268,38 @@ class HostDriver(VmemDriver):
         self._map_unbacked("unmap", address, num_pages * self.page_bytes, OutOfMappings)
         self._num_mappings += added
 
+    def _exchange(self, address: int, before: Page, page: Page) -> None:
+        added = self._added_mappings(address, [before], [page])
+        # As for `_unmap`: what was undone must fit where it was.
+        self._check_budget(added, self._max_mappings + self._max_mappings // 4)
+        with ExitStack() as undo:
+            undo.callback(self._map_run, "map", address, before, 1, DriverError)
+            self._map_run("map", address, page, 1, OutOfMappings)
+            undo.pop_all()
+        self._num_mappings += added
+
     def _map_run(
         self, kind: str, address: int, first: int, count: int, shortage: type[Exception]
     ) -> None:
-        """Map `count` pages, numbered from `first`, by one call that also fills page tables."""
+        """Map `count` pages, numbered from `first`, by one call.
+
+        It also fills page tables, but for pages of a file, which are read when they are touched.
+        """
+        fd, offset = self._memfd, first * self.page_bytes
+        flags = linux.MAP_SHARED | linux.MAP_POPULATE
+        if is_of_file(Page(first)):
+            stretch = self._stretches[Page(first)]
+            fd, offset = stretch.fd, stretch.offset + (first - stretch.first) * self.page_bytes
+            flags = linux.MAP_PRIVATE | linux.MAP_NORESERVE
         self._call(
             kind,
             linux.mmap,
             address,
             count * self.page_bytes,
             linux.PROT_READ_WRITE,
-            linux.MAP_SHARED | linux.MAP_FIXED | linux.MAP_POPULATE,
-            self._memfd,
-            first * self.page_bytes,
+            flags | linux.MAP_FIXED,
+            fd,
+            offset,
             shortage=shortage,
         )
 

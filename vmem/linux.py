@@ -18,11 +18,14 @@ PROT_NONE = 0
 PROT_READ = _mmap.PROT_READ
 PROT_READ_WRITE = _mmap.PROT_READ | _mmap.PROT_WRITE
 MAP_SHARED = _mmap.MAP_SHARED
+MAP_PRIVATE = _mmap.MAP_PRIVATE
+MAP_NORESERVE = 0x4000
 MAP_POPULATE = 0x8000
 MAP_FIXED = 0x10
-MAP_UNBACKED = _mmap.MAP_PRIVATE | _mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+MAP_UNBACKED = MAP_PRIVATE | _mmap.MAP_ANONYMOUS | MAP_NORESERVE
 MADV_DONTNEED = 4
 MADV_COLLAPSE = 25
+F_DUPFD_CLOEXEC = 1030
 PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE with FALLOC_FL_KEEP_SIZE, which it requires
 
 Syscall = Callable[..., int]
@@ -42,6 +45,7 @@ mmap = _declare("mmap", _address, _size, _int, _int, _int, _offset)
 munmap = _declare("munmap", _address, _size)
 madvise = _declare("madvise", _address, _size, _int)
 fallocate = _declare("fallocate", _int, _int, _offset, _offset)
+fcntl = _declare("fcntl", _int, _int, _int)
 
 
 def call(function: Syscall, *args: int | None) -> int:

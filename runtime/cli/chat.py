@@ -2,12 +2,20 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ...vmem.errors import RequestTooLarge, RequestTooLong, VkvError
+from ...vmem.errors import (
+    KVFileDamaged,
+    KVFileMismatch,
+    RequestTooLarge,
+    RequestTooLong,
+    VkvError,
+)
 from ..frontend.llm import LLM
 from ..request.sampling_params import SamplingParams
 
@@ -18,15 +26,39 @@ _HELP = """\
 /exit    leave (or Ctrl-D)"""
 
 
-class ChatSession:
-    """One conversation with a model; the oldest turns go when the slot is full."""
+class _Kept(msgspec.Struct):
+    """What a file keeps of a conversation, beside its keys and values."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
+    system: list[dict[str, str]]
+    turns: list[dict[str, str]]
+
+
+class ChatSession:
+    """One conversation with a model; the oldest turns go when the slot is full.
+
+    Args:
+        llm: the model.
+        params: how it answers.
+        system: a system message to begin with; None for the file's, if that has one.
+        path: a file that keeps the conversation, from which this one goes on if it is there.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        system: str | None = None,
+        path: Path | None = None,
+    ) -> None:
         self.llm = llm
         self.params = params
         self._system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []
         self.num_dropped = 0
+        self._path = path
+        self._kept: list[dict[str, str]] = []  # the turns that are in the file
+        if path is not None and path.exists():
+            self._resume(path)
         if self._system:  # what no message could follow is refused at once
             llm.render_chat([*self._system, {"role": "user", "content": "hello"}])
 
@@ -58,6 +90,42 @@ class ChatSession:
             else:
                 self.turns.append({"role": "assistant", "content": "".join(pieces)})
 
+    def _resume(self, path: Path) -> None:
+        """Take the conversation up that a file keeps; one that is damaged is set aside.
+
+        Raises a KVFileError for a file that is not to be touched.
+        """
+        try:
+            kept = msgspec.json.decode(self.llm.open_session(path).extra, type=_Kept)
+        except KVFileDamaged as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            path.replace(aside)
+            _complain(f"{error}; it is kept as {aside}, and another conversation begins")
+            return
+        except msgspec.MsgspecError as error:
+            raise KVFileMismatch(
+                f"{path} keeps keys and values, but no conversation; give another name"
+            ) from error
+        self._system = self._system or kept.system
+        self.turns, self._kept = kept.turns, list(kept.turns)
+
+    def keep(self) -> None:
+        """Save what is new of the conversation; an error is told, and raises nothing."""
+        if self._path is None or self.turns == self._kept:
+            return
+        try:
+            if self.turns:
+                tokens = self.llm.render_chat(
+                    [*self._system, *self.turns], add_generation_prompt=False
+                )
+                extra = msgspec.json.encode(_Kept(self._system, self.turns))
+                self.llm.save_session(self._path, tokens[: self.llm.max_len - 1], extra=extra)
+            else:
+                self._path.unlink(missing_ok=True)
+            self._kept = list(self.turns)
+        except (VkvError, OSError) as error:
+            _complain(f"the conversation could not be saved: {error}")
+
     def _make_room(self) -> None:
         """Drop the oldest turns until the conversation fits, with room for an answer.
 
@@ -81,13 +149,18 @@ class ChatSession:
         self.turns = kept
 
 
-def run_chat(llm: LLM, params: SamplingParams, *, system: str | None = None) -> None:
-    """Chat on standard input and output until it ends."""
-    session = ChatSession(llm, params, system)
-    if sys.stdin.isatty():
-        _run_terminal(session)
-    else:
-        _run_pipe(session)
+def run_chat(
+    llm: LLM, params: SamplingParams, *, system: str | None = None, path: Path | None = None
+) -> None:
+    """Chat on standard input and output until it ends; `path` as of `ChatSession`."""
+    session = ChatSession(llm, params, system, path)
+    try:
+        if sys.stdin.isatty():
+            _run_terminal(session)
+        else:
+            _run_pipe(session)
+    finally:
+        session.keep()  # where a signal came before the end of a turn
 
 
 def _run_pipe(session: ChatSession) -> None:
@@ -104,15 +177,22 @@ def _run_pipe(session: ChatSession) -> None:
                 failed = True
                 sys.stdout.write("\n")
                 sys.stdout.flush()
-                typer.echo(f"vkv: {error}", err=True)
+                _complain(error)
     if failed:
         raise typer.Exit(2)
 
 
 def _show(session: ChatSession, text: str) -> None:
-    for piece in _respond(session, text):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    try:
+        for piece in _respond(session, text):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        session.keep()
+
+
+def _complain(what: object) -> None:
+    typer.echo(f"vkv: {what}", err=True)
 
 
 def _run_terminal(session: ChatSession) -> None:
@@ -122,6 +202,8 @@ def _run_terminal(session: ChatSession) -> None:
         f"[bold]vkv chat[/] with {llm.name} on {llm.device} "
         f"({llm.attention_backend} attention). /help shows the commands."
     )
+    if session.turns:
+        console.print(f"[dim]{len(session.turns) // 2} turns so far; /reset begins anew[/]")
     while True:
         try:
             text = console.input("[bold green]you>[/] ").strip()

@@ -58,6 +58,9 @@ class Chat:
     """What is a chat's own."""
 
     system: str | None = option(None, help="A system message to begin with.")
+    session: Path | None = option(
+        None, help="A file to keep the conversation in, and to go on from; made if absent."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +163,7 @@ def _chat(place: Model, own: Chat, typed: dict[str, Any], config: "EngineConfig"
     tolerate_bytes()
     alone = vars(replace(config, max_seqs=1))
     with LLM(place.model, device=place.device, dtype=place.dtype, **alone) as llm:
-        run_chat(llm, _params(llm, typed), system=own.system)
+        run_chat(llm, _params(llm, typed), system=own.system, path=own.session)
 
 
 def _generate(own: Generate, place: Model, typed: dict[str, Any], config: "EngineConfig") -> None:

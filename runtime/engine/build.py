@@ -29,6 +29,7 @@ from ..execution.model_runner import ModelRunner
 from ..execution.recordings import Recorder
 from ..execution.recurrent_runner import RecurrentRunner
 from ..model.ends import generation_ends, read_generation_config, sampling_defaults
+from ..model.fingerprint import ModelFingerprint
 from ..model.forward import Forward
 from ..model.loading import LoadedModel, load_model
 from ..model.recurrent_state import RecurrentState
@@ -101,6 +102,11 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             eos_token_ids=loaded.eos_token_ids,
             grammars=_build_grammars(loaded),
             watch=ModelWatch(loaded),
+            fingerprint=ModelFingerprint(
+                loaded.model,
+                loaded.files,
+                (loaded.dtype, config.lm_head_bits, config.repeatable),
+            ),
             overlap=_overlaps(loaded, config, profile),
             step_bytes=step_bytes(
                 loaded,

@@ -12,6 +12,7 @@ from ...vmem.native_function import workspace_bytes
 from ..execution.grammars import Grammars, check_grammars
 from ..execution.model_runner import LaunchedStep, ModelRunner
 from ..execution.sampler import NO_TOKEN, SampledToken
+from ..model.fingerprint import ModelFingerprint
 from ..model.weights import ModelWatch
 from ..request.outputs import FinishReason
 from ..request.request import Batch, Request
@@ -43,6 +44,7 @@ class Engine:
         eos_token_ids: tokens that end a generation.
         grammars: what `structured_outputs` are compiled by; None for a model without a tokenizer.
         watch: notices that somebody changed the model; None to look for nothing.
+        fingerprint: what files of keys and values know the model by; None to have none.
         overlap: prepare a step while the device computes the one before. Not for hybrids.
         step_bytes: the most that tensors of a step take; for `stats`.
 
@@ -60,6 +62,7 @@ class Engine:
         eos_token_ids: Collection[int],
         grammars: Grammars | None = None,
         watch: ModelWatch | None = None,
+        fingerprint: ModelFingerprint | None = None,
         overlap: bool = False,
         step_bytes: int = 0,
     ) -> None:
@@ -69,6 +72,7 @@ class Engine:
         self.admission = admission
         self.grammars = grammars
         self.watch = watch
+        self.fingerprint = fingerprint
         self.overlap = overlap
         self._step_bytes = step_bytes
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -171,7 +175,7 @@ class Engine:
         if not self.has_work:
             return
         start, num_before = time.perf_counter(), self.num_computed_tokens
-        self._notice_changes()
+        self.notice_changes(thoroughly=bool(self.scheduler.waiting))
         if self.overlap:
             self._overlapped_step()
         else:
@@ -189,7 +193,8 @@ class Engine:
         return num_bytes + self.cache.trim()
 
     def weights_changed(self) -> None:
-        """Drop all that was computed with the model as it was: recordings, parked keys and values.
+        """Drop all that was computed with the model as it was: recordings, parked keys and values,
+        open files of them.
 
         Unfinished requests keep their tokens, and their keys and values are computed again.
 
@@ -202,16 +207,19 @@ class Engine:
         if self.scheduler.swapping is not None:
             self.scheduler.swapping.forget()  # first: what it reads could not be trimmed
         self.cache.trim()
+        self.scheduler.kv_files.forget()
+        if self.fingerprint is not None:
+            self.fingerprint.renew()
         if self.watch is not None:
             layers = self.watch.learn()
             self.runner.model_changed(layers, recordable=not self.watch.has_hooks)
 
-    def _notice_changes(self) -> None:
+    def notice_changes(self, *, thoroughly: bool = True) -> None:
         """Look whether somebody changed the model: thoroughly where a prompt is computed next."""
         if self.watch is None:
             return
         try:
-            change = self.watch.change(thoroughly=bool(self.scheduler.waiting))
+            change = self.watch.change(thoroughly=thoroughly)
             if change is not None:
                 _log.warning("%s while vkv.LLM has the model; all is computed anew", change)
                 self.weights_changed()

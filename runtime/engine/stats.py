@@ -87,6 +87,11 @@ class EngineStats:
         return self.kv.virtual_bytes
 
     @property
+    def pages_of_files(self) -> int:
+        """Pages that are stretches of sessions' files, under no limit."""
+        return self.kv.pages_of_files
+
+    @property
     def physical_bytes(self) -> int:
         """Memory that exists for keys and values now."""
         return self.kv.physical_bytes

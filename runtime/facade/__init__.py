@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .runtime.engine.stats import EngineStats
     from .runtime.frontend.async_llm import AsyncLLM
     from .runtime.frontend.llm import LLM
+    from .runtime.frontend.sessions.session import Session
     from .runtime.frontend.text_stream import StreamDelta
     from .runtime.request.outputs import CompletionOutput, RequestOutput
     from .runtime.request.sampling_params import SamplingParams
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AsyncLLM": ".runtime.frontend.async_llm",
     "LLM": ".runtime.frontend.llm",
+    "Session": ".runtime.frontend.sessions.session",
     "StreamDelta": ".runtime.frontend.text_stream",
     "SamplingParams": ".runtime.request.sampling_params",
     "StructuredOutputsParams": ".runtime.request.structured_outputs",
@@ -70,6 +72,7 @@ __all__ = [
     "PagedKVCache",
     "RequestOutput",
     "SamplingParams",
+    "Session",
     "Slot",
     "StreamDelta",
     "StructuredOutputsParams",

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from .driving.thread import EngineThread
 from .front_end import FrontEnd
 from .prompts import Message as ChatMessage
 from .prompts import Prompt
+from .sessions.session import Session
+from .sessions.sessions import Saved, Sessions
 from .tokenizer import own
 
 _log = logging.getLogger(__name__)
@@ -73,6 +76,13 @@ class AsyncLLM:
         # The thread knows the driver, not this object, which can so be dropped without `close`.
         self._thread = EngineThread(loop, idle_trim_s=self.config.idle_trim_s)
         self._requests = AsyncRequests(front_end, self._thread, max_unfinished=max_unfinished)
+        self._sessions = Sessions(
+            loaded,
+            loop.engine,
+            self._thread.driver,
+            front_end,
+            prefix_reuse=self.config.prefix_reuse,
+        )
         weakref.finalize(self, janitor.later, self._thread.close).atexit = False
 
     def generate(
@@ -126,6 +136,16 @@ class AsyncLLM:
     async def memory_map(self) -> MemoryMap:
         """What each slot holds, as of the end of the step under way; for a picture of memory."""
         return await asyncio.to_thread(self._thread.driver.memory_map)
+
+    async def save_session(
+        self, path: str | os.PathLike[str], what: Saved, *, extra: bytes = b""
+    ) -> Session:
+        """As `LLM.save_session`."""
+        return await asyncio.to_thread(self._sessions.save, path, what, extra)
+
+    async def open_session(self, path: str | os.PathLike[str]) -> Session:
+        """As `LLM.open_session`."""
+        return await asyncio.to_thread(self._sessions.open, path)
 
     async def sleep(self, *, weights: bool = False) -> int:
         """As `LLM.sleep`. Requests are refused with InvalidOperation until `wake`."""

@@ -1,6 +1,7 @@
 """The library's front door: a model that generates, chats and streams."""
 
 import logging
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from .prompts import (
     params_for_each,
     refuse_conversation,
 )
+from .sessions.session import Session
+from .sessions.sessions import Saved, Sessions
 from .text_stream import RequestText, StreamDelta
 from .tokenizer import own
 
@@ -82,6 +85,13 @@ class LLM:
         self.loop = build_loop(self.loaded, self.config)
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)
         self._front_end = FrontEnd(self.loaded, self.engine.admission, self.engine.grammars)
+        self._sessions = Sessions(
+            self.loaded,
+            self.engine,
+            self._driver,
+            self._front_end,
+            prefix_reuse=self.config.prefix_reuse,
+        )
         # A finaliser may run with any lock held, so the janitor closes it.
         weakref.finalize(self, janitor.later, self._driver.close).atexit = False
 
@@ -197,6 +207,39 @@ class LLM:
     def check(self, tokens: Sequence[int], params: SamplingParams) -> int:
         """Refuse what could never run; returns the most tokens that could be generated."""
         return self._front_end.check(tokens, params)
+
+    # -- sessions ----------------------------------------------------------------------------
+
+    def save_session(
+        self, path: str | os.PathLike[str], what: Saved, *, extra: bytes = b""
+    ) -> Session:
+        """Save the keys and values of `what` in a file, from which any process goes on at once.
+
+        Args:
+            path: the file. What is there is replaced when all is written; only its owner may read
+                it.
+            what: a prompt or a conversation, as of `stream`; or a `RequestOutput`: its prompt and
+                its first output. What is not held of it any more is computed first. With a
+                `cache_salt`, prompts of that salt alone will find it.
+            extra: bytes of your own to keep with it.
+
+        Other requests wait while it is written, but not for the disk. Raises a `UsageError` if the
+        prompt is refused or the model keeps recurrent state, KVFileError if the system refuses the
+        file.
+        """
+        return self._sessions.save(path, what, extra)
+
+    def open_session(self, path: str | os.PathLike[str]) -> Session:
+        """Let prompts that begin with the tokens of a file find their keys and values.
+
+        Opening reads nothing but the file's header. On a CPU the file is mapped where a request
+        begins with it, and all processes that do so share one copy in memory. What a request is to
+        begin with is compared with its checksums first, once; what is damaged is computed, with a
+        warning. So is all of a file that another model, or one with other options, has saved.
+
+        Raises KVFileError if there is no such file or its header cannot be read.
+        """
+        return self._sessions.open(path)
 
     # -- the machine under it ----------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from ...vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from ..cpu_kernels.packing import can_pack, pack, packed_bytes
 from .attention_hook import ATTENTION_NAME, register
 from .ends import eos_token_ids
+from .fingerprint import FileMark, model_files
 from .probing import Probed, probe_attention, probe_outputs
 from .reading import reading, resolve
 from .recurrent_state import STATE_LAYER_TYPES, keeps_state
@@ -62,6 +63,7 @@ class LoadedModel:
         eos_token_ids: tokens that end a generation.
         max_positions: the longest sequence the model was made for.
         sampling_defaults: what a generation config says of sampling, by `SamplingParams`' names.
+        files: what its numbers were read from, as it was then; empty for a model handed over.
     """
 
     name: str
@@ -76,6 +78,7 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     max_positions: int
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[FileMark, ...] = ()
 
     @property
     def keeps_state(self) -> bool:
@@ -139,10 +142,13 @@ def load_model(
         _check_architecture(source.config, type(source))
         _check_object(source)
         model, name, home = source, source.config.name_or_path or type(source).__name__, None
+        files = ()
         model.set_attn_implementation(ATTENTION_NAME)
     else:
         home = resolve(source)
+        files = model_files(home)  # before they are read: who writes to them is found out
         model = _from_checkpoint(home, wanted_dtype, device)
+        files = files or model_files(home, model.config)
         name = str(home) if source is not None else "the built-in tiny model"
     if wanted_dtype is not None:
         model = model.to(wanted_dtype)  # type: ignore[arg-type]
@@ -166,6 +172,7 @@ def load_model(
         vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
         eos_token_ids=eos_token_ids(model, held_tokenizer, probed.num_logits),
         max_positions=min(_max_positions(text_config), _max_without_window(model, probed)),
+        files=files,
     )
 
 

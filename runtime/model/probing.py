@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from ...allocator import LayerGeometry
 from ...attention_backends import LayerAttention
 from ...vmem.errors import UnsupportedModel
-from .attention_probe import AttentionProbe, refusing
 from .forward import Forward
-from .recurrent_probe import probe_state
+from .probes.attention_probe import AttentionProbe, refusing
+from .probes.recurrent_probe import probe_state
 from .recurrent_state import keeps_state
 
 _SLIDING = {"sliding_attention", "hybrid_sliding"}

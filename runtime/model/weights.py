@@ -6,12 +6,12 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...attention_backends import LayerAttention
 from ...vmem.errors import InvalidOperation, VkvError
 from ..cpu_kernels.packing import has_foreign_weights, is_packed, lay_out_again
 from .attention_hook import ATTENTION_NAME
+from .fingerprint import adapters_of
 from .loading import LoadedModel
 from .probing import probe_attention
 
@@ -88,7 +88,7 @@ class ModelWatch:
             ("weights were assigned", lambda: list(map(torch.Tensor.data_ptr, tensors))),
             ("parameters were exchanged", lambda: _identities(parameters)),
             ("modules were exchanged", lambda: _identities(children)),
-            ("adapters were switched", lambda: list(map(_adapters, tuners))),
+            ("adapters were switched", lambda: list(map(adapters_of, tuners))),
         )
         self._seen = [look() for _, look in self._looks]
 
@@ -177,13 +177,6 @@ def _has_address(value: Any) -> bool:
 def _identities(holders: Sequence[Mapping[str, Any]]) -> list[int]:
     """Of everything that modules hold under some name."""
     return list(map(id, chain.from_iterable(map(dict.values, holders))))  # type: ignore[arg-type]
-
-
-def _adapters(tuner: nn.Module) -> tuple[Any, ...]:
-    """What decides which of a layer's adapters count, under PEFT's names."""
-    names = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
-    values: list[Any] = [getattr(tuner, name, None) for name in names]
-    return tuple(value.copy() if hasattr(value, "copy") else value for value in values)
 
 
 def _kind(layer: LayerAttention) -> tuple[int | None, float | None, bool]:

@@ -15,6 +15,7 @@ from ...vmem.errors import DriverError, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
 from .exits import Exits
+from .kv_files import KVFiles
 from .plan import Plan, Policy
 from .snapshot import RunningRequest, Snapshot, WaitingRequest
 from .swapping import Swapping
@@ -41,6 +42,7 @@ class Scheduler:
     Attributes:
         running: in the order of admission.
         exits: how slots are let go.
+        kv_files: files that requests may begin with.
         shortage: what kept the last step from giving any request a token, and whom it kept.
     """
 
@@ -63,6 +65,7 @@ class Scheduler:
         self.prefix_reuse = prefix_reuse
         self.swapping = swapping
         self.exits = Exits(cache)
+        self.kv_files = KVFiles()
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -293,7 +296,8 @@ class Scheduler:
         donor, num_shared = self._live_donor(request, tokens)
         needed = self._tokens_to_admit(request)
         if self.running:  # what lacks memory for sure need not disturb what is parked
-            own = self.cache.num_pages(needed) - self.cache.num_whole_pages(num_shared)
+            num_there = max(num_shared, self.kv_files.longest_prefix(tokens, request.variant))
+            own = self.cache.num_pages(needed) - self.cache.num_whole_pages(num_there)
             if own > self.cache.num_obtainable():
                 raise OutOfPages(f"{own} pages are not to be had while others run")
         if self._fetch(request, tokens, num_shared, needed):
@@ -360,7 +364,14 @@ class Scheduler:
     def _open_slot(
         self, request: Request, tokens: Sequence[int], donor: Request | None, num_shared: int
     ) -> tuple[Slot, int]:
-        """A slot, and how many of `tokens` it already holds: a running request's or parked ones."""
+        """A slot, and how many of `tokens` it already holds: a running request's, parked ones, or
+        those of a file, if that spares a page's worth."""
+        if self.kv_files:
+            num_held = max(num_shared, self.cache.prefix_length(tokens, request.variant))
+            least = num_held + self.cache.growth_tokens
+            found = self.kv_files.open_slot(self.cache, tokens, request.variant, least=least)
+            if found is not None:
+                return found
         if donor is not None and num_shared > self.cache.prefix_length(tokens, request.variant):
             assert donor.slot is not None
             try:

@@ -15,6 +15,7 @@ from allocator_model import (
     FlakyHostDriver,
     FlakyStandInDriver,
     Model,
+    SavedTokens,
     make_cache,
     make_paged,
     one_thread,
@@ -35,6 +36,8 @@ _OPERATIONS = {
     "close": 5,
     "open": 3,
     "look_ahead": 4,
+    "save": 2,
+    "attach": 8,
     "trim": 1,
 }
 
@@ -49,6 +52,7 @@ class Fuzz:
         self.model = model
         self.random = random.Random(seed)
         self.failures = failures
+        self.saved: list[SavedTokens] = []
         # What the next requests are about: a few stems, so that prefixes meet and part again.
         self.stems = [[self.random.randrange(3) for _ in range(MAX_LEN)] for _ in range(4)]
 
@@ -100,6 +104,15 @@ class Fuzz:
 
     def trim(self) -> None:
         self.model.trim()
+
+    def save(self) -> None:
+        if isinstance(self.model.cache.pool.driver, FlakyHostDriver) and (r := self._request()):
+            self.saved = [*self.saved[-3:], SavedTokens(self.model.cache, r)]
+
+    def attach(self) -> None:
+        if self.saved:
+            saved = self.random.choice(self.saved)
+            self.model.attach(saved, self._up_to(len(saved.tokens)))
 
     def _request(self):
         return self.random.choice(self.model.live) if self.model.live else None

@@ -14,6 +14,7 @@ from allocator_model import (
     FlakyHostDriver,
     FlakyStandInDriver,
     Model,
+    SavedTokens,
     make_cache,
     make_paged,
     one_thread,
@@ -200,6 +201,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     model = None
     sanitize = "never"
+    can_attach = False
 
     @initialize(
         sanitize=st.sampled_from(["never", "zero"]),
@@ -211,6 +213,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.sanitize = sanitize
         cache = self.build(data, sanitize=sanitize, max_parked=max_parked, rows=rows)
         self.model = Model(cache)
+        self.saved = []
 
     def build(self, data, **options):
         raise NotImplementedError
@@ -273,6 +276,17 @@ class CacheMachine(RuleBasedStateMachine):
         request = self._draw(data)
         self.model.fork(request, data.draw(st.integers(0, len(request.tokens))))
 
+    @precondition(lambda self: self.can_attach and self.model.live)
+    @rule(data=st.data())
+    def save(self, data):
+        self.saved = [*self.saved[-2:], SavedTokens(self.model.cache, self._draw(data))]
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data())
+    def attach(self, data):
+        saved = data.draw(st.sampled_from(self.saved))
+        self.model.attach(saved, data.draw(st.integers(0, len(saved.tokens))))
+
     @precondition(lambda self: self.model.live)
     @rule(data=st.data())
     def park(self, data):
@@ -326,6 +340,7 @@ class KVCacheMachine(CacheMachine):
 
     Driver = FlakyHostDriver
     kinds = tuple(KINDS)
+    can_attach = True
 
     def build(self, data, **options):
         self.driver = self.Driver()
@@ -351,6 +366,7 @@ class StandInMachine(KVCacheMachine):
     """The contiguous cache over the CUDA driver, and that over the stand-in for its library."""
 
     Driver = FlakyStandInDriver
+    can_attach = False
     kinds = tuple(kind for kind in KINDS if kind.name != "wide")  # larger pages, larger tokens
 
 

@@ -7,6 +7,8 @@ The same oracle serves the state machines, the long fuzz and the tests of single
 """
 
 import contextlib
+import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +28,7 @@ from vkv.allocator import (
     Slot,
     SlotCache,
 )
-from vkv.vmem import HostDriver, VmemDriver
+from vkv.vmem import HostDriver, VmemDriver, is_of_file
 from vkv.vmem.errors import DriverError, Shortage
 
 PAGE = 4096
@@ -174,6 +176,32 @@ class Pin:
     prefixes: list[int]
 
 
+class SavedTokens:
+    """What a request had at one time, in a file, each stream from a whole 4 KiB on."""
+
+    def __init__(self, cache: SlotCache, request: Request) -> None:
+        self.variant = request.variant
+        self.tokens, self.prefixes = list(request.tokens), list(request.prefixes)
+        self.fd = os.memfd_create("tokens")
+        weakref.finalize(self, os.close, self.fd)
+        self.offsets: list[int] = []
+        end = 0
+        for pieces in cache.spans(request.slot, 0, len(self.tokens)):
+            content = b"".join(piece.numpy().tobytes() for piece in pieces)
+            self.offsets.append(end)
+            os.pwrite(self.fd, content, end)
+            end += -(-len(content) // PAGE) * PAGE
+            os.ftruncate(self.fd, end)
+        self.content = os.pread(self.fd, end, 0)
+
+    def write_rest(self, cache: SlotCache, slot: Slot, starts: Sequence[int]) -> None:
+        """What of each stream is not mapped."""
+        spans = cache.spans(slot, 0, slot.num_tokens)
+        for (span,), start, offset in zip(spans, starts, self.offsets, strict=True):
+            rest = self.content[offset + start : offset + len(span)]
+            span[start:] = torch.frombuffer(bytearray(rest), dtype=torch.uint8) if rest else 0
+
+
 class Model:
     """A cache and its live requests.
 
@@ -217,6 +245,20 @@ class Model:
             self._append(request, tokens)
             return True
         return False
+
+    def attach(self, saved: SavedTokens, num_tokens: int) -> Request | None:
+        """A request whose first tokens are mapped from a file that one like it was saved to."""
+        with self._refusable(lambda: self.live):
+            slot = self.cache.open()
+            try:
+                starts = self.cache.attach(slot, saved.fd, saved.offsets, num_tokens)
+            except BaseException:
+                assert (slot.num_tokens, slot.promised_tokens, slot.num_pages) == (0, 0, 0)
+                self.cache.close(slot)
+                raise
+            saved.write_rest(self.cache, slot, starts)
+            return self._admit(slot, saved.tokens[:num_tokens], saved.variant)
+        return None
 
     def truncate(self, request: Request, num_tokens: int) -> None:
         others = [r for r in self.live if r is not request]
@@ -320,7 +362,10 @@ class Model:
             for pages in slot.pages
             for page in pages
         )
+        of_files = Counter({p: n for p, n in references.items() if is_of_file(p)})
+        references -= of_files
         assert references == pool._references
+        assert of_files == pool._file_references
         assert pool.num_reserved == sum(r.slot.reservation.num_pages for r in self.live)
         stats = cache.stats()
         assert stats.slots_open == len(self.live)
@@ -330,6 +375,7 @@ class Model:
         assert (stats.pages_held, stats.pages_ahead, stats.pages_parked) == (held, ahead, idle)
         assert held + ahead + idle == len(references)
         assert cache.num_obtainable() == pool.num_available + reclaimable
+        assert stats.pages_of_files == len(of_files)
         assert stats.physical_bytes == pool.num_created * stats.page_bytes
         check_page_map(cache, [*(r.slot for r in self.live), *parked])
 
@@ -350,6 +396,8 @@ class Model:
                 rest.update(pages)
                 for known in (held, promised, ahead):
                     known.update(pages[:count])
+        for pages in (held, promised, ahead, rest):
+            pages.difference_update([page for page in pages if is_of_file(page)])
         return len(held), len(ahead - held), len(rest - ahead), len(rest - promised)
 
     # -- inside ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from vkv.allocator import PageRuns, Slot, SlotCache, SlotState
+from vkv.vmem import is_of_file
 
 
 def check_page_map(cache: SlotCache, slots: Sequence[Slot]) -> None:
@@ -35,7 +36,8 @@ def _count(cache: SlotCache, slot: Slot, index: int, references: Counter[int]) -
 
     kinds: list[str] = []
     for position, page in enumerate(slot.pages[index]):
-        if position < pages_of(slot.num_tokens) and references[page] > 1:
+        is_shared = references[page] > 1 or is_of_file(page)
+        if position < pages_of(slot.num_tokens) and is_shared:
             kinds.append("shared")
         elif slot.state is SlotState.PARKED:
             kinds.append("held" if position < pages_of(slot.pinned_tokens) else "parked")

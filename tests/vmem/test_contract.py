@@ -314,3 +314,28 @@ def test_open_driver_picks_by_device():
     for device in ("mps", "toaster"):
         with pytest.raises(InvalidConfig, match="use 'cpu' or 'cuda'"):
             open_driver(device)
+
+
+def test_a_page_takes_the_place_of_another(driver, page):
+    address = driver.reserve(3 * page)
+    first, second, third, other = driver.create(4)
+    driver.map(address, [first, second, third])
+    view(driver, address, 3 * page).fill_(1)
+    driver.record_fence().wait()
+    driver.exchange(address + page, other)
+    assert driver.page_at(address + page) == other
+    assert not view(driver, address + page, page).any()
+    assert holds(view(driver, address, page), 1)
+    assert holds(view(driver, address + 2 * page, page), 1)
+    driver.record_fence().wait()
+    driver.exchange(address + page, second)
+    assert holds(view(driver, address + page, page), 1)
+    driver.release([other])
+    for where, what in ((address + page, other), (address + page, 10**9)):
+        with pytest.raises(InvalidOperation, match="does not exist"):
+            driver.exchange(where, what)
+    unmap(driver, address, page)
+    with pytest.raises(InvalidOperation, match="is not mapped"):
+        driver.exchange(address, first)
+    with pytest.raises(InvalidOperation, match="reservation"):
+        driver.exchange(address + 3 * page, first)

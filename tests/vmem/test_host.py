@@ -60,6 +60,26 @@ def test_pages_at_home_take_one_mapping_in_whatever_order_they_come(driver):
     assert driver.create(2) == [0, 1]  # numbers of homes are not among those used again
 
 
+def test_a_page_is_exchanged_where_no_more_mappings_may_be_made():
+    """Past the budget, too, to which `unmap` may go: what is copied on write has a place."""
+    with HostDriver(page_bytes=PAGE, max_mappings=8) as driver:
+        address = driver.reserve(16 * PAGE)
+        pages = driver.create(10)
+        driver.map(address, pages[:8])
+        driver.map(address + 12 * PAGE, [pages[8]])
+        for place in (1, 3, 5):
+            driver.unmap(address + place * PAGE, PAGE)
+        assert driver.num_mappings == 10
+        with pytest.raises(OutOfMappings):
+            driver.map(address + 14 * PAGE, [pages[9]])
+        driver.exchange(address + 12 * PAGE, pages[9])
+        assert driver.page_at(address + 12 * PAGE) == pages[9]
+        with pytest.raises(OutOfMappings):
+            driver.exchange(address + 7 * PAGE, pages[1])  # which would be one more
+        assert driver.page_at(address + 7 * PAGE) == pages[7]
+        assert driver.num_mappings == len(kernel_mappings(address, 16 * PAGE)) == 10
+
+
 def test_gaps_can_be_readable_and_cost_nothing():
     with HostDriver(page_bytes=PAGE, readable_gaps=True) as driver:
         address = driver.reserve(64 * PAGE)

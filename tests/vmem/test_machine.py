@@ -1,5 +1,7 @@
 """Random operations on a driver, compared after each with a model of plain dictionaries."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -12,7 +14,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from standin import StandInCudaDriver
-from vkv.vmem import HostDriver
+from standin.process import kernel_mappings
+from vkv.vmem import HostDriver, is_of_file
 from vkv.vmem.errors import InvalidConfig, InvalidOperation
 
 MAX_PAGES = 12  # of a reservation, and of physical pages alive
@@ -97,10 +100,24 @@ class DriverMachine(RuleBasedStateMachine):
         for at in run:
             del self.backing[at]
 
+    @precondition(lambda self: self.reserved and self.contents)
+    @rule(which=Index, offset=Index, chosen=Index)
+    def exchange(self, which, offset, chosen):
+        address = self._pick(sorted(self.reserved), which) + offset * self.page_bytes
+        page = self._pick(sorted(self.contents), chosen)
+        if address not in self.backing:
+            with pytest.raises(InvalidOperation):
+                self.driver.exchange(address, page)
+            return
+        self.driver.exchange(address, page)
+        self.backing[address] = page
+
     @precondition(lambda self: self.backing)
     @rule(which=Index, value=st.integers(0, 255))
     def write(self, which, value):
         address = self._pick(sorted(self.backing), which)
+        if is_of_file(self.backing[address]):  # whose pages nobody writes to
+            return
         self._view(address).fill_(value)
         self.contents[self.backing[address]] = value
 
@@ -140,11 +157,41 @@ class DriverMachine(RuleBasedStateMachine):
         return self.driver.tensor(address, (self.page_bytes,), (1,), torch.uint8)
 
 
+class HostMachine(DriverMachine):
+    """With a file, whose pages come and go as others do."""
+
+    def __init__(self):
+        super().__init__()
+        self.file = os.memfd_create("file")
+        for number in range(8):
+            os.write(self.file, bytes([100 + number]) * self.page_bytes)
+
+    @precondition(lambda self: len(self.contents) < MAX_PAGES)
+    @rule(first=st.integers(0, 7), count=Count)
+    def attach_file(self, first, count):
+        count = min(count, 8 - first)
+        pages = self.driver.attach_file(self.file, first * self.page_bytes, count)
+        assert not self.contents.keys() & set(pages)
+        self.contents.update(zip(pages, range(100 + first, 108), strict=False))
+
+    @invariant()
+    def counts_the_mappings_of_the_kernel(self):
+        counted = sum(
+            len(kernel_mappings(address, num_pages * self.page_bytes))
+            for address, num_pages in self.reserved.items()
+        )
+        assert self.driver.num_mappings == counted
+
+    def teardown(self):
+        super().teardown()
+        os.close(self.file)
+
+
 MODEST = settings(max_examples=40, stateful_step_count=40)
 
 
 def test_random_operations_on_the_host():
-    run_state_machine_as_test(DriverMachine, settings=MODEST)
+    run_state_machine_as_test(HostMachine, settings=MODEST)
 
 
 def test_random_operations_on_the_standin(cuda_standin):

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from ...allocator import LayerGeometry
-from ...attention_backends import LayerAttention
-from ...vmem.errors import UnsupportedModel
+from ....allocator import LayerGeometry
+from ....attention_backends import LayerAttention
+from ....vmem.errors import UnsupportedModel
 
 
 @dataclass

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ...vmem.errors import UnsupportedModel
+from ....vmem.errors import UnsupportedModel
+from ..forward import Forward
+from ..recurrent_state import RecurrentState, StepState
 from .attention_probe import AttentionProbe, refusing
-from .forward import Forward
-from .recurrent_state import RecurrentState, StepState
 
 _TOLERANCE = 2e-2  # of what comes out: above rounding in bfloat16
 _SHARE = 0.15  # of the difference that state makes

@@ -1,0 +1,1 @@
+"""Sessions: conversations whose keys and values outlive the process."""

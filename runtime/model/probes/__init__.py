@@ -1,0 +1,1 @@
+"""What a few tokens show of a model."""

@@ -1,0 +1,100 @@
+"""Files of keys and values that requests may begin with, in place of computing them."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...allocator import KVFile, Slot, SlotCache, common_prefix
+from ...vmem.errors import (
+    DriverError,
+    InvalidConfig,
+    InvalidOperation,
+    KVFileError,
+    OutOfMappings,
+)
+
+_log = logging.getLogger(__name__)
+
+MOST_FILES = 64  # open at once; the one that was not used for longest is closed for another
+
+
+class KVFiles:
+    """The open files of one model, of the cache's token format, by their paths.
+
+    What is found in them is checked before a slot begins with it. Whatever is damaged is computed
+    as if there were no file. Not for use from several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, KVFile] = {}  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def add(self, file: KVFile) -> None:
+        """Take a file over, in place of one that was opened under the same path."""
+        path = file.path.absolute()
+        if path in self._files:
+            self._files.pop(path).close()
+        while len(self._files) >= MOST_FILES:
+            self._files.pop(next(iter(self._files))).close()
+        self._files[path] = file
+
+    def forget(self) -> None:
+        """Close all files: the model that they are of is no more."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def longest_prefix(self, tokens: Sequence[int], variant: str = "") -> int:
+        """The most tokens that a file has of the beginning of `tokens`, as far as is known."""
+        return self._best(tokens, variant)[1]
+
+    def open_slot(
+        self, cache: SlotCache, tokens: Sequence[int], variant: str = "", *, least: int = 1
+    ) -> tuple[Slot, int] | None:
+        """A slot that begins with what a file has of `tokens`, and how many that are.
+
+        None if that would be less than `least`, or if the file turns out to be of no use. Raises a
+        Shortage or DriverError where there is no memory for it.
+        """
+        file, num_tokens = self._best(tokens, variant)
+        if file is None or num_tokens < least:
+            return None
+        num_tokens = file.verify(0, num_tokens)
+        if num_tokens < least:
+            return None
+        self._files[file.path.absolute()] = self._files.pop(file.path.absolute())
+        slot = cache.open()
+        try:
+            _fill(cache, slot, file, num_tokens)
+        except (KVFileError, InvalidConfig) as error:  # it was cut short this moment
+            _log.warning("%s: %s; its tokens are computed again", file.path, error)
+            cache.close(slot)
+            return None
+        except BaseException:
+            cache.close(slot)
+            raise
+        return slot, num_tokens
+
+    def _best(self, tokens: Sequence[int], variant: str) -> tuple[KVFile | None, int]:
+        best, longest = None, 0
+        if self._files and len(tokens):
+            wanted = np.asarray(tokens, dtype=np.int64)
+            for file in self._files.values():
+                length = common_prefix(wanted, file.tokens[: file.num_sound])
+                if length > longest and file.header.is_for(variant):
+                    best, longest = file, length
+        return best, longest
+
+
+def _fill(cache: SlotCache, slot: Slot, file: KVFile, num_tokens: int) -> None:
+    """Map what a new slot can have of the file, and read the rest; or read all of it."""
+    starts: Sequence[int] | None = None
+    try:
+        starts = cache.attach(slot, file.fd, file.offsets, num_tokens)
+    except (InvalidOperation, OutOfMappings, DriverError):  # blocks, a device, too many mappings
+        cache.grow(slot, num_tokens)
+    file.read_into(cache.spans(slot, 0, num_tokens), starts)

@@ -1,0 +1,156 @@
+"""Which file a request begins with, and what is left where that goes wrong."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from allocator_model import KIND, FlakyHostDriver, Model, make_cache, one_thread
+from vkv.allocator import KVFacts, KVFile, KVFileWriter
+from vkv.runtime.scheduling.kv_files import KVFiles
+from vkv.vmem.errors import DriverError, OutOfSlots, Shortage
+
+__all__ = ["one_thread"]  # a fixture
+
+ROOMY = {"rows": 12, "num_slots": 8, "max_parked": 4}
+
+
+def tokens(count: int) -> list[int]:
+    return [index % 3 for index in range(count)]
+
+
+def save(model: Model, path: Path, count: int, variant: str = "") -> None:
+    """What a request of so many tokens has."""
+    request = model.open(variant)
+    assert request is not None
+    assert model.grow(request, tokens(count))
+    geometry = model.cache.geometry
+    facts = KVFacts(
+        model="m",
+        token_format=geometry.token_format,
+        tokens=request.tokens,
+        variant=variant,
+        chunk_bytes=512,
+    )
+    with KVFileWriter(path, facts) as writer:
+        writer.write(model.cache.spans(request.slot, 0, count))
+        writer.commit()
+    model.close(request)
+    model.cache.trim()
+
+
+@pytest.fixture
+def files() -> Iterator[KVFiles]:
+    before = len(os.listdir("/proc/self/fd"))
+    files = KVFiles()
+    yield files
+    files.forget()
+    assert len(files) == 0
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def driver() -> Iterator[FlakyHostDriver]:
+    with FlakyHostDriver() as driver:
+        yield driver
+
+
+def test_the_longest_of_the_variant_is_found(
+    driver: FlakyHostDriver, files: KVFiles, tmp_path: Path
+) -> None:
+    model = Model(make_cache(KIND["ragged"], driver, **ROOMY))
+    assert files.longest_prefix(tokens(50)) == 0
+    assert not files
+    for name, count, variant in (("a", 40, ""), ("b", 120, "adapter"), ("c", 90, "")):
+        save(model, tmp_path / name, count, variant)
+        files.add(KVFile.open(tmp_path / name))
+    assert len(files) == 3
+    assert files.longest_prefix(tokens(150)) == 90
+    assert files.longest_prefix([*tokens(60), 7, *tokens(60)]) == 60
+    assert files.longest_prefix(tokens(150), "adapter") == 120
+    assert files.longest_prefix(tokens(150), "other") == files.longest_prefix([7]) == 0
+    assert files.open_slot(model.cache, tokens(150), least=91) is None
+    for variant, count in (("", 90), ("adapter", 120)):
+        found = files.open_slot(model.cache, tokens(150), variant, least=count)
+        assert found is not None
+        slot, num_tokens = found
+        assert num_tokens == count
+        model._admit(slot, tokens(count), variant)
+        model.check()
+    model.cache.shutdown()
+
+
+def test_a_path_that_is_opened_again_is_the_new_file(
+    driver: FlakyHostDriver, files: KVFiles, tmp_path: Path
+) -> None:
+    model = Model(make_cache(KIND["even"], driver, **ROOMY))
+    for count in (40, 70):
+        save(model, tmp_path / "a", count)
+        files.add(KVFile.open(tmp_path / "a"))
+        assert files.longest_prefix(tokens(150)) == count
+    assert len(files) == 1
+    model.cache.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["split", "windows", "tiles", "wide"])
+def test_every_call_failed_in_turn(files: KVFiles, tmp_path: Path, kind: str) -> None:
+    """The slot is there whole, or none is; a call that fails is made up for by reading."""
+    for short in (False, True):
+        for call in range(1000):
+            with FlakyHostDriver() as driver:
+                model = Model(make_cache(KIND[kind], driver, **ROOMY))
+                save(model, tmp_path / "a", 130)
+                files.add(KVFile.open(tmp_path / "a"))
+                driver.fail_after, driver.fail_short = call, short
+                found = None
+                try:
+                    found = files.open_slot(model.cache, tokens(140))
+                except (DriverError, Shortage):
+                    assert model.cache.stats().slots_open == 0
+                    assert model.cache.pool.num_of_files == model.cache.pool.num_held == 0
+                    model.cache.check_invariants()
+                finished = driver.fail_after is not None
+                driver.fail_after = None
+                slot, num_tokens = found or files.open_slot(model.cache, tokens(140)) or (None, 0)
+                assert slot is not None
+                model._admit(slot, tokens(num_tokens))
+                model.check()
+                model.cache.shutdown()
+                assert (driver.num_pages, driver.reserved_bytes) == (0, 0)
+            if finished:
+                break
+        assert call > 3
+
+
+def test_without_a_slot_nothing_is_done(
+    driver: FlakyHostDriver, files: KVFiles, tmp_path: Path
+) -> None:
+    model = Model(make_cache(KIND["even"], driver, num_slots=1, max_parked=0))
+    save(model, tmp_path / "a", 100)
+    files.add(KVFile.open(tmp_path / "a"))
+    model.open()
+    with pytest.raises(OutOfSlots):
+        files.open_slot(model.cache, tokens(120))
+    model.check()
+    model.cache.shutdown()
+
+
+def test_what_is_damaged_is_found_once_and_not_offered_again(
+    driver: FlakyHostDriver, files: KVFiles, tmp_path: Path
+) -> None:
+    model = Model(make_cache(KIND["even"], driver, **ROOMY))
+    save(model, tmp_path / "a", 100)
+    content = bytearray((tmp_path / "a").read_bytes())
+    with KVFile.open(tmp_path / "a") as file:
+        place = file.offsets[0]
+    content[place + 60 * 256] ^= 1
+    (tmp_path / "a").write_bytes(content)
+    files.add(KVFile.open(tmp_path / "a"))
+    assert files.longest_prefix(tokens(100)) == 100
+    assert files.open_slot(model.cache, tokens(100), least=80) is None
+    assert files.longest_prefix(tokens(100)) == 60
+    found = files.open_slot(model.cache, tokens(100), least=60)
+    assert found is not None
+    model._admit(found[0], tokens(60))
+    model.check()
+    model.cache.shutdown()
