@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ...allocator import KVStats
+from ..scheduling.accounts import TenantStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class EngineStats:
         num_replays: steps that ran from one.
         num_computed_tokens: tokens that went through the model, those computed again included.
         step_time_s: time of all steps together.
+        tenants: what each got, those without a request included as long as they are remembered;
+            two hundred or so at most.
     """
 
     kv: KVStats
@@ -40,6 +43,7 @@ class EngineStats:
     num_replays: int
     num_computed_tokens: int
     step_time_s: float
+    tenants: tuple[TenantStats, ...] = ()
 
     @property
     def virtual_bytes(self) -> int:

@@ -32,7 +32,10 @@ class Request:
         num_pending: further tokens that were sampled, but are known on the device alone.
         pending_index: of the last of them: its place among those sampled in the same step.
         prompt_logprobs: entries of the prompt's tokens that are known, where they are asked.
+        priority, tenant: as of `RequestSpec`; the priority may change (`SetPriority`).
+        num_served: prompt tokens that were computed for it, or found, at one time or another.
         queued_time_s, scheduled_time_s: when it came, and when it first had a slot (`StepOutput`).
+        waited_s: from when it came to when it last got a slot.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Request:
         self.key: SequenceKey = (spec.request_id, index)
         self.params: SamplingParams = spec.params
         self.variant = spec.variant
+        self.priority = spec.priority
+        self.tenant = spec.tenant
         self.max_tokens = max_tokens
         self.sampling = sampling
         self.leader = leader
@@ -56,10 +61,12 @@ class Request:
         self.num_pending = 0
         self.pending_index = 0
         self.num_cached = 0  # prompt tokens found in a slot at the first admission
+        self.num_served = 0
         self.state = RequestState.WAITING
         self.slot: Slot | None = None
         self.queued_time_s = time.monotonic()
         self.scheduled_time_s: float | None = None
+        self.waited_s = 0.0
         self.prompt_logprobs: list[dict[int, Logprob] | None] = []
 
     @property

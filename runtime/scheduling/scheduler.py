@@ -8,13 +8,15 @@ refuses (DriverError) keeps one request waiting, as a shortage does, and tears n
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...allocator import Slot, SlotCache
 from ...vmem.errors import DriverError, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
+from .accounts import Accounts
 from .exits import Exits
+from .lines import lines_for
 from .plan import Plan, Policy
 from .snapshot import RunningRequest, Snapshot, WaitingRequest
 from .waiting import WaitingQueue
@@ -35,8 +37,10 @@ class Scheduler:
         max_batch_tokens: tokens of one step.
         look_ahead_tokens: tokens mapped ahead of a decoding request, in the background.
         prefix_reuse: start a request from keys and values that others computed for its tokens.
+        tenant_weights: of tenants whose part is another than 1.
 
     Attributes:
+        accounts: what each tenant got.
         running: in the order of admission.
         exits: how slots are let go.
         shortage: what kept the last step from giving any request a token, and whom it kept.
@@ -51,6 +55,7 @@ class Scheduler:
         max_batch_tokens: int,
         look_ahead_tokens: int = 0,
         prefix_reuse: bool = True,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.cache = cache
         self.policy = policy
@@ -59,12 +64,14 @@ class Scheduler:
         self.look_ahead_tokens = look_ahead_tokens
         self.prefix_reuse = prefix_reuse
         self.exits = Exits(cache)
-        self.waiting = WaitingQueue()
+        self.accounts = Accounts(tenant_weights or {})
+        self.waiting = WaitingQueue(lines_for(policy.order, self.accounts))
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.shortage: tuple[Request, Refusal] | None = None
         self._requests: dict[SequenceKey, Request] = {}
+        self._growth_pages = cache.num_pages(cache.growth_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -80,11 +87,17 @@ class Scheduler:
         """Queue a new request."""
         assert request.key not in self._requests, f"{request} is here already"
         self._requests[request.key] = request
+        self.accounts.came(request)
         leader = self._requests.get(request.leader) if request.leader else None
         if leader is not None and leader.num_computed < leader.num_prompt_tokens:
             self.waiting.hold(request, leader.key)
         else:
             self.waiting.add(request)
+
+    def set_priority(self, request: Request, priority: int) -> None:
+        """Give an unfinished request another priority, wherever it is."""
+        request.priority = priority
+        self.waiting.move(request)
 
     def schedule(self) -> Batch:
         """The next batch, its slots backed for every token in it.
@@ -121,23 +134,37 @@ class Scheduler:
     def _snapshot(
         self, granted: dict[Request, int], short: Request | None, num_preemptions: int
     ) -> Snapshot:
-        free = max(1, self.max_seqs - len(self.running))
+        now_s = time.monotonic()
+        waiting = self.waiting.first(self.max_seqs - len(self.running), len(self.running))
+        by_tenant = self.policy.order.lines == "tenant"
         return Snapshot(
             max_batch_tokens=self.max_batch_tokens,
             max_seqs=self.max_seqs,
             running=tuple(
-                RunningRequest(r.key, r.num_tokens, 0 if r.is_complete else r.num_uncomputed)
+                RunningRequest(
+                    r.key,
+                    r.num_tokens,
+                    0 if r.is_complete else r.num_uncomputed,
+                    r.priority,
+                    r.waited_s,
+                    r.tenant,
+                )
                 for r in self.running
             ),
             waiting=tuple(
-                WaitingRequest(r.key, r.num_tokens, r.was_admitted)
-                for r in self.waiting.first(free)
+                WaitingRequest(
+                    r.key, r.num_tokens, r.was_admitted, r.priority, now_s - r.queued_time_s, r.tenant
+                )
+                for r in waiting
             ),
             num_waiting=len(self.waiting),
             granted={request.key: count for request, count in granted.items()},
             short=short.key if short else None,
             num_preempted=self.num_preemptions - num_preemptions,
             pages_obtainable=self.cache.num_obtainable(),
+            growth_tokens=self.cache.growth_tokens,
+            growth_pages=self._growth_pages,
+            tenants=self.accounts.shares([*self.running, *waiting]) if by_tenant else {},
         )
 
     def _let_siblings_in(self) -> None:
@@ -199,11 +226,13 @@ class Scheduler:
         request.state = RequestState.FINISHED
         del self._requests[request.key]
         self.waiting.let_in(request.key)
+        self.accounts.left(request)
 
     def _release(self, request: Request, *, keep: bool) -> None:
         slot, request.slot = request.slot, None
         assert slot is not None
         self.running.remove(request)
+        self.accounts.released(request)
         computed = request.token_ids[: request.num_computed] if keep else ()
         self.exits.let_go(slot, computed, request.variant)
 
@@ -237,6 +266,8 @@ class Scheduler:
             request.scheduled_time_s = time.monotonic()
             request.num_cached = num_cached
             self.prefix_hit_tokens += num_cached
+        request.waited_s = time.monotonic() - request.queued_time_s
+        self.accounts.admitted(request)
         self.running.append(request)
         return count
 
