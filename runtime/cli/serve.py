@@ -63,13 +63,13 @@ def serve_command() -> Callable[..., None]:
         generation_config=Flag(help="auto: sample as the model's authors say; vllm: do not."),
         idle_trim_s=Flag(),
         scheduling_policy=Flag(
-            help="fcfs: by arrival. priority: by requests' priority, the lower first. fair: the key "
-            "that got least first."
+            help="fcfs: by arrival. priority: by requests' priority, the lower first. fair: the "
+            "key that got least first."
         ),
         priority_aging_s=Flag(
             names=("--priority-aging",),
-            help="Seconds of waiting that count as one priority better; 0: a better priority always "
-            "goes first.",
+            help="Seconds of waiting that count as one priority better; 0: a better priority "
+            "always goes first.",
             kind=float,
             parse=lambda seconds: seconds or None,
         ),

@@ -150,7 +150,7 @@ class Engine:
     def set_priority(self, request_id: str, priority: int) -> None:
         """Give all that is unfinished of a request another priority."""
         for request in self._requests.get(request_id, ()):
-            self.scheduler.set_priority(request, priority)
+            self.scheduler.waiting.set_priority(request, priority)
 
     def fail(self, request: Request, error: Exception) -> None:
         """End a request by an error; without effect on one that has ended."""

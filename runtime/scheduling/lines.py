@@ -2,6 +2,7 @@
 
 import bisect
 import heapq
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,9 @@ from .plan import Order
 
 Place = tuple[int, int]
 """In order of arrival, but for those that lost a slot, which come before."""
+
+_Entry = tuple[float, int, int, Account]
+"""A tenant's counter, its number among equals, one of the entry, and whose it is."""
 
 _MOST_GONE = 64  # entries of requests that have left; more, beside as many again, are swept out
 
@@ -54,22 +58,23 @@ class Line:
     """Requests by place, the least first. Each operation costs a logarithm of their number."""
 
     def __init__(self) -> None:
-        self._places: dict[Request, Any] = {}
+        self._numbers = itertools.count()  # so that no place is like one that was left
+        self._places: dict[Request, tuple[Any, int]] = {}
         # The first in line, sorted, then a heap of the others. One that has left stays in either,
         # with a place that is not its own any more.
-        self._head: list[tuple[Any, Request]] = []
-        self._others: list[tuple[Any, Request]] = []
+        self._head: list[tuple[tuple[Any, int], Request]] = []
+        self._others: list[tuple[tuple[Any, int], Request]] = []
 
     def __len__(self) -> int:
         return len(self._places)
 
     def add(self, request: Request, place: Any) -> None:
         """Have a request stand at a place, which no other has."""
-        self._places[request] = place
-        if self._head and place < self._head[-1][0]:
-            bisect.insort(self._head, (place, request), key=lambda entry: entry[0])
+        self._places[request] = numbered = (place, next(self._numbers))
+        if self._head and numbered < self._head[-1][0]:
+            bisect.insort(self._head, (numbered, request), key=lambda entry: entry[0])
         else:
-            heapq.heappush(self._others, (place, request))
+            heapq.heappush(self._others, (numbered, request))
 
     def remove(self, request: Request) -> None:
         """Take a request out. Raises KeyError if it is not there."""
@@ -87,7 +92,7 @@ class Line:
                 self._head.append((place, request))
         return [request for _, request in self._head[:count]]
 
-    def _is_current(self, place: Any, request: Request) -> bool:
+    def _is_current(self, place: tuple[Any, int], request: Request) -> bool:
         return self._places.get(request) == place
 
 
@@ -157,10 +162,10 @@ class TenantLines(Lines):
         accounts.on_lowered = self._lowered
         self._lines: dict[str, Line] = {}
         # Tenants with a line, by counters that were theirs: a counter grows, and is looked at again
-        # when it is the least. One entry of a tenant is current, that of `_keys`.
-        self._heap: list[tuple[float, int, Account]] = []
-        self._keys: dict[Account, tuple[float, int]] = {}
-        self._num_entries = 0
+        # when it is the least. One entry of a tenant is current, that of `_entries`.
+        self._heap: list[_Entry] = []
+        self._entries: dict[Account, _Entry] = {}
+        self._numbers = itertools.count()
         self._last: Account | None = None  # whose line ended last
 
     def came(self, request: Request) -> None:
@@ -184,7 +189,7 @@ class TenantLines(Lines):
         line.remove(request)
         account.num_in_line -= 1
         if not len(line):
-            del self._lines[account.tenant], self._keys[account]
+            del self._lines[account.tenant], self._entries[account]
             self._last = account
 
     def add(self, request: Request, place: Place) -> None:
@@ -192,7 +197,7 @@ class TenantLines(Lines):
         line = self._lines.get(account.tenant)
         if line is None:
             line = self._lines[account.tenant] = Line()
-            self._enter(account)
+            self._enter(account, next(self._numbers))
         line.add(request, place)
         account.num_in_line += 1
 
@@ -205,31 +210,31 @@ class TenantLines(Lines):
             for request in self._lines[account.tenant].first(max(1, num_free // rank))
         ]
 
-    def _enter(self, account: Account) -> None:
-        self._num_entries += 1
-        self._keys[account] = key = (account.counter, self._num_entries)
-        heapq.heappush(self._heap, (*key, account))
-        if len(self._heap) > 2 * len(self._keys) + _MOST_GONE:
-            self._heap = [(*key, account) for account, key in self._keys.items()]
+    def _enter(self, account: Account, number: int) -> None:
+        """Have a tenant stand by its counter; of equals, by `number`."""
+        entry = (account.counter, number, next(self._numbers), account)
+        self._entries[account] = entry
+        heapq.heappush(self._heap, entry)
+        if len(self._heap) > 2 * len(self._entries) + _MOST_GONE:
+            self._heap = list(self._entries.values())
             heapq.heapify(self._heap)
 
     def _lowered(self, account: Account) -> None:
-        if account in self._keys:
-            self._enter(account)
+        if account in self._entries:
+            self._enter(account, self._entries[account][1])
 
     def _least(self, count: int) -> list[Account]:
         """The tenants in line with the least counters, `count` at most."""
-        found: list[tuple[float, int, Account]] = []
+        found: list[_Entry] = []
         while self._heap and len(found) < count:
             entry = heapq.heappop(self._heap)
-            counter, number, account = entry
-            if self._keys.get(account) != (counter, number):
+            counter, number, _, account = entry
+            if self._entries.get(account) is not entry:
                 continue
             if account.counter == counter:
                 found.append(entry)
             else:
-                self._keys[account] = key = (account.counter, number)
-                heapq.heappush(self._heap, (*key, account))
+                self._enter(account, number)
         for entry in found:
             heapq.heappush(self._heap, entry)
-        return [account for _, _, account in found]
+        return [account for *_, account in found]

@@ -94,11 +94,6 @@ class Scheduler:
         else:
             self.waiting.add(request)
 
-    def set_priority(self, request: Request, priority: int) -> None:
-        """Give an unfinished request another priority, wherever it is."""
-        request.priority = priority
-        self.waiting.move(request)
-
     def schedule(self) -> Batch:
         """The next batch, its slots backed for every token in it.
 
@@ -153,7 +148,12 @@ class Scheduler:
             ),
             waiting=tuple(
                 WaitingRequest(
-                    r.key, r.num_tokens, r.was_admitted, r.priority, now_s - r.queued_time_s, r.tenant
+                    r.key,
+                    r.num_tokens,
+                    r.was_admitted,
+                    r.priority,
+                    now_s - r.queued_time_s,
+                    r.tenant,
                 )
                 for r in waiting
             ),

@@ -74,8 +74,9 @@ class WaitingQueue:
         else:
             self._lines.left(request, place)
 
-    def move(self, request: Request) -> None:
-        """Have a waiting request stand where its priority puts it now."""
+    def set_priority(self, request: Request, priority: int) -> None:
+        """Give a request another priority; if it waits, it stands where that puts it."""
+        request.priority = priority
         if request in self._places and request not in self._out_of_line:
             self._lines.move(request, self._places[request])
 

@@ -59,8 +59,8 @@ def tenant_weights(keys: Sequence[Key]) -> dict[str, float]:
     for key in keys:
         if key.weight is not None and weights.setdefault(key.tenant, key.weight) != key.weight:
             raise InvalidConfig(
-                f"tenant {key.tenant!r} has the weights {weights[key.tenant]:g} and {key.weight:g}; "
-                "say one"
+                f"tenant {key.tenant!r} has the weights {weights[key.tenant]:g} and "
+                f"{key.weight:g}; say one"
             )
     return weights
 

@@ -229,7 +229,11 @@ class _EngineCollector:
         return family
 
     def _counter(
-        self, name: str, what: str, values: Mapping[tuple[str, ...], float], more: tuple[str, ...] = ()
+        self,
+        name: str,
+        what: str,
+        values: Mapping[tuple[str, ...], float],
+        more: tuple[str, ...] = (),
     ) -> Metric:
         family = CounterMetricFamily(name, what, labels=(*_LABELS, *more))
         for labels, value in values.items():

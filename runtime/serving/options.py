@@ -25,9 +25,9 @@ class ServeOptions:
         uds: a Unix socket to listen on instead of host and port.
         api_key: a key that callers must show; may be given several times. Also the environment's
             VKV_API_KEY, where several stand apart by commas.
-        api_key_file: a file of keys, one a line; lines that begin with # are left out. Behind a key
-            may stand whose it is, and that one's part where service is shared out fairly: tenant=NAME
-            weight=2.
+        api_key_file: a file of keys, one a line; lines that begin with # are left out. Behind a
+            key may stand whose it is, and that one's part where service is shared out fairly:
+            tenant=NAME weight=2.
         served_model_name: the names that requests may use for the model; the first is in answers.
         root_path: the path under which a proxy shows this server.
         ssl_certfile: a certificate, for HTTPS.

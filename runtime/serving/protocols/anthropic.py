@@ -383,9 +383,7 @@ def router(server: Server) -> APIRouter:
         return await respond(
             server,
             request,
-            lambda: MessagesJob(
-                server, asked, request.state.request_id, server.tenant(request)
-            ),
+            lambda: MessagesJob(server, asked, request.state.request_id, server.tenant(request)),
             num_characters=len(str(asked.messages)),
             compiles=bool(asked.tools or asked.output_config),
             stream=asked.stream,

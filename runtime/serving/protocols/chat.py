@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from ...frontend.chat_template import ChatOptions
+from ...frontend.prompts import Standing
 from ...frontend.text_stream import RequestText, StreamDelta
 from ..http.errors import ApiError
 from ..http.streams import DONE, event, last_words
@@ -424,9 +425,7 @@ def router(server: Server) -> APIRouter:
         return await respond(
             server,
             request,
-            lambda: ChatJob(
-                server, asked, request.state.request_id, server.tenant(request)
-            ),
+            lambda: ChatJob(server, asked, request.state.request_id, server.tenant(request)),
             num_characters=sum(len(str(message.get("content"))) for message in asked.messages),
             compiles=bool(asked.structured_outputs or asked.response_format or asked.tools),
             stream=asked.stream,

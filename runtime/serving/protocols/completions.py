@@ -275,9 +275,7 @@ def router(server: Server) -> APIRouter:
         return await respond(
             server,
             request,
-            lambda: CompletionJob(
-                server, asked, request.state.request_id, server.tenant(request)
-            ),
+            lambda: CompletionJob(server, asked, request.state.request_id, server.tenant(request)),
             num_characters=sum(map(len, asked.prompts())),
             compiles=bool(asked.structured_outputs or asked.response_format),
             stream=asked.stream,

@@ -153,9 +153,7 @@ def router(server: Server) -> APIRouter:
         return await respond(
             server,
             request,
-            lambda: ResponseJob(
-                server, asked, request.state.request_id, server.tenant(request)
-            ),
+            lambda: ResponseJob(server, asked, request.state.request_id, server.tenant(request)),
             num_characters=len(str(asked.input)),
             compiles=bool(asked.text or asked.tools),
             stream=asked.stream,
