@@ -20,19 +20,21 @@ class PrefillFirst:
         self.order: Order = order or Fcfs()
 
     def plan(self, snapshot: Snapshot) -> Plan:
-        running, granted = self.order.ranked(snapshot.running), snapshot.granted
+        running, granted = self.order.ranked(snapshot.running), dict(snapshot.granted)
         preempt = ()
         if snapshot.is_short_of_a_running_one:
             if len(running) == 1:
                 return Plan()  # there is nobody to give way
             preempt = (self.order.loser(snapshot).key,)
             running = [request for request in running if request.key not in preempt]
+            granted.pop(preempt[0], None)
         elif claim := self._claim(snapshot):
             return claim
         # A prompt runs already if its step failed, or if it had to be computed again.
         prompts = [r for r in running if r.num_uncomputed > 1 and r.key not in granted]
         shares = [Share(request.key, request.num_uncomputed) for request in prompts]
-        budget = snapshot.budget - sum(share.num_tokens for share in shares)
+        budget = snapshot.max_batch_tokens - sum(granted.values())
+        budget -= sum(share.num_tokens for share in shares)
         if snapshot.short is None and not preempt:
             newcomers = self.order.newcomers(snapshot, snapshot.num_free)
             admit = tuple(request.key for request in newcomers)
