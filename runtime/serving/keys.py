@@ -74,7 +74,8 @@ def _lines(file: Path) -> list[str]:
 
 def _said(words: Sequence[str], where: str) -> dict[str, str]:
     """What stands behind a key."""
-    said = dict(word.partition("=")[::2] for word in words)
+    pairs = [word.partition("=") for word in words]
+    said = {name: value for name, _, value in pairs}
     if len(said) < len(words) or said.keys() - {"tenant", "weight"} or "" in said.values():
         raise InvalidConfig(f"{where}: what stands behind the key is not understood; {_FORM}")
     if "weight" in said:
