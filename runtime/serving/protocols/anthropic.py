@@ -45,6 +45,7 @@ class CountRequest(Strict):
         "container": "this server runs no code; leave it out",
         "context_management": "conversations are taken as they are; leave it out",
         "output_format": "it is output_config.format",
+        "priority": "this API has none; OpenAI's routes take it",
     }
 
     model: str | None = None
