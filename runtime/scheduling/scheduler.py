@@ -18,7 +18,8 @@ from .accounts import Accounts
 from .exits import Exits
 from .lines import lines_for
 from .plan import Plan, Policy
-from .snapshot import RunningRequest, Snapshot, WaitingRequest
+from .snapshot import Snapshot
+from .views import running_view, waiting_view
 from .waiting import WaitingQueue
 
 Refusal = Shortage | DriverError
@@ -129,34 +130,13 @@ class Scheduler:
     def _snapshot(
         self, granted: dict[Request, int], short: Request | None, num_preemptions: int
     ) -> Snapshot:
-        now_s = time.monotonic()
         waiting = self.waiting.first(self.max_seqs - len(self.running), len(self.running))
         by_tenant = self.policy.order.lines == "tenant"
         return Snapshot(
             max_batch_tokens=self.max_batch_tokens,
             max_seqs=self.max_seqs,
-            running=tuple(
-                RunningRequest(
-                    r.key,
-                    r.num_tokens,
-                    0 if r.is_complete else r.num_uncomputed,
-                    r.priority,
-                    r.waited_s,
-                    r.tenant,
-                )
-                for r in self.running
-            ),
-            waiting=tuple(
-                WaitingRequest(
-                    r.key,
-                    r.num_tokens,
-                    r.was_admitted,
-                    r.priority,
-                    now_s - r.queued_time_s,
-                    r.tenant,
-                )
-                for r in waiting
-            ),
+            running=running_view(self.running),
+            waiting=waiting_view(waiting),
             num_waiting=len(self.waiting),
             granted={request.key: count for request, count in granted.items()},
             short=short.key if short else None,

@@ -1,18 +1,28 @@
 """Priorities and tenants of a server: who is served first, and what is told of whom."""
 
 import asyncio
+import select
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import zoo
 from prometheus_client.parser import text_string_to_metric_families
 from served import Served
-from vkv import AsyncLLM
+from vkv import LLM, AsyncLLM
+from vkv.runtime.engine.messages import SetPriority
+from vkv.runtime.request.spec import RequestSpec
+from vkv.runtime.request.step_output import StepOutput
+from vkv.runtime.serving.link.engine_process import EngineServer
+from vkv.runtime.serving.link.face import Face
+from vkv.runtime.serving.link.remote import RemoteEngine
 from vkv.runtime.serving.local import app_of
 from vkv.runtime.serving.options import ServeOptions
 from vkv.runtime.serving.processes.run import serve
-from vkv.vmem.errors import InvalidConfig
+from vkv.vmem.errors import InvalidConfig, VkvError
 
 GO_ON = {"prompt": "hello", "temperature": 0, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "What is 3 + 4?"}], "temperature": 0}
@@ -133,3 +143,69 @@ def test_weights_are_for_fair_scheduling(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="tenant_weights"):
         app_of(llm, api_key_file=keys)
     asyncio.run(llm.close())
+
+
+class _Sink:
+    """Notes the end of a request."""
+
+    def __init__(self, name: str, ended: list[str], **more: Any) -> None:
+        self.spec = RequestSpec(
+            request_id=name, prompt_token_ids=[1, 2, 3], params=zoo.greedy(4), **more
+        )
+        self.is_finished = False
+        self._ended = ended
+
+    def accept(self, output: StepOutput) -> tuple[()]:
+        if output.finish_reason is not None:
+            self.is_finished = True
+            self._ended.append(output.request_id)
+        return ()
+
+    def fail(self, error: VkvError) -> None:
+        raise error
+
+
+def test_a_priority_changes_in_an_engine_of_another_process(tmp_path: Path) -> None:
+    path = str(tmp_path / "engine.sock")
+    options = zoo.with_defaults({"max_seqs": 1, "scheduling_policy": "priority"})
+    with (
+        LLM(zoo.tiny_model("llama"), device="cpu", **options) as llm,
+        socket.socket(socket.AF_UNIX) as listener,
+    ):
+        listener.bind(path)
+        listener.listen()
+        face = Face.of(llm.loaded, llm.engine, llm.config)
+        assert Face.unpack(face.pack()).admission.takes_priority
+        server = EngineServer(llm.loop, face, listener, idle_trim_s=None)
+        ended: list[str] = []
+
+        async def work() -> None:
+            welcome = asyncio.Event()
+            engine = RemoteEngine(path)
+            engine.on_welcome = lambda _: welcome.set()
+            calling = asyncio.ensure_future(engine.stay_connected())
+            async with asyncio.timeout(20):
+                while not welcome.is_set():
+                    await asyncio.to_thread(_turn, server)
+                sinks = [_Sink(str(n), ended, priority=5, tenant=str(n)) for n in range(4)]
+                engine.submit(sinks)
+                engine.post(SetPriority("3", 1))
+                engine.post(SetPriority("1", 9))
+                while len(ended) < 4:
+                    await asyncio.to_thread(_turn, server)
+                while not engine.stats or engine.stats.num_running:
+                    await asyncio.sleep(0.01)
+                told = {tenant.tenant: tenant.output_tokens for tenant in engine.stats.tenants}
+                assert told == {str(n): 4 for n in range(4)}
+            engine.close()
+            calling.cancel()
+
+        asyncio.run(work())
+        assert ended == ["3", "0", "2", "1"]
+        server.close()
+
+
+def _turn(server: EngineServer) -> None:
+    """One turn, if there is something to do."""
+    if server._loop.has_work or select.select([server._selector], [], [], 0.05)[0]:
+        server.turn()
