@@ -20,7 +20,7 @@ from .driving.places import Place, Places
 from .driving.port import EnginePort
 from .driving.sinks import give
 from .front_end import FrontEnd
-from .prompts import NOWHERE, Prompt, Standing
+from .prompts import DEFAULT_STANDING, Prompt, Standing
 from .prompts import Message as ChatMessage
 from .text_stream import RequestText
 
@@ -61,7 +61,7 @@ class AsyncRequests:
         params: SamplingParams | None = None,
         request_id: str | None = None,
         options: ChatOptions | None = None,
-        standing: Standing = NOWHERE,
+        standing: Standing = DEFAULT_STANDING,
     ) -> AsyncIterator[RequestOutput]:
         """As `AsyncLLM.generate`."""
         self._port.check_open()

@@ -16,7 +16,7 @@ from ..request.sampling_params import SamplingParams
 from ..request.spec import RequestSpec
 from .chat_template import ChatOptions, ChatTemplate, check_names
 from .prompts import (
-    NOWHERE,
+    DEFAULT_STANDING,
     Message,
     PlainPrompt,
     Prompt,
@@ -77,7 +77,7 @@ class FrontEnd:
         prompt: Prompt | Sequence[Message],
         params: SamplingParams | None = None,
         options: ChatOptions | None = None,
-        standing: Standing = NOWHERE,
+        standing: Standing = DEFAULT_STANDING,
     ) -> RequestText:
         """A request for a prompt or a conversation.
 
@@ -99,7 +99,7 @@ class FrontEnd:
         params: SamplingParams | None,
         options: ChatOptions,
         salt: str = "",
-        standing: Standing = NOWHERE,
+        standing: Standing = DEFAULT_STANDING,
     ) -> RequestText:
         """A request for the answer to a conversation; prefixes are shared within one `salt`."""
         prompt = replace(self._chat_template.render(messages, options), salt=salt)

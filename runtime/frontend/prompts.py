@@ -56,8 +56,8 @@ class Standing:
             refuse("tenant", tenant, f"a text of at most {_LONGEST_TENANT} characters")
 
 
-NOWHERE = Standing()
-"""Of a request of which nothing is said."""
+DEFAULT_STANDING = Standing()
+"""Where nothing is said of it."""
 
 
 def standings(priority: Any, tenant: Any, count: int) -> list[Standing]:

@@ -48,7 +48,7 @@ class Lines(ABC):
 def lines_for(order: Order, accounts: Accounts) -> Lines:
     """Lines as an order wants them."""
     if order.lines == "priority":
-        return PriorityLines(order.standing)
+        return PriorityLines(order.rank)
     if order.lines == "tenant":
         return TenantLines(accounts)
     return ArrivalLine()
@@ -120,18 +120,18 @@ class PriorityLines(Lines):
     of equals, one that lost its slot too.
 
     Args:
-        standing: as of `Order`.
+        rank: as of `Order`.
     """
 
-    def __init__(self, standing: Callable[[int, float], float]) -> None:
-        self._standing = standing
-        self._by_standing = Line()
+    def __init__(self, rank: Callable[[int, float], float]) -> None:
+        self._rank = rank
+        self._by_rank = Line()
         self._by_priority = Line()
 
     def add(self, request: Request, place: Place) -> None:
         came_s = request.queued_time_s
-        standing = self._standing(request.priority, -came_s)  # as if it were the clock's zero now
-        self._by_standing.add(request, (standing, came_s, place))
+        rank = self._rank(request.priority, -came_s)  # as if it were the clock's zero now
+        self._by_rank.add(request, (rank, came_s, place))
         self._by_priority.add(request, (request.priority, came_s, place))
 
     def move(self, request: Request, place: Place) -> None:
@@ -140,11 +140,11 @@ class PriorityLines(Lines):
 
     def left(self, request: Request, place: Place | None) -> None:
         if place is not None:
-            self._by_standing.remove(request)
+            self._by_rank.remove(request)
             self._by_priority.remove(request)
 
     def first(self, num_free: int, num_running: int) -> list[Request]:
-        found = self._by_standing.first(max(1, num_free))
+        found = self._by_rank.first(max(1, num_free))
         if num_free <= 0:
             found += [r for r in self._by_priority.first(num_running) if r not in found]
         return found

@@ -52,7 +52,7 @@ class Order(Protocol):
     name: str
     lines: LinesKind
 
-    def standing(self, priority: int, waited_s: float) -> float:
+    def rank(self, priority: int, waited_s: float) -> float:
         """Where a waiting request of that age stands in line; the least comes first.
 
         Two requests must not change places as both grow older. For lines by priority.

@@ -25,7 +25,7 @@ class Fair:
     name = "fair"
     lines: LinesKind = "tenant"
 
-    def standing(self, priority: int, waited_s: float) -> float:
+    def rank(self, priority: int, waited_s: float) -> float:
         return -waited_s
 
     def newcomers(self, snapshot: Snapshot, count: int) -> Sequence[WaitingRequest]:

@@ -12,7 +12,7 @@ class Fcfs:
     name = "fcfs"
     lines: LinesKind = "arrival"
 
-    def standing(self, priority: int, waited_s: float) -> float:
+    def rank(self, priority: int, waited_s: float) -> float:
         return -waited_s
 
     def newcomers(self, snapshot: Snapshot, count: int) -> Sequence[WaitingRequest]:

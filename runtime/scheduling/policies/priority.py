@@ -29,7 +29,7 @@ class Priority:
     def __init__(self, aging_s: float | None = AGING_S) -> None:
         self.aging_s = aging_s
 
-    def standing(self, priority: int, waited_s: float) -> float:
+    def rank(self, priority: int, waited_s: float) -> float:
         return priority if self.aging_s is None else priority - waited_s / self.aging_s
 
     def level(self, request: RunningRequest) -> int:
@@ -42,7 +42,7 @@ class Priority:
         return sorted(snapshot.waiting, key=self._place_in_line)[:count]
 
     def _place_in_line(self, request: WaitingRequest) -> tuple[float, float]:
-        return self.standing(request.priority, request.waited_s), -request.waited_s
+        return self.rank(request.priority, request.waited_s), -request.waited_s
 
     def ranked(self, running: Sequence[RunningRequest]) -> Sequence[RunningRequest]:
         return sorted(running, key=self.level)

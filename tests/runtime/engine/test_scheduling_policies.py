@@ -19,6 +19,7 @@ _POLICIES: dict[str, dict[str, Any]] = {
     "strict": {"scheduling_policy": "priority", "priority_aging_s": None},
     "fair": {"scheduling_policy": "fair", "tenant_weights": {"b": 2.0}},
 }
+_NEVER: tuple[dict[str, Any], None] = ({"priority_aging_s": None}, None)
 _TIGHT = {"kv_memory": 11 * 4096, "look_ahead_tokens": 0, "max_batch_tokens": 24, "max_seqs": 6}
 
 
@@ -99,6 +100,21 @@ def test_a_light_tenant_beside_a_heavy_one(model: PreTrainedModel, name: str, be
         assert (told["heavy"].prompt_tokens, told["heavy"].output_tokens) == (320, 160)
         assert (told["light"].prompt_tokens, told["light"].output_tokens) == (16, 8)
         assert told["light"].num_unfinished == 0
+
+
+def test_options_reach_the_order(model: PreTrainedModel) -> None:
+    for given, expected in (({}, 60.0), ({"priority_aging_s": 5}, 5), _NEVER):
+        with _open(model, scheduling_policy="priority", **given) as llm:
+            order: Any = llm.engine.scheduler.policy.order
+            assert (order.name, order.aging_s) == ("priority", expected)
+    with _open(model, **_POLICIES["fair"]) as llm:
+        (request,) = zoo.add(llm.engine, "0", [1], zoo.greedy(1))
+        assert llm.engine.scheduler.accounts.of(request).weight == 1.0
+        spec = RequestSpec(request_id="1", prompt_token_ids=[1], params=zoo.greedy(1), tenant="b")
+        (request,) = llm.engine.add(spec)
+        assert llm.engine.scheduler.accounts.of(request).weight == 2.0
+        while llm.engine.has_work:
+            llm.engine.step()
 
 
 def test_one_of_better_priority_takes_a_slot_in_a_running_engine(model: PreTrainedModel) -> None:

@@ -101,7 +101,7 @@ class _Rig:
         if self.order.lines == "priority":
             came = {request: request.queued_time_s for request in line}
             ranked = sorted(
-                line, key=lambda r: (self.order.standing(r.priority, self.now_s - came[r]), came[r])
+                line, key=lambda r: (self.order.rank(r.priority, self.now_s - came[r]), came[r])
             )
             found = ranked[:num_free]
             if not has_free:
