@@ -198,6 +198,7 @@ class TenantLines(Lines):
         if line is None:
             line = self._lines[account.tenant] = Line()
             self._enter(account, next(self._numbers))
+            self._sweep()
         line.add(request, place)
         account.num_in_line += 1
 
@@ -215,13 +216,16 @@ class TenantLines(Lines):
         entry = (account.counter, number, next(self._numbers), account)
         self._entries[account] = entry
         heapq.heappush(self._heap, entry)
-        if len(self._heap) > 2 * len(self._entries) + _MOST_GONE:
-            self._heap = list(self._entries.values())
-            heapq.heapify(self._heap)
 
     def _lowered(self, account: Account) -> None:
         if account in self._entries:
             self._enter(account, self._entries[account][1])
+            self._sweep()
+
+    def _sweep(self) -> None:
+        if len(self._heap) > 2 * len(self._entries) + _MOST_GONE:
+            self._heap = list(self._entries.values())
+            heapq.heapify(self._heap)
 
     def _least(self, count: int) -> list[Account]:
         """The tenants in line with the least counters, `count` at most."""
