@@ -62,6 +62,17 @@ def serve_command() -> Callable[..., None]:
         attention=Flag(help="An attention backend (see `vkv info`), or auto."),
         generation_config=Flag(help="auto: sample as the model's authors say; vllm: do not."),
         idle_trim_s=Flag(),
+        scheduling_policy=Flag(
+            help="fcfs: by arrival. priority: by requests' priority, the lower first. fair: the "
+            "key that got least first."
+        ),
+        priority_aging_s=Flag(
+            names=("--priority-aging",),
+            help="Seconds of waiting that count as one priority better; 0: a better priority "
+            "always goes first.",
+            kind=float,
+            parse=lambda seconds: seconds or None,
+        ),
     )
     return function(_serve, Options(Served), server, engine)
 

@@ -3,7 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...vmem.errors import InvalidPrompt, InvalidSamplingParams, RequestTooLarge, RequestTooLong
+from ...vmem.errors import (
+    InvalidConfig,
+    InvalidPrompt,
+    InvalidSamplingParams,
+    RequestTooLarge,
+    RequestTooLong,
+)
 from ..request.sampling_params import SamplingParams
 
 
@@ -17,6 +23,7 @@ class Admission:
         limit_pages: the most pages that the pool may have.
         longest: tokens of the longest sequence that the pool could hold if it were alone.
         num_pages: pages that a number of tokens of one slot needs.
+        takes_priority: requests are scheduled by priority.
     """
 
     vocab_size: int
@@ -24,6 +31,7 @@ class Admission:
     limit_pages: int
     longest: int
     num_pages: Callable[[int], int]
+    takes_priority: bool = False
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Refuse what could never run; returns the most tokens that the request may generate.
@@ -49,6 +57,14 @@ class Admission:
                 f"pages, and the pool has {self.limit_pages}; raise kv_memory or lower max_tokens"
             )
         return max_tokens
+
+    def check_priority(self, priority: int) -> None:
+        """Raises InvalidConfig for a priority that nothing here would go by."""
+        if priority and not self.takes_priority:
+            raise InvalidConfig(
+                f"priority is {priority}, and requests are not scheduled by priority here; leave "
+                "it out, or start with scheduling_policy='priority'"
+            )
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:

@@ -35,7 +35,8 @@ from ..model.loading import LoadedModel, load_model
 from ..model.recurrent_state import RecurrentState
 from ..model.repeatability import why_not_repeatable
 from ..model.weights import ModelWatch
-from ..scheduling.policies import POLICIES
+from ..scheduling.plan import Order
+from ..scheduling.policies import POLICIES, Fair, Fcfs, Priority
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
 from .config import EngineConfig
@@ -98,7 +99,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             runner,
             cache,
             _build_scheduler(loaded, config, cache, runner, profile),
-            _build_admission(loaded, cache),
+            _build_admission(loaded, config, cache),
             eos_token_ids=loaded.eos_token_ids,
             grammars=_build_grammars(loaded),
             watch=ModelWatch(loaded),
@@ -225,14 +226,21 @@ def _build_scheduler(
 ) -> Scheduler:
     return Scheduler(
         cache,
-        POLICIES[config.policy](),
+        POLICIES[config.policy](_order(config)),
         max_seqs=config.max_seqs,
         max_batch_tokens=config.max_batch_tokens or profile.max_batch_tokens,
         look_ahead_tokens=config.look_ahead_tokens,
         # A slot has keys and values from its start, but state of its last token only.
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
         swapping=build_swapping(loaded, config, cache, runner),
+        tenant_weights=config.tenant_weights,
     )
+
+
+def _order(config: EngineConfig) -> Order:
+    if config.scheduling_policy == "priority":
+        return Priority(config.priority_aging_s)
+    return Fair() if config.scheduling_policy == "fair" else Fcfs()
 
 
 def _build_grammars(loaded: LoadedModel) -> Grammars | None:
@@ -241,7 +249,7 @@ def _build_grammars(loaded: LoadedModel) -> Grammars | None:
     return Grammars(loaded.tokenizer, loaded.vocab_size, loaded.eos_token_ids)
 
 
-def _build_admission(loaded: LoadedModel, cache: SlotCache) -> Admission:
+def _build_admission(loaded: LoadedModel, config: EngineConfig, cache: SlotCache) -> Admission:
     limit = cache.pool.limit_pages
     return Admission(
         vocab_size=loaded.vocab_size,
@@ -249,6 +257,7 @@ def _build_admission(loaded: LoadedModel, cache: SlotCache) -> Admission:
         limit_pages=limit,
         longest=bisect.bisect_right(range(cache.max_len), limit, key=cache.num_pages) - 1,
         num_pages=functools.partial(_num_pages, cache.geometry),  # which a process may send
+        takes_priority=config.scheduling_policy == "priority",
     )
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,6 +12,7 @@ from ...vmem.errors import InvalidConfig
 
 KVKind = Literal["virtual", "paged"]
 PolicyName = Literal["splitfuse", "prefill_first"]
+OrderName = Literal["fcfs", "priority", "fair"]
 
 _LEAST = {
     "max_seqs": 1,
@@ -66,6 +68,12 @@ class EngineConfig:
         overlap: prepare a step on the host while the device computes the one before, so that a
             request's end is seen one step late; None does so on a GPU. The tokens are the same.
         policy: "splitfuse", or "prefill_first", a baseline to compare with (`policies`).
+        scheduling_policy: who comes first, and who gives way: "fcfs", by arrival; "priority", by
+            the `priority` of requests, the lower first; "fair", the `tenant` that got least.
+        priority_aging_s: with "priority", seconds of waiting that count as one priority better, so
+            that nobody waits for ever; None for never.
+        tenant_weights: with "fair", the parts of tenants for whom it is not 1: one of weight 2 gets
+            twice as much.
         idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
             back by itself; None for never.
         shortage_wait_s: how long a request may wait for memory that nobody of this engine can
@@ -94,6 +102,9 @@ class EngineConfig:
     record_decodes: bool | None = None
     overlap: bool | None = None
     policy: PolicyName = "splitfuse"
+    scheduling_policy: OrderName = "fcfs"
+    priority_aging_s: float | None = 60.0
+    tenant_weights: Mapping[str, float] | None = None
     idle_trim_s: float | None = None
     shortage_wait_s: float = 5.0
 
@@ -133,6 +144,7 @@ class EngineConfig:
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
         if self.policy not in ("splitfuse", "prefill_first"):
             raise InvalidConfig(f"policy is {self.policy!r}; use 'splitfuse' or 'prefill_first'")
+        self._check_order()
         if not isinstance(self.generation_config, str | Path):
             raise InvalidConfig(
                 f"generation_config is {self.generation_config!r}; use 'auto', 'vllm' or a folder"
@@ -150,6 +162,33 @@ class EngineConfig:
             parse_bytes(self.kv_memory)
         if self.swap_memory is not None:
             parse_bytes(self.swap_memory)
+
+    def _check_order(self) -> None:
+        if self.scheduling_policy not in ("fcfs", "priority", "fair"):
+            raise InvalidConfig(
+                f"scheduling_policy is {self.scheduling_policy!r}; use 'fcfs', 'priority' or 'fair'"
+            )
+        if self.priority_aging_s is not None:
+            _check_seconds("priority_aging_s", self.priority_aging_s)
+            if not self.priority_aging_s:
+                raise InvalidConfig("priority_aging_s is 0; use None for no aging, or more seconds")
+        weights = self.tenant_weights
+        if weights is None:
+            return
+        if not isinstance(weights, Mapping):
+            raise InvalidConfig(f"tenant_weights is {weights!r}; use a dictionary of numbers")
+        for tenant, weight in weights.items():
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not isinstance(tenant, str) or not is_number or not 0 < weight < math.inf:
+                raise InvalidConfig(
+                    f"tenant_weights has {tenant!r}: {weight!r}; use names, and finite numbers "
+                    "above 0"
+                )
+        if self.scheduling_policy != "fair":
+            raise InvalidConfig(
+                f"tenant_weights are given, and scheduling_policy is {self.scheduling_policy!r}; "
+                "use 'fair', or leave them out"
+            )
 
 
 def _check_seconds(name: str, value: object) -> None:

@@ -153,6 +153,11 @@ class Engine:
             if request.key[1] == index:
                 self._leave(request, keep=True)
 
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """Give all that is unfinished of a request another priority."""
+        for request in self._requests.get(request_id, ()):
+            self.scheduler.waiting.set_priority(request, priority)
+
     def fail(self, request: Request, error: Exception) -> None:
         """End a request by an error; without effect on one that has ended."""
         if not request.is_finished:
@@ -319,6 +324,7 @@ class Engine:
         is_first = not request.num_output_tokens
         request.token_ids.append(token.token_id)
         self._num_output_tokens += 1
+        self.scheduler.accounts.generated(request)
         reason, stop_reason = _why_finished(request, self._eos_token_ids)
         is_whole = reason != "stop" and request.sampling.is_complete
         if is_whole:
@@ -388,6 +394,7 @@ class Engine:
             num_computed_tokens=self.num_computed_tokens,
             step_time_s=self._step_time_s,
             swap=SwapStats.of(swapping) if swapping is not None else None,
+            tenants=self.scheduler.accounts.stats(),
         )
 
 

@@ -11,7 +11,7 @@ from ..request.spec import RequestSpec
 from ..request.step_output import Failure, StepOutput
 from .engine import Engine
 from .memory.memory_map import MemoryMap, draw_memory
-from .messages import Abort, Add, Finish, Message
+from .messages import Abort, Add, Finish, Message, SetPriority
 from .sleep import Sleep
 from .stats import EngineStats
 
@@ -107,6 +107,8 @@ class EngineLoop:
             self.engine.add(message.spec)
         elif isinstance(message, Finish):
             self.engine.finish(message.request_id, message.index)
+        elif isinstance(message, SetPriority):
+            self.engine.set_priority(message.request_id, message.priority)
         else:
             assert isinstance(message, Abort), message
             self.engine.abort(message.request_id)

@@ -30,4 +30,14 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
-Message = Add | Finish | Abort
+class SetPriority(msgspec.Struct, frozen=True, tag=True):
+    """All that is unfinished of a request has another priority from now on.
+
+    Without effect on what is not there, and where requests are not scheduled by priority.
+    """
+
+    request_id: str
+    priority: int
+
+
+Message = Add | Finish | Abort | SetPriority

@@ -5,6 +5,7 @@ from typing import Self
 
 from ...allocator import KVStats
 from ...allocator.transfer import MoveStats
+from ..scheduling.accounts import TenantStats
 from ..scheduling.swapping import Swapping
 
 
@@ -62,6 +63,8 @@ class EngineStats:
         num_computed_tokens: tokens that went through the model, those computed again included.
         step_time_s: time of all steps together.
         swap: of the tier behind the cache; None without one.
+        tenants: what each got, those without a request included as long as they are remembered;
+            two hundred or so at most.
     """
 
     kv: KVStats
@@ -80,6 +83,7 @@ class EngineStats:
     num_computed_tokens: int
     step_time_s: float
     swap: SwapStats | None = None
+    tenants: tuple[TenantStats, ...] = ()
 
     @property
     def virtual_bytes(self) -> int:

@@ -26,7 +26,7 @@ from .driving.port import EnginePort
 from .driving.thread import EngineThread
 from .front_end import FrontEnd
 from .prompts import Message as ChatMessage
-from .prompts import Prompt
+from .prompts import Prompt, Standing
 from .sessions.session import Session
 from .sessions.sessions import Saved, Sessions
 from .tokenizer import own
@@ -90,18 +90,23 @@ class AsyncLLM:
         prompt: Prompt | Sequence[ChatMessage],
         params: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        priority: int = 0,
+        tenant: str = "",
         **options: Unpack[ChatOptions],
     ) -> AsyncIterator[RequestOutput]:
         """Complete a prompt or a conversation; yields all that there is so far.
 
-        Prompts are as of `LLM.generate`, conversations and `options` as of `LLM.chat`.
+        Prompts, `priority` and `tenant` are as of `LLM.generate`, conversations and `options` as of
+        `LLM.chat`. Those beyond `max_unfinished` wait in the order in which they came.
         Each output holds the whole of text and tokens up to then; the last has `finished`. The
         name is known to `abort` from now on, also while the request waits for its place.
 
         Raises a `UsageError` if the request is refused, InvalidOperation if this object is closed
         meanwhile, and the request's own error if it goes wrong.
         """
-        return self._requests.generate(prompt, params, request_id, options)
+        standing = Standing(priority=priority, tenant=tenant)
+        return self._requests.generate(prompt, params, request_id, options, standing)
 
     def abort(self, request_id: str) -> None:
         """End the requests that have this name now: each gets a last output, "abort" its reason.
@@ -109,6 +114,14 @@ class AsyncLLM:
         Without effect if there is none. A request that takes the name later is another.
         """
         self._requests.abort(request_id)
+
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """Give the requests that have this name now another priority, whether they run or wait.
+
+        Without effect if there is none. Raises a `UsageError` if requests are not scheduled by
+        priority.
+        """
+        self._requests.set_priority(request_id, Standing(priority=priority).priority)
 
     @property
     def port(self) -> EnginePort:

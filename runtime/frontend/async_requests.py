@@ -8,8 +8,10 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
+import msgspec
+
 from ...vmem.errors import InvalidOperation, VkvError
-from ..engine.messages import Abort, Message
+from ..engine.messages import Abort, Message, SetPriority
 from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
 from ..request.step_output import Failure, StepOutput
@@ -18,8 +20,8 @@ from .driving.places import Place, Places
 from .driving.port import EnginePort
 from .driving.sinks import give
 from .front_end import FrontEnd
+from .prompts import DEFAULT_STANDING, Prompt, Standing
 from .prompts import Message as ChatMessage
-from .prompts import Prompt
 from .text_stream import RequestText
 
 
@@ -59,10 +61,11 @@ class AsyncRequests:
         params: SamplingParams | None = None,
         request_id: str | None = None,
         options: ChatOptions | None = None,
+        standing: Standing = DEFAULT_STANDING,
     ) -> AsyncIterator[RequestOutput]:
         """As `AsyncLLM.generate`."""
         self._port.check_open()
-        request = self.front_end.request(prompt, params, options)
+        request = self.front_end.request(prompt, params, options, standing)
         return self._outputs(self._stream(request, request_id))
 
     def run(self, request: RequestText, request_id: str | None = None) -> AsyncGenerator[None]:
@@ -75,11 +78,19 @@ class AsyncRequests:
 
     def abort(self, request_id: str) -> None:
         """As `AsyncLLM.abort`."""
+        for stream in self._namesakes(request_id):
+            stream.abort()
+
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """As `AsyncLLM.set_priority`."""
+        self.front_end.admission.check_priority(priority)
+        for stream in self._namesakes(request_id):
+            stream.set_priority(priority)
+
+    def _namesakes(self, request_id: str) -> "list[_Stream]":
         self._port.check_process()
         with self._naming:
-            namesakes = list(self._named.get(request_id, ()))
-        for stream in namesakes:
-            stream.abort()
+            return list(self._named.get(request_id, ()))
 
     def abort_all(self) -> None:
         """End all requests that there are now: each gets a last output, "abort" its reason."""
@@ -187,7 +198,10 @@ class _Stream:
 
     def submit(self) -> None:
         """Ask the engine."""
+        spec = self.spec
         self._port.submit([self])
+        if self.spec is not spec:  # in between, by another thread
+            self.set_priority(self.spec.priority)
         if self.is_aborted:  # in between, by another thread
             self.abort()
 
@@ -233,6 +247,11 @@ class _Stream:
         if self._place is not None:
             self._place.give_up()
         self._port.post(Abort(self.spec.request_id))
+
+    def set_priority(self, priority: int) -> None:
+        """Give it another priority, also if the engine does not have it yet."""
+        self.spec = msgspec.structs.replace(self.spec, priority=priority)
+        self._port.post(SetPriority(self.spec.request_id, priority))
 
     # -- on the engine's thread ----------------------------------------------------------------
 

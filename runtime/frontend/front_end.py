@@ -16,9 +16,11 @@ from ..request.sampling_params import SamplingParams
 from ..request.spec import RequestSpec
 from .chat_template import ChatOptions, ChatTemplate, check_names
 from .prompts import (
+    DEFAULT_STANDING,
     Message,
     PlainPrompt,
     Prompt,
+    Standing,
     as_plain,
     check_params,
     is_conversation,
@@ -75,20 +77,21 @@ class FrontEnd:
         prompt: Prompt | Sequence[Message],
         params: SamplingParams | None = None,
         options: ChatOptions | None = None,
+        standing: Standing = DEFAULT_STANDING,
     ) -> RequestText:
         """A request for a prompt or a conversation.
 
         Raises a `UsageError` that names what cannot be.
         """
         if is_conversation(prompt):
-            return self.chat_request(prompt, params, options or {})  # type: ignore[arg-type]
+            return self.chat_request(prompt, params, options or {}, standing=standing)  # type: ignore[arg-type]
         if options:
             check_names(options)
             raise InvalidPrompt(
                 f"{', '.join(options)} is for conversations, and the prompt is none; leave it out"
             )
         plain = as_plain(prompt)  # type: ignore[arg-type]
-        return self._request(plain, self.default_params if params is None else params)
+        return self._request(plain, self.default_params if params is None else params, standing)
 
     def chat_request(
         self,
@@ -96,13 +99,17 @@ class FrontEnd:
         params: SamplingParams | None,
         options: ChatOptions,
         salt: str = "",
+        standing: Standing = DEFAULT_STANDING,
     ) -> RequestText:
         """A request for the answer to a conversation; prefixes are shared within one `salt`."""
         prompt = replace(self._chat_template.render(messages, options), salt=salt)
-        return self._request(prompt, self.chat_params if params is None else params)
+        return self._request(prompt, self.chat_params if params is None else params, standing)
 
-    def _request(self, prompt: PlainPrompt, params: SamplingParams) -> RequestText:
+    def _request(
+        self, prompt: PlainPrompt, params: SamplingParams, standing: Standing
+    ) -> RequestText:
         check_params(params)
+        self.admission.check_priority(standing.priority)
         tokens = self._truncate(self._tokenise(prompt), params)
         self.check(tokens, params)
         spec = RequestSpec(
@@ -111,6 +118,8 @@ class FrontEnd:
             params=params,
             bad_words=self._bad_words(params),
             variant=prompt.salt,
+            priority=standing.priority,
+            tenant=standing.tenant,
         )
         return RequestText(spec, prompt.text, self.tokenizer if params.detokenize else None)
 

@@ -27,10 +27,12 @@ from .progress import BatchProgress
 from .prompts import (
     Message,
     Prompt,
+    Standing,
     are_conversations,
     as_batch,
     params_for_each,
     refuse_conversation,
+    standings,
 )
 from .sessions.session import Session
 from .sessions.sessions import Saved, Sessions
@@ -104,6 +106,8 @@ class LLM:
         *,
         progress: bool | None = None,
         on_error: OnError = "return",
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
     ) -> list[RequestOutput]:
         """Complete prompts together; outputs come in the order of the prompts.
 
@@ -117,6 +121,11 @@ class LLM:
                 "return": its output has an `error`, the finish reason "error" and the tokens it
                 had, the first error is logged, and the other outputs are whole. "raise": the
                 first error is raised when all requests have ended.
+            priority: for all prompts, or one for each: with `scheduling_policy="priority"`, the
+                lower, the earlier.
+            tenant: for all prompts, or one for each: whose service it counts as, in `stats`, and
+                with `scheduling_policy="fair"` in whose turn it is. Prefixes are shared among
+                tenants all the same; a `cache_salt` keeps them apart.
 
         Raises a `UsageError` before anything runs if a prompt or parameter is refused. On an
         exception, Ctrl-C included, the requests' pages are given back.
@@ -126,8 +135,11 @@ class LLM:
         for prompt in (prompts, *batch):
             refuse_conversation(prompt)
         each = params_for_each(params, len(batch))
-        pairs = zip(batch, each, strict=True)
-        requests = [self._front_end.request(*pair) for pair in pairs]
+        where = standings(priority, tenant, len(batch))
+        requests = [
+            self._front_end.request(prompt, one, standing=standing)
+            for prompt, one, standing in zip(batch, each, where, strict=True)
+        ]
         return self._run(requests, progress, on_error)
 
     def chat(
@@ -137,6 +149,8 @@ class LLM:
         *,
         progress: bool | None = None,
         on_error: OnError = "return",
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """Answer one conversation or several.
@@ -144,17 +158,18 @@ class LLM:
         A message has a `role` and a `content`, a text or a list of text parts; one with
         `tool_calls` may do without. `options` are those of `ChatOptions`: `tools`, `chat_template`,
         `chat_template_kwargs`, `add_generation_prompt` and `continue_final_message`. Without
-        `params` an answer is as long as the model or its generation config makes it. `on_error` is
-        as of `generate`.
+        `params` an answer is as long as the model or its generation config makes it. `on_error`,
+        `priority` and `tenant` are as of `generate`.
 
         Raises InvalidPrompt if there is no chat template, or if it does not know what it is told.
         """
         self._driver.check_ready()
         conversations: Any = messages if are_conversations(messages) else [messages]
         each = params_for_each(params, len(conversations))
+        where = standings(priority, tenant, len(conversations))
         requests = [
-            self._front_end.chat_request(conversation, one, options)
-            for conversation, one in zip(conversations, each, strict=True)
+            self._front_end.chat_request(conversation, one, options, standing=standing)
+            for conversation, one, standing in zip(conversations, each, where, strict=True)
         ]
         return self._run(requests, progress, on_error)
 
@@ -162,6 +177,9 @@ class LLM:
         self,
         prompt: Prompt | Sequence[Message],
         params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        tenant: str = "",
         **options: Unpack[ChatOptions],
     ) -> Iterator[StreamDelta]:
         """Generate for one prompt or conversation, and yield what comes; `options` as of `chat`.
@@ -171,7 +189,8 @@ class LLM:
         loop does, ends the request and gives its pages back. An error of the request is raised.
         """
         self._driver.check_ready()
-        request = self._front_end.request(prompt, params, options)
+        standing = Standing(priority=priority, tenant=tenant)
+        request = self._front_end.request(prompt, params, options, standing)
         if request.spec.params.n != 1:
             raise InvalidSamplingParams(
                 f"n = {request.spec.params.n}: a stream has one output; use generate"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ...vmem.errors import InvalidPrompt, InvalidSamplingParams
+from ..request.plain_values import half_of_a_pair, is_int, plain, plain_list, refuse
 from ..request.sampling_params import SamplingParams
 from .tokenizer import check_text
 
@@ -16,6 +17,8 @@ Message = Mapping[str, Any]
 _NO_TEXT = (bytes, bytearray, memoryview)
 _REMEDY = "give a text, a list of token ids, or a list of either"
 _OF_A_DICT = ("prompt", "prompt_token_ids", "cache_salt")
+_MOST_PRIORITY = 1 << 53  # beyond it, a float does not tell two neighbours apart
+_LONGEST_TENANT = 256  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,53 @@ class PlainPrompt:
     text: str | None = None
     token_ids: list[int] | None = None
     salt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a request stands among others: `priority` and `tenant` as of `RequestSpec`.
+
+    Raises InvalidSamplingParams.
+    """
+
+    priority: int = 0
+    tenant: str = ""
+
+    def __post_init__(self) -> None:
+        priority, tenant = plain(self.priority), self.tenant
+        if not is_int(priority) or abs(priority) > _MOST_PRIORITY:
+            refuse("priority", priority, "an integer, the lower the earlier")
+        object.__setattr__(self, "priority", priority)
+        is_name = isinstance(tenant, str) and len(tenant) <= _LONGEST_TENANT
+        if not is_name or half_of_a_pair(tenant) is not None:
+            refuse("tenant", tenant, f"a text of at most {_LONGEST_TENANT} characters")
+
+
+DEFAULT_STANDING = Standing()
+"""Where nothing is said of it."""
+
+
+def standings(priority: Any, tenant: Any, count: int) -> list[Standing]:
+    """Standings for each of `count` prompts: one value for all, or one for each.
+
+    Raises InvalidSamplingParams.
+    """
+    priorities = _for_each("priority", "priorities", priority, count)
+    tenants = _for_each("tenant", "tenants", tenant, count)
+    return [
+        Standing(priority=one, tenant=its) for one, its in zip(priorities, tenants, strict=True)
+    ]
+
+
+def _for_each(name: str, plural: str, given: Any, count: int) -> list[Any]:
+    several = None if isinstance(given, set | frozenset) else plain_list(given)
+    if several is None:
+        return [given] * count
+    if len(several) != count:
+        raise InvalidSamplingParams(
+            f"{len(several)} {plural} for {count} prompts; give one {name}, or one for each"
+        )
+    return several
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

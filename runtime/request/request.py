@@ -35,7 +35,10 @@ class Request:
         fetch: its keys and values on their way back, while it has a place among those that run
             and no slot yet.
         prompt_logprobs: entries of the prompt's tokens that are known, where they are asked.
+        priority, tenant: as of `RequestSpec`; the priority may change (`SetPriority`).
+        num_served: prompt tokens that were computed for it, or found, at one time or another.
         queued_time_s, scheduled_time_s: when it came, and when it first had a slot (`StepOutput`).
+        waited_s: from when it came to when it last got a slot.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class Request:
         self.key: SequenceKey = (spec.request_id, index)
         self.params: SamplingParams = spec.params
         self.variant = spec.variant
+        self.priority = spec.priority
+        self.tenant = spec.tenant
         self.max_tokens = max_tokens
         self.sampling = sampling
         self.leader = leader
@@ -59,12 +64,14 @@ class Request:
         self.num_pending = 0
         self.pending_index = 0
         self.num_cached = 0  # prompt tokens found in a slot at the first admission
+        self.num_served = 0
         self.state = RequestState.WAITING
         self.slot: Slot | None = None
         self.fetch: Fetch | None = None
         self.can_fetch = True  # False once that failed
         self.queued_time_s = time.monotonic()
         self.scheduled_time_s: float | None = None
+        self.waited_s = 0.0
         self.prompt_logprobs: list[dict[int, Logprob] | None] = []
 
     @property

@@ -21,6 +21,8 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
         bad_words: what `params.bad_words` are in tokens: sequences that must not be completed.
         variant: what keys and values depend on besides the tokens: an adapter, a tenant's salt.
             Prefixes are shared within one variant alone.
+        priority: the lower, the earlier, where requests are scheduled by priority.
+        tenant: whose service it counts as. It has no part in `variant`: tenants may share prefixes.
         arrival_time_s: on the system's monotonic clock, which all processes of a machine share.
     """
 
@@ -29,4 +31,6 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     bad_words: tuple[tuple[int, ...], ...] = ()
     variant: str = ""
+    priority: int = 0
+    tenant: str = ""
     arrival_time_s: float = msgspec.field(default_factory=time.monotonic)

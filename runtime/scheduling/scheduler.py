@@ -8,17 +8,20 @@ refuses (DriverError) keeps one request waiting, as a shortage does, and tears n
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...allocator import Slot, SlotCache
 from ...vmem.errors import DriverError, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
+from .accounts import Accounts
 from .exits import Exits
 from .kv_files import KVFiles
+from .lines import lines_for
 from .plan import Plan, Policy
-from .snapshot import RunningRequest, Snapshot, WaitingRequest
+from .snapshot import Snapshot
 from .swapping import Swapping
+from .views import running_view, waiting_view
 from .waiting import WaitingQueue
 
 Refusal = Shortage | DriverError
@@ -38,8 +41,10 @@ class Scheduler:
         look_ahead_tokens: tokens mapped ahead of a decoding request, in the background.
         prefix_reuse: start a request from keys and values that others computed for its tokens.
         swapping: moves what slots hold to another tier of memory and back; None to drop it.
+        tenant_weights: of tenants whose part is another than 1.
 
     Attributes:
+        accounts: what each tenant got.
         running: in the order of admission.
         exits: how slots are let go.
         kv_files: files that requests may begin with.
@@ -56,6 +61,7 @@ class Scheduler:
         look_ahead_tokens: int = 0,
         prefix_reuse: bool = True,
         swapping: Swapping | None = None,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.cache = cache
         self.policy = policy
@@ -66,12 +72,14 @@ class Scheduler:
         self.swapping = swapping
         self.exits = Exits(cache)
         self.kv_files = KVFiles()
-        self.waiting = WaitingQueue()
+        self.accounts = Accounts(tenant_weights or {})
+        self.waiting = WaitingQueue(lines_for(policy.order, self.accounts))
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.shortage: tuple[Request, Refusal] | None = None
         self._requests: dict[SequenceKey, Request] = {}
+        self._growth_pages = cache.num_pages(cache.growth_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -87,6 +95,7 @@ class Scheduler:
         """Queue a new request."""
         assert request.key not in self._requests, f"{request} is here already"
         self._requests[request.key] = request
+        self.accounts.came(request)
         leader = self._requests.get(request.leader) if request.leader else None
         if leader is not None and leader.num_computed < leader.num_prompt_tokens:
             self.waiting.hold(request, leader.key)
@@ -184,27 +193,21 @@ class Scheduler:
         held: set[Request],
         num_given_up: int,
     ) -> Snapshot:
-        free = max(1, self.max_seqs - len(self.running))
+        waiting = self.waiting.first(self.max_seqs - len(self.running), len(self.running))
+        by_tenant = self.policy.order.lines == "tenant"
         return Snapshot(
             max_batch_tokens=self.max_batch_tokens,
             max_seqs=self.max_seqs,
-            running=tuple(
-                RunningRequest(
-                    r.key,
-                    r.num_tokens,
-                    0 if r.is_complete or r.slot is None or r in held else r.num_uncomputed,
-                )
-                for r in self.running
-            ),
-            waiting=tuple(
-                WaitingRequest(r.key, r.num_tokens, r.was_admitted)
-                for r in self.waiting.first(free)
-            ),
+            running=running_view(self.running, held),
+            waiting=waiting_view(waiting),
             num_waiting=len(self.waiting),
             granted={request.key: count for request, count in granted.items()},
             short=short.key if short else None,
             num_preempted=num_given_up,
             pages_obtainable=self.cache.num_obtainable(),
+            growth_tokens=self.cache.growth_tokens,
+            growth_pages=self._growth_pages,
+            tenants=self.accounts.shares([*self.running, *waiting]) if by_tenant else {},
         )
 
     def _let_siblings_in(self) -> None:
@@ -271,6 +274,7 @@ class Scheduler:
         request.state = RequestState.FINISHED
         del self._requests[request.key]
         self.waiting.let_in(request.key)
+        self.accounts.left(request)
 
     def _release(self, request: Request, *, keep: bool, comes_back: bool) -> None:
         slot, request.slot = request.slot, None
@@ -280,6 +284,7 @@ class Scheduler:
             fetch.cancel()
             return
         assert slot is not None
+        self.accounts.released(request)
         if keep and self.swapping is not None:
             self.swapping.leave(request, slot, comes_back=comes_back)
         computed = request.token_ids[: request.num_computed] if keep else ()
@@ -324,6 +329,8 @@ class Scheduler:
             request.scheduled_time_s = time.monotonic()
             request.num_cached = request.num_computed
             self.prefix_hit_tokens += request.num_computed
+        request.waited_s = time.monotonic() - request.queued_time_s
+        self.accounts.admitted(request)
 
     def _fetch(self, request: Request, tokens: Sequence[int], num_shared: int, needed: int) -> bool:
         """Admit a request by fetching what another tier has of it, if that is the best there is.

@@ -4,6 +4,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from ...vmem.errors import InvalidConfig
 from ..engine.memory.memory_map import MemoryMap
 from ..engine.messages import Message
 from ..engine.stats import EngineStats
@@ -26,7 +27,13 @@ def app_of(llm: AsyncLLM, **options: Any) -> Callable[..., Awaitable[None]]:
     Example:
         >>> uvicorn.run(app_of(AsyncLLM()))
     """
-    server = Server(ServeOptions(**options), LocalEngine(llm))
+    resolved = ServeOptions(**options)
+    if resolved.tenant_weights and resolved.tenant_weights != llm.config.tenant_weights:
+        raise InvalidConfig(
+            f"api_key_file has the weights {resolved.tenant_weights}, and the model has others; "
+            "give them to AsyncLLM as tenant_weights"
+        )
+    server = Server(resolved, LocalEngine(llm))
     server.meet(Face.of(llm.loaded, llm.engine, llm.config), llm.engine.grammars)
     return build_app(server)
 

@@ -6,7 +6,7 @@ comes from its last pulse.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -16,6 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from ..engine.stats import EngineStats
 from ..frontend.text_stream import RequestText
 from ..request.outputs import FinishReason, RequestMetrics
+from ..scheduling.accounts import TenantStats
 from .link.engine_link import EngineLink
 from .link.face import Face
 from .places import REFUSALS
@@ -205,6 +206,22 @@ class _EngineCollector:
         yield self._counter(
             "vkv:preemptions", "By kind", {("recompute",): stats.num_preemptions}, ("kind",)
         )
+        yield from self._of_tenants(stats.tenants)
+
+    def _of_tenants(self, tenants: Sequence[TenantStats]) -> Iterator[Metric]:
+        """What each tenant has and got, as long as it is remembered."""
+        by_tenant = ("tenant",)
+        for name, what, values in (
+            ("prompt", "Computed of prompts", {(t.tenant,): t.prompt_tokens for t in tenants}),
+            ("generation", "Generated", {(t.tenant,): t.output_tokens for t in tenants}),
+        ):
+            yield self._counter(f"vkv:tenant_{name}_tokens", what, values, by_tenant)
+        family = GaugeMetricFamily(
+            "vkv:tenant_requests", "That run or wait", labels=(*_LABELS, *by_tenant)
+        )
+        for tenant in tenants:
+            family.add_metric((*self._labels, tenant.tenant), tenant.num_unfinished)
+        yield family
 
     def _gauge(self, name: str, what: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, what, labels=_LABELS)
@@ -212,7 +229,11 @@ class _EngineCollector:
         return family
 
     def _counter(
-        self, name: str, what: str, values: dict[tuple[str, ...], float], more: tuple[str, ...] = ()
+        self,
+        name: str,
+        what: str,
+        values: Mapping[tuple[str, ...], float],
+        more: tuple[str, ...] = (),
     ) -> Metric:
         family = CounterMetricFamily(name, what, labels=(*_LABELS, *more))
         for labels, value in values.items():

@@ -2,13 +2,13 @@
 
 import hmac
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ...vmem.errors import InvalidConfig
+from .keys import read_keys, tenant_weights
 
 LogFormat = Literal["line", "json"]
 MiB = 1 << 20
@@ -25,7 +25,9 @@ class ServeOptions:
         uds: a Unix socket to listen on instead of host and port.
         api_key: a key that callers must show; may be given several times. Also the environment's
             VKV_API_KEY, where several stand apart by commas.
-        api_key_file: a file of keys, one a line; lines that begin with # are left out.
+        api_key_file: a file of keys, one a line; lines that begin with # are left out. Behind a
+            key may stand whose it is, and that one's part where service is shared out fairly:
+            tenant=NAME weight=2.
         served_model_name: the names that requests may use for the model; the first is in answers.
         root_path: the path under which a proxy shows this server.
         ssl_certfile: a certificate, for HTTPS.
@@ -76,6 +78,9 @@ class ServeOptions:
     chat_template: Path | None = None
     trust_request_chat_template: bool = False
     keys: tuple[str, ...] = field(init=False, repr=False, default=())
+    tenants: tuple[str, ...] = field(init=False, default=())
+    """Whose each of the keys is."""
+    tenant_weights: Mapping[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -98,7 +103,10 @@ class ServeOptions:
             raise InvalidConfig(f"log_format is {self.log_format!r}; use line or json")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise InvalidConfig("ssl_certfile and ssl_keyfile go together; give both, or neither")
-        object.__setattr__(self, "keys", self._read_keys())
+        keys = read_keys(self.api_key, self.api_key_file)
+        object.__setattr__(self, "keys", tuple(key.text for key in keys))
+        object.__setattr__(self, "tenants", tuple(key.tenant for key in keys))
+        object.__setattr__(self, "tenant_weights", tenant_weights(keys))
         self.read_chat_template()  # to refuse it now, and not when the model is there
 
     def read_chat_template(self) -> str | None:
@@ -109,21 +117,6 @@ class ServeOptions:
             return self.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidConfig(f"chat_template {self.chat_template}: {error}") from error
-
-    def _read_keys(self) -> tuple[str, ...]:
-        keys = [*self.api_key, *os.environ.get("VKV_API_KEY", "").split(",")]
-        if self.api_key_file is not None:
-            try:
-                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise InvalidConfig(f"api_key_file {self.api_key_file}: {error}") from error
-            keys += [line for line in lines if not line.lstrip().startswith("#")]
-            if not any(line.strip() for line in keys):
-                raise InvalidConfig(
-                    f"api_key_file {self.api_key_file} has no key; write one a line, or leave it "
-                    "out"
-                )
-        return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
 
     def key_index(self, shown: str) -> int | None:
         """Which of the keys it is, in a time that tells nothing; None if it is none."""

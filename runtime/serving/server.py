@@ -156,6 +156,11 @@ class Server:
 
     # -- requests ------------------------------------------------------------------------------
 
+    def tenant(self, request: Request) -> str:
+        """Whose key a request shows; empty where there are no keys."""
+        key: int | None = request.state.key
+        return "" if key is None else self.options.tenants[key]
+
     def params(self, base: SamplingParams, fields: Sampling, **more: object) -> SamplingParams:
         """What a request asks over what the model's authors say. Raises InvalidSamplingParams."""
         if (fields.n or 1) > self.options.max_n:

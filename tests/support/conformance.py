@@ -300,7 +300,7 @@ CHAT = (
         "priority is 1",
         vllm="an error, unless it schedules by priority",
         llama_cpp="200; ignored",
-        ours="400",
+        ours="400, unless `--scheduling-policy priority`",
     ),
     Row(
         route=_CHAT,
@@ -434,6 +434,15 @@ COMPLETIONS = (
         llama_cpp="500: unsupported",
         ours="400",
     ),
+    Row(
+        route=_TEXT,
+        asks="`priority: 0`",
+        body={**_GO_ON, "priority": 0},
+        vllm="200",
+        llama_cpp="200; ignored",
+        ours="200",
+        finds={"choices.0.text": ANY},
+    ),
     _refused(
         _TEXT,
         "`best_of: 2`",
@@ -503,6 +512,15 @@ RESPONSES = (
             "1.sequence_number": 1,
             "-1.type": "response.completed",
         },
+    ),
+    _refused(
+        _RESPONSES,
+        "`priority: 1`",
+        {"input": "What is 3 + 4?", "priority": 1},
+        "priority is 1",
+        vllm="an error",
+        llama_cpp=_NOT_READ,
+        ours="400, unless `--scheduling-policy priority`",
     ),
     _refused(
         _RESPONSES,

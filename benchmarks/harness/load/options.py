@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 POLICIES = ("splitfuse", "prefill_first")
+ORDERS = ("fcfs", "priority", "fair")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +195,9 @@ class ScheduleOptions:
 
     Attributes:
         queued: lengths of the line, one load each.
+        scheduling_policy: as of `EngineConfig`.
 
-    Raises InvalidConfig for a line of no request.
+    Raises InvalidConfig for a line of no request, and an unknown policy.
     """
 
     queued: tuple[int, ...] = option(
@@ -205,8 +207,15 @@ class ScheduleOptions:
     )
     num_finished: int = option(1000, least=1, help="Requests that run to their end, of each line.")
     max_seqs: int = max_seqs_option(32)
+    scheduling_policy: str = option(
+        "fcfs", help="fcfs; or priority or fair, with a thousand priorities and tenants."
+    )
     repeats: int = option(5, least=1, help="Turns of each line.")
 
     def __post_init__(self) -> None:
         if not self.queued or min(self.queued) < 1:
             raise InvalidConfig(f"queued is {self.queued}; give lines of one request at least")
+        if self.scheduling_policy not in ORDERS:
+            raise InvalidConfig(
+                f"scheduling_policy is {self.scheduling_policy!r}; use one of {', '.join(ORDERS)}"
+            )

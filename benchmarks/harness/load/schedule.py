@@ -2,7 +2,8 @@
 
 The scheduler and a cache as they are, and no model: a step's tokens are made up. Requests are
 queued, some in the middle of the line are dropped, and then steps run while for each request that
-finishes another is queued, so that the line stays as long. Lines take turns.
+finishes another is queued, so that the line stays as long. Lines take turns. By priority, a request
+that comes may take the slot of another, which costs both of them.
 """
 
 import itertools
@@ -21,7 +22,8 @@ from ...runtime.request.request import Request
 from ...runtime.request.sampling_params import SamplingParams
 from ...runtime.request.sampling_state import SamplingState
 from ...runtime.request.spec import RequestSpec
-from ...runtime.scheduling.policies import POLICIES
+from ...runtime.scheduling.plan import Order
+from ...runtime.scheduling.policies import Fair, Fcfs, Priority, SplitFuse
 from ...runtime.scheduling.scheduler import Scheduler
 from ..limits import LimitsProbe
 from ..record import Findings, Record, Table
@@ -30,6 +32,7 @@ from .options import ScheduleOptions
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _BLOCK_TOKENS = 40, 8, 16
 _PARAMS = SamplingParams(max_tokens=_OUTPUT_TOKENS)
 _NUM_DROPPED = 50
+_NUM_KINDS = 1000  # of priorities and tenants
 
 
 @dataclass
@@ -44,7 +47,9 @@ class Costs:
 def run(options: ScheduleOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
     cpu = torch.device("cpu")
-    record = Record(folder, "schedule", device=cpu, config=asdict(options), command=command)
+    policy = options.scheduling_policy
+    name = "schedule" if policy == "fcfs" else f"schedule-{policy}"
+    record = Record(folder, name, device=cpu, config=asdict(options), command=command)
     probe = LimitsProbe(cpu, torch.float32)
     costs = {num_queued: Costs() for num_queued in options.queued}
 
@@ -60,7 +65,7 @@ def run(options: ScheduleOptions, folder: Path, command: str) -> tuple[Path, lis
     def findings() -> Findings:
         return Findings(
             results={"microseconds": {n: asdict(found) for n, found in costs.items()}},
-            tables=[_table(costs)],
+            tables=[_table(costs, policy)],
             draw=partial(_plot, costs),
         )
 
@@ -68,7 +73,7 @@ def run(options: ScheduleOptions, folder: Path, command: str) -> tuple[Path, lis
 
 
 def _measure(num_queued: int, options: ScheduleOptions, costs: Costs) -> None:
-    scheduler = _scheduler(options.max_seqs)
+    scheduler = _scheduler(options)
     requests = _requests()
     queued = list(itertools.islice(requests, num_queued))
     start = time.perf_counter()
@@ -98,21 +103,31 @@ def _measure(num_queued: int, options: ScheduleOptions, costs: Costs) -> None:
     scheduler.cache.shutdown()
 
 
-def _scheduler(max_seqs: int) -> Scheduler:
+def _scheduler(options: ScheduleOptions) -> Scheduler:
+    max_seqs = options.max_seqs
     geometry = LayerGeometry(num_kv_heads=1, key_dim=1, value_dim=1)
     layout = PagedLayout((geometry,), torch.float32, max_len=256, block_tokens=_BLOCK_TOKENS)
     num_pages = 4 * max_seqs * layout.num_pages(_PROMPT_TOKENS + _OUTPUT_TOKENS)
     cache = PagedKVCache(
         layout, num_pages * layout.page_bytes, num_slots=2 * max_seqs, max_parked=max_seqs
     )
-    return Scheduler(cache, POLICIES["splitfuse"](), max_seqs=max_seqs, max_batch_tokens=256)
+    orders: dict[str, Order] = {order.name: order for order in (Fcfs(), Priority(), Fair())}
+    policy = SplitFuse(orders[options.scheduling_policy])
+    return Scheduler(cache, policy, max_seqs=max_seqs, max_batch_tokens=256)
 
 
 def _requests() -> Generator[Request, None, None]:
     """Requests whose prompts have nothing in common."""
     for number in itertools.count():
         tokens = [(number * 7919 + i * i) % 50_021 for i in range(_PROMPT_TOKENS)]
-        spec = RequestSpec(request_id=str(number), prompt_token_ids=tokens, params=_PARAMS)
+        kind = number * 7919 % _NUM_KINDS
+        spec = RequestSpec(
+            request_id=str(number),
+            prompt_token_ids=tokens,
+            params=_PARAMS,
+            priority=kind,
+            tenant=str(kind),
+        )
         sampling = SamplingState(_PARAMS, tokens)
         yield Request(spec, max_tokens=_OUTPUT_TOKENS, sampling=sampling)
 
@@ -125,6 +140,7 @@ def _step(scheduler: Scheduler) -> list[Request]:
         request.num_computed += item.num_tokens
         if samples:
             request.token_ids.append(0)
+            scheduler.accounts.generated(request)
             if request.num_output_tokens == _OUTPUT_TOKENS:
                 scheduler.finish(request)
                 ended.append(request)
@@ -135,7 +151,7 @@ def _each(start: float, count: int) -> float:
     return (time.perf_counter() - start) / count * 1e6
 
 
-def _table(costs: Mapping[int, Costs]) -> Table:
+def _table(costs: Mapping[int, Costs], policy: str) -> Table:
     medians = {
         n: [statistics.median(part) for part in (c.add, c.schedule, c.abort)]
         for n, c in costs.items()
@@ -147,7 +163,7 @@ def _table(costs: Mapping[int, Costs]) -> Table:
         for n, found in medians.items()
     ]
     return Table(
-        title="Microseconds of the scheduler, a request",
+        title=f"Microseconds of the scheduler ({policy}), a request",
         columns=["in line", "to queue it", "all its steps", "to drop one", "together, ratio"],
         rows=rows,
         notes=[

@@ -22,7 +22,7 @@ from ....vmem.errors import UsageError, VkvError
 from ...engine.build import build_loop, load
 from ...engine.config import EngineConfig
 from ...engine.loop import EngineLoop, refusal
-from ...engine.messages import Abort, Add, Finish
+from ...engine.messages import Abort, Add, Finish, SetPriority
 from ...request.step_output import Failure, StepOutput
 from .face import Face
 from .messages import (
@@ -192,6 +192,8 @@ class EngineServer:
                 return
         elif isinstance(message, Finish):  # no output comes back
             self._note_end(message.request_id, message.index)
+        elif isinstance(message, SetPriority):
+            self._preparing.set_priority(message.request_id, message.priority)
         elif add := self._preparing.drop(message.request_id):
             self._deliver(_aborted(add))
             return

@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 
 from ...engine.memory.memory_map import MemoryMap
-from ...engine.messages import Abort, Add, Finish
+from ...engine.messages import Abort, Add, Finish, SetPriority
 from ...engine.stats import EngineStats
 from ...request.step_output import Failure, StepOutput
 
@@ -46,7 +46,7 @@ class Pulse(msgspec.Struct, frozen=True, tag=True):
     is_asleep: bool = False
 
 
-ToEngine = Add | Finish | Abort | Ask
+ToEngine = Add | Finish | Abort | SetPriority | Ask
 FromEngine = Welcome | Outputs | Answer | Pulse
 
 _encoder = msgspec.msgpack.Encoder()

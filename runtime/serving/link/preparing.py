@@ -4,6 +4,8 @@ import socket
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import msgspec
+
 from ....vmem.errors import VkvError
 from ...engine.messages import Add
 from ...execution.grammars import Grammars
@@ -22,7 +24,7 @@ class Preparing:
         self._grammars = grammars
         self._threads = ThreadPoolExecutor(_MOST_AT_ONCE, "vkv-preparing")
         self._waiting: dict[str, Add] = {}
-        self._done: deque[tuple[Add, Future[None]]] = deque()
+        self._done: deque[tuple[str, Future[None]]] = deque()
         self._bell, self._ringer = socket.socketpair()
         self._bell.setblocking(False)
 
@@ -37,20 +39,27 @@ class Preparing:
             return False
         self._waiting[add.spec.request_id] = add
         future = self._threads.submit(grammars.prepare, outputs)
-        future.add_done_callback(lambda done: self._ring(add, done))
+        future.add_done_callback(lambda done: self._ring(add.spec.request_id, done))
         return True
 
     def drop(self, request_id: str) -> Add | None:
         """Forget a request, if it is here; returns it."""
         return self._waiting.pop(request_id, None)
 
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """Give a request another priority, if it is here."""
+        if add := self._waiting.get(request_id):
+            spec = msgspec.structs.replace(add.spec, priority=priority)
+            self._waiting[request_id] = Add(spec)
+
     def take(self) -> list[tuple[Add, VkvError | None]]:
         """The requests that are ready, or why they are refused; without those dropped."""
         self._bell.recv(1 << 12)
         found = []
         while self._done:
-            add, future = self._done.popleft()
-            if self.drop(add.spec.request_id) is None:
+            request_id, future = self._done.popleft()
+            add = self.drop(request_id)
+            if add is None:
                 continue
             try:
                 future.result()
@@ -59,8 +68,8 @@ class Preparing:
                 found.append((add, error))
         return found
 
-    def _ring(self, add: Add, future: Future[None]) -> None:
-        self._done.append((add, future))
+    def _ring(self, request_id: str, future: Future[None]) -> None:
+        self._done.append((request_id, future))
         self._ringer.send(b"!")
 
     def close(self) -> None:

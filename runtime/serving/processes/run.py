@@ -15,6 +15,7 @@ import uvloop
 from prometheus_client.multiprocess import mark_process_dead
 
 from ....vmem.errors import InvalidConfig
+from ...engine.config import EngineConfig
 from ..link.engine_process import REFUSED
 from ..metrics import SHARED
 from ..options import ServeOptions
@@ -36,10 +37,13 @@ def serve(
     """Serve until a signal ends it; returns the exit status.
 
     Args:
-        engine: options of `EngineConfig`.
+        engine: options of `EngineConfig`. Weights of tenants come from the file of keys.
 
     Raises InvalidConfig if the address cannot be listened on, or a parser is unknown.
     """
+    if options.tenant_weights:
+        engine = {**engine, "tenant_weights": options.tenant_weights}
+        EngineConfig(**engine)  # to refuse it here, and not in the engine's process
     configure_logs(options.log_format)
     check_names(options.tool_call_parser, options.reasoning_parser)
     if not options.served_model_name:

@@ -45,6 +45,7 @@ class CountRequest(Strict):
         "container": "this server runs no code; leave it out",
         "context_management": "conversations are taken as they are; leave it out",
         "output_format": "it is output_config.format",
+        "priority": "this API has none; OpenAI's routes take it",
     }
 
     model: str | None = None
@@ -223,8 +224,10 @@ def _choice(choice: dict[str, Any]) -> dict[str, Any]:
 class MessagesJob:
     """One message under way."""
 
-    def __init__(self, server: Server, asked: MessagesRequest, request_id: str) -> None:
-        self.job = ChatJob(server, asked.asked(), request_id)
+    def __init__(
+        self, server: Server, asked: MessagesRequest, request_id: str, tenant: str
+    ) -> None:
+        self.job = ChatJob(server, asked.asked(), request_id, tenant)
         self.job.id = f"msg_{request_id}"
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
@@ -381,7 +384,7 @@ def router(server: Server) -> APIRouter:
         return await respond(
             server,
             request,
-            lambda: MessagesJob(server, asked, request.state.request_id),
+            lambda: MessagesJob(server, asked, request.state.request_id, server.tenant(request)),
             num_characters=len(str(asked.messages)),
             compiles=bool(asked.tools or asked.output_config),
             stream=asked.stream,

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from ...frontend.chat_template import ChatOptions
+from ...frontend.prompts import Standing
 from ...frontend.text_stream import RequestText, StreamDelta
 from ..http.errors import ApiError
 from ..http.streams import DONE, event, last_words
@@ -137,17 +138,19 @@ class ChatRequest(Sampling):
 class ChatJob:
     """One request under way: its outputs, each read by a parser of its own."""
 
-    def __init__(self, server: Server, asked: ChatRequest, request_id: str) -> None:
+    def __init__(
+        self, server: Server, asked: ChatRequest, request_id: str, tenant: str = ""
+    ) -> None:
         self.server = server
         self.asked = asked
         self.id = f"chatcmpl-{asked.request_id or request_id}"
         self.created = int(time.time())
         self.model = server.model_name(asked.model)
         self.choice = asked.choice()
-        self.text = self._prepare()
+        self.text = self._prepare(asked.standing(tenant))
         self.answers = [Answer(self) for _ in range(self.text.spec.params.n)]
 
-    def _prepare(self) -> RequestText:
+    def _prepare(self, standing: Standing) -> RequestText:
         asked, front_end = self.asked, self.server.requests.front_end
         params = self.server.params(
             front_end.chat_params,
@@ -158,7 +161,7 @@ class ChatJob:
             skip_special_tokens=self._skip_special_tokens(),
         )
         return front_end.chat_request(
-            asked.messages, params, self._options(), asked.cache_salt or ""
+            asked.messages, params, self._options(), asked.cache_salt or "", standing
         )
 
     def _structure(self) -> dict[str, Any] | None:
@@ -422,7 +425,7 @@ def router(server: Server) -> APIRouter:
         return await respond(
             server,
             request,
-            lambda: ChatJob(server, asked, request.state.request_id),
+            lambda: ChatJob(server, asked, request.state.request_id, server.tenant(request)),
             num_characters=sum(len(str(message.get("content"))) for message in asked.messages),
             compiles=bool(asked.structured_outputs or asked.response_format or asked.tools),
             stream=asked.stream,

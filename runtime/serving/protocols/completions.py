@@ -80,7 +80,9 @@ class _Choice:
 class CompletionJob:
     """One request under way: its prompts, and `n` outputs of each."""
 
-    def __init__(self, server: Server, asked: CompletionRequest, request_id: str) -> None:
+    def __init__(
+        self, server: Server, asked: CompletionRequest, request_id: str, tenant: str
+    ) -> None:
         self.server = server
         self.asked = asked
         self.id = f"cmpl-{asked.request_id or request_id}"
@@ -94,6 +96,7 @@ class CompletionJob:
                 "invalid_value",
                 "max_tokens",
             )
+        self.standing = asked.standing(tenant)
         self.texts = [self._prepare(prompt) for prompt in asked.prompts()]
         self.n = self.texts[0].spec.params.n
         self._choices = [_Choice() for _ in range(self.n * len(self.texts))]
@@ -122,7 +125,7 @@ class CompletionJob:
             given["prompt"] = prompt
         else:
             given["prompt_token_ids"] = prompt
-        return front_end.request(given, params)
+        return front_end.request(given, params, standing=self.standing)
 
     def last_words(self, error: ApiError) -> bytes:
         """How the stream ends by an error."""
@@ -272,7 +275,7 @@ def router(server: Server) -> APIRouter:
         return await respond(
             server,
             request,
-            lambda: CompletionJob(server, asked, request.state.request_id),
+            lambda: CompletionJob(server, asked, request.state.request_id, server.tenant(request)),
             num_characters=sum(map(len, asked.prompts())),
             compiles=bool(asked.structured_outputs or asked.response_format),
             stream=asked.stream,

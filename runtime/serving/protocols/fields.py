@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ...frontend.prompts import Standing
 from ...request.sampling_params import SamplingParams
 from ..http.errors import ApiError
 
@@ -46,6 +47,9 @@ class Asked(Strict):
     cache_salt: str | None = Field(
         None, min_length=1, max_length=1024, description="Prefixes are shared within it alone."
     )
+    priority: int | None = Field(
+        None, description="The lower, the earlier; 0 alone unless the server goes by priorities."
+    )
     request_id: str | None = Field(None, min_length=1, max_length=128)
     stream: bool | None = False
     user: str | None = Field(None, description=HARMLESS)
@@ -83,15 +87,14 @@ class Sampling(Asked):
     structured_outputs: dict[str, Any] | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    priority: int | None = Field(None, description="0 alone: requests run in their order.")
     session_id: str | None = Field(None, description=HARMLESS)
+
+    def standing(self, tenant: str) -> Standing:
+        """Where the request stands among others. Raises InvalidSamplingParams."""
+        return Standing(priority=self.priority or 0, tenant=tenant)
 
     def sampling_values(self) -> dict[str, Any]:
         """What was given of `SamplingParams`, under its names. Raises ApiError."""
-        if self.priority:
-            raise ApiError(
-                400, f"priority is {self.priority}: requests run in their order; leave it out"
-            )
         values = {
             name: value
             for name in SAMPLING_NAMES

@@ -11,11 +11,16 @@ from vkv.runtime.cli import main as cli
 from vkv.vmem.errors import InvalidConfig
 
 
-def test_it_records_every_line(quick_limits: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [("fcfs", "schedule"), ("priority", "schedule-priority"), ("fair", "schedule-fair")],
+)
+def test_it_records_every_line(quick_limits: None, tmp_path: Path, policy: str, name: str) -> None:
     arguments = ["bench", "schedule", "--queued", "3,40", "--num-finished", "20", "--repeats", "2"]
+    arguments += ["--scheduling-policy", policy]
     result = CliRunner().invoke(cli.app, [*arguments, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    (path,) = tmp_path.glob("schedule_*.json")
+    (path,) = tmp_path.glob(f"{name}_*.json")
     record = json.loads(path.read_text())
     assert set(record["results"]["microseconds"]) == {"3", "40"}
     for costs in record["results"]["microseconds"].values():
@@ -43,3 +48,5 @@ def test_requests_run_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_line_of_nobody_is_refused() -> None:
     with pytest.raises(InvalidConfig, match="queued"):
         ScheduleOptions(queued=(0,))
+    with pytest.raises(InvalidConfig, match="use one of fcfs, priority, fair"):
+        ScheduleOptions(scheduling_policy="lottery")

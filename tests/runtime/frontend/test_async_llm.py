@@ -85,6 +85,42 @@ def test_64_ragged_tasks_in_a_third_of_the_memory(model: PreTrainedModel) -> Non
     run(main)
 
 
+def test_a_priority_can_change_by_name_in_the_engine_and_before_it(
+    model: PreTrainedModel,
+) -> None:
+    async def main() -> None:
+        async with opened(model, max_seqs=1, max_unfinished=3, scheduling_policy="priority") as llm:
+            ended: list[str] = []
+
+            async def ask(name: str, priority: int, count: int = 8) -> None:
+                final = await last(
+                    llm.generate([1, 2, 3], zoo.greedy(count), name, priority=priority, tenant=name)
+                )
+                assert len(final.outputs[0].token_ids) == count
+                ended.append(name)
+
+            begun = asyncio.create_task(ask("long", 0, 150))
+            while not llm.stats().num_running:
+                await asyncio.sleep(0.001)
+            tasks = [asyncio.create_task(ask(name, 5)) for name in "abcd"]
+            await asyncio.sleep(0.01)
+            llm.set_priority("d", -1)  # which waits for its place
+            llm.set_priority("b", 1)
+            llm.set_priority("nobody", 1)
+            await asyncio.gather(begun, *tasks)
+            assert ended.index("b") < ended.index("a")
+            assert ended.index("d") < ended.index("c")
+            told = {tenant.tenant: tenant.output_tokens for tenant in llm.stats().tenants}
+            assert told == {"long": 150, **dict.fromkeys("abcd", 8)}
+        async with opened(model) as plain:
+            with pytest.raises(InvalidConfig, match="priority is 2"):
+                plain.set_priority("a", 2)
+            with pytest.raises(InvalidConfig, match="priority is 2"):
+                plain.generate([1], priority=2)
+
+    run(main)
+
+
 def test_outputs_grow(model: PreTrainedModel) -> None:
     async def main() -> None:
         async with opened(model) as llm:

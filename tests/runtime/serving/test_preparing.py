@@ -54,6 +54,15 @@ def test_what_is_compiled_comes_back(grammars: Grammars, preparing: Preparing) -
     assert grammars.knows(StructuredOutputsParams(regex="[a-z]+"))
 
 
+def test_a_priority_may_change_meanwhile(preparing: Preparing) -> None:
+    assert preparing.begin(_add("a", regex="[b-z]+"))
+    preparing.set_priority("a", 7)
+    preparing.set_priority("nobody", 7)
+    ((found, error),) = _take(preparing)
+    assert error is None
+    assert (found.spec.request_id, found.spec.priority) == ("a", 7)
+
+
 def test_a_refusal_comes_back_with_its_request(preparing: Preparing) -> None:
     add = _add("a", json={"not": {}})
     preparing.begin(add)

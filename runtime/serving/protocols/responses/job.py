@@ -25,9 +25,11 @@ _ENDS = {"length": "incomplete", "abort": "cancelled"}
 class ResponseJob:
     """One response under way."""
 
-    def __init__(self, server: Server, asked: ResponsesRequest, request_id: str) -> None:
+    def __init__(
+        self, server: Server, asked: ResponsesRequest, request_id: str, tenant: str
+    ) -> None:
         self.asked = asked
-        self.job = ChatJob(server, asked.as_chat(), request_id)
+        self.job = ChatJob(server, asked.as_chat(), request_id, tenant)
         name = asked.request_id or request_id
         self.job.id = f"resp_{name}"
         self._items = OutputItems(name)
@@ -151,7 +153,7 @@ def router(server: Server) -> APIRouter:
         return await respond(
             server,
             request,
-            lambda: ResponseJob(server, asked, request.state.request_id),
+            lambda: ResponseJob(server, asked, request.state.request_id, server.tenant(request)),
             num_characters=len(str(asked.input)),
             compiles=bool(asked.text or asked.tools),
             stream=asked.stream,

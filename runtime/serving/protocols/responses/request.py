@@ -26,6 +26,7 @@ _SAME = (  # under the same name in a conversation
     "stop",
     "ignore_eos",
     "cache_salt",
+    "priority",
     "request_id",
     "parallel_tool_calls",
     "chat_template_kwargs",
