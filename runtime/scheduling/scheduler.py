@@ -121,7 +121,12 @@ class Scheduler:
             missed = self._apply(self.policy.plan(snapshot), granted)
             if missed is None:
                 break
-            if self._is_coming(missed[0], held):
+            if self.swapping is not None and self.swapping.is_leaving:
+                # What it lacks is being copied out: it stands aside for this step, and nobody gives
+                # way for it once more.
+                if missed[0] not in self.running:
+                    break
+                held.add(missed[0])
                 short = None
                 continue
             short = missed
@@ -154,16 +159,6 @@ class Scheduler:
             fetch.wait(timeout_s)
         elif self.swapping is not None:
             self.swapping.wait(timeout_s)
-
-    def _is_coming(self, request: Request, held: set[Request]) -> bool:
-        """Whether memory that a running request lacks is being copied out already.
-
-        It then stands aside for this step, and nobody gives way for it once more.
-        """
-        if self.swapping is None or not self.swapping.is_leaving or request not in self.running:
-            return False
-        held.add(request)
-        return True
 
     def _take_arrivals(self) -> None:
         """Let requests go on of which all is there that was fetched."""
