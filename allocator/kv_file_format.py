@@ -9,7 +9,7 @@ tokens, as the token format says. The header has a checksum of every chunk of ev
 import hashlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -178,7 +178,7 @@ def decode(encoded: bytes) -> KVFileHeader:
     return header
 
 
-def chunks_of(pieces: Sequence[torch.Tensor], chunk_bytes: int) -> Iterator[memoryview]:
+def chunks_of(pieces: Iterable[torch.Tensor], chunk_bytes: int) -> Iterator[memoryview]:
     """A stream's bytes, which lie in `pieces`, chunk by chunk; copied where no piece holds one."""
     begun = bytearray()
     for piece in pieces:

@@ -5,7 +5,7 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class KVFileWriter:
             self._part, fd = _create_part(self._target.parent)
         self._fd: int | None = fd
 
-    def write(self, streams: Sequence[Sequence[torch.Tensor]]) -> None:
+    def write(self, streams: Sequence[Iterable[torch.Tensor]]) -> None:
         """Write all tokens: of each stream the pieces that they lie in, uint8, in order."""
         checksums: list[int] = []
         with self._naming():

@@ -1,6 +1,7 @@
 """KV that moves: between caches, between tiers of memory, between processes."""
 
 from .copier import Copier, CopyJob
+from .kv_dir import KVDir
 from .memory_tier import Fetch, MemoryTier, MoveStats, Store
 from .transfers import Incoming, Outgoing, TransferKey, Transfers, TransferState
 
@@ -9,6 +10,7 @@ __all__ = [
     "CopyJob",
     "Fetch",
     "Incoming",
+    "KVDir",
     "MemoryTier",
     "MoveStats",
     "Outgoing",

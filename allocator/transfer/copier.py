@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from queue import SimpleQueue
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -80,6 +81,19 @@ class CopyJob:
             self._done.set()
 
 
+class Job(Protocol):
+    """What a copier does."""
+
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def is_done(self) -> bool: ...
+    def run(self, stream: "torch.cuda.Stream | None" = None) -> None: ...
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
 class Copier:
     """Does copies in the order in which they come, on one thread that starts with the first.
 
@@ -100,8 +114,8 @@ class Copier:
         self._max_bytes = max_bytes
         self._stream: torch.cuda.Stream | None = None
         self._thread: threading.Thread | None = None
-        self._under_way: list[CopyJob] = []
-        self._jobs: SimpleQueue[CopyJob | None] = SimpleQueue()
+        self._under_way: list[Job] = []
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._is_stopped = False
         weakref.finalize(self, self._jobs.put, None)
 
@@ -111,7 +125,7 @@ class Copier:
         waiting = sum(job.num_bytes for job in self._under_way)
         return not waiting or waiting + num_bytes <= self._max_bytes
 
-    def submit(self, job: CopyJob) -> CopyJob:
+    def submit(self, job: AnyJob) -> AnyJob:
         """Begin a copy, or do it. Raises InvalidOperation after `stop`."""
         if self._is_stopped:
             raise InvalidOperation("the copier has been stopped; create another")
@@ -140,7 +154,7 @@ class Copier:
             thread.join()
 
 
-def _work(jobs: "SimpleQueue[CopyJob | None]", stream: "torch.cuda.Stream | None") -> None:
+def _work(jobs: "SimpleQueue[Job | None]", stream: "torch.cuda.Stream | None") -> None:
     while (job := jobs.get()) is not None:
         job.run(stream)
         del job  # or what it holds would live until the next one

@@ -44,7 +44,7 @@ from .devices import DeviceProfile, device_profile, resolve_device
 from .engine import Engine
 from .loop import EngineLoop
 from .memory.memory_profile import step_bytes
-from .memory.swap_memory import build_swapping
+from .memory.swap_memory import build_kv_dir, build_swapping
 
 _log = logging.getLogger(__name__)
 
@@ -93,21 +93,20 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     _check_repeatable(loaded, config, backend)
     cache, driver = _build_cache(loaded, config, backend, profile)
     engine: Engine | None = None
+    fingerprint = ModelFingerprint(
+        loaded.model, loaded.files, (loaded.dtype, config.lm_head_bits, config.repeatable)
+    )
     try:
         runner = _build_runner(loaded, config, backend, cache, driver, profile)
         engine = Engine(
             runner,
             cache,
-            _build_scheduler(loaded, config, cache, runner, profile),
+            _build_scheduler(loaded, config, cache, runner, fingerprint, profile),
             _build_admission(loaded, config, cache),
             eos_token_ids=loaded.eos_token_ids,
             grammars=_build_grammars(loaded),
             watch=ModelWatch(loaded),
-            fingerprint=ModelFingerprint(
-                loaded.model,
-                loaded.files,
-                (loaded.dtype, config.lm_head_bits, config.repeatable),
-            ),
+            fingerprint=fingerprint,
             overlap=_overlaps(loaded, config, profile),
             step_bytes=step_bytes(
                 loaded,
@@ -222,6 +221,7 @@ def _build_scheduler(
     config: EngineConfig,
     cache: SlotCache,
     runner: ModelRunner,
+    fingerprint: ModelFingerprint,
     profile: DeviceProfile,
 ) -> Scheduler:
     return Scheduler(
@@ -232,6 +232,7 @@ def _build_scheduler(
         look_ahead_tokens=config.look_ahead_tokens,
         # A slot has keys and values from its start, but state of its last token only.
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
+        kv_dir=build_kv_dir(loaded, config, cache, fingerprint),
         swapping=build_swapping(loaded, config, cache, runner),
         tenant_weights=config.tenant_weights,
     )

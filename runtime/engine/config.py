@@ -40,6 +40,9 @@ class EngineConfig:
         swap_memory: the most bytes of host memory for keys and values that leave `kv_memory`, those
             of preempted and of finished requests, and come back by a copy where that is faster
             than computing them; None for no such memory. Nothing is taken in advance.
+        kv_dir: a folder that keys and values of finished and preempted requests are saved to, and
+            come back from in any process that uses it with this model; None for none.
+        kv_dir_limit: the most bytes that its files may take; those used least recently go.
         max_batch_tokens: tokens of one step; None for 256 on a CPU, 2048 on a GPU.
         kv: contiguous slots in virtual memory, or the paged baseline.
         attention: a backend's name, or "auto".
@@ -84,6 +87,8 @@ class EngineConfig:
     max_len: int | None = None
     kv_memory: int | str | MemoryLimit = "auto"
     swap_memory: int | str | None = None
+    kv_dir: str | Path | None = None
+    kv_dir_limit: int | str = "50GiB"
     max_batch_tokens: int | None = None
     kv: KVKind = "virtual"
     attention: str = "auto"
@@ -162,6 +167,15 @@ class EngineConfig:
             parse_bytes(self.kv_memory)
         if self.swap_memory is not None:
             parse_bytes(self.swap_memory)
+        parse_bytes(self.kv_dir_limit)
+        if self.kv_dir is not None:
+            if not isinstance(self.kv_dir, str | Path) or not str(self.kv_dir):
+                raise InvalidConfig(f"kv_dir is {self.kv_dir!r}; give the path of a folder")
+            if not self.prefix_reuse:
+                raise InvalidConfig(
+                    "kv_dir is given, and prefix_reuse is False, so that no prompt would begin "
+                    "with what it has; leave prefix_reuse True"
+                )
 
     def _check_order(self) -> None:
         if self.scheduling_policy not in ("fcfs", "priority", "fair"):

@@ -194,6 +194,7 @@ class Engine:
     def trim(self) -> int:
         """Give what no live request needs back to the system; returns the bytes."""
         swapping = self.scheduler.swapping
+        self.scheduler.kv_files.give_way()
         num_bytes = 0 if swapping is None else swapping.trim()
         return num_bytes + self.cache.trim()
 
@@ -210,9 +211,9 @@ class Engine:
         for request in self.scheduler.running[::-1]:  # so that they come back in their order
             self.scheduler.preempt(request, keep=False)
         if self.scheduler.swapping is not None:
-            self.scheduler.swapping.forget()  # first: what it reads could not be trimmed
-        self.cache.trim()
+            self.scheduler.swapping.forget()
         self.scheduler.kv_files.forget()
+        self.cache.trim()  # last: what is being copied could not be trimmed
         if self.fingerprint is not None:
             self.fingerprint.renew()
         if self.watch is not None:

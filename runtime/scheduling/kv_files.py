@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ...allocator import KVFile, Slot, SlotCache, common_prefix
+from ...allocator.transfer import KVDir
 from ...vmem.errors import (
     DriverError,
     InvalidConfig,
@@ -25,13 +26,22 @@ class KVFiles:
 
     What is found in them is checked before a slot begins with it. Whatever is damaged is computed
     as if there were no file. Not for use from several threads at once.
+
+    Args:
+        folder: where what requests compute is saved by itself, and found; None for nowhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: KVDir | None = None) -> None:
+        self.folder = folder
         self._files: dict[Path, KVFile] = {}  # least recently used first
 
     def __len__(self) -> int:
         return len(self._files)
+
+    @property
+    def may_have_some(self) -> bool:
+        """False if no prompt can begin with a file."""
+        return bool(self._files) or self.folder is not None
 
     def add(self, file: KVFile) -> None:
         """Take a file over, in place of one that was opened under the same path."""
@@ -42,8 +52,25 @@ class KVFiles:
             self._files.pop(next(iter(self._files))).close()
         self._files[path] = file
 
+    def save(self, slot: Slot, tokens: Sequence[int], variant: str = "") -> None:
+        """Have the folder save what a slot holds that is about to be let go."""
+        if self.folder is not None:
+            self.folder.save(slot, tokens, variant)
+
+    def settle(self) -> None:
+        """Take in what the folder has written meanwhile."""
+        if self.folder is not None:
+            self.folder.settle()
+
+    def give_way(self) -> bool:
+        """Memory is short: read no more slots. False if none was being read."""
+        return self.folder is not None and self.folder.give_way()
+
     def forget(self) -> None:
-        """Close all files: the model that they are of is no more."""
+        """Close all files, and the folder: the model that they are of is no more."""
+        if self.folder is not None:
+            self.folder.close()
+            self.folder = None
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -64,6 +91,11 @@ class KVFiles:
         if file is None or num_tokens < least:
             return None
         num_tokens = file.verify(0, num_tokens)
+        if self.folder is not None:
+            if file.damage is None:
+                self.folder.use(file.path)
+            else:
+                self.folder.discard(file.path)
         if num_tokens < least:
             return None
         self._files[file.path.absolute()] = self._files.pop(file.path.absolute())
@@ -80,6 +112,8 @@ class KVFiles:
         return slot, num_tokens
 
     def _best(self, tokens: Sequence[int], variant: str) -> tuple[KVFile | None, int]:
+        if self.folder is not None:
+            self._open_best(self.folder, tokens, variant)
         best, longest = None, 0
         if self._files and len(tokens):
             wanted = np.asarray(tokens, dtype=np.int64)
@@ -88,6 +122,16 @@ class KVFiles:
                 if length > longest and file.header.is_for(variant):
                     best, longest = file, length
         return best, longest
+
+    def _open_best(self, folder: KVDir, tokens: Sequence[int], variant: str) -> None:
+        """Open the folder's best file for `tokens`, if it is not open."""
+        path, _ = folder.find(tokens, variant)
+        if path is not None and path.absolute() not in self._files:
+            try:
+                self.add(KVFile.open(path))
+            except KVFileError as error:
+                _log.warning("%s; its tokens are computed again", error)
+                folder.discard(path)
 
 
 def _fill(cache: SlotCache, slot: Slot, file: KVFile, num_tokens: int) -> None:

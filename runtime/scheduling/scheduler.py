@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from ...allocator import Slot, SlotCache
+from ...allocator.transfer import KVDir
 from ...vmem.errors import DriverError, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
@@ -41,6 +42,7 @@ class Scheduler:
         look_ahead_tokens: tokens mapped ahead of a decoding request, in the background.
         prefix_reuse: start a request from keys and values that others computed for its tokens.
         swapping: moves what slots hold to another tier of memory and back; None to drop it.
+        kv_dir: saves it as files; None for no such folder.
         tenant_weights: of tenants whose part is another than 1.
 
     Attributes:
@@ -61,6 +63,7 @@ class Scheduler:
         look_ahead_tokens: int = 0,
         prefix_reuse: bool = True,
         swapping: Swapping | None = None,
+        kv_dir: KVDir | None = None,
         tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.cache = cache
@@ -71,7 +74,7 @@ class Scheduler:
         self.prefix_reuse = prefix_reuse
         self.swapping = swapping
         self.exits = Exits(cache)
-        self.kv_files = KVFiles()
+        self.kv_files = KVFiles(kv_dir)
         self.accounts = Accounts(tenant_weights or {})
         self.waiting = WaitingQueue(lines_for(policy.order, self.accounts))
         self.running: list[Request] = []
@@ -110,6 +113,7 @@ class Scheduler:
         """
         self.exits.retry()
         self._take_arrivals()
+        self.kv_files.settle()
         self._let_siblings_in()
         granted: dict[Request, int] = {}
         held: set[Request] = set()
@@ -121,6 +125,8 @@ class Scheduler:
             missed = self._apply(self.policy.plan(snapshot), granted)
             if missed is None:
                 break
+            if self.kv_files.give_way():
+                continue
             if self.swapping is not None and self.swapping.is_leaving:
                 # What it lacks is being copied out: it stands aside for this step, and nobody gives
                 # way for it once more.
@@ -280,9 +286,11 @@ class Scheduler:
             return
         assert slot is not None
         self.accounts.released(request)
-        if keep and self.swapping is not None:
-            self.swapping.leave(request, slot, comes_back=comes_back)
         computed = request.token_ids[: request.num_computed] if keep else ()
+        if keep:
+            self.kv_files.save(slot, computed, request.variant)
+            if self.swapping is not None:
+                self.swapping.leave(request, slot, comes_back=comes_back)
         self.exits.let_go(slot, computed, request.variant)
 
     # -- admission ---------------------------------------------------------------------------
@@ -368,7 +376,7 @@ class Scheduler:
     ) -> tuple[Slot, int]:
         """A slot, and how many of `tokens` it already holds: a running request's, parked ones, or
         those of a file, if that spares a page's worth."""
-        if self.kv_files:
+        if self.kv_files.may_have_some:
             num_held = max(num_shared, self.cache.prefix_length(tokens, request.variant))
             least = num_held + self.cache.growth_tokens
             found = self.kv_files.open_slot(self.cache, tokens, request.variant, least=least)

@@ -1,7 +1,8 @@
-"""The second tier of an engine's KV: host memory that slots are copied to."""
+"""The tiers behind an engine's KV: host memory that slots are copied to, and a folder."""
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 from ....allocator import (
     KVCache,
@@ -11,10 +12,11 @@ from ....allocator import (
     SlotCache,
     parse_bytes,
 )
-from ....allocator.transfer import Copier, MemoryTier
+from ....allocator.transfer import Copier, KVDir, MemoryTier
 from ....vmem import HostDriver, linux
-from ....vmem.errors import InvalidConfig
+from ....vmem.errors import InvalidConfig, UnsupportedModel
 from ...execution.model_runner import ModelRunner
+from ...model.fingerprint import ModelFingerprint
 from ...model.loading import LoadedModel
 from ...scheduling.swapping import Swapping
 from ..config import EngineConfig
@@ -59,6 +61,29 @@ def build_swapping(
         raise
     return Swapping(
         MemoryTier(cache, far, Copier(loaded.device)), runner, keeps_state=loaded.keeps_state
+    )
+
+
+def build_kv_dir(
+    loaded: LoadedModel, config: EngineConfig, cache: SlotCache, fingerprint: ModelFingerprint
+) -> KVDir | None:
+    """The folder that `config.kv_dir` asks for; None if it asks for none.
+
+    Raises InvalidConfig if it cannot be used, UnsupportedModel if the model keeps more than keys
+    and values of its tokens.
+    """
+    if config.kv_dir is None:
+        return None
+    if loaded.keeps_state:
+        raise UnsupportedModel(
+            f"{type(loaded.model).__name__} has layers with recurrent or convolution state, which "
+            "files do not hold; leave kv_dir out"
+        )
+    return KVDir(
+        Path(config.kv_dir).expanduser(),
+        parse_bytes(config.kv_dir_limit),
+        cache,
+        fingerprint.value(),
     )
 
 
