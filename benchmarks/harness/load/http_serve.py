@@ -116,7 +116,9 @@ class _Bench:
                         trace = drive_it(work, arrivals_s)
                         metrics = vllm_metrics(trace, self._options.targets)
                         self._found.add((system, workload, load), trace, metrics)
-        except (WorkerFailed, ExceptionGroup, OSError) as error:
+        except ExceptionGroup as group:
+            self._found.failures[system] = str(group.exceptions[0])
+        except (WorkerFailed, OSError) as error:
             self._found.failures[system] = str(error)
 
     @contextmanager

@@ -52,7 +52,8 @@ class Started:
             ]
         if self.name == "vllm":
             return [
-                *(self.interpreter, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model)),
+                *(self.interpreter, "-m", "vllm.entrypoints.openai.api_server"),
+                *("--model", str(self.model)),
                 *("--port", str(port), "--dtype", self.dtype, "--host", "127.0.0.1"),
                 *("--max-num-seqs", str(self.max_seqs), "--max-model-len", str(self.max_len)),
                 *("--skip-tokenizer-init", "--no-enable-prefix-caching"),

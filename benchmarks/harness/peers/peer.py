@@ -21,7 +21,7 @@ def interpreter_of(name: str, interpreter: str, known: Iterable[str]) -> str:
         raise InvalidConfig(f"peer {name!r} is unknown; use some of {', '.join(known)}")
     if not Path(interpreter).is_file():
         raise InvalidConfig(f"peer {name} has no interpreter at {interpreter}")
-    return interpreter
+    return str(Path(interpreter).absolute())  # not resolved: an environment is where its link is
 
 
 class WorkerFailed(VkvError):
