@@ -212,10 +212,14 @@ class KVDir:
         )
         key = TransferKey(f"file {next(self._numbers)}", 0)
         outgoing = self._transfers.send(key, slot, len(tokens))
-        spans = outgoing.spans(0, len(tokens))
-        fence = self._cache.pool.driver.record_fence()
-        job = WriteJob(self._path_of(array, variant), facts, spans, fence)
-        self._writer.submit(job)
+        try:
+            spans = outgoing.spans(0, len(tokens))
+            fence = self._cache.pool.driver.record_fence()
+            job = WriteJob(self._path_of(array, variant), facts, spans, fence)
+            self._writer.submit(job)
+        except BaseException:
+            outgoing.abort()
+            raise
         self._jobs.append((job, outgoing, array, variant))
         return True
 

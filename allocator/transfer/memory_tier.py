@@ -261,8 +261,11 @@ class MemoryTier:
         start, stop = incoming.num_held, incoming.num_tokens
         if start == stop:
             return None
-        fence = self.near.pool.driver.record_fence()
-        job = CopyJob(
-            outgoing.spans(start, stop), incoming.spans(start, stop), after=fence, owners=owners
-        )
-        return self._copier.submit(job)
+        try:
+            fence = self.near.pool.driver.record_fence()
+            spans = outgoing.spans(start, stop), incoming.spans(start, stop)
+            return self._copier.submit(CopyJob(*spans, after=fence, owners=owners))
+        except BaseException:
+            incoming.abort()
+            outgoing.abort()
+            raise

@@ -1,4 +1,4 @@
-"""`kv_dir`: the next process, and the next request, begins with what was saved; tokens are the same."""
+"""`kv_dir`: the next process and the next request begin with what was saved; same tokens."""
 
 import logging
 from pathlib import Path
