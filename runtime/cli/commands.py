@@ -32,6 +32,12 @@ _SAMPLING = {  # without a default: what is not typed is the model's to say, and
 }
 _ENGINE_SAID = {  # better than the library says it
     "kv_memory": Flag(help="The most memory KV may take, such as 64MiB. Taken only as it is used."),
+    "swap_memory": Flag(
+        default=None, kind=str, help="Host memory for KV that leaves --kv-memory, such as 8GiB."
+    ),
+    "kv_dir": Flag(
+        default=None, kind=str, help="A folder that KV is saved to and comes back from."
+    ),
     "attention": Flag(help="An attention backend (see `vkv info`), or auto."),
     "kv": Flag(help="virtual: contiguous slots; paged: the baseline."),
     "generation_config": Flag(help="auto: sample as the model's authors say; vllm: do not."),

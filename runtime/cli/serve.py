@@ -12,6 +12,8 @@ from .options import Flag, Options, TypedOptions, function, option
 if TYPE_CHECKING:
     from ..serving.options import ServeOptions
 
+_SWAP = "Host memory for KV that leaves --kv-memory and comes back by a copy, such as 8GiB."
+_KV_DIR = "A folder that KV of requests is saved to and comes back from, in other processes too."
 _SEVERAL = Flag(default=None, kind=list[str])
 
 
@@ -59,6 +61,9 @@ def serve_command() -> Callable[..., None]:
         kv_memory=Flag(
             help="The most memory KV may take, such as 64MiB. Taken only as it is used."
         ),
+        swap_memory=Flag(default=None, kind=str, help=_SWAP),
+        kv_dir=Flag(default=None, kind=str, help=_KV_DIR),
+        kv_dir_limit=Flag(kind=str, help="The most bytes that the files of --kv-dir may take."),
         attention=Flag(help="An attention backend (see `vkv info`), or auto."),
         generation_config=Flag(help="auto: sample as the model's authors say; vllm: do not."),
         idle_trim_s=Flag(),
