@@ -248,9 +248,13 @@ class KVLayout:
         unit = math.lcm(self.page_bytes, *(_TOKEN_ALIGNMENT * r.token_bytes for r in self.ranges))
         return -(-used // unit) * unit
 
-    @cached_property
+    @property
     def token_format(self) -> TokenFormat:
         """What a token's bytes are in each range."""
+        return self._token_format
+
+    @cached_property
+    def _token_format(self) -> TokenFormat:
         kinds = (("key",), ("value",)) if self.split_kv else (("key", "value"),)
         streams = tuple(
             tuple(_part(self.layers, layer, kind) for layer in group for kind in together)

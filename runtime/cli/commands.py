@@ -35,9 +35,7 @@ _ENGINE_SAID = {  # better than the library says it
     "swap_memory": Flag(
         default=None, kind=str, help="Host memory for KV that leaves --kv-memory, such as 8GiB."
     ),
-    "kv_dir": Flag(
-        default=None, kind=str, help="A folder that KV is saved to and comes back from."
-    ),
+    "kv_dir": Flag(default=None, kind=str, help="A folder that KV is saved to, and comes from."),
     "attention": Flag(help="An attention backend (see `vkv info`), or auto."),
     "kv": Flag(help="virtual: contiguous slots; paged: the baseline."),
     "generation_config": Flag(help="auto: sample as the model's authors say; vllm: do not."),

@@ -1,4 +1,4 @@
-"""Requests moved to memory, to files and back at random steps, two thousand times: all tokens equal.
+"""Requests moved to memory, to files and back at random steps, 2,000 times: all tokens equal.
 
     python tests/attacks/moves.py [--moves 2000]
 
