@@ -137,6 +137,14 @@ def switch() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def tenants() -> Command:
+    """What a light tenant gets beside a heavy one: alone, by arrival and fairly scheduled."""
+    from .load.options import TenantsOptions
+
+    return _measuring(TenantsOptions, ".load.tenants")
+
+
+@bench.command(cls=LazyCommand)
 def schedule() -> Command:
     """What a request costs the scheduler, from a hundred requests in line to a hundred thousand."""
     from .load.options import ScheduleOptions

@@ -54,12 +54,22 @@ class Driver:
         self._engine = llm.loop.engine
 
     def submit(
-        self, request_id: str, prompt: Sequence[int], num_output_tokens: int, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        num_output_tokens: int,
+        *,
+        priority: int = 0,
+        tenant: str = "",
     ) -> None:
         """Queue a request that runs greedily to its full length."""
         params = SamplingParams(temperature=0, max_tokens=num_output_tokens, ignore_eos=True)
         spec = RequestSpec(
-            request_id=request_id, prompt_token_ids=prompt, params=params, priority=priority
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            params=params,
+            priority=priority,
+            tenant=tenant,
         )
         self._loop.post(Add(spec))
 

@@ -190,6 +190,33 @@ class SwitchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TenantsOptions:
+    """What `vkv bench tenants` runs.
+
+    Attributes:
+        num_requests, rate: of the light tenant; the heavy one has `times` as many, as often.
+
+    Raises InvalidConfig for a number that is not positive.
+    """
+
+    shape: str = shape_option("llama-tiny")
+    dtype: "torch.dtype" = dtype_option("float32")
+    device: "torch.device" = device_option()
+    workload: str = option("sharegpt", help="sharegpt, burstgpt or arxiv.")
+    num_requests: int = option(20, least=1, help="Requests of the light tenant.")
+    rate: float = option(0.2, help="Requests a second of the light tenant (Poisson).")
+    times: int = option(10, least=1, help="How many times as many the heavy tenant has.")
+    scale: float = option(0.1, help="Multiplies all lengths.")
+    max_seqs: int = max_seqs_option(8)
+    label: str = label_option()
+    seed: int = seed_option()
+
+    def __post_init__(self) -> None:
+        if min(self.rate, self.scale) <= 0:
+            raise InvalidConfig(f"rate {self.rate} and scale {self.scale} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
     """What `vkv bench schedule` runs.
 

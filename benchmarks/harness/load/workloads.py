@@ -19,10 +19,11 @@ from ...vmem.errors import InvalidConfig
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A prompt and how many tokens it generates."""
+    """A prompt, how many tokens it generates, and whose it is."""
 
     prompt: tuple[int, ...]
     num_output_tokens: int
+    tenant: str = ""
 
     @property
     def num_tokens(self) -> int:
