@@ -15,10 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "support"), str(ROOT / "allocator")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-import test_kv_file
+import saved_files
 import zoo
 from vkv import LLM
 from vkv.vmem.errors import KVFileError
@@ -35,10 +34,9 @@ def say(text: str) -> None:
 def kill(folder: Path, times: int) -> None:
     """Kill writers: the file is the old one or the new one, and what they leave is removed."""
     start = time.perf_counter()
-    left = test_kv_file.kill_writers(folder / "killed.kv", times, seed=11)
-    say(
-        f"{times} writers killed, {left} in the middle of a file: {time.perf_counter() - start:.0f} s"
-    )
+    left = saved_files.kill_writers(folder / "killed.kv", times, seed=11)
+    seconds = time.perf_counter() - start
+    say(f"{times} writers killed, {left} in the middle of a file: {seconds:.0f} s")
 
 
 def damage(folder: Path, times: int) -> None:

@@ -1,5 +1,6 @@
 """Saves sessions of an engine, and opens them."""
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -88,7 +89,8 @@ class Sessions:
     def _request(self, what: Saved) -> RequestText:
         """Computes what is not computed of the tokens, and one more that nobody wants."""
         if isinstance(what, RequestOutput):
-            tokens = [*what.prompt_token_ids, *what.outputs[0].token_ids]
+            outputs = [output.token_ids for output in what.outputs[:1]]
+            tokens = [*what.prompt_token_ids, *itertools.chain(*outputs)]
             # A slot that is full has no room for what a request must put out.
             what = tokens[: self._engine.cache.max_len - 1]
         return self._front_end.request(what, _ONE_TOKEN)
