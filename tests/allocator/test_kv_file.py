@@ -290,9 +290,7 @@ def test_a_header_that_cannot_be_is_refused(path, change):
         header = msgspec.structs.replace(KVFileHeader.of(facts()), **change)
         path.write_bytes(header.encode() + bytes(20_000))
         del writer
-    with pytest.raises(
-        KVFileDamaged, match=r"says what cannot be|contradicts itself|tells of nothing"
-    ):
+    with pytest.raises(KVFileDamaged, match=r"cannot be|contradicts itself|of nothing"):
         KVFile.open(path)
 
 
