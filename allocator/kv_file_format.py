@@ -186,7 +186,7 @@ def chunks_of(pieces: Sequence[torch.Tensor], chunk_bytes: int) -> Iterator[memo
     begun = bytearray()
     for piece in pieces:
         for part in piece.split(64 * chunk_bytes):  # a device's memory comes in parts
-            view = memoryview(part.cpu().numpy())
+            view = part.cpu().numpy().data
             while len(view):
                 if not begun and len(view) >= chunk_bytes:
                     yield view[:chunk_bytes]

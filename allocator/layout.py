@@ -136,7 +136,8 @@ def split_format(layers: Sequence[LayerGeometry], dtype: torch.dtype) -> TokenFo
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The geometry of a cache: tokens to bytes, pages and strides.
+    """The geometry of a cache: tokens to bytes, pages and strides. One class, since nothing else
+    computes an offset.
 
     Args:
         layers: geometry of each layer, in the model's order.
@@ -248,7 +249,7 @@ class KVLayout:
         unit = math.lcm(self.page_bytes, *(_TOKEN_ALIGNMENT * r.token_bytes for r in self.ranges))
         return -(-used // unit) * unit
 
-    @cached_property
+    @property
     def token_format(self) -> TokenFormat:
         """What a token's bytes are in each range."""
         kinds = (("key",), ("value",)) if self.split_kv else (("key", "value"),)

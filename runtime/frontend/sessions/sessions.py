@@ -81,9 +81,8 @@ class Sessions:
                     extra=extra,
                 )
         raise OutOfPages(
-            f"other requests took the memory of the {len(request.spec.prompt_token_ids)} tokens "
-            f"to be saved in {path}, {_MOST_TRIES} times; raise kv_memory or max_parked, or save "
-            "when fewer run"
+            f"other requests took the memory of what was to be saved in {path}, {_MOST_TRIES} "
+            "times; raise kv_memory or max_parked, or save when fewer run"
         )
 
     def _request(self, what: Saved) -> RequestText:
@@ -111,7 +110,8 @@ class Sessions:
 
         self._driver.submit([request])
         try:
-            return self._driver.wait_for(take) or None
+            written = self._driver.wait_for(take)
+            return None if isinstance(written, bool) else written
         finally:
             self._driver.abandon([request])
 
