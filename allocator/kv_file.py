@@ -201,7 +201,7 @@ class KVFile:
                 self._fill(host, offset)
                 part.copy_(host)
                 offset += len(part)
-        elif len(piece) and not self._read_into(memoryview(piece.numpy()), offset):
+        elif len(piece) and not self._read_into(piece.numpy().data, offset):
             raise KVFileDamaged("it was cut short")
 
     def _read(self, offset: int, num_bytes: int) -> bytes:

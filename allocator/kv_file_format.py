@@ -170,8 +170,11 @@ def decode(encoded: bytes) -> KVFileHeader:
         header = msgspec.msgpack.decode(body, type=KVFileHeader)
     except msgspec.MsgspecError as error:
         raise KVFileDamaged(f"its header cannot be read: {error}") from error
-    if not isinstance(getattr(torch, header.dtype, None), torch.dtype) or header.chunk_bytes < 1:
+    is_dtype = isinstance(getattr(torch, header.dtype, None), torch.dtype)
+    if not is_dtype or not min([header.chunk_bytes, *header.token_format.widths, 1]) > 0:
         raise KVFileDamaged("its header says what cannot be")
+    if not header.streams or not header.tokens:
+        raise KVFileDamaged("its header tells of nothing")
     chunks = sum(map(header.num_chunks, range(len(header.streams))))
     if len(header.tokens) % 4 or len(header.checksums) != 8 * chunks:
         raise KVFileDamaged("its header contradicts itself")
@@ -183,7 +186,7 @@ def chunks_of(pieces: Iterable[torch.Tensor], chunk_bytes: int) -> Iterator[memo
     begun = bytearray()
     for piece in pieces:
         for part in piece.split(64 * chunk_bytes):  # a device's memory comes in parts
-            view = memoryview(part.cpu().numpy())
+            view = part.cpu().numpy().data
             while len(view):
                 if not begun and len(view) >= chunk_bytes:
                     yield view[:chunk_bytes]

@@ -136,7 +136,8 @@ def split_format(layers: Sequence[LayerGeometry], dtype: torch.dtype) -> TokenFo
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The geometry of a cache: tokens to bytes, pages and strides.
+    """The geometry of a cache: tokens to bytes, pages and strides. One class, since nothing else
+    computes an offset.
 
     Args:
         layers: geometry of each layer, in the model's order.

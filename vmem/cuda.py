@@ -22,7 +22,8 @@ from .process import OwnedLock, ProcessOwner
 class CudaDriver(VmemDriver):
     """Pinned device memory as pages, each an allocation of its own, mapped one by one.
 
-    A mapping, in the sense of `num_mappings`, is one page at one address.
+    A mapping, in the sense of `num_mappings`, is one page at one address. One class, since its
+    methods are the calls that the contract names.
     """
 
     def __init__(

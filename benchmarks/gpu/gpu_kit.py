@@ -47,6 +47,7 @@ IF_MISSING = (
     "cuda-bindings>=13,<14",
     *("typer", "shellingham", "rich", "markdown-it-py", "mdurl", "pygments", "jinja2"),
     *("pytest", "iniconfig", "pluggy", "pytest-timeout", "hypothesis", "sortedcontainers"),
+    "xxhash",
     *("click", "einops", "tabulate", "tqdm", "nvidia-ml-py", "packaging", "filelock"),
 )
 # What FlashInfer needs to compile, beside the above; installed into the scratch folder only.

@@ -112,6 +112,18 @@ def cache() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def session() -> Command:
+    """The time to a first token from a session on disk, against computing its tokens.
+
+    Fresh processes take turns: without the session, with its file in the system's cache, and with
+    the cache dropped. Then several have it open at once: how much memory that takes.
+    """
+    from .models.options import SessionOptions
+
+    return _measuring(SessionOptions, ".models.session")
+
+
+@bench.command(cls=LazyCommand)
 def serve() -> Command:
     """TTFT, TPOT and ITL while requests arrive; SplitFuse against prefill-first.
 

@@ -1,7 +1,8 @@
 """The chat of `vkv chat`: streaming, many turns, on a terminal or through a pipe."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -184,9 +185,10 @@ def _run_pipe(session: ChatSession) -> None:
 
 def _show(session: ChatSession, text: str) -> None:
     try:
-        for piece in _respond(session, text):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        with closing(_respond(session, text)) as pieces:  # or an interrupted answer ends later
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
     finally:
         session.keep()
 
@@ -224,7 +226,7 @@ def _run_terminal(session: ChatSession) -> None:
             console.print(f"({error})", style="red", markup=False, highlight=False)
 
 
-def _respond(session: ChatSession, text: str) -> Iterator[str]:
+def _respond(session: ChatSession, text: str) -> Generator[str, None, None]:
     """What a line of input shows: a command's result, or the model's answer."""
     if text == "/help":
         yield _HELP + "\n"
@@ -253,6 +255,8 @@ def _stats(llm: LLM) -> str:
     table.add_row("physical memory", _size(stats.physical_bytes))
     table.add_row("pages", f"{mapped}, {_size(stats.page_bytes)} each")
     table.add_row("", f"{stats.pages_parked} kept from earlier turns")
+    if stats.pages_of_files:
+        table.add_row("", f"{stats.pages_of_files} of the session's file, which are no memory")
     table.add_row("tokens held", f"{stats.tokens_held} ({stats.growth_tokens} a page)")
     reused = stats.prefix_hit_tokens
     table.add_row("prefix reuse", f"{reused} prompt tokens not computed again")

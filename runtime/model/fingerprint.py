@@ -146,8 +146,9 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(value, torch.Tensor):
             yield name, value
     for name, module in model.named_modules():
-        is_first = isinstance(module, PackedLinear) and not module.part  # of those it serves
-        if is_first or isinstance(module, PackedGatedLayer):
+        if isinstance(module, PackedLinear) and module.part:
+            continue  # with the first that its product serves
+        if isinstance(module, PackedLinear | PackedGatedLayer):
             for index, linear in enumerate(module.product.unpack()):
                 for part, value in linear.state_dict().items():
                     yield f"{name}.{index}.{part}", value

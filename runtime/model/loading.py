@@ -141,15 +141,11 @@ def load_model(
     if isinstance(source, PreTrainedModel):
         _check_architecture(source.config, type(source))
         _check_object(source)
-        model, name, home = source, source.config.name_or_path or type(source).__name__, None
-        files = ()
+        model, files, home = source, (), None
         model.set_attn_implementation(ATTENTION_NAME)
     else:
         home = resolve(source)
-        files = model_files(home)  # before they are read: who writes to them is found out
-        model = _from_checkpoint(home, wanted_dtype, device)
-        files = files or model_files(home, model.config)
-        name = str(home) if source is not None else "the built-in tiny model"
+        model, files = _with_files(home, wanted_dtype, device)
     if wanted_dtype is not None:
         model = model.to(wanted_dtype)  # type: ignore[arg-type]
     model = model.to(device).eval()  # type: ignore[arg-type]
@@ -161,7 +157,7 @@ def load_model(
     _prepare_weights(model, pack_weights, repeatable, lm_head_bits, loaded_here=home is not None)
     held_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else home)
     return LoadedModel(
-        name=name,
+        name=_name(source, home),
         model=model,
         tokenizer=held_tokenizer,
         device=device,
@@ -174,6 +170,12 @@ def load_model(
         max_positions=min(_max_positions(text_config), _max_without_window(model, probed)),
         files=files,
     )
+
+
+def _name(source: str | Path | PreTrainedModel | None, home: str | Path | None) -> str:
+    if isinstance(source, PreTrainedModel):
+        return source.config.name_or_path or type(source).__name__
+    return str(home) if source is not None else "the built-in tiny model"
 
 
 def _prepare_weights(
@@ -205,6 +207,15 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if dtype not in _DTYPES:
         raise InvalidConfig(f"dtype is {dtype!r}; use 'auto' or one of {sorted(_DTYPES)}")
     return _DTYPES[dtype]
+
+
+def _with_files(
+    home: str | Path, dtype: torch.dtype | None, device: torch.device
+) -> tuple[PreTrainedModel, tuple[FileMark, ...]]:
+    """A model, and the files that it is, as they were before they were read."""
+    files = model_files(home)
+    model = _from_checkpoint(home, dtype, device)
+    return model, files or model_files(home, model.config)  # of a hub id, known by now
 
 
 def _from_checkpoint(

@@ -117,6 +117,28 @@ class CacheOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """What `vkv bench session` runs.
+
+    Attributes:
+        scratch: a folder for the model and the session; None for the system's.
+    """
+
+    shape: str = shape_option("llama-455m")
+    dtype: str = dtype_name_option("bfloat16")
+    threads: int = threads_option("Threads of every process. Default: the usable cores.")
+    tokens: int = option(16_384, least=1, help="Tokens of the session.")
+    more_tokens: int = option(16, least=1, help="Tokens of the prompt behind them.")
+    processes: int = option(8, least=2, help="Processes that have it open together.")
+    repeats: int = option(3, least=1, help="Repeats, each in fresh processes.")
+    scratch: str | None = option(
+        None, help="A folder on the disk that the session is to be on. Default: the system's."
+    )
+    label: str = label_option()
+    seed: int = seed_option()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileOptions:
     """What `vkv bench profile` runs."""
 

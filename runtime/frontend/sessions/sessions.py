@@ -1,5 +1,6 @@
 """Saves sessions of an engine, and opens them."""
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -80,15 +81,15 @@ class Sessions:
                     extra=extra,
                 )
         raise OutOfPages(
-            f"other requests took the memory of the {len(request.spec.prompt_token_ids)} tokens "
-            f"to be saved in {path}, {_MOST_TRIES} times; raise kv_memory or max_parked, or save "
-            "when fewer run"
+            f"other requests took the memory of what was to be saved in {path}, {_MOST_TRIES} "
+            "times; raise kv_memory or max_parked, or save when fewer run"
         )
 
     def _request(self, what: Saved) -> RequestText:
         """Computes what is not computed of the tokens, and one more that nobody wants."""
         if isinstance(what, RequestOutput):
-            tokens = [*what.prompt_token_ids, *what.outputs[0].token_ids]
+            outputs = [output.token_ids for output in what.outputs[:1]]
+            tokens = [*what.prompt_token_ids, *itertools.chain(*outputs)]
             # A slot that is full has no room for what a request must put out.
             what = tokens[: self._engine.cache.max_len - 1]
         return self._front_end.request(what, _ONE_TOKEN)
@@ -109,7 +110,8 @@ class Sessions:
 
         self._driver.submit([request])
         try:
-            return self._driver.wait_for(take) or None
+            written = self._driver.wait_for(take)
+            return None if isinstance(written, bool) else written
         finally:
             self._driver.abandon([request])
 
