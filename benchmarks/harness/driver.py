@@ -82,7 +82,7 @@ class Driver:
 
         What does not keep copies does not copy finished requests' either.
         """
-        swapping = self._engine.scheduler.swapping
+        swapping = self._engine.scheduler.tiers.swapping
         assert swapping is not None, "swap_memory was not given"
         swapping.asynchronous = asynchronous
         swapping.always = always

@@ -44,7 +44,7 @@ from .devices import DeviceProfile, device_profile, resolve_device
 from .engine import Engine
 from .loop import EngineLoop
 from .memory.memory_profile import step_bytes
-from .memory.swap_memory import build_kv_dir, build_swapping
+from .memory.tiers import build_tiers
 
 _log = logging.getLogger(__name__)
 
@@ -133,8 +133,7 @@ def _closer(
             if engine.runner.recordings is not None:
                 engine.runner.recordings.forget()
             engine.runner.forget()
-            if engine.scheduler.swapping is not None:
-                engine.scheduler.swapping.close()
+            engine.scheduler.tiers.close()
         cache.shutdown()
         if driver is not None:
             driver.close()
@@ -232,8 +231,7 @@ def _build_scheduler(
         look_ahead_tokens=config.look_ahead_tokens,
         # A slot has keys and values from its start, but state of its last token only.
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
-        kv_dir=build_kv_dir(loaded, config, cache, fingerprint),
-        swapping=build_swapping(loaded, config, cache, runner),
+        tiers=build_tiers(loaded, config, cache, runner, fingerprint),
         tenant_weights=config.tenant_weights,
     )
 

@@ -188,15 +188,11 @@ class Engine:
         self._drop_step_if_idle()
         step_s = time.perf_counter() - start
         self._step_time_s += step_s
-        if self.scheduler.swapping is not None:
-            self.scheduler.swapping.note_step(self.num_computed_tokens - num_before, step_s)
+        self.scheduler.tiers.note_step(self.num_computed_tokens - num_before, step_s)
 
     def trim(self) -> int:
         """Give what no live request needs back to the system; returns the bytes."""
-        swapping = self.scheduler.swapping
-        self.scheduler.kv_files.give_way()
-        num_bytes = 0 if swapping is None else swapping.trim()
-        return num_bytes + self.cache.trim()
+        return self.scheduler.tiers.trim() + self.cache.trim()
 
     def weights_changed(self) -> None:
         """Drop all that was computed with the model as it was: recordings, parked keys and values,
@@ -210,9 +206,7 @@ class Engine:
         self._catch_up()
         for request in self.scheduler.running[::-1]:  # so that they come back in their order
             self.scheduler.preempt(request, keep=False)
-        if self.scheduler.swapping is not None:
-            self.scheduler.swapping.forget()
-        self.scheduler.kv_files.forget()
+        self.scheduler.tiers.forget()
         self.cache.trim()  # last: what is being copied could not be trimmed
         if self.fingerprint is not None:
             self.fingerprint.renew()
@@ -237,7 +231,7 @@ class Engine:
     def _plain_step(self) -> None:
         batch = self.scheduler.schedule()
         if not batch.items:
-            self.scheduler.wait_for_moves(_MOVE_WAIT_S)
+            self.scheduler.tiers.wait(self.scheduler.running, _MOVE_WAIT_S)
         elif launched := self._launch(batch, None, wait=True):
             self._postprocess(launched)
 
@@ -254,7 +248,7 @@ class Engine:
                 self._catch_up()
                 self.scheduler.shortage = None  # which was found before those ends
             else:
-                self.scheduler.wait_for_moves(_MOVE_WAIT_S)
+                self.scheduler.tiers.wait(self.scheduler.running, _MOVE_WAIT_S)
             return
         before = self._under_way
         wait = not batch.can_run_ahead
@@ -377,7 +371,7 @@ class Engine:
 
     def stats(self, kv: KVStats | None = None) -> EngineStats:
         """Memory and work, from counters; `kv`, if the cache has been asked already."""
-        recordings, swapping = self.runner.recordings, self.scheduler.swapping
+        recordings, swapping = self.runner.recordings, self.scheduler.tiers.swapping
         return EngineStats(
             kv=self.cache.stats() if kv is None else kv,
             state_bytes=self.runner.state_bytes,

@@ -190,7 +190,6 @@ class EngineLoop:
             for request in self.engine.requests:
                 self.engine.abort(request.key[0])
         if not self._is_given_back:
-            self.engine.scheduler.kv_files.forget()
             self._close()
             self._is_given_back = True
 

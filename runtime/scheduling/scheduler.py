@@ -8,20 +8,18 @@ refuses (DriverError) keeps one request waiting, as a shortage does, and tears n
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ...allocator import Slot, SlotCache
-from ...allocator.transfer import KVDir
 from ...vmem.errors import DriverError, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
 from .accounts import Accounts
 from .exits import Exits
-from .kv_files import KVFiles
 from .lines import lines_for
 from .plan import Plan, Policy
 from .snapshot import Snapshot
-from .swapping import Swapping
+from .tiers import Tiers
 from .views import running_view, waiting_view
 from .waiting import WaitingQueue
 
@@ -41,15 +39,13 @@ class Scheduler:
         max_batch_tokens: tokens of one step.
         look_ahead_tokens: tokens mapped ahead of a decoding request, in the background.
         prefix_reuse: start a request from keys and values that others computed for its tokens.
-        swapping: moves what slots hold to another tier of memory and back; None to drop it.
-        kv_dir: saves it as files; None for no such folder.
+        tiers: what stands behind the cache; None for nothing but the files that are opened.
         tenant_weights: of tenants whose part is another than 1.
 
     Attributes:
         accounts: what each tenant got.
         running: in the order of admission.
         exits: how slots are let go.
-        kv_files: files that requests may begin with.
         shortage: what kept the last step from giving any request a token, and whom it kept.
     """
 
@@ -62,8 +58,7 @@ class Scheduler:
         max_batch_tokens: int,
         look_ahead_tokens: int = 0,
         prefix_reuse: bool = True,
-        swapping: Swapping | None = None,
-        kv_dir: KVDir | None = None,
+        tiers: Tiers | None = None,
         tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.cache = cache
@@ -72,9 +67,8 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.look_ahead_tokens = look_ahead_tokens
         self.prefix_reuse = prefix_reuse
-        self.swapping = swapping
+        self.tiers = tiers or Tiers(cache)
         self.exits = Exits(cache)
-        self.kv_files = KVFiles(kv_dir)
         self.accounts = Accounts(tenant_weights or {})
         self.waiting = WaitingQueue(lines_for(policy.order, self.accounts))
         self.running: list[Request] = []
@@ -112,9 +106,7 @@ class Scheduler:
         is short (`shortage`). No request is lost by that.
         """
         self.exits.retry()
-        self._take_arrivals()
-        self.kv_files.settle()
-        self._let_siblings_in()
+        self._let_in()
         granted: dict[Request, int] = {}
         held: set[Request] = set()
         num_before = self.num_preemptions
@@ -125,9 +117,9 @@ class Scheduler:
             missed = self._apply(self.policy.plan(snapshot), granted)
             if missed is None:
                 break
-            if self.kv_files.give_way():
+            if self.tiers.give_way():
                 continue
-            if self.swapping is not None and self.swapping.is_leaving:
+            if self.tiers.is_leaving:
                 # What it lacks is being copied out: it stands aside for this step, and nobody gives
                 # way for it once more.
                 if missed[0] not in self.running:
@@ -136,10 +128,11 @@ class Scheduler:
                 short = None
                 continue
             short = missed
-        self.shortage = short if short and not granted and not self._is_moving else None
+        is_lasting = short and not granted and not self.tiers.is_moving(self.running)
+        self.shortage = short if is_lasting else None
         batch = tuple(ScheduledRequest(request, count) for request, count in granted.items())
         self._look_ahead(batch)
-        return Batch(batch, self._padding(batch))
+        return Batch(batch, _padding(self.cache, batch))
 
     def finish(self, request: Request) -> None:
         """Let go of a finished request; its slot is parked with what was computed."""
@@ -149,41 +142,19 @@ class Scheduler:
         """Drop a request at any point of its life; its pages go back at once."""
         self._leave(request, keep=False)
 
-    # -- moving ------------------------------------------------------------------------------
-
-    @property
-    def _is_moving(self) -> bool:
-        """True while keys and values leave or come back: what a request lacks may be there soon."""
-        return self.swapping is not None and (
-            self.swapping.is_leaving or any(request.fetch for request in self.running)
-        )
-
-    def wait_for_moves(self, timeout_s: float) -> None:
-        """Wait a moment for what leaves or comes back. For when nothing else can go on."""
-        fetch = next((request.fetch for request in self.running if request.fetch), None)
-        if fetch is not None:
-            fetch.wait(timeout_s)
-        elif self.swapping is not None:
-            self.swapping.wait(timeout_s)
-
-    def _take_arrivals(self) -> None:
-        """Let requests go on of which all is there that was fetched."""
-        if self.swapping is None:
-            return
-        self.swapping.tier.settle()
+    def _let_in(self) -> None:
+        """Let requests go on that waited for what was fetched, or for their leader's prompt."""
+        self.tiers.settle()
         for request in [r for r in self.running if r.fetch is not None and r.fetch.is_done]:
-            fetch = request.fetch
-            assert fetch is not None
-            request.slot = self.swapping.arrive(request, fetch)
-            request.fetch = None
-            if request.slot is None:  # it could not be read: computed, then
+            if self.tiers.arrive(request):
+                self._note_admission(request)
+            else:  # then it is computed
                 self.running.remove(request)
                 request.state = RequestState.WAITING
-                request.can_fetch = False
                 self.waiting.put_back(request)
-                continue
-            request.num_computed = fetch.num_tokens
-            self._note_admission(request)
+        for request in self.running:
+            if request.num_computed >= request.num_prompt_tokens:
+                self.waiting.let_in(request.key)
 
     # -- deciding ----------------------------------------------------------------------------
 
@@ -210,12 +181,6 @@ class Scheduler:
             growth_pages=self._growth_pages,
             tenants=self.accounts.shares([*self.running, *waiting]) if by_tenant else {},
         )
-
-    def _let_siblings_in(self) -> None:
-        """Requests whose leader has computed its prompt may start from its slot."""
-        for request in self.running:
-            if request.num_computed >= request.num_prompt_tokens:
-                self.waiting.let_in(request.key)
 
     # -- doing -------------------------------------------------------------------------------
 
@@ -270,8 +235,7 @@ class Scheduler:
             self.waiting.remove(request)
         else:
             self._release(request, keep=keep, comes_back=False)
-        if self.swapping is not None:
-            self.swapping.release(request)
+        self.tiers.release(request)
         request.state = RequestState.FINISHED
         del self._requests[request.key]
         self.waiting.let_in(request.key)
@@ -288,9 +252,7 @@ class Scheduler:
         self.accounts.released(request)
         computed = request.token_ids[: request.num_computed] if keep else ()
         if keep:
-            self.kv_files.save(slot, computed, request.variant)
-            if self.swapping is not None:
-                self.swapping.leave(request, slot, comes_back=comes_back)
+            self.tiers.leave(request, slot, computed, comes_back=comes_back)
         self.exits.let_go(slot, computed, request.variant)
 
     # -- admission ---------------------------------------------------------------------------
@@ -301,16 +263,19 @@ class Scheduler:
         Raises a Shortage or DriverError, with the request still waiting.
         """
         tokens = self._reusable_tokens(request)
-        donor, num_shared = self._live_donor(request, tokens)
+        donor, num_shared = _live_donor(self.running, request, tokens, self.cache.growth_tokens)
+        num_near = max(num_shared, self.cache.prefix_length(tokens, request.variant))
         needed = self._tokens_to_admit(request)
         if self.running:  # what lacks memory for sure need not disturb what is parked
-            num_there = max(num_shared, self.kv_files.longest_prefix(tokens, request.variant))
+            num_there = max(num_shared, self.tiers.num_in_files(request, tokens))
             own = self.cache.num_pages(needed) - self.cache.num_whole_pages(num_there)
             if own > self.cache.num_obtainable():
                 raise OutOfPages(f"{own} pages are not to be had while others run")
-        if self._fetch(request, tokens, num_shared, needed):
+        request.fetch = self.tiers.fetch(request, tokens, num_near, needed)
+        if request.fetch is not None:
+            self._start(request, None, request.fetch.incoming.num_held)
             return 0
-        slot, num_cached = self._open_slot(request, tokens, donor, num_shared)
+        slot, num_cached = self._open_slot(request, tokens, donor, num_shared, num_near)
         count = min(request.num_tokens - num_cached, budget)
         try:
             self.cache.reserve(slot, needed)
@@ -318,13 +283,16 @@ class Scheduler:
         except (Shortage, DriverError):
             self.exits.let_go(slot, request.token_ids[:num_cached], request.variant)
             raise
+        self._start(request, slot, num_cached)
+        self._note_admission(request)
+        return count
+
+    def _start(self, request: Request, slot: Slot | None, num_computed: int) -> None:
         self.waiting.remove(request)
         request.slot = slot
-        request.num_computed = num_cached
+        request.num_computed = num_computed
         request.state = RequestState.RUNNING
-        self._note_admission(request)
         self.running.append(request)
-        return count
 
     def _note_admission(self, request: Request) -> None:
         """Note when a request first had a slot, and what it found in it."""
@@ -334,24 +302,6 @@ class Scheduler:
             self.prefix_hit_tokens += request.num_computed
         request.waited_s = time.monotonic() - request.queued_time_s
         self.accounts.admitted(request)
-
-    def _fetch(self, request: Request, tokens: Sequence[int], num_shared: int, needed: int) -> bool:
-        """Admit a request by fetching what another tier has of it, if that is the best there is.
-
-        Raises a Shortage or DriverError, with the request still waiting.
-        """
-        if self.swapping is None or not request.can_fetch:
-            return False
-        num_near = max(num_shared, self.cache.prefix_length(tokens, request.variant))
-        fetch = self.swapping.fetch(request, tokens, num_near, needed)
-        if fetch is None:
-            return False
-        self.waiting.remove(request)
-        request.fetch = fetch
-        request.num_computed = fetch.incoming.num_held
-        request.state = RequestState.RUNNING
-        self.running.append(request)
-        return True
 
     def _tokens_to_admit(self, request: Request) -> int:
         """All it has, and a page's worth of its output if others run: else it is soon preempted."""
@@ -372,16 +322,18 @@ class Scheduler:
         return request.token_ids[: min(request.num_tokens - 1, request.num_scored)]
 
     def _open_slot(
-        self, request: Request, tokens: Sequence[int], donor: Request | None, num_shared: int
+        self,
+        request: Request,
+        tokens: Sequence[int],
+        donor: Request | None,
+        num_shared: int,
+        num_near: int,
     ) -> tuple[Slot, int]:
         """A slot, and how many of `tokens` it already holds: a running request's, parked ones, or
-        those of a file, if that spares a page's worth."""
-        if self.kv_files.may_have_some:
-            num_held = max(num_shared, self.cache.prefix_length(tokens, request.variant))
-            least = num_held + self.cache.growth_tokens
-            found = self.kv_files.open_slot(self.cache, tokens, request.variant, least=least)
-            if found is not None:
-                return found
+        those of a file."""
+        found = self.tiers.open_slot(request, tokens, num_near)
+        if found is not None:
+            return found
         if donor is not None and num_shared > self.cache.prefix_length(tokens, request.variant):
             assert donor.slot is not None
             try:
@@ -389,20 +341,6 @@ class Scheduler:
             except Shortage:
                 pass  # then with what is parked
         return self.cache.adopt(tokens, request.variant)
-
-    def _live_donor(self, request: Request, tokens: Sequence[int]) -> tuple[Request | None, int]:
-        """The running request that has computed the longest common prefix, a page's at least."""
-        donor, longest = None, 0
-        for other in self.running:
-            if other.variant != request.variant or other.slot is None:
-                continue
-            least = 1 if other.key == request.leader else self.cache.growth_tokens
-            limit = min(len(tokens), other.num_computed)
-            if limit > longest and limit >= least:
-                shared = _common_prefix(tokens, other.token_ids, limit)
-                if shared > longest and shared >= least:
-                    donor, longest = other, shared
-        return donor, longest
 
     # -- for the step --------------------------------------------------------------------------
 
@@ -421,20 +359,38 @@ class Scheduler:
                 target = min(end + self.max_batch_tokens, request.num_tokens)
             self.cache.look_ahead(request.slot, target)
 
-    def _padding(self, batch: Sequence[ScheduledRequest]) -> Padding | None:
-        """A position behind some decode's, on pages that its slot has: it maps and takes nothing.
 
-        It is written before the request's own next token is, and read by nobody.
-        """
-        if any(item.num_tokens > 1 for item in batch):
-            return None
-        for item in batch:
-            slot, behind = item.request.slot, item.start + 1
-            assert slot is not None
-            if behind < slot.ready_tokens:
-                self.cache.grow(slot, behind + 1)
-                return Padding(slot, behind, item.request.ids(item.start, behind)[0])
+def _padding(cache: SlotCache, batch: Sequence[ScheduledRequest]) -> Padding | None:
+    """A position behind some decode's, on pages that its slot has: it maps and takes nothing.
+
+    It is written before the request's own next token is, and read by nobody.
+    """
+    if any(item.num_tokens > 1 for item in batch):
         return None
+    for item in batch:
+        slot, behind = item.request.slot, item.start + 1
+        assert slot is not None
+        if behind < slot.ready_tokens:
+            cache.grow(slot, behind + 1)
+            return Padding(slot, behind, item.request.ids(item.start, behind)[0])
+    return None
+
+
+def _live_donor(
+    running: Iterable[Request], request: Request, tokens: Sequence[int], growth_tokens: int
+) -> tuple[Request | None, int]:
+    """The running request that has computed the longest common prefix, a page's at least."""
+    donor, longest = None, 0
+    for other in running:
+        if other.variant != request.variant or other.slot is None:
+            continue
+        least = 1 if other.key == request.leader else growth_tokens
+        limit = min(len(tokens), other.num_computed)
+        if limit > longest and limit >= least:
+            shared = _common_prefix(tokens, other.token_ids, limit)
+            if shared > longest and shared >= least:
+                donor, longest = other, shared
+    return donor, longest
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:

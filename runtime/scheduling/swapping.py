@@ -15,9 +15,29 @@ from typing import Any, Protocol
 from ...allocator import Slot
 from ...allocator.transfer import Fetch, MemoryTier
 from ..request.request import Request
-from .rates import Rate
 
 _LEAST_SAMPLE_TOKENS = 32  # of a step whose time says how fast prompts are computed
+_MEMORY = 0.9  # share of the past in the next value of a rate
+
+
+class Rate:
+    """Amounts per second, recent ones counting most.
+
+    Attributes:
+        per_s: 0 before the first sample.
+    """
+
+    def __init__(self) -> None:
+        self._amount = self._time_s = 0.0
+
+    @property
+    def per_s(self) -> float:
+        return self._amount / self._time_s if self._time_s else 0.0
+
+    def add(self, amount: float, time_s: float) -> None:
+        """`amount` took `time_s`."""
+        self._amount = _MEMORY * self._amount + amount
+        self._time_s = _MEMORY * self._time_s + time_s
 
 
 class StateKeeper(Protocol):

@@ -34,15 +34,15 @@ def run(
     """Run all requests together, of which some lose their slots until there were `num_moves`."""
     with LLM(model, device="cpu", **zoo.with_defaults(options)) as llm:
         engine = llm.engine
-        if engine.scheduler.swapping is not None:
-            engine.scheduler.swapping.always = True
-            engine.scheduler.swapping.asynchronous = asynchronous
+        if engine.scheduler.tiers.swapping is not None:
+            engine.scheduler.tiers.swapping.always = True
+            engine.scheduler.tiers.swapping.asynchronous = asynchronous
         requests = [request for spec in specs for request in engine.add(spec)]
         num_forced = _drive(engine, num_moves, random.Random(seed))
         swap = engine.stats().swap
         engine.cache.check_invariants()
-        if engine.scheduler.swapping is not None:
-            engine.scheduler.swapping.tier.far.check_invariants()
+        if engine.scheduler.tiers.swapping is not None:
+            engine.scheduler.tiers.swapping.tier.far.check_invariants()
     failures = [output for output in engine.take_outputs() if output.failure is not None]
     assert not failures, failures
     return Outcome({r.key: r.output_token_ids for r in requests}, num_forced, swap)
@@ -62,8 +62,8 @@ def _drive(engine: Engine, num_moves: int, draw: random.Random) -> int:
             engine.scheduler.preempt(request)
         num_forced += len(victims)
         if victims and draw.random() < 0.7:
-            if draw.random() < 0.5 and engine.scheduler.swapping is not None:
-                engine.scheduler.swapping.wait()
+            if draw.random() < 0.5 and engine.scheduler.tiers.swapping is not None:
+                engine.scheduler.tiers.swapping.wait()
             engine.cache.trim()
         engine.step()
         if draw.random() < 0.1:

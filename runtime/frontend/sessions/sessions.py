@@ -177,7 +177,7 @@ class Sessions:
             extra=file.header.extra,
         )
         if is_usable:
-            self._engine.scheduler.kv_files.add(file)
+            self._engine.scheduler.tiers.kv_files.add(file)
         else:
             file.close()
         return session

@@ -121,7 +121,7 @@ def test_failing_copies_change_no_token(
 def test_a_second_turn_copies_its_increment(llama: PreTrainedModel) -> None:
     (prompt,) = zoo.random_prompts([60])
     with LLM(llama, device="cpu", **zoo.with_defaults({"swap_memory": _SWAP})) as llm:
-        swapping = llm.engine.scheduler.swapping
+        swapping = llm.engine.scheduler.tiers.swapping
         assert swapping is not None
         swapping.always = True
         (first,) = llm.generate([prompt], zoo.greedy(20))
@@ -145,7 +145,7 @@ def test_a_second_turn_copies_its_increment(llama: PreTrainedModel) -> None:
 def test_what_is_faster_computed_is_computed(llama: PreTrainedModel) -> None:
     (prompt,) = zoo.random_prompts([60])
     with LLM(llama, device="cpu", **zoo.with_defaults({"swap_memory": _SWAP})) as llm:
-        swapping = llm.engine.scheduler.swapping
+        swapping = llm.engine.scheduler.tiers.swapping
         assert swapping is not None
         llm.generate([prompt], zoo.greedy(20))
         swapping.wait()
@@ -164,7 +164,7 @@ def test_requests_may_end_while_they_move(llama: PreTrainedModel) -> None:
     """Aborted before, during and after the copy, there and back; nothing stays pinned."""
     options = zoo.with_defaults({"swap_memory": _SWAP, "max_seqs": 4})
     with LLM(llama, device="cpu", **options) as llm:
-        engine, swapping = llm.engine, llm.engine.scheduler.swapping
+        engine, swapping = llm.engine, llm.engine.scheduler.tiers.swapping
         assert swapping is not None
         swapping.always = True
         for wait, num_steps in ((False, 0), (True, 0), (True, 1), (True, 2), (False, 2)):
@@ -196,7 +196,7 @@ def test_sleep_and_a_changed_model_leave_nothing_behind(llama: PreTrainedModel) 
     model = zoo.tiny_model("llama")
     (prompt,) = zoo.random_prompts([60])
     with LLM(model, device="cpu", **zoo.with_defaults({"swap_memory": _SWAP})) as llm:
-        swapping = llm.engine.scheduler.swapping
+        swapping = llm.engine.scheduler.tiers.swapping
         assert swapping is not None
         swapping.always = True
         llm.generate([prompt], zoo.greedy(4))

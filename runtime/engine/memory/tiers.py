@@ -19,6 +19,7 @@ from ...execution.model_runner import ModelRunner
 from ...model.fingerprint import ModelFingerprint
 from ...model.loading import LoadedModel
 from ...scheduling.swapping import Swapping
+from ...scheduling.tiers import Tiers
 from ..config import EngineConfig
 
 _log = logging.getLogger(__name__)
@@ -28,7 +29,19 @@ _MOST_VIRTUAL_BYTES = 8 << 40  # address space of the tier; a process has 128 Ti
 _PAGE_BYTES = 64 << 10  # where the cache itself has no pages of the host
 
 
-def build_swapping(
+def build_tiers(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    cache: SlotCache,
+    runner: ModelRunner,
+    fingerprint: ModelFingerprint,
+) -> Tiers:
+    """What `config` wants behind a cache. Raises InvalidConfig or UnsupportedModel."""
+    kv_dir = _build_kv_dir(loaded, config, cache, fingerprint)  # which holds nothing yet
+    return Tiers(cache, _build_swapping(loaded, config, cache, runner), kv_dir)
+
+
+def _build_swapping(
     loaded: LoadedModel, config: EngineConfig, cache: SlotCache, runner: ModelRunner
 ) -> Swapping | None:
     """The tier that `config.swap_memory` asks for; None if it asks for none.
@@ -64,7 +77,7 @@ def build_swapping(
     )
 
 
-def build_kv_dir(
+def _build_kv_dir(
     loaded: LoadedModel, config: EngineConfig, cache: SlotCache, fingerprint: ModelFingerprint
 ) -> KVDir | None:
     """The folder that `config.kv_dir` asks for; None if it asks for none.

@@ -1,0 +1,134 @@
+"""What stands behind the cache: host memory, and files; what leaves a slot may come back."""
+
+from collections.abc import Iterable, Sequence
+
+from ...allocator import Slot, SlotCache
+from ...allocator.transfer import Fetch, KVDir
+from ..request.request import Request
+from .kv_files import KVFiles
+from .swapping import Swapping
+
+
+class Tiers:
+    """The tiers behind a cache; either may be missing.
+
+    Args:
+        cache: before them.
+        swapping: moves what slots hold to host memory and back; None to drop it.
+        kv_dir: where it is saved as files by itself; None for nowhere.
+
+    Attributes:
+        kv_files: files that requests may begin with, those of `kv_dir` and of opened sessions.
+    """
+
+    def __init__(
+        self, cache: SlotCache, swapping: Swapping | None = None, kv_dir: KVDir | None = None
+    ) -> None:
+        self.swapping = swapping
+        self.kv_files = KVFiles(kv_dir)
+        self._cache = cache
+
+    def settle(self) -> None:
+        """Take note of what was copied and written meanwhile."""
+        if self.swapping is not None:
+            self.swapping.tier.settle()
+        self.kv_files.settle()
+
+    # -- there -------------------------------------------------------------------------------
+
+    def leave(
+        self, request: Request, slot: Slot, computed: Sequence[int], *, comes_back: bool
+    ) -> None:
+        """A request is about to let go of `slot`, which holds the tokens `computed`."""
+        self.kv_files.save(slot, computed, request.variant)
+        if self.swapping is not None:
+            self.swapping.leave(request, slot, comes_back=comes_back)
+
+    def release(self, request: Request) -> None:
+        """A request will not come back."""
+        if self.swapping is not None:
+            self.swapping.release(request)
+
+    def give_way(self) -> bool:
+        """Memory is short: stop reading slots for files. False if that frees nothing."""
+        return self.kv_files.give_way()
+
+    @property
+    def is_leaving(self) -> bool:
+        """True while slots are pinned until they have been copied: their memory is coming."""
+        return self.swapping is not None and self.swapping.is_leaving
+
+    # -- and back ----------------------------------------------------------------------------
+
+    def num_in_files(self, request: Request, tokens: Sequence[int]) -> int:
+        """How many of `tokens` a request could begin with that take no memory, or little."""
+        return self.kv_files.longest_prefix(tokens, request.variant)
+
+    def open_slot(
+        self, request: Request, tokens: Sequence[int], num_near: int
+    ) -> tuple[Slot, int] | None:
+        """A slot that begins with a file, and how many of `tokens` it has; None if no file spares
+        a page's worth beside the `num_near` that are at hand."""
+        if not self.kv_files.may_have_some:
+            return None
+        least = num_near + self._cache.growth_tokens
+        return self.kv_files.open_slot(self._cache, tokens, request.variant, least=least)
+
+    def fetch(
+        self, request: Request, tokens: Sequence[int], num_near: int, num_reserved: int
+    ) -> Fetch | None:
+        """Begin to copy back what host memory has of a request, if that is the best there is.
+
+        Raises a Shortage or DriverError.
+        """
+        if self.swapping is None or not request.can_fetch:
+            return None
+        num_near = max(num_near, self.num_in_files(request, tokens))
+        return self.swapping.fetch(request, tokens, num_near, num_reserved)
+
+    def arrive(self, request: Request) -> bool:
+        """Give a request the slot that was filled for it; False, with all undone, if it failed."""
+        assert self.swapping is not None
+        assert request.fetch is not None
+        request.slot = self.swapping.arrive(request, request.fetch)
+        if request.slot is not None:
+            request.num_computed = request.fetch.num_tokens
+        request.fetch = None
+        request.can_fetch = request.slot is not None
+        return request.can_fetch
+
+    def is_moving(self, running: Iterable[Request]) -> bool:
+        """True while something leaves or comes back: what a request lacks may be there soon."""
+        return self.is_leaving or any(request.fetch is not None for request in running)
+
+    def wait(self, running: Iterable[Request], timeout_s: float) -> None:
+        """Wait a moment for what leaves or comes back. For when nothing else can go on."""
+        fetch = next((request.fetch for request in running if request.fetch is not None), None)
+        if fetch is not None:
+            fetch.wait(timeout_s)
+        elif self.swapping is not None:
+            self.swapping.wait(timeout_s)
+
+    # -- for the engine ----------------------------------------------------------------------
+
+    def note_step(self, num_tokens: int, time_s: float) -> None:
+        """A step computed so many tokens in so long."""
+        if self.swapping is not None:
+            self.swapping.note_step(num_tokens, time_s)
+
+    def trim(self) -> int:
+        """Give memory back that no request waits for; returns the bytes."""
+        self.give_way()
+        return 0 if self.swapping is None else self.swapping.trim()
+
+    def forget(self) -> None:
+        """Drop all that is there: the model changed."""
+        if self.swapping is not None:
+            self.swapping.forget()
+        self.kv_files.forget()
+
+    def close(self) -> None:
+        """Give all back. No request may be left."""
+        self.kv_files.forget()
+        if self.swapping is not None:
+            self.swapping.close()
