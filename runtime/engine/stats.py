@@ -18,6 +18,7 @@ class SwapStats:
         num_tokens: tokens that it has.
         stored, fetched: what was moved, there and back.
         stall_s: that steps waited for copies, so far.
+        num_preempted: requests whose slot was taken away, and is kept there until they are back.
         num_computed_instead: times that computing was faster than fetching.
     """
 
@@ -27,6 +28,7 @@ class SwapStats:
     stored: MoveStats
     fetched: MoveStats
     stall_s: float
+    num_preempted: int
     num_computed_instead: int
 
     @classmethod
@@ -40,6 +42,7 @@ class SwapStats:
             stored=replace(swapping.tier.stored),
             fetched=replace(swapping.tier.fetched),
             stall_s=swapping.stall_s,
+            num_preempted=swapping.num_preempted,
             num_computed_instead=swapping.num_computed_instead,
         )
 

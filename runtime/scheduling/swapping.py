@@ -77,6 +77,8 @@ class Swapping:
         keeps_finished: copy what finished requests leave, too.
         reuses: what was fetched stays in the tier, so that only what follows is copied next time.
         stall_s: that the engine waited for copies, so far.
+        num_preempted, num_computed_instead: preempted requests that were copied, and fetches that
+            would have taken longer than computing, so far.
     """
 
     tier: MemoryTier
@@ -87,6 +89,7 @@ class Swapping:
     keeps_finished: bool = True
     reuses: bool = True
     stall_s: float = 0.0
+    num_preempted: int = 0
     num_computed_instead: int = 0
     computing: Rate = field(default_factory=Rate)
     _states: dict[str, _Kept] = field(default_factory=dict)
@@ -104,6 +107,7 @@ class Swapping:
         store = self.tier.store(name, slot, tokens, request.variant, keep=comes_back)
         if store is None:
             return
+        self.num_preempted += comes_back
         if comes_back and self.keeps_state:
             self._states[name] = _Kept(len(tokens), self.states.save_state(slot.index))
         if not self.asynchronous:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from ..engine.stats import EngineStats
+from ..engine.stats import EngineStats, SwapStats
 from ..frontend.text_stream import RequestText
 from ..request.outputs import FinishReason, RequestMetrics
 from ..scheduling.accounts import TenantStats
@@ -203,10 +203,30 @@ class _EngineCollector:
         yield self._counter(
             "vkv:driver_calls", "System or driver calls", _keyed(stats.driver_calls), ("call",)
         )
-        yield self._counter(
-            "vkv:preemptions", "By kind", {("recompute",): stats.num_preemptions}, ("kind",)
-        )
+        num_copied = 0 if stats.swap is None else stats.swap.num_preempted
+        kinds = {("recompute",): stats.num_preemptions - num_copied, ("swap",): num_copied}
+        yield self._counter("vkv:preemptions", "By kind", kinds, ("kind",))
+        if stats.swap is not None:
+            yield from self._of_swap(stats.swap)
         yield from self._of_tenants(stats.tenants)
+
+    def _of_swap(self, swap: SwapStats) -> Iterator[Metric]:
+        """What host memory behind the cache has, and what was copied there and back."""
+        yield self._gauge(
+            "vkv:swap_physical_bytes", "Of copies in host memory", swap.physical_bytes
+        )
+        yield self._gauge("vkv:swap_limit_bytes", "The most there may be", swap.limit_bytes)
+        yield self._counter("vkv:swap_stall_seconds", "Steps waited", {(): swap.stall_s})
+        moves = {("store",): swap.stored, ("load",): swap.fetched}
+        for name, what, field in (
+            ("moves", "Sequences copied", "num_moves"),
+            ("bytes", "Copied", "num_bytes"),
+            ("copies", "Calls that copied", "num_copies"),
+            ("seconds", "Of copying", "time_s"),
+            ("failures", "Copies that came to nothing", "num_failed"),
+        ):
+            values = {way: getattr(moved, field) for way, moved in moves.items()}
+            yield self._counter(f"vkv:swap_{name}", what, values, ("way",))
 
     def _of_tenants(self, tenants: Sequence[TenantStats]) -> Iterator[Metric]:
         """What each tenant has and got, as long as it is remembered."""

@@ -1,0 +1,35 @@
+"""What `/metrics` tells of memory behind the cache."""
+
+from vkv.allocator.transfer import MoveStats
+from vkv.runtime.engine.stats import SwapStats
+from vkv.runtime.serving.metrics import Metrics
+
+
+class _Labelled(Metrics):
+    """Without a registry, which nothing here needs."""
+
+    def __init__(self) -> None:
+        self._labels = ("a model", "0")
+
+
+def test_copies_are_told_both_ways() -> None:
+    swap = SwapStats(
+        physical_bytes=1000,
+        limit_bytes=4000,
+        num_tokens=5,
+        stored=MoveStats(num_moves=3, num_copies=6, num_bytes=600, time_s=0.5, num_failed=1),
+        fetched=MoveStats(num_moves=2, num_copies=4, num_bytes=400, time_s=0.25),
+        stall_s=0.125,
+        num_preempted=2,
+        num_computed_instead=0,
+    )
+    told = {
+        (sample.name, sample.labels.get("way")): sample.value
+        for metric in _Labelled()._of_swap(swap)
+        for sample in metric.samples
+    }
+    assert told[("vkv:swap_physical_bytes", None)] == 1000
+    assert told[("vkv:swap_stall_seconds_total", None)] == 0.125
+    assert told[("vkv:swap_bytes_total", "store")] == 600
+    assert told[("vkv:swap_bytes_total", "load")] == 400
+    assert told[("vkv:swap_failures_total", "store")] == 1
