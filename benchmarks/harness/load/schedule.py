@@ -74,7 +74,7 @@ def run(options: ScheduleOptions, folder: Path, command: str) -> tuple[Path, lis
 
 def _measure(num_queued: int, options: ScheduleOptions, costs: Costs) -> None:
     scheduler = _scheduler(options)
-    requests = _requests()
+    requests = _requests(1 if options.scheduling_policy == "fcfs" else _NUM_KINDS)
     queued = list(itertools.islice(requests, num_queued))
     start = time.perf_counter()
     for request in queued:
@@ -116,11 +116,11 @@ def _scheduler(options: ScheduleOptions) -> Scheduler:
     return Scheduler(cache, policy, max_seqs=max_seqs, max_batch_tokens=256)
 
 
-def _requests() -> Generator[Request, None, None]:
-    """Requests whose prompts have nothing in common."""
+def _requests(num_kinds: int) -> Generator[Request, None, None]:
+    """Requests whose prompts have nothing in common, of so many priorities and tenants."""
     for number in itertools.count():
         tokens = [(number * 7919 + i * i) % 50_021 for i in range(_PROMPT_TOKENS)]
-        kind = number * 7919 % _NUM_KINDS
+        kind = number * 7919 % num_kinds
         spec = RequestSpec(
             request_id=str(number),
             prompt_token_ids=tokens,

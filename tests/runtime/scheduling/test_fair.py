@@ -159,6 +159,19 @@ def test_a_prompt_that_was_not_computed_is_not_paid_for() -> None:
     assert _counter(scheduler, "a") == 8
 
 
+def test_who_gets_a_payment_back_is_next_at_once() -> None:
+    scheduler = make_scheduler(max_batch_tokens=8, max_seqs=1, order=Fair())
+    (dropped,) = add(scheduler, 100, tenant="a")
+    step(scheduler)
+    (other,) = add(scheduler, 5, tenant="b")
+    (waiting,) = add(scheduler, 5, tenant="a")
+    assert _counters(scheduler) == {"a": 100, "b": 100}
+    assert scheduler.waiting.first(2) == [other, waiting]
+    scheduler.abort(dropped)
+    assert _counters(scheduler) == {"a": 8, "b": 100}
+    assert scheduler.waiting.first(2) == [waiting, other]
+
+
 def test_what_is_computed_again_was_paid_for() -> None:
     scheduler = make_scheduler(max_batch_tokens=64, order=Fair(), prefix_reuse=False)
     (request,) = add(scheduler, 30, tenant="a", max_tokens=3)

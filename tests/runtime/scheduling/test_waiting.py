@@ -204,6 +204,24 @@ def test_leaving_twice_is_an_error_and_held_ones_may_leave() -> None:
         queue.remove(held)
 
 
+def test_nobody_is_shown_twice_after_many_tenants_have_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lines, "_MOST_GONE", 0)
+    accounts = Accounts({})
+    queue = WaitingQueue(lines_for(Fair(), accounts))
+    requests = [_request(number, tenant=str(number)) for number in range(8)]
+    for number, request in enumerate(requests):
+        accounts.came(request)
+        accounts.of(request).counter = float(number)
+        queue.add(request)
+    for request in requests[2:]:
+        queue.remove(request)
+    accounts.of(requests[1]).add(output_tokens=1)
+    assert queue.first(5) == requests[:2]
+    assert queue.first(5) == requests[:2]
+
+
 def test_one_that_was_held_stands_where_its_new_priority_puts_it() -> None:
     queue = WaitingQueue(lines_for(Priority(), Accounts({})))
     leader, held, other = _request(0), _request(1, priority=3), _request(2, priority=1)
