@@ -14,6 +14,7 @@ from ...vmem.errors import (
     KVFileError,
     OutOfMappings,
 )
+from .exits import Exits
 
 _log = logging.getLogger(__name__)
 
@@ -25,9 +26,13 @@ class KVFiles:
 
     What is found in them is checked before a slot begins with it. Whatever is damaged is computed
     as if there were no file. Not for use from several threads at once.
+
+    Args:
+        exits: how slots are let go that could not be filled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exits: Exits) -> None:
+        self._exits = exits
         self._files: dict[Path, KVFile] = {}  # least recently used first
 
     def __len__(self) -> int:
@@ -72,10 +77,10 @@ class KVFiles:
             _fill(cache, slot, file, num_tokens)
         except (KVFileError, InvalidConfig) as error:  # it was cut short this moment
             _log.warning("%s: %s; its tokens are computed again", file.path, error)
-            cache.close(slot)
+            self._exits.let_go(slot)
             return None
         except BaseException:
-            cache.close(slot)
+            self._exits.let_go(slot)
             raise
         return slot, num_tokens
 

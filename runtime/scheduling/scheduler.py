@@ -61,7 +61,7 @@ class Scheduler:
         self.look_ahead_tokens = look_ahead_tokens
         self.prefix_reuse = prefix_reuse
         self.exits = Exits(cache)
-        self.kv_files = KVFiles()
+        self.kv_files = KVFiles(self.exits)
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
         self.num_preemptions = 0
