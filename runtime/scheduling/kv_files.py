@@ -15,6 +15,7 @@ from ...vmem.errors import (
     KVFileError,
     OutOfMappings,
 )
+from .exits import Exits
 
 _log = logging.getLogger(__name__)
 
@@ -28,11 +29,13 @@ class KVFiles:
     as if there were no file. Not for use from several threads at once.
 
     Args:
+        exits: how slots are let go that could not be filled.
         folder: where what requests compute is saved by itself, and found; None for nowhere.
     """
 
-    def __init__(self, folder: KVDir | None = None) -> None:
+    def __init__(self, exits: Exits, folder: KVDir | None = None) -> None:
         self.folder = folder
+        self._exits = exits
         self._files: dict[Path, KVFile] = {}  # least recently used first
 
     def __len__(self) -> int:
@@ -104,10 +107,10 @@ class KVFiles:
             _fill(cache, slot, file, num_tokens)
         except (KVFileError, InvalidConfig) as error:  # it was cut short this moment
             _log.warning("%s: %s; its tokens are computed again", file.path, error)
-            cache.close(slot)
+            self._exits.let_go(slot)
             return None
         except BaseException:
-            cache.close(slot)
+            self._exits.let_go(slot)
             raise
         return slot, num_tokens
 

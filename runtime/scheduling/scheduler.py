@@ -15,7 +15,6 @@ from ...vmem.errors import DriverError, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
 from .accounts import Accounts
-from .exits import Exits
 from .lines import lines_for
 from .plan import Plan, Policy
 from .snapshot import Snapshot
@@ -68,7 +67,7 @@ class Scheduler:
         self.look_ahead_tokens = look_ahead_tokens
         self.prefix_reuse = prefix_reuse
         self.tiers = tiers or Tiers(cache)
-        self.exits = Exits(cache)
+        self.exits = self.tiers.exits
         self.accounts = Accounts(tenant_weights or {})
         self.waiting = WaitingQueue(lines_for(policy.order, self.accounts))
         self.running: list[Request] = []

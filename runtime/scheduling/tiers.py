@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from ...allocator import Slot, SlotCache
 from ...allocator.transfer import Fetch, KVDir
 from ..request.request import Request
+from .exits import Exits
 from .kv_files import KVFiles
 from .swapping import Swapping
 
@@ -18,6 +19,7 @@ class Tiers:
         kv_dir: where it is saved as files by itself; None for nowhere.
 
     Attributes:
+        exits: how slots are let go.
         kv_files: files that requests may begin with, those of `kv_dir` and of opened sessions.
     """
 
@@ -25,7 +27,8 @@ class Tiers:
         self, cache: SlotCache, swapping: Swapping | None = None, kv_dir: KVDir | None = None
     ) -> None:
         self.swapping = swapping
-        self.kv_files = KVFiles(kv_dir)
+        self.exits = Exits(cache)
+        self.kv_files = KVFiles(self.exits, kv_dir)
         self._cache = cache
 
     def settle(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from allocator_model import KIND, FlakyHostDriver, Model, make_cache, one_thread
 from vkv.allocator import KVFacts, KVFile, KVFileWriter
+from vkv.runtime.scheduling.exits import Exits
 from vkv.runtime.scheduling.kv_files import KVFiles
 from vkv.vmem.errors import DriverError, OutOfSlots, Shortage
 
@@ -39,10 +40,23 @@ def save(model: Model, path: Path, count: int, variant: str = "") -> None:
     model.cache.trim()
 
 
+class CacheExits(Exits):
+    """Of a cache that is made later."""
+
+    def __init__(self) -> None:
+        self._stuck = []
+
+
+def make_model(files: KVFiles, kind: str, driver: FlakyHostDriver, **options: float) -> Model:
+    model = Model(make_cache(KIND[kind], driver, **options))
+    files._exits._cache = model.cache
+    return model
+
+
 @pytest.fixture
 def files() -> Iterator[KVFiles]:
     before = len(os.listdir("/proc/self/fd"))
-    files = KVFiles()
+    files = KVFiles(CacheExits())
     yield files
     files.forget()
     assert len(files) == 0
@@ -58,7 +72,7 @@ def driver() -> Iterator[FlakyHostDriver]:
 def test_the_longest_of_the_variant_is_found(
     driver: FlakyHostDriver, files: KVFiles, tmp_path: Path
 ) -> None:
-    model = Model(make_cache(KIND["ragged"], driver, **ROOMY))
+    model = make_model(files, "ragged", driver, **ROOMY)
     assert files.longest_prefix(tokens(50)) == 0
     assert not files
     for name, count, variant in (("a", 40, ""), ("b", 120, "adapter"), ("c", 90, "")):
@@ -83,7 +97,7 @@ def test_the_longest_of_the_variant_is_found(
 def test_a_path_that_is_opened_again_is_the_new_file(
     driver: FlakyHostDriver, files: KVFiles, tmp_path: Path
 ) -> None:
-    model = Model(make_cache(KIND["even"], driver, **ROOMY))
+    model = make_model(files, "even", driver, **ROOMY)
     for count in (40, 70):
         save(model, tmp_path / "a", count)
         files.add(KVFile.open(tmp_path / "a"))
@@ -98,7 +112,7 @@ def test_every_call_failed_in_turn(files: KVFiles, tmp_path: Path, kind: str) ->
     for short in (False, True):
         for call in range(1000):
             with FlakyHostDriver() as driver:
-                model = Model(make_cache(KIND[kind], driver, **ROOMY))
+                model = make_model(files, kind, driver, **ROOMY)
                 save(model, tmp_path / "a", 130)
                 files.add(KVFile.open(tmp_path / "a"))
                 driver.fail_after, driver.fail_short = call, short
@@ -125,7 +139,7 @@ def test_every_call_failed_in_turn(files: KVFiles, tmp_path: Path, kind: str) ->
 def test_without_a_slot_nothing_is_done(
     driver: FlakyHostDriver, files: KVFiles, tmp_path: Path
 ) -> None:
-    model = Model(make_cache(KIND["even"], driver, num_slots=1, max_parked=0))
+    model = make_model(files, "even", driver, num_slots=1, max_parked=0)
     save(model, tmp_path / "a", 100)
     files.add(KVFile.open(tmp_path / "a"))
     model.open()
@@ -138,7 +152,7 @@ def test_without_a_slot_nothing_is_done(
 def test_what_is_damaged_is_found_once_and_not_offered_again(
     driver: FlakyHostDriver, files: KVFiles, tmp_path: Path
 ) -> None:
-    model = Model(make_cache(KIND["even"], driver, **ROOMY))
+    model = make_model(files, "even", driver, **ROOMY)
     save(model, tmp_path / "a", 100)
     content = bytearray((tmp_path / "a").read_bytes())
     with KVFile.open(tmp_path / "a") as file:
@@ -153,4 +167,25 @@ def test_what_is_damaged_is_found_once_and_not_offered_again(
     assert found is not None
     model._admit(found[0], tokens(60))
     model.check()
+    model.cache.shutdown()
+
+
+def test_a_slot_that_can_neither_be_filled_nor_closed_is_closed_later(
+    driver: FlakyHostDriver, files: KVFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(files, "even", driver, **ROOMY)
+    save(model, tmp_path / "a", 100)
+    files.add(KVFile.open(tmp_path / "a"))
+
+    def refuse(*_: object) -> None:
+        raise DriverError("injected")
+
+    with monkeypatch.context() as patch:
+        for name in ("attach", "grow", "close"):
+            patch.setattr(model.cache, name, refuse)
+        with pytest.raises(DriverError):
+            files.open_slot(model.cache, tokens(100))
+    assert model.cache.stats().slots_open == 1
+    files._exits.retry()
+    assert model.cache.stats().slots_open == 0
     model.cache.shutdown()
