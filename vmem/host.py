@@ -42,8 +42,9 @@ class HostDriver(VmemDriver):
 
     A mapping, in the sense of `num_mappings`, is a VMA of the kernel, of which a process may have
     `vm.max_map_count`, for everything; past it even `malloc` fails. The count kept here is exact
-    for each reservation by itself (two that touch may share one in the kernel). Half of its many
-    methods are the calls that the contract names.
+    for each reservation by itself (two that touch may share one in the kernel), but for stretches
+    of one file that were attached apart: where they continue each other the kernel has one, and
+    two are counted. Half of its many methods are the calls that the contract names.
 
     Attributes:
         huge_pages: whether the pages created last are backed by 2 MiB huge pages; None before

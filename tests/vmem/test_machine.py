@@ -162,6 +162,7 @@ class HostMachine(DriverMachine):
 
     def __init__(self):
         super().__init__()
+        self.place_in_file = {}
         self.file = os.memfd_create("file")
         for number in range(8):
             os.write(self.file, bytes([100 + number]) * self.page_bytes)
@@ -173,14 +174,23 @@ class HostMachine(DriverMachine):
         pages = self.driver.attach_file(self.file, first * self.page_bytes, count)
         assert not self.contents.keys() & set(pages)
         self.contents.update(zip(pages, range(100 + first, 108), strict=False))
+        self.place_in_file.update(zip(pages, range(first, 8), strict=False))
 
     @invariant()
     def counts_the_mappings_of_the_kernel(self):
-        counted = sum(
-            len(kernel_mappings(address, num_pages * self.page_bytes))
-            for address, num_pages in self.reserved.items()
-        )
-        assert self.driver.num_mappings == counted
+        counted = joined = 0
+        for address, num_pages in self.reserved.items():
+            counted += len(kernel_mappings(address, num_pages * self.page_bytes))
+            pages = [self.driver.page_at(address + i * self.page_bytes) for i in range(num_pages)]
+            joined += sum(map(self._continues, pages, pages[1:]))
+        assert self.driver.num_mappings == counted + joined
+
+    def _continues(self, left, right):
+        """Whether two pages, attached apart, are neighbours in the file: one mapping there."""
+        if left is None or right is None or right == left + 1:
+            return False
+        both_of_file = is_of_file(left) and is_of_file(right)
+        return both_of_file and self.place_in_file[right] == self.place_in_file[left] + 1
 
     def teardown(self):
         super().teardown()

@@ -2,11 +2,11 @@
 
 from vkv.allocator.transfer import MoveStats
 from vkv.runtime.engine.stats import SwapStats
-from vkv.runtime.serving.metrics import Metrics
+from vkv.runtime.serving.metrics import _EngineCollector
 
 
-class _Labelled(Metrics):
-    """Without a registry, which nothing here needs."""
+class _Labelled(_EngineCollector):
+    """Without an engine, which nothing here asks."""
 
     def __init__(self) -> None:
         self._labels = ("a model", "0")
