@@ -254,7 +254,7 @@ class KVDir:
 
     def _path_of(self, tokens: np.ndarray, variant: str) -> Path:
         digest = hashlib.blake2b(tokens.tobytes(), key=self._model.encode()[:64], digest_size=16)
-        digest.update(variant.encode())
+        digest.update(repr((variant, self._cache.geometry.token_format)).encode())
         return self.folder / f"{digest.hexdigest()}{_SUFFIX}"
 
     def _make_room(self, num_bytes: int) -> bool:
@@ -270,12 +270,13 @@ class KVDir:
         """List a file; one that is damaged goes, one of another model or kind stays."""
         try:
             with KVFile.open(path) as file:
-                if file.header.model != self._model or file.damage is not None:
-                    self._foreign_bytes += file.num_bytes if file.damage is None else 0
-                    if file.damage is not None:
-                        path.unlink(missing_ok=True)
+                if file.damage is not None:
+                    path.unlink(missing_ok=True)
                     return
-                file.check_fits(self._model, self._cache.geometry.token_format)
+                ours = self._model, self._cache.geometry.token_format
+                if (file.header.model, file.header.token_format) != ours:
+                    self._foreign_bytes += file.num_bytes
+                    return
                 entry = _Entry(path, file.header, file.tokens, file.num_bytes)
         except KVFileError as error:
             _log.warning("%s; it is left out", error)
