@@ -272,7 +272,11 @@ class SlotCache(KernelView):
             self._table.pin(slot, num_tokens)
 
     def unpin(self, slot: Slot) -> None:
-        """Undo a `pin`. The last one gives back what was closed or reclaimable meanwhile."""
+        """Undo a `pin`. The last one gives back what was closed meanwhile.
+
+        If the driver refuses to unmap that (DriverError), the pin is gone all the same, and what is
+        left stays parked, under no tokens, to be reclaimed.
+        """
         with self._working:
             self._table.check(slot, allow_parked=True)
             if not slot.num_pins:

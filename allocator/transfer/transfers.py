@@ -13,12 +13,14 @@
     claim           None            None          the slot, once   None
 
 A transfer is named by who moves and by an epoch, a number that grows with every attempt. So each
-verb may be sent twice, or answered and the answer lost, and the state is the same. A verb of an
-epoch that has been overtaken does nothing. Whoever has the slot decides what becomes of it: until
-the sender's commit it is the only owner, and from the receiver's commit on it must not compute.
+verb may be sent twice, or answered and the answer lost, and the state is the same. An epoch that
+has been overtaken cannot begin again (InvalidOperation). Whoever has the slot decides what becomes
+of it: until the sender's commit it is the only owner, and from the receiver's commit on it must not
+compute.
 """
 
 import enum
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -32,6 +34,8 @@ from ..slot_cache import SlotCache
 
 Spans = list[list[torch.Tensor]]
 """Bytes of some tokens: of each stream of the token format, the pieces that they lie in."""
+
+_log = logging.getLogger(__name__)
 
 _MOST_ENDED = 4096  # transfers whose end is remembered, for verbs that come twice
 
@@ -112,7 +116,10 @@ class Outgoing(_Side):
 
     def _end(self, state: TransferState) -> None:
         self.state = state
-        self._cache.unpin(self._slot)
+        try:
+            self._cache.unpin(self._slot)
+        except (Shortage, DriverError) as error:  # whoever ends a move is in the middle of a step
+            _log.warning("%s was not unmapped, and will be reclaimed: %s", self._slot, error)
 
 
 class Incoming(_Side):

@@ -194,6 +194,25 @@ def test_a_closed_slot_stays_until_it_is_copied() -> None:
         assert near.stats().slots_parked == near.stats().pages_held == 0
 
 
+def test_what_cannot_be_unmapped_at_the_end_is_reclaimed_later(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with make_cache(KIND["even"], max_parked=0) as near:
+        model = _filled(near)
+        (request,) = model.live
+        outgoing = Transfers(near).send(KEY, request.slot, 70)
+        model.close(request)
+        near.pool.driver.fail_after = 0
+        outgoing.commit()
+        near.pool.driver.fail_after = None
+        assert "will be reclaimed" in caplog.text
+        assert near.stats().pages_parked
+        model.check()
+        near.trim()
+        model.check()
+        assert near.stats().slots_parked == near.stats().physical_bytes == 0
+
+
 def test_a_pinned_prefix_is_shared_and_not_taken_over() -> None:
     with make_cache(KIND["even"]) as near:
         model = _filled(near)
