@@ -204,15 +204,15 @@ class MemoryTier:
             slot = store.incoming.claim()
             assert slot is not None
             if keep:
-                self.release(name)
+                self._let_go(name)
                 self.far.pin(slot, len(tokens))
                 self._kept[name] = slot
             self.far.park(slot, tokens, variant)
 
     @property
-    def num_leaving_tokens(self) -> int:
-        """Tokens in near slots that are pinned until they are copied."""
-        return sum(entry[1].num_tokens for entry in self._stores)
+    def is_storing(self) -> bool:
+        """True while near slots are pinned until they are copied."""
+        return bool(self._stores)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the oldest store is done, and settle it."""
@@ -222,10 +222,14 @@ class MemoryTier:
 
     def release(self, name: str) -> None:
         """What `store(name, keep=True)` holds may go when the tier needs memory."""
+        self._let_go(name)
+        self._stores = [(*e[:4], e[4] and e[0] != name) for e in self._stores]
+
+    def _let_go(self, name: str) -> None:
+        """Unpin what is there for `name`, but not what is on its way."""
         slot = self._kept.pop(name, None)
         if slot is not None:
             self.far.unpin(slot)
-        self._stores = [(*e[:4], e[4] and e[0] != name) for e in self._stores]
 
     def drop(self, tokens: Sequence[int], variant: str = "") -> None:
         """Give up the copy of `tokens`, unless it is kept for somebody."""

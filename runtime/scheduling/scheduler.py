@@ -263,18 +263,21 @@ class Scheduler:
         """
         tokens = self._reusable_tokens(request)
         donor, num_shared = _live_donor(self.running, request, tokens, self.cache.growth_tokens)
-        num_near = max(num_shared, self.cache.prefix_length(tokens, request.variant))
+        num_parked = 0
+        if donor is not None or self.tiers.may_have_some:  # else nothing is to be compared with it
+            num_parked = self.cache.prefix_length(tokens, request.variant)
         needed = self._tokens_to_admit(request)
         if self.running:  # what lacks memory for sure need not disturb what is parked
             num_there = max(num_shared, self.tiers.num_in_files(request, tokens))
             own = self.cache.num_pages(needed) - self.cache.num_whole_pages(num_there)
             if own > self.cache.num_obtainable():
                 raise OutOfPages(f"{own} pages are not to be had while others run")
+        num_near = max(num_shared, num_parked)
         request.fetch = self.tiers.fetch(request, tokens, num_near, needed)
         if request.fetch is not None:
             self._start(request, None, request.fetch.incoming.num_held)
             return 0
-        slot, num_cached = self._open_slot(request, tokens, donor, num_shared, num_near)
+        slot, num_cached = self._open_slot(request, tokens, donor, num_shared, num_parked)
         count = min(request.num_tokens - num_cached, budget)
         try:
             self.cache.reserve(slot, needed)
@@ -326,14 +329,14 @@ class Scheduler:
         tokens: Sequence[int],
         donor: Request | None,
         num_shared: int,
-        num_near: int,
+        num_parked: int,
     ) -> tuple[Slot, int]:
         """A slot, and how many of `tokens` it already holds: a running request's, parked ones, or
         those of a file."""
-        found = self.tiers.open_slot(request, tokens, num_near)
+        found = self.tiers.open_slot(request, tokens, max(num_shared, num_parked))
         if found is not None:
             return found
-        if donor is not None and num_shared > self.cache.prefix_length(tokens, request.variant):
+        if donor is not None and num_shared > num_parked:
             assert donor.slot is not None
             try:
                 return self.cache.fork(donor.slot, num_shared), num_shared

@@ -122,7 +122,7 @@ class Swapping:
     @property
     def is_leaving(self) -> bool:
         """True while memory of the cache is pinned until it has been copied."""
-        return self.tier.num_leaving_tokens > 0
+        return self.tier.is_storing
 
     # -- and back ----------------------------------------------------------------------------
 

@@ -63,6 +63,11 @@ class Tiers:
 
     # -- and back ----------------------------------------------------------------------------
 
+    @property
+    def may_have_some(self) -> bool:
+        """False if nothing can come back from anywhere."""
+        return self.swapping is not None or self.kv_files.may_have_some
+
     def num_in_files(self, request: Request, tokens: Sequence[int]) -> int:
         """How many of `tokens` a request could begin with that take no memory, or little."""
         return self.kv_files.longest_prefix(tokens, request.variant)
