@@ -29,6 +29,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from ...vmem.errors import DriverError, InvalidOperation, Shortage
+from ..exits import Exits
 from ..slot import Slot
 from ..slot_cache import SlotCache
 
@@ -132,6 +133,7 @@ class Incoming(_Side):
     def __init__(
         self,
         cache: SlotCache,
+        exits: Exits,
         key: TransferKey,
         slot: Slot,
         tokens: Sequence[int],
@@ -140,6 +142,7 @@ class Incoming(_Side):
         lease_s: float | None,
     ) -> None:
         super().__init__(cache, key, slot, len(tokens), lease_s)
+        self._exits = exits
         self.num_held = num_held
         self._tokens = tokens
         self._variant = variant
@@ -155,10 +158,7 @@ class Incoming(_Side):
         if self.state is TransferState.UNDER_WAY:
             self.state = TransferState.ABORTED
             tokens, self._tokens = self._tokens[: self.num_held], ()
-            if tokens:
-                self._cache.park(self._slot, tokens, self._variant)
-            else:
-                self._cache.close(self._slot)
+            self._exits.let_go(self._slot, tokens, self._variant)
 
     def claim(self) -> Slot | None:
         """The slot, for the request that the tokens are of; None if it is not to be had."""
@@ -172,7 +172,7 @@ class Incoming(_Side):
         """Leave what was committed to whoever asks for such tokens first."""
         tokens = self._tokens
         if (slot := self.claim()) is not None:
-            self._cache.park(slot, tokens, self._variant)
+            self._exits.let_go(slot, tokens, self._variant)
 
 
 AnySide = TypeVar("AnySide", Outgoing, Incoming)
@@ -183,10 +183,12 @@ class Transfers:
 
     Args:
         cache: whose slots they are.
+        exits: how slots are let go; None for an own one.
     """
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, cache: SlotCache, exits: Exits | None = None) -> None:
         self.cache = cache
+        self.exits = exits or Exits(cache)
         self._outgoing: OrderedDict[str, Outgoing] = OrderedDict()
         self._incoming: OrderedDict[str, Incoming] = OrderedDict()
 
@@ -224,7 +226,7 @@ class Transfers:
 
         def begin() -> Incoming:
             slot, num_held = self.cache.adopt(tokens, variant, recycle=recycle)
-            incoming = Incoming(self.cache, key, slot, tokens, variant, num_held, lease_s)
+            incoming = Incoming(self.cache, self.exits, key, slot, tokens, variant, num_held, lease_s)
             try:
                 self.cache.reserve(slot, max(num_reserved, len(tokens)))
                 self.cache.grow(slot, len(tokens))

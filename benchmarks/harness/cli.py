@@ -157,6 +157,18 @@ def tenants() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def tiers() -> Command:
+    """What host memory and a folder behind the cache cost while they are not needed.
+
+    Decode steps without a tier, beside an idle worker and beside a busy one; then many requests at
+    once that share a long beginning, with and without tiers.
+    """
+    from .load.options import TiersOptions
+
+    return _measuring(TiersOptions, ".load.tiers")
+
+
+@bench.command(cls=LazyCommand)
 def schedule() -> Command:
     """What a request costs the scheduler, from a hundred requests in line to a hundred thousand."""
     from .load.options import ScheduleOptions

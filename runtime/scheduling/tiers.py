@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from ...allocator import Slot, SlotCache
+from ...allocator import Exits, Slot, SlotCache
 from ...allocator.transfer import Fetch, KVDir
 from ..request.request import Request
-from .exits import Exits
 from .kv_files import KVFiles
 from .swapping import Swapping
 

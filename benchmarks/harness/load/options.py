@@ -217,6 +217,31 @@ class TenantsOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TiersOptions:
+    """What `vkv bench tiers` runs.
+
+    Attributes:
+        batch, context, num_steps: of the decode steps beside the worker.
+        prefix, suffix, output: tokens that requests share, have alone, and are answered with.
+    """
+
+    shape: str = shape_option("llama-tiny")
+    dtype: "torch.dtype" = dtype_option("float32")
+    device: "torch.device" = device_option()
+    batch: int = option(8, least=1, help="Requests that decode beside the worker.")
+    context: int = option(512, least=1, help="Tokens of each of them.")
+    num_steps: int = option(100, least=2, help="Decode steps that are timed.")
+    num_requests: int = option(50, least=1, help="Requests that share a beginning.")
+    prefix: int = option(10_000, least=1, help="Tokens that they share.")
+    suffix: int = option(64, least=1, help="Tokens of a prompt after those.")
+    output: int = option(32, least=1, help="Tokens of an answer.")
+    swap_memory: str = option("2GiB", help="Host memory behind the cache.")
+    repeats: int = option(1, least=1, help="Turns of each.")
+    label: str = label_option()
+    seed: int = seed_option()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
     """What `vkv bench schedule` runs.
 

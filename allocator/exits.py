@@ -3,14 +3,15 @@
 import logging
 from collections.abc import Sequence
 
-from ...allocator import Slot, SlotCache
-from ...vmem.errors import DriverError, Shortage
+from ..vmem.errors import DriverError, Shortage
+from .slot import Slot
+from .slot_cache import SlotCache
 
 _log = logging.getLogger(__name__)
 
 
 class Exits:
-    """Lets slots go, and never fails: its caller is in the middle of a step.
+    """Lets slots go, and never fails: its callers are in the middle of something.
 
     A slot that the cache could neither park nor close is kept aside. It is nobody's then, without
     tokens, and is tried again.
