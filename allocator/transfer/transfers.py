@@ -226,7 +226,9 @@ class Transfers:
 
         def begin() -> Incoming:
             slot, num_held = self.cache.adopt(tokens, variant, recycle=recycle)
-            incoming = Incoming(self.cache, self.exits, key, slot, tokens, variant, num_held, lease_s)
+            incoming = Incoming(
+                self.cache, self.exits, key, slot, tokens, variant, num_held, lease_s
+            )
             try:
                 self.cache.reserve(slot, max(num_reserved, len(tokens)))
                 self.cache.grow(slot, len(tokens))
