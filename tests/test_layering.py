@@ -32,6 +32,7 @@ FLOORS = (
     "cli",
     "serving",
     "cluster",
+    "link",
     "frontend",
     "engine",
     "scheduling",

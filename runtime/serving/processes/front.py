@@ -14,11 +14,11 @@ import uvicorn
 import uvloop
 
 from ....vmem.errors import UsageError
+from ...link.engine_process import REFUSED, die_with_parent
+from ...link.face import Face
+from ...link.remote import RemoteEngine
 from ..http.app import build_app
 from ..http.connections import Connection
-from ..link.engine_process import REFUSED, die_with_parent
-from ..link.face import Face
-from ..link.remote import RemoteEngine
 from ..options import ServeOptions
 from ..server import Server
 from .logs import configure_logs

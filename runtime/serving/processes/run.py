@@ -16,7 +16,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from ....vmem.errors import InvalidConfig
 from ...engine.config import EngineConfig
-from ..link.engine_process import REFUSED
+from ...link.engine_process import REFUSED
 from ..metrics import SHARED
 from ..options import ServeOptions
 from ..parsing import check_names

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ....vmem.errors import UsageError, VkvError
-from ...engine.build import build_loop, load
-from ...engine.config import EngineConfig
-from ...engine.loop import EngineLoop, refusal
-from ...engine.messages import Abort, Add, Finish, SetPriority
-from ...request.step_output import Failure, StepOutput
+from ...vmem.errors import UsageError, VkvError
+from ..engine.build import build_loop, load
+from ..engine.config import EngineConfig
+from ..engine.loop import EngineLoop, refusal
+from ..engine.messages import Abort, Add, Finish, SetPriority
+from ..request.step_output import Failure, StepOutput
 from .face import Face
 from .messages import (
     Answer,

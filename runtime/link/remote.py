@@ -8,13 +8,13 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 
-from ....vmem.errors import EngineDied, InvalidOperation
-from ....vmem.process import ProcessOwner
-from ...engine.memory.memory_map import MemoryMap
-from ...engine.messages import Abort, Add, Message
-from ...engine.stats import EngineStats
-from ...frontend.driving.sinks import Sink, give
-from ...request.step_output import StepOutput
+from ...vmem.errors import EngineDied, InvalidOperation
+from ...vmem.process import ProcessOwner
+from ..engine.memory.memory_map import MemoryMap
+from ..engine.messages import Abort, Add, Message
+from ..engine.stats import EngineStats
+from ..frontend.driving.sinks import Sink, give
+from ..request.step_output import StepOutput
 from .face import Face
 from .messages import (
     Answer,

@@ -4,10 +4,10 @@ from typing import Literal
 
 import msgspec
 
-from ...engine.memory.memory_map import MemoryMap
-from ...engine.messages import Abort, Add, Finish, SetPriority
-from ...engine.stats import EngineStats
-from ...request.step_output import Failure, StepOutput
+from ..engine.memory.memory_map import MemoryMap
+from ..engine.messages import Abort, Add, Finish, SetPriority
+from ..engine.stats import EngineStats
+from ..request.step_output import Failure, StepOutput
 
 Question = Literal["sleep", "sleep_weights", "wake", "trim", "weights_changed", "memory_map"]
 

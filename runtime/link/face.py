@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ...engine.admission import Admission
-from ...engine.config import EngineConfig
-from ...engine.engine import Engine
-from ...model.loading import LoadedModel
+from ..engine.admission import Admission
+from ..engine.config import EngineConfig
+from ..engine.engine import Engine
+from ..model.loading import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
 from typing import Protocol
 
-from ...engine.memory.memory_map import MemoryMap
-from ...engine.stats import EngineStats
-from ...frontend.driving.port import EnginePort
+from ..engine.memory.memory_map import MemoryMap
+from ..engine.stats import EngineStats
+from ..frontend.driving.port import EnginePort
 from .messages import Question
 
 

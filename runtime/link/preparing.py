@@ -6,9 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
 
-from ....vmem.errors import VkvError
-from ...engine.messages import Add
-from ...execution.grammars import Grammars
+from ...vmem.errors import VkvError
+from ..engine.messages import Add
+from ..execution.grammars import Grammars
 
 _MOST_AT_ONCE = 2  # as many as `Grammars` compiles: one that takes long holds nobody up
 
