@@ -11,7 +11,9 @@ from ..request.spec import RequestSpec
 from ..request.step_output import Failure, StepOutput
 from .engine import Engine
 from .memory.memory_map import MemoryMap, draw_memory
-from .messages import Abort, Add, Finish, Message, SetPriority
+from .messages import Abort, Add, Finish, Message, Resume, SetPriority
+from .migration.arrivals import Arrivals
+from .migration.departures import Departures
 from .sleep import Sleep
 from .stats import EngineStats
 
@@ -33,6 +35,10 @@ class EngineLoop:
         shortage_wait_s: if no request could get memory for so long, the one that
             `scheduler.shortage` names fails. Neighbours under a common `MemoryLimit` may return
             some meanwhile.
+
+    Attributes:
+        departures, arrivals: sequences that leave the engine, and that come to it; for the driver
+            alone. They need turns, or `carry_out`, to notice that their time is over.
     """
 
     def __init__(
@@ -43,6 +49,8 @@ class EngineLoop:
         self._shortage_wait_s = shortage_wait_s
         self._short_since: tuple[Request, float] | None = None
         self._sleep = Sleep(engine)
+        self.departures = Departures(engine)
+        self.arrivals = Arrivals(engine, self._sleep.check_awake)
         self._inbox: deque[Message] = deque()
         self._refused: list[StepOutput] = []  # that no one has taken yet
         self._publish()
@@ -74,6 +82,7 @@ class EngineLoop:
         If it raises, what came until then is not lost: the next call returns it.
         """
         self._open_inbox(inbox)
+        self._settle()
         self.engine.step()
         self._meet_shortage()
         if time.monotonic() - self._published_s > _PUBLISH_S or not self.engine.has_work:
@@ -83,6 +92,7 @@ class EngineLoop:
     def carry_out(self, inbox: Iterable[Message] = ()) -> list[StepOutput]:
         """Carry out what was posted, and `inbox`, without a step."""
         self._open_inbox(inbox)
+        self._settle()
         self._publish()
         return self.take_outputs()
 
@@ -98,20 +108,30 @@ class EngineLoop:
             try:
                 self._carry_out(message)
             except (UsageError, InvalidOperation) as error:
-                assert isinstance(message, Add), message
-                self._refused += refusal(message.spec, error)
+                self._refused += _refusal_of(message, error)
 
     def _carry_out(self, message: Message) -> None:
         if isinstance(message, Add):
             self._sleep.check_awake()
             self.engine.add(message.spec)
+        elif isinstance(message, Resume):
+            self._sleep.check_awake()
+            self.engine.resume(message.continuation)
         elif isinstance(message, Finish):
             self.engine.finish(message.request_id, message.index)
+            self.departures.finish((message.request_id, message.index))
         elif isinstance(message, SetPriority):
             self.engine.set_priority(message.request_id, message.priority)
+            self.departures.set_priority(message.request_id, message.priority)
         else:
             assert isinstance(message, Abort), message
             self.engine.abort(message.request_id)
+            self.departures.abort_request(message.request_id)
+
+    def _settle(self) -> None:
+        """End what leaves or comes and has no reason to any more."""
+        self.departures.settle()
+        self.arrivals.settle()
 
     def _publish(self) -> None:
         self._stats = self.engine.stats()
@@ -166,9 +186,18 @@ class EngineLoop:
     def sleep(self, *, weights: bool = False) -> int:
         """Give all memory of keys and values back; returns the bytes (`Sleep.begin`)."""
         self.engine.scheduler.exits.retry()
+        self._refuse_if_moving()
         num_bytes = self._sleep.begin(weights=weights)
         self._publish()
         return num_bytes
+
+    def _refuse_if_moving(self) -> None:
+        count = self.departures.num_away + self.arrivals.num_under_way
+        if count:
+            raise InvalidOperation(
+                f"{count} sequences are between this engine and another, and would lose their keys "
+                "and values; wait for them, or abort them, before sleep()"
+            )
 
     def wake(self) -> None:
         """End a `sleep`; harmless when awake."""
@@ -189,19 +218,36 @@ class EngineLoop:
             self._open_inbox(())
             for request in self.engine.requests:
                 self.engine.abort(request.key[0])
+            self.departures.close()
+            self.arrivals.close()
         if not self._is_given_back:
             self._close()
             self._is_given_back = True
 
 
-def refusal(spec: RequestSpec, error: VkvError) -> list[StepOutput]:
-    """The end of every sequence of a request that was never queued."""
+def _refusal_of(message: Message, error: VkvError) -> list[StepOutput]:
+    if isinstance(message, Resume):
+        sequence = message.continuation
+        return refusal(sequence.spec, error, (sequence.index,), epoch=sequence.epoch)
+    assert isinstance(message, Add), message
+    return refusal(message.spec, error)
+
+
+def refusal(
+    spec: RequestSpec,
+    error: VkvError,
+    indices: Iterable[int] | None = None,
+    *,
+    epoch: int = 0,
+) -> list[StepOutput]:
+    """The end of the sequences of a request that were never queued; of all, without `indices`."""
     return [
         StepOutput(
             request_id=spec.request_id,
             index=index,
+            epoch=epoch,
             finish_reason="error",
             failure=Failure.of(error),
         )
-        for index in range(spec.params.n)
+        for index in (range(spec.params.n) if indices is None else indices)
     ]
