@@ -82,7 +82,6 @@ class EngineLoop:
         If it raises, what came until then is not lost: the next call returns it.
         """
         self._open_inbox(inbox)
-        self._settle()
         self.engine.step()
         self._meet_shortage()
         if time.monotonic() - self._published_s > _PUBLISH_S or not self.engine.has_work:
@@ -92,7 +91,6 @@ class EngineLoop:
     def carry_out(self, inbox: Iterable[Message] = ()) -> list[StepOutput]:
         """Carry out what was posted, and `inbox`, without a step."""
         self._open_inbox(inbox)
-        self._settle()
         self._publish()
         return self.take_outputs()
 
@@ -109,6 +107,8 @@ class EngineLoop:
                 self._carry_out(message)
             except (UsageError, InvalidOperation) as error:
                 self._refused += _refusal_of(message, error)
+        self.departures.settle()
+        self.arrivals.settle()
 
     def _carry_out(self, message: Message) -> None:
         if isinstance(message, Add):
@@ -119,19 +119,14 @@ class EngineLoop:
             self.engine.resume(message.continuation)
         elif isinstance(message, Finish):
             self.engine.finish(message.request_id, message.index)
-            self.departures.finish((message.request_id, message.index))
+            self.departures.tell(message)
         elif isinstance(message, SetPriority):
             self.engine.set_priority(message.request_id, message.priority)
-            self.departures.set_priority(message.request_id, message.priority)
+            self.departures.tell(message)
         else:
             assert isinstance(message, Abort), message
             self.engine.abort(message.request_id)
-            self.departures.abort_request(message.request_id)
-
-    def _settle(self) -> None:
-        """End what leaves or comes and has no reason to any more."""
-        self.departures.settle()
-        self.arrivals.settle()
+            self.departures.tell(message)
 
     def _publish(self) -> None:
         self._stats = self.engine.stats()
@@ -186,18 +181,10 @@ class EngineLoop:
     def sleep(self, *, weights: bool = False) -> int:
         """Give all memory of keys and values back; returns the bytes (`Sleep.begin`)."""
         self.engine.scheduler.exits.retry()
-        self._refuse_if_moving()
+        _refuse_if_moving(self.departures.num_under_way + self.arrivals.num_under_way)
         num_bytes = self._sleep.begin(weights=weights)
         self._publish()
         return num_bytes
-
-    def _refuse_if_moving(self) -> None:
-        count = self.departures.num_away + self.arrivals.num_under_way
-        if count:
-            raise InvalidOperation(
-                f"{count} sequences are between this engine and another, and would lose their keys "
-                "and values; wait for them, or abort them, before sleep()"
-            )
 
     def wake(self) -> None:
         """End a `sleep`; harmless when awake."""
@@ -223,6 +210,15 @@ class EngineLoop:
         if not self._is_given_back:
             self._close()
             self._is_given_back = True
+
+
+def _refuse_if_moving(count: int) -> None:
+    """Raises InvalidOperation if so many sequences are on their way, and not none."""
+    if count:
+        raise InvalidOperation(
+            f"{count} sequences are on their way between this engine and others, and would lose "
+            "their keys and values; wait for them, or abort them, before sleep()"
+        )
 
 
 def _refusal_of(message: Message, error: VkvError) -> list[StepOutput]:

@@ -6,11 +6,9 @@ is over there and that it runs no more (`Handshake`).
 """
 
 import itertools
-import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -19,10 +17,9 @@ from ...request.continuation import Continuation
 from ...request.spec import RequestSpec, SequenceKey
 from ...request.step_output import StepOutput
 from ..messages import Abort, Add, Finish, Message, Resume, SetPriority
-from .handshake import Handshake, HandshakeState, Stages
+from .handshake import Handshake, Stages
 from .messages import Answer, Command
-
-_log = logging.getLogger(__name__)
+from .ownership import Former, Outputs, Owned
 
 _REPEAT_S = 0.1  # between two times that a command is told
 _GIVE_UP_S = 30.0  # for a migration to come to its commit point
@@ -34,48 +31,6 @@ class MigrationCounts(msgspec.Struct, frozen=True):
     moved: int = 0
     stayed: int = 0
     lost: int = 0
-
-
-@dataclass(frozen=True)
-class _Former:
-    """Who had a sequence before, under which epoch, and what it had generated when it let it go."""
-
-    owner: str
-    epoch: int
-    output_token_ids: Sequence[int]
-
-
-class _Sequence:
-    """What is recorded of an unfinished sequence.
-
-    Attributes:
-        owner, epoch: whose outputs count, and what they must say.
-        output_token_ids: those that have come.
-        former: whose last outputs count, too, however late, until its tokens are all here.
-        early: outputs of the owner that wait for those.
-        told: what its engine was told while it moved, for the next owner, too.
-        has_ended: nobody wants more of it.
-        is_aborted: it ends with that, whoever has it.
-    """
-
-    def __init__(self, spec: RequestSpec, index: int, owner: str, epoch: int) -> None:
-        self.spec = spec
-        self.index = index
-        self.owner: str | None = owner
-        self.epoch = epoch
-        self.output_token_ids: list[int] = []
-        self.former: _Former | None = None
-        self.early: list[StepOutput] = []
-        self.told: list[Message] = []
-        self.has_ended = False
-        self.is_aborted = False
-
-    @property
-    def num_missing(self) -> int:
-        """Tokens that the former owner generated and that have not come."""
-        if self.former is None:
-            return 0
-        return max(0, len(self.former.output_token_ids) - len(self.output_token_ids))
 
 
 class Arbiter:
@@ -105,13 +60,13 @@ class Arbiter:
         self._repeat_s = repeat_s
         self._give_up_s = give_up_s
         self._epochs = itertools.count(1)
-        self._sequences: dict[SequenceKey, _Sequence] = {}
+        self._sequences: dict[SequenceKey, Owned] = {}
         self._handshakes: dict[SequenceKey, Handshake] = {}
         self._begun_s: dict[SequenceKey, float] = {}
-        self._told: dict[SequenceKey, tuple[HandshakeState, int, float]] = {}
+        self._told: dict[SequenceKey, tuple[object, float]] = {}  # in which phase, and when
         self._outbox: list[tuple[str, Message | Command]] = []
         self._orphans: list[Continuation] = []
-        self._outputs: list[StepOutput] = []
+        self._outputs = Outputs()
         self._counts = {"moved": 0, "stayed": 0, "lost": 0}
 
     # -- requests ----------------------------------------------------------------------------
@@ -121,13 +76,16 @@ class Arbiter:
         if spec.params.seed is None and spec.seed is None:
             spec = msgspec.structs.replace(spec, seed=secrets.randbits(63))
         for index in range(spec.params.n):
-            self._sequences[spec.request_id, index] = _Sequence(spec, index, instance, 0)
+            self._sequences[spec.request_id, index] = Owned(spec, index, instance, 0)
         self._outbox.append((instance, Add(spec)))
 
     def resume(self, continuation: Continuation, instance: str) -> None:
         """A sequence that nobody has (`take_orphans`) goes on at an instance, computed again."""
         sequence = self._sequences.get(continuation.key)
-        if sequence is None or sequence.has_ended or self._end_if_aborted(sequence):
+        if sequence is None or sequence.has_ended:
+            return
+        if self._outputs.end_if_aborted(sequence):
+            self._forget_if_over(sequence)
             return
         sequence.owner, sequence.epoch = instance, continuation.epoch
         self._outbox.append((instance, Resume(continuation)))
@@ -152,7 +110,7 @@ class Arbiter:
             if key in self._handshakes:
                 sequence.told.append(message)
             else:
-                self._forget_if_over(key)
+                self._forget_if_over(sequence)
         self._outbox += [(instance, message) for instance in instances]
 
     def owner(self, key: SequenceKey) -> str | None:
@@ -185,10 +143,6 @@ class Arbiter:
         self._begun_s[key] = self._clock()
         return epoch
 
-    def is_moving(self, key: SequenceKey) -> bool:
-        """True while a sequence is on its way."""
-        return key in self._handshakes
-
     @property
     def num_moving(self) -> int:
         """Migrations under way."""
@@ -214,7 +168,7 @@ class Arbiter:
         """An instance is gone for good; what it had is to be resumed elsewhere (`take_orphans`)."""
         for sequence in list(self._sequences.values()):
             if sequence.former is not None and sequence.former.owner == instance:
-                self._fill_gap(sequence)
+                self._outputs.fill_gap(sequence)
         for key, handshake in list(self._handshakes.items()):
             handshake.died(instance, has_ended=self._sequences[key].has_ended)
             self._record(handshake)
@@ -234,52 +188,23 @@ class Arbiter:
         for key, handshake in list(self._handshakes.items()):
             if now_s - self._begun_s[key] > self._give_up_s:
                 handshake.give_up("it took too long")
-            commands = handshake.commands()
-            what = handshake.state, len(commands)
-            *told, told_s = self._told.get(key, (None, 0, 0.0))
-            if tuple(told) != what or now_s - told_s >= self._repeat_s:
-                self._told[key] = (*what, now_s)
-                self._outbox += commands
+            phase, told_s = self._told.get(key, (None, 0.0))
+            if phase != handshake.phase or now_s - told_s >= self._repeat_s:
+                self._told[key] = handshake.phase, now_s
+                self._outbox += handshake.commands()
         outbox, self._outbox = self._outbox, []
         return outbox
 
     # -- outputs -----------------------------------------------------------------------------
 
-    def accept(self, outputs: Iterable[StepOutput]) -> list[StepOutput]:
-        """Of what an instance said, that which counts, and what it held up."""
+    def accept(self, outputs: Iterable[StepOutput] = ()) -> list[StepOutput]:
+        """Of what an instance said, that which counts; and what counts now for other reasons."""
         for output in outputs:
-            key = output.request_id, output.index
-            sequence = self._sequences.get(key)
-            if sequence is None or sequence.has_ended:
-                continue
-            former, is_missed = sequence.former, sequence.num_missing > 0
-            if output.epoch == sequence.epoch and sequence.owner is not None:
-                if is_missed:
-                    sequence.early.append(output)
-                else:
-                    self._pass_on(sequence, output)
-            elif former is not None and is_missed and output.epoch == former.epoch:
-                self._pass_on(sequence, output)
-                self._pass_early(sequence)
-            self._forget_if_over(key)
-        return self.take_outputs()
-
-    def take_outputs(self) -> list[StepOutput]:
-        """What counts and was not returned yet: it came of no instance's output."""
-        outputs, self._outputs = self._outputs, []
-        return outputs
-
-    def _pass_on(self, sequence: _Sequence, output: StepOutput) -> None:
-        sequence.output_token_ids += output.token_ids
-        sequence.has_ended = output.finish_reason is not None
-        self._outputs.append(output)
-
-    def _pass_early(self, sequence: _Sequence) -> None:
-        if not sequence.num_missing:
-            early, sequence.early = sequence.early, []
-            for output in early:
-                if not sequence.has_ended:
-                    self._pass_on(sequence, output)
+            sequence = self._sequences.get((output.request_id, output.index))
+            if sequence is not None:
+                self._outputs.accept(sequence, output)
+                self._forget_if_over(sequence)
+        return self._outputs.take()
 
     # -- the record --------------------------------------------------------------------------
 
@@ -288,34 +213,20 @@ class Arbiter:
         sequence = self._sequences[handshake.key]
         if handshake.is_committed and sequence.epoch != handshake.epoch:
             assert handshake.continuation is not None
-            sequence.former = _Former(
+            sequence.former = Former(
                 handshake.source, sequence.epoch, handshake.continuation.output_token_ids
             )
             sequence.owner, sequence.epoch = handshake.target, handshake.epoch
         went_back = handshake.was_committed and not handshake.is_committed
         if went_back and handshake.owner_epoch is None:
-            self._fill_gap(sequence)
+            self._outputs.fill_gap(sequence)
             sequence.owner, sequence.epoch = handshake.source, next(self._epochs)
             handshake.owner_epoch = sequence.epoch
             handshake.output_token_ids = tuple(sequence.output_token_ids)
         if handshake.is_done:
             self._conclude(sequence, handshake)
 
-    def _fill_gap(self, sequence: _Sequence) -> None:
-        """Tell what a former owner generated and cannot say any more: tokens alone."""
-        former, num_missing = sequence.former, sequence.num_missing
-        sequence.former = None
-        if former is not None and num_missing and not sequence.has_ended:
-            missing = tuple(former.output_token_ids[-num_missing:])
-            request_id, index = sequence.spec.request_id, sequence.index
-            _log.warning("%d tokens of %s/%d come without more", num_missing, request_id, index)
-            output = StepOutput(
-                request_id=request_id, index=index, epoch=sequence.epoch, token_ids=missing
-            )
-            self._pass_on(sequence, output)
-        self._pass_early(sequence)
-
-    def _conclude(self, sequence: _Sequence, handshake: Handshake) -> None:
+    def _conclude(self, sequence: Owned, handshake: Handshake) -> None:
         key = handshake.key
         del self._handshakes[key], self._begun_s[key]
         self._told.pop(key, None)
@@ -328,14 +239,13 @@ class Arbiter:
             self._orphan(sequence)
         elif sequence.owner is not None:
             self._tell_again(sequence)
-        self._forget_if_over(key)
+        self._forget_if_over(sequence)
 
-    def _orphan(self, sequence: _Sequence) -> None:
+    def _orphan(self, sequence: Owned) -> None:
         """Nobody has a sequence: offer it, or end it if nobody wants it any more."""
         sequence.owner = None
-        sequence.early.clear()
-        self._fill_gap(sequence)
-        if not sequence.has_ended and not self._end_if_aborted(sequence):
+        self._outputs.fill_gap(sequence)
+        if not sequence.has_ended and not self._outputs.end_if_aborted(sequence):
             sequence.epoch = next(self._epochs)
             self._orphans.append(
                 Continuation(
@@ -346,23 +256,13 @@ class Arbiter:
                     age_s=max(0.0, time.monotonic() - sequence.spec.arrival_time_s),
                 )
             )
-        self._forget_if_over((sequence.spec.request_id, sequence.index))
+        self._forget_if_over(sequence)
 
-    def _end_if_aborted(self, sequence: _Sequence) -> bool:
-        """End a sequence that nobody has, if it was to be aborted."""
-        if sequence.is_aborted:
-            key = sequence.spec.request_id, sequence.index
-            output = StepOutput(request_id=key[0], index=key[1], finish_reason="abort")
-            self._pass_on(sequence, output)
-            self._forget_if_over(key)
-        return sequence.is_aborted
-
-    def _tell_again(self, sequence: _Sequence) -> None:
+    def _tell_again(self, sequence: Owned) -> None:
         told, sequence.told = sequence.told, []
         assert sequence.owner is not None
         self._outbox += [(sequence.owner, message) for message in told]
 
-    def _forget_if_over(self, key: SequenceKey) -> None:
-        sequence = self._sequences.get(key)
-        if sequence is not None and sequence.has_ended and key not in self._handshakes:
-            del self._sequences[key]
+    def _forget_if_over(self, sequence: Owned) -> None:
+        if sequence.has_ended and sequence.key not in self._handshakes:
+            self._sequences.pop(sequence.key, None)

@@ -17,21 +17,18 @@ or where `abort` came before: what was carried may be lost, the sequence is not.
 
 import enum
 import logging
-import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ....allocator.transfer import Incoming, TransferKey, Transfers
+from ....allocator.transfer import Incoming, Transfers
 from ....vmem.errors import DriverError, InvalidOperation, OutOfSlots, Shortage
 from ...request.continuation import Continuation
 from ...request.request import Request
 from ...request.spec import SequenceKey
 from ..engine import Engine
+from .moves import Move, Moves
 
 _log = logging.getLogger(__name__)
-
-_MOST_ENDED = 4096  # arrivals whose end is remembered, for verbs that come late
 
 
 class ArrivalState(enum.Enum):
@@ -50,42 +47,35 @@ class Writing(Protocol):
         ...
 
 
-class Arrival:
+class Arrival(Move):
     """One attempt of one sequence to come.
 
     Attributes:
-        key, epoch: name it.
         state: where it is.
         incoming: its slot, with memory; None where nothing is to be carried.
         num_room: tokens that memory is there for.
         writing: who writes to `incoming`; stopped before that ends.
-        is_aborted: with `GONE`: by `abort`, so that it must not come any more.
+        is_barred: with `GONE`: it must not come any more.
     """
 
-    def __init__(self, key: SequenceKey, epoch: int, lease_s: float | None = None) -> None:
-        self.key = key
-        self.epoch = epoch
-        self.state = ArrivalState.EXPECTED
+    def __init__(
+        self,
+        key: SequenceKey,
+        epoch: int,
+        lease_s: float | None = None,
+        state: ArrivalState = ArrivalState.EXPECTED,
+    ) -> None:
+        super().__init__(key, epoch, lease_s)
+        self.state = state
         self.incoming: Incoming | None = None
         self.num_room = 0
         self.writing: Writing | None = None
-        self.is_aborted = False
-        self._lease_s = lease_s
-        self.renew()
+        self.is_barred = False
 
     @property
     def num_held(self) -> int:
         """Tokens that need not be carried: they were here."""
         return 0 if self.incoming is None else self.incoming.num_held
-
-    def renew(self) -> None:
-        """Begin the lease anew."""
-        self._ends_s = None if self._lease_s is None else time.monotonic() + self._lease_s
-
-    @property
-    def is_over(self) -> bool:
-        """True if its lease has run out."""
-        return self._ends_s is not None and time.monotonic() > self._ends_s
 
 
 class Arrivals:
@@ -101,14 +91,13 @@ class Arrivals:
         self._scheduler = engine.scheduler
         self._check_awake = check_awake
         self._transfers = Transfers(engine.cache)
-        self._known: OrderedDict[SequenceKey, Arrival] = OrderedDict()
-        self._expected: dict[SequenceKey, Arrival] = {}
+        self._moves: Moves[Arrival] = Moves()
         self._scheduler.tiers.guests.append(self)
 
     @property
     def num_under_way(self) -> int:
         """Sequences that are expected."""
-        return len(self._expected)
+        return len(self._moves)
 
     # -- the verbs ---------------------------------------------------------------------------
 
@@ -130,7 +119,7 @@ class Arrivals:
         was overtaken or has ended.
         """
         key, epoch = continuation.key, continuation.epoch
-        before = self._known.get(key)
+        before = self._moves.get(key)
         if before is not None:
             before.renew()
             if before.epoch == epoch and before.state is ArrivalState.EXPECTED:
@@ -143,8 +132,7 @@ class Arrivals:
         arrival = Arrival(key, epoch, lease_s)
         if num_tokens:
             self._make_ready(arrival, continuation, num_tokens, max(num_room, num_tokens))
-        self._note(arrival)
-        self._expected[key] = arrival
+        self._moves.note(arrival, is_under_way=True)
         return arrival
 
     def extend(self, key: SequenceKey, epoch: int, num_room: int) -> Arrival:
@@ -153,7 +141,7 @@ class Arrivals:
         Raises a Shortage or DriverError, with nothing changed; InvalidOperation if it is not
         expected.
         """
-        arrival = self._known.get(key)
+        arrival = self._moves.get(key)
         if arrival is None or arrival.epoch != epoch or arrival.state is not ArrivalState.EXPECTED:
             raise InvalidOperation(f"epoch {epoch} of {key} is not expected here; begin it")
         arrival.renew()
@@ -174,24 +162,19 @@ class Arrivals:
         InvalidOperation if this engine cannot have it, and never will under this epoch.
         """
         key, epoch = continuation.key, continuation.epoch
-        arrival = self._known.get(key)
-        if arrival is not None and arrival.epoch >= epoch:
-            if arrival.epoch > epoch or arrival.is_aborted:
-                raise InvalidOperation(f"epoch {epoch} of {key} has ended here")
-            if arrival.state is ArrivalState.HERE:
-                return None
-        elif arrival is not None:
-            self._end(arrival)
+        arrival = self._moves.get(key)
         if arrival is None or arrival.epoch < epoch:
-            arrival = Arrival(key, epoch)
-            arrival.state = ArrivalState.GONE
-            self._note(arrival)
+            arrival = self._replace(arrival, key, epoch)
+        elif arrival.epoch > epoch or arrival.is_barred:
+            raise InvalidOperation(f"epoch {epoch} of {key} has ended here")
+        elif arrival.state is ArrivalState.HERE:
+            return None
         try:
             self._check_awake()
             request = self._engine.restore(continuation)
         except Exception:
             self._end(arrival)
-            arrival.is_aborted = True
+            arrival.is_barred = True
             raise
         self._take_in(arrival, request, num_tokens, model_state)
         return request
@@ -199,13 +182,9 @@ class Arrivals:
     def abort(self, key: SequenceKey, epoch: int) -> None:
         """Nothing of this epoch may be here, nor come: what was carried is given back, and a
         sequence that goes on already is dropped, without a word."""
-        arrival = self._known.get(key)
+        arrival = self._moves.get(key)
         if arrival is None or arrival.epoch < epoch:
-            if arrival is not None:
-                self._end(arrival)
-            arrival = Arrival(key, epoch)
-            arrival.state = ArrivalState.GONE
-            self._note(arrival)
+            arrival = self._replace(arrival, key, epoch)
         elif arrival.epoch > epoch:
             return
         if arrival.state is ArrivalState.HERE:
@@ -214,14 +193,14 @@ class Arrivals:
                 self._engine.finish(*key)
             arrival.state = ArrivalState.GONE
         self._end(arrival)
-        arrival.is_aborted = True
+        arrival.is_barred = True
 
     # -- what ends them ------------------------------------------------------------------------
 
     def settle(self) -> None:
         """Give back what is expected and whose lease is over."""
-        for arrival in list(self._expected.values()):
-            if arrival.is_over:
+        for arrival in self._moves:
+            if arrival.is_late:
                 _log.warning("%s did not arrive in time; its memory is given back", arrival.key)
                 self._end(arrival)
 
@@ -231,7 +210,7 @@ class Arrivals:
 
     def forget(self) -> None:
         """The model changed: what was carried is of no use."""
-        for arrival in list(self._expected.values()):
+        for arrival in self._moves:
             self._end(arrival)
 
     def close(self) -> None:
@@ -250,7 +229,7 @@ class Arrivals:
         tokens = continuation.token_ids
         wanted = min(len(tokens) + cache.growth_tokens, cache.max_len)
         incoming = self._transfers.receive(
-            TransferKey(f"{arrival.key[0]}/{arrival.key[1]}", arrival.epoch),
+            arrival.transfer_key,
             tokens[:num_tokens],
             continuation.spec.variant,
             num_reserved=max(wanted, num_room),
@@ -267,7 +246,7 @@ class Arrivals:
         self, arrival: Arrival, request: Request, num_tokens: int, model_state: Any
     ) -> None:
         incoming, arrival.incoming = arrival.incoming, None
-        self._expected.pop(arrival.key, None)
+        self._moves.ended(arrival)
         arrival.state = ArrivalState.HERE
         if arrival.writing is not None:
             arrival.writing.cancel()
@@ -293,7 +272,7 @@ class Arrivals:
         if arrival.state is not ArrivalState.EXPECTED:
             return
         arrival.state = ArrivalState.GONE
-        self._expected.pop(arrival.key, None)
+        self._moves.ended(arrival)
         if arrival.writing is not None:
             arrival.writing.cancel()
             arrival.writing = None
@@ -302,10 +281,10 @@ class Arrivals:
             self._scheduler.num_places_kept -= 1
             incoming.abort()
 
-    def _note(self, arrival: Arrival) -> None:
-        self._known[arrival.key] = arrival
-        self._known.move_to_end(arrival.key)
-        if len(self._known) > _MOST_ENDED:
-            for key, known in list(self._known.items())[: _MOST_ENDED // 2]:
-                if known.state is not ArrivalState.EXPECTED:
-                    del self._known[key]
+    def _replace(self, before: Arrival | None, key: SequenceKey, epoch: int) -> Arrival:
+        """An arrival of a later epoch, of which nothing is here."""
+        if before is not None:
+            self._end(before)
+        arrival = Arrival(key, epoch, state=ArrivalState.GONE)
+        self._moves.note(arrival, is_under_way=False)
+        return arrival

@@ -4,34 +4,29 @@
                 │                    └──── go_on ────▶ ENDED   it goes on here
                 └─ go_on, or by itself ──────────────▶ ENDED   it goes on here, or is finished
 
-    verb       nothing known   EXPOSED    AWAY       ENDED           a later epoch is known
-    begin      begins          the same   the same   refused         refused
-    depart     refused         departs    the same   refused         refused
-    go_on      noted           ends       ends       nothing         refused
-    release    refused         refused    ends       nothing         refused
+    verb       nothing known   EXPOSED    AWAY       ENDED      a later epoch is known
+    begin      begins          the same   the same   refused    refused
+    depart     refused         departs    the same   refused    refused
+    go_on      noted           ends       ends       nothing    refused
+    release    refused         refused    ends       nothing    refused
 
 So each verb may come twice, late, or be answered and the answer lost. `begin` of a later epoch ends
 an exposure that nobody drives any more; what is away can only be released or brought back.
 """
 
 import enum
-import logging
-import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from ....allocator import Slot, SlotCache
-from ....allocator.transfer import Outgoing, TransferKey, Transfers
+from ....allocator import Slot
+from ....allocator.transfer import Outgoing, Transfers
 from ....vmem.errors import InvalidOperation, SequenceGone
 from ...request.continuation import Continuation
 from ...request.request import Request, RequestState
 from ...request.spec import SequenceKey
 from ..engine import Engine
-
-_log = logging.getLogger(__name__)
-
-_MOST_ENDED = 4096  # departures whose end is remembered, for verbs that come late
+from ..messages import Abort, Finish, SetPriority
+from .moves import Move, Moves
 
 
 class DepartureState(enum.Enum):
@@ -50,17 +45,16 @@ class Reading(Protocol):
         ...
 
 
-class Departure:
+class Departure(Move):
     """One attempt of one sequence to leave.
 
     Attributes:
-        key, epoch: name it.
         state: where it is.
         request, slot: whose it is; None once that is the request's own affair, or nobody's.
-        outgoing: its computed tokens, pinned; None where it has none, or not yet.
-        continuation: what goes on elsewhere; None before it is away.
+        outgoing: its computed tokens, pinned; None where it has none, or has lost them.
+        continuation: what goes on elsewhere; None unless it is away.
         model_state: what a hybrid remembers beside keys and values, of exactly the tokens of
-            `outgoing`; None before it is away, and of other models.
+            `outgoing`; None unless it is away, and of other models.
         reading: who reads `outgoing`; stopped before that ends.
         why: it ended.
         is_here: with `ENDED`: the sequence goes on in this engine.
@@ -73,8 +67,7 @@ class Departure:
         request: Request | None = None,
         lease_s: float | None = None,
     ) -> None:
-        self.key = key
-        self.epoch = epoch
+        super().__init__(key, epoch, lease_s)
         self.state = DepartureState.ENDED if request is None else DepartureState.EXPOSED
         self.request = request
         self.slot: Slot | None = None if request is None else request.slot
@@ -84,8 +77,6 @@ class Departure:
         self.reading: Reading | None = None
         self.why = ""
         self.is_here = False
-        self._lease_s = lease_s
-        self.renew()
 
     @property
     def num_ready(self) -> int:
@@ -95,14 +86,28 @@ class Departure:
             return self.request.num_computed
         return 0 if self.outgoing is None else self.outgoing.num_tokens
 
-    def renew(self) -> None:
-        """Begin the lease anew: who asked for it has shown that it lives."""
-        self._ends_s = None if self._lease_s is None else time.monotonic() + self._lease_s
-
     @property
-    def is_over(self) -> bool:
-        """True if its lease has run out."""
-        return self._ends_s is not None and time.monotonic() > self._ends_s
+    def why_over(self) -> str | None:
+        """Why an exposure has no reason to go on; None if it has."""
+        request = self.request
+        if self.state is not DepartureState.EXPOSED or request is None:
+            return None
+        if request.is_finished:
+            return "it has finished"
+        if request.slot is not self.slot or request.fetch is not None:
+            return "it got a slot" if self.slot is None else "it gave its slot up to others"
+        return None
+
+    def stop_reading(self, *, has_moved: bool = False) -> None:
+        """Stop who reads, then unpin."""
+        reading, self.reading = self.reading, None
+        outgoing, self.outgoing = self.outgoing, None
+        if reading is not None:
+            reading.cancel()
+        if outgoing is not None and has_moved:
+            outgoing.commit()
+        elif outgoing is not None:
+            outgoing.abort()
 
 
 class Departures:
@@ -120,23 +125,17 @@ class Departures:
         self._engine = engine
         self._scheduler = engine.scheduler
         self._transfers = Transfers(engine.cache)
-        self._from_tier: Transfers | None = None
+        self._keepers = [self._transfers]  # where a waiting request's keys and values may be
         swapping = self._scheduler.tiers.swapping
         if swapping is not None:
-            self._from_tier = Transfers(swapping.tier.far)
-        self._known: OrderedDict[SequenceKey, Departure] = OrderedDict()
-        self._unfinished: dict[SequenceKey, Departure] = {}
+            self._keepers.append(Transfers(swapping.tier.far))
+        self._moves: Moves[Departure] = Moves()
         self._scheduler.tiers.guests.append(self)
 
     @property
     def num_under_way(self) -> int:
         """Departures that have not ended."""
-        return len(self._unfinished)
-
-    @property
-    def num_away(self) -> int:
-        """Sequences that are neither here nor known to be elsewhere."""
-        return sum(d.state is DepartureState.AWAY for d in self._unfinished.values())
+        return len(self._moves)
 
     # -- the verbs ---------------------------------------------------------------------------
 
@@ -150,7 +149,7 @@ class Departures:
         SequenceGone if there is no such sequence, InvalidOperation if it cannot leave now, or if
         the epoch was overtaken or has ended.
         """
-        before = self._known.get(key)
+        before = self._moves.get(key)
         if before is not None:
             before.renew()
             if before.epoch == epoch and before.state is not DepartureState.ENDED:
@@ -169,8 +168,18 @@ class Departures:
             )
         departure = Departure(key, epoch, request, lease_s)
         self._expose(departure, request)
-        self._note(departure)
-        self._unfinished[key] = departure
+        self._moves.note(departure, is_under_way=True)
+        return departure
+
+    def check(self, key: SequenceKey, epoch: int) -> Departure:
+        """The departure, if it has not ended. Raises as `depart`."""
+        departure = self._moves.get(key)
+        if departure is None or departure.epoch != epoch:
+            raise InvalidOperation(f"epoch {epoch} of {key} is not known here; begin it")
+        self._end_if_over(departure)
+        if departure.state is DepartureState.ENDED:
+            kind = InvalidOperation if departure.is_here else SequenceGone
+            raise kind(f"epoch {epoch} of {key} has ended: {departure.why}; begin a later one")
         return departure
 
     def extend(self, key: SequenceKey, epoch: int) -> Departure:
@@ -199,12 +208,11 @@ class Departures:
         if request.slot is not None:
             assert departure.outgoing is not None
             departure.outgoing.extend(request.num_computed)
+            departure.model_state = self._engine.runner.save_state(request.slot.index)
         self._engine.take_out(request)
         self._scheduler.num_places_kept += request.slot is not None
         departure.state = DepartureState.AWAY
         departure.continuation = Continuation.of(request, epoch=epoch)
-        if request.slot is not None:
-            departure.model_state = self._engine.runner.save_state(request.slot.index)
         return departure
 
     def go_on(
@@ -222,18 +230,20 @@ class Departures:
         it is here: False if it has finished or was released. A departure that was never begun
         cannot begin any more. Raises InvalidOperation if the epoch was overtaken.
         """
-        departure = self._known.get(key)
+        departure = self._moves.get(key)
         if departure is None or departure.epoch < epoch:
             if departure is not None and departure.state is DepartureState.AWAY:
                 raise InvalidOperation(f"{key} is away since epoch {departure.epoch}")
-            self._bar(key, epoch)
-            return self._engine.find(key) is not None
-        if departure.epoch > epoch:
+            if departure is not None:
+                self._end(departure, "a later epoch has ended", is_here=True)
+            departure = Departure(key, epoch)
+            departure.why, departure.is_here = "it was ended before it began", True
+            self._moves.note(departure, is_under_way=False)
+        elif departure.epoch > epoch:
             raise InvalidOperation(f"epoch {epoch} of {key} was overtaken by {departure.epoch}")
-        request, was_away = departure.request, departure.state is DepartureState.AWAY
-        if departure.state is not DepartureState.ENDED:
-            self._end(departure, "it goes on here", is_here=True)
-        if was_away and request is not None:
+        request, is_away = departure.request, departure.state is DepartureState.AWAY
+        self._end(departure, "it goes on here", is_here=True)
+        if is_away and request is not None:
             self._put_back(departure, request, owner_epoch, output_token_ids)
         return departure.is_here and self._engine.find(key) is not None
 
@@ -242,132 +252,81 @@ class Departures:
 
         Raises InvalidOperation if it is not away, or the epoch was overtaken.
         """
-        departure = self._known.get(key)
+        departure = self._moves.get(key)
         if departure is None or departure.epoch != epoch:
             raise InvalidOperation(f"epoch {epoch} of {key} is not known here")
         if departure.state is DepartureState.EXPOSED:
             raise InvalidOperation(f"{key} goes on here; have it depart before it is released")
         if departure.state is DepartureState.AWAY:
-            self._end(departure, "it goes on elsewhere", is_here=False, has_moved=True)
-            self._drop(departure, keep=keep)
+            departure.stop_reading(has_moved=True)
+            self._drop(departure, "it goes on elsewhere", keep=keep)
 
     # -- what ends them ------------------------------------------------------------------------
 
     def settle(self) -> None:
         """End those whose request has finished or lost its slot, and those whose lease is over."""
-        for departure in list(self._unfinished.values()):
-            if self._ended_by_itself(departure):
+        for departure in self._moves:
+            if self._end_if_over(departure) or not departure.is_late:
                 continue
-            if departure.is_over:
-                if departure.state is DepartureState.EXPOSED:
-                    self._end(departure, "who asked for it is silent", is_here=True)
-                else:
-                    self._give_up_slot(departure)
+            if departure.state is DepartureState.EXPOSED:
+                self._end(departure, "who asked for it is silent", is_here=True)
+            else:
+                self._give_up_slot(departure)
 
-    def abort_request(self, request_id: str) -> None:
-        """Drop what is away of a request; that is told as its end."""
-        for departure in list(self._unfinished.values()):
-            if departure.key[0] == request_id and departure.state is DepartureState.AWAY:
-                assert departure.request is not None
-                self._engine.tell_abort(departure.request)
-                self._end(departure, "it was aborted", is_here=False)
-                self._drop(departure, keep=False)
-
-    def finish(self, key: SequenceKey) -> None:
-        """A sequence that is away has all the text it needs."""
-        departure = self._unfinished.get(key)
-        if departure is not None and departure.state is DepartureState.AWAY:
-            self._end(departure, "it has finished", is_here=False)
-            self._drop(departure, keep=True)
-
-    def set_priority(self, request_id: str, priority: int) -> None:
-        """What is away of a request has another priority, if it comes back."""
-        for departure in self._unfinished.values():
-            if departure.key[0] == request_id and departure.state is DepartureState.AWAY:
-                assert departure.request is not None
-                departure.request.priority = priority
+    def tell(self, message: Finish | Abort | SetPriority) -> None:
+        """What is told to the engine, for what is away: dropped with a word, without one, or given
+        another priority for when it comes back."""
+        for departure in self._moves:
+            request = departure.request
+            if departure.state is not DepartureState.AWAY or request is None:
+                continue
+            if departure.key[0] != message.request_id:
+                continue
+            if isinstance(message, SetPriority):
+                request.priority = message.priority
+            elif isinstance(message, Abort):
+                self._engine.tell_abort(request)
+                self._drop(departure, "it was aborted", keep=False)
+            elif departure.key[1] == message.index:
+                self._drop(departure, "it has finished", keep=True)
 
     def give_way(self) -> bool:
         """Memory is short: end what reads slots that no live request has, or has any more."""
         gave_way = False
-        for departure in list(self._unfinished.values()):
-            if self._ended_by_itself(departure):
+        for departure in self._moves:
+            if self._end_if_over(departure):
                 gave_way = True
             elif departure.slot is None and departure.outgoing is not None:
-                self._stop_reading(departure)
+                departure.stop_reading()
                 gave_way = True
         return gave_way
 
     def forget(self) -> None:
         """The model changed: what was exposed is of no use, neither here nor elsewhere."""
-        for departure in list(self._unfinished.values()):
+        for departure in self._moves:
             if departure.state is DepartureState.EXPOSED:
                 self._end(departure, "the model changed", is_here=True)
             else:
                 self._give_up_slot(departure, keep=False)
 
     def close(self) -> None:
-        """Drop all that is away."""
-        for departure in list(self._unfinished.values()):
-            is_away = departure.state is DepartureState.AWAY
-            if is_away:
-                assert departure.request is not None
-                self._engine.tell_abort(departure.request)
+        """Drop all that is away, and say so."""
+        for departure in self._moves:
+            self.tell(Abort(departure.key[0]))
             self._end(departure, "the engine was closed", is_here=False)
-            if is_away:
-                self._drop(departure, keep=False)
 
     # -- parts -------------------------------------------------------------------------------
 
-    def check(self, key: SequenceKey, epoch: int) -> Departure:
-        """The departure, if it has not ended. Raises as `depart`."""
-        departure = self._known.get(key)
-        if departure is None or departure.epoch != epoch:
-            raise InvalidOperation(f"epoch {epoch} of {key} is not known here; begin it")
-        self._ended_by_itself(departure)
-        if departure.state is DepartureState.ENDED:
-            kind = InvalidOperation if departure.is_here else SequenceGone
-            raise kind(f"epoch {epoch} of {key} has ended: {departure.why}; begin a later one")
-        return departure
-
-    def _ended_by_itself(self, departure: Departure) -> bool:
-        """End a departure whose request has finished or lost its slot; False if it has not."""
-        request = departure.request
-        if departure.state is not DepartureState.EXPOSED or request is None:
-            return False
-        if request.is_finished:
-            self._end(departure, "it has finished", is_here=False)
-        elif request.slot is not departure.slot or request.fetch is not None:
-            why = "it got a slot" if departure.slot is None else "it gave its slot up to others"
-            self._end(departure, why, is_here=True)
-        else:
-            return False
-        return True
-
     def _expose(self, departure: Departure, request: Request) -> None:
         """Pin what there is of a request's keys and values."""
+        key = departure.transfer_key
         if request.slot is not None:
-            departure.outgoing = self._transfers.send(
-                _transfer_key(departure), request.slot, request.num_computed
-            )
+            departure.outgoing = self._transfers.send(key, request.slot, request.num_computed)
         elif self._scheduler.prefix_reuse:  # else keys and values alone are not enough
-            found = self._find_kept(request)
+            found = _longest_kept(self._keepers, request, self._engine.cache.growth_tokens)
             if found is not None:
                 transfers, slot, num_tokens = found
-                departure.outgoing = transfers.send(_transfer_key(departure), slot, num_tokens)
-
-    def _find_kept(self, request: Request) -> tuple[Transfers, Slot, int] | None:
-        """Where most of a waiting request's tokens are: parked, or in the tier of memory."""
-        best: tuple[Transfers, Slot, int] | None = None
-        least = self._engine.cache.growth_tokens
-        for transfers in (self._transfers, self._from_tier):
-            if transfers is None:
-                continue
-            cache: SlotCache = transfers.cache
-            match = cache.find(request.reusable_tokens, request.variant)
-            if match is not None and match.num_tokens >= least:
-                best, least = (transfers, match.slot, match.num_tokens), match.num_tokens + 1
-        return best
+                departure.outgoing = transfers.send(key, slot, num_tokens)
 
     def _put_back(
         self,
@@ -386,68 +345,56 @@ class Departures:
         departure.slot = departure.request = None
         self._engine.put_in(request, slot, request.num_computed if slot is not None else 0)
 
-    def _end(
-        self, departure: Departure, why: str, *, is_here: bool, has_moved: bool = False
-    ) -> None:
-        self._stop_reading(departure, has_moved=has_moved)
+    def _end_if_over(self, departure: Departure) -> bool:
+        """End an exposure that has no reason to go on; False if it has, or is none."""
+        why = departure.why_over
+        if why is None:
+            return False
+        assert departure.request is not None
+        self._end(departure, why, is_here=not departure.request.is_finished)
+        return True
+
+    def _end(self, departure: Departure, why: str, *, is_here: bool) -> None:
+        """Without effect on what has ended."""
+        if departure.state is DepartureState.ENDED:
+            return
+        departure.stop_reading()
         if departure.state is DepartureState.EXPOSED:
-            departure.slot = departure.request = None  # which are the request's own affair
+            departure.slot = departure.request = None
         departure.state = DepartureState.ENDED
         departure.why, departure.is_here = why, is_here
         departure.continuation = departure.model_state = None
-        self._unfinished.pop(departure.key, None)
+        self._moves.ended(departure)
 
-    def _stop_reading(self, departure: Departure, *, has_moved: bool = False) -> None:
-        """Stop who reads, then unpin."""
-        reading, departure.reading = departure.reading, None
-        outgoing, departure.outgoing = departure.outgoing, None
-        if reading is not None:
-            reading.cancel()
-        if outgoing is not None and has_moved:
-            outgoing.commit()
-        elif outgoing is not None:
-            outgoing.abort()
-
-    def _give_up_slot(self, departure: Departure, *, keep: bool = True) -> None:
-        """Let the slot of one that is away go; what is left of it is found by its tokens."""
-        self._stop_reading(departure)
-        assert departure.request is not None
-        self._let_go(departure, departure.request, keep=keep)
-
-    def _drop(self, departure: Departure, *, keep: bool) -> None:
-        """Forget the request of one that was away."""
+    def _drop(self, departure: Departure, why: str, *, keep: bool) -> None:
+        """End one that is away, and forget its request."""
+        self._give_up_slot(departure, keep=keep)
+        self._end(departure, why, is_here=False)
         request, departure.request = departure.request, None
         assert request is not None
-        self._let_go(departure, request, keep=keep)
         self._scheduler.tiers.release(request)
         request.state = RequestState.FINISHED
 
-    def _let_go(self, departure: Departure, request: Request, *, keep: bool) -> None:
-        slot, departure.slot = departure.slot, None
-        request.slot = None
+    def _give_up_slot(self, departure: Departure, *, keep: bool = True) -> None:
+        """Let the slot of one that is away go; what is kept is found by its tokens."""
+        departure.stop_reading()
+        request, slot, departure.slot = departure.request, departure.slot, None
         if slot is None:
             return
+        assert request is not None
+        request.slot = None
         self._scheduler.num_places_kept -= 1
         computed = request.token_ids[: request.num_computed] if keep else ()
         self._scheduler.exits.let_go(slot, computed, request.variant)
 
-    def _bar(self, key: SequenceKey, epoch: int) -> None:
-        """Remember that an epoch has ended before it began."""
-        before = self._known.get(key)
-        if before is not None and before.state is DepartureState.EXPOSED:
-            self._end(before, "a later epoch has ended", is_here=True)
-        barred = Departure(key, epoch)
-        barred.why, barred.is_here = "it was ended before it began", True
-        self._note(barred)
 
-    def _note(self, departure: Departure) -> None:
-        self._known[departure.key] = departure
-        self._known.move_to_end(departure.key)
-        if len(self._known) > _MOST_ENDED:
-            for key, known in list(self._known.items())[: _MOST_ENDED // 2]:
-                if known.state is DepartureState.ENDED:
-                    del self._known[key]
-
-
-def _transfer_key(departure: Departure) -> TransferKey:
-    return TransferKey(f"{departure.key[0]}/{departure.key[1]}", departure.epoch)
+def _longest_kept(
+    keepers: Iterable[Transfers], request: Request, least: int
+) -> tuple[Transfers, Slot, int] | None:
+    """Where most of a waiting request's tokens are kept, if `least` are, and how many."""
+    best: tuple[Transfers, Slot, int] | None = None
+    for transfers in keepers:
+        match = transfers.cache.find(request.reusable_tokens, request.variant)
+        if match is not None and match.num_tokens >= least:
+            best, least = (transfers, match.slot, match.num_tokens), match.num_tokens + 1
+    return best

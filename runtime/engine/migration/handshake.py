@@ -142,6 +142,11 @@ class Handshake:
         """True from the commit point on, for ever."""
         return self._paused is not None
 
+    @property
+    def phase(self) -> object:
+        """Equal as long as the same is to be told."""
+        return self.state, self._stage, self._num_ready, len(self._unanswered)
+
     # -- what is told --------------------------------------------------------------------------
 
     def commands(self) -> list[tuple[str, Command]]:

@@ -13,15 +13,7 @@ from .arbiter import Arbiter
 from .carriers import Carrier, CopyCarrier
 from .endpoints import MigrationSource, MigrationTarget
 from .handshake import Stages
-from .messages import (
-    Answer,
-    Begin,
-    Carry,
-    Command,
-    GoOn,
-    Pause,
-    Release,
-)
+from .messages import Answer, Begin, Carry, Command, GoOn, Pause, Release
 
 _ARBITER = ""  # the receiver of answers
 
@@ -127,7 +119,7 @@ class Migrations:
 
     def turn(self) -> list[StepOutput]:
         """Deliver what is to be told and run one step of each engine; returns what counts."""
-        outputs = self.arbiter.take_outputs()
+        outputs = self.arbiter.accept()
         for orphan in self.arbiter.take_orphans():
             self.arbiter.resume(orphan, next(iter(self._instances)))
         self._send()
@@ -140,7 +132,7 @@ class Migrations:
                 self._channel.send(_ARBITER, answer)
         for answer in self._channel.receive(_ARBITER):
             self.arbiter.on(answer)  # type: ignore[arg-type]
-        return outputs + self.arbiter.take_outputs()
+        return outputs + self.arbiter.accept()
 
     def _send(self) -> None:
         for name, message in self.arbiter.take():
