@@ -24,6 +24,7 @@ VkvError
 │   └── DriverUnavailable          no such device or library here, and how to get it
 ├── NativeUnavailable (RuntimeError)  C kernels that are not built and cannot be compiled here
 ├── InvalidOperation (RuntimeError)  a call the address space's state forbids
+│   └── SequenceGone               a sequence that is not in this engine, or not any more
 ├── StepFailed (RuntimeError)      the model itself failed under a batch of requests
 ├── EngineDied (RuntimeError)      the process that had the engine has ended
 └── ForkedProcess (RuntimeError)   used in a forked child of the process that made it
@@ -124,6 +125,10 @@ class NativeUnavailable(VkvError, RuntimeError):
 
 class InvalidOperation(VkvError, RuntimeError):
     """The state of the address space forbids the call: double map, stray unmap, live free."""
+
+
+class SequenceGone(InvalidOperation):
+    """A sequence was to leave an engine that does not have it, or not any more."""
 
 
 class StepFailed(VkvError, RuntimeError):

@@ -28,6 +28,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from ...vmem import Fence
 from ...vmem.errors import DriverError, InvalidOperation, Shortage
 from ..exits import Exits
 from ..slot import Slot
@@ -91,9 +92,16 @@ class _Side:
 
     def spans(self, start: int, stop: int) -> Spans:
         """The bytes of tokens `start … stop`; good until the transfer ends."""
+        self._check_under_way()
+        return self._cache.spans(self._slot, start, stop)
+
+    def fence(self) -> Fence:
+        """What must be over on the device before those bytes are read or written."""
+        return self._cache.pool.driver.record_fence()
+
+    def _check_under_way(self) -> None:
         if self.state is not TransferState.UNDER_WAY:
             raise InvalidOperation(f"transfer {self.key} is {self.state.value}; begin another")
-        return self._cache.spans(self._slot, start, stop)
 
     def _begin_commit(self) -> bool:
         """False if it is committed already. Raises InvalidOperation if it cannot be any more."""
@@ -104,6 +112,17 @@ class _Side:
 
 class Outgoing(_Side):
     """Tokens that leave: pinned, so that their bytes stay as they are until the end."""
+
+    def extend(self, num_tokens: int) -> None:
+        """Let the first `num_tokens` tokens move, in all: the slot has got more meanwhile.
+
+        Raises InvalidOperation if the transfer has ended, or if the slot has fewer.
+        """
+        self._check_under_way()
+        if num_tokens > self.num_tokens:
+            self._cache.pin(self._slot, num_tokens)
+            self._cache.unpin(self._slot)  # pins are counted, and keep the most tokens
+            self.num_tokens = num_tokens
 
     def commit(self) -> None:
         """The receiver has them. Raises InvalidOperation if the transfer was aborted."""
@@ -147,6 +166,26 @@ class Incoming(_Side):
         self._tokens = tokens
         self._variant = variant
         self._is_claimed = False
+
+    def make_room(self, num_tokens: int) -> None:
+        """Have memory for the bytes of the first `num_tokens` tokens, in all, known or not.
+
+        Raises a Shortage or DriverError, with nothing changed.
+        """
+        self._check_under_way()
+        self._cache.grow(self._slot, num_tokens)
+
+    def extend(self, tokens: Sequence[int], num_reserved: int = 0) -> None:
+        """Let `tokens` arrive, in all: those that were named and further ones behind them.
+
+        With memory for them and the promise of it for `num_reserved`. Raises a Shortage or
+        DriverError, with nothing changed.
+        """
+        self._check_under_way()
+        self._cache.reserve(self._slot, max(num_reserved, len(tokens)))
+        self._cache.grow(self._slot, len(tokens))
+        self._tokens = tokens
+        self.num_tokens = len(tokens)
 
     def commit(self) -> None:
         """All bytes are there. Raises InvalidOperation if the transfer was aborted."""
