@@ -19,7 +19,7 @@ class RequestSnapshot(msgspec.Struct, frozen=True):
         num_uncomputed: those still to go through the model; 1 at most once its prompt is computed.
         priority: the lower, the earlier.
         is_waiting: it has no slot, and so no keys and values that would have to move with it.
-        waited_s: since it came, or until it got its slot.
+        waited_s: since it came.
         is_migratable: it may be moved now; not so while it is being moved already.
     """
 
