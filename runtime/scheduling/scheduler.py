@@ -8,7 +8,7 @@ refuses (DriverError) keeps one request waiting, as a shortage does, and tears n
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ...allocator import Slot, SlotCache
 from ...vmem.errors import DriverError, OutOfPages, Shortage
@@ -40,6 +40,7 @@ class Scheduler:
         prefix_reuse: start a request from keys and values that others computed for its tokens.
         tiers: what stands behind the cache; None for nothing but the files that are opened.
         tenant_weights: of tenants whose part is another than 1.
+        clock: seconds; that of the requests' `queued_time_s`.
 
     Attributes:
         accounts: what each tenant got.
@@ -60,6 +61,7 @@ class Scheduler:
         prefix_reuse: bool = True,
         tiers: Tiers | None = None,
         tenant_weights: Mapping[str, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = cache
         self.policy = policy
@@ -76,6 +78,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.shortage: tuple[Request, Refusal] | None = None
+        self._clock = clock
         self._requests: dict[SequenceKey, Request] = {}
         self._growth_pages = cache.num_pages(cache.growth_tokens)
 
@@ -89,14 +92,17 @@ class Scheduler:
         """All unfinished requests, in the order in which they were added."""
         return list(self._requests.values())
 
-    def add(self, request: Request) -> None:
-        """Queue a new request."""
+    def add(self, request: Request, *, comes_back: bool = False) -> None:
+        """Queue a new request; one that `comes_back` had a slot elsewhere, and so goes before all
+        that never had one."""
         assert request.key not in self._requests, f"{request} is here already"
         self._requests[request.key] = request
         self.accounts.came(request)
         leader = self._requests.get(request.leader) if request.leader else None
         if leader is not None and leader.num_computed < leader.num_prompt_tokens:
             self.waiting.hold(request, leader.key)
+        elif comes_back:
+            self.waiting.put_back(request)
         else:
             self.waiting.add(request)
 
@@ -214,7 +220,7 @@ class Scheduler:
             max_batch_tokens=self.max_batch_tokens,
             max_seqs=self.max_seqs - self.num_places_kept,
             running=running_view(self.running, held),
-            waiting=waiting_view(waiting),
+            waiting=waiting_view(waiting, self._clock()),
             num_waiting=len(self.waiting),
             granted={request.key: count for request, count in granted.items()},
             short=short.key if short else None,
@@ -336,10 +342,10 @@ class Scheduler:
     def _note_admission(self, request: Request) -> None:
         """Note when a request first had a slot, and what it found in it."""
         if not request.was_admitted:
-            request.scheduled_time_s = time.monotonic()
+            request.scheduled_time_s = self._clock()
             request.num_cached = request.num_computed
             self.prefix_hit_tokens += request.num_computed
-        request.waited_s = time.monotonic() - request.queued_time_s
+        request.waited_s = self._clock() - request.queued_time_s
         self.accounts.admitted(request)
 
     def _open_slot(
