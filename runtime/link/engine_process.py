@@ -22,7 +22,11 @@ from ...vmem.errors import UsageError, VkvError
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.loop import EngineLoop, refusal
-from ..engine.messages import Abort, Add, Finish, SetPriority
+from ..engine.messages import Abort, Add, Finish, Resume, SetPriority
+from ..engine.migration.carriers import Carrier
+from ..engine.migration.messages import Answer as MoveAnswer
+from ..engine.migration.messages import Command, Commit, Release
+from ..request.spec import SequenceKey
 from ..request.step_output import Failure, StepOutput
 from .face import Face
 from .messages import (
@@ -36,12 +40,14 @@ from .messages import (
     decode_to_engine,
     encode,
 )
+from .moving import MoveEnds
 from .preparing import Preparing
 from .wire import Frames
 
 REFUSED = 2  # exit status: what was asked for cannot be, and standard error says why
 
 _PULSE_S = 0.2  # between pulses while the engine works
+_MOVE_POLL_S = 0.002  # between two looks at what is on its way, while nothing else is done
 _MOST_KEPT_BYTES = 256 << 20  # of outputs that a front does not read, before it is hung up on
 
 _log = logging.getLogger(__name__)
@@ -80,10 +86,19 @@ class EngineServer:
     """Turns a loop for the front processes that call, in one thread.
 
     A front that hangs up has its requests dropped before the next step.
+
+    Args:
+        carrier: carries keys and values of sequences that move; None where none ever does.
     """
 
     def __init__(
-        self, loop: EngineLoop, face: Face, listener: socket.socket, *, idle_trim_s: float | None
+        self,
+        loop: EngineLoop,
+        face: Face,
+        listener: socket.socket,
+        *,
+        idle_trim_s: float | None,
+        carrier: Carrier | None = None,
     ) -> None:
         self._loop = loop
         self._welcome = encode(Welcome(face.pack()))
@@ -94,6 +109,8 @@ class EngineServer:
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, None)
+        self._moves = None if carrier is None else MoveEnds(loop, carrier)
+        self._movers: dict[SequenceKey, _Front] = {}  # who commands a sequence's move
         self._preparing = Preparing(loop.engine.grammars)
         self._selector.register(self._preparing, selectors.EVENT_READ, self._preparing)
         self._pulse_s = 0.0
@@ -121,11 +138,13 @@ class EngineServer:
         self._receive(0 if self._loop.has_work else self._idle_wait_s())
         if not self._loop.has_work:
             self._rest()
+            self._go_on_moving()
             return
         self._trim_at_s = None
         self._deliver(self._loop.turn())
         if self._loop.has_mail:
             self._deliver(self._loop.carry_out())
+        self._go_on_moving()
         if not self._loop.has_work and self._idle_trim_s is not None:
             self._trim_at_s = time.monotonic() + self._idle_trim_s
         if time.monotonic() - self._pulse_s > _PULSE_S or not self._loop.has_work:
@@ -135,6 +154,8 @@ class EngineServer:
 
     def _idle_wait_s(self) -> float | None:
         """For how long nothing needs doing, if nobody calls; None for ever."""
+        if self._moves is not None and self._moves.is_busy:
+            return _MOVE_POLL_S
         return None if self._trim_at_s is None else max(0.0, self._trim_at_s - time.monotonic())
 
     def _rest(self) -> None:
@@ -142,6 +163,44 @@ class EngineServer:
             self._trim_at_s = None
             self._loop.trim()
             self._pulse()
+        if self._moves is not None and self._moves.is_busy:
+            self._deliver(self._loop.carry_out())
+
+    # -- sequences that move -------------------------------------------------------------------
+
+    def _move(self, front: _Front, command: Command) -> None:
+        """Carry out a command of whoever decides where sequences are."""
+        if self._moves is None:
+            _log.error("%s is not for this engine, whose sequences stay", command)
+            return
+        self._movers[command.key] = front
+        if isinstance(command, Commit):  # its outputs are for who commands it
+            self._expect(front, command.key)
+        answers = self._moves.handle(command)
+        if isinstance(command, Release):
+            self._note_end(*command.key)
+        self._answer_moves(answers)
+
+    def _go_on_moving(self) -> None:
+        if self._moves is not None and self._movers:
+            self._answer_moves(self._moves.poll())
+            if not self._moves.is_busy:
+                self._movers.clear()
+
+    def _answer_moves(self, answers: list[MoveAnswer]) -> None:
+        """Send answers, after the outputs of before."""
+        if answers:
+            self._deliver(self._loop.take_outputs())
+        for answer in answers:
+            front = self._movers.get(answer.key)
+            if front is not None:
+                self._send(front, encode(answer))
+
+    def _expect(self, front: _Front, key: SequenceKey) -> None:
+        """Outputs of a sequence are for a front."""
+        request_id, index = key
+        front.unfinished.setdefault(request_id, set()).add(index)
+        self._fronts[request_id] = front
 
     # -- the fronts ----------------------------------------------------------------------------
 
@@ -181,19 +240,24 @@ class EngineServer:
     def _take(self, front: _Front, message: ToEngine) -> None:
         if isinstance(message, Ask):
             answer = encode(self._answer(message))
-            if message.question != "memory_map":  # which changes nothing, and is asked often
+            if message.question not in ("memory_map", "ping"):  # which change nothing
                 self._pulse()  # first: who has the answer sees what came of it
             self._send(front, answer)
             return
         if isinstance(message, Add):
-            front.unfinished[message.spec.request_id] = set(range(message.spec.params.n))
-            self._fronts[message.spec.request_id] = front
+            for index in range(message.spec.params.n):
+                self._expect(front, (message.spec.request_id, index))
             if self._preparing.begin(message):
                 return
+        elif isinstance(message, Resume):
+            self._expect(front, message.continuation.key)
         elif isinstance(message, Finish):  # no output comes back
             self._note_end(message.request_id, message.index)
         elif isinstance(message, SetPriority):
             self._preparing.set_priority(message.request_id, message.priority)
+        elif not isinstance(message, Abort):
+            self._move(front, message)
+            return
         elif add := self._preparing.drop(message.request_id):
             self._deliver(_aborted(add))
             return
@@ -208,6 +272,8 @@ class EngineServer:
                 self._deliver(refusal(add.spec, error))
 
     def _answer(self, ask: Ask) -> Answer:
+        if ask.question == "ping":
+            return Answer(ask.number)
         calls: dict[str, Any] = {
             "sleep": self._loop.sleep,
             "sleep_weights": lambda: self._loop.sleep(weights=True),
@@ -225,6 +291,7 @@ class EngineServer:
     def _drop(self, front: _Front) -> None:
         """A front has gone: nobody waits for its requests."""
         self._all_fronts.remove(front)
+        self._movers = {key: other for key, other in self._movers.items() if other is not front}
         self._selector.unregister(front.frames)
         front.frames.close()
         for request_id in front.unfinished:

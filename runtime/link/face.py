@@ -25,6 +25,8 @@ class Face:
         dtype, device: where and how it runs, in words.
         max_seqs: requests that run at once.
         page_bytes: of a physical page.
+        token_bytes: keys and values of a token.
+        capacity_tokens: tokens whose keys and values it can hold, all slots together.
     """
 
     name: str
@@ -35,10 +37,14 @@ class Face:
     device: str
     max_seqs: int
     page_bytes: int
+    token_bytes: int
+    capacity_tokens: int
 
     @classmethod
     def of(cls, loaded: LoadedModel, engine: Engine, config: EngineConfig) -> "Face":
         """That of an engine which is here."""
+        kv = engine.stats().kv
+        growth_pages = max(1, engine.cache.num_pages(kv.growth_tokens))
         return cls(
             name=loaded.name,
             tokenizer=loaded.tokenizer,
@@ -47,7 +53,9 @@ class Face:
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
             max_seqs=config.max_seqs,
-            page_bytes=engine.stats().page_bytes,
+            page_bytes=kv.page_bytes,
+            token_bytes=engine.cache.geometry.token_format.token_bytes,
+            capacity_tokens=kv.pages_limit // growth_pages * kv.growth_tokens,
         )
 
     def pack(self) -> bytes:

@@ -1,15 +1,38 @@
-"""What the server's front processes and its engine's process tell each other."""
+"""What front processes and an engine's process tell each other."""
 
 from typing import Literal
 
 import msgspec
 
 from ..engine.memory.memory_map import MemoryMap
-from ..engine.messages import Abort, Add, Finish, SetPriority
+from ..engine.messages import Abort, Add, Finish, Resume, SetPriority
+from ..engine.migration.messages import (
+    Begin,
+    Begun,
+    Cancel,
+    Cancelled,
+    Carried,
+    Carry,
+    Commit,
+    Committed,
+    Ended,
+    Extend,
+    GoOn,
+    Pause,
+    Paused,
+    Prepare,
+    Ready,
+    Refused,
+    Release,
+    Released,
+    WentOn,
+)
 from ..engine.stats import EngineStats
 from ..request.step_output import Failure, StepOutput
 
-Question = Literal["sleep", "sleep_weights", "wake", "trim", "weights_changed", "memory_map"]
+Question = Literal[
+    "ping", "sleep", "sleep_weights", "wake", "trim", "weights_changed", "memory_map"
+]
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):
@@ -46,8 +69,12 @@ class Pulse(msgspec.Struct, frozen=True, tag=True):
     is_asleep: bool = False
 
 
-ToEngine = Add | Finish | Abort | SetPriority | Ask
-FromEngine = Welcome | Outputs | Answer | Pulse
+_ToEnd = Begin | Carry | Pause | GoOn | Release | Prepare | Extend | Commit | Cancel
+_FromEnd = (
+    Begun | Carried | Paused | Ended | WentOn | Released | Ready | Committed | Cancelled | Refused
+)
+ToEngine = Add | Resume | Finish | Abort | SetPriority | Ask | _ToEnd
+FromEngine = Welcome | Outputs | Answer | Pulse | _FromEnd
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

@@ -113,6 +113,16 @@ class Arbiter:
                 self._forget_if_over(sequence)
         self._outbox += [(instance, message) for instance in instances]
 
+    @property
+    def has_some(self) -> bool:
+        """True while a sequence is unfinished."""
+        return bool(self._sequences)
+
+    @property
+    def unfinished(self) -> list[Owned]:
+        """What is recorded of each sequence that has not ended, in the order in which they came."""
+        return [sequence for sequence in self._sequences.values() if not sequence.has_ended]
+
     def owner(self, key: SequenceKey) -> str | None:
         """The instance that a sequence is on; None if it is on none, or is not unfinished."""
         sequence = self._sequences.get(key)
