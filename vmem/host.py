@@ -263,9 +263,9 @@ class HostDriver(VmemDriver):
     # -- pages that change hands -------------------------------------------------------------
 
     def _create_in(self, pages: Sequence[Page]) -> None:
-        self._check_memory(len(pages))
         with ExitStack() as undo:
             self._segments.open(pages, self._call, undo)
+            self._check_memory(len(pages))
             for first, count in _adjacent_runs(sorted(pages)):
                 self._allocate(first, count, undo)
             undo.pop_all()

@@ -15,8 +15,8 @@
     claim           None            None          the slot, once   None
 
 Bytes are copied (`spans`), in as many stages as the tokens grow in (`extend`), or pages change
-hands (`lend`, `borrow`): then a commit leaves the sender's slot empty, and without a commit both are
-as before. Of pages on loan the sender's `abort` must be sure that the receiver did not commit.
+hands (`lend`, `borrow`): then a commit leaves the sender's slot empty, and without a commit both
+are as before. Of pages on loan the sender's `abort` must be sure that the receiver did not commit.
 
 A transfer is named by who moves and by an epoch, a number that grows with every attempt. So each
 verb may be sent twice, or answered and the answer lost, and the state is the same. An epoch that
