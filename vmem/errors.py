@@ -16,6 +16,7 @@ VkvError
 │   ├── KVFileInaccessible         missing, no plain file, no permission, no room on the disk
 │   ├── KVFileDamaged              cut short, or other bytes than were written
 │   └── KVFileMismatch             of another model or format, or no such file at all
+├── TransferError (RuntimeError)   KV could not be moved: the other side, and what it did
 ├── Shortage (RuntimeError)        nothing was changed; it may succeed later
 │   ├── OutOfPages                 the pool's limit is reached
 │   ├── OutOfSlots                 every slot is taken
@@ -93,6 +94,10 @@ class KVFileDamaged(KVFileError):
 
 class KVFileMismatch(KVFileError):
     """The file is of another model, of another or a newer format, or no file of this kind."""
+
+
+class TransferError(VkvError, RuntimeError):
+    """KV could not be moved to another process: it died, fell silent, refused or sent garbage."""
 
 
 class Shortage(VkvError, RuntimeError):

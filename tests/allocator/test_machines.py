@@ -30,6 +30,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from vkv.allocator import PagePool
+from vkv.vmem import segment_of
 from vkv.vmem.errors import InvalidOperation, OutOfPages
 
 __all__ = ["one_thread"]  # a fixture
@@ -341,12 +342,14 @@ class KVCacheMachine(CacheMachine):
     Driver = FlakyHostDriver
     kinds = tuple(KINDS)
     can_attach = True
+    movable = False
 
     def build(self, data, **options):
         self.driver = self.Driver()
         if data.draw(st.booleans()):
             self.driver._max_mappings = 40
-        return make_cache(data.draw(st.sampled_from(self.kinds)), self.driver, **options)
+        kind = data.draw(st.sampled_from(self.kinds))
+        return make_cache(kind, self.driver, movable=self.movable, **options)
 
     def stop_failing(self):
         self.driver.fail_after = None
@@ -360,6 +363,23 @@ class KVCacheMachine(CacheMachine):
     @rule(calls=st.integers(0, 12), short=st.booleans())
     def let_a_call_fail(self, calls, short):
         self.driver.fail_after, self.driver.fail_short = calls, short
+
+
+class MovableMachine(KVCacheMachine):
+    """The contiguous cache whose slots have segments of their own."""
+
+    movable = True
+
+    @invariant()
+    def a_segment_that_grows_is_one_slots(self):
+        if self.model is None:
+            return
+        for slot in [*(r.slot for r in self.model.live), *self.model.cache._table.parked]:
+            own = {page for pages in slot.pages for page in pages}
+            for page in self.driver._map_counts:
+                if slot.segment is not None and segment_of(page) == slot.segment:
+                    assert page in own or page in self.model.cache.pool._free
+                    assert self.model.cache.pool.references(page) <= 1
 
 
 class StandInMachine(KVCacheMachine):
@@ -383,6 +403,10 @@ def test_page_pool():
 
 def test_kv_cache():
     run_state_machine_as_test(KVCacheMachine, settings=MACHINE)
+
+
+def test_movable_kv_cache():
+    run_state_machine_as_test(MovableMachine, settings=MACHINE)
 
 
 def test_kv_cache_on_the_standin(cuda_standin):

@@ -133,6 +133,7 @@ def make_cache(
     num_slots: int = NUM_SLOTS,
     max_parked: int = 3,
     max_len: int = MAX_LEN,
+    movable: bool = False,
     **pool_options,
 ) -> KVCache:
     """A contiguous cache whose pool holds about `rows` full slots."""
@@ -140,7 +141,7 @@ def make_cache(
     layout = kind.layout(driver.page_bytes, max_len)
     limit = int(rows * layout.num_pages(max_len)) * driver.page_bytes
     pool = PagePool(driver, limit, **pool_options)
-    return KVCache(layout, pool, num_slots=num_slots, max_parked=max_parked)
+    return KVCache(layout, pool, num_slots=num_slots, max_parked=max_parked, movable=movable)
 
 
 def make_paged(

@@ -83,7 +83,7 @@ class CopyCarrier:
             job = CopyJob(
                 outgoing.spans(start, stop),
                 incoming.spans(start, stop),
-                after=_Both(outgoing.fence(), incoming.fence()),
+                after=_Both(outgoing.record_fence(), incoming.record_fence()),
             )
             jobs.append(job)
             if self._copier is not None:
