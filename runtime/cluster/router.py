@@ -29,7 +29,7 @@ from ..request.step_output import StepOutput
 from .instances.instance_link import InstanceLink
 from .members import Member, Members
 from .policies import ClusterPolicy
-from .snapshot import Newcomer, Role
+from .snapshot import ClusterSnapshot, Newcomer, Role
 
 _TICK_S = 0.02  # between looks at moves under way
 _DECIDE_S = 0.1  # between questions to the policy
@@ -143,6 +143,15 @@ class Router:
         """The instances, as they are now."""
         return self._ask(self._copied(self._members.all))
 
+    def snapshot(self) -> ClusterSnapshot:
+        """The cluster as its policy sees it."""
+        return self._ask(self._copied(self._picture))
+
+    @property
+    def is_closed(self) -> bool:
+        """True after `close`."""
+        return self._is_closed
+
     def counts(self) -> MigrationCounts:
         """Migrations that are over."""
         return self._ask(self._copied(lambda: self._arbiter.counts))
@@ -202,7 +211,7 @@ class Router:
                 priority=spec.priority,
                 tenant=spec.tenant,
             )
-            snapshot = self._members.snapshot(num_dispatched=self._num_dispatched)
+            snapshot = self._picture()
             chosen = self._policy.dispatch(snapshot, newcomer)
             if chosen is None:
                 return
@@ -285,7 +294,7 @@ class Router:
 
     def _place_orphans(self) -> None:
         for orphan in self._arbiter.take_orphans():
-            snapshot = self._members.snapshot(num_dispatched=self._num_dispatched)
+            snapshot = self._picture()
             newcomer = Newcomer(
                 key=orphan.key, num_tokens=len(orphan.token_ids), priority=orphan.spec.priority
             )
@@ -304,6 +313,9 @@ class Router:
                 sink.fail(error)
         self._sinks.clear()
 
+    def _picture(self) -> ClusterSnapshot:
+        return self._members.snapshot(num_dispatched=self._num_dispatched)
+
     # -- from time to time ---------------------------------------------------------------------
 
     def _tick(self) -> None:
@@ -319,7 +331,7 @@ class Router:
         self._dispatch()
         if len(self._members.all()) < 2:
             return
-        snapshot = self._members.snapshot(num_dispatched=self._num_dispatched)
+        snapshot = self._picture()
         for instance, role in self._policy.roles(snapshot).items():
             self._members.of(instance).role = role
         for move in self._policy.migrations(snapshot):
