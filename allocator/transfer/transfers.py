@@ -141,6 +141,11 @@ class Outgoing(_Side):
             self._cache.unpin(self._slot)  # not the last pin, which stays as far as this one went
             self.num_tokens = num_tokens
 
+    @property
+    def is_lent(self) -> bool:
+        """True while the receiver may have the pages themselves: a commit empties the slot."""
+        return self._is_lent
+
     def lend(self) -> Lent:
         """Let the receiver have the pages themselves (`Loans.lend`); what was lent before is not.
 
@@ -207,7 +212,7 @@ class Incoming(_Side):
         self._tokens = tokens
         self._variant = variant
         self._is_claimed = False
-        self._has_borrowed = False
+        self._num_borrowed: int | None = None  # tokens whose pages have come
 
     def extend(self, tokens: Sequence[int], *, num_reserved: int = 0) -> None:
         """Have memory for `tokens`, of which those known so far are the first, and the promise of
@@ -222,8 +227,11 @@ class Incoming(_Side):
             raise InvalidOperation(f"transfer {self.key} is of other tokens; begin another")
         if len(tokens) <= self.num_tokens and not num_reserved:
             return
-        if self._has_borrowed:
-            raise InvalidOperation(f"the pages of transfer {self.key} have come already")
+        if self._num_borrowed is not None:
+            if len(tokens) > self._num_borrowed or num_reserved:
+                raise InvalidOperation(f"the pages of transfer {self.key} have come already")
+            self._tokens, self.num_tokens = tokens, len(tokens)
+            return
         self._cache.reserve(self._slot, max(num_reserved, len(tokens)))
         if len(tokens) > self.num_tokens:
             if not self.by_pages:
@@ -231,28 +239,41 @@ class Incoming(_Side):
             self._tokens, self.num_tokens = tokens, len(tokens)
 
     def borrow(self, parcel: Parcel, descriptors: Sequence[int]) -> list[torch.Tensor]:
-        """Map the pages that came (`Loans.borrow`); returns the bytes to be filled beside them."""
+        """Map the pages that came (`Loans.borrow`); returns the bytes to be filled beside them.
+
+        They may be of more tokens than are known yet, which `extend` then names.
+        """
         self._check_under_way()
-        if not self.by_pages or self._has_borrowed or parcel.num_tokens != self.num_tokens:
+        has_come = self._num_borrowed is not None
+        if not self.by_pages or has_come or parcel.num_tokens < self.num_tokens:
             raise InvalidOperation(
                 f"pages of {parcel.num_tokens} tokens are not what transfer {self.key} waits for"
             )
         copied = self._cache.loans.borrow(self._slot, parcel, descriptors)
-        self._has_borrowed = True
+        self._num_borrowed = parcel.num_tokens
         return copied
 
     def make_room(self, num_tokens: int) -> None:
-        """Have memory for the bytes of the first `num_tokens` tokens, in all, known or not.
+        """Have memory for the bytes of the first `num_tokens` tokens, in all, known or not; where
+        pages are to come the promise of it.
 
         Raises a Shortage or DriverError, with nothing changed.
         """
         self._check_under_way()
-        self._cache.grow(self._slot, num_tokens)
+        if self.by_pages:
+            self._cache.reserve(self._slot, num_tokens)
+        else:
+            self._cache.grow(self._slot, num_tokens)
 
     def commit(self) -> None:
         """All bytes are there. Raises InvalidOperation if the transfer was aborted."""
         if self._begin_commit():
-            if self._has_borrowed:
+            if self._num_borrowed is not None:
+                if self._num_borrowed != self.num_tokens:
+                    raise InvalidOperation(
+                        f"pages of {self._num_borrowed} tokens came for transfer {self.key}, of "
+                        f"which {self.num_tokens} are known; name them all"
+                    )
                 self._cache.loans.keep(self._slot)
             elif self.by_pages:
                 raise InvalidOperation(f"the pages of transfer {self.key} have not come")

@@ -169,6 +169,18 @@ def tiers() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def migrate() -> Command:
+    """The pause that a client sees while its request moves to an engine in another process.
+
+    By pages that change hands, by copies in stages and at rest, and by computing all again after
+    its instance was killed; from short to long contexts.
+    """
+    from .load.options import MigrateOptions
+
+    return _measuring(MigrateOptions, ".load.migrate")
+
+
+@bench.command(cls=LazyCommand)
 def schedule() -> Command:
     """What a request costs the scheduler, from a hundred requests in line to a hundred thousand."""
     from .load.options import ScheduleOptions

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from ...vmem import janitor
+import torch
+
+from ...vmem import janitor, linux
 from ...vmem.errors import InvalidConfig, InvalidOperation, InvalidSamplingParams
 from ..engine.config import EngineConfig
 from ..engine.migration.handshake import Stages
@@ -78,6 +80,7 @@ class Cluster:
             there are roles "disaggregated".
         address: of a Ray cluster on this machine to join, as of `ray.init`; None to start one.
         threads: of each instance, on a CPU; None to part the processors evenly.
+        stages: how sequences are copied where their pages cannot change hands.
         liveness_s: an instance that answers nothing for so long counts as dead, and is killed.
         device, dtype, options: as of `LLM`, for each instance.
 
@@ -99,6 +102,7 @@ class Cluster:
         policy: str | ClusterPolicy | None = None,
         address: str | None = None,
         threads: int | None = None,
+        stages: Stages | None = None,
         liveness_s: float = 10.0,
         device: str = "auto",
         dtype: str = "auto",
@@ -112,14 +116,14 @@ class Cluster:
             "model": _model(model),
             "device": device,
             "dtype": dtype,
-            "options": options,
+            "options": _options(options, instances, device),
             "threads": threads or max(1, cores // instances),
         }
         self._ids = iter(range(1 << 62))
         self._scaling = threading.Lock()  # one change of the instances at a time
         self._launcher = Launcher(address)
         self._router = Router(
-            self.policy, self._launcher.kill, stages=Stages(), liveness_s=liveness_s
+            self.policy, self._launcher.kill, stages=stages, liveness_s=liveness_s
         )
         weakref.finalize(self, janitor.later, _closing(self._router, self._launcher)).atexit = False
         try:
@@ -330,6 +334,17 @@ def _closing(router: Router, launcher: Launcher) -> Any:
         launcher.close()
 
     return close
+
+
+def _options(options: Mapping[str, Any], instances: int, device: str) -> dict[str, Any]:
+    """Those of each instance: pages that can change hands, and a part of this machine's memory."""
+    found = dict(options)
+    if options.get("kv", "virtual") == "virtual":
+        found.setdefault("movable", True)
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        half = linux.available_bytes() // 2  # the other for weights and steps
+        found.setdefault("kv_memory", half // instances)
+    return found
 
 
 def _front_end(face: Face) -> FrontEnd:

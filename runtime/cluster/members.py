@@ -8,6 +8,7 @@ from ..engine.migration.arbiter import Arbiter
 from ..engine.migration.ownership import Owned
 from ..engine.stats import EngineStats
 from ..link.face import Face
+from ..link.messages import Pulse
 from .instances.instance_link import InstanceLink
 from .snapshot import ClusterSnapshot, InstanceSnapshot, RequestSnapshot, Role
 
@@ -23,6 +24,7 @@ class Member:
         is_draining: it takes nothing, and hands over what it has.
         face: what it is; None until it has said so.
         stats: what it last said of itself.
+        carried_bytes, handed_pages: of sequences that left it, copied and as they were, so far.
     """
 
     id: int
@@ -31,6 +33,8 @@ class Member:
     is_draining: bool = False
     face: Face | None = None
     stats: EngineStats | None = None
+    carried_bytes: int = 0
+    handed_pages: int = 0
 
 
 class Members:
@@ -81,10 +85,12 @@ class Members:
             self._members[instance].face = face
             self.changed()
 
-    def note(self, instance: int, stats: EngineStats) -> None:
+    def note(self, instance: int, pulse: Pulse) -> None:
         """An instance has said what it holds."""
-        if instance in self._members:
-            self._members[instance].stats = stats
+        member = self._members.get(instance)
+        if member is not None:
+            member.stats = pulse.stats
+            member.carried_bytes, member.handed_pages = pulse.carried_bytes, pulse.handed_pages
             self.changed()
 
     def changed(self) -> None:

@@ -21,9 +21,9 @@ from ..engine.messages import Abort, Finish, Message, SetPriority
 from ..engine.migration.arbiter import Arbiter, MigrationCounts
 from ..engine.migration.handshake import Stages
 from ..engine.migration.messages import Answer as MoveAnswer
-from ..engine.stats import EngineStats
 from ..frontend.driving.sinks import Sink, give
 from ..link.face import Face
+from ..link.messages import Pulse
 from ..request.spec import RequestSpec, SequenceKey
 from ..request.step_output import StepOutput
 from .instances.instance_link import InstanceLink
@@ -269,9 +269,9 @@ class Router:
         self._note_moves()
         self._send()
 
-    def on_stats(self, instance: int, stats: EngineStats) -> None:
+    def on_pulse(self, instance: int, pulse: Pulse) -> None:
         """What it holds."""
-        self._members.note(instance, stats)
+        self._members.note(instance, pulse)
 
     def on_face(self, instance: int, face: Face) -> None:
         """What it is; with its connection's beginning."""

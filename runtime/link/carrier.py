@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from ...allocator.transfer import Incoming, Outgoing
-from ...allocator.transfer.channels import ChannelJob, CopyChannel
+from ...allocator.transfer.channels import Channel, ChannelJob, CopyChannel, PageChannel
 from ...vmem.errors import InvalidOperation, VkvError
 
 _TIMEOUT_S = 10.0  # that the other side may be silent
@@ -33,6 +33,7 @@ class _Offer(msgspec.Struct, frozen=True, array_like=True):
 
     path: str
     number: int
+    by_pages: bool
 
 
 class _Call(msgspec.Struct, frozen=True, array_like=True):
@@ -51,11 +52,13 @@ class SocketCarrier:
         is_checked: compare checksums of what was copied.
 
     Attributes:
-        num_bytes: that were carried from here, so far.
+        num_bytes, num_pages: that were copied from here, and that were handed over, so far.
     """
 
+    moves_pages = True
+
     def __init__(self, path: str, *, is_checked: bool = False) -> None:
-        self.num_bytes = 0
+        self.num_bytes = self.num_pages = 0
         self._path = path
         self._is_checked = is_checked
         self._numbers = itertools.count()
@@ -73,7 +76,7 @@ class SocketCarrier:
             if not known:
                 self._listen()
                 self._offered[number] = incoming, []
-        return msgspec.msgpack.encode(_Offer(self._path, number))
+        return msgspec.msgpack.encode(_Offer(self._path, number, incoming.by_pages))
 
     def withdraw(self, incoming: Incoming) -> None:
         """As of `Carrier`."""
@@ -118,11 +121,11 @@ class SocketCarrier:
             try:
                 connection.settimeout(_TIMEOUT_S)
                 call = msgspec.msgpack.decode(_receive(connection), type=_Call)
-                channel = CopyChannel(connection, timeout_s=_TIMEOUT_S, is_checked=self._is_checked)
                 with self._lock:
                     if call.number not in self._offered:
                         raise InvalidOperation(f"{call} takes up what is not offered")
                     incoming, jobs = self._offered[call.number]
+                    channel = self._channel(connection, incoming.by_pages)
                     job = channel.receive(incoming, call.start, call.stop)
                     jobs.append(job)
                 job.run()
@@ -139,7 +142,7 @@ class SocketCarrier:
             connection.settimeout(_TIMEOUT_S)
             connection.connect(offer.path)
             _send(connection, msgspec.msgpack.encode(_Call(offer.number, start, stop)))
-            channel = CopyChannel(connection, timeout_s=_TIMEOUT_S, is_checked=self._is_checked)
+            channel = self._channel(connection, offer.by_pages)
             job = channel.send(outgoing, start, stop)
         except OSError as error:
             connection.close()
@@ -155,11 +158,16 @@ class SocketCarrier:
         ).start()
         return job
 
-    def _run(self, job: ChannelJob, channel: CopyChannel) -> None:
+    def _channel(self, connection: socket.socket, by_pages: bool) -> Channel:
+        kind = PageChannel if by_pages else CopyChannel
+        return kind(connection, timeout_s=_TIMEOUT_S, is_checked=self._is_checked)
+
+    def _run(self, job: ChannelJob, channel: Channel) -> None:
         job.run()
         channel.close()
         if job.error is None:
             self.num_bytes += job.num_bytes
+            self.num_pages += job.num_pages
 
 
 def _send(connection: socket.socket, message: bytes) -> None:

@@ -23,11 +23,11 @@ from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.loop import EngineLoop, refusal
 from ..engine.messages import Abort, Add, Finish, Resume, SetPriority
-from ..engine.migration.carriers import Carrier
 from ..engine.migration.messages import Answer as MoveAnswer
 from ..engine.migration.messages import Command, Commit, Release
 from ..request.spec import SequenceKey
 from ..request.step_output import Failure, StepOutput
+from .carrier import SocketCarrier
 from .face import Face
 from .messages import (
     Answer,
@@ -98,7 +98,7 @@ class EngineServer:
         listener: socket.socket,
         *,
         idle_trim_s: float | None,
-        carrier: Carrier | None = None,
+        carrier: SocketCarrier | None = None,
     ) -> None:
         self._loop = loop
         self._welcome = encode(Welcome(face.pack()))
@@ -109,6 +109,7 @@ class EngineServer:
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, None)
+        self._carrier = carrier
         self._moves = None if carrier is None else MoveEnds(loop, carrier)
         self._movers: dict[SequenceKey, _Front] = {}  # who commands a sequence's move
         self._preparing = Preparing(loop.engine.grammars)
@@ -329,7 +330,10 @@ class EngineServer:
             self._send(front, pulse)
 
     def _stats(self) -> FromEngine:
-        return Pulse(self._loop.stats(fresh=True), self._loop.is_asleep)
+        stats, carrier = self._loop.stats(fresh=True), self._carrier
+        if carrier is None:
+            return Pulse(stats, self._loop.is_asleep)
+        return Pulse(stats, self._loop.is_asleep, carrier.num_bytes, carrier.num_pages)
 
     def _send(self, front: _Front, message: bytes | None) -> None:
         """Send a message, or what was kept before; a front that is gone is dropped."""

@@ -63,10 +63,16 @@ class Outputs(msgspec.Struct, frozen=True, tag=True):
 
 
 class Pulse(msgspec.Struct, frozen=True, tag=True):
-    """What the engine holds and has done."""
+    """What the engine holds and has done.
+
+    Attributes:
+        carried_bytes, handed_pages: of sequences that left, copied and as they were, so far.
+    """
 
     stats: EngineStats
     is_asleep: bool = False
+    carried_bytes: int = 0
+    handed_pages: int = 0
 
 
 _ToEnd = Begin | Carry | Pause | GoOn | Release | Prepare | Extend | Commit | Cancel

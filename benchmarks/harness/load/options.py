@@ -242,6 +242,25 @@ class TiersOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MigrateOptions:
+    """What `vkv bench migrate` runs.
+
+    Attributes:
+        contexts: tokens of the prompts.
+        moves: of each stream.
+    """
+
+    shape: str = shape_option("llama-tiny")
+    dtype: "torch.dtype" = dtype_option("float32")
+    contexts: tuple[int, ...] = option(
+        "256,1024,4096,8192", parse=whole_numbers, help="Tokens of the prompts; with commas."
+    )
+    moves: int = option(6, least=1, help="Times that each stream moves.")
+    label: str = label_option()
+    seed: int = seed_option()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
     """What `vkv bench schedule` runs.
 

@@ -9,7 +9,6 @@ from typing import Protocol
 from ...engine.messages import Message
 from ...engine.migration.messages import Answer as MoveAnswer
 from ...engine.migration.messages import Command
-from ...engine.stats import EngineStats
 from ...link.face import Face
 from ...link.messages import Answer, Ask, Outputs, Pulse, Welcome, decode_from_engine, encode
 from ...link.wire import Frames
@@ -25,7 +24,7 @@ class Listener(Protocol):
 
     def on_outputs(self, instance: int, outputs: list[StepOutput]) -> None: ...
     def on_answer(self, instance: int, answer: MoveAnswer) -> None: ...
-    def on_stats(self, instance: int, stats: EngineStats) -> None: ...
+    def on_pulse(self, instance: int, pulse: Pulse) -> None: ...
     def on_face(self, instance: int, face: Face) -> None: ...
     def on_gone(self, instance: int, why: str) -> None: ...
 
@@ -113,7 +112,7 @@ class InstanceLink:
         if isinstance(message, Outputs):
             listener.on_outputs(instance, message.outputs)
         elif isinstance(message, Pulse):
-            listener.on_stats(instance, message.stats)
+            listener.on_pulse(instance, message)
         elif isinstance(message, Answer):
             self._pinged_s = None
         elif isinstance(message, Welcome):

@@ -61,10 +61,7 @@ class Launcher:
             path=self.path(instance),
             threads=threads,
         )
-        environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-        actor = self._ray.remote(InstanceActor).options(
-            num_cpus=0, max_restarts=0, runtime_env={"env_vars": environment}
-        )
+        actor = self._ray.remote(InstanceActor).options(num_cpus=0, max_restarts=0)
         self._actors[instance] = actor.remote(order)
 
     def wait(self, instance: int) -> int:

@@ -108,11 +108,13 @@ class Arrivals:
         *,
         num_room: int = 0,
         lease_s: float | None = None,
+        by_pages: bool = False,
     ) -> Arrival:
         """Keep a place and memory for a sequence, of which `num_tokens` tokens are computed so far.
 
         `continuation` is how far it has come by now. There is memory for `num_room` tokens, and the
-        promise of it for all that it has and a page more. `lease_s` is as of `Departures.begin`.
+        promise of it for all that it has and a page more; with `by_pages` the promise alone, since
+        it comes with its pages. `lease_s` is as of `Departures.begin`.
 
         Raises a Shortage or DriverError, with nothing changed; a UsageError if it could never run
         here; InvalidOperation if it is here already, while the engine is asleep, or if the epoch
@@ -131,7 +133,8 @@ class Arrivals:
         self._engine.restore(continuation)  # or it could not be here at the end
         arrival = Arrival(key, epoch, lease_s)
         if num_tokens:
-            self._make_ready(arrival, continuation, num_tokens, max(num_room, num_tokens))
+            room = max(num_room, num_tokens)
+            self._make_ready(arrival, continuation, num_tokens, room, by_pages)
         self._moves.note(arrival, is_under_way=True)
         return arrival
 
@@ -220,7 +223,12 @@ class Arrivals:
     # -- parts -------------------------------------------------------------------------------
 
     def _make_ready(
-        self, arrival: Arrival, continuation: Continuation, num_tokens: int, num_room: int
+        self,
+        arrival: Arrival,
+        continuation: Continuation,
+        num_tokens: int,
+        num_room: int,
+        by_pages: bool,
     ) -> None:
         """A place among those that run, and memory."""
         scheduler, cache = self._scheduler, self._engine.cache
@@ -233,6 +241,7 @@ class Arrivals:
             tokens[:num_tokens],
             continuation.spec.variant,
             num_reserved=max(wanted, num_room),
+            by_pages=by_pages,
         )
         try:
             incoming.make_room(num_room)

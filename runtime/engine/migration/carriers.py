@@ -30,7 +30,13 @@ class Carriage(Protocol):
 
 class Carrier(Protocol):
     """Carries tokens between two caches of equal token formats. Each side has its own methods, and
-    may be in a process of its own; what one tells the other is `address`."""
+    may be in a process of its own; what one tells the other is `address`.
+
+    Attributes:
+        moves_pages: it can hand pages over, where both caches can.
+    """
+
+    moves_pages: bool
 
     def offer(self, incoming: Incoming) -> bytes:
         """At the target: where its bytes are to go. Offering twice gives the same."""
@@ -56,6 +62,8 @@ class CopyCarrier:
     Args:
         copier: does the copies; None to copy on the caller's thread.
     """
+
+    moves_pages = False
 
     def __init__(self, copier: Copier | None = None) -> None:
         self._copier = copier

@@ -258,6 +258,8 @@ class Departures:
         if departure.state is DepartureState.EXPOSED:
             raise InvalidOperation(f"{key} goes on here; have it depart before it is released")
         if departure.state is DepartureState.AWAY:
+            outgoing = departure.outgoing
+            keep = keep and not (outgoing is not None and outgoing.is_lent)  # else nothing is left
             departure.stop_reading(has_moved=True)
             self._drop(departure, "it goes on elsewhere", keep=keep)
 

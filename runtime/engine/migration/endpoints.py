@@ -9,6 +9,7 @@ from ....vmem.errors import DriverError, InvalidOperation, Shortage, UsageError
 from ...request.continuation import Continuation
 from ...request.spec import SequenceKey
 from ..loop import EngineLoop
+from .arrivals import Arrival
 from .carriers import Carriage, Carrier
 from .departures import Departure
 from .messages import (
@@ -48,6 +49,14 @@ def token_format_of(loop: EngineLoop) -> str:
     return f"{token_format.dtype} {token_format.widths}"
 
 
+def page_format_of(loop: EngineLoop) -> str:
+    """What two engines must agree on to hand pages over; empty where pages stay."""
+    cache = loop.engine.cache
+    if not cache.loans.are_possible:
+        return ""
+    return f"{cache.pool.driver.page_bytes} {cache.geometry.token_format}"
+
+
 @dataclass
 class _Stage:
     """What the source was last told to carry.
@@ -78,6 +87,7 @@ class MigrationSource:
         self._departures = loop.departures
         self._carrier = carrier
         self._token_format = token_format_of(loop)
+        self._page_format = page_format_of(loop) if carrier.moves_pages else ""
         self._stages: dict[_Move, _Stage] = {}
         self._paused: dict[_Move, Paused] = {}
 
@@ -118,7 +128,12 @@ class MigrationSource:
             assert departure.request is not None
             continuation = Continuation.of(departure.request, epoch=command.epoch)
         return Begun(
-            command.key, command.epoch, continuation, departure.num_ready, self._token_format
+            command.key,
+            command.epoch,
+            continuation,
+            departure.num_ready,
+            self._token_format,
+            self._page_format,
         )
 
     def _go_on(self, command: GoOn) -> WentOn:
@@ -212,6 +227,7 @@ class MigrationTarget:
         self._arrivals = loop.arrivals
         self._carrier = carrier
         self._token_format = token_format_of(loop)
+        self._page_format = page_format_of(loop) if carrier.moves_pages else ""
         self._compiling: dict[_Move, tuple[Prepare, threading.Thread]] = {}
 
     def handle(self, command: ToTarget) -> list[FromTarget]:
@@ -229,8 +245,14 @@ class MigrationTarget:
             arrival = self._arrivals.extend(*move, command.num_room)
         except (Shortage, DriverError, InvalidOperation) as error:
             return [Refused(*move, "extend", str(error))]
-        address = b"" if arrival.incoming is None else self._carrier.offer(arrival.incoming)
-        return [Ready(*move, address, arrival.num_held, arrival.num_room)]
+        return [self._ready(move, arrival)]
+
+    def _ready(self, move: _Move, arrival: Arrival) -> Ready:
+        incoming = arrival.incoming
+        if incoming is None:
+            return Ready(*move, b"", 0, arrival.num_room)
+        address = self._carrier.offer(incoming)
+        return Ready(*move, address, arrival.num_held, arrival.num_room, incoming.by_pages)
 
     def poll(self) -> list[FromTarget]:
         """What can be said of what was to be prepared, once its grammar is known."""
@@ -272,14 +294,13 @@ class MigrationTarget:
                 command.num_tokens,
                 num_room=command.num_room,
                 lease_s=command.lease_s,
+                by_pages=bool(self._page_format) and command.page_format == self._page_format,
             )
         except (UsageError, InvalidOperation, Shortage, DriverError) as error:
             return [Refused(*move, "prepare", str(error))]
-        address = b""
         if arrival.incoming is not None:
-            address = self._carrier.offer(arrival.incoming)
             arrival.writing = _Offered(self._carrier, arrival.incoming)
-        return [Ready(*move, address, arrival.num_held, arrival.num_room)]
+        return [self._ready(move, arrival)]
 
     def _commit(self, command: Commit) -> FromTarget:
         move = command.key, command.epoch

@@ -4,6 +4,7 @@
     ─────────   ───────────────────────────   ──────────────   ─────────────────────────────────────
     BEGINNING   source: Begin                 Begun            PREPARING
     PREPARING   target: Prepare               Ready            COPYING, or PAUSING if little is left
+                                                               or the pages themselves are to go
     COPYING     source: Carry                 Carried          COPYING, EXTENDING or PAUSING
     EXTENDING   target: Extend                Ready            COPYING or PAUSING
     PAUSING     source: Pause                 Paused           COMMITTING ◀── the commit point
@@ -123,6 +124,7 @@ class Handshake:
         self._address = b""
         self._num_room = self._num_carried = self._num_ready = 0
         self._stage = 0  # of the last Carry or Pause
+        self._by_pages = False  # all at the end, and nothing is copied
         self._dead: set[str] = set()
         self._unanswered: set[str] = set()  # instances, while RETURNING
         self._is_lost = False  # neither has it
@@ -190,6 +192,7 @@ class Handshake:
             begun.num_ready,
             self._wanted_room(),
             begun.token_format,
+            begun.page_format,
             self._stages.lease_s,
         )
 
@@ -257,6 +260,7 @@ class Handshake:
     def _on_ready(self, answer: Ready) -> None:
         if self.state is _S.PREPARING:
             self._num_carried = min(answer.num_held, self._num_ready)
+            self._by_pages = answer.by_pages
         elif self.state is not _S.EXTENDING or answer.num_room < self._wanted_room():
             return
         self._address, self._num_room = answer.address, answer.num_room
@@ -278,7 +282,8 @@ class Handshake:
 
     def _next_stage(self) -> None:
         left = self._num_ready - self._num_carried
-        may_copy = self._stage < self._stages.most and left > self._stages.small_tokens
+        is_much = left > self._stages.small_tokens and not self._by_pages
+        may_copy = self._stage < self._stages.most and is_much
         self._stage += 1
         self.state = _S.COPYING if may_copy else _S.PAUSING
 

@@ -77,6 +77,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
         continuation: how far the sequence has come by now, with the epoch.
         num_tokens: of its tokens, those that are computed; 0 if there is nothing to carry.
         token_format: of the source's cache; the target's must be equal.
+        page_format: likewise; where the target's is equal, pages may change hands.
     """
 
     key: SequenceKey
@@ -85,6 +86,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     num_tokens: int
     num_room: int
     token_format: str
+    page_format: str = ""
     lease_s: float | None = None
 
 
@@ -119,13 +121,18 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Begun(msgspec.Struct, frozen=True, tag=True):
-    """The sequence is exposed: `num_ready` tokens could be carried now."""
+    """The sequence is exposed: `num_ready` tokens could be carried now.
+
+    Attributes:
+        token_format, page_format: of its cache; the latter is empty where pages stay.
+    """
 
     key: SequenceKey
     epoch: int
     continuation: Continuation
     num_ready: int
     token_format: str
+    page_format: str = ""
 
 
 class Carried(msgspec.Struct, frozen=True, tag=True):
@@ -172,13 +179,18 @@ class Released(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The target has memory for `num_room` tokens at `address`; `num_held` are there already."""
+    """The target has memory for `num_room` tokens at `address`; `num_held` are there already.
+
+    Attributes:
+        by_pages: the pages themselves are to come, all at the end.
+    """
 
     key: SequenceKey
     epoch: int
     address: bytes
     num_held: int
     num_room: int
+    by_pages: bool = False
 
 
 class Committed(msgspec.Struct, frozen=True, tag=True):
