@@ -63,6 +63,7 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "Cluster",
     "CompletionOutput",
     "EngineConfig",
     "EngineStats",

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,8 @@ class Found:
 def run(options: MigrateOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
     name = record_name("migrate", options.shape, options.label)
-    record = Record(
-        folder, name, device=torch.device("cpu"), config=asdict(options), command=command
-    )
+    device, config = torch.device("cpu"), asdict(options)
+    record = Record(folder, name, device=device, config=config, command=command)
     found: dict[tuple[str, int], Found] = {}
     probe = LimitsProbe(torch.device("cpu"), options.dtype)
 
@@ -119,7 +119,7 @@ def _measure(
         is_due = len(times) % _BETWEEN == 0
         if is_due and len(moves) < num_moves:
             moves.append(_in_background(cluster, way))
-    gaps = [(start, stop - start) for start, stop in zip(times, times[1:], strict=False)]
+    gaps = [(start, stop - start) for start, stop in pairwise(times)]
     spans = [(began, ended[0]) for began, ended in moves]
     usual = []
     for start, gap in gaps:
@@ -204,9 +204,8 @@ def _plot(found: dict[tuple[str, int], Found], options: MigrateOptions, path: Pa
     figure = Figure(figsize=(6, 3.8))
     axes = figure.subplots()
     for way in WAYS:
-        points = [
-            (c, _median_ms(found[way, c].pauses_s)) for c in options.contexts if (way, c) in found
-        ]
+        there = [context for context in options.contexts if (way, context) in found]
+        points = [(context, _median_ms(found[way, context].pauses_s)) for context in there]
         if points:
             axes.loglog(*zip(*points, strict=True), marker="o", label=way)
     axes.set_xlabel("tokens of the request")
