@@ -1,10 +1,11 @@
 """Several engines as one: `LLM`'s verbs over a cluster of instances."""
 
+import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import Any, Self, Unpack
 import torch
 
 from ...vmem import janitor, linux
-from ...vmem.errors import InvalidConfig, InvalidOperation, InvalidSamplingParams
+from ...vmem.errors import InvalidConfig, InvalidOperation, InvalidSamplingParams, VkvError
 from ..engine.config import EngineConfig
 from ..engine.migration.handshake import Stages
 from ..execution.grammars import Grammars
@@ -41,6 +42,8 @@ from .policies import CLUSTER_POLICIES, ClusterPolicy, drained_first
 from .router import Router
 from .snapshot import Role
 from .waiting import Waiting
+
+_log = logging.getLogger(__name__)
 
 _ROLES = ("prefill", "decode", "both")
 _MEET_S = 60.0  # for an instance that is ready to say what it is
@@ -125,6 +128,7 @@ class Cluster:
         self._router = Router(
             self.policy, self._launcher.kill, stages=stages, liveness_s=liveness_s
         )
+        self._router.on_leaving = _draining(weakref.ref(self))
         weakref.finalize(self, janitor.later, _closing(self._router, self._launcher)).atexit = False
         try:
             self._start(roles)
@@ -324,6 +328,24 @@ class Cluster:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _draining(cluster: "weakref.ref[Cluster]") -> Callable[[int], None]:
+    """Drains an instance that was told to end, beside everything else."""
+
+    def drain(instance: int) -> None:
+        there = cluster()
+        if there is None:
+            return
+        try:
+            there.drain(instance)
+        except VkvError as error:  # the last one stays, and so do its requests
+            _log.warning("instance %d was told to end, and stays: %s", instance, error)
+
+    def begin(instance: int) -> None:
+        threading.Thread(target=drain, args=(instance,), name="vkv-drain", daemon=True).start()
+
+    return begin
 
 
 def _closing(router: Router, launcher: Launcher) -> Any:

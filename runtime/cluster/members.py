@@ -79,6 +79,10 @@ class Members:
         """As they are now; copies."""
         return [replace(member) for member in self._members.values()]
 
+    def now(self) -> list[Member]:
+        """As they are; from any thread, and not to be changed."""
+        return list(self._members.values())
+
     def meet(self, instance: int, face: Face) -> None:
         """An instance has said what it is."""
         if instance in self._members:

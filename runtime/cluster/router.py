@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 
 from ...vmem.errors import EngineDied, InvalidOperation, VkvError
 from ...vmem.process import ProcessOwner
+from ..engine.memory.memory_map import MemoryMap
 from ..engine.messages import Abort, Finish, Message, SetPriority
 from ..engine.migration.arbiter import Arbiter, MigrationCounts
 from ..engine.migration.handshake import Stages
 from ..engine.migration.messages import Answer as MoveAnswer
 from ..frontend.driving.sinks import Sink, give
 from ..link.face import Face
-from ..link.messages import Pulse
+from ..link.messages import Pulse, Question
 from ..request.spec import RequestSpec, SequenceKey
 from ..request.step_output import StepOutput
 from .instances.instance_link import InstanceLink
@@ -50,6 +51,7 @@ class Router:
 
     Attributes:
         error: as of `EnginePort`: what ended the cluster; None while it works.
+        on_leaving: called, on the router's thread, for an instance that was told to end.
 
     One class, since all of it is what happens on one event loop.
     """
@@ -64,6 +66,7 @@ class Router:
         liveness_s: float = 10.0,
     ) -> None:
         self.error: BaseException | None = None
+        self.on_leaving: Callable[[int], None] = lambda instance: None
         self._policy = policy
         self._kill = kill
         self._max_moves = max_moves
@@ -75,6 +78,7 @@ class Router:
         self._held: deque[RequestSpec] = deque()  # that no instance takes yet
         self._moved: dict[SequenceKey, list[asyncio.Future[None]]] = {}
         self._num_dispatched = 0
+        self._leaving: set[int] = set()
         self._decided_s = 0.0
         self._is_closed = False
         self._loop = asyncio.new_event_loop()
@@ -142,6 +146,17 @@ class Router:
     def members(self) -> list[Member]:
         """The instances, as they are now."""
         return self._ask(self._copied(self._members.all))
+
+    def ask(self, question: Question) -> list[int | MemoryMap | None]:
+        """Have all instances do something between steps; what came of it, in their order.
+
+        Raises what it raises in any of them, EngineDied if one is gone meanwhile.
+        """
+        return self._ask(self._ask_all(question))
+
+    def members_now(self) -> list[Member]:
+        """The instances, without waiting for the router's thread; not to be changed."""
+        return self._members.now()
 
     def snapshot(self) -> ClusterSnapshot:
         """The cluster as its policy sees it."""
@@ -270,8 +285,11 @@ class Router:
         self._send()
 
     def on_pulse(self, instance: int, pulse: Pulse) -> None:
-        """What it holds."""
+        """What it holds, or that it was told to end."""
         self._members.note(instance, pulse)
+        if pulse.is_leaving and instance not in self._leaving:
+            self._leaving.add(instance)
+            self.on_leaving(instance)
 
     def on_face(self, instance: int, face: Face) -> None:
         """What it is; with its connection's beginning."""
@@ -388,6 +406,10 @@ class Router:
                     "it drains on, and drain() may be called again"
                 )
             await asyncio.sleep(_TICK_S)
+
+    async def _ask_all(self, question: Question) -> list[int | MemoryMap | None]:
+        links = [self._members.link(member.id) for member in self._members.now()]
+        return list(await asyncio.gather(*(link.ask(question) for link in links if link)))
 
     async def _leave(self, instance: int) -> None:
         self._members.remove(instance)

@@ -110,6 +110,7 @@ class EngineServer:
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, None)
         self._carrier = carrier
+        self._is_leaving = False
         self._moves = None if carrier is None else MoveEnds(loop, carrier)
         self._movers: dict[SequenceKey, _Front] = {}  # who commands a sequence's move
         self._preparing = Preparing(loop.engine.grammars)
@@ -266,6 +267,8 @@ class EngineServer:
 
     def _take_prepared(self) -> None:
         """Hand requests to the engine whose grammar is compiled, and refuse the others."""
+        if self._is_leaving:
+            self._pulse()
         for add, error in self._preparing.take():
             if error is None:
                 self._loop.post(add)
@@ -333,7 +336,14 @@ class EngineServer:
         stats, carrier = self._loop.stats(fresh=True), self._carrier
         if carrier is None:
             return Pulse(stats, self._loop.is_asleep)
-        return Pulse(stats, self._loop.is_asleep, carrier.num_bytes, carrier.num_pages)
+        return Pulse(
+            stats, self._loop.is_asleep, carrier.num_bytes, carrier.num_pages, self._is_leaving
+        )
+
+    def ask_to_leave(self) -> None:
+        """Tell all fronts that the process is to end; from any thread, or a signal's handler."""
+        self._is_leaving = True
+        self._preparing.wake()
 
     def _send(self, front: _Front, message: bytes | None) -> None:
         """Send a message, or what was kept before; a front that is gone is dropped."""

@@ -67,12 +67,14 @@ class Pulse(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         carried_bytes, handed_pages: of sequences that left, copied and as they were, so far.
+        is_leaving: the process was told to end, and waits until nothing is left to lose.
     """
 
     stats: EngineStats
     is_asleep: bool = False
     carried_bytes: int = 0
     handed_pages: int = 0
+    is_leaving: bool = False
 
 
 _ToEnd = Begin | Carry | Pause | GoOn | Release | Prepare | Extend | Commit | Cancel

@@ -68,6 +68,10 @@ class Preparing:
                 found.append((add, error))
         return found
 
+    def wake(self) -> None:
+        """Wake the selector's thread up; a signal's handler may."""
+        self._ringer.send(b"!")
+
     def _ring(self, request_id: str, future: Future[None]) -> None:
         self._done.append((request_id, future))
         self._ringer.send(b"!")

@@ -7,6 +7,7 @@ have a socket to it.
 import gc
 import logging
 import os
+import signal
 import socket
 import threading
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class InstanceActor:
             idle_trim_s=config.idle_trim_s,
             carrier=SocketCarrier(f"{order.path}.kv"),
         )
+        # Ray's own handler would end the process, and with it what could have moved away.
+        signal.signal(signal.SIGTERM, lambda *_: self._server.ask_to_leave())
         gc.collect()
         gc.freeze()
         threading.Thread(target=self._serve, name="vkv-engine", daemon=True).start()

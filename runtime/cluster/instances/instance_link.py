@@ -6,11 +6,22 @@ import logging
 import socket
 from typing import Protocol
 
+from ....vmem.errors import EngineDied
+from ...engine.memory.memory_map import MemoryMap
 from ...engine.messages import Message
 from ...engine.migration.messages import Answer as MoveAnswer
 from ...engine.migration.messages import Command
 from ...link.face import Face
-from ...link.messages import Answer, Ask, Outputs, Pulse, Welcome, decode_from_engine, encode
+from ...link.messages import (
+    Answer,
+    Ask,
+    Outputs,
+    Pulse,
+    Question,
+    Welcome,
+    decode_from_engine,
+    encode,
+)
 from ...link.wire import Frames
 from ...request.step_output import StepOutput
 
@@ -50,6 +61,7 @@ class InstanceLink:
         self._frames: Frames | None = Frames(connection)
         self._numbers = itertools.count()
         self._pinged_s: float | None = None  # unanswered since
+        self._asked: dict[int, asyncio.Future[int | MemoryMap | None]] = {}
         self._loop.add_reader(self._frames, self._read)
         self._pinging = self._loop.call_later(_PING_S, self._ping)
 
@@ -65,9 +77,19 @@ class InstanceLink:
         if self._frames.has_kept:
             self._loop.add_writer(self._frames, self._flush)
 
+    def ask(self, question: Question) -> "asyncio.Future[int | MemoryMap | None]":
+        """Have it do something between steps; what comes of it, or why not."""
+        number = next(self._numbers)
+        future = self._asked[number] = self._loop.create_future()
+        self.send(Ask(number, question))
+        if self._frames is None:
+            self._fail_asked()
+        return future
+
     def close(self) -> None:
-        """Hang up; nobody is told."""
+        """Hang up; nobody is told but those that have asked."""
         self._pinging.cancel()
+        self._fail_asked()
         frames, self._frames = self._frames, None
         if frames is not None:
             self._loop.remove_reader(frames)
@@ -84,6 +106,21 @@ class InstanceLink:
             return
         if self._frames is not None:
             self._pinging = self._loop.call_later(min(_PING_S, self._liveness_s / 2), self._ping)
+
+    def _fail_asked(self) -> None:
+        for future in self._asked.values():
+            if not future.done():
+                future.set_exception(EngineDied(f"instance {self.instance} is gone"))
+        self._asked.clear()
+
+    def _answered(self, answer: Answer) -> None:
+        future = self._asked.pop(answer.number, None)
+        if future is None:
+            self._pinged_s = None
+        elif not future.done() and answer.failure is not None:
+            future.set_exception(answer.failure.error())
+        elif not future.done():
+            future.set_result(answer.value)
 
     def _flush(self) -> None:
         assert self._frames is not None
@@ -114,7 +151,7 @@ class InstanceLink:
         elif isinstance(message, Pulse):
             listener.on_pulse(instance, message)
         elif isinstance(message, Answer):
-            self._pinged_s = None
+            self._answered(message)
         elif isinstance(message, Welcome):
             listener.on_face(instance, Face.unpack(message.face))
         else:
