@@ -8,6 +8,7 @@ import typer
 
 from ...bench.cli import bench
 from ...vmem.errors import VkvError
+from .cluster import cluster
 from .lazy import LazyCommand
 
 Command = Callable[..., None]
@@ -61,6 +62,7 @@ def info() -> Command:
     return info_command()
 
 
+app.add_typer(cluster, name="cluster")
 app.add_typer(bench, name="bench")
 
 

@@ -87,6 +87,10 @@ class Cluster:
         liveness_s: an instance that answers nothing for so long counts as dead, and is killed.
         device, dtype, options: as of `LLM`, for each instance.
 
+    Attributes:
+        policy: decides where requests go, and which of them move.
+        router: the way to the instances, for a server.
+
     One class, since it is the front door: every method is a verb or a fact for its users.
 
     Raises a `UsageError` that names the value and the remedy; what an instance's model raises.
@@ -125,14 +129,12 @@ class Cluster:
         self._ids = iter(range(1 << 62))
         self._scaling = threading.Lock()  # one change of the instances at a time
         self._launcher = Launcher(address)
-        self._router = Router(
-            self.policy, self._launcher.kill, stages=stages, liveness_s=liveness_s
-        )
-        self._router.on_leaving = _draining(weakref.ref(self))
-        weakref.finalize(self, janitor.later, _closing(self._router, self._launcher)).atexit = False
+        self.router = Router(self.policy, self._launcher.kill, stages=stages, liveness_s=liveness_s)
+        self.router.on_leaving = _draining(weakref.ref(self))
+        weakref.finalize(self, janitor.later, _closing(self.router, self._launcher)).atexit = False
         try:
             self._start(roles)
-            self._front_end = _front_end(self._face())
+            self._front_end = _front_end(self.face)
         except BaseException:
             self.close()
             raise
@@ -201,23 +203,23 @@ class Cluster:
     def _stream(self, request: RequestText) -> Iterator[StreamDelta]:
         waiting = Waiting([request])
         try:
-            self._router.submit(waiting.sinks)
+            self.router.submit(waiting.sinks)
             while (delta := waiting.next_delta()) is not None:
                 yield delta
             if request.error is not None:
                 raise request.error
         finally:
-            self._router.abandon(waiting.sinks)
+            self.router.abandon(waiting.sinks)
 
     def _run(self, requests: Sequence[RequestText], progress: bool | None) -> list[RequestOutput]:
         waiting = Waiting(requests)
         try:
-            self._router.submit(waiting.sinks)
+            self.router.submit(waiting.sinks)
             with BatchProgress(requests, progress) as bar:
                 while not waiting.wait_a_little():
                     bar.update()
         finally:
-            self._router.abandon(waiting.sinks)
+            self.router.abandon(waiting.sinks)
         return [request.output() for request in requests]
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -232,7 +234,7 @@ class Cluster:
         False if it stayed where it was: it ended, or the other had no room. `stats().requests`
         names what is unfinished. Raises InvalidOperation if there is nothing to move.
         """
-        return self._router.migrate((request_id, index), instance)
+        return self.router.migrate((request_id, index), instance)
 
     def drain(self, instance: int, *, timeout_s: float | None = None) -> None:
         """Move everything away from an instance, without computing a token again, and end it.
@@ -241,37 +243,37 @@ class Cluster:
         if something is left after `timeout_s`.
         """
         with self._scaling:
-            others = [m for m in self._router.members() if m.id != instance and not m.is_draining]
+            others = [m for m in self.router.members() if m.id != instance and not m.is_draining]
             if not others:
                 raise InvalidOperation(
                     f"instance {instance} is the only one; close the cluster, or scale it first"
                 )
-            self._router.drain(instance, timeout_s)
-            self._router.leave(instance)
+            self.router.drain(instance, timeout_s)
+            self.router.leave(instance)
             self._launcher.kill(instance)
 
     def scale(self, instances: int) -> None:
         """Have so many instances: start more, or drain those with least to move away."""
         if instances < 1:
             raise InvalidConfig(f"instances is {instances}; a cluster has one at least")
-        members = [m for m in self._router.members() if not m.is_draining]
+        members = [m for m in self.router.members() if not m.is_draining]
         if len(members) < instances:
             with self._scaling:
                 self._start(["both"] * (instances - len(members)))
             return
-        snapshot = self._router.snapshot()
+        snapshot = self.router.snapshot()
         for instance in drained_first(snapshot, len(members) - instances):
             self.drain(instance)
 
     def stats(self) -> ClusterStats:
         """What the cluster has done and holds."""
-        counts = self._router.counts()
+        counts = self.router.counts()
         return ClusterStats(
             num_migrations=counts.moved,
             num_stayed=counts.stayed,
             num_recomputed=counts.lost,
-            instances=tuple(self._router.members()),
-            requests=self._router.requests(),
+            instances=tuple(self.router.members()),
+            requests=self.router.requests(),
         )
 
     def _start(self, roles: Sequence[Role]) -> None:
@@ -282,26 +284,29 @@ class Cluster:
                 self._launcher.begin(instance, **self._order)
             for instance, role in begun:
                 pid = self._launcher.wait(instance)
-                self._router.join(instance, self._launcher.path(instance), role=role, pid=pid)
+                self.router.join(instance, self._launcher.path(instance), role=role, pid=pid)
             self._wait_for_faces({instance for instance, _ in begun})
         except BaseException:
             for instance, _ in begun:
-                self._router.leave(instance)
+                self.router.leave(instance)
                 self._launcher.kill(instance)
             raise
 
     def _wait_for_faces(self, instances: set[int]) -> None:
         deadline = time.monotonic() + _MEET_S
         while time.monotonic() < deadline:
-            known = {m.id for m in self._router.members() if m.face is not None}
+            known = {m.id for m in self.router.members() if m.face is not None}
             if instances <= known:
                 return
-            self._router.check_open()
+            self.router.check_open()
             time.sleep(0.01)
         raise InvalidOperation(f"instances {sorted(instances)} have said nothing; try again")
 
-    def _face(self) -> Face:
-        face = self._router.members()[0].face
+    @property
+    def face(self) -> Face:
+        """What its instances are. Raises EngineDied if there is none."""
+        self.router.check_open()
+        face = self.router.members()[0].face
         assert face is not None
         return face
 
@@ -310,12 +315,12 @@ class Cluster:
     @property
     def is_closed(self) -> bool:
         """True after `close`."""
-        return self._router.is_closed
+        return self.router.is_closed
 
     def close(self) -> None:
         """End all requests and instances, and Ray if it was started here. Closing twice is
         harmless."""
-        self._router.close()
+        self.router.close()
         self._launcher.close()
 
     def __enter__(self) -> Self:

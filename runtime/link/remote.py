@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 
-from ...vmem.errors import EngineDied, InvalidOperation
+from ...vmem.errors import EngineDied, InvalidOperation, UsageError
 from ...vmem.process import ProcessOwner
 from ..engine.memory.memory_map import MemoryMap
 from ..engine.messages import Abort, Add, Message
@@ -45,6 +45,7 @@ class RemoteEngine:
 
     Attributes:
         on_welcome: called with the `Face` of each engine that answers.
+        on_refusal: never called: an engine's process that cannot load its model says so itself.
         stats: of the last pulse; None before the first.
         error: as of `EnginePort`.
         has_died: an engine that had answered is gone, and none has answered since.
@@ -52,6 +53,7 @@ class RemoteEngine:
 
     def __init__(self, path: str) -> None:
         self.on_welcome: Callable[[Face], None] = lambda face: None
+        self.on_refusal: Callable[[UsageError], None] = lambda error: None
         self.stats: EngineStats | None = None
         self.error: BaseException | None = None
         self.is_asleep = False

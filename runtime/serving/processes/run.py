@@ -8,21 +8,27 @@ import os
 import signal
 import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
+from fastapi import APIRouter
 from prometheus_client.multiprocess import mark_process_dead
 
 from ....vmem.errors import InvalidConfig
 from ...engine.config import EngineConfig
 from ...link.engine_process import REFUSED
+from ...link.remote import RemoteEngine
 from ..metrics import SHARED
 from ..options import ServeOptions
 from ..parsing import check_names
 from .children import Child, EngineSocket
 from .front import Front, FrontOrder
 from .logs import configure_logs
+
+if TYPE_CHECKING:
+    from ..cluster_engine import ClusterEngine
 
 _FIRST_REST_S, _LONGEST_REST_S = 0.5, 30.0  # before a process that died is started again
 
@@ -116,13 +122,12 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end)
         _log.info("listening on %s", shown_address(self._options, self._listener))
+        if self._options.is_cluster:
+            return await self._run_cluster()
         keeping = asyncio.ensure_future(self._keep_engine())
         try:
             if self._options.api_server_count == 1:
-                self._front = Front(self._options, self._socket.path)
-                await self._front.run(self._listener)
-                if self._front.is_refused:
-                    self._status = REFUSED
+                await self._run_front(RemoteEngine(self._socket.path))
             else:
                 count = self._options.api_server_count
                 with tempfile.TemporaryDirectory(prefix="vkv-metrics-") as shared:
@@ -133,6 +138,38 @@ class Supervisor:
             if self._child is not None:
                 await asyncio.to_thread(self._child.stop)
             await keeping
+            self._socket.close()
+            self._listener.close()
+        return self._status
+
+    async def _run_front(
+        self, engine: "RemoteEngine | ClusterEngine", routes: Sequence[APIRouter] = ()
+    ) -> None:
+        self._front = Front(self._options, engine, routes)
+        await self._front.run(self._listener)
+        if self._front.is_refused:
+            self._status = REFUSED
+
+    async def _run_cluster(self) -> int:
+        """Serve instances, which the front starts and ends; returns the exit status."""
+        from ..cluster_engine import ClusterEngine  # what only engines need, and Ray
+        from ..protocols.cluster import cluster_router
+
+        model, device, dtype, engine = self._engine
+        roles = self._options.roles
+        cluster = ClusterEngine(
+            model=model,
+            device=device,
+            dtype=dtype,
+            instances=self._options.instances,
+            roles=None if roles is None else [role.strip() for role in roles.split(",")],
+            policy=self._options.cluster_policy,
+            address=self._options.ray_address,
+            **engine,
+        )
+        try:
+            await self._run_front(cluster, [cluster_router(cluster)])
+        finally:
             self._socket.close()
             self._listener.close()
         return self._status
