@@ -136,7 +136,8 @@ class CountingCache:
         """As of `SlotCache`. Raises OutOfPages or RequestTooLong."""
         if num_tokens > slot.ready_tokens:
             self.reserve(slot, num_tokens)
-        slot.num_tokens = max(slot.num_tokens, num_tokens)
+        if num_tokens > slot.num_tokens:
+            slot.num_tokens = num_tokens
 
     def reserve(self, slot: CountedSlot, num_tokens: int) -> None:
         """As of `SlotCache`: what is promised counts as held."""
@@ -145,21 +146,21 @@ class CountingCache:
                 f"{num_tokens} tokens do not fit into a slot of {self.max_len}; "
                 "raise max_len or shorten the request"
             )
-        lacking = self.num_pages(num_tokens) - slot.num_pages
-        if lacking > 0:
+        lacking = -(-num_tokens // self.growth_tokens) - slot.num_pages
+        if lacking <= 0:
+            return
+        if self._num_held + lacking > self.capacity_pages:
             self._obtain(lacking)
-            if slot.runs:
-                run, held = slot.runs[-1]
-                if len(run.live) == 1 and not run.parked:
-                    slot.runs.pop()
-                    self._leave(run, run.live, held)
-                else:
-                    run, held = PageRun(), 0
-            else:
-                run, held = PageRun(), 0
-            self._hold(slot, run, held + lacking)
-            slot.num_pages += lacking
-            slot.ready_tokens = slot.num_pages * self.growth_tokens
+        run, held = slot.runs[-1] if slot.runs else (None, 0)
+        if run is not None and len(run.live) == 1 and not run.parked:  # nobody else's
+            run.live[0] = held + lacking
+            slot.runs[-1] = run, held + lacking
+            self._num_live += lacking
+            self._num_held += lacking
+        else:
+            self._hold(slot, PageRun(), lacking)
+        slot.num_pages += lacking
+        slot.ready_tokens = slot.num_pages * self.growth_tokens
 
     def fork(self, slot: CountedSlot, num_tokens: int) -> CountedSlot:
         """As of `SlotCache`."""
@@ -346,5 +347,5 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _longest(run: PageRun) -> tuple[int, int]:
     """Pages of a run that live slots hold, and that any does."""
-    live = max(run.live, default=0)
-    return live, max(live, max(run.parked, default=0))
+    live = max(run.live) if run.live else 0
+    return live, max(live, *run.parked) if run.parked else live

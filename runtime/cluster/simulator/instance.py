@@ -321,8 +321,9 @@ class SimulatedInstance:
         last_s = flight.starts_s + run.time_s(num_steps)
         gap_s = run.first_s + run.more_s * (num_steps - 1) if num_steps > 1 else 0.0
         for request, _ in flight.items:
+            slot = _slot_of(request)
             request.num_computed += num_steps - 1
-            self.cache.grow(_slot_of(request), request.num_computed)
+            self.cache.grow(slot, request.num_computed)
         self.most_used = max(self.most_used, self.cache.live_tokens / self.cache.capacity_tokens)
         for request, _ in flight.items:
             self._note_tokens(request, num_steps, first_s, last_s, gap_s)

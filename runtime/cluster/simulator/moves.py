@@ -45,7 +45,7 @@ class Moving:
         later: has something called at a time.
         transfer: what it takes from one instance to another.
         on_moved: called with what a request is at its target once it is there.
-        on_free: called when an instance has memory again that was kept for a move, or held by one.
+        on_change: called when something else has changed for an instance.
 
     Attributes:
         num_moves, num_refused: made; and given up, as there was no room or the request had ended.
@@ -58,13 +58,13 @@ class Moving:
         later: Later,
         transfer: Callable[[int, int], TransferCost],
         on_moved: Callable[[Request, SimulatedInstance], None],
-        on_free: Callable[[SimulatedInstance], None],
+        on_change: Callable[[SimulatedInstance], None],
     ) -> None:
         self._clock = clock
         self._later = later
         self._transfer = transfer
         self._on_moved = on_moved
-        self._on_free = on_free
+        self._on_change = on_change
         self._sends_s: dict[int, float] = {}  # until when an instance sends, and receives
         self._receives_s: dict[int, float] = {}
         self.under_way: dict[Request, Move] = {}
@@ -72,6 +72,7 @@ class Moving:
 
     def begin(self, request: Request, source: SimulatedInstance, target: SimulatedInstance) -> None:
         """Move a request, if there is room for it."""
+        source.interrupt()  # so that its tokens are counted
         held = source.held.get(request)
         if held is None and request.slot is None:
             self._resend(request, source, target)
@@ -125,6 +126,7 @@ class Moving:
         except OutOfPages:
             self._give_up(move)
             return
+        self._on_change(move.target)
         cost = self._transfer(move.source.id, move.target.id)
         num_left = request.num_tokens - 1 - move.num_tokens
         self.num_bytes += cost.num_bytes(num_left)
@@ -137,6 +139,7 @@ class Moving:
             self.left(move.request)
         elif self._is_sound(move):
             move.source.leave(move.request)
+            self._on_change(move.source)
         else:
             self._give_up(move)
 
@@ -151,7 +154,7 @@ class Moving:
         del self.under_way[move.request]
         other = resumed(move.request)
         served = move.source.take(move.request)
-        self._on_free(move.source)
+        self._on_change(move.source)
         self.num_moves += 1
         served.num_moves += 1
 
@@ -187,4 +190,4 @@ class Moving:
             held.is_moving = False
         move.target.release(move.slot)
         self.num_refused += 1
-        self._on_free(move.target)
+        self._on_change(move.target)
