@@ -120,6 +120,7 @@ class SimulatedInstance:
         self._clock = clock
         self._foresees = foresees
         self._is_by_arrival = order.lines == "arrival"
+        self._is_in_order = order.lines != "priority"  # in that of admission, those that run
         self._computing: dict[Request, int] = {}  # from which of its tokens on
         self._leaving: set[Request] = set()  # as soon as they have the token under way
         self._is_stuck = False  # the scheduler had nothing to give until something changes
@@ -226,7 +227,8 @@ class SimulatedInstance:
             self._is_stuck = False
             self._arrive(flight, flight.num_steps)
         may_begin = self.pipeline.foreseen is None and self.pipeline.free_s <= now_s
-        if may_begin and self.scheduler.has_work and not self._is_stuck:
+        is_asked = may_begin and self.scheduler.has_work and not self._is_stuck
+        if is_asked and not self._go_on():
             self._launch(self.scheduler.schedule())
 
     def interrupt(self) -> None:
@@ -243,6 +245,32 @@ class SimulatedInstance:
         self.pipeline.cut(num_done)
 
     # -- steps -------------------------------------------------------------------------------
+
+    def _go_on(self) -> bool:
+        """Begin what the scheduler could only say: a token for each, where nobody waits, all
+        decode, and there is memory for it. False if it is to be asked."""
+        running = self.scheduler.running
+        is_forced = self._foresees and self._is_in_order and not len(self.scheduler.waiting)
+        if not is_forced or not 0 < len(running) <= self.config.max_batch_tokens:
+            return False
+        items: Items = []
+        context_tokens = num_lacking = 0
+        for request in running:
+            end = request.num_computed + 1
+            if end != request.num_tokens:
+                return False
+            slot = _slot_of(request)
+            if end > slot.ready_tokens:
+                num_lacking += self.cache.num_pages(end) - slot.num_pages
+            context_tokens += end
+            items.append((request, end))
+        if num_lacking > self.cache.num_obtainable():
+            return False
+        for request, end in items:
+            self.cache.grow(_slot_of(request), end)
+            request.num_computed = end
+        self._begin(items, StepWork(0, 0.0, len(items), context_tokens))
+        return True
 
     def _launch(self, batch: Batch) -> None:
         """Begin a step, and foresee those that follow it as it is."""
@@ -265,9 +293,11 @@ class SimulatedInstance:
                 num_pairs += pairs(request.num_computed, count)
             request.num_computed = end
             items.append((request, end))
+        self._begin(items, StepWork(prompt_tokens, num_pairs, num_decodes, context_tokens))
+
+    def _begin(self, items: Items, work: StepWork) -> None:
         self.most_used = max(self.most_used, self.cache.live_tokens / self.cache.capacity_tokens)
-        work = StepWork(prompt_tokens, num_pairs, num_decodes, context_tokens)
-        num_steps = 1 if prompt_tokens else self._num_foreseen(items)
+        num_steps = 1 if work.prompt_tokens else self._num_foreseen(items)
         if num_steps > 1:
             self.pipeline.foresee(items, work, num_steps, self._clock())
         else:
