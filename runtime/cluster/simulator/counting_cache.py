@@ -185,6 +185,8 @@ class CountingCache:
         """As of `SlotCache`."""
         slot, found = self._best_prefix(tokens, variant)
         if slot is None:
+            if self._is_tight(len(tokens)):
+                self._reclaim_largest()
             return self.open(), 0
         if slot.num_pins or 2 * found < len(slot.tokens):
             try:
@@ -195,6 +197,9 @@ class CountingCache:
         self._forget(slot)
         self._set_live(slot, True)
         self._live.add(slot)
+        if self._is_shared(slot, found // self.growth_tokens):  # which is not to be written to
+            found = self.num_whole_pages(found) * self.growth_tokens
+            self._cut(slot, self.num_pages(found))
         slot.num_tokens = found
         slot.tokens, slot.variant = (), ""
         return slot, found
@@ -249,8 +254,20 @@ class CountingCache:
         while self.capacity_pages - self._num_held < num_pages:
             self._reclaim_oldest()
 
+    def _is_tight(self, num_tokens: int) -> bool:
+        """Whether a new slot for so many tokens would soon have a parked one reclaimed."""
+        num_free = self.capacity_pages - self._num_held
+        return len(self._parked) >= self.max_parked or num_free < self.num_pages(num_tokens)
+
     def _reclaim_oldest(self) -> None:
-        slot = next((slot for slot in self._parked if not slot.num_pins), None)
+        self._reclaim(next((slot for slot in self._parked if not slot.num_pins), None))
+
+    def _reclaim_largest(self) -> None:
+        """As a request without a prefix does, which takes the pages over."""
+        loose = (slot for slot in self._parked if not slot.num_pins)
+        self._reclaim(max(loose, key=lambda slot: slot.num_pages, default=None))
+
+    def _reclaim(self, slot: CountedSlot | None) -> None:
         if slot is not None:
             self._forget(slot)
             self._cut(slot, 0)
@@ -273,6 +290,14 @@ class CountingCache:
             if kept:
                 self._hold(slot, run, kept)
         slot.ready_tokens = slot.num_pages * self.growth_tokens
+
+    def _is_shared(self, slot: CountedSlot, page: int) -> bool:
+        """Whether others hold a page of a slot, too."""
+        for run, held in slot.runs:
+            if page < held:
+                return sum(length > page for length in (*run.live, *run.parked)) > 1
+            page -= held
+        return False
 
     def _set_live(self, slot: CountedSlot, is_live: bool) -> None:
         if slot.is_live == is_live:
@@ -307,7 +332,7 @@ class CountingCache:
         if len(tokens):
             for slot in self._by_start.get((variant, tokens[0]), ()):
                 found = common_prefix(tokens, slot.tokens)
-                if found > longest:
+                if found >= longest:  # the most recent of equals
                     best, longest = slot, found
         return best, longest
 
