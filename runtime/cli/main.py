@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from ...bench.cli import bench
+from ...bench.cli import bench, place, simulate
 from ...vmem.errors import VkvError
 from .lazy import LazyCommand
 
@@ -61,6 +61,8 @@ def info() -> Command:
     return info_command()
 
 
+app.command(cls=LazyCommand)(simulate)
+app.command(cls=LazyCommand)(place)
 app.add_typer(bench, name="bench")
 
 
