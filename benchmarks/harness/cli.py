@@ -232,7 +232,8 @@ def _telling(options: type, module: str) -> Command:
     """A command that takes `options`, calls `run` of `module` on them and shows its tables."""
 
     def tell(chosen: Any) -> None:
-        show_tables(importlib.import_module(module, __package__).run(chosen))
+        run = importlib.import_module(module, __package__).run
+        show_tables(run(chosen, command_line()))
 
     return function(tell, Options(options))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...runtime.cli.options import group, option
 from ...vmem.errors import InvalidConfig
-from ..options import max_seqs_option, seed_option, words
+from ..options import label_option, max_seqs_option, seed_option, words
 
 POLICIES = ("round_robin", "least_loaded", "llumnix", "disaggregated")
 ROLES = ("prefill", "decode", "both")
@@ -85,10 +85,13 @@ class SimulateOptions:
     most_instances: int | None = option(
         None, least=1, help="Scale between --instances and so many; with llumnix."
     )
+    scale_below: float = option(60.0, help="One more below so many free steps, in the mean.")
+    scale_above: float = option(300.0, help="One less above so many.")
     startup_s: float = option(30.0, help="Until an instance that is added takes requests.")
     slo_ttft_ms: float = option(1000.0, help="Goodput: longest time to the first token.")
     slo_tpot_ms: float = option(100.0, help="Goodput: longest mean time of a token after it.")
-    out: Path | None = option(None, help="A JSON file for all requests and figures.")
+    out: Path | None = option(None, help="A folder for a record, a table and a plot.")
+    label: str = label_option()
 
     def __post_init__(self) -> None:
         for name, known in (("policies", POLICIES), ("roles", ROLES)):

@@ -28,7 +28,7 @@ _COLUMNS = (
 )
 
 
-def run(options: PlaceOptions) -> list[Table]:
+def run(options: PlaceOptions, command: str) -> list[Table]:
     """Search, and say what was found."""
     if options.plot is not None:
         require_matplotlib()

@@ -2,10 +2,15 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import torch
 
 from ...runtime.cluster.placement.machine import Wire, read_table
 from ...runtime.cluster.policies import CLUSTER_POLICIES, ClusterPolicy, Llumnix, Scaling
@@ -15,7 +20,8 @@ from ...runtime.cluster.simulator.fitting import Fit, StepRecord, fit_step_cost,
 from ...runtime.cluster.simulator.instance import InstanceConfig
 from ...runtime.cluster.simulator.trace import Report, Slo
 from ...vmem.errors import InvalidConfig
-from ..record import Table
+from ..limits import LimitsProbe
+from ..record import Findings, Record, Table, record_name
 from .options import SimulateOptions
 from .traces import recorded_steps, recorded_trace, trace_of
 
@@ -34,22 +40,39 @@ _TOTALS = (
 )
 
 
-def run(options: SimulateOptions) -> list[Table]:
-    """Simulate, and say what came of it."""
+def run(options: SimulateOptions, command: str) -> list[Table]:
+    """Simulate, and say what came of it; with `out`, write a record of it."""
     if options.record is not None:
-        return _again(options)
+        return _again(options.record)
     cost, notes = _cost(options)
     config = _config(options, cost)
     trace = trace_of(options.load, options.rate)
     slo = Slo(ttft_s=options.slo_ttft_ms / 1e3, tpot_s=options.slo_tpot_ms / 1e3)
     reports: dict[str, Report] = {}
-    for name in options.policies:
-        start = time.perf_counter()
-        reports[name] = simulate(config, _policy(name, options), trace)
-        notes.append(_speed(name, reports[name], time.perf_counter() - start))
-    if options.out is not None:
-        options.out.write_bytes(msgspec.json.encode(reports))
-    return [_latencies(reports), _totals(reports, slo, notes)]
+
+    def steps() -> Generator[None, None, None]:
+        for name in options.policies:
+            start, cpu = time.perf_counter(), time.process_time()
+            reports[name] = simulate(config, _policy(name, options), trace)
+            took_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+            notes.append(_speed(name, reports[name], took_s, cpu_s))
+            yield
+
+    def findings() -> Findings:
+        return Findings(
+            results={name: _figures(report, slo) for name, report in reports.items()},
+            tables=[_latencies(reports), _totals(reports, slo, notes)],
+            draw=partial(_plot, reports),
+        )
+
+    if options.out is None:
+        for _ in steps():
+            pass
+        return list(findings().tables)
+    cpu = torch.device("cpu")
+    name = record_name("simulate", options.label)
+    record = Record(options.out, name, device=cpu, config=asdict(options), command=command)
+    return record.grow(steps(), findings, LimitsProbe(cpu, torch.float32))[1]
 
 
 def _cost(options: SimulateOptions) -> tuple[StepCost, list[str]]:
@@ -107,15 +130,48 @@ def _config(options: SimulateOptions, cost: StepCost) -> ClusterConfig:
 def _policy(name: str, options: SimulateOptions) -> ClusterPolicy:
     if name == Llumnix.name and options.most_instances is not None:
         least = len(options.roles) or options.instances
-        return Llumnix(scaling=Scaling(least=least, most=max(least, options.most_instances)))
+        scaling = Scaling(
+            least=least,
+            most=max(least, options.most_instances),
+            below=options.scale_below,
+            above=options.scale_above,
+        )
+        return Llumnix(scaling=scaling)
     return CLUSTER_POLICIES[name]()
 
 
-def _speed(name: str, report: Report, took_s: float) -> str:
+def _speed(name: str, report: Report, took_s: float, cpu_s: float) -> str:
     return (
-        f"{name}: {report.duration_s:.0f} s in {took_s:.1f} s; {report.num_steps:,} steps, for "
+        f"{name}: {report.duration_s:.0f} s in {took_s:.1f} s, {cpu_s:.1f} s of a processor; "
+        f"{report.num_steps:,} steps, for "
         f"{report.num_scheduled:,} of which the scheduler was asked."
     )
+
+
+def _figures(report: Report, slo: Slo) -> dict[str, Any]:
+    """Of a record: totals, and all percentiles in seconds."""
+    kept = msgspec.to_builtins(report.attainment(slo))
+    totals = msgspec.structs.asdict(report)
+    del totals["served"]
+    return {"kept": kept, **totals, "percentiles": report.percentiles(*range(101))}
+
+
+def _plot(reports: Mapping[str, Report], path: Path) -> None:
+    """How many first tokens, and how many answers, take longer than so much."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8))
+    first, whole = figure.subplots(1, 2)
+    for axes, key, said in ((first, "ttft_s", "first token, s"), (whole, "e2e_s", "answer, s")):
+        for name, report in reports.items():
+            values = sorted(getattr(one, key) for one in report.whole)
+            shares = [1 - place / len(values) for place in range(len(values))]
+            axes.loglog(values, shares, label=name)
+        axes.set_xlabel(said)
+        axes.set_ylabel("share of requests that take longer")
+    first.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def _latencies(reports: Mapping[str, Report]) -> Table:
@@ -160,14 +216,13 @@ def _totals(reports: Mapping[str, Report], slo: Slo, notes: list[str]) -> Table:
 # -- records again -------------------------------------------------------------------------------
 
 
-def _again(options: SimulateOptions) -> list[Table]:
+def _again(path: Path) -> list[Table]:
     """Runs of a record, measured and simulated. Costs are fitted to the steps of all of them."""
-    assert options.record is not None
-    record = json.loads(options.record.read_text())
+    record = json.loads(path.read_text())
     runs = [r for r in record.get("results", {}).get("runs", ()) if not r.get("num_preemptions")]
     if not runs:
         raise InvalidConfig(
-            f"{options.record} has no runs without preemptions; give a record of `vkv bench serve`"
+            f"{path} has no runs without preemptions; give a record of `vkv bench serve`"
         )
     steps: list[StepRecord] = [step for run in runs for step in recorded_steps(run)]
     fit = fit_step_cost(steps)
@@ -183,8 +238,6 @@ def _again(options: SimulateOptions) -> list[Table]:
 
 
 def _compared(run: Mapping[str, Any], cost: StepCost, max_seqs: int) -> list[list[str]]:
-    import numpy as np
-
     config = InstanceConfig(
         cost=cost,
         capacity_tokens=10 * sum(run["input_lens"]) + 10 * sum(run["output_lens"]),

@@ -63,7 +63,8 @@ class CountedSlot:
 class CountingCache:
     """A cache of `capacity_tokens` tokens in pages of `page_tokens`.
 
-    A call that raises has changed nothing for a live request.
+    A call that raises has changed nothing for a live request. One class with many methods, as one
+    count holds for all of them.
 
     Args:
         max_len: tokens of the longest request.

@@ -15,7 +15,7 @@ Later = Callable[[float, Callable[[], None]], None]
 """Calls something when it is a certain time."""
 
 
-class Move(msgspec.Struct, kw_only=True):
+class Transit(msgspec.Struct, kw_only=True):
     """A request with its keys and values under way.
 
     Attributes:
@@ -67,11 +67,11 @@ class Moving:
         self._on_change = on_change
         self._sends_s: dict[int, float] = {}  # until when an instance sends, and receives
         self._receives_s: dict[int, float] = {}
-        self.under_way: dict[Request, Move] = {}
+        self.under_way: dict[Request, Transit] = {}
         self.num_moves = self.num_refused = self.num_bytes = 0
 
     def begin(self, request: Request, source: SimulatedInstance, target: SimulatedInstance) -> None:
-        """Move a request, if there is room for it."""
+        """Transit a request, if there is room for it."""
         source.interrupt()  # so that its tokens are counted
         held = source.held.get(request)
         if held is None and request.slot is None:
@@ -88,7 +88,7 @@ class Moving:
         else:
             source.moving.add(request)
         num_tokens = request.num_tokens - 1  # the last one is not computed
-        move = Move(
+        move = Transit(
             request=request,
             source=source,
             target=target,
@@ -132,7 +132,7 @@ class Moving:
         self.num_bytes += cost.num_bytes(num_left)
         self._hand_over(move, self._clock() + cost.time_s(num_left))
 
-    def _copied(self, move: Move) -> None:
+    def _copied(self, move: Transit) -> None:
         if self.under_way.get(move.request) is not move:
             return  # it ended meanwhile
         if move.request in move.source.held:
@@ -143,13 +143,13 @@ class Moving:
         else:
             self._give_up(move)
 
-    def _is_sound(self, move: Move) -> bool:
+    def _is_sound(self, move: Transit) -> bool:
         """Whether the source still has what was copied."""
         held = move.source.held.get(move.request)
         slot = held.slot if held is not None else move.request.slot
         return slot is move.from_slot
 
-    def _hand_over(self, move: Move, at_s: float) -> None:
+    def _hand_over(self, move: Transit, at_s: float) -> None:
         """The source lets go; at `at_s` the target goes on."""
         del self.under_way[move.request]
         other = resumed(move.request)
@@ -181,7 +181,7 @@ class Moving:
 
         self._later(self._clock() + self._transfer(source.id, target.id).latency_s, arrive)
 
-    def _give_up(self, move: Move) -> None:
+    def _give_up(self, move: Transit) -> None:
         """The request stays where it is, or has ended there."""
         del self.under_way[move.request]
         move.source.moving.discard(move.request)

@@ -139,15 +139,18 @@ def test_a_record_is_simulated_again(
 
 
 def test_policies_are_compared(tmp_path: Path) -> None:
-    out = tmp_path / "run.json"
+    pytest.importorskip("matplotlib")
     shown = _run(
         *("simulate", "--num-requests", "40", "--rate", "4", "--instances", "2"),
-        *("--policy", "round_robin,llumnix", "--out", str(out)),
+        *("--policy", "round_robin,llumnix", "--out", str(tmp_path)),
     )
     for word in ("round_robin", "llumnix", "TTFT p99", "goodput/s", "instance-hours", "DistServe"):
         assert word in shown
-    found = json.loads(out.read_text())
-    assert len(found["llumnix"]["served"]) == 40
+    (path,) = tmp_path.glob("simulate_*.json")
+    found = json.loads(path.read_text())
+    assert found["is_complete"]
+    assert len(found["results"]["llumnix"]["percentiles"]["ttft"]) == 101
+    assert path.with_suffix(".png").is_file()
 
 
 def test_roles_and_scaling(tmp_path: Path) -> None:
