@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from ...bench.cli import bench
+from ...bench.cli import bench, place, simulate
 from ...vmem.errors import VkvError
 from .cluster import cluster
 from .lazy import LazyCommand
@@ -63,6 +63,8 @@ def info() -> Command:
 
 
 app.add_typer(cluster, name="cluster")
+app.command(cls=LazyCommand)(simulate)
+app.command(cls=LazyCommand)(place)
 app.add_typer(bench, name="bench")
 
 

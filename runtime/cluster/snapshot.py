@@ -11,7 +11,7 @@ Role = Literal["prefill", "decode", "both"]
 """What an instance is for: prompts, the tokens after them, or all of it."""
 
 
-class RequestSnapshot(msgspec.Struct, frozen=True):
+class RequestSnapshot(msgspec.Struct, frozen=True, gc=False):
     """A request that an instance has.
 
     Attributes:

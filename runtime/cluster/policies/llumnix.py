@@ -20,8 +20,9 @@ from .scores import Scores
 class Llumnix:
     """By freeness (`Freeness`): evens loads out, makes room for who waits, keeps urgent ones fast.
 
-    **Dispatch** goes to the freest instance; or to the one that holds most of a prompt's beginning,
-    if that spares `prefix_tokens` of it at least and its freeness is not below `source_below`.
+    **Dispatch** goes to the instance that will be freest once all that waits there runs, too; or to
+    the one that holds most of a prompt's beginning, if that spares `prefix_tokens` of it at least
+    and its freeness is not below `source_below`.
 
     **Moves.** Instances below `source_below` are paired with those above `target_above`, the least
     free with the freest, and each pair moves one request: of the least urgent the one with the
@@ -103,13 +104,14 @@ class Llumnix:
         return {}
 
     def _dispatch_score(self, instance: InstanceSnapshot) -> float:
-        """Freeness with all that waits, as newcomers would stand behind it."""
+        """Freeness once all that waits runs, and one more beside it."""
         if not instance.is_for_prompts:
             return float("-inf")
-        behind = sum(r.num_tokens for r in instance.requests if r.is_waiting)
-        if behind:
-            behind -= next(r.num_tokens for r in instance.requests if r.is_waiting)
-        return self.freeness(instance) - behind / max(1, instance.num_running)
+        free = instance.capacity_tokens - self.freeness.virtual_tokens(instance)
+        if instance.num_waiting > 1:  # the first in line is counted
+            waiting = [r.num_tokens for r in instance.requests if r.is_waiting]
+            free -= sum(waiting[1:])
+        return free / (instance.num_requests + 1)
 
     def _holder(
         self, snapshot: ClusterSnapshot, newcomer: Newcomer, least: int

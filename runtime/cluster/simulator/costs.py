@@ -7,7 +7,7 @@ import msgspec
 from ....vmem.errors import InvalidConfig
 
 
-class StepWork(msgspec.Struct, frozen=True):
+class StepWork(msgspec.Struct, frozen=True, gc=False):
     """What a step computes.
 
     Attributes:
@@ -122,7 +122,7 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
-class DecodeRun(msgspec.Struct, frozen=True):
+class DecodeRun(msgspec.Struct, frozen=True, gc=False):
     """Steps of which each takes `more_s` longer than the one before, as contexts grow."""
 
     first_s: float

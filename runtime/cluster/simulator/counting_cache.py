@@ -63,7 +63,8 @@ class CountedSlot:
 class CountingCache:
     """A cache of `capacity_tokens` tokens in pages of `page_tokens`.
 
-    A call that raises has changed nothing for a live request.
+    A call that raises has changed nothing for a live request. One class with many methods, as one
+    count holds for all of them.
 
     Args:
         max_len: tokens of the longest request.
@@ -136,7 +137,8 @@ class CountingCache:
         """As of `SlotCache`. Raises OutOfPages or RequestTooLong."""
         if num_tokens > slot.ready_tokens:
             self.reserve(slot, num_tokens)
-        slot.num_tokens = max(slot.num_tokens, num_tokens)
+        if num_tokens > slot.num_tokens:
+            slot.num_tokens = num_tokens
 
     def reserve(self, slot: CountedSlot, num_tokens: int) -> None:
         """As of `SlotCache`: what is promised counts as held."""
@@ -145,21 +147,21 @@ class CountingCache:
                 f"{num_tokens} tokens do not fit into a slot of {self.max_len}; "
                 "raise max_len or shorten the request"
             )
-        lacking = self.num_pages(num_tokens) - slot.num_pages
-        if lacking > 0:
+        lacking = -(-num_tokens // self.growth_tokens) - slot.num_pages
+        if lacking <= 0:
+            return
+        if self._num_held + lacking > self.capacity_pages:
             self._obtain(lacking)
-            if slot.runs:
-                run, held = slot.runs[-1]
-                if len(run.live) == 1 and not run.parked:
-                    slot.runs.pop()
-                    self._leave(run, run.live, held)
-                else:
-                    run, held = PageRun(), 0
-            else:
-                run, held = PageRun(), 0
-            self._hold(slot, run, held + lacking)
-            slot.num_pages += lacking
-            slot.ready_tokens = slot.num_pages * self.growth_tokens
+        run, held = slot.runs[-1] if slot.runs else (None, 0)
+        if run is not None and len(run.live) == 1 and not run.parked:  # nobody else's
+            run.live[0] = held + lacking
+            slot.runs[-1] = run, held + lacking
+            self._num_live += lacking
+            self._num_held += lacking
+        else:
+            self._hold(slot, PageRun(), lacking)
+        slot.num_pages += lacking
+        slot.ready_tokens = slot.num_pages * self.growth_tokens
 
     def fork(self, slot: CountedSlot, num_tokens: int) -> CountedSlot:
         """As of `SlotCache`."""
@@ -184,6 +186,8 @@ class CountingCache:
         """As of `SlotCache`."""
         slot, found = self._best_prefix(tokens, variant)
         if slot is None:
+            if self._is_tight(len(tokens)):
+                self._reclaim_largest()
             return self.open(), 0
         if slot.num_pins or 2 * found < len(slot.tokens):
             try:
@@ -194,6 +198,9 @@ class CountingCache:
         self._forget(slot)
         self._set_live(slot, True)
         self._live.add(slot)
+        if self._is_shared(slot, found // self.growth_tokens):  # which is not to be written to
+            found = self.num_whole_pages(found) * self.growth_tokens
+            self._cut(slot, self.num_pages(found))
         slot.num_tokens = found
         slot.tokens, slot.variant = (), ""
         return slot, found
@@ -248,8 +255,20 @@ class CountingCache:
         while self.capacity_pages - self._num_held < num_pages:
             self._reclaim_oldest()
 
+    def _is_tight(self, num_tokens: int) -> bool:
+        """Whether a new slot for so many tokens would soon have a parked one reclaimed."""
+        num_free = self.capacity_pages - self._num_held
+        return len(self._parked) >= self.max_parked or num_free < self.num_pages(num_tokens)
+
     def _reclaim_oldest(self) -> None:
-        slot = next((slot for slot in self._parked if not slot.num_pins), None)
+        self._reclaim(next((slot for slot in self._parked if not slot.num_pins), None))
+
+    def _reclaim_largest(self) -> None:
+        """As a request without a prefix does, which takes the pages over."""
+        loose = (slot for slot in self._parked if not slot.num_pins)
+        self._reclaim(max(loose, key=lambda slot: slot.num_pages, default=None))
+
+    def _reclaim(self, slot: CountedSlot | None) -> None:
         if slot is not None:
             self._forget(slot)
             self._cut(slot, 0)
@@ -272,6 +291,14 @@ class CountingCache:
             if kept:
                 self._hold(slot, run, kept)
         slot.ready_tokens = slot.num_pages * self.growth_tokens
+
+    def _is_shared(self, slot: CountedSlot, page: int) -> bool:
+        """Whether others hold a page of a slot, too."""
+        for run, held in slot.runs:
+            if page < held:
+                return sum(length > page for length in (*run.live, *run.parked)) > 1
+            page -= held
+        return False
 
     def _set_live(self, slot: CountedSlot, is_live: bool) -> None:
         if slot.is_live == is_live:
@@ -306,7 +333,7 @@ class CountingCache:
         if len(tokens):
             for slot in self._by_start.get((variant, tokens[0]), ()):
                 found = common_prefix(tokens, slot.tokens)
-                if found > longest:
+                if found >= longest:  # the most recent of equals
                     best, longest = slot, found
         return best, longest
 
@@ -346,5 +373,5 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _longest(run: PageRun) -> tuple[int, int]:
     """Pages of a run that live slots hold, and that any does."""
-    live = max(run.live, default=0)
-    return live, max(live, max(run.parked, default=0))
+    live = max(run.live) if run.live else 0
+    return live, max(live, *run.parked) if run.parked else live

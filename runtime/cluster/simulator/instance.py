@@ -1,6 +1,6 @@
 """One instance on the virtual clock: the real scheduler, and steps that take what they cost."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import cast
 
 import msgspec
@@ -120,6 +120,7 @@ class SimulatedInstance:
         self._clock = clock
         self._foresees = foresees
         self._is_by_arrival = order.lines == "arrival"
+        self._is_in_order = order.lines != "priority"  # in that of admission, those that run
         self._computing: dict[Request, int] = {}  # from which of its tokens on
         self._leaving: set[Request] = set()  # as soon as they have the token under way
         self._is_stuck = False  # the scheduler had nothing to give until something changes
@@ -226,7 +227,8 @@ class SimulatedInstance:
             self._is_stuck = False
             self._arrive(flight, flight.num_steps)
         may_begin = self.pipeline.foreseen is None and self.pipeline.free_s <= now_s
-        if may_begin and self.scheduler.has_work and not self._is_stuck:
+        is_asked = may_begin and self.scheduler.has_work and not self._is_stuck
+        if is_asked and not self._go_on():
             self._launch(self.scheduler.schedule())
 
     def interrupt(self) -> None:
@@ -243,6 +245,32 @@ class SimulatedInstance:
         self.pipeline.cut(num_done)
 
     # -- steps -------------------------------------------------------------------------------
+
+    def _go_on(self) -> bool:
+        """Begin what the scheduler could only say: a token for each, where nobody waits, all
+        decode, and there is memory for it. False if it is to be asked."""
+        running = self.scheduler.running
+        is_forced = self._foresees and self._is_in_order and not len(self.scheduler.waiting)
+        if not is_forced or not 0 < len(running) <= self.config.max_batch_tokens:
+            return False
+        items: Items = []
+        context_tokens = num_lacking = 0
+        for request in running:
+            end = request.num_computed + 1
+            if end != request.num_tokens:
+                return False
+            slot = _slot_of(request)
+            if end > slot.ready_tokens:
+                num_lacking += self.cache.num_pages(end) - slot.num_pages
+            context_tokens += end
+            items.append((request, end))
+        if num_lacking > self.cache.num_obtainable():
+            return False
+        for request, end in items:
+            self.cache.grow(_slot_of(request), end)
+            request.num_computed = end
+        self._begin(items, StepWork(0, 0.0, len(items), context_tokens))
+        return True
 
     def _launch(self, batch: Batch) -> None:
         """Begin a step, and foresee those that follow it as it is."""
@@ -265,9 +293,11 @@ class SimulatedInstance:
                 num_pairs += pairs(request.num_computed, count)
             request.num_computed = end
             items.append((request, end))
+        self._begin(items, StepWork(prompt_tokens, num_pairs, num_decodes, context_tokens))
+
+    def _begin(self, items: Items, work: StepWork) -> None:
         self.most_used = max(self.most_used, self.cache.live_tokens / self.cache.capacity_tokens)
-        work = StepWork(prompt_tokens, num_pairs, num_decodes, context_tokens)
-        num_steps = 1 if prompt_tokens else self._num_foreseen(items)
+        num_steps = 1 if work.prompt_tokens else self._num_foreseen(items)
         if num_steps > 1:
             self.pipeline.foresee(items, work, num_steps, self._clock())
         else:
@@ -315,24 +345,28 @@ class SimulatedInstance:
                         del self._computing[request]
                 # One that lost its slot meanwhile and came back has had this token already.
                 if not request.is_finished and end == request.num_tokens:
-                    self._note_tokens(request, 1, flight.ends_s, flight.ends_s, 0.0)
+                    self._note_token(request, flight.ends_s)
             return
         first_s = flight.starts_s + run.first_s
         last_s = flight.starts_s + run.time_s(num_steps)
         gap_s = run.first_s + run.more_s * (num_steps - 1) if num_steps > 1 else 0.0
+        grow, account_of = self.cache.grow, self.scheduler.accounts.of
         for request, _ in flight.items:
             request.num_computed += num_steps - 1
-            self.cache.grow(_slot_of(request), request.num_computed)
+            grow(_slot_of(request), request.num_computed)
+            request.token_ids += [request.token_ids[-1]] * num_steps
+            account_of(request).add(output_tokens=num_steps)
+            self.served[request].note_tokens(num_steps, first_s, last_s, gap_s)
         self.most_used = max(self.most_used, self.cache.live_tokens / self.cache.capacity_tokens)
-        for request, _ in flight.items:
-            self._note_tokens(request, num_steps, first_s, last_s, gap_s)
+        if num_steps == flight.num_steps:  # else none has ended
+            for request, _ in flight.items:
+                if request.num_output_tokens >= request.max_tokens:
+                    self._end(request)
 
-    def _note_tokens(
-        self, request: Request, count: int, first_s: float, last_s: float, gap_s: float
-    ) -> None:
-        request.token_ids.extend([request.token_ids[-1]] * count)
-        self.scheduler.accounts.of(request).add(output_tokens=count)
-        self.served[request].note_tokens(count, first_s, last_s, gap_s)
+    def _note_token(self, request: Request, at_s: float) -> None:
+        request.token_ids.append(request.token_ids[-1])
+        self.scheduler.accounts.generated(request)
+        self.served[request].note_tokens(1, at_s, at_s, 0.0)
         if request.num_output_tokens >= request.max_tokens:
             self._end(request)
             return
@@ -370,7 +404,7 @@ class SimulatedInstance:
         now_s, scheduler = self._clock(), self.scheduler
         foreseen = self.pipeline.foreseen
         num_done = foreseen.num_done(now_s) if foreseen is not None else 0
-        requests = tuple(self._requests(now_s, num_done))
+        requests = self._requests(now_s, num_done)
         num_waiting = len(scheduler.waiting)
         return InstanceSnapshot(
             id=self.id,
@@ -383,7 +417,7 @@ class SimulatedInstance:
             num_waiting=num_waiting,
             max_running=self.config.max_seqs,
             queued_tokens=sum(r.num_uncomputed for r in requests if not r.has_prompt),
-            requests=requests,
+            requests=tuple(requests),
         )
 
     def _tokens_grown(self, num_done: int) -> int:
@@ -397,39 +431,39 @@ class SimulatedInstance:
                 num_pages += self.cache.num_pages(end) - slot.num_pages
         return num_pages * self.cache.growth_tokens
 
-    def _requests(self, now_s: float, num_done: int) -> Iterator[RequestSnapshot]:
+    def _requests(self, now_s: float, num_done: int) -> list[RequestSnapshot]:
         """All that are here; those that run have `num_done` tokens more than is noted."""
-        for request, held in self.held.items():
-            yield _seen(request, now_s, not held.is_moving, num_uncomputed=1)
-        for request in self.scheduler.running:
-            num_computed = self._computing.get(request, request.num_computed)
-            uncomputed = 1 if num_done else max(1, request.num_tokens - num_computed)
-            is_free = request not in self.moving
-            yield _seen(request, now_s, is_free, num_uncomputed=uncomputed, more=num_done)
+        found = [
+            RequestSnapshot(
+                r.key, r.num_tokens, 1, r.priority, False, now_s - r.queued_time_s, not h.is_moving
+            )
+            for r, h in self.held.items()
+        ]
+        moving, computing = self.moving, self._computing
+        for r in self.scheduler.running:
+            # A token under way is still to be computed; while steps are foreseen, each has one.
+            left = 1 if num_done else max(1, r.num_tokens - computing.get(r, r.num_computed))
+            waited_s = now_s - r.queued_time_s
+            found.append(
+                RequestSnapshot(
+                    r.key,
+                    r.num_tokens + num_done,
+                    left,
+                    r.priority,
+                    False,
+                    waited_s,
+                    r not in moving,
+                )
+            )
         if len(self.scheduler.waiting):
-            for request in self.scheduler.waiting:
-                is_free = request not in self.moving
-                yield _seen(request, now_s, is_free, request.num_tokens, is_waiting=True)
-
-
-def _seen(
-    request: Request,
-    now_s: float,
-    is_migratable: bool,
-    num_uncomputed: int,
-    *,
-    more: int = 0,
-    is_waiting: bool = False,
-) -> RequestSnapshot:
-    return RequestSnapshot(
-        request.key,
-        request.num_tokens + more,
-        num_uncomputed,
-        request.priority,
-        is_waiting,
-        now_s - request.queued_time_s,
-        is_migratable,
-    )
+            for r in self.scheduler.waiting:
+                waited_s, count = now_s - r.queued_time_s, r.num_tokens
+                found.append(
+                    RequestSnapshot(
+                        r.key, count, count, r.priority, True, waited_s, r not in moving
+                    )
+                )
+        return found
 
 
 def _slot_of(request: Request) -> CountedSlot:

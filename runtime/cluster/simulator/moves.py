@@ -15,7 +15,7 @@ Later = Callable[[float, Callable[[], None]], None]
 """Calls something when it is a certain time."""
 
 
-class Move(msgspec.Struct, kw_only=True):
+class Transit(msgspec.Struct, kw_only=True):
     """A request with its keys and values under way.
 
     Attributes:
@@ -45,7 +45,7 @@ class Moving:
         later: has something called at a time.
         transfer: what it takes from one instance to another.
         on_moved: called with what a request is at its target once it is there.
-        on_free: called when an instance has memory again that was kept for a move, or held by one.
+        on_change: called when something else has changed for an instance.
 
     Attributes:
         num_moves, num_refused: made; and given up, as there was no room or the request had ended.
@@ -58,20 +58,21 @@ class Moving:
         later: Later,
         transfer: Callable[[int, int], TransferCost],
         on_moved: Callable[[Request, SimulatedInstance], None],
-        on_free: Callable[[SimulatedInstance], None],
+        on_change: Callable[[SimulatedInstance], None],
     ) -> None:
         self._clock = clock
         self._later = later
         self._transfer = transfer
         self._on_moved = on_moved
-        self._on_free = on_free
+        self._on_change = on_change
         self._sends_s: dict[int, float] = {}  # until when an instance sends, and receives
         self._receives_s: dict[int, float] = {}
-        self.under_way: dict[Request, Move] = {}
+        self.under_way: dict[Request, Transit] = {}
         self.num_moves = self.num_refused = self.num_bytes = 0
 
     def begin(self, request: Request, source: SimulatedInstance, target: SimulatedInstance) -> None:
-        """Move a request, if there is room for it."""
+        """Transit a request, if there is room for it."""
+        source.interrupt()  # so that its tokens are counted
         held = source.held.get(request)
         if held is None and request.slot is None:
             self._resend(request, source, target)
@@ -87,7 +88,7 @@ class Moving:
         else:
             source.moving.add(request)
         num_tokens = request.num_tokens - 1  # the last one is not computed
-        move = Move(
+        move = Transit(
             request=request,
             source=source,
             target=target,
@@ -125,33 +126,35 @@ class Moving:
         except OutOfPages:
             self._give_up(move)
             return
+        self._on_change(move.target)
         cost = self._transfer(move.source.id, move.target.id)
         num_left = request.num_tokens - 1 - move.num_tokens
         self.num_bytes += cost.num_bytes(num_left)
         self._hand_over(move, self._clock() + cost.time_s(num_left))
 
-    def _copied(self, move: Move) -> None:
+    def _copied(self, move: Transit) -> None:
         if self.under_way.get(move.request) is not move:
             return  # it ended meanwhile
         if move.request in move.source.held:
             self.left(move.request)
         elif self._is_sound(move):
             move.source.leave(move.request)
+            self._on_change(move.source)
         else:
             self._give_up(move)
 
-    def _is_sound(self, move: Move) -> bool:
+    def _is_sound(self, move: Transit) -> bool:
         """Whether the source still has what was copied."""
         held = move.source.held.get(move.request)
         slot = held.slot if held is not None else move.request.slot
         return slot is move.from_slot
 
-    def _hand_over(self, move: Move, at_s: float) -> None:
+    def _hand_over(self, move: Transit, at_s: float) -> None:
         """The source lets go; at `at_s` the target goes on."""
         del self.under_way[move.request]
         other = resumed(move.request)
         served = move.source.take(move.request)
-        self._on_free(move.source)
+        self._on_change(move.source)
         self.num_moves += 1
         served.num_moves += 1
 
@@ -178,7 +181,7 @@ class Moving:
 
         self._later(self._clock() + self._transfer(source.id, target.id).latency_s, arrive)
 
-    def _give_up(self, move: Move) -> None:
+    def _give_up(self, move: Transit) -> None:
         """The request stays where it is, or has ended there."""
         del self.under_way[move.request]
         move.source.moving.discard(move.request)
@@ -187,4 +190,4 @@ class Moving:
             held.is_moving = False
         move.target.release(move.slot)
         self.num_refused += 1
-        self._on_free(move.target)
+        self._on_change(move.target)

@@ -72,13 +72,14 @@ class Served(msgspec.Struct, kw_only=True):
 
     def note_tokens(self, count: int, first_s: float, last_s: float, gap_s: float) -> None:
         """Tokens came: `count` of them from `first_s` to `last_s`, `gap_s` apart at most."""
-        if self.num_tokens:
-            gap_s = max(gap_s, first_s - self.last_s)
-        else:
+        if not self.num_tokens:
             self.first_s = first_s
+        elif first_s - self.last_s > gap_s:
+            gap_s = first_s - self.last_s
         self.num_tokens += count
         self.last_s = last_s
-        self.longest_gap_s = max(self.longest_gap_s, gap_s)
+        if gap_s > self.longest_gap_s:
+            self.longest_gap_s = gap_s
 
 
 class Slo(msgspec.Struct, frozen=True, kw_only=True):
