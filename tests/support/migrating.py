@@ -84,6 +84,22 @@ class Rig:
         self.clock.now_s += 1
         for output in self.migrations.turn(resting):
             self.streams[output.request_id, output.index].take(output)
+        self.check_owners()
+
+    def check_owners(self) -> None:
+        """No sequence runs in two engines, and one that is not on its way runs in its owner."""
+        arbiter = self.migrations.arbiter
+        for key in self.unfinished:
+            having = [
+                name
+                for name in self.migrations.instances
+                if self.loops[name].engine.find(key) is not None
+            ]
+            assert len(having) <= 1, f"{key} runs in {having}"
+            if arbiter.handshake(key) is not None or arbiter.owner(key) is None:
+                continue
+            if not self.loops[arbiter.owner(key)].has_mail:
+                assert having == [arbiter.owner(key)], key
 
     @property
     def unfinished(self) -> list[SequenceKey]:
