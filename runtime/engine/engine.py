@@ -155,9 +155,14 @@ class Engine:
             self.scheduler.add(request)
         return request
 
-    def restore(self, continuation: Continuation) -> Request:
-        """The request that a sequence goes on as, not queued yet. Raises a `UsageError`."""
+    def restore(self, continuation: Continuation, earlier: Request | None = None) -> Request:
+        """The request that a sequence goes on as, not queued yet. Raises a `UsageError`.
+
+        `earlier` is what this returned for it when it had fewer tokens; it is brought up to now.
+        """
         spec, (request_id, index) = continuation.spec, continuation.key
+        if index >= spec.params.n:
+            raise UsageError(f"request {request_id!r} has {spec.params.n} outputs, and no {index}")
         max_tokens = self.admission.check(spec.prompt_token_ids, spec.params)
         self.admission.check_tokens(continuation.output_token_ids)
         wanted = continuation.max_tokens
@@ -168,7 +173,7 @@ class Engine:
             )
         if self.find(continuation.key) is not None:
             raise UsageError(f"output {index} of request {request_id!r} is unfinished here")
-        request = self._make(spec, index, max_tokens if wanted is None else wanted)
+        request = earlier or self._make(spec, index, max_tokens if wanted is None else wanted)
         continuation.restore(request)
         return request
 

@@ -83,6 +83,7 @@ class EngineLoop:
         """
         self._open_inbox(inbox)
         self.engine.step()
+        self.departures.settle()
         self._meet_shortage()
         if time.monotonic() - self._published_s > _PUBLISH_S or not self.engine.has_work:
             self._publish()

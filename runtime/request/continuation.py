@@ -78,12 +78,12 @@ class Continuation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         )
 
     def restore(self, request: Request) -> None:
-        """Bring a new request of the same spec to where this one was."""
+        """Bring a request of the same spec, which has some of the tokens or none, to where this one
+        was."""
         now_s = time.monotonic()
-        for token_id in self.output_token_ids:
-            request.token_ids.append(token_id)
-            request.sampling.advance(token_id)
+        request.extend_output(self.output_token_ids[request.num_output_tokens :])
         request.epoch = self.epoch
+        request.priority = self.spec.priority
         request.prompt_logprobs = list(self.prompt_logprobs)
         request.num_cached = self.num_cached
         request.num_served = self.num_served

@@ -2,6 +2,7 @@
 
 import enum
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...allocator import Slot
@@ -98,6 +99,12 @@ class Request:
     def output_token_ids(self) -> list[int]:
         """The tokens generated so far."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    def extend_output(self, token_ids: Iterable[int]) -> None:
+        """Take over tokens that were generated elsewhere."""
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            self.sampling.advance(token_id)
 
     @property
     def num_uncomputed(self) -> int:

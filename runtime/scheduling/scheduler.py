@@ -128,7 +128,7 @@ class Scheduler:
         request.slot = slot
         if slot is None:
             request.state = RequestState.WAITING
-            self.waiting.put_back(request)
+            self.waiting.add_first(request)
             return
         assert self.num_free_places > 0, "no place was kept"
         request.state = RequestState.RUNNING

@@ -54,6 +54,8 @@ class Arrival(Move):
         state: where it is.
         incoming: its slot, with memory; None where nothing is to be carried.
         num_room: tokens that memory is there for.
+        request: as far as the sequence had come when it was announced, so that at the commit only
+            what came since is gone through.
         writing: who writes to `incoming`; stopped before that ends.
         is_barred: with `GONE`: it must not come any more.
     """
@@ -69,6 +71,7 @@ class Arrival(Move):
         self.state = state
         self.incoming: Incoming | None = None
         self.num_room = 0
+        self.request: Request | None = None
         self.writing: Writing | None = None
         self.is_barred = False
 
@@ -130,8 +133,8 @@ class Arrivals:
                 raise InvalidOperation(f"{key} had epoch {before.epoch}; begin a later one")
             self._end(before)
         self._check_awake()
-        self._engine.restore(continuation)  # or it could not be here at the end
         arrival = Arrival(key, epoch, lease_s)
+        arrival.request = self._engine.restore(continuation)
         if num_tokens:
             room = max(num_room, num_tokens)
             self._make_ready(arrival, continuation, num_tokens, room, by_pages)
@@ -174,7 +177,7 @@ class Arrivals:
             return None
         try:
             self._check_awake()
-            request = self._engine.restore(continuation)
+            request = self._engine.restore(continuation, arrival.request)
         except Exception:
             self._end(arrival)
             arrival.is_barred = True
@@ -255,6 +258,7 @@ class Arrivals:
         self, arrival: Arrival, request: Request, num_tokens: int, model_state: Any
     ) -> None:
         incoming, arrival.incoming = arrival.incoming, None
+        arrival.request = None
         self._moves.ended(arrival)
         arrival.state = ArrivalState.HERE
         if arrival.writing is not None:
@@ -281,6 +285,7 @@ class Arrivals:
         if arrival.state is not ArrivalState.EXPECTED:
             return
         arrival.state = ArrivalState.GONE
+        arrival.request = None
         self._moves.ended(arrival)
         if arrival.writing is not None:
             arrival.writing.cancel()

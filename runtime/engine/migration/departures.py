@@ -337,9 +337,7 @@ class Departures:
         owner_epoch: int | None,
         output_token_ids: Sequence[int],
     ) -> None:
-        for token_id in output_token_ids[request.num_output_tokens :]:
-            request.token_ids.append(token_id)
-            request.sampling.advance(token_id)
+        request.extend_output(output_token_ids[request.num_output_tokens :])
         if owner_epoch is not None:
             request.epoch = owner_epoch
         slot = departure.slot

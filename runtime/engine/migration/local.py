@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from ...request.spec import RequestSpec, SequenceKey
@@ -117,13 +117,18 @@ class Migrations:
         del self._instances[instance]
         self.arbiter.died(instance)
 
-    def turn(self) -> list[StepOutput]:
-        """Deliver what is to be told and run one step of each engine; returns what counts."""
+    def turn(self, resting: Collection[str] = ()) -> list[StepOutput]:
+        """Deliver what is to be told and run one step of each engine; returns what counts.
+
+        Those that are `resting` neither read nor step.
+        """
         outputs = self.arbiter.accept()
         for orphan in self.arbiter.take_orphans():
             self.arbiter.resume(orphan, next(iter(self._instances)))
         self._send()
         for name, instance in list(self._instances.items()):
+            if name in resting:
+                continue
             answers: list[Answer] = []
             for command in self._channel.receive(name):
                 answers += instance.handle(command)  # type: ignore[arg-type]
