@@ -1,13 +1,10 @@
 """Pages that change hands between two caches: the same memory, nobody else's, and nothing lost."""
 
-import mmap
 import os
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
-import torch
 from allocator_model import (
-    DTYPE,
     KIND,
     KINDS,
     MAX_LEN,
@@ -19,6 +16,7 @@ from allocator_model import (
     SavedTokens,
     make_cache,
     one_thread,
+    shown_words,
 )
 from vkv.allocator import SlotState
 from vkv.allocator.movable_slots import Lent
@@ -124,23 +122,6 @@ def move(near: Model, far: Model, request: Request, reserved: int = 0) -> tuple[
     near.check()
     far.check()
     return moved, num_copied
-
-
-@contextmanager
-def scanned(fd: int):
-    """All words that a descriptor shows, holes left out."""
-    size = os.fstat(fd).st_size
-    words, end = set(), 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # nothing follows
-            break
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        with mmap.mmap(fd, end - start, prot=mmap.PROT_READ, offset=start) as view:
-            found = torch.frombuffer(bytearray(view), dtype=DTYPE)
-        words |= set((found // 1024).unique().tolist())
-    yield words - {0}
 
 
 # -- the same pages ------------------------------------------------------------------------------
@@ -324,7 +305,7 @@ def test_a_descriptor_shows_what_its_request_has_and_no_more(near):
     lent = lend(near, second)
     assert lent.descriptors
     for fd in lent.descriptors:
-        with scanned(fd) as words:
+        with shown_words(fd) as words:
             assert words <= second.written | set(second.prefixes)
             assert not words & (set(first.prefixes[80:]) | set(sharer.prefixes[30:]))
     close_all(lent)
@@ -338,7 +319,7 @@ def test_a_segment_never_had_what_other_slots_gave_back(near):
     request = with_request(near, 100)
     lent = lend(near, request)
     (fd,) = lent.descriptors
-    with scanned(fd) as words:
+    with shown_words(fd) as words:
         assert words == set(request.prefixes)
     assert os.fstat(fd).st_blocks * 512 == request.slot.num_pages * PAGE
     close_all(lent)
