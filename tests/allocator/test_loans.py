@@ -263,17 +263,60 @@ def test_shared_pages_are_copied_and_stay_with_those_who_share_them(kind: Kind) 
     end(far)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_parent_moves_whole_and_its_children_get_copies_of_what_they_share(kind: Kind) -> None:
+    """That is less than what the parent would have to leave behind."""
+    near, far = movable(kind, rows=9), movable(kind, rows=9)
+    far._identities = near._identities
+    parent = with_request(near, 140)
+    children = [near.fork(parent, 40), near.fork(parent, 60)]
+    near.grow(children[0], [8] * 60)
+    near.grow(parent, [7] * 10)
+    lent = lend(near, parent)
+    shared = sum(near.cache.layout.whole_pages_per_range(60))
+    assert lent.num_parted_bytes == shared * PAGE
+    assert not lent.copied
+    near.check()
+    assert near.cache.pool.references(children[0].slot.pages[0][0]) == 2 if shared else True
+    slot, num_copied = borrow(far, lent)
+    close_all(lent)
+    assert num_copied == 0
+    far.cache.loans.keep(slot)
+    near.cache.loans.leave(parent.slot)
+    near.live.remove(parent)
+    near.cache.close(parent.slot)
+    near.check()
+    far._admit(slot, parent.tokens)
+    far.check()
+    for child in children:
+        near.close(child)
+    end(near)
+    far.check()
+    end(far)
+
+
 def test_a_parent_keeps_what_it_wrote_after_a_fork_to_itself(near, far):
     """Its first segment is the child's as well; what follows lies in another, and moves."""
     parent = with_request(near, 90)
     child = near.fork(parent, 90)
     near.grow(parent, [7] * 60)
-    moved, num_copied = move(near, far, parent)
-    shared = sum(near.cache.layout.whole_pages_per_range(90))
-    assert 0 < num_copied < moved.slot.num_pages * PAGE
-    assert far.cache.pool.driver.counters["borrow"]
-    assert shared
+    near.cache.pool.limit_pages, limit = 0, near.cache.pool.limit_pages  # no copies for the child
+    lent = lend(near, parent)
+    near.cache.pool.limit_pages = limit
+    assert lent.num_parted_bytes == 0
+    whole = near.cache.layout.whole_pages_per_range(90)
+    assert sum(map(len, lent.copied)) > 0
+    assert lent.parcel.num_lent_pages
+    assert sum(whole)
+    slot, _ = borrow(far, lent)
+    close_all(lent)
+    far.cache.loans.keep(slot)
+    near.cache.loans.leave(parent.slot)
+    near.live.remove(parent)
+    near.cache.close(parent.slot)
     near.check_content([child])
+    far._admit(slot, parent.tokens)
+    far.check()
 
 
 def test_tokens_of_a_file_are_copied(near, far):
