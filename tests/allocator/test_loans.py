@@ -3,6 +3,7 @@
 import os
 from contextlib import suppress
 
+import msgspec
 import pytest
 from allocator_model import (
     KIND,
@@ -441,6 +442,7 @@ def test_only_who_waits_for_pages_of_this_kind_gets_them(near):
     [
         {"stretches": ()},
         {"num_tokens": 71 * 5},
+        {"num_tokens": -1},
         {"growing": 1},
         {"num_descriptors": 2},
         {"page_bytes": 8192},
@@ -449,12 +451,13 @@ def test_only_who_waits_for_pages_of_this_kind_gets_them(near):
     ids=str,
 )
 def test_a_parcel_that_contradicts_itself_is_refused(near, far, change):
-    import msgspec
-
     request = with_request(near, 70)
     lent = lend(near, request)
     far.cache.reserve(slot := far.cache.open(), MAX_LEN)
     wrong = msgspec.structs.replace(lent.parcel, **change)
+    with pytest.raises((InvalidOperation, TransferError)):
+        far.cache.loans.borrow(slot, wrong, lent.descriptors)
+    wrong = msgspec.structs.replace(lent.parcel, stretches=lent.parcel.stretches * 2)
     with pytest.raises((InvalidOperation, TransferError)):
         far.cache.loans.borrow(slot, wrong, lent.descriptors)
     for moved in lent.parcel.stretches:

@@ -1,6 +1,6 @@
 """`vkv bench move`: what it takes to get a slot's KV into another process, by size and by channel.
 
-Two processes have a cache each, of one layout: keys and values of 16 layers, in one range. A slot is
+Two processes have a cache each, of one layout: keys and values of 16 layers in one range. A slot is
 filled in the first; then its tokens move to the second, which reads all of them once, and closes
 the slot. Channels take turns: pages handed over, and copies over a Unix socket and over TCP, the
 last also with checksums. Measured are the stage (from asking for it to the receiver's last answer),
@@ -43,13 +43,15 @@ class Moves:
     """Moves of one size in one way.
 
     Attributes:
-        stage_s, end_s, read_s: of each move, what the stage took, both transfers' ends, and the
-            receiver's first read of all bytes.
+        memory_s, stage_s, end_s, read_s: of each move, what the receiver took to have memory (by
+            pages: the promise of it), what the stage, both transfers' ends, and the receiver's
+            first read of all bytes took.
         num_copied: bytes that one move copied.
     """
 
     way: str
     num_bytes: int
+    memory_s: list[float] = field(default_factory=list)
     stage_s: list[float] = field(default_factory=list)
     end_s: list[float] = field(default_factory=list)
     read_s: list[float] = field(default_factory=list)
@@ -106,6 +108,7 @@ def _of_size(
         start_s = time.perf_counter()
         target.copy_(source)
         found["memcpy"].stage_s.append(time.perf_counter() - start_s)
+        found["memcpy"].memory_s.append(0.0)
         found["memcpy"].end_s.append(0.0)
         found["memcpy"].read_s.append(_read([target]))
     found["memcpy"].num_copied = num_bytes
@@ -125,8 +128,10 @@ def _move(
     for (piece,) in near.spans(slot, 0, num_tokens):
         piece.fill_(key.epoch % 255 + 1)
     outgoing = Transfers(near).send(key, slot, num_tokens)
+    start_s = time.perf_counter()
     pipe.send((key, num_tokens))
-    pipe.recv()  # the receiver has its memory, and waits
+    pipe.recv()  # the receiver waits
+    found.memory_s.append(time.perf_counter() - start_s)
     start_s = time.perf_counter()
     job = channel.send(outgoing, 0, num_tokens)
     job.run()
@@ -244,7 +249,7 @@ def _table(moves: list[Moves]) -> Table:
         [
             f"{found.num_bytes >> 20} MiB",
             found.way,
-            *(_milliseconds(times) for times in (found.stage_s, found.end_s, found.read_s)),
+            *map(_milliseconds, (found.memory_s, found.stage_s, found.end_s, found.read_s)),
             f"{found.num_bytes / statistics.median(found.stage_s) / 1e9:.2f}",
             f"{found.num_copied >> 20} MiB" if found.num_copied else "0",
         ]
@@ -252,7 +257,7 @@ def _table(moves: list[Moves]) -> Table:
     ]
     return Table(
         title="KV into another process, ms (median)",
-        columns=["KV", "way", "stage", "ends", "first read", "GB/s", "copied"],
+        columns=["KV", "way", "memory", "stage", "ends", "first read", "GB/s", "copied"],
         rows=rows,
         notes=[f"{os.cpu_count()} cores; memcpy is a copy by one call within the first process."],
     )
