@@ -46,7 +46,8 @@ class Loans:
         """Let another process have the first `num_tokens` tokens of a slot that was pinned for it.
 
         The parcel's descriptors are the caller's to close. Pages that other slots have as well are
-        not among those lent, but their bytes are (`Lent.copied`). Until the loan ends, nobody can
+        not among those lent: either these slots have got copies (`Lent.num_parted_bytes`), or the
+        bytes go beside the pages (`Lent.copied`). Until the loan ends, nobody can
         fork, adopt or pin the slot; its owner may go on, but what is written behind the tokens may
         be seen by the borrower.
 
@@ -59,7 +60,8 @@ class Loans:
                     f"{num_tokens} tokens of {slot} cannot be lent: it must be pinned so far, once "
                     f"(it is {slot.num_pins} times, {slot.pinned_tokens} tokens) and not be lent"
                 )
-            return backing.lend(slot, num_tokens)
+            others = [*self._table.live.values(), *self._table.parked]
+            return backing.lend(slot, num_tokens, others)
 
     def take_back(self, slot: Slot) -> None:
         """The borrower gave up: all is as before the loan. Nothing is unpinned."""

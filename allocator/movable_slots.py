@@ -4,19 +4,20 @@ Each slot's pages lie in a *segment* of their own, at the place that they have i
 segment shows whoever is given it nothing but what the slot holds, and all pages of a range take one
 mapping. Once other slots share pages of a segment, it gets no more: the slot goes on in another.
 
-A page changes hands with all others of its segment, if the slot alone has them; what others have as
-well is copied. Where pages are allocations of their own (GPUs), each goes by itself.
+A page changes hands with all others of its segment, if the slot alone has them. So others first get
+copies of what they share, if that is little; if it is much, the slot's are copied instead. Where
+pages are allocations of their own (GPUs), each goes by itself.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 import torch
 
 from ..vmem import SEGMENT_PAGES, Page, PageRun, Segment, linux, page_in, segment_of
-from ..vmem.errors import InvalidConfig, InvalidOperation, TransferError
+from ..vmem.errors import InvalidConfig, InvalidOperation, Shortage, TransferError
 from .layout import KVLayout
 from .page_pool import PagePool
 from .parcel import Parcel, Stretch
@@ -27,6 +28,14 @@ _RANGE_PAGES = 1 << 20  # places of a range in a segment
 _OTHER_FILES = 64  # that a process has open, about
 
 
+class _Share(NamedTuple):
+    """Where a slot has a page that others have, too."""
+
+    slot: Slot
+    range_index: int
+    position: int
+
+
 class Lent(NamedTuple):
     """A parcel on the side that lends it.
 
@@ -34,11 +43,13 @@ class Lent(NamedTuple):
         parcel: what is said of it.
         descriptors: what goes with it; the caller's to close.
         copied: the bytes that are to be copied, in the order of the parcel's stretches.
+        num_parted_bytes: that were copied here, for slots that shared pages which are lent now.
     """
 
     parcel: Parcel
     descriptors: list[int]
     copied: list[torch.Tensor]
+    num_parted_bytes: int = 0
 
 
 class MovableSlots(VirtualSlots):
@@ -78,12 +89,14 @@ class MovableSlots(VirtualSlots):
 
     # -- lending -----------------------------------------------------------------------------
 
-    def lend(self, slot: Slot, num_tokens: int) -> Lent:
+    def lend(self, slot: Slot, num_tokens: int, others: Iterable[Slot]) -> Lent:
         """Let another process have the pages of the first `num_tokens` tokens of a pinned slot.
 
         What lies behind its tokens is unmapped or cleared. From then on the slot grows elsewhere.
+        `others` are all slots that may share pages with it.
         """
         self.tighten(slot)
+        num_parted_bytes = self._part(slot, others) if self.has_segments else 0
         self.pool.trim_segments(
             {s for pages in slot.pages for page in pages if (s := segment_of(page)) is not None}
         )
@@ -107,16 +120,63 @@ class MovableSlots(VirtualSlots):
             stretches=tuple(stretches),
             growing=None if stays else growing,
         )
-        lent_slot = Lent(parcel, descriptors, self._copied(slot, parcel))
+        lent_slot = Lent(parcel, descriptors, self._copied(slot, parcel), num_parted_bytes)
         slot.loan, slot.segment = Loan(lent, home), None
         return lent_slot
+
+    def _part(self, slot: Slot, others: Iterable[Slot]) -> int:
+        """Give `others` copies of what they share with `slot`, where that is less than what would
+        have to be copied of the slot for their sake. Returns the bytes that were copied.
+
+        If memory is short they go on sharing.
+        """
+        mine = Counter(segment_of(page) for pages in slot.pages for page in pages)
+        shares: dict[Segment, dict[Page, list[_Share]]] = {}
+        for other in others:
+            for index, pages in enumerate(other.pages):
+                for position, page in enumerate(pages):
+                    segment = segment_of(page)
+                    if other is not slot and segment is not None and mine[segment]:
+                        share = _Share(other, index, position)
+                        shares.setdefault(segment, {}).setdefault(page, []).append(share)
+        num_pages = 0
+        for segment, shared in shares.items():
+            if len(shared) < mine[segment]:
+                with suppress(Shortage):
+                    self._copy_apart(segment, shared)
+                    num_pages += len(shared)
+        return num_pages * self._page_bytes
+
+    def _copy_apart(self, segment: Segment, shared: dict[Page, list[_Share]]) -> None:
+        """Have slots go on with copies of these pages of a segment, in another one."""
+        home = self._driver.open_segment()
+        names = [page_in(home, page - segment) for page in shared]
+        reservation = self.pool.reserve(len(shared))
+        with ExitStack() as undo:
+            undo.callback(self.pool.cancel, reservation)
+            copies = self.pool.commit(reservation, len(shared), names)
+            undo.callback(self.pool.release, copies)  # slots have references of their own
+            for page, copy in zip(shared, copies, strict=True):
+                self._driver.copy_page(page, copy)
+            for (page, places), copy in zip(shared.items(), copies, strict=True):
+                for slot, index, position in places:
+                    self._exchange(slot, index, position, copy)
+                    self.pool.retain([copy])
+                    self._put(slot, index, position, copy)
+                    self.pool.release([page])
 
     def _sole(self, slot: Slot) -> set[Page]:
         """The pages of `slot` that it alone has, as it has all others that would go with them."""
         own = [p for pages in slot.pages for p in pages if self.pool.references(p) == 1]
-        bundles = {page: self._driver.bundle_of(page) for page in own}
-        found = Counter(bundles.values())
-        return {p for p, bundle in bundles.items() if bundle and found[bundle] == bundle[1]}
+        groups: dict[Page | Segment, list[Page]] = {}
+        for page in own:
+            groups.setdefault(segment_of(page) or page, []).append(page)
+        sole: set[Page] = set()
+        for pages in groups.values():
+            bundle = self._driver.bundle_of(pages[0])
+            if bundle is not None and bundle[1] == len(pages):
+                sole.update(pages)
+        return sole
 
     def _clear_tails(self, slot: Slot, pages: set[Page]) -> None:
         """Clear what earlier owners left behind the slot's tokens in those of its `pages`."""

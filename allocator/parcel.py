@@ -53,17 +53,6 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Pages that change hands."""
         return sum(s.num_pages for s in self.stretches if s.descriptor is not None)
 
-    @property
-    def num_copied_bytes(self) -> int:
-        """Bytes of tokens in the pages that do not."""
-        widths = TokenFormat(self.dtype, self.streams).widths
-        return sum(
-            max(0, stop - start)
-            for s in self.stretches
-            if s.descriptor is None
-            for start, stop in [self.bytes_of(s, widths[s.range_index])]
-        )
-
     def bytes_of(self, stretch: Stretch, width: int) -> tuple[int, int]:
         """From which byte of its range to which a stretch holds tokens of `width` bytes each."""
         start = stretch.position * self.page_bytes
@@ -82,13 +71,12 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
         if num_descriptors != self.num_descriptors:
             raise TransferError(f"{num_descriptors} of {self.num_descriptors} descriptors came")
-        by_range = {
-            index: list(stretches)
-            for index, stretches in groupby(self.stretches, key=lambda s: s.range_index)
-        }
-        if self.num_tokens and list(by_range) != list(range(len(theirs.widths))):
-            raise TransferError(f"a parcel has the ranges {list(by_range)}, each once")
-        for index, stretches in by_range.items():
+        groups = groupby(self.stretches, key=lambda s: s.range_index)
+        by_range = [(index, list(stretches)) for index, stretches in groups]
+        indices = [index for index, _ in by_range]
+        if self.num_tokens < 0 or indices != [*range(len(theirs.widths) if self.num_tokens else 0)]:
+            raise TransferError(f"{self.num_tokens} tokens in pages of the ranges {indices} came")
+        for index, stretches in by_range:
             end = 0
             for stretch in stretches:
                 if stretch.position != end or stretch.num_pages < 1 or stretch.place < 0:

@@ -221,6 +221,13 @@ class VmemDriver(ABC):
             with self._lock:
                 self._map_counts.update(dict.fromkeys(pages, 0))
 
+    def copy_page(self, source: Page, target: Page) -> None:
+        """Copy the bytes of one page of a segment to another, mapped or not."""
+        with self._guarded():
+            if not {source, target} <= self._map_counts.keys():
+                raise InvalidOperation(f"page {source} or page {target} does not exist")
+            self._copy_page(source, target)
+
     def bundle_of(self, page: Page) -> tuple[int, int] | None:
         """What a page is handed over with: the name of a set of pages, and how many live ones that
         has. None if the page cannot be handed over."""
@@ -451,6 +458,9 @@ class VmemDriver(ABC):
 
     def _create_in(self, pages: Sequence[Page]) -> None:
         """As `_create`, for drivers that have segments."""
+        raise InvalidOperation(f"memory of {self.device} has no segments")
+
+    def _copy_page(self, source: Page, target: Page) -> None:
         raise InvalidOperation(f"memory of {self.device} has no segments")
 
     @abstractmethod

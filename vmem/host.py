@@ -271,6 +271,14 @@ class HostDriver(VmemDriver):
             undo.pop_all()
         self._segments.add(pages)
 
+    def _copy_page(self, source: Page, target: Page) -> None:
+        (from_fd, start), (to_fd, place) = self._locate(source), self._locate(target)
+        try:
+            content = os.pread(from_fd, self.page_bytes, start)
+            os.pwrite(to_fd, content, place)
+        except OSError as error:
+            raise DriverError(f"a page could not be copied: {error}") from error
+
     def _bundle_of(self, page: Page) -> tuple[int, int] | None:
         return self._segments.bundle_of(page)
 
@@ -326,7 +334,8 @@ class HostDriver(VmemDriver):
     ) -> None:
         """Map `count` pages, numbered from `first`, by one call.
 
-        It also fills page tables, but for pages of a file, which are read when they are touched.
+        It also fills page tables, but not for pages of a file, which are read when they are
+        touched, nor for borrowed ones: those are there, and a touch fills in many at once.
         """
         if is_of_file(Page(first)):
             stretch = self._stretches[Page(first)]
@@ -334,7 +343,8 @@ class HostDriver(VmemDriver):
             flags = linux.MAP_PRIVATE | linux.MAP_NORESERVE
         else:
             fd, offset = self._locate(Page(first))
-            flags = linux.MAP_SHARED | linux.MAP_POPULATE
+            is_foreign = self._segments.is_foreign(Page(first))
+            flags = linux.MAP_SHARED | (0 if is_foreign else linux.MAP_POPULATE)
         self._call(
             kind,
             linux.mmap,

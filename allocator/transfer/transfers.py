@@ -149,7 +149,8 @@ class Outgoing(_Side):
     def lend(self) -> Lent:
         """Let the receiver have the pages themselves (`Loans.lend`); what was lent before is not.
 
-        Nobody else may have pinned the slot. The descriptors are the caller's to close.
+        Nobody else may have pinned the slot. The descriptors are the caller's to close. Begin such
+        a transfer without a lease: one that runs out takes the pages back, whoever has them.
         """
         self._check_under_way()
         if self._is_lent:

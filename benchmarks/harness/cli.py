@@ -74,6 +74,18 @@ def stall() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def move() -> Command:
+    """KV to another process: pages handed over against bytes copied, by size.
+
+    Slots go to a second process and are read there, by each channel in turns: how long until they
+    are the other's, how long the first read of them takes, and what was copied.
+    """
+    from .kernels.options import MoveOptions
+
+    return _measuring(MoveOptions, ".kernels.move")
+
+
+@bench.command(cls=LazyCommand)
 def memory() -> Command:
     """Memory held against tokens held, over ragged requests, and after them.
 

@@ -1,13 +1,11 @@
 """Pages that change hands between two caches: the same memory, nobody else's, and nothing lost."""
 
-import mmap
 import os
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
+import msgspec
 import pytest
-import torch
 from allocator_model import (
-    DTYPE,
     KIND,
     KINDS,
     MAX_LEN,
@@ -19,6 +17,7 @@ from allocator_model import (
     SavedTokens,
     make_cache,
     one_thread,
+    shown_words,
 )
 from vkv.allocator import SlotState
 from vkv.allocator.movable_slots import Lent
@@ -124,23 +123,6 @@ def move(near: Model, far: Model, request: Request, reserved: int = 0) -> tuple[
     near.check()
     far.check()
     return moved, num_copied
-
-
-@contextmanager
-def scanned(fd: int):
-    """All words that a descriptor shows, holes left out."""
-    size = os.fstat(fd).st_size
-    words, end = set(), 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # nothing follows
-            break
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        with mmap.mmap(fd, end - start, prot=mmap.PROT_READ, offset=start) as view:
-            found = torch.frombuffer(bytearray(view), dtype=DTYPE)
-        words |= set((found // 1024).unique().tolist())
-    yield words - {0}
 
 
 # -- the same pages ------------------------------------------------------------------------------
@@ -282,17 +264,60 @@ def test_shared_pages_are_copied_and_stay_with_those_who_share_them(kind: Kind) 
     end(far)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_parent_moves_whole_and_its_children_get_copies_of_what_they_share(kind: Kind) -> None:
+    """That is less than what the parent would have to leave behind."""
+    near, far = movable(kind, rows=9), movable(kind, rows=9)
+    far._identities = near._identities
+    parent = with_request(near, 140)
+    children = [near.fork(parent, 40), near.fork(parent, 60)]
+    near.grow(children[0], [8] * 60)
+    near.grow(parent, [7] * 10)
+    lent = lend(near, parent)
+    shared = sum(near.cache.layout.whole_pages_per_range(60))
+    assert lent.num_parted_bytes == shared * PAGE
+    assert not lent.copied
+    near.check()
+    assert near.cache.pool.references(children[0].slot.pages[0][0]) == 2 if shared else True
+    slot, num_copied = borrow(far, lent)
+    close_all(lent)
+    assert num_copied == 0
+    far.cache.loans.keep(slot)
+    near.cache.loans.leave(parent.slot)
+    near.live.remove(parent)
+    near.cache.close(parent.slot)
+    near.check()
+    far._admit(slot, parent.tokens)
+    far.check()
+    for child in children:
+        near.close(child)
+    end(near)
+    far.check()
+    end(far)
+
+
 def test_a_parent_keeps_what_it_wrote_after_a_fork_to_itself(near, far):
     """Its first segment is the child's as well; what follows lies in another, and moves."""
     parent = with_request(near, 90)
     child = near.fork(parent, 90)
     near.grow(parent, [7] * 60)
-    moved, num_copied = move(near, far, parent)
-    shared = sum(near.cache.layout.whole_pages_per_range(90))
-    assert 0 < num_copied < moved.slot.num_pages * PAGE
-    assert far.cache.pool.driver.counters["borrow"]
-    assert shared
+    near.cache.pool.limit_pages, limit = 0, near.cache.pool.limit_pages  # no copies for the child
+    lent = lend(near, parent)
+    near.cache.pool.limit_pages = limit
+    assert lent.num_parted_bytes == 0
+    whole = near.cache.layout.whole_pages_per_range(90)
+    assert sum(map(len, lent.copied)) > 0
+    assert lent.parcel.num_lent_pages
+    assert sum(whole)
+    slot, _ = borrow(far, lent)
+    close_all(lent)
+    far.cache.loans.keep(slot)
+    near.cache.loans.leave(parent.slot)
+    near.live.remove(parent)
+    near.cache.close(parent.slot)
     near.check_content([child])
+    far._admit(slot, parent.tokens)
+    far.check()
 
 
 def test_tokens_of_a_file_are_copied(near, far):
@@ -324,7 +349,7 @@ def test_a_descriptor_shows_what_its_request_has_and_no_more(near):
     lent = lend(near, second)
     assert lent.descriptors
     for fd in lent.descriptors:
-        with scanned(fd) as words:
+        with shown_words(fd) as words:
             assert words <= second.written | set(second.prefixes)
             assert not words & (set(first.prefixes[80:]) | set(sharer.prefixes[30:]))
     close_all(lent)
@@ -338,7 +363,7 @@ def test_a_segment_never_had_what_other_slots_gave_back(near):
     request = with_request(near, 100)
     lent = lend(near, request)
     (fd,) = lent.descriptors
-    with scanned(fd) as words:
+    with shown_words(fd) as words:
         assert words == set(request.prefixes)
     assert os.fstat(fd).st_blocks * 512 == request.slot.num_pages * PAGE
     close_all(lent)
@@ -417,6 +442,7 @@ def test_only_who_waits_for_pages_of_this_kind_gets_them(near):
     [
         {"stretches": ()},
         {"num_tokens": 71 * 5},
+        {"num_tokens": -1},
         {"growing": 1},
         {"num_descriptors": 2},
         {"page_bytes": 8192},
@@ -425,12 +451,13 @@ def test_only_who_waits_for_pages_of_this_kind_gets_them(near):
     ids=str,
 )
 def test_a_parcel_that_contradicts_itself_is_refused(near, far, change):
-    import msgspec
-
     request = with_request(near, 70)
     lent = lend(near, request)
     far.cache.reserve(slot := far.cache.open(), MAX_LEN)
     wrong = msgspec.structs.replace(lent.parcel, **change)
+    with pytest.raises((InvalidOperation, TransferError)):
+        far.cache.loans.borrow(slot, wrong, lent.descriptors)
+    wrong = msgspec.structs.replace(lent.parcel, stretches=lent.parcel.stretches * 2)
     with pytest.raises((InvalidOperation, TransferError)):
         far.cache.loans.borrow(slot, wrong, lent.descriptors)
     for moved in lent.parcel.stretches:

@@ -7,6 +7,7 @@ The same oracle serves the state machines, the long fuzz and the tests of single
 """
 
 import contextlib
+import mmap
 import os
 import weakref
 from collections import Counter
@@ -479,6 +480,23 @@ def _factors(cache: SlotCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
         )
         for place, tensor in enumerate(tensors)
     ]
+
+
+@contextlib.contextmanager
+def shown_words(fd: int) -> Iterator[set[int]]:
+    """The identities that all memory behind a descriptor shows."""
+    size, end = os.fstat(fd).st_size, 0
+    words: set[int] = set()
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # nothing follows
+            break
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        with mmap.mmap(fd, end - start, prot=mmap.PROT_READ, offset=start) as view:
+            found = torch.frombuffer(bytearray(view), dtype=DTYPE)
+        words |= set((found // (_PLACES * _ELEMENTS)).unique().tolist())
+    yield words - {0}
 
 
 def _visible_words(cache: SlotCache, slot: Slot) -> Iterator[torch.Tensor]:

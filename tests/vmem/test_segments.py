@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch
 from allocator_model import FlakyHostDriver
+from standin import StandInCudaDriver
 from standin.process import kernel_mappings
 from vkv.vmem import HostDriver, Page, PageRun, linux, page_in, segment_of
 from vkv.vmem.errors import DriverError, InvalidOperation, OutOfMappings, OutOfPages
@@ -245,10 +246,42 @@ def test_where_descriptors_run_short_the_error_names_the_limit(near):
     near.create_in([page])
 
 
-def test_a_driver_without_segments_says_so(cuda_standin):
-    from standin import StandInCudaDriver
-
-    with StandInCudaDriver() as driver:
-        assert not driver.has_segments
-        with pytest.raises(InvalidOperation, match="no segments"):
-            driver.open_segment()
+def test_a_driver_without_segments_hands_over_page_by_page(cuda_standin):
+    with StandInCudaDriver() as near, StandInCudaDriver() as far:
+        assert not near.has_segments
+        for refused in (near.open_segment, lambda: near.create_in([Page(1 << 48)])):
+            with pytest.raises(InvalidOperation):
+                refused()
+        size = near.page_bytes
+        address, linked = near.reserve(3 * size), far.reserve(3 * size)
+        pages = near.create(3)
+        near.map(address, pages)
+        view(near, address, 3 * size).fill_(4)
+        assert near.bundle_of(pages[0]) == (pages[0], 1)
+        before = descriptors()
+        for call in range(1, 8):
+            cuda_standin.fail_at(call)
+            try:
+                fds, runs = near.lend(pages[::-1])
+                break
+            except DriverError:
+                assert descriptors() == before
+        cuda_standin.fail_at(2)
+        with pytest.raises(DriverError):
+            far.borrow(fds, runs)
+        with pytest.raises(InvalidOperation, match="each descriptor is one page"):
+            far.borrow(fds, [PageRun(index, 1, 1) for index in range(3)])
+        assert far.num_pages == 0
+        borrowed = far.borrow(fds, runs)
+        for fd in fds:
+            os.close(fd)
+        assert descriptors() == before
+        far.map(linked, borrowed[::-1])
+        assert view(far, linked, 3 * size).eq(4).all()  # and not cleared, as new ones are
+        near.unmap(address, 3 * size)
+        near.disown(pages)
+        near.release(pages)
+        far.own(borrowed)
+        assert view(far, linked, 3 * size).eq(4).all()
+        assert cuda_standin.held()["memory_used"] == 3 * size
+    assert cuda_standin.held()["memory_used"] == 0

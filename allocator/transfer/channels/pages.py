@@ -65,7 +65,8 @@ class PageChannel(SocketChannel):
             interrupt=self.close,
             give_back=lambda: wire.close_all(lent.descriptors),
         )
-        job.num_bytes, job.num_pages = stage.num_bytes, lent.parcel.num_lent_pages
+        job.num_bytes = stage.num_bytes + lent.num_parted_bytes
+        job.num_pages = lent.parcel.num_lent_pages
         return job
 
     def receive(
