@@ -85,7 +85,8 @@ class _Front:
 class EngineServer:
     """Turns a loop for the front processes that call, in one thread.
 
-    A front that hangs up has its requests dropped before the next step.
+    A front that hangs up has its requests dropped before the next step. One class, since one thread
+    turns the loop, hears the fronts and answers them, between two steps.
 
     Args:
         carrier: carries keys and values of sequences that move; None where none ever does.

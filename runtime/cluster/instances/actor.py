@@ -80,4 +80,4 @@ class InstanceActor:
             self._server.run()
         except BaseException:  # noqa: BLE001 - logged; nothing may outlive it
             _log.exception("the engine's thread ends, and its process with it")
-            os._exit(1)  # whoever waits for it sees the socket closed
+            os.kill(os.getpid(), signal.SIGKILL)  # whoever waits for it sees the socket closed

@@ -40,6 +40,8 @@ class Arbiter:
     they are answered. An instance's outputs must come in order, and before answers that it gave
     later. Only what can do no more harm may be declared dead: kill it first.
 
+    One class, since the record, and all that may change it, are in one place.
+
     Args:
         stages: how migrations copy.
         clock: in seconds.
