@@ -249,8 +249,7 @@ class Cluster:
                     f"instance {instance} is the only one; close the cluster, or scale it first"
                 )
             self.router.drain(instance, timeout_s)
-            self.router.leave(instance)
-            self._launcher.kill(instance)
+            self.router.end(instance)
 
     def scale(self, instances: int) -> None:
         """Have so many instances: start more, or drain those with least to move away."""
@@ -288,8 +287,7 @@ class Cluster:
             self._wait_for_faces({instance for instance, _ in begun})
         except BaseException:
             for instance, _ in begun:
-                self.router.leave(instance)
-                self._launcher.kill(instance)
+                self.router.end(instance)
             raise
 
     def _wait_for_faces(self, instances: set[int]) -> None:

@@ -131,9 +131,9 @@ class Router:
         """
         self._ask(self._drain(instance, timeout_s))
 
-    def leave(self, instance: int) -> None:
-        """Hang up on an instance that has nothing, before it is ended."""
-        self._ask(self._leave(instance))
+    def end(self, instance: int) -> None:
+        """End an instance for good; what it still has goes on elsewhere, computed again."""
+        self._ask(self._end_one(instance))
 
     def migrate(self, key: SequenceKey, instance: int) -> bool:
         """Move a sequence; waits until that is over. True if it is there, or ended there.
@@ -301,13 +301,19 @@ class Router:
         """It is gone, or seems to be: its requests go on elsewhere, computed again."""
         self._kill(instance)  # first: what it would say later must never come
         self._members.remove(instance)
+        if not self._members.now():
+            self.error = EngineDied(f"no instance is left: the last one, {instance}, {why}")
+        self._bury(instance)
+
+    def _bury(self, instance: int) -> None:
+        """An instance is no more."""
         self._arbiter.died(str(instance))
         self._route(self._arbiter.accept())
         self._note_moves()
-        if not self._members.all():
-            self.error = EngineDied(f"no instance is left: the last one, {instance}, {why}")
-            self._fail_all(self.error)
-        self._place_orphans()
+        if self.error is not None:
+            self._fail_all(EngineDied(str(self.error)))
+        elif self._members.now():
+            self._place_orphans()
         self._send()
 
     def _place_orphans(self) -> None:
@@ -398,7 +404,7 @@ class Router:
         self._members.of(instance).is_draining = True
         self._members.changed()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._arbiter.sequences_of(str(instance)):
+        while self._arbiter.involves(str(instance)):
             if deadline is not None and time.monotonic() > deadline:
                 num_left = len(self._arbiter.sequences_of(str(instance)))
                 raise InvalidOperation(
@@ -411,8 +417,10 @@ class Router:
         links = [self._members.link(member.id) for member in self._members.now()]
         return list(await asyncio.gather(*(link.ask(question) for link in links if link)))
 
-    async def _leave(self, instance: int) -> None:
+    async def _end_one(self, instance: int) -> None:
         self._members.remove(instance)
+        await asyncio.to_thread(self._kill, instance)
+        self._bury(instance)
 
     async def _end(self, error: VkvError) -> None:
         for member in self._members.all():

@@ -134,6 +134,11 @@ class Arbiter:
         """The unfinished sequences that an instance owns."""
         return [key for key, sequence in self._sequences.items() if sequence.owner == instance]
 
+    def involves(self, instance: str) -> bool:
+        """Whether an instance has a sequence, or takes part in a migration that is not over."""
+        moving = (name for move in self._handshakes.values() for name in (move.source, move.target))
+        return instance in moving or bool(self.sequences_of(instance))
+
     # -- migrations ----------------------------------------------------------------------------
 
     def migrate(self, key: SequenceKey, target: str) -> int:
