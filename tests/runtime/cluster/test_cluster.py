@@ -184,8 +184,8 @@ def test_what_nobody_waits_for_is_dropped(two: Cluster) -> None:
 
 
 def test_bad_input_is_refused_before_anything_runs(two: Cluster) -> None:
-    with pytest.raises(UsageError, match="max_tokens"):
-        two.generate("hello", SamplingParams(max_tokens=10**6))
+    with pytest.raises(UsageError, match="5000 tokens"):
+        two.generate({"prompt_token_ids": [1] * 5000})
     with pytest.raises(InvalidOperation, match="not unfinished"):
         two.migrate("nobody", two.stats().instances[0].id)
     with pytest.raises(InvalidOperation, match="there are"):
