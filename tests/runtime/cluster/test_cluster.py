@@ -230,3 +230,19 @@ def test_without_an_instance_requests_end_with_an_error(llm: LLM) -> None:
     assert lonely.is_closed
     with pytest.raises(InvalidOperation, match="closed"):
         lonely.generate("hello")
+
+
+def test_prefill_and_decode_apart_give_the_same_tokens(llm: LLM) -> None:
+    """Every sequence is handed over once its prompt is computed, and none is computed twice."""
+    roles: Any = ["prefill", "prefill", "decode"]
+    params = _mixed(40)
+    with Cluster(instances=3, roles=roles, threads=1, **_OPTIONS) as apart:
+        assert _tokens(apart.generate(_PROMPTS, params)) == _tokens(llm.generate(_PROMPTS, params))
+        stats = apart.stats()
+        by_role = {role: [m for m in stats.instances if m.role == role] for role in roles}
+        (decode,) = by_role["decode"]
+        assert decode.stats is not None
+        assert decode.stats.num_prompt_tokens < 40  # tails, at most, of what moved
+        assert decode.stats.num_output_tokens > 150
+        assert stats.num_migrations >= len(_PROMPTS)
+        assert not stats.num_recomputed
