@@ -88,6 +88,7 @@ _OTHERS = (
     "ssl_keyfile",
     "api_server_count",
     "instances",
+    "max_instances",
     "roles",
     "cluster_policy",
     "ray_address",

@@ -130,10 +130,12 @@ class Cluster:
         self._scaling = threading.Lock()  # one change of the instances at a time
         self._launcher = Launcher(address)
         self.router = Router(self.policy, self._launcher.kill, stages=stages, liveness_s=liveness_s)
-        self.router.on_leaving = _draining(weakref.ref(self))
+        self.router.on_leaving = _beside(weakref.ref(self), Cluster._leave)
+        self.router.on_scale = _beside(weakref.ref(self), Cluster._rescale)
         weakref.finalize(self, janitor.later, _closing(self.router, self._launcher)).atexit = False
         try:
             self._start(roles)
+            self.router.scaled()
             self._front_end = _front_end(self.face)
         except BaseException:
             self.close()
@@ -275,6 +277,22 @@ class Cluster:
             requests=self.router.requests(),
         )
 
+    def _leave(self, instance: int) -> None:
+        """Drain an instance that was told to end."""
+        try:
+            self.drain(instance)
+        except VkvError as error:  # the last one stays, and so do its requests
+            _log.warning("instance %d was told to end, and stays: %s", instance, error)
+
+    def _rescale(self, instances: int) -> None:
+        """Have as many instances as the policy wants."""
+        try:
+            self.scale(instances)
+        except VkvError as error:
+            _log.warning("there are to be %d instances, and cannot be: %s", instances, error)
+        finally:
+            self.router.scaled()
+
     def _start(self, roles: Sequence[Role]) -> None:
         """Start an instance for each role, all at once. If one fails none of them stays."""
         begun = [(next(self._ids), role) for role in roles]
@@ -333,20 +351,18 @@ class Cluster:
         self.close()
 
 
-def _draining(cluster: "weakref.ref[Cluster]") -> Callable[[int], None]:
-    """Drains an instance that was told to end, beside everything else."""
+def _beside(
+    cluster: "weakref.ref[Cluster]", act: "Callable[[Cluster, int], None]"
+) -> Callable[[int], None]:
+    """Does something with a cluster, if it is still there, on a thread of its own."""
 
-    def drain(instance: int) -> None:
+    def work(number: int) -> None:
         there = cluster()
-        if there is None:
-            return
-        try:
-            there.drain(instance)
-        except VkvError as error:  # the last one stays, and so do its requests
-            _log.warning("instance %d was told to end, and stays: %s", instance, error)
+        if there is not None and not there.is_closed:
+            act(there, number)
 
-    def begin(instance: int) -> None:
-        threading.Thread(target=drain, args=(instance,), name="vkv-drain", daemon=True).start()
+    def begin(number: int) -> None:
+        threading.Thread(target=work, args=(number,), name="vkv-scale", daemon=True).start()
 
     return begin
 

@@ -42,12 +42,17 @@ class Members:
 
     Args:
         arbiter: knows what each has to do.
+
+    Attributes:
+        scaled_s, switched_s: as of `ClusterSnapshot`.
     """
 
     def __init__(self, arbiter: Arbiter) -> None:
         self._arbiter = arbiter
         self._members: dict[int, Member] = {}
         self._links: dict[int, InstanceLink] = {}
+        self.scaled_s: float | None = None
+        self.switched_s: float | None = None
         self._snapshot: tuple[InstanceSnapshot, ...] | None = None
 
     def add(self, member: Member, link: InstanceLink) -> None:
@@ -82,6 +87,11 @@ class Members:
     def now(self) -> list[Member]:
         """As they are; from any thread, and not to be changed."""
         return list(self._members.values())
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether some compute prompts alone."""
+        return any(member.role == "prefill" for member in self._members.values())
 
     def meet(self, instance: int, face: Face) -> None:
         """An instance has said what it is."""
@@ -118,6 +128,8 @@ class Members:
             instances=self._snapshot,
             token_bytes=faces[0].token_bytes if faces else 0,
             num_dispatched=num_dispatched,
+            scaled_s=self.scaled_s,
+            switched_s=self.switched_s,
         )
 
     def _picture(self, member: Member, sequences: list[Owned]) -> InstanceSnapshot:

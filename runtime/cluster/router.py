@@ -52,6 +52,7 @@ class Router:
     Attributes:
         error: as of `EnginePort`: what ended the cluster; None while it works.
         on_leaving: called, on the router's thread, for an instance that was told to end.
+        on_scale: likewise, with how many instances the policy wants; `scaled` answers it.
 
     One class, since all of it is what happens on one event loop.
     """
@@ -67,6 +68,7 @@ class Router:
     ) -> None:
         self.error: BaseException | None = None
         self.on_leaving: Callable[[int], None] = lambda instance: None
+        self.on_scale: Callable[[int], None] = lambda instances: self.scaled()
         self._policy = policy
         self._kill = kill
         self._max_moves = max_moves
@@ -79,6 +81,7 @@ class Router:
         self._moved: dict[SequenceKey, list[asyncio.Future[None]]] = {}
         self._num_dispatched = 0
         self._leaving: set[int] = set()
+        self._is_scaling = True  # until the first instances are there
         self._decided_s = 0.0
         self._is_closed = False
         self._loop = asyncio.new_event_loop()
@@ -134,6 +137,10 @@ class Router:
     def end(self, instance: int) -> None:
         """End an instance for good; what it still has goes on elsewhere, computed again."""
         self._ask(self._end_one(instance))
+
+    def scaled(self) -> None:
+        """What `on_scale` asked for is done, or cannot be: the policy may ask again."""
+        self._call(self._has_scaled)
 
     def migrate(self, key: SequenceKey, instance: int) -> bool:
         """Move a sequence; waits until that is over. True if it is there, or ended there.
@@ -275,6 +282,8 @@ class Router:
         self._members.changed()
         if self._held:
             self._dispatch()
+        if self._members.is_apart:  # what has its first token is to be handed over soon
+            self._decided_s = 0.0
         self._send()
 
     def on_answer(self, instance: int, answer: MoveAnswer) -> None:
@@ -344,20 +353,27 @@ class Router:
 
     def _tick(self) -> None:
         now_s = time.monotonic()
-        if now_s - self._decided_s >= _DECIDE_S and (self._arbiter.has_some or self._held):
+        if now_s - self._decided_s >= _DECIDE_S:
             self._decided_s = now_s
             self._decide()
         self._send()
         self._loop.call_later(_TICK_S, self._tick)
 
     def _decide(self) -> None:
-        """Ask the policy which requests shall move."""
+        """Ask the policy how many instances there should be, what for, and which requests move."""
         self._dispatch()
-        if len(self._members.all()) < 2:
-            return
         snapshot = self._picture()
+        wanted = self._policy.scale(snapshot)
+        if wanted != len(snapshot.working) and not self._is_scaling:
+            self._is_scaling = True
+            self._members.scaled_s = snapshot.time_s
+            self.on_scale(wanted)
+        if len(snapshot.instances) < 2 or not self._arbiter.has_some:
+            return
         for instance, role in self._policy.roles(snapshot).items():
             self._members.of(instance).role = role
+            self._members.switched_s = snapshot.time_s
+            self._members.changed()
         for move in self._policy.migrations(snapshot):
             if self._arbiter.num_moving >= self._max_moves:
                 break
@@ -365,6 +381,10 @@ class Router:
                 self._arbiter.migrate(move.key, str(move.target))
             except InvalidOperation as error:  # it has just ended
                 _log.debug("%s does not move: %s", move, error)
+
+    def _has_scaled(self) -> None:
+        self._is_scaling = False
+        self._members.scaled_s = time.monotonic()
 
     def _send(self) -> None:
         for name, message in self._arbiter.take():

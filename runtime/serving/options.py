@@ -35,6 +35,8 @@ class ServeOptions:
         api_server_count: processes that take requests; one where one suffices.
         instances: engines, each a process; with several, requests move between them as the cluster
             policy says. They are actors of Ray.
+        max_instances: with more than `instances`, as many are started as are needed, and ended when
+            they are not; with the policy llumnix alone.
         roles: what each instance is for: prefill, decode or both, with commas.
         cluster_policy: round_robin, least_loaded, llumnix or disaggregated; by default llumnix, or
             where there are roles disaggregated.
@@ -69,6 +71,7 @@ class ServeOptions:
     ssl_keyfile: Path | None = None
     api_server_count: int = 1
     instances: int = 1
+    max_instances: int | None = None
     roles: str | None = None
     cluster_policy: str | None = None
     ray_address: str | None = None
@@ -119,6 +122,13 @@ class ServeOptions:
                 "api_server_count and restart_engine are for one engine; leave them out with "
                 "several instances"
             )
+        if self.max_instances is not None and (
+            self.max_instances < self.instances or self.cluster_policy not in (None, "llumnix")
+        ):
+            raise InvalidConfig(
+                f"max_instances is {self.max_instances}: use at least instances, "
+                f"{self.instances}, and the cluster policy llumnix"
+            )
         keys = read_keys(self.api_key, self.api_key_file)
         object.__setattr__(self, "keys", tuple(key.text for key in keys))
         object.__setattr__(self, "tenants", tuple(key.tenant for key in keys))
@@ -128,7 +138,8 @@ class ServeOptions:
     @property
     def is_cluster(self) -> bool:
         """Whether the engines are instances of a cluster."""
-        return self.instances > 1 or self.roles is not None or self.cluster_policy is not None
+        asked = (self.max_instances, self.roles, self.cluster_policy)
+        return self.instances > 1 or any(option is not None for option in asked)
 
     def read_chat_template(self) -> str | None:
         """The template's text, where one is given. Raises InvalidConfig."""

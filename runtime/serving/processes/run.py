@@ -17,6 +17,7 @@ from fastapi import APIRouter
 from prometheus_client.multiprocess import mark_process_dead
 
 from ....vmem.errors import InvalidConfig
+from ...cluster.policies import Llumnix, Scaling
 from ...engine.config import EngineConfig
 from ...link.engine_process import REFUSED
 from ...link.remote import RemoteEngine
@@ -156,15 +157,19 @@ class Supervisor:
         from ..protocols.cluster import cluster_router
 
         model, device, dtype, engine = self._engine
-        roles = self._options.roles
+        options, roles = self._options, self._options.roles
+        policy: Any = options.cluster_policy
+        if options.max_instances is not None:
+            scaling = Scaling(least=options.instances, most=options.max_instances)
+            policy = Llumnix(scaling=scaling)
         cluster = ClusterEngine(
             model=model,
             device=device,
             dtype=dtype,
-            instances=self._options.instances,
+            instances=options.instances,
             roles=None if roles is None else [role.strip() for role in roles.split(",")],
-            policy=self._options.cluster_policy,
-            address=self._options.ray_address,
+            policy=policy,
+            address=options.ray_address,
             **engine,
         )
         try:
