@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from vkv import LLM, SamplingParams
 from vkv.runtime.cluster.cluster import Cluster, ClusterStats
+from vkv.runtime.cluster.policies import Llumnix, Scaling
 from vkv.runtime.request.outputs import RequestOutput
 from vkv.vmem.errors import EngineDied, InvalidConfig, InvalidOperation, UsageError
 
@@ -246,3 +247,14 @@ def test_prefill_and_decode_apart_give_the_same_tokens(llm: LLM) -> None:
         assert decode.stats.num_output_tokens > 150
         assert stats.num_migrations >= len(_PROMPTS)
         assert not stats.num_recomputed
+
+
+def test_the_policy_has_more_instances_started(llm: LLM) -> None:
+    scaling = Scaling(least=1, most=2, below=1e9, above=2e9, pause_s=0.0)
+    policy = Llumnix(scaling=scaling)
+    with Cluster(instances=1, policy=policy, threads=1, **_OPTIONS) as growing:
+        running = _Running(growing)
+        _until(growing, lambda stats: len(stats.instances) == 2)
+        assert _tokens(running.wait()) == _tokens(llm.generate(_PROMPTS, _LONG))
+        scaling.below, scaling.above = -2.0, -1.0
+        _until(growing, lambda stats: len(stats.instances) == 1)
