@@ -84,7 +84,8 @@ class Cluster:
         address: of a Ray cluster on this machine to join, as of `ray.init`; None to start one.
         threads: of each instance, on a CPU; None to part the processors evenly.
         stages: how sequences are copied where their pages cannot change hands.
-        liveness_s: an instance that answers nothing for so long counts as dead, and is killed.
+        liveness_s: an instance that answers nothing for so long counts as dead, and is killed. It
+            answers between two steps, so it must be more than the longest of them.
         device, dtype, options: as of `LLM`, for each instance.
 
     Attributes:
@@ -110,7 +111,7 @@ class Cluster:
         address: str | None = None,
         threads: int | None = None,
         stages: Stages | None = None,
-        liveness_s: float = 10.0,
+        liveness_s: float = 60.0,
         device: str = "auto",
         dtype: str = "auto",
         **options: Any,

@@ -64,7 +64,7 @@ class Router:
         *,
         stages: Stages | None = None,
         max_moves: int = 4,
-        liveness_s: float = 10.0,
+        liveness_s: float = 60.0,
     ) -> None:
         self.error: BaseException | None = None
         self.on_leaving: Callable[[int], None] = lambda instance: None

@@ -61,8 +61,17 @@ class Launcher:
             path=self.path(instance),
             threads=threads,
         )
-        actor = self._ray.remote(InstanceActor).options(num_cpus=0, max_restarts=0)
+        actor = self._ray.remote(InstanceActor).options(
+            num_cpus=0, max_restarts=0, scheduling_strategy=self._here()
+        )
         self._actors[instance] = actor.remote(order)
+
+    def _here(self) -> Any:
+        """On this machine, whose sockets and pages they share."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        node = self._ray.get_runtime_context().get_node_id()
+        return NodeAffinitySchedulingStrategy(node, soft=False)
 
     def wait(self, instance: int) -> int:
         """Wait until an instance has loaded its model; returns its process's id.

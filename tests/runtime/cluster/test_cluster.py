@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from served import is_alive
 from vkv import LLM, SamplingParams
 from vkv.runtime.cluster.cluster import Cluster, ClusterStats
 from vkv.runtime.cluster.policies import Llumnix, Scaling
@@ -43,7 +44,8 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster(instances=2, policy="round_robin", threads=1, **_OPTIONS) as cluster:
+    options = {**_OPTIONS, "threads": 1, "liveness_s": 5.0}
+    with Cluster(instances=2, policy="round_robin", **options) as cluster:
         yield cluster
 
 
@@ -151,6 +153,16 @@ def test_a_killed_instance_costs_time_and_no_token(two: Cluster, llm: LLM) -> No
     assert time.monotonic() - began_s < 1.0
     assert _tokens(running.wait()) == _tokens(llm.generate(_PROMPTS, params))
     assert two.stats().num_recomputed + two.stats().num_migrations > 0
+
+
+def test_a_stopped_instance_is_killed_and_its_requests_go_on(two: Cluster, llm: LLM) -> None:
+    running = _Running(two)
+    stats = _until(two, _is_generating)
+    stopped = stats.instances[1].pid
+    os.kill(stopped, signal.SIGSTOP)
+    assert _tokens(running.wait()) == _tokens(llm.generate(_PROMPTS, _LONG))
+    assert [member.id for member in two.stats().instances] == [stats.instances[0].id]
+    assert not is_alive(stopped)
 
 
 def test_draining_moves_everything_and_computes_nothing_again(two: Cluster, llm: LLM) -> None:
