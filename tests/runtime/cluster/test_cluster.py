@@ -178,6 +178,16 @@ def test_draining_moves_everything_and_computes_nothing_again(two: Cluster, llm:
         two.drain(after.instances[0].id)
 
 
+def test_an_instance_that_is_told_to_end_hands_over_first(two: Cluster, llm: LLM) -> None:
+    running = _Running(two)
+    stats = _until(two, _is_generating)
+    os.kill(stats.instances[0].pid, signal.SIGTERM)
+    _until(two, lambda now: len(now.instances) == 1)
+    assert _tokens(running.wait()) == _tokens(llm.generate(_PROMPTS, _LONG))
+    assert two.stats().num_recomputed == stats.num_recomputed
+    assert not is_alive(stats.instances[0].pid)
+
+
 def test_instances_come_and_go(two: Cluster, llm: LLM) -> None:
     two.scale(1)
     assert len(two.stats().instances) == 1
