@@ -22,8 +22,10 @@ class Fair:
     who came first goes first.
 
     **Places.** Where none is free, the tenant whose turn it is takes one from a tenant that got no
-    less, and that has more of them for its weight even afterwards. So places are parted as service
-    is, nobody waits for another's long outputs, and no place goes to and fro.
+    less, and that has as many of them for its weight even afterwards. What runs counts as nothing
+    for who takes one: so several requests of a light tenant, that come at once, need not wait for
+    each other's costs to be made up for. Nobody waits for another's long outputs, and no place goes
+    to and fro.
     """
 
     name = "fair"
@@ -77,7 +79,7 @@ class Fair:
         if snapshot.short is not None:
             claimants = [r for r in snapshot.waiting if r.key == snapshot.short]
         elif snapshot.num_free <= 0:
-            claimants = self.newcomers(snapshot, 1)
+            claimants = _first_of_each(snapshot)
         else:
             return ()
         for claimant in claimants:
@@ -108,8 +110,23 @@ class Fair:
         return loser if snapshot.num_pages(claimant.num_tokens) <= num_pages else None
 
 
+def _first_of_each(snapshot: Snapshot) -> list[WaitingRequest]:
+    """Of each tenant that is shown the first in line; who got least comes first."""
+    first: dict[str, WaitingRequest] = {}
+    for request in snapshot.waiting:
+        first.setdefault(request.tenant, request)
+    return [first[tenant] for tenant in sorted(first, key=lambda one: _got(snapshot, one))]
+
+
+def _got(snapshot: Snapshot, tenant: str) -> float:
+    """A tenant's counter without the tokens of what it runs."""
+    share = snapshot.tenants[tenant]
+    num_tokens = sum(r.num_tokens for r in snapshot.running if r.tenant == tenant)
+    return share.counter - num_tokens / share.weight
+
+
 def _got_no_more(snapshot: Snapshot, tenant: str, other: str) -> bool:
-    return snapshot.tenants[tenant].counter <= snapshot.tenants[other].counter
+    return _got(snapshot, tenant) <= snapshot.tenants[other].counter
 
 
 def _prompt_cost(request: WaitingRequest) -> int:
