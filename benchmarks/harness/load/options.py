@@ -221,16 +221,20 @@ class TiersOptions:
     """What `vkv bench tiers` runs.
 
     Attributes:
-        batch, context, num_steps: of the decode steps beside the worker.
+        parts: what is measured: "steps" beside the worker, requests with a "shared" beginning.
+        batch, context, num_steps: of the decode steps.
         prefix, suffix, output: tokens that requests share, have alone, and are answered with.
     """
 
     shape: str = shape_option("llama-tiny")
     dtype: "torch.dtype" = dtype_option("float32")
     device: "torch.device" = device_option()
+    parts: tuple[str, ...] = option(
+        "steps,shared", parse=words, help="What to measure: steps, shared; with commas."
+    )
     batch: int = option(8, least=1, help="Requests that decode beside the worker.")
     context: int = option(512, least=1, help="Tokens of each of them.")
-    num_steps: int = option(100, least=2, help="Decode steps that are timed.")
+    num_steps: int = option(160, least=8, help="Decode steps that are timed, of each kind.")
     num_requests: int = option(50, least=1, help="Requests that share a beginning.")
     prefix: int = option(10_000, least=1, help="Tokens that they share.")
     suffix: int = option(64, least=1, help="Tokens of a prompt after those.")
@@ -239,6 +243,11 @@ class TiersOptions:
     repeats: int = option(1, least=1, help="Turns of each.")
     label: str = label_option()
     seed: int = seed_option()
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.parts if part not in ("steps", "shared")]
+        if unknown or not self.parts:
+            raise InvalidConfig(f"parts are {self.parts!r}; use some of steps, shared")
 
 
 @dataclass(frozen=True, kw_only=True)

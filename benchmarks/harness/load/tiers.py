@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,15 +34,17 @@ STEPS = (NO_TIER, IDLE, BUSY)
 PLAIN, MEMORY, FIRST, AGAIN = "no tier", "swap_memory", "kv_dir, empty", "kv_dir, filled"
 SHARED = (PLAIN, MEMORY, FIRST, AGAIN)
 _COPIED_AT_ONCE = 16 << 20
+_STEPS_AT_ONCE = 8
+_LEAST_VOCABULARY = 500  # that every shape has
 
 
 @dataclass
 class Found:
-    """All samples; the n-th of each list is of the n-th repeat.
+    """All samples; the n-th of each list is of the n-th turn.
 
     Attributes:
-        step_s: median time of a decode step.
-        copied_per_s: bytes that the busy worker copied.
+        step_s: median times of a few decode steps.
+        copied_per_s: bytes that the busy worker copied meanwhile.
         tokens_per_s: prompt and output tokens of all requests over the time until the last.
         first_s: time until the first of the requests had a token.
     """
@@ -57,17 +59,20 @@ def run(options: TiersOptions, folder: Path, command: str) -> tuple[Path, list[T
     """Measure, and write record, table and plot into `folder`; returns the record's path."""
     name = record_name("tiers", options.shape, options.label)
     record = Record(folder, name, device=options.device, config=asdict(options), command=command)
-    model = build_model(options.shape, dtype=options.dtype, device=options.device)
     found, probe = Found(), LimitsProbe(options.device, options.dtype)
 
     def steps() -> Generator[None, None, None]:
-        with counted("runs", options.repeats * (len(STEPS) + len(SHARED))) as advance:
+        num_runs = ("steps" in options.parts) + ("shared" in options.parts) * len(SHARED)
+        with counted("runs", options.repeats * num_runs) as advance:
             for _ in range(options.repeats):
                 probe.measure()
-                for way in STEPS:
-                    _time_steps(model, options, way, found)
+                if "steps" in options.parts:
+                    _time_steps(options, found)
                     advance()
-                yield
+                    yield
+                if "shared" not in options.parts:
+                    continue
+                model = build_model(options.shape, dtype=options.dtype, device=options.device)
                 with tempfile.TemporaryDirectory(prefix="vkv-tiers-") as kv_dir:
                     for way in SHARED:
                         _time_shared(model, options, way, Path(kv_dir), found)
@@ -102,27 +107,48 @@ def _tokens(generator: np.random.Generator, model: PreTrainedModel, count: int) 
 # -- steps beside the worker -------------------------------------------------------------------
 
 
-def _time_steps(model: PreTrainedModel, options: TiersOptions, way: str, found: Found) -> None:
+def _time_steps(options: TiersOptions, found: Found) -> None:
+    """Steps of an engine without a tier and of one with it take turns, a few at a time."""
+    with ExitStack() as stack:
+        plain, tiered = (
+            Driver(stack.enter_context(_decoding(options, tier)))
+            for tier in ({}, {"swap_memory": options.swap_memory})
+        )
+        for driver in (plain, tiered):
+            _begin_decoding(driver, options)
+        for turn in range(options.num_steps // _STEPS_AT_ONCE):
+            ways = [(NO_TIER, plain), (IDLE, tiered), (BUSY, tiered)]
+            for way, driver in ways[turn % 3 :] + ways[: turn % 3]:
+                with _copying(way == BUSY) as copied_per_s:
+                    found.step_s.setdefault(way, []).append(_steps(driver))
+                if way == BUSY:
+                    found.copied_per_s.append(copied_per_s())
+
+
+def _decoding(options: TiersOptions, tier: dict[str, Any]) -> LLM:
+    model = build_model(options.shape, dtype=options.dtype, device=options.device)
+    max_len = options.context + 2 * options.num_steps + _STEPS_AT_ONCE
+    return _llm(model, options, max_len, max_seqs=options.batch, **tier)
+
+
+def _begin_decoding(driver: Driver, options: TiersOptions) -> None:
     generator = np.random.default_rng(options.seed)
-    max_len = options.context + options.num_steps + 1
-    tier = {} if way == NO_TIER else {"swap_memory": options.swap_memory}
-    with _llm(model, options, max_len, max_seqs=options.batch, **tier) as llm:
-        driver = Driver(llm)
-        for index in range(options.batch):
-            prompt = _tokens(generator, model, options.context)
-            driver.submit(str(index), prompt, options.num_steps)
-        decoding: set[str] = set()
-        while len(decoding) < options.batch:
-            decoding |= {token.request_id for token in driver.step()}
-        with _copying(way == BUSY) as copied_per_s:
-            times = []
-            while driver.has_work and len(driver.running()) == options.batch:
-                start_s = time.perf_counter()
-                driver.step()
-                times.append(time.perf_counter() - start_s)
-        found.step_s.setdefault(way, []).append(statistics.median(times))
-        if way == BUSY:
-            found.copied_per_s.append(copied_per_s())
+    for index in range(options.batch):
+        prompt = generator.integers(0, _LEAST_VOCABULARY, options.context).tolist()
+        driver.submit(str(index), prompt, 2 * options.num_steps + _STEPS_AT_ONCE)
+    decoding: set[str] = set()
+    while len(decoding) < options.batch:
+        decoding |= {token.request_id for token in driver.step()}
+
+
+def _steps(driver: Driver) -> float:
+    """The median of a few steps."""
+    times = []
+    for _ in range(_STEPS_AT_ONCE):
+        start_s = time.perf_counter()
+        driver.step()
+        times.append(time.perf_counter() - start_s)
+    return statistics.median(times)
 
 
 @contextmanager
@@ -232,7 +258,7 @@ def _tables(found: Found, limits: Limits, options: TiersOptions) -> list[Table]:
         ],
         notes=["Tokens of prompts and outputs, those of the shared beginning counted each time."],
     )
-    return [steps, shared]
+    return [table for table in (steps, shared) if table.rows]
 
 
 def _plot(found: Found, path: Path) -> None:
