@@ -40,7 +40,7 @@ class Scheduler:
         prefix_reuse: start a request from keys and values that others computed for its tokens.
         tiers: what stands behind the cache; None for nothing but the files that are opened.
         tenant_weights: of tenants whose part is another than 1.
-        clock: seconds; that of the requests' `queued_time_s`.
+        clock: seconds, on the clock of the requests' `queued_time_s`; None for the system's.
 
     Attributes:
         accounts: what each tenant got.
@@ -60,7 +60,7 @@ class Scheduler:
         prefix_reuse: bool = True,
         tiers: Tiers | None = None,
         tenant_weights: Mapping[str, float] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.cache = cache
         self.policy = policy
@@ -76,7 +76,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.shortage: tuple[Request, Refusal] | None = None
-        self._clock = clock
+        self._clock = clock or _monotonic_s
         self._requests: dict[SequenceKey, Request] = {}
         self._growth_pages = cache.num_pages(cache.growth_tokens)
 
@@ -366,6 +366,10 @@ class Scheduler:
             else:
                 target = min(end + self.max_batch_tokens, request.num_tokens)
             self.cache.look_ahead(request.slot, target)
+
+
+def _monotonic_s() -> float:
+    return time.monotonic()
 
 
 def _padding(cache: SlotCache, batch: Sequence[ScheduledRequest]) -> Padding | None:
