@@ -40,7 +40,7 @@ class Scheduler:
         prefix_reuse: start a request from keys and values that others computed for its tokens.
         tiers: what stands behind the cache; None for nothing but the files that are opened.
         tenant_weights: of tenants whose part is another than 1.
-        clock: seconds; that of the requests' `queued_time_s`.
+        clock: seconds, on the clock of the requests' `queued_time_s`; None for the system's.
 
     Attributes:
         accounts: what each tenant got.
@@ -61,7 +61,7 @@ class Scheduler:
         prefix_reuse: bool = True,
         tiers: Tiers | None = None,
         tenant_weights: Mapping[str, float] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.cache = cache
         self.policy = policy
@@ -78,7 +78,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.shortage: tuple[Request, Refusal] | None = None
-        self._clock = clock
+        self._clock = clock or _monotonic_s
         self._requests: dict[SequenceKey, Request] = {}
         self._growth_pages = cache.num_pages(cache.growth_tokens)
 
@@ -393,6 +393,10 @@ def _tokens_to_admit(request: Request, others_run: bool, growth_tokens: int) -> 
     remaining = request.max_tokens - request.num_output_tokens
     # The last token is never computed, so it needs no room.
     return request.num_tokens + min(remaining - 1, growth_tokens)
+
+
+def _monotonic_s() -> float:
+    return time.monotonic()
 
 
 def _padding(cache: SlotCache, batch: Sequence[ScheduledRequest]) -> Padding | None:

@@ -49,9 +49,12 @@ def run(options: SimulateOptions, command: str) -> list[Table]:
     trace = trace_of(options.load, options.rate)
     slo = Slo(ttft_s=options.slo_ttft_ms / 1e3, tpot_s=options.slo_tpot_ms / 1e3)
     reports: dict[str, Report] = {}
+    probe = LimitsProbe(torch.device("cpu"), torch.float32)
 
     def steps() -> Generator[None, None, None]:
         for name in options.policies:
+            if options.out is not None:
+                probe.measure()
             start, cpu = time.perf_counter(), time.process_time()
             reports[name] = simulate(config, _policy(name, options), trace)
             took_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
@@ -69,10 +72,14 @@ def run(options: SimulateOptions, command: str) -> list[Table]:
         for _ in steps():
             pass
         return list(findings().tables)
-    cpu = torch.device("cpu")
-    name = record_name("simulate", options.label)
-    record = Record(options.out, name, device=cpu, config=asdict(options), command=command)
-    return record.grow(steps(), findings, LimitsProbe(cpu, torch.float32))[1]
+    record = Record(
+        options.out,
+        record_name("simulate", options.label),
+        device=torch.device("cpu"),
+        config=asdict(options),
+        command=command,
+    )
+    return record.grow(steps(), findings, probe)[1]
 
 
 def _cost(options: SimulateOptions) -> tuple[StepCost, list[str]]:

@@ -1,7 +1,6 @@
 """The machines that instances are placed on, and what a model's steps take on them."""
 
 import tomllib
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +8,8 @@ import msgspec
 
 from ....vmem.errors import InvalidConfig
 from ..simulator.costs import StepCost, TransferCost
+
+_TABLES = Path(__file__).parent / "tables"
 
 Affinity = Literal["high", "low"]
 """Whether keys and values may go from one node to another, or must stay within one."""
@@ -102,15 +103,14 @@ class CostTable(msgspec.Struct, frozen=True, kw_only=True):
 
 def table_names() -> list[str]:
     """The tables that come with it."""
-    folder = resources.files(__package__) / "tables"
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir())
+    return sorted(path.stem for path in _TABLES.glob("*.json"))
 
 
 def read_table(name_or_path: str) -> CostTable:
     """A table that comes with it, or one in a file. Raises InvalidConfig, with the remedy."""
     path = Path(name_or_path)
     if name_or_path in table_names():
-        text = (resources.files(__package__) / "tables" / f"{name_or_path}.json").read_bytes()
+        text = (_TABLES / f"{name_or_path}.json").read_bytes()
     elif path.is_file():
         text = path.read_bytes()
     else:

@@ -27,8 +27,8 @@ class Llumnix:
     **Moves.** Instances below `source_below` are paired with those above `target_above`, the least
     free with the freest, and each pair moves one request: of the least urgent the one with the
     fewest tokens, which takes least to move. It must fit, and must leave its new instance freer
-    than `source_below` and than the old one was. So no instance becomes one to move away from by
-    what it is given, and as long as loads stay as they are no request moves twice.
+    than `source_below`. So no instance becomes one to move away from by what it is given, and as
+    long as loads stay as they are no request moves twice.
 
     Args:
         source_below, target_above: freeness, in decode steps.
@@ -94,7 +94,7 @@ class Llumnix:
             key=lambda i: -free[i.id],
         )
         for source, target in zip(sources, targets, strict=False):
-            moves += self._relieve(source, target, free[source.id], rooms)
+            moves += self._relieve(source, target, rooms)
         return moves
 
     def scale(self, snapshot: ClusterSnapshot) -> int:
@@ -127,7 +127,7 @@ class Llumnix:
         return max(able, key=lambda i: (newcomer.prefixes[i.id], self.freeness(i)), default=None)
 
     def _relieve(
-        self, source: InstanceSnapshot, target: InstanceSnapshot, before: float, rooms: Rooms
+        self, source: InstanceSnapshot, target: InstanceSnapshot, rooms: Rooms
     ) -> list[Move]:
         """Moves from one of a pair to the other."""
         moves: list[Move] = []
@@ -136,8 +136,7 @@ class Llumnix:
             if len(moves) == self.moves:
                 break
             after = _with_running(now, request)
-            freeness = self.freeness(after)
-            if rooms.fits(target, request) and freeness > max(before, self.source_below):
+            if rooms.fits(target, request) and self.freeness(after) > self.source_below:
                 rooms.take(target, request)
                 moves.append(Move(request.key, source.id, target.id, "balance"))
                 now = after

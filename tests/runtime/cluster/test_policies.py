@@ -85,37 +85,39 @@ def _carried_out(snapshot: ClusterSnapshot, moves: Sequence[Move]) -> ClusterSna
 
 @st.composite
 def _snapshots(draw: st.DrawFn, roles: bool = True) -> ClusterSnapshot:
+    """Instances from empty to full, many of them crowded with small requests."""
     names = iter(range(10**6))
     instances = []
     for id in range(draw(st.integers(1, 6))):
-        room = CAPACITY
+        room = draw(st.sampled_from([0, CAPACITY // 2, CAPACITY, CAPACITY]))
+        largest = draw(st.sampled_from([100, 250, 600]))
         requests = []
-        for _ in range(draw(st.integers(0, 6))):
-            waits = draw(st.booleans())
-            tokens = draw(st.integers(1, 400))
-            if not waits and tokens > room:
-                continue
-            room -= 0 if waits else tokens
-            uncomputed = tokens if waits else draw(st.integers(1, tokens))
-            requests.append(
-                _request(
-                    str(next(names)),
-                    tokens,
-                    uncomputed,
-                    waits=waits,
-                    priority=draw(st.integers(-1, 1)),
-                    is_migratable=draw(st.integers(0, 4)) > 0,
-                )
+        while room >= largest // 2 and len(requests) < 8:
+            tokens = draw(st.integers(largest // 4, min(largest, room)))
+            room -= tokens
+            uncomputed = draw(st.sampled_from([1, 1, 1, tokens // 2]))
+            requests.append((tokens, uncomputed, False))
+        for tokens in draw(st.lists(st.integers(1, 400), max_size=3)):
+            requests.append((tokens, tokens, True))
+        seen = [
+            _request(
+                str(next(names)),
+                tokens,
+                uncomputed,
+                waits=waits,
+                priority=draw(st.integers(-1, 1)),
+                is_migratable=draw(st.integers(0, 4)) > 0,
             )
-        requests.sort(key=lambda r: r.is_waiting)
+            for tokens, uncomputed, waits in requests
+        ]
         instances.append(
             _instance(
                 id,
-                *requests,
+                *seen,
                 role=draw(st.sampled_from(["prefill", "decode", "both"])) if roles else "both",
                 is_draining=draw(st.integers(0, 4)) == 0,
                 is_alive=draw(st.integers(0, 5)) > 0,
-                max_running=draw(st.sampled_from([None, 4, 8])),
+                max_running=draw(st.sampled_from([None, None, 4, 8])),
             )
         )
     return _cluster(*instances, num_dispatched=draw(st.integers(0, 10)))
@@ -126,7 +128,7 @@ _policies = st.sampled_from(
         RoundRobin(),
         LeastLoaded(),
         Llumnix(),
-        Llumnix(source_below=100, target_above=150, moves=3, prefix_tokens=16),
+        Llumnix(source_below=60, target_above=80, moves=3, prefix_tokens=16),
         Llumnix(freeness=Freeness({-1: 400})),
         Disaggregated(),
         Disaggregated(kept=0.0, held=1.0, switching=Switching(queue_tokens=100)),
@@ -313,8 +315,36 @@ def test_room_is_made_for_who_waits() -> None:
     assert move.key == ("a", 0)
 
 
+def test_who_would_be_short_itself_is_given_nothing() -> None:
+    crowded = _instance(0, _request("a", 830), _request("b", 150))
+    target = _instance(1, _request("c", 700))  # 300 steps free; 75 with b
+    move = Move(("b", 0), 0, 1, "balance")
+    assert Llumnix(source_below=70).migrations(_cluster(crowded, target)) == [move]
+    assert not Llumnix(source_below=80).migrations(_cluster(crowded, target))
+
+
+def test_room_is_not_given_away_that_others_wait_for_nor_slots_that_are_taken() -> None:
+    policy = Llumnix(source_below=60, target_above=60, freeness=_FreeForAll())
+    crowded = _instance(0, _request("a", 650), _request("b", 310))
+    line = [_request("x", 400, 400, waits=True), _request("y", 300, 300, waits=True)]
+    assert policy.migrations(_cluster(crowded, _instance(1, *line[:1])))
+    assert not policy.migrations(_cluster(crowded, _instance(1, *line)))
+    assert not policy.migrations(_cluster(crowded, _instance(1, _request("z", 1), max_running=1)))
+    several = Llumnix(source_below=60, target_above=60, moves=2)
+    many = _instance(0, *(_request(f"m{n}", 95) for n in range(10)))
+    assert len(several.migrations(_cluster(many, _instance(1)))) == 2
+    assert len(several.migrations(_cluster(many, _instance(1, max_running=1)))) == 1
+
+
+class _FreeForAll(Freeness):
+    """Does not count those in line."""
+
+    def virtual_tokens(self, instance: InstanceSnapshot) -> int:
+        return instance.used_tokens
+
+
 @given(
-    _snapshots(roles=False), st.integers(1, 3), st.sampled_from([(30, 100), (100, 100), (0, 400)])
+    _snapshots(roles=False), st.integers(1, 3), st.sampled_from([(30, 100), (60, 60), (150, 160)])
 )
 def test_moves_come_to_an_end_and_nobody_goes_to_and_fro(
     snapshot: ClusterSnapshot, moves: int, bounds: tuple[int, int]
@@ -398,10 +428,11 @@ def test_decode_instances_pull_when_they_have_room_and_the_oldest_goes_first() -
         _request("prompt", 90, 40),
         role="prefill",
     )
-    busy, full = _request("x", 650), _request("y", 850)
+    busy, full = _request("x", 650), _request("y", 750)
     decodes = (_instance(1, busy, role="decode"), _instance(2, full, role="decode"))
     (move,) = policy.migrations(_cluster(prefill, *decodes))
     assert (move.key[0], move.target, move.reason) == ("old", 1, "decode")
+    assert not policy.migrations(_cluster(prefill, decodes[1]))  # it would fit, but for `kept`
     assert len(policy.migrations(_cluster(prefill, *decodes, _instance(3, role="decode")))) == 2
 
 

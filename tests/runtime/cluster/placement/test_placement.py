@@ -1,9 +1,11 @@
 """The search for placements, beside one that was published, and runs that were measured."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from vkv.bench.cluster.options import Load
 from vkv.bench.cluster.traces import trace_of
@@ -31,6 +33,7 @@ TABLE = read_table("opt-13b-a100-distserve")
 # DistServe's example: OPT-13B and ShareGPT on 4 A100; each promise to 90 % of all requests.
 SLO = Slo(ttft_s=0.2, tpot_s=0.1, share=0.9, is_joint=False)
 SEARCH = SearchConfig(slo=SLO, most_rate=5.0, tolerance=0.25)
+MEASURED = json.loads((Path(__file__).parent / "measured_distserve.json").read_text())["runs"]
 PUBLISHED = Placement(groups=(Group(role="prefill", tensor=2), Group(role="decode")))
 
 
@@ -149,35 +152,37 @@ def test_the_wire_is_that_of_where_instances_are() -> None:
 
 
 def test_the_published_placement_is_found() -> None:
-    """LLMServe/DistServe, simdistserve/README.md: 1.56 requests/s/GPU, tensor 2 for prompts.
-
-    Of its requests only the quantiles are known here. With other seeds it is the same placement, at
-    1.56 to 2.03; the step of the bisection is 0.16.
-    """
-    found = search(_apart(Machine()), Machine(), TABLE, SEARCH, _sharegpt(300))
-    best = found[0]
-    assert best.placement == PUBLISHED
-    assert best.rate == pytest.approx(1.56, abs=0.01)
-    assert best.missed_rate == pytest.approx(best.rate + 5 / 32)
-    assert best.limit == "first tokens"
+    """LLMServe/DistServe, simdistserve/README.md: tensor 2 for prompts, the rest 1."""
+    found = search(_apart(Machine()), Machine(), TABLE, SEARCH, _sharegpt(200))
+    assert found[0].placement == PUBLISHED
     assert [rated.rate for rated in found] == sorted((r.rate for r in found), reverse=True)
 
 
-@pytest.mark.parametrize(
-    ("per_second", "ttft_ms", "tpot_ms"),
-    [(3.0, (82.7, 153), (38.7, 43.5)), (4.5, (85.9, 168), (53.1, 60.7))],
-)
-def test_the_simulator_agrees_with_measured_runs(
-    per_second: float, ttft_ms: tuple[float, float], tpot_ms: tuple[float, float]
-) -> None:
-    """P50 and P90 of DistServe itself on three A100, placed so (its commit 20a1633, opt-13b,
-    ShareGPT, 3 and 4.5 requests a second): within 10 %, though only quantiles of its requests are
-    known here."""
+def test_the_published_rate_is_found() -> None:
+    """1.56 requests/s/GPU. Of the requests only the quantiles are known here; so many that their
+    number makes no difference, which 300, as published, do (1.4 to 2.3 over six seeds)."""
+    config = msgspec.structs.replace(SEARCH, most_rate=2.5, tolerance=0.17)
+    rated = rate(PUBLISHED, Machine(), TABLE, config, _sharegpt(3000))
+    assert rated.rate == pytest.approx(1.56, abs=0.1)
+    assert rated.kept is not None
+    assert rated.kept.meets(SLO)
+    assert rated.missed_rate == pytest.approx(rated.rate + 2.5 / 16)
+
+
+@pytest.mark.parametrize("per_second", sorted(MEASURED))
+def test_the_simulator_agrees_with_measured_runs(per_second: str) -> None:
+    """The same requests at the same times as DistServe itself had on three A100, placed so: medians
+    and P90 of first tokens, further ones and answers are within 10 %."""
+    rows = MEASURED[per_second]
+    trace = [
+        TraceRequest(arrival_s=at, prompt_tokens=prompt, output_tokens=output)
+        for at, prompt, output, *_ in rows
+    ]
     cluster = cluster_of(PUBLISHED, Machine(), TABLE, SEARCH)
-    report = simulate(cluster, policy_of(PUBLISHED), _sharegpt(600)(per_second))
-    found = report.percentiles(50, 90)
-    assert [x * 1e3 for x in found["ttft"]] == pytest.approx(ttft_ms, rel=0.1)
-    assert [x * 1e3 for x in found["tpot"]] == pytest.approx(tpot_ms, rel=0.1)
+    found = simulate(cluster, policy_of(PUBLISHED), trace).percentiles(50, 90)
+    for column, name in ((3, "ttft"), (4, "tpot"), (5, "e2e")):
+        measured = np.percentile([row[column] for row in rows], (50, 90)) / 1e3
+        assert found[name] == pytest.approx(list(measured), rel=0.1), name
 
 
 def test_a_placement_that_never_keeps_its_promise_has_no_rate() -> None:
