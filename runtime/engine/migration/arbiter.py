@@ -37,7 +37,8 @@ class Arbiter:
     """Records who owns what, moves it, and passes on what owners say. For one thread at a time.
 
     What is to be sent is `take`n, by instance, and must be sent often: commands are repeated until
-    they are answered. An instance's outputs must come in order, and before answers that it gave
+    they are answered. Requests and what is told of them must reach an instance in order, and before
+    commands that were taken later; its outputs must come in order, and before answers that it gave
     later. Only what can do no more harm may be declared dead: kill it first.
 
     Args:

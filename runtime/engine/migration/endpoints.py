@@ -1,4 +1,8 @@
-"""The two ends of a migration: each carries out commands of an arbiter, and answers them."""
+"""The two ends of a migration: each carries out commands of an arbiter, and answers them.
+
+What was posted to the loop before a command came must be carried out before it is handled, and what
+the engine said until then must be sent before the answers.
+"""
 
 import logging
 import threading
@@ -100,7 +104,7 @@ class MigrationSource:
             return self._answers(move)
         except InvalidOperation as error:
             if isinstance(command, Release):
-                _log.warning("nothing to release: %s", error)
+                _log.debug("nothing to release: %s", error)
                 return [Released(*move)]
             if isinstance(command, Carry | Pause):
                 self._give_up(move)

@@ -79,7 +79,7 @@ def test_any_message_may_be_lost_doubled_or_late(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_channels_that_err_at_random(llama: PreTrainedModel, seed: int) -> None:
-    """While engines rest for a while, and clients go away."""
+    """While engines rest for a while, clients go away, and in the end one engine dies."""
     specs = migrating.specs(migrating.prompts(), max_tokens=40)
     draw = random.Random(seed)
     channel = migrating.at_random(draw, 0.3)
@@ -94,11 +94,11 @@ def test_channels_that_err_at_random(llama: PreTrainedModel, seed: int) -> None:
             if draw.random() < 0.03:
                 gone.append(draw.choice(rig.unfinished)[0])
                 rig.migrations.tell(Abort(gone[-1]))
+            if rig.num_turns == 30:
+                rig.migrations.died(draw.choice(rig.migrations.instances))
             rig.turn(resting)
         rig.finish()
-        counts = rig.migrations.arbiter.counts
-        assert counts.moved >= 10
-        assert counts.lost == 0
+        assert rig.migrations.arbiter.counts.moved >= 10
     expected = migrating.undisturbed(llama, specs)
     for key, stream in rig.streams.items():
         if key[0] in gone:
