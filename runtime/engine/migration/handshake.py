@@ -238,7 +238,8 @@ class Handshake:
             return
         self._dead.add(instance)
         if self.state is _S.RETURNING:
-            self._has_answered(instance, is_lost=instance == self.source)
+            self._is_lost = self._is_lost or instance == self.source
+            self._has_answered(instance)
         elif instance == self.source:
             if self.state is _S.RELEASING:
                 self._finish("moved")
