@@ -190,9 +190,11 @@ class Arbiter:
             if now_s - self._begun_s[key] > self._give_up_s:
                 handshake.give_up("it took too long")
             phase, told_s = self._told.get(key, (None, 0.0))
-            if phase != handshake.phase or now_s - told_s >= self._repeat_s:
+            is_new = phase != handshake.phase
+            if is_new or now_s - told_s >= self._repeat_s:
                 self._told[key] = handshake.phase, now_s
                 self._outbox += handshake.commands()
+                self._outbox += [] if is_new else handshake.reminders()
         outbox, self._outbox = self._outbox, []
         return outbox
 

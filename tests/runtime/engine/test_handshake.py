@@ -83,7 +83,7 @@ class World:
         self.sent[f"{type(message).__name__} {number} {what}"] = receiver, message
 
     def tell(self) -> None:
-        for receiver, command in self.handshake.commands():
+        for receiver, command in (*self.handshake.commands(), *self.handshake.reminders()):
             self.send(receiver, command)
 
     def deliver(self, receiver: str, message: Any) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -369,6 +370,38 @@ def test_a_carrier_may_fail_at_any_stage(
 
 
 # -- silence ---------------------------------------------------------------------------------------
+
+
+def test_a_long_copy_outlives_leases(llama: PreTrainedModel, alone: migrating.Stream) -> None:
+    """The arbiter reminds the end that has nothing to do."""
+
+    class Slow(CopyCarrier):
+        def carry(self, outgoing: Outgoing, address: bytes, start: int, stop: int) -> Carriage:
+            super().carry(outgoing, address, start, stop)
+            return _Late()
+
+    class _Late:
+        error = None
+
+        def __init__(self) -> None:
+            self._done_s = time.monotonic() + 0.3
+
+        @property
+        def is_done(self) -> bool:
+            return time.monotonic() > self._done_s
+
+        def cancel(self) -> None: ...
+
+    with migrating.rig(
+        llama, carrier=Slow(), stages=Stages(small_tokens=4, spare_tokens=40, lease_s=0.2)
+    ) as rig:
+        _begin(rig)
+        while rig.migrations.arbiter.num_moving:
+            rig.turn()
+            time.sleep(0.02)
+        rig.finish()
+        assert rig.migrations.arbiter.counts.moved == 1
+        _equal(rig.streams[_KEY], alone)
 
 
 def test_nobody_waits_for_ever_for_an_arbiter_that_is_silent(
