@@ -37,7 +37,8 @@ class Arbiter:
     """Records who owns what, moves it, and passes on what owners say. For one thread at a time.
 
     What is to be sent is `take`n, by instance, and must be sent often: commands are repeated until
-    they are answered. An instance's outputs must come in order, and before answers that it gave
+    they are answered. Requests and what is told of them must reach an instance in order, and before
+    commands that were taken later; its outputs must come in order, and before answers that it gave
     later. Only what can do no more harm may be declared dead: kill it first.
 
     One class, since the record, and all that may change it, are in one place.
@@ -206,9 +207,11 @@ class Arbiter:
             if now_s - self._begun_s[key] > self._give_up_s:
                 handshake.give_up("it took too long")
             phase, told_s = self._told.get(key, (None, 0.0))
-            if phase != handshake.phase or now_s - told_s >= self._repeat_s:
+            is_new = phase != handshake.phase
+            if is_new or now_s - told_s >= self._repeat_s:
                 self._told[key] = handshake.phase, now_s
                 self._outbox += handshake.commands()
+                self._outbox += [] if is_new else handshake.reminders()
         outbox, self._outbox = self._outbox, []
         return outbox
 

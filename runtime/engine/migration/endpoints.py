@@ -1,4 +1,8 @@
-"""The two ends of a migration: each carries out commands of an arbiter, and answers them."""
+"""The two ends of a migration: each carries out commands of an arbiter, and answers them.
+
+What was posted to the loop before a command came must be carried out before it is handled, and what
+the engine said until then must be sent before the answers.
+"""
 
 import logging
 import threading
@@ -6,8 +10,10 @@ from dataclasses import dataclass
 
 from ....allocator.transfer import Incoming
 from ....vmem.errors import DriverError, InvalidOperation, Shortage, UsageError
+from ...execution.grammars import Grammars
 from ...request.continuation import Continuation
 from ...request.spec import SequenceKey
+from ...request.structured_outputs import StructuredOutputsParams
 from ..loop import EngineLoop
 from .arrivals import Arrival
 from .carriers import Carriage, Carrier
@@ -103,14 +109,15 @@ class MigrationSource:
                 self._forget(move)
                 self._departures.release(*move)
                 return [Released(*move)]
+            departure = self._departures.extend(*move)
             if move in self._paused:
                 return [self._paused[move]]
-            self._carry(command)
+            self._carry(command, departure)
             self._stages[move].is_told = False
             return self._answers(move)
         except InvalidOperation as error:
             if isinstance(command, Release):
-                _log.warning("nothing to release: %s", error)
+                _log.debug("nothing to release: %s", error)
                 return [Released(*move)]
             if isinstance(command, Carry | Pause):
                 self._give_up(move)
@@ -146,13 +153,12 @@ class MigrationSource:
         self._forget((command.key, command.epoch))
         return WentOn(command.key, command.epoch, is_here)
 
-    def _carry(self, command: Carry | Pause) -> None:
+    def _carry(self, command: Carry | Pause, departure: Departure) -> None:
         """Begin a stage, unless it or a later one has begun. Raises InvalidOperation."""
         move = command.key, command.epoch
         stage = self._stages.get(move)
         if stage is not None and stage.number >= command.stage:
             return
-        departure = self._departures.extend(*move)
         stop = command.stop if isinstance(command, Carry) else departure.num_ready
         is_last = isinstance(command, Pause) and stop <= command.num_room
         if is_last:
@@ -223,7 +229,7 @@ class MigrationTarget:
     """
 
     def __init__(self, loop: EngineLoop, carrier: Carrier) -> None:
-        self._engine = loop.engine
+        self._grammars = loop.engine.grammars
         self._arrivals = loop.arrivals
         self._carrier = carrier
         self._token_format = token_format_of(loop)
@@ -263,20 +269,13 @@ class MigrationTarget:
 
     def _prepare(self, command: Prepare) -> list[FromTarget]:
         move = command.key, command.epoch
-        outputs, grammars = command.continuation.spec.params.structured_outputs, None
-        if outputs is not None:
-            grammars = self._engine.grammars
+        outputs, grammars = command.continuation.spec.params.structured_outputs, self._grammars
         if outputs is None or grammars is None or grammars.knows(outputs):
             return self._make_ready(command)
         if move not in self._compiling:
-
-            def compile_it() -> None:
-                try:
-                    grammars.prepare(outputs)
-                except UsageError as error:  # said again to whoever wants it
-                    _log.debug("%s: %s", command.key, error)
-
-            thread = threading.Thread(target=compile_it, name="vkv-prepare", daemon=True)
+            thread = threading.Thread(
+                target=_compile, args=(grammars, outputs), name="vkv-prepare", daemon=True
+            )
             self._compiling[move] = command, thread
             thread.start()
         return []
@@ -322,3 +321,11 @@ class _Offered:
 
     def cancel(self) -> None:
         self._carrier.withdraw(self._incoming)
+
+
+def _compile(grammars: Grammars, outputs: StructuredOutputsParams) -> None:
+    """Have a grammar at hand; a refusal is said again to whoever wants it."""
+    try:
+        grammars.prepare(outputs)
+    except UsageError as error:
+        _log.debug("%s", error)

@@ -182,6 +182,18 @@ class Handshake:
             commands.append((self.target, Cancel(*move)))
         return commands
 
+    def reminders(self) -> list[tuple[str, Command]]:
+        """What to tell, now and then, the end that has nothing to do: that the migration lives."""
+        move, state = (self.key, self.epoch), self.state
+        if state in (_S.PREPARING, _S.EXTENDING):
+            return [(self.source, Begin(*move, self._stages.lease_s))]
+        if state in (_S.COPYING, _S.PAUSING) and self._num_room:
+            return [(self.target, Extend(*move, self._num_room))]
+        if state is _S.COMMITTING and self.source not in self._dead:
+            rest = self._address, self._num_carried, self._num_room
+            return [(self.source, Pause(*move, self._stage, *rest))]
+        return []
+
     def _prepare(self) -> Prepare:
         begun = self._begun
         assert begun is not None
@@ -241,7 +253,8 @@ class Handshake:
             return
         self._dead.add(instance)
         if self.state is _S.RETURNING:
-            self._has_answered(instance, is_lost=instance == self.source)
+            self._is_lost = self._is_lost or instance == self.source
+            self._has_answered(instance)
         elif instance == self.source:
             if self.state is _S.RELEASING:
                 self._finish("moved")
@@ -318,6 +331,6 @@ class Handshake:
 _BEFORE_COMMIT = frozenset((_S.BEGINNING, _S.PREPARING, _S.COPYING, _S.EXTENDING, _S.PAUSING))
 _REFUSED_IN = {
     "prepare": frozenset((_S.PREPARING,)),
-    "extend": frozenset((_S.EXTENDING,)),
+    "extend": frozenset((_S.COPYING, _S.EXTENDING, _S.PAUSING)),  # what was kept is gone
     "commit": frozenset((_S.COMMITTING,)),
 }

@@ -129,6 +129,8 @@ class Migrations:
         for name, instance in list(self._instances.items()):
             if name in resting:
                 continue
+            if instance.loop.has_mail:  # what was told before these commands is done before them
+                outputs += self.arbiter.accept(instance.loop.carry_out())
             answers: list[Answer] = []
             for command in self._channel.receive(name):
                 answers += instance.handle(command)  # type: ignore[arg-type]

@@ -83,7 +83,7 @@ class World:
         self.sent[f"{type(message).__name__} {number} {what}"] = receiver, message
 
     def tell(self) -> None:
-        for receiver, command in self.handshake.commands():
+        for receiver, command in (*self.handshake.commands(), *self.handshake.reminders()):
             self.send(receiver, command)
 
     def deliver(self, receiver: str, message: Any) -> None:
@@ -141,10 +141,10 @@ class World:
         if not self.handshake.is_done:
             return
         if self.handshake.outcome == "moved":
-            assert self.target in ("here", "dead")
+            assert self.target == "here"
             assert self.source in ("released", "dead")
         elif self.handshake.outcome == "stayed":
-            assert self.source in ("over", "dead")
+            assert self.source == "over"
             assert self.target in ("none", "barred", "dead")
         else:
             assert self.source in ("released", "dead")
@@ -187,7 +187,7 @@ def _next(world: World) -> Iterator[World]:
     child.handshake.give_up("impatience")
     yield child
     for name in (_SOURCE, _TARGET):
-        if getattr(world, name) != "dead":
+        if getattr(world, name) != "dead" and not world.handshake.is_done:
             child = world.copy()
             setattr(child, name, "dead")
             child.handshake.died(name)

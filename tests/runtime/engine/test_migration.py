@@ -9,8 +9,8 @@ import pytest
 import torch
 import zoo
 from transformers import PreTrainedModel
-from vkv.allocator.transfer import Copier
-from vkv.runtime.engine.migration.carriers import CopyCarrier
+from vkv.allocator.transfer import Copier, Outgoing
+from vkv.runtime.engine.migration.carriers import Carriage, CopyCarrier
 from vkv.runtime.engine.migration.handshake import Stages
 from vkv.runtime.request.continuation import Continuation
 
@@ -137,6 +137,46 @@ def test_what_moves_is_not_computed_again(llama: PreTrainedModel) -> None:
         assert rig.migrations.arbiter.counts.moved >= 5
         computed = sum(loop.engine.num_computed_tokens for loop in rig.loops.values())
         assert computed == 60 + 40 - 1
+
+
+class _Counting(CopyCarrier):
+    """Notes how many tokens each copy is of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_tokens: list[int] = []
+
+    def carry(self, outgoing: Outgoing, address: bytes, start: int, stop: int) -> Carriage:
+        self.num_tokens.append(stop - start)
+        return super().carry(outgoing, address, start, stop)
+
+
+def test_the_pause_does_not_grow_with_the_context(llama: PreTrainedModel) -> None:
+    """A client misses one turn, and the last copy is of a few tokens; not so in one copy."""
+    for length in (30, 120, 400):
+        (spec,) = migrating.specs(zoo.random_prompts([length]), max_tokens=40, kinds=[{}])
+        for stages in (Stages(small_tokens=4), Stages(most=0)):
+            carrier = _Counting()
+            with migrating.rig(llama, carrier=carrier, stages=stages) as rig:
+                rig.add([spec])
+                stream, silent, longest = rig.streams["0", 0], 0, 0
+                while not stream.token_ids:
+                    rig.turn()
+                rig.migrations.migrate(("0", 0), "b")
+                while rig.unfinished:
+                    num_before = len(stream.token_ids)
+                    rig.turn()
+                    silent = 0 if len(stream.token_ids) > num_before else silent + 1
+                    longest = max(longest, silent)
+                rig.finish()
+                assert rig.migrations.arbiter.counts.moved == 1
+            assert longest == 1
+            first, last = carrier.num_tokens[0], carrier.num_tokens[-1]
+            if stages.most:
+                assert first >= length
+                assert last <= 4
+            else:
+                assert carrier.num_tokens == [first]
 
 
 def test_waiting_requests_take_what_is_kept_of_them(llama: PreTrainedModel) -> None:

@@ -346,6 +346,20 @@ def test_a_sequence_may_be_resumed_from_its_tokens_alone(
         assert _finish(loop) == expected[count:]
 
 
+def test_what_is_parked_of_a_sequence_is_not_computed_again(
+    rig: migrating.Rig, llama: PreTrainedModel
+) -> None:
+    loop, expected = _started(rig), _expected(llama)
+    loop.departures.begin(_KEY, 1)
+    continuation = loop.departures.depart(_KEY, 1).continuation
+    assert continuation is not None
+    loop.departures.release(_KEY, 1)
+    num_computed = loop.engine.num_computed_tokens
+    loop.post(Resume(continuation))
+    assert _finish(loop) == expected[4:]
+    assert loop.engine.num_computed_tokens == num_computed + 40 - 4
+
+
 def test_what_has_ended_is_not_resumed_further(rig: migrating.Rig, llama: PreTrainedModel) -> None:
     loop, expected = rig.loops["b"], _expected(llama)
     (output,) = loop.turn([Resume(Continuation(spec=_spec(), output_token_ids=expected))])
