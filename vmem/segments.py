@@ -118,7 +118,7 @@ class Segments:
                 index, place = indices[segment], page - segment
                 last = runs[-1] if runs else PageRun(-1, 0, 0)
                 if (index, place) == (last.descriptor, last.place + last.num_pages):
-                    runs[-1] = last._replace(num_pages=last.num_pages + 1)
+                    runs[-1] = PageRun(index, last.place, last.num_pages + 1)
                 else:
                     runs.append(PageRun(index, place, 1))
             undo.pop_all()

@@ -278,7 +278,8 @@ def test_a_parent_moves_whole_and_its_children_get_copies_of_what_they_share(kin
     assert lent.num_parted_bytes == shared * PAGE
     assert not lent.copied
     near.check()
-    assert near.cache.pool.references(children[0].slot.pages[0][0]) == 2 if shared else True
+    if near.cache.layout.whole_pages_per_range(40)[0]:  # which both children had
+        assert near.cache.pool.references(children[0].slot.pages[0][0]) == 2
     slot, num_copied = borrow(far, lent)
     close_all(lent)
     assert num_copied == 0
