@@ -335,7 +335,8 @@ class MovableSlots(VirtualSlots):
         """Own what was borrowed, and go on where it lies."""
         loan, slot.loan = slot.loan, None
         if loan is not None:
-            self._driver.own(loan.pages)
+            held = {page for pages in slot.pages for page in pages}  # some may be given back
+            self._driver.own([page for page in loan.pages if page in held])
             slot.segment = slot.segment if loan.segment is None else loan.segment
 
     def take_back(self, slot: Slot) -> None:
