@@ -156,7 +156,7 @@ class MovableSlots(VirtualSlots):
         If memory is short they go on sharing.
         """
         mixed = {bundle for bundle, pages in bundles.items() if not self._is_sole(bundle, pages)}
-        if not self.has_segments or not mixed:
+        if not self.has_segments or not mixed - {None}:
             return 0
         shares: dict[Segment, dict[Page, list[_Share]]] = {}
         for other in others:

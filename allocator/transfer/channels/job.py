@@ -104,8 +104,8 @@ class Channel(Protocol):
     """Moves tokens of transfers, stage by stage. Both sides name the same stage.
 
     What arrives is written into memory that the receiver has set aside; to commit or abort is for
-    the two that agreed upon the transfer. A sender whose job failed cannot tell whether all arrived:
-    it must ask. A channel whose stage failed may be closed for good (`is_open`).
+    the two that agreed upon the transfer. A sender whose job failed cannot tell whether all
+    arrived: it must ask. A channel whose stage failed may be closed for good (`is_open`).
     """
 
     moves_pages: bool
