@@ -12,11 +12,21 @@ pages are allocations of their own (GPUs), each goes by itself.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
-from ..vmem import SEGMENT_PAGES, Page, PageRun, Segment, linux, page_in, segment_of
+from ..vmem import (
+    SEGMENT_PAGES,
+    Page,
+    PageRun,
+    Segment,
+    adjacent_runs,
+    linux,
+    page_in,
+    segment_of,
+)
 from ..vmem.errors import InvalidConfig, InvalidOperation, Shortage, TransferError
 from .layout import KVLayout
 from .page_pool import PagePool
@@ -67,7 +77,7 @@ class MovableSlots(VirtualSlots):
                     f"{linux.max_open_files()}; raise that limit (ulimit -n) or have fewer slots"
                 )
             most = max(self._layout.pages_per_range(self._layout.max_len))
-            if most > _RANGE_PAGES or self._layout.num_ranges * _RANGE_PAGES > SEGMENT_PAGES:
+            if most >= _RANGE_PAGES or self._layout.num_ranges * _RANGE_PAGES > SEGMENT_PAGES:
                 raise InvalidConfig(
                     f"{self._layout.num_ranges} ranges of {most} pages are too many for a segment; "
                     f"use larger pages, so that a range has {_RANGE_PAGES} at most"
@@ -96,20 +106,19 @@ class MovableSlots(VirtualSlots):
         `others` are all slots that may share pages with it.
         """
         self.tighten(slot)
-        num_parted_bytes = self._part(slot, others) if self.has_segments else 0
-        self.pool.trim_segments(
-            {s for pages in slot.pages for page in pages if (s := segment_of(page)) is not None}
-        )
+        bundles = self._bundles(slot)
+        if self.has_segments:
+            self.pool.trim_segments({Segment(b) for b in bundles if b is not None})
+        num_parted_bytes = self._part(slot, bundles, others)
+        sole = {p for b, pages in bundles.items() if self._is_sole(b, pages) for p in pages}
+        self._clear_tails(slot, sole)
         counts = self._layout.pages_per_range(num_tokens)
-        sole = self._sole(slot)
         lent = [p for pages, n in zip(slot.pages, counts, strict=True) for p in pages[:n]]
         lent = [page for page in lent if page in sole]
-        self._clear_tails(slot, sole)
-        descriptors, runs = self._driver.lend(lent, staying=[*sole.difference(lent)])
-        stretches = self._stretches(slot, counts, lent, runs)
-        home = slot.segment
-        stays = any(segment_of(page) == home for page in sole.difference(lent))
-        growing = next((i for i, s in _homes(lent, runs).items() if s == home), None)
+        staying = sole.difference(lent)
+        descriptors, runs = self._driver.lend(lent, staying=[*staying])
+        home, homes = slot.segment, _homes(lent, runs)
+        stays = any(segment_of(page) == home for page in staying)
         token_format = self._layout.token_format
         parcel = Parcel(
             page_bytes=self._page_bytes,
@@ -117,31 +126,49 @@ class MovableSlots(VirtualSlots):
             streams=token_format.streams,
             num_tokens=num_tokens,
             num_descriptors=len(descriptors),
-            stretches=tuple(stretches),
-            growing=None if stays else growing,
+            stretches=tuple(self._stretches(slot, counts, sole, runs)),
+            growing=None if stays else next((i for i, s in homes.items() if s == home), None),
         )
         lent_slot = Lent(parcel, descriptors, self._copied(slot, parcel), num_parted_bytes)
         slot.loan, slot.segment = Loan(lent, home), None
         return lent_slot
 
-    def _part(self, slot: Slot, others: Iterable[Slot]) -> int:
+    def _bundles(self, slot: Slot) -> dict[int | None, list[Page]]:
+        """The pages of a slot by what they are handed over with."""
+        bundles: dict[int | None, list[Page]] = {}
+        for pages in slot.pages:
+            for page in pages:
+                bundles.setdefault(self._driver.bundle_of(page), []).append(page)
+        return bundles
+
+    def _is_sole(self, bundle: int | None, pages: Sequence[Page]) -> bool:
+        """Whether a slot that has these pages of a bundle has all of it, and alone."""
+        if bundle is None or self._driver.bundle_size(bundle) != len(pages):
+            return False
+        return all(self.pool.references(page) == 1 for page in pages)
+
+    def _part(
+        self, slot: Slot, bundles: dict[int | None, list[Page]], others: Iterable[Slot]
+    ) -> int:
         """Give `others` copies of what they share with `slot`, where that is less than what would
         have to be copied of the slot for their sake. Returns the bytes that were copied.
 
         If memory is short they go on sharing.
         """
-        mine = Counter(segment_of(page) for pages in slot.pages for page in pages)
+        mixed = {bundle for bundle, pages in bundles.items() if not self._is_sole(bundle, pages)}
+        if not self.has_segments or not mixed - {None}:
+            return 0
         shares: dict[Segment, dict[Page, list[_Share]]] = {}
         for other in others:
             for index, pages in enumerate(other.pages):
                 for position, page in enumerate(pages):
                     segment = segment_of(page)
-                    if other is not slot and segment is not None and mine[segment]:
+                    if segment is not None and segment in mixed and other is not slot:
                         share = _Share(other, index, position)
                         shares.setdefault(segment, {}).setdefault(page, []).append(share)
         num_pages = 0
         for segment, shared in shares.items():
-            if len(shared) < mine[segment]:
+            if len(shared) < len(bundles[segment]):
                 with suppress(Shortage):
                     self._copy_apart(segment, shared)
                     num_pages += len(shared)
@@ -165,19 +192,6 @@ class MovableSlots(VirtualSlots):
                     self._put(slot, index, position, copy)
                     self.pool.release([page])
 
-    def _sole(self, slot: Slot) -> set[Page]:
-        """The pages of `slot` that it alone has, as it has all others that would go with them."""
-        own = [p for pages in slot.pages for p in pages if self.pool.references(p) == 1]
-        groups: dict[Page | Segment, list[Page]] = {}
-        for page in own:
-            groups.setdefault(segment_of(page) or page, []).append(page)
-        sole: set[Page] = set()
-        for pages in groups.values():
-            bundle = self._driver.bundle_of(pages[0])
-            if bundle is not None and bundle[1] == len(pages):
-                sole.update(pages)
-        return sole
-
     def _clear_tails(self, slot: Slot, pages: set[Page]) -> None:
         """Clear what earlier owners left behind the slot's tokens in those of its `pages`."""
         held = max(slot.num_tokens, slot.pinned_tokens)
@@ -191,22 +205,29 @@ class MovableSlots(VirtualSlots):
         self._driver.record_fence().wait()
 
     def _stretches(
-        self, slot: Slot, counts: Sequence[int], lent: Sequence[Page], runs: Sequence[PageRun]
-    ) -> list[Stretch]:
-        """The first `counts[r]` pages of every range: where they lie behind descriptors."""
-        lies = dict(zip(lent, _each(runs), strict=True))
-        found: list[Stretch] = []
+        self, slot: Slot, counts: Sequence[int], sole: set[Page], runs: Sequence[PageRun]
+    ) -> Iterator[Stretch]:
+        """The first `counts[r]` pages of every range, those of `sole` as they lie in `runs`."""
+        lent = iter(runs)
         for index, count in enumerate(counts):
-            for position, page in enumerate(slot.pages[index][:count]):
-                descriptor, place = lies.get(page, (None, 0))
-                last = found[-1] if found else None
-                if last is not None and _continues(last, index, descriptor, place):
-                    found[-1] = Stretch(
-                        index, last.position, last.num_pages + 1, descriptor, last.place
-                    )
-                else:
-                    found.append(Stretch(index, position, 1, descriptor, place))
-        return found
+            position = 0
+            for first, num_pages in self._runs(slot.pages[index][:count], sole):
+                run = next(lent) if first in sole else PageRun(-1, 0, num_pages)
+                assert run.num_pages == num_pages, "the driver has other runs"
+                descriptor = run.descriptor if first in sole else None
+                yield Stretch(index, position, num_pages, descriptor, run.place)
+                position += num_pages
+
+    def _runs(self, pages: Sequence[Page], sole: set[Page]) -> Iterator[tuple[Page, int]]:
+        """Pages that lie in one piece behind a descriptor, or behind none: (first, how many)."""
+        for is_lent, group in groupby(pages, key=sole.__contains__):
+            members = list(group)
+            if not is_lent:
+                yield members[0], len(members)
+            elif self.has_segments:
+                yield from ((Page(first), count) for first, count in adjacent_runs(members))
+            else:
+                yield from ((page, 1) for page in members)
 
     def _copied(self, slot: Slot, parcel: Parcel) -> list[torch.Tensor]:
         """The bytes of what is not lent."""
@@ -266,6 +287,8 @@ class MovableSlots(VirtualSlots):
         homes = _homes(lent, runs)
         with ExitStack() as undo:
             undo.callback(self._turn_out, slot, lent)
+            slot.num_tokens = parcel.num_tokens  # first, or the use of every page changes once more
+            self.ledger.settle(slot)
             coming = iter(lent)
             for stretch in parcel.stretches:
                 if stretch.descriptor is None:
@@ -274,10 +297,8 @@ class MovableSlots(VirtualSlots):
                     pages = [next(coming) for _ in range(stretch.num_pages)]
                     self._attach(slot, stretch.range_index, pages)
                     self._add(slot, stretch.range_index, pages)
-            slot.num_tokens = parcel.num_tokens
             self.extend(slot, parcel.num_tokens)  # over-read may be wider here
             undo.pop_all()
-        self.ledger.settle(slot)
         self._note_ready(slot)
         slot.loan = Loan(lent, None if parcel.growing is None else homes.get(parcel.growing))
 
@@ -298,6 +319,7 @@ class MovableSlots(VirtualSlots):
     def _turn_out(self, slot: Slot, lent: Sequence[Page]) -> None:
         """Undo what `_take_in` has done so far."""
         slot.num_tokens = slot.ready_tokens = 0
+        self.ledger.settle(slot)
         attached = {page for pages in slot.pages for page in pages}
         self.pool.dismiss(slot.reservation, [page for page in lent if page not in attached])
         self._driver.record_fence().wait()
@@ -313,7 +335,8 @@ class MovableSlots(VirtualSlots):
         """Own what was borrowed, and go on where it lies."""
         loan, slot.loan = slot.loan, None
         if loan is not None:
-            self._driver.own(loan.pages)
+            held = {page for pages in slot.pages for page in pages}  # some may be given back
+            self._driver.own([page for page in loan.pages if page in held])
             slot.segment = slot.segment if loan.segment is None else loan.segment
 
     def take_back(self, slot: Slot) -> None:
@@ -334,24 +357,12 @@ def _place(range_index: int, position: int) -> int:
     return range_index * _RANGE_PAGES + position
 
 
-def _each(runs: Iterable[PageRun]) -> Iterator[tuple[int, int]]:
-    """Descriptor and place of each page."""
-    for run in runs:
-        for place in range(run.place, run.place + run.num_pages):
-            yield run.descriptor, place
-
-
 def _homes(pages: Sequence[Page], runs: Iterable[PageRun]) -> dict[int, Segment]:
     """Which segment lies behind each descriptor, where there are segments."""
-    homes = {}
-    for page, (descriptor, _) in zip(pages, _each(runs), strict=True):
-        if (segment := segment_of(page)) is not None:
-            homes[descriptor] = segment
+    homes: dict[int, Segment] = {}
+    start = 0
+    for run in runs:
+        if (segment := segment_of(pages[start])) is not None:
+            homes[run.descriptor] = segment
+        start += run.num_pages
     return homes
-
-
-def _continues(last: Stretch, index: int, descriptor: int | None, place: int) -> bool:
-    """Whether a page follows those of a stretch where they lie, too."""
-    if last.range_index != index or last.descriptor != descriptor:
-        return False
-    return descriptor is None or place == last.place + last.num_pages

@@ -228,32 +228,34 @@ class VmemDriver(ABC):
                 raise InvalidOperation(f"page {source} or page {target} does not exist")
             self._copy_page(source, target)
 
-    def bundle_of(self, page: Page) -> tuple[int, int] | None:
-        """What a page is handed over with: the name of a set of pages, and how many live ones that
-        has. None if the page cannot be handed over."""
+    def bundle_of(self, page: Page) -> int | None:
+        """The name of the pages that a page is handed over with; None if it cannot be."""
+        return self._bundle_of(page)
+
+    def bundle_size(self, bundle: int) -> int:
+        """How many live pages a bundle has."""
         with self._guarded():
-            return self._bundle_of(page)
+            return self._bundle_size(bundle)
 
     def lend(
         self, pages: Sequence[Page], staying: Sequence[Page] = ()
     ) -> tuple[list[int], list[PageRun]]:
         """Descriptors by which another process can map `pages`, and where they lie behind them.
 
-        The runs are in the order of `pages`; the descriptors are the caller's to close. Whoever has
-        them can read all that is in the same bundles. So nothing may be but `pages` and `staying`,
-        which is the same owner's and is not handed over; InvalidOperation otherwise.
+        The runs are in the order of `pages`, and end where a page does not lie behind the one
+        before; the descriptors are the caller's to close. Whoever has them can read all that is in
+        the same bundles. So nothing may be but `pages` and `staying`, which is the same owner's and
+        is not handed over; InvalidOperation otherwise.
         """
         with self._guarded():
-            sizes: dict[int, int] = {}
-            found: Counter[int] = Counter()
-            for page in {*pages, *staying}:
-                bundle = self._bundle_of(page) if page in self._map_counts else None
+            if not self._map_counts.keys() >= {*pages, *staying}:
+                raise InvalidOperation("pages that do not exist cannot be handed over")
+            found = Counter(map(self._bundle_of, {*pages, *staying}))
+            for bundle, count in found.items():
                 if bundle is None:
-                    raise InvalidOperation(f"page {page} cannot be handed to another process")
-                sizes[bundle[0]] = bundle[1]
-                found[bundle[0]] += 1
-            if found != sizes:
-                raise InvalidOperation("others' pages would be handed over with these")
+                    raise InvalidOperation("a page cannot be handed to another process")
+                if count != self._bundle_size(bundle):
+                    raise InvalidOperation("others' pages would be handed over with these")
             return self._lend(pages)
 
     def borrow(self, descriptors: Sequence[int], runs: Sequence[PageRun]) -> list[Page]:
@@ -464,7 +466,10 @@ class VmemDriver(ABC):
         raise InvalidOperation(f"memory of {self.device} has no segments")
 
     @abstractmethod
-    def _bundle_of(self, page: Page) -> tuple[int, int] | None: ...
+    def _bundle_of(self, page: Page) -> int | None: ...
+
+    @abstractmethod
+    def _bundle_size(self, bundle: int) -> int: ...
 
     @abstractmethod
     def _lend(self, pages: Sequence[Page]) -> tuple[list[int], list[PageRun]]: ...

@@ -128,8 +128,11 @@ class CudaDriver(VmemDriver):
 
     # -- pages that change hands: each an allocation of its own, so each by itself -------------
 
-    def _bundle_of(self, page: Page) -> tuple[int, int] | None:
-        return (page, 1) if int(self._properties.requestedHandleTypes) else None
+    def _bundle_of(self, page: Page) -> int | None:
+        return page if int(self._properties.requestedHandleTypes) else None
+
+    def _bundle_size(self, bundle: int) -> int:
+        return 1
 
     def _lend(self, pages: Sequence[Page]) -> tuple[list[int], list[PageRun]]:
         descriptors: list[int] = []

@@ -11,7 +11,7 @@ which copy what is written to. Pages of segments lie in memfds of their own (`se
 import heapq
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from errno import EMFILE, ENFILE, ENOMEM, ENOSPC
@@ -23,7 +23,16 @@ from . import linux
 from .base import Fence, VmemDriver
 from .dlpack import tensor_from_address
 from .errors import DriverError, InvalidConfig, OutOfMappings, OutOfPages
-from .pages import FIRST_FILE_PAGE, Page, PageRun, is_of_file, is_of_segment
+from .pages import (
+    FIRST_FILE_PAGE,
+    Page,
+    PageRun,
+    Segment,
+    adjacent_runs,
+    is_of_file,
+    is_of_segment,
+    segment_of,
+)
 from .segments import Segments
 
 _SHORTAGES = (ENOMEM, ENOSPC, EMFILE, ENFILE)
@@ -128,7 +137,7 @@ class HostDriver(VmemDriver):
         self._check_memory(num_pages)
         with ExitStack() as undo:
             pages = self._take_numbers(num_pages, undo)
-            for first, count in _adjacent_runs(pages):
+            for first, count in adjacent_runs(pages):
                 self._allocate(first, count, undo)
             self.huge_pages = self._touch(pages)
             undo.pop_all()
@@ -146,7 +155,7 @@ class HostDriver(VmemDriver):
             return self._create(len(homes))
         self._check_memory(len(pages))
         with ExitStack() as undo:
-            for first, count in _adjacent_runs(pages):
+            for first, count in adjacent_runs(pages):
                 self._allocate(first, count, undo)
             undo.pop_all()
         return pages
@@ -196,7 +205,7 @@ class HostDriver(VmemDriver):
         The first touch is the largest cost in a page's life. So it happens here, once, through a
         staging window, and later mappings only enter page tables.
         """
-        runs = list(_adjacent_runs(pages))
+        runs = list(adjacent_runs(pages))
         window_bytes = max(count for _, count in runs) * self.page_bytes
         huge = self._try_huge_pages
         with ExitStack() as undo:
@@ -248,12 +257,12 @@ class HostDriver(VmemDriver):
         own = sorted(page for page in pages if not is_of_file(page))
         try:
             kept = self._segments.is_foreign  # by another process, whose memory it is
-            for first, count in _adjacent_runs([page for page in own if not kept(page)]):
+            for first, count in adjacent_runs([page for page in own if not kept(page)]):
                 self._punch("release", first, count)
                 for number in range(first, min(first + count, self._next_page)):
                     heapq.heappush(self._punched, number)
         finally:
-            self._segments.remove(page for page in own if is_of_segment(page))
+            self._segments.remove([page for page in own if is_of_segment(page)])
 
     def _punch(self, kind: str, first: int, count: int) -> None:
         fd, offset = self._locate(Page(first))
@@ -266,7 +275,7 @@ class HostDriver(VmemDriver):
         with ExitStack() as undo:
             self._segments.open(pages, self._call, undo)
             self._check_memory(len(pages))
-            for first, count in _adjacent_runs(sorted(pages)):
+            for first, count in adjacent_runs(sorted(pages)):
                 self._allocate(first, count, undo)
             undo.pop_all()
         self._segments.add(pages)
@@ -279,8 +288,11 @@ class HostDriver(VmemDriver):
         except OSError as error:
             raise DriverError(f"a page could not be copied: {error}") from error
 
-    def _bundle_of(self, page: Page) -> tuple[int, int] | None:
-        return self._segments.bundle_of(page)
+    def _bundle_of(self, page: Page) -> int | None:
+        return segment_of(page)
+
+    def _bundle_size(self, bundle: int) -> int:
+        return self._segments.num_pages(Segment(bundle))
 
     def _lend(self, pages: Sequence[Page]) -> tuple[list[int], list[PageRun]]:
         return self._segments.lend(pages, self._call)
@@ -303,7 +315,7 @@ class HostDriver(VmemDriver):
             # stranger's mapping could settle.
             size = len(pages) * self.page_bytes
             undo.callback(self._map_unbacked, "map", address, size, DriverError)
-            for first, count in _adjacent_runs(pages):
+            for first, count in adjacent_runs(pages):
                 self._map_run("map", position, first, count, OutOfMappings)
                 position += count * self.page_bytes
             undo.pop_all()
@@ -426,15 +438,6 @@ class _Done:
 
     def wait(self) -> None:
         return
-
-
-def _adjacent_runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Split `pages` where a number does not follow the one before: (first number, count)."""
-    start = 0
-    for index in range(1, len(pages) + 1):
-        if index == len(pages) or pages[index] != pages[index - 1] + 1:
-            yield pages[start], index - start
-            start = index
 
 
 def _boundaries(pages: Sequence[Page | None]) -> int:

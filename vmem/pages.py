@@ -5,6 +5,7 @@ FIRST_SEGMENT_PAGE …   segments, `SEGMENT_PAGES` numbers each
 FIRST_FILE_PAGE …      stretches of files
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NewType
 
 from .errors import InvalidOperation
@@ -52,9 +53,7 @@ def is_common(page: Page) -> bool:
 
 def segment_of(page: Page) -> Segment | None:
     """The segment that a page is in, if it is in one."""
-    if not is_of_segment(page):
-        return None
-    return Segment(page - (page - FIRST_SEGMENT_PAGE) % SEGMENT_PAGES)
+    return Segment(page & -SEGMENT_PAGES) if FIRST_SEGMENT_PAGE <= page < FIRST_FILE_PAGE else None
 
 
 def page_in(segment: Segment, place: int) -> Page:
@@ -64,7 +63,16 @@ def page_in(segment: Segment, place: int) -> Page:
     return Page(segment + place)
 
 
-def check_runs(runs: "list[PageRun] | tuple[PageRun, ...]", num_descriptors: int) -> None:
+def adjacent_runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Split `pages` where a number does not follow the one before: (first number, count)."""
+    start = 0
+    for index in range(1, len(pages) + 1):
+        if index == len(pages) or pages[index] != pages[index - 1] + 1:
+            yield pages[start], index - start
+            start = index
+
+
+def check_runs(runs: Sequence[PageRun], num_descriptors: int) -> None:
     """Raise InvalidOperation unless each descriptor has pages, and none of them twice."""
     ends = dict.fromkeys(range(num_descriptors), 0)
     for run in sorted(runs):

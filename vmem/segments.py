@@ -6,13 +6,14 @@ it would be ended by SIGBUS; holes may be punched into it by its owner.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from . import linux
 from .errors import DriverError, InvalidOperation, OutOfMappings
-from .pages import Page, PageRun, Segment, page_in, segment_of
+from .pages import Page, PageRun, Segment, adjacent_runs, page_in, segment_of
 
 Call = Callable[..., int]
 """Makes a system call: the kind it counts as, the function, its arguments, and `shortage`."""
@@ -41,11 +42,10 @@ class Segments:
         segment = _segment(page)
         return self._files[segment].fd, (page - segment) * self._page_bytes
 
-    def bundle_of(self, page: Page) -> tuple[int, int] | None:
-        """The segment of a page, and how many pages it has."""
-        segment = segment_of(page)
-        file = None if segment is None else self._files.get(segment)
-        return None if segment is None or file is None else (segment, file.num_pages)
+    def num_pages(self, segment: Segment) -> int:
+        """How many pages of a segment have memory."""
+        file = self._files.get(segment)
+        return 0 if file is None else file.num_pages
 
     # -- coming and going ------------------------------------------------------------------
 
@@ -73,15 +73,14 @@ class Segments:
 
     def add(self, pages: Iterable[Page]) -> None:
         """Count pages that have memory now."""
-        for page in pages:
-            self._files[_segment(page)].num_pages += 1
+        for segment, count in Counter(map(_segment, pages)).items():
+            self._files[segment].num_pages += count
 
-    def remove(self, pages: Iterable[Page]) -> None:
+    def remove(self, pages: Sequence[Page]) -> None:
         """Forget pages, and close what has none left."""
-        for page in pages:
-            segment = _segment(page)
-            self._foreign.discard(page)
-            self._files[segment].num_pages -= 1
+        self._foreign.difference_update(pages)
+        for segment, count in Counter(map(_segment, pages)).items():
+            self._files[segment].num_pages -= count
             if not self._files[segment].num_pages:
                 self._close(segment)
 
@@ -107,20 +106,15 @@ class Segments:
         descriptors: list[int] = []
         runs: list[PageRun] = []
         with ExitStack() as undo:
-            for page in pages:
-                segment = _segment(page)
+            for first, count in adjacent_runs(pages):
+                segment = _segment(Page(first))
                 if segment not in indices:
                     fd = self._files[segment].fd
                     own = call("lend", linux.fcntl, fd, linux.F_DUPFD_CLOEXEC, 0)
                     undo.callback(os.close, own)
                     indices[segment] = len(descriptors)
                     descriptors.append(own)
-                index, place = indices[segment], page - segment
-                last = runs[-1] if runs else PageRun(-1, 0, 0)
-                if (index, place) == (last.descriptor, last.place + last.num_pages):
-                    runs[-1] = PageRun(last.descriptor, last.place, last.num_pages + 1)
-                else:
-                    runs.append(PageRun(index, place, 1))
+                runs.append(PageRun(indices[segment], first - segment, count))
             undo.pop_all()
         return descriptors, runs
 

@@ -67,16 +67,17 @@ def test_a_segment_has_a_file_from_its_first_page_to_its_last(near):
     assert descriptors() == before
     address, pages = segment(near, [5, 6, 1 << 29, 7])
     assert len(descriptors()) == len(before) + 1
-    assert near.bundle_of(pages[0]) == (segment_of(pages[0]), 4)
+    assert near.bundle_of(pages[0]) == segment_of(pages[0])
+    assert near.bundle_size(segment_of(pages[0])) == 4
     assert segment_of(pages[0]) != base
     assert len(kernel_mappings(address, 4 * PAGE)) == 3  # 5 and 6 lie side by side
     assert near.num_mappings == 3
     near.unmap(address, 4 * PAGE)
     near.release(pages[:3])
-    assert near.bundle_of(pages[3]) == (segment_of(pages[3]), 1)
+    assert near.bundle_size(segment_of(pages[3])) == 1
     near.release(pages[3:])
     assert descriptors() == before
-    assert near.bundle_of(pages[3]) is None
+    assert near.bundle_size(segment_of(pages[3])) == 0
     near.create_in(pages[:1])  # and it may have some again
     near.map(address, pages[:1])
     assert not view(near, address).any()
@@ -257,7 +258,7 @@ def test_a_driver_without_segments_hands_over_page_by_page(cuda_standin):
         pages = near.create(3)
         near.map(address, pages)
         view(near, address, 3 * size).fill_(4)
-        assert near.bundle_of(pages[0]) == (pages[0], 1)
+        assert (near.bundle_of(pages[0]), near.bundle_size(pages[0])) == (pages[0], 1)
         before = descriptors()
         for call in range(1, 8):
             cuda_standin.fail_at(call)

@@ -71,16 +71,18 @@ class ChannelJob:
         """Do it, on the calling thread. Never raises: `error` says what went wrong."""
         if not self._starts():
             return
-        error: Exception | None = None
+        error: Exception | None = InvalidOperation("the stage was interrupted")
         try:
             self._after.wait()
             start_s = time.perf_counter()
             self._work(self)
             self.time_s = time.perf_counter() - start_s
+            error = None
         except Exception as failure:  # noqa: BLE001 - told to whoever asks for the result
             error = failure
             _log.warning("KV did not move: %s", failure)
-        self._end(error)
+        finally:
+            self._end(error)
 
     def _starts(self) -> bool:
         with self._begin:
@@ -102,8 +104,8 @@ class Channel(Protocol):
     """Moves tokens of transfers, stage by stage. Both sides name the same stage.
 
     What arrives is written into memory that the receiver has set aside; to commit or abort is for
-    the two that agreed upon the transfer. A channel whose stage failed may be closed for good
-    (`is_open`).
+    the two that agreed upon the transfer. A sender whose job failed cannot tell whether all
+    arrived: it must ask. A channel whose stage failed may be closed for good (`is_open`).
     """
 
     moves_pages: bool

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ....vmem import Fence
-from ....vmem.errors import InvalidOperation, TransferError
+from ....vmem.errors import InvalidConfig, InvalidOperation, TransferError
 from ..transfers import Incoming, Outgoing
 from . import wire
 from .job import ChannelJob
@@ -24,7 +24,7 @@ class PageChannel(SocketChannel):
     the only one that reads the slot, and its request at rest: all its tokens go in one stage. The
     other side must be of the same user.
 
-    Raises TransferError if it is not, or if `sock` is no Unix socket.
+    Raises TransferError if it is not, InvalidConfig if `sock` is no Unix socket.
     """
 
     moves_pages = True
@@ -33,7 +33,7 @@ class PageChannel(SocketChannel):
         self, sock: socket.socket, *, timeout_s: float = 10.0, is_checked: bool = False
     ) -> None:
         if sock.family != socket.AF_UNIX:
-            raise TransferError("pages only go over a Unix socket; copy the tokens instead")
+            raise InvalidConfig("pages only go over a Unix socket; copy the tokens instead")
         found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, user, _ = _CREDENTIALS.unpack(found)
         if user != os.geteuid():

@@ -46,7 +46,7 @@ class SocketChannel:
 
     Args:
         sock: connected, a stream; of the Unix family or TCP.
-        timeout_s: how long the other side may be silent in the middle of a stage.
+        timeout_s: how long the other side may be silent, before a stage and in the middle of it.
         is_checked: send xxh3 checksums of what is copied.
 
     Attributes:

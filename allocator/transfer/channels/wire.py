@@ -16,7 +16,7 @@ import msgspec
 import torch
 import xxhash
 
-from ....vmem.errors import TransferError
+from ....vmem.errors import InvalidConfig, TransferError
 
 _HEAD = struct.Struct("<4sI")
 _MAGIC = b"vkv1"
@@ -34,7 +34,9 @@ Message = TypeVar("Message")
 def prepare(sock: socket.socket, timeout_s: float) -> None:
     """Let calls on `sock` wait in the kernel, and for `timeout_s` at most while nothing moves."""
     if sock.type != socket.SOCK_STREAM:
-        raise TransferError(f"{sock} is no stream; use one")
+        raise InvalidConfig(f"{sock} is no stream; use one")
+    if timeout_s < 1e-3:
+        raise InvalidConfig(f"timeout_s is {timeout_s}; use at least a millisecond")
     sock.settimeout(None)
     limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)

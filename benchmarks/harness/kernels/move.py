@@ -75,8 +75,8 @@ def run(options: MoveOptions, folder: Path, command: str) -> tuple[Path, list[Ta
         with ExitStack() as stack:
             near = stack.enter_context(_cache(options))
             ways = {way: stack.enter_context(_other_process(way, options)) for way in WAYS}
-            advance = stack.enter_context(counted("move", len(options.num_bytes)))
-            for num_bytes in options.num_bytes:
+            advance = stack.enter_context(counted("move", len(options.kv_bytes)))
+            for num_bytes in options.kv_bytes:
                 probe.measure()
                 moves.extend(_of_size(near, ways, num_bytes, options.repeats))
                 advance()
@@ -227,7 +227,7 @@ def _connected(tcp: bool) -> tuple[socket.socket, socket.socket]:
 @contextmanager
 def _cache(options: MoveOptions) -> Iterator[KVCache]:
     """A movable cache with room for two moves of the largest size."""
-    most = max(options.num_bytes)
+    most = max(options.kv_bytes)
     layers = (_LAYER,) * _LAYERS
     token_bytes = _LAYERS * 4 * 128 * 4
     layout = KVLayout(

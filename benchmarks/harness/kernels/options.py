@@ -160,11 +160,11 @@ class MoveOptions:
     """What `vkv bench move` runs.
 
     Attributes:
-        num_bytes: of KV that move at a time.
+        kv_bytes: of keys and values that move at a time.
         page_bytes: size of a page.
     """
 
-    num_bytes: tuple[int, ...] = option(
+    kv_bytes: tuple[int, ...] = option(
         "16MiB,64MiB,256MiB,512MiB",
         names=("--sizes",),
         parse=sizes,

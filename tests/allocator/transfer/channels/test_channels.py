@@ -21,7 +21,7 @@ from vkv.allocator.transfer import Copier, TransferKey, Transfers, TransferState
 from vkv.allocator.transfer.channels import CopyChannel, PageChannel, wire
 from vkv.allocator.transfer.channels.sockets import Answer, Stage
 from vkv.vmem import HostDriver
-from vkv.vmem.errors import InvalidOperation, OutOfPages, TransferError
+from vkv.vmem.errors import InvalidConfig, InvalidOperation, OutOfPages, TransferError
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -262,9 +262,16 @@ def test_pages_go_all_at_once() -> None:
 
 def test_pages_go_over_unix_sockets_alone() -> None:
     for sock in connected(tcp=True):
-        with pytest.raises(TransferError, match="Unix"):
+        with pytest.raises(InvalidConfig, match="Unix"):
             PageChannel(sock)
+        with pytest.raises(InvalidConfig, match="millisecond"):
+            CopyChannel(sock, timeout_s=0)
         sock.close()
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+        pytest.raises(InvalidConfig, match="no stream"),
+    ):
+        CopyChannel(sock)
 
 
 # -- extending -----------------------------------------------------------------------------------
