@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from ....vmem.errors import VkvError
 from ...engine.build import build_loop, load
 from ...engine.config import EngineConfig
 from ...link.carrier import SocketCarrier
 from ...link.engine_process import EngineServer
 from ...link.face import Face
+from ...request.step_output import Failure
 
 _log = logging.getLogger(__name__)
 
@@ -44,36 +46,24 @@ class InstanceOrder:
 
 
 class InstanceActor:
-    """The actor's class. It is ready once it is there: a model that cannot be loaded raises."""
+    """The actor's class. What its model cannot be loaded for is told by `ready`."""
 
     def __init__(self, order: InstanceOrder) -> None:
-        if order.threads is not None:
-            torch.set_num_threads(order.threads)
-        config = EngineConfig(**order.options)
-        loaded = load(
-            order.model, tokenizer=None, device=order.device, dtype=order.dtype, config=config
-        )
-        loop = build_loop(loaded, config)
-        face = Face.of(loaded, loop.engine, config)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(order.path)
-        listener.listen(16)
-        self._server = EngineServer(
-            loop,
-            face,
-            listener,
-            idle_trim_s=config.idle_trim_s,
-            carrier=SocketCarrier(f"{order.path}.kv"),
-        )
+        self._failure: Failure | None = None
+        try:
+            self._server = _build(order)
+        except VkvError as error:  # Ray would make text of it
+            self._failure = Failure.of(error)
+            return
         # Ray's own handler would end the process, and with it what could have moved away.
         signal.signal(signal.SIGTERM, lambda *_: self._server.ask_to_leave())
         gc.collect()
         gc.freeze()
         threading.Thread(target=self._serve, name="vkv-engine", daemon=True).start()
 
-    def ready(self) -> int:
-        """The process's id."""
-        return os.getpid()
+    def ready(self) -> tuple[int, Failure | None]:
+        """The process's id, and why it is of no use."""
+        return os.getpid(), self._failure
 
     def _serve(self) -> None:
         try:
@@ -81,3 +71,19 @@ class InstanceActor:
         except BaseException:  # noqa: BLE001 - logged; nothing may outlive it
             _log.exception("the engine's thread ends, and its process with it")
             os.kill(os.getpid(), signal.SIGKILL)  # whoever waits for it sees the socket closed
+
+
+def _build(order: InstanceOrder) -> EngineServer:
+    if order.threads is not None:
+        torch.set_num_threads(order.threads)
+    config = EngineConfig(**order.options)
+    loaded = load(
+        order.model, tokenizer=None, device=order.device, dtype=order.dtype, config=config
+    )
+    loop = build_loop(loaded, config)
+    face = Face.of(loaded, loop.engine, config)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(order.path)
+    listener.listen(16)
+    carrier = SocketCarrier(f"{order.path}.kv")
+    return EngineServer(loop, face, listener, idle_trim_s=config.idle_trim_s, carrier=carrier)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ....vmem.errors import InvalidConfig, InvalidOperation, VkvError
+from ....vmem.errors import InvalidConfig, InvalidOperation
 from .actor import InstanceActor, InstanceOrder
 
 _OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes: no tokens, keys or values go through it
@@ -79,10 +79,13 @@ class Launcher:
         Raises what loading raised, or InvalidOperation if its process ended.
         """
         try:
-            self._pids[instance] = self._ray.get(self._actors[instance].ready.remote())
-        except self._ray.exceptions.RayActorError as error:
-            raise _cause(error) from None
-        return self._pids[instance]
+            pid, failure = self._ray.get(self._actors[instance].ready.remote())
+        except self._ray.exceptions.RayError as error:
+            raise InvalidOperation(f"an instance did not start: {error}") from error
+        if failure is not None:
+            raise failure.error()
+        self._pids[instance] = pid
+        return pid
 
     def kill(self, instance: int) -> None:
         """End an instance at once, also one that is stopped. Once this returns it does no harm."""
@@ -114,14 +117,3 @@ def _import_ray() -> Any:
             "instances are actors of Ray, which is missing: pip install 'vkv[cluster]'"
         ) from error
     return ray
-
-
-def _cause(error: Exception) -> VkvError:
-    """What an actor's beginning failed by, without Ray's words round it where it is ours."""
-    cause: BaseException | None = error
-    while cause is not None:
-        inner = getattr(cause, "cause", None) or cause.__cause__
-        if isinstance(cause, VkvError):
-            return cause
-        cause = inner
-    return InvalidOperation(f"an instance did not start: {error}")
