@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -108,34 +108,36 @@ def _tokens(generator: np.random.Generator, model: PreTrainedModel, count: int) 
 
 
 def _time_steps(options: TiersOptions, found: Found) -> None:
-    """Steps of an engine without a tier and of one with it take turns, a few at a time."""
-    with ExitStack() as stack:
-        plain, tiered = (
-            Driver(stack.enter_context(_decoding(options, tier)))
-            for tier in ({}, {"swap_memory": options.swap_memory})
-        )
-        for driver in (plain, tiered):
-            _begin_decoding(driver, options)
-        for turn in range(options.num_steps // _STEPS_AT_ONCE):
-            ways = [(NO_TIER, plain), (IDLE, tiered), (BUSY, tiered)]
-            for way, driver in ways[turn % 3 :] + ways[: turn % 3]:
-                with _copying(way == BUSY) as copied_per_s:
-                    found.step_s.setdefault(way, []).append(_steps(driver))
-                if way == BUSY:
-                    found.copied_per_s.append(copied_per_s())
-
-
-def _decoding(options: TiersOptions, tier: dict[str, Any]) -> LLM:
+    """Steps of one engine, a few at a time: without its tier, with it, and beside copies."""
     model = build_model(options.shape, dtype=options.dtype, device=options.device)
-    max_len = options.context + 2 * options.num_steps + _STEPS_AT_ONCE
-    return _llm(model, options, max_len, max_seqs=options.batch, **tier)
+    num_output = 3 * options.num_steps + _STEPS_AT_ONCE
+    with _llm(
+        model,
+        options,
+        options.context + num_output,
+        max_seqs=options.batch,
+        swap_memory=options.swap_memory,
+    ) as llm:
+        driver = Driver(llm)
+        driver.submit("moved", list(range(2 * _STEPS_AT_ONCE)), 2)
+        driver.finish_all()  # its slot is copied, so that the worker is there
+        _begin_decoding(driver, options, num_output)
+        for turn in range(options.num_steps // _STEPS_AT_ONCE):
+            for way in STEPS if turn % 2 else STEPS[::-1]:
+                with (
+                    driver.without_tier() if way == NO_TIER else nullcontext(),
+                    _copying(way == BUSY) as copied_per_s,
+                ):
+                    found.step_s.setdefault(way, []).append(_steps(driver))
+                    if way == BUSY:
+                        found.copied_per_s.append(copied_per_s())
 
 
-def _begin_decoding(driver: Driver, options: TiersOptions) -> None:
+def _begin_decoding(driver: Driver, options: TiersOptions, num_output: int) -> None:
     generator = np.random.default_rng(options.seed)
     for index in range(options.batch):
         prompt = generator.integers(0, _LEAST_VOCABULARY, options.context).tolist()
-        driver.submit(str(index), prompt, 2 * options.num_steps + _STEPS_AT_ONCE)
+        driver.submit(str(index), prompt, num_output)
     decoding: set[str] = set()
     while len(decoding) < options.batch:
         decoding |= {token.request_id for token in driver.step()}
@@ -228,7 +230,8 @@ def _ratio(over: Sequence[float], under: Sequence[float]) -> str:
 def _tables(found: Found, limits: Limits, options: TiersOptions) -> list[Table]:
     rows = [
         [way, f"{statistics.median(times) * 1e3:.2f}", _ratio(found.step_s[NO_TIER], times)]
-        for way, times in found.step_s.items()
+        for way in STEPS
+        if (times := found.step_s.get(way))
     ]
     notes = []
     if found.copied_per_s:
