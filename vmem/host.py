@@ -272,13 +272,18 @@ class HostDriver(VmemDriver):
     # -- pages that change hands -------------------------------------------------------------
 
     def _create_in(self, pages: Sequence[Page]) -> None:
+        with self._lock:  # from here on they are counted, so that no other thread closes the files
+            self._segments.open(pages, self._call)
         with ExitStack() as undo:
-            self._segments.open(pages, self._call, undo)
+            undo.callback(self._forget, pages)
             self._check_memory(len(pages))
             for first, count in adjacent_runs(sorted(pages)):
                 self._allocate(first, count, undo)
             undo.pop_all()
-        self._segments.add(pages)
+
+    def _forget(self, pages: Sequence[Page]) -> None:
+        with self._lock:
+            self._segments.remove(pages)
 
     def _copy_page(self, source: Page, target: Page) -> None:
         (from_fd, start), (to_fd, place) = self._locate(source), self._locate(target)

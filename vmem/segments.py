@@ -49,30 +49,33 @@ class Segments:
 
     # -- coming and going ------------------------------------------------------------------
 
-    def open(self, pages: Iterable[Page], call: Call, undo: ExitStack) -> None:
-        """Have a memfd for every page. Raises OutOfMappings if descriptors run short."""
-        for segment in {_segment(page) for page in pages}:
-            if segment in self._files:
-                continue
-            try:
-                fd = call(
-                    "create",
-                    linux.memfd_create,
-                    b"vkv-segment",
-                    linux.MEMFD_FLAGS,
-                    shortage=OutOfMappings,
-                )
-            except OutOfMappings as error:
-                raise OutOfMappings(
-                    f"{error}; every slot takes a descriptor, so raise the limit on open files "
-                    f"({linux.max_open_files()})"
-                ) from error
-            self._files[segment] = _File(fd)
-            undo.callback(self._close, segment)
-            call("create", linux.fcntl, fd, linux.F_ADD_SEALS, linux.F_SEAL_SHRINK)
+    def open(self, pages: Sequence[Page], call: Call) -> None:
+        """Count pages that are to be made, with a memfd for all of them; `remove` undoes it.
+
+        Raises OutOfMappings, with none counted, if descriptors run short.
+        """
+        with ExitStack() as undo:
+            for segment in {_segment(page) for page in pages}.difference(self._files):
+                self._files[segment] = _File(self._make_file(call))
+                undo.callback(self._close, segment)
+                fd = self._files[segment].fd
+                call("create", linux.fcntl, fd, linux.F_ADD_SEALS, linux.F_SEAL_SHRINK)
+            undo.pop_all()
+        self.add(pages)
+
+    @staticmethod
+    def _make_file(call: Call) -> int:
+        name, flags = b"vkv-segment", linux.MEMFD_FLAGS
+        try:
+            return call("create", linux.memfd_create, name, flags, shortage=OutOfMappings)
+        except OutOfMappings as error:
+            raise OutOfMappings(
+                f"{error}; every slot takes a descriptor, so raise the limit on open files "
+                f"({linux.max_open_files()})"
+            ) from error
 
     def add(self, pages: Iterable[Page]) -> None:
-        """Count pages that have memory now."""
+        """Count pages of segments that have a memfd."""
         for segment, count in Counter(map(_segment, pages)).items():
             self._files[segment].num_pages += count
 

@@ -430,7 +430,7 @@ def test_caches_may_read_further_than_each_other(here: int, there: int) -> None:
     kinds = [Kind("tiles", KIND["tiles"].layers, {"over_read_tokens": n}) for n in (here, there)]
     near, far = movable(kinds[0], rows=9), movable(kinds[1], rows=9)
     far._identities = near._identities
-    for count in (1, 65, 130):
+    for count in (1, 65, 100):
         request = with_request(near, count)
         lent = lend(near, request)
         slot, num_copied = borrow(far, lent, reserved=count + 10)

@@ -260,13 +260,12 @@ def test_a_driver_without_segments_hands_over_page_by_page(cuda_standin):
         view(near, address, 3 * size).fill_(4)
         assert (near.bundle_of(pages[0]), near.bundle_size(pages[0])) == (pages[0], 1)
         before = descriptors()
-        for call in range(1, 8):
+        for call in (1, 2, 3):
             cuda_standin.fail_at(call)
-            try:
-                fds, runs = near.lend(pages[::-1])
-                break
-            except DriverError:
-                assert descriptors() == before
+            with pytest.raises(DriverError):
+                near.lend(pages[::-1])
+            assert descriptors() == before
+        fds, runs = near.lend(pages[::-1])
         cuda_standin.fail_at(2)
         with pytest.raises(DriverError):
             far.borrow(fds, runs)

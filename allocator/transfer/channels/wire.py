@@ -75,12 +75,12 @@ def send_bytes(sock: socket.socket, pieces: Sequence[torch.Tensor], is_checked: 
     digest = xxhash.xxh3_64()
     if is_checked or _are_staged(pieces):
         for piece in _cut(pieces):
-            view = memoryview(piece.cpu().numpy())
+            view = _view(piece.cpu())
             if is_checked:
                 digest.update(view)
             _send(sock, [view])
     else:
-        _send(sock, [memoryview(piece.numpy()) for piece in pieces])
+        _send(sock, [_view(piece) for piece in pieces])
     _send(sock, [memoryview(_END.pack(_END_MAGIC, digest.intdigest()))])
 
 
@@ -90,14 +90,14 @@ def receive_bytes(sock: socket.socket, pieces: Sequence[torch.Tensor], is_checke
     if is_checked or _are_staged(pieces):
         for piece in _cut(pieces):
             staged = piece if piece.device.type == "cpu" else _pinned(piece)
-            view = memoryview(staged.numpy())
+            view = _view(staged)
             _receive(sock, [view])
             if is_checked:
                 digest.update(view)
             if staged is not piece:
                 piece.copy_(staged)
     else:
-        _receive(sock, [memoryview(piece.numpy()) for piece in pieces])
+        _receive(sock, [_view(piece) for piece in pieces])
     end = bytearray(_END.size)
     _receive(sock, [memoryview(end)])
     magic, expected = _END.unpack(end)
@@ -109,6 +109,10 @@ def receive_bytes(sock: socket.socket, pieces: Sequence[torch.Tensor], is_checke
 
 class Damaged(TransferError):
     """All bytes came, and are not those that were sent. What follows can be understood."""
+
+
+def _view(piece: torch.Tensor) -> memoryview:
+    return piece.numpy().data
 
 
 def _are_staged(pieces: Sequence[torch.Tensor]) -> bool:

@@ -234,11 +234,10 @@ def _cache(options: MoveOptions) -> Iterator[KVCache]:
         layers, torch.float32, max_len=most // token_bytes + 1, page_bytes=options.page_bytes
     )
     limit = 2 * most + 4 * options.page_bytes * layout.num_ranges
-    with (
-        open_driver("cpu", options.page_bytes) as driver,
-        KVCache(layout, PagePool(driver, limit), num_slots=4, movable=True) as cache,
-    ):
-        yield cache
+    with open_driver("cpu", options.page_bytes) as driver:
+        cache = KVCache(layout, PagePool(driver, limit), num_slots=4, movable=True)
+        with cache:
+            yield cache
 
 
 # -- results -------------------------------------------------------------------------------------
