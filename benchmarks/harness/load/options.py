@@ -208,6 +208,10 @@ class TenantsOptions:
     times: int = option(10, least=1, help="How many times as many the heavy tenant has.")
     scale: float = option(0.1, help="Multiplies all lengths.")
     max_seqs: int = max_seqs_option(8)
+    max_batch_tokens: int | None = option(
+        None,
+        help="Tokens of a step: who comes waits for the step under way. Default: the device's.",
+    )
     label: str = label_option()
     seed: int = seed_option()
 

@@ -102,6 +102,7 @@ def _run(
         dtype=options.dtype,
         device=options.device,
         max_seqs=options.max_seqs,
+        max_batch_tokens=options.max_batch_tokens,
         max_len=max(item.num_tokens for item in work),
         prefix_reuse=False,  # the prompts are random
         scheduling_policy=policy,
