@@ -403,8 +403,11 @@ def test_a_long_copy_outlives_leases(
     """The arbiter reminds the end that has nothing to do."""
     stages = Stages(small_tokens=4, spare_tokens=40, lease_s=5.0)
     with migrating.rig(llama, carrier=_Slow(6.0), stages=stages) as rig:
-        monkeypatch.setattr("time.monotonic", rig.clock)
-        _begin(rig)
+        with monkeypatch.context() as patched:
+            patched.setattr("time.monotonic", rig.clock)
+            _begin(rig)
+            while rig.migrations.arbiter.num_moving:
+                rig.turn()
         rig.finish()
         assert rig.migrations.arbiter.counts.moved == 1
         _equal(rig.streams[_KEY], alone)
