@@ -157,7 +157,7 @@ def test_the_pause_does_not_grow_with_the_context(llama: PreTrainedModel) -> Non
         (spec,) = migrating.specs(zoo.random_prompts([length]), max_tokens=40, kinds=[{}])
         for stages in (Stages(small_tokens=4), Stages(most=0)):
             carrier = _Counting()
-            with migrating.rig(llama, carrier=carrier, stages=stages) as rig:
+            with migrating.rig(llama, carrier=carrier, stages=stages, max_len=480) as rig:
                 rig.add([spec])
                 stream, silent, longest = rig.streams["0", 0], 0, 0
                 while not stream.token_ids:

@@ -372,33 +372,42 @@ def test_a_carrier_may_fail_at_any_stage(
 # -- silence ---------------------------------------------------------------------------------------
 
 
-def test_a_long_copy_outlives_leases(llama: PreTrainedModel, alone: migrating.Stream) -> None:
+class _Slow(CopyCarrier):
+    """Copies at once, and is done some seconds later."""
+
+    def __init__(self, takes_s: float) -> None:
+        super().__init__()
+        self._takes_s = takes_s
+
+    def carry(self, outgoing: Outgoing, address: bytes, start: int, stop: int) -> Carriage:
+        super().carry(outgoing, address, start, stop)
+        return _Late(time.monotonic() + self._takes_s)
+
+
+class _Late:
+    error = None
+
+    def __init__(self, done_s: float) -> None:
+        self._done_s = done_s
+
+    @property
+    def is_done(self) -> bool:
+        return time.monotonic() >= self._done_s
+
+    def cancel(self) -> None: ...
+
+
+def test_a_long_copy_outlives_leases(
+    llama: PreTrainedModel, alone: migrating.Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The arbiter reminds the end that has nothing to do."""
-
-    class Slow(CopyCarrier):
-        def carry(self, outgoing: Outgoing, address: bytes, start: int, stop: int) -> Carriage:
-            super().carry(outgoing, address, start, stop)
-            return _Late()
-
-    class _Late:
-        error = None
-
-        def __init__(self) -> None:
-            self._done_s = time.monotonic() + 0.3
-
-        @property
-        def is_done(self) -> bool:
-            return time.monotonic() > self._done_s
-
-        def cancel(self) -> None: ...
-
-    with migrating.rig(
-        llama, carrier=Slow(), stages=Stages(small_tokens=4, spare_tokens=40, lease_s=0.2)
-    ) as rig:
-        _begin(rig)
-        while rig.migrations.arbiter.num_moving:
-            rig.turn()
-            time.sleep(0.02)
+    stages = Stages(small_tokens=4, spare_tokens=40, lease_s=5.0)
+    with migrating.rig(llama, carrier=_Slow(6.0), stages=stages) as rig:
+        with monkeypatch.context() as patched:
+            patched.setattr("time.monotonic", rig.clock)
+            _begin(rig)
+            while rig.migrations.arbiter.num_moving:
+                rig.turn()
         rig.finish()
         assert rig.migrations.arbiter.counts.moved == 1
         _equal(rig.streams[_KEY], alone)
