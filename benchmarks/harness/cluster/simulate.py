@@ -245,11 +245,12 @@ def _again(path: Path) -> list[Table]:
 
 
 def _compared(run: Mapping[str, Any], cost: StepCost, max_seqs: int) -> list[list[str]]:
+    budget = int(run.get("max_batch_tokens") or max(run["step_tokens"]))  # older ones lack it
     config = InstanceConfig(
         cost=cost,
         capacity_tokens=10 * sum(run["input_lens"]) + 10 * sum(run["output_lens"]),
         max_seqs=max_seqs,
-        max_batch_tokens=int(run["max_batch_tokens"]),
+        max_batch_tokens=budget,
         policy=run["policy"],
     )
     cluster = ClusterConfig(members=(Member(config=config),))
@@ -260,7 +261,7 @@ def _compared(run: Mapping[str, Any], cost: StepCost, max_seqs: int) -> list[lis
         "tpot": [sum(gaps) / len(gaps) for gaps in run["itls"] if gaps],
         "e2e": [ttft + sum(gaps) for ttft, gaps in zip(run["ttfts"], run["itls"], strict=True)],
     }
-    name = f"{run['workload']}, {run['load']}, {run['policy']} {run['max_batch_tokens']:.0f}"
+    name = f"{run['workload']}, {run['load']}, {run['policy']} {budget}"
     rows = []
     for key, values in measured.items():
         row = [name, key.upper()]
