@@ -1,6 +1,7 @@
 """`vkv simulate`: a cluster on a virtual clock, under one policy after another."""
 
 import json
+import re
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import asdict
@@ -253,7 +254,9 @@ def _compared(run: Mapping[str, Any], cost: StepCost, max_seqs: int) -> list[lis
         max_batch_tokens=budget,
         policy=run["policy"],
     )
-    cluster = ClusterConfig(members=(Member(config=config),))
+    waiting = re.match(r"(\d+) clients", run["load"])
+    clients = int(waiting[1]) if waiting else None
+    cluster = ClusterConfig(members=(Member(config=config),), clients=clients)
     report = simulate(cluster, CLUSTER_POLICIES["least_loaded"](), recorded_trace(run))
     simulated = report.percentiles(50, 90)
     measured = {

@@ -248,6 +248,18 @@ def test_the_same_comes_out_again() -> None:
     assert simulate(_config(roles), policy, trace) == simulate(_config(roles), policy, trace)
 
 
+def test_clients_wait_for_their_answers() -> None:
+    trace = [msgspec.structs.replace(request, arrival_s=0.0) for request in _trace(20, 1.0, seed=5)]
+    report = simulate(_config(("both", "both"), 8000, clients=3), LeastLoaded(), trace)
+    assert len(report.whole) == 20
+    ends = sorted(one.last_s for one in report.served)
+    arrivals = [one.arrived_s for one in report.served]
+    assert arrivals[:3] == [0.0] * 3
+    assert arrivals[3:] == pytest.approx(ends[:17])  # each when another had its answer
+    with pytest.raises(InvalidConfig, match="clients is 0"):
+        _config(("both",), clients=0)
+
+
 def test_links_and_hand_over_differ_in_bytes_and_time() -> None:
     policy, roles = _POLICIES["apart"]
     trace = _trace(60, 2.0)
