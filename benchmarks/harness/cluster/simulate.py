@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ from ...runtime.cluster.simulator.costs import StepCost, TransferCost
 from ...runtime.cluster.simulator.fitting import Fit, StepRecord, fit_step_cost, read_steps
 from ...runtime.cluster.simulator.instance import InstanceConfig
 from ...runtime.cluster.simulator.trace import Report, Slo
+from ...runtime.cluster.snapshot import Role
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
 from ..record import Findings, Record, Table, record_name
@@ -123,7 +124,7 @@ def _config(options: SimulateOptions, cost: StepCost) -> ClusterConfig:
     )
     roles = options.roles or ("both",) * options.instances
     return ClusterConfig(
-        members=tuple(Member(config=instance, role=role) for role in roles),  # type: ignore[arg-type]
+        members=tuple(Member(config=instance, role=cast(Role, role)) for role in roles),
         transfer=TransferCost(
             latency_s=options.link_latency_ms / 1e3,
             bytes_per_s=options.link_gbit * 1e9 / 8 if options.link_gbit else None,

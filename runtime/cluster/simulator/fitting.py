@@ -71,7 +71,7 @@ def fit_step_cost(steps: Sequence[StepRecord]) -> Fit:
         )
     times = np.array([step.time_s for step in steps])
     features = np.array([_features(step.work) for step in steps])
-    said = np.full(len(times), times.mean())
+    said, found = np.full(len(times), times.mean()), np.zeros(len(_FEATURES))
     for _ in range(_ROUNDS):
         found = non_negative_least_squares(features / said[:, None], times / said)
         said = np.maximum(features @ found, 1e-3 * times.mean())
