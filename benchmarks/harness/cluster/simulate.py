@@ -1,12 +1,13 @@
 """`vkv simulate`: a cluster on a virtual clock, under one policy after another."""
 
 import json
+import re
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ from ...runtime.cluster.simulator.costs import StepCost, TransferCost
 from ...runtime.cluster.simulator.fitting import Fit, StepRecord, fit_step_cost, read_steps
 from ...runtime.cluster.simulator.instance import InstanceConfig
 from ...runtime.cluster.simulator.trace import Report, Slo
+from ...runtime.cluster.snapshot import Role
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
 from ..record import Findings, Record, Table, record_name
@@ -122,7 +124,7 @@ def _config(options: SimulateOptions, cost: StepCost) -> ClusterConfig:
     )
     roles = options.roles or ("both",) * options.instances
     return ClusterConfig(
-        members=tuple(Member(config=instance, role=role) for role in roles),  # type: ignore[arg-type]
+        members=tuple(Member(config=instance, role=cast(Role, role)) for role in roles),
         transfer=TransferCost(
             latency_s=options.link_latency_ms / 1e3,
             bytes_per_s=options.link_gbit * 1e9 / 8 if options.link_gbit else None,
@@ -245,14 +247,17 @@ def _again(path: Path) -> list[Table]:
 
 
 def _compared(run: Mapping[str, Any], cost: StepCost, max_seqs: int) -> list[list[str]]:
+    budget = int(run.get("max_batch_tokens") or max(run["step_tokens"]))  # older ones lack it
     config = InstanceConfig(
         cost=cost,
         capacity_tokens=10 * sum(run["input_lens"]) + 10 * sum(run["output_lens"]),
         max_seqs=max_seqs,
-        max_batch_tokens=int(run["max_batch_tokens"]),
+        max_batch_tokens=budget,
         policy=run["policy"],
     )
-    cluster = ClusterConfig(members=(Member(config=config),))
+    waiting = re.match(r"(\d+) clients", run["load"])
+    clients = int(waiting[1]) if waiting else None
+    cluster = ClusterConfig(members=(Member(config=config),), clients=clients)
     report = simulate(cluster, CLUSTER_POLICIES["least_loaded"](), recorded_trace(run))
     simulated = report.percentiles(50, 90)
     measured = {
@@ -260,7 +265,7 @@ def _compared(run: Mapping[str, Any], cost: StepCost, max_seqs: int) -> list[lis
         "tpot": [sum(gaps) / len(gaps) for gaps in run["itls"] if gaps],
         "e2e": [ttft + sum(gaps) for ttft, gaps in zip(run["ttfts"], run["itls"], strict=True)],
     }
-    name = f"{run['workload']}, {run['load']}, {run['policy']} {run['max_batch_tokens']:.0f}"
+    name = f"{run['workload']}, {run['load']}, {run['policy']} {budget}"
     rows = []
     for key, values in measured.items():
         row = [name, key.upper()]

@@ -43,6 +43,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         react_s: between two rounds of moves, at least.
         round_s: between two rounds of moves where nothing asks for one.
         startup_s: until an instance that is added takes requests.
+        clients: that wait for their answers and ask again: from so many on, a request comes when
+            another has ended, whatever the trace says; None for the times of the trace.
         foresees: as of `SimulatedInstance`.
     """
 
@@ -53,11 +55,14 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     react_s: float = 0.0
     round_s: float = 0.5
     startup_s: float = 30.0
+    clients: int | None = None
     foresees: bool = True
 
     def __post_init__(self) -> None:
         if not self.members:
             raise InvalidConfig("a cluster has no members; give one at least")
+        if self.clients is not None and self.clients < 1:
+            raise InvalidConfig(f"clients is {self.clients}; use one at least, or None")
         if min(self.report_s, self.react_s, self.startup_s) < 0 or self.round_s <= 0:
             raise InvalidConfig(
                 f"report_s {self.report_s}, react_s {self.react_s}, startup_s {self.startup_s} and "
@@ -101,12 +106,12 @@ class _Simulation:
         self._now_s = 0.0
         self._numbers = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._served = [Served(request=request) for request in trace]
+        self._served = [Served(request=request, arrived_s=request.arrival_s) for request in trace]
         prefixes = dict.fromkeys(request.prefix for request in trace if request.prefix)
         self._prefixes = {p: _FIRST_PREFIX + n for n, p in enumerate(prefixes)}
         self._num_left = len(trace)
         self._held_back: deque[int] = deque()
-        self._num_held_back = self._num_dispatched = 0
+        self._num_come = self._num_held_back = self._num_dispatched = 0
         self._places: dict[SequenceKey, tuple[Request, SimulatedInstance]] = {}
         self._instances: dict[int, SimulatedInstance] = {}
         self._wakes: dict[int, float] = {}  # when each instance is to be turned
@@ -137,7 +142,7 @@ class _Simulation:
 
     def run(self) -> Report:
         """All of it."""
-        self._arrive(0)
+        self._come()
         self._ask_round(self._config.round_s)
         while self._num_left:
             if not self._events:
@@ -153,17 +158,26 @@ class _Simulation:
     def _later(self, at_s: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._events, (at_s, next(self._numbers), happen))
 
-    def _arrive(self, number: int) -> None:
-        """Have a request of the trace come when it does, and the next one after it."""
+    def _come(self) -> None:
+        """Have the next request of the trace come when it does, and the next one after it."""
+        number = self._num_come
+        clients = self._config.clients
+        if number == len(self._trace) or (clients is not None and number >= clients):
+            return
+        self._num_come += 1
 
         def come() -> None:
-            if self._held_back or not self._dispatch(number):
-                self._held_back.append(number)
-                self._num_held_back += 1
-            if number + 1 < len(self._trace):
-                self._arrive(number + 1)
+            self._come()
+            self._arrive(number)
 
         self._later(self._trace[number].arrival_s, come)
+
+    def _arrive(self, number: int) -> None:
+        """A request is here."""
+        self._served[number].arrived_s = self._now_s
+        if self._held_back or not self._dispatch(number):
+            self._held_back.append(number)
+            self._num_held_back += 1
 
     def _wake(self, instance: SimulatedInstance) -> None:
         """See that an instance is turned when it is due."""
@@ -185,7 +199,7 @@ class _Simulation:
     def _dispatch(self, number: int) -> bool:
         """Give a request to an instance; False if none takes it now."""
         trace = self._trace[number]
-        request = new_request(number, trace, trace.arrival_s, self._prefixes)
+        request = new_request(number, trace, self._served[number].arrived_s, self._prefixes)
         newcomer = Newcomer(
             key=request.key,
             num_tokens=trace.prompt_tokens,
@@ -200,7 +214,7 @@ class _Simulation:
         self._num_dispatched += 1
         if trace.prompt_tokens + trace.output_tokens - 1 > target.cache.capacity_tokens:
             self._served[number].failure = "it could never fit into the memory of an instance"
-            self._num_left -= 1
+            self._one_less()
             return True
         self._seen[target_id] = self._seen[target_id].with_newcomer(newcomer)
         self._places[request.key] = request, target
@@ -293,10 +307,18 @@ class _Simulation:
     def _ended(self, request: Request, instance: SimulatedInstance) -> None:
         self._moving.ended(request)
         del self._places[request.key]
-        self._num_left -= 1
+        self._one_less()
         self._stale.add(instance.id)
         if self._held_back or self._has_held:
             self._ask_soon()
+
+    def _one_less(self) -> None:
+        """A request has ended; a client that waited for it asks again."""
+        self._num_left -= 1
+        if self._config.clients is not None and self._num_come < len(self._trace):
+            number = self._num_come
+            self._num_come += 1
+            self._later(self._now_s, lambda: self._arrive(number))
 
     def _computed(self, instance: SimulatedInstance) -> None:
         self._has_held = True

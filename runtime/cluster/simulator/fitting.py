@@ -9,6 +9,7 @@ import numpy as np
 from ....vmem.errors import InvalidConfig
 from .costs import DecodeCost, PromptCost, StepCost, StepWork
 
+_ROUNDS = 8  # of weighting
 _FEATURES = ("prompt step", "prompt token", "pair", "decode step", "request", "context token")
 
 
@@ -56,7 +57,10 @@ def write_steps(path: Path, steps: Sequence[StepRecord]) -> None:
 
 
 def fit_step_cost(steps: Sequence[StepRecord]) -> Fit:
-    """The costs that explain `steps` best: the sum of squared errors, each a share of its step.
+    """The costs that explain `steps` best, by squared errors, each a share of what they say of it.
+
+    Found by weighting again and again. Shares of what was measured would favour steps that
+    happened to be short, and say too little of all together.
 
     Raises InvalidConfig where there are fewer steps than costs, or a time that is not positive.
     """
@@ -67,8 +71,10 @@ def fit_step_cost(steps: Sequence[StepRecord]) -> Fit:
         )
     times = np.array([step.time_s for step in steps])
     features = np.array([_features(step.work) for step in steps])
-    found = non_negative_least_squares(features / times[:, None], np.ones(len(times)))
-    said = features @ found
+    said, found = np.full(len(times), times.mean()), np.zeros(len(_FEATURES))
+    for _ in range(_ROUNDS):
+        found = non_negative_least_squares(features / said[:, None], times / said)
+        said = np.maximum(features @ found, 1e-3 * times.mean())
     errors = np.abs(said / times - 1)
     prompt_step, token, pair, decode_step, request, context = map(float, found)
     return Fit(

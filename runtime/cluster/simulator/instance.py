@@ -136,10 +136,10 @@ class SimulatedInstance:
         """Queue a request."""
         self.served[request] = served
         is_behind = self._is_by_arrival and not comes_back and self._is_full
-        self.scheduler.add(request, comes_back=comes_back)
-        self._is_stuck = False
         if not is_behind:  # else it changes nothing that is under way
             self.interrupt()
+        self.scheduler.add(request, comes_back=comes_back)
+        self._is_stuck = False
 
     @property
     def _is_full(self) -> bool:
@@ -229,7 +229,7 @@ class SimulatedInstance:
         may_begin = self.pipeline.foreseen is None and self.pipeline.free_s <= now_s
         is_asked = may_begin and self.scheduler.has_work and not self._is_stuck
         if is_asked and not self._go_on():
-            self._launch(self.scheduler.schedule())
+            self._ask()
 
     def interrupt(self) -> None:
         """Cut steps that were foreseen to the one under way: something is about to change."""
@@ -272,12 +272,21 @@ class SimulatedInstance:
         self._begin(items, StepWork(0, 0.0, len(items), context_tokens))
         return True
 
-    def _launch(self, batch: Batch) -> None:
-        """Begin a step, and foresee those that follow it as it is."""
+    def _ask(self) -> None:
+        """Begin the step that the scheduler gives."""
+        scheduler = self.scheduler
+        before = len(scheduler.waiting), scheduler.num_preemptions
+        batch = scheduler.schedule()
         self.num_scheduled += 1
-        if not batch.items:
+        # Where one of those that wait was admitted, another may be in the next step.
+        is_settled = before == (len(scheduler.waiting), scheduler.num_preemptions)
+        if batch.items:
+            self._launch(batch, is_settled=is_settled or not len(scheduler.waiting))
+        else:
             self._meet_shortage()
-            return
+
+    def _launch(self, batch: Batch, *, is_settled: bool) -> None:
+        """Begin a step, and where nothing is about to change those that follow it as it is."""
         items: Items = []
         prompt_tokens = num_decodes = context_tokens = 0
         num_pairs = 0.0
@@ -293,11 +302,12 @@ class SimulatedInstance:
                 num_pairs += pairs(request.num_computed, count)
             request.num_computed = end
             items.append((request, end))
-        self._begin(items, StepWork(prompt_tokens, num_pairs, num_decodes, context_tokens))
+        work = StepWork(prompt_tokens, num_pairs, num_decodes, context_tokens)
+        self._begin(items, work, is_settled=is_settled)
 
-    def _begin(self, items: Items, work: StepWork) -> None:
+    def _begin(self, items: Items, work: StepWork, *, is_settled: bool = True) -> None:
         self.most_used = max(self.most_used, self.cache.live_tokens / self.cache.capacity_tokens)
-        num_steps = 1 if work.prompt_tokens else self._num_foreseen(items)
+        num_steps = self._num_foreseen(items) if is_settled and not work.prompt_tokens else 1
         if num_steps > 1:
             self.pipeline.foresee(items, work, num_steps, self._clock())
         else:

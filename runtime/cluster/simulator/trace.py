@@ -38,6 +38,7 @@ class Served(msgspec.Struct, kw_only=True):
     """What became of a request. Times are from the beginning of the trace.
 
     Attributes:
+        arrived_s: when it came: as the trace says, or once a client had its last answer.
         first_s, last_s: when its first and its last token were there.
         num_tokens: that it got.
         longest_gap_s: between two of its tokens.
@@ -46,6 +47,7 @@ class Served(msgspec.Struct, kw_only=True):
     """
 
     request: TraceRequest
+    arrived_s: float
     first_s: float = 0.0
     last_s: float = 0.0
     num_tokens: int = 0
@@ -56,12 +58,12 @@ class Served(msgspec.Struct, kw_only=True):
     @property
     def ttft_s(self) -> float:
         """From arrival to the first token."""
-        return self.first_s - self.request.arrival_s
+        return self.first_s - self.arrived_s
 
     @property
     def e2e_s(self) -> float:
         """From arrival to the last token."""
-        return self.last_s - self.request.arrival_s
+        return self.last_s - self.arrived_s
 
     @property
     def tpot_s(self) -> float | None:
