@@ -35,7 +35,7 @@ def test_counts_are_right_after_any_calls(
                 tokens = [rng.randrange(3)] * rng.randrange(1, 12) + [rng.randrange(3)]
                 found = cache.prefix_length(tokens)
                 slot, held = cache.adopt(tokens)
-                assert held in (found, 0)
+                assert held <= found
                 live.append((slot, tokens))
                 cache.reserve(slot, len(tokens))
                 cache.grow(slot, len(tokens))
