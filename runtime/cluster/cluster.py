@@ -261,7 +261,8 @@ class Cluster:
         members = [m for m in self.router.members() if not m.is_draining]
         if len(members) < instances:
             with self._scaling:
-                self._start(["both"] * (instances - len(members)))
+                more: list[Role] = ["both"] * (instances - len(members))
+                self._start(more)
             return
         snapshot = self.router.snapshot()
         for instance in drained_first(snapshot, len(members) - instances):
@@ -296,7 +297,7 @@ class Cluster:
 
     def _start(self, roles: Sequence[Role]) -> None:
         """Start an instance for each role, all at once. If one fails none of them stays."""
-        begun = [(next(self._ids), role) for role in roles]
+        begun: list[tuple[int, Role]] = [(next(self._ids), role) for role in roles]
         try:
             for instance, _ in begun:
                 self._launcher.begin(instance, **self._order)

@@ -113,7 +113,7 @@ def _measure(
     )
     found, before = Found(), _copied(cluster)
     times: list[float] = []
-    moves: list[tuple[float, float]] = []
+    moves: list[tuple[float, list[float]]] = []
     for _ in _tokens(cluster, prompt, params):
         times.append(time.perf_counter())
         is_due = len(times) % _BETWEEN == 0
