@@ -274,7 +274,7 @@ class Cluster:
         return ClusterStats(
             num_migrations=counts.moved,
             num_stayed=counts.stayed,
-            num_recomputed=counts.lost,
+            num_recomputed=counts.orphaned,
             instances=tuple(self.router.members()),
             requests=self.router.requests(),
         )

@@ -29,12 +29,14 @@ class ClusterEngine:
         cluster: None until its instances have loaded their models.
         on_welcome: called with what they are once they have.
         on_refusal: called with why they never will.
+        on_started: called when Ray is there, which takes signals for itself.
     """
 
     def __init__(self, **options: Any) -> None:
         self.cluster: Cluster | None = None
         self.on_welcome: Callable[[Face], None] = lambda face: None
         self.on_refusal: Callable[[UsageError], None] = lambda error: None
+        self.on_started: Callable[[], None] = lambda: None
         self.is_asleep = False
         self._options = options
         self._is_closed = False
@@ -52,6 +54,7 @@ class ClusterEngine:
             await asyncio.to_thread(cluster.close)
             return
         self.cluster = cluster
+        self.on_started()
         face = cluster.face
         num_places = sum(m.face.max_seqs for m in cluster.router.members_now() if m.face)
         self.on_welcome(dataclasses.replace(face, max_seqs=num_places))

@@ -26,11 +26,17 @@ _GIVE_UP_S = 30.0  # for a migration to come to its commit point
 
 
 class MigrationCounts(msgspec.Struct, frozen=True):
-    """Migrations so far, by outcome."""
+    """Migrations so far, by outcome.
+
+    Attributes:
+        moved, stayed, lost: they went on at the target; at the source; at neither.
+        orphaned: sequences that nobody had any more, those that were lost on the way included.
+    """
 
     moved: int = 0
     stayed: int = 0
     lost: int = 0
+    orphaned: int = 0
 
 
 class Arbiter:
@@ -70,7 +76,7 @@ class Arbiter:
         self._outbox: list[tuple[str, Message | Command]] = []
         self._orphans: list[Continuation] = []
         self._outputs = Outputs()
-        self._counts = {"moved": 0, "stayed": 0, "lost": 0}
+        self._counts = {"moved": 0, "stayed": 0, "lost": 0, "orphaned": 0}
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -267,6 +273,7 @@ class Arbiter:
         self._outputs.fill_gap(sequence)
         if not sequence.has_ended and not self._outputs.end_if_aborted(sequence):
             sequence.epoch = next(self._epochs)
+            self._counts["orphaned"] += 1
             self._orphans.append(
                 Continuation(
                     spec=sequence.spec,

@@ -119,9 +119,7 @@ class Supervisor:
 
     async def run(self) -> int:
         """Serve; returns the exit status."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end)
+        self._hear_signals()
         _log.info("listening on %s", shown_address(self._options, self._listener))
         if self._options.is_cluster:
             return await self._run_cluster()
@@ -142,6 +140,12 @@ class Supervisor:
             self._socket.close()
             self._listener.close()
         return self._status
+
+    def _hear_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, self._end)
 
     async def _run_front(
         self, engine: "RemoteEngine | ClusterEngine", routes: Sequence[APIRouter] = ()
@@ -172,6 +176,7 @@ class Supervisor:
             address=options.ray_address,
             **engine,
         )
+        cluster.on_started = self._hear_signals
         try:
             await self._run_front(cluster, [cluster_router(cluster)])
         finally:

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from ...engine.stats import EngineStats
 from ..cluster_engine import ClusterEngine
+from ..http.errors import ApiError
 from ..http.streams import json_response
 from .fields import Strict
 from .shapes import others
@@ -41,6 +42,10 @@ def cluster_router(engine: ClusterEngine) -> APIRouter:
     )
     async def drain(asked: Drain) -> Response:
         """Move everything away from an instance and end it; answered once that is done."""
+        there = [member.id for member in engine.members]
+        if asked.instance not in there:
+            known = ", ".join(map(str, there))
+            raise ApiError(400, f"instance {asked.instance} is not there; there are: {known}")
         await engine.drain(asked.instance)
         return json_response(await _state(engine))
 

@@ -144,7 +144,7 @@ def test_sequences_move_while_they_run_and_no_token_changes(two: Cluster, llm: L
 
 
 def test_a_killed_instance_costs_time_and_no_token(two: Cluster, llm: LLM) -> None:
-    params = _mixed(200)
+    params, recomputed = _mixed(200), two.stats().num_recomputed
     running = _Running(two, params)
     stats = _until(two, _is_generating)
     os.kill(stats.instances[0].pid, signal.SIGKILL)
@@ -152,7 +152,7 @@ def test_a_killed_instance_costs_time_and_no_token(two: Cluster, llm: LLM) -> No
     _until(two, lambda stats: len(stats.instances) == 1)
     assert time.monotonic() - began_s < 1.0
     assert _tokens(running.wait()) == _tokens(llm.generate(_PROMPTS, params))
-    assert two.stats().num_recomputed + two.stats().num_migrations > 0
+    assert two.stats().num_recomputed > recomputed
 
 
 def test_a_stopped_instance_is_killed_and_its_requests_go_on(two: Cluster, llm: LLM) -> None:

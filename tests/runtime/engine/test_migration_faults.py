@@ -401,8 +401,8 @@ def test_a_long_copy_outlives_leases(
     llama: PreTrainedModel, alone: migrating.Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The arbiter reminds the end that has nothing to do."""
-    stages = Stages(small_tokens=4, spare_tokens=40, lease_s=5.0)
-    with migrating.rig(llama, carrier=_Slow(6.0), stages=stages) as rig:
+    stages = Stages(most=1, small_tokens=4, spare_tokens=40, lease_s=10.0)
+    with migrating.rig(llama, carrier=_Slow(11.0), stages=stages) as rig:
         with monkeypatch.context() as patched:
             patched.setattr("time.monotonic", rig.clock)
             _begin(rig)

@@ -16,6 +16,8 @@ from vkv.vmem.errors import EngineDied
 
 def _face(llm: LLM) -> Face:
     return Face(
+        token_bytes=1,
+        capacity_tokens=1,
         name="tiny",
         tokenizer=None,
         sampling_defaults={},
