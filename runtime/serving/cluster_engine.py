@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...vmem.errors import EngineDied, InvalidOperation, UsageError
+from ...vmem.errors import EngineDied, InvalidConfig, UsageError
 from ..cluster.cluster import Cluster, ClusterStats
 from ..cluster.members import Member
 from ..engine.memory.memory_map import MemoryMap, side_by_side
@@ -112,9 +112,9 @@ class ClusterEngine:
         return side_by_side(found)
 
     async def ask(self, question: Question) -> int | MemoryMap | None:
-        """As of `EngineLink`. Raises InvalidOperation for what instances do not do together."""
+        """As of `EngineLink`. Raises InvalidConfig for what instances do not do together."""
         if question not in _FOR_ALL:
-            raise InvalidOperation(
+            raise InvalidConfig(
                 f"a server of several instances does not {question}; scale it instead"
             )
         freed = await asyncio.to_thread(self._there().router.ask, question)
