@@ -1,5 +1,6 @@
 """Pages, slots and their geometry: contiguous KV that grows page by page."""
 
+from .exits import Exits
 from .kv_cache import KVCache
 from .kv_file import KVFile
 from .kv_file_format import KVFacts
@@ -15,6 +16,7 @@ from .slot_cache import SlotCache
 from .stats import KVStats
 
 __all__ = [
+    "Exits",
     "KVCache",
     "KVFacts",
     "KVFile",

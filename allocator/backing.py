@@ -6,12 +6,12 @@ raises has changed nothing, and a slot's page list says what is really attached.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
 
-from ..vmem import Page
+from ..vmem import Page, segment_of
 from ..vmem.errors import OutOfMappings
 from .layout import PageGeometry
 from .ledger import Ledger
@@ -27,7 +27,12 @@ class Backing(ABC):
     Args:
         geometry: tokens to pages.
         pool: where the pages come from.
+
+    Attributes:
+        has_segments: whether every slot has pages of its own kind, of no use to other slots.
     """
+
+    has_segments = False
 
     def __init__(self, geometry: PageGeometry, pool: PagePool) -> None:
         self.geometry = geometry
@@ -96,7 +101,9 @@ class Backing(ABC):
         missing = [max(0, t - len(p)) for t, p in zip(targets, slot.pages, strict=True)]
         if not any(missing):
             return
-        pages = self.pool.commit(slot.reservation, sum(missing))
+        stretches = ((i, len(slot.pages[i]), count) for i, count in enumerate(missing))
+        named = self._names(slot, stretches)
+        pages = self.pool.commit(slot.reservation, sum(missing), named)
         with ExitStack() as undo:
             undo.callback(self.pool.restore, slot.reservation, pages)  # those not attached
             for index, count in enumerate(missing):
@@ -155,6 +162,10 @@ class Backing(ABC):
                 undo.pop_all()
         except OutOfMappings:
             return (0,) * len(counts)
+        if source.segment is not None:
+            shared = (page for pages in target.pages for page in pages)
+            if any(segment_of(page) == source.segment for page in shared):
+                source.segment = None
         return counts
 
     def attach_file(self, slot: Slot, fd: int, offsets: Sequence[int]) -> tuple[int, ...]:
@@ -198,7 +209,8 @@ class Backing(ABC):
     def _own(self, slot: Slot, range_index: int, position: int, undo: ExitStack) -> Page:
         """Replace a shared page by a copy; returns the shared one, whose reference is kept."""
         shared = slot.pages[range_index][position]
-        (page,) = self.pool.commit(slot.reservation, 1)
+        named = self._names(slot, [(range_index, position, 1)])
+        (page,) = self.pool.commit(slot.reservation, 1, named)
         try:
             self._replace(slot, range_index, position, page)
         except BaseException:
@@ -234,6 +246,20 @@ class Backing(ABC):
             self.ledger.settle(slot)  # last, since pages that went have no use to change
         self._note_ready(slot)
 
+    def tighten(self, slot: Slot) -> None:
+        """Unmap all behind the tokens of `slot`; what it was promised, it still is."""
+        held = max(slot.num_tokens, slot.pinned_tokens)
+        promised = self.geometry.pages_per_range(max(held, slot.promised_tokens))
+        self.shrink(slot, slot.num_tokens, promised)
+        try:
+            for index, keep in enumerate(self.geometry.pages_per_range(held)):
+                cut = self._cut(slot, index, keep)
+                shared = [page for page in cut if self.is_shared(page)]  # promised a copy of
+                self.pool.release(shared)
+                self.pool.restore(slot.reservation, [page for page in cut if page not in shared])
+        finally:
+            self._note_ready(slot)
+
     def clear_unused(self, slot: Slot) -> None:
         """Clear all that `slot` has behind its tokens, if the pool's policy asks for it."""
         if self.pool.sanitize == "zero":
@@ -268,6 +294,13 @@ class Backing(ABC):
         slot.ready_tokens = min(self.geometry.tokens_backed(counts), self.geometry.max_len)
         if any(self._shared_tail(slot, counts)):
             slot.ready_tokens = slot.num_tokens
+
+    def _names(
+        self, slot: Slot, stretches: Iterable[tuple[int, int, int]]
+    ) -> Sequence[Page] | None:
+        """The very pages that `slot` must have, if it does not take any: of each stretch, which is
+        (range, first position, how many)."""
+        return None
 
     # -- what a kind of memory supplies ------------------------------------------------------
 

@@ -3,10 +3,19 @@
 import heapq
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Literal, Protocol
 
-from ..vmem import Fence, OwnedLock, Page, ProcessOwner, is_of_file
+from ..vmem import (
+    Fence,
+    OwnedLock,
+    Page,
+    ProcessOwner,
+    Segment,
+    is_common,
+    is_of_file,
+    segment_of,
+)
 from ..vmem.errors import InvalidConfig, InvalidOperation, OutOfPages
 from .memory_limit import MemoryLimit
 
@@ -25,6 +34,7 @@ class PageSource(Protocol):
     @property
     def num_mappings(self) -> int: ...
     def create(self, num_pages: int) -> list[Page]: ...
+    def create_in(self, pages: Sequence[Page]) -> None: ...
     def attach_file(self, fd: int, offset: int, num_pages: int) -> list[Page]: ...
     def release(self, pages: Sequence[Page]) -> None: ...
     def record_fence(self) -> Fence: ...
@@ -47,6 +57,9 @@ class PagePool:
 
     Pages of files (`attach_file`) are guests: their references are counted, and nothing else. They
     come under no limit, are never free, and go back to the driver with their last reference.
+
+    Pages of segments are asked for by name and serve nobody else: with their last reference they go
+    back to the system. Those whose `commit` was undone are free until then, and give way to others.
 
     Args:
         driver: creates and releases the pages.
@@ -168,29 +181,55 @@ class PagePool:
             "available; wait for a request to finish, or raise the memory limit"
         )
 
-    def commit(self, reservation: Reservation, num_pages: int) -> list[Page]:
-        """Take `num_pages` pages of a reservation, with one reference each.
+    def commit(
+        self, reservation: Reservation, num_pages: int, named: Sequence[Page] | None = None
+    ) -> list[Page]:
+        """Take `num_pages` pages of a reservation, with one reference each; these, if `named`.
 
-        Creates what is missing. Raises OutOfPages, with the reservation intact, if the device
-        itself has no memory left.
+        Creates what is missing. Raises OutOfPages (named pages: or OutOfMappings, DriverError),
+        with the reservation intact, if the device itself has no memory left.
         """
         with self._lock:
             if num_pages > reservation.num_pages:
                 raise InvalidOperation(
                     f"{num_pages} pages committed of a reservation of {reservation.num_pages}"
                 )
-            # A refill under way may be creating the very pages the limit leaves room for.
-            while self._num_creating and num_pages > len(self._free):
-                self._created.wait()
-            missing = num_pages - len(self._free)
-            if missing > 0:
-                self._add_free(self.driver.create(missing))
-            pages = [heapq.heappop(self._free) for _ in range(num_pages)]
+            pages = self._pop_free(num_pages) if named is None else self._pop_named(named)
             for page in pages:
                 self._references[page] = 1
             reservation.num_pages -= num_pages
             self._num_reserved -= num_pages
             return pages
+
+    def _pop_free(self, num_pages: int) -> list[Page]:
+        """The free pages with the lowest numbers, and new ones."""
+        # A refill under way may be creating the very pages the limit leaves room for.
+        while self._num_creating and num_pages > len(self._free):
+            self._created.wait()
+        missing = num_pages - len(self._free)
+        if missing > 0:
+            self._add_free(self.driver.create(missing))
+        return [heapq.heappop(self._free) for _ in range(num_pages)]
+
+    def _pop_named(self, named: Sequence[Page]) -> list[Page]:
+        """Pages of segments, free ones or new."""
+        found = set(named).intersection(self._free)
+        missing = [page for page in named if page not in found]
+        if missing:
+            self._make_way(len(missing), found)
+            self.driver.create_in(missing)
+        if found:
+            self._free = [page for page in self._free if page not in found]
+            heapq.heapify(self._free)
+        return list(named)
+
+    def _make_way(self, num_pages: int, keep: set[Page]) -> None:
+        """Give free pages, but `keep`, back so that so many promised ones can come from outside."""
+        while self._num_creating:
+            self._created.wait()
+        surplus = num_pages - max(0, self._num_reserved - len(self._free))
+        if surplus > 0:
+            self._drop_free([page for page in self._free if page not in keep][:surplus])
 
     def restore(self, reservation: Reservation, pages: Sequence[Page]) -> None:
         """Undo a `commit`: the pages are free again, and the reservation claims them as before.
@@ -198,9 +237,35 @@ class PagePool:
         It makes no call that could fail.
         """
         with self._lock:
-            self._drop_references(pages)
+            unused = self._drop_references(pages)
+            self._recycled.update(unused)
+            self._add_free(unused)
             self._num_reserved += len(pages)
             reservation.num_pages += len(pages)
+
+    def admit(self, reservation: Reservation, pages: Sequence[Page]) -> None:
+        """Hold pages that another process lent, with one reference each, as a `commit` would.
+
+        Raises InvalidOperation, with nothing changed, if fewer are reserved.
+        """
+        with self._lock:
+            if len(pages) > reservation.num_pages:
+                raise InvalidOperation(
+                    f"{len(pages)} pages came for a reservation of {reservation.num_pages}"
+                )
+            self._make_way(len(pages), set())
+            self._references.update(dict.fromkeys(pages, 1))
+            reservation.num_pages -= len(pages)
+            self._num_reserved -= len(pages)
+
+    def dismiss(self, reservation: Reservation, pages: Sequence[Page]) -> None:
+        """Undo an `admit`: the pages are the other process's alone, and as many reserved again."""
+        with self._lock:
+            leaving = self._drop_references(pages)
+            self._num_reserved += len(leaving)
+            reservation.num_pages += len(leaving)
+            if leaving:
+                self.driver.release(leaving)
 
     def cancel(self, reservation: Reservation, num_pages: int | None = None) -> None:
         """Give back `num_pages` of a reservation, or all it still claims."""
@@ -237,35 +302,39 @@ class PagePool:
                 self._counts_of(page)[page] += 1
 
     def release(self, pages: Sequence[Page]) -> None:
-        """Drop a reference to each page; pages without one are free again, or their file's alone.
+        """Drop a reference to each page; pages without one are free again, or go to where they
+        belong: to their file, or, as a segment's, to the system.
 
         A page must be unmapped before its last reference goes. Raises InvalidOperation, with
         nothing changed, if a page is not held as often as it is named.
         """
         with self._lock:
-            leaving = self._drop_references(pages)
+            unused = self._drop_references(pages)
+            leaving: list[Page] = []
+            for page in unused:
+                if is_common(page):
+                    self._recycled.add(page)
+                    heapq.heappush(self._free, page)
+                else:
+                    self._recycled.discard(page)
+                    leaving.append(page)
             self._settle()
             if leaving:
                 self.driver.release(leaving)
 
     def _drop_references(self, pages: Sequence[Page]) -> list[Page]:
-        """Returns the pages of files that nobody refers to any more."""
+        """Returns the pages that nobody refers to any more."""
         for page, times in Counter(pages).items():
             if self._counts_of(page).get(page, 0) < times:
                 raise InvalidOperation(f"page {page} is released more often than it is held")
-        leaving: list[Page] = []
+        unused: list[Page] = []
         for page in pages:
             counts = self._counts_of(page)
             counts[page] -= 1
-            if counts[page]:
-                continue
-            del counts[page]
-            if is_of_file(page):
-                leaving.append(page)
-            else:
-                self._recycled.add(page)
-                heapq.heappush(self._free, page)
-        return leaving
+            if not counts[page]:
+                del counts[page]
+                unused.append(page)
+        return unused
 
     def _counts_of(self, page: Page) -> dict[Page, int]:
         return self._file_references if is_of_file(page) else self._references
@@ -318,13 +387,25 @@ class PagePool:
             surplus = len(self._free) - keep
             if surplus <= 0:
                 return 0
-            self._free.sort()
-            leaving = self._free[keep:]
-            del self._free[keep:]
-            self._recycled.difference_update(leaving)
+            self._drop_free(sorted(self._free)[keep:])
+            return surplus
+
+    def trim_segments(self, segments: Set[Segment]) -> None:
+        """Return the free pages of these segments to the system."""
+        with self._lock:
+            leaving = [page for page in self._free if segment_of(page) in segments]
+            if leaving:
+                self._drop_free(leaving)
+
+    def _drop_free(self, leaving: Sequence[Page]) -> None:
+        gone = set(leaving)
+        self._free = [page for page in self._free if page not in gone]
+        heapq.heapify(self._free)
+        self._recycled -= gone
+        try:
             self.driver.release(leaving)
+        finally:
             self._settle()
-            return len(leaving)
 
     def _settle(self) -> bool:
         """Count against a shared limit what exists or is promised; False if that is too much.

@@ -153,6 +153,9 @@ class BlockSource:
     def create(self, num_pages: int) -> list[Page]:
         return [Page(number) for number in itertools.islice(self._numbers, num_pages)]
 
+    def create_in(self, pages: Sequence[Page]) -> None:
+        raise InvalidOperation("blocks are numbered as they come and have no segments")
+
     def attach_file(self, fd: int, offset: int, num_pages: int) -> list[Page]:
         raise InvalidOperation("blocks are no pages of a file; read the file into them instead")
 

@@ -70,12 +70,13 @@ class ParkingLot:
     def best_prefix(self, tokens: Sequence[int], variant: str = "") -> PrefixMatch | None:
         """The slot that shares the longest prefix with `tokens`; the most recent of equals.
 
-        Only slots of the same variant count.
+        Only slots of the same variant count, and none whose pages are changing hands.
         """
         wanted = np.asarray(tokens, dtype=np.int64)
         best: PrefixMatch | None = None
         for slot, tag in self._tags.items():
-            length = common_prefix(wanted, tag.tokens) if tag.variant == variant else 0
+            may_serve = tag.variant == variant and slot.loan is None
+            length = common_prefix(wanted, tag.tokens) if may_serve else 0
             if length and (best is None or length >= best.num_tokens):
                 best = PrefixMatch(slot, length, len(tag.tokens))
         return best

@@ -3,8 +3,9 @@
 import enum
 import sys
 from bisect import bisect_left
+from typing import NamedTuple
 
-from ..vmem import Fence, Page, is_of_file
+from ..vmem import Fence, Page, Segment, is_of_file
 from .page_pool import Reservation
 
 ENDLESS = sys.maxsize
@@ -18,6 +19,18 @@ class SlotState(enum.Enum):
     OPEN = "open"  # a live request's
     PARKED = "parked"  # nobody's, still mapped, tagged with its tokens
     CLOSED = "closed"  # the handle is spent
+
+
+class Loan(NamedTuple):
+    """Pages that two processes have: this one and the one that they move to, or come from.
+
+    Attributes:
+        pages: those of the slot that are lent or borrowed.
+        segment: where whoever has them in the end puts the next ones.
+    """
+
+    pages: list[Page]
+    segment: Segment | None
 
 
 class Slot:
@@ -35,6 +48,9 @@ class Slot:
         borders: of each range, what its pages are counted for; the ledger's.
         settled_tokens: tokens that it may grow to without moving a border; the ledger's.
         num_pins: transfers that read it, so that its first `pinned_tokens` tokens stay.
+        segment: where its next pages come to lie, if slots have segments. All pages there are this
+            slot's alone: once others share one, what follows lies in another.
+        loan: those of its pages that are changing hands.
     """
 
     __slots__ = (
@@ -42,6 +58,7 @@ class Slot:
         "borders",
         "fence",
         "index",
+        "loan",
         "num_pins",
         "num_tokens",
         "pages",
@@ -49,6 +66,7 @@ class Slot:
         "promised_tokens",
         "ready_tokens",
         "reservation",
+        "segment",
         "settled_tokens",
         "state",
     )
@@ -66,6 +84,8 @@ class Slot:
         self.reservation = Reservation()
         self.state = SlotState.OPEN
         self.fence: Fence | None = None  # the last work that may touch a parked slot
+        self.segment: Segment | None = None
+        self.loan: Loan | None = None
 
     def hand_over(self) -> "Slot":
         """A new handle for the same rows, open; this one is spent.
@@ -75,6 +95,7 @@ class Slot:
         heir = Slot(self.index, 0)
         heir.pages, self.pages = self.pages, [[] for _ in self.pages]
         heir.borders = self.borders
+        heir.segment, self.segment = self.segment, None
         heir.ready_tokens, self.ready_tokens = self.ready_tokens, 0
         heir.num_tokens = heir.promised_tokens = self.num_tokens
         self.num_tokens = self.promised_tokens = 0

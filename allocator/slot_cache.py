@@ -23,6 +23,7 @@ from ..vmem.errors import (
 from . import accounts, page_map
 from .backing import Backing
 from .kernel_view import KernelView
+from .loans import Loans
 from .look_ahead import LookAhead
 from .page_map import PageMap
 from .parking import PrefixMatch
@@ -49,6 +50,9 @@ class SlotCache(KernelView):
         num_slots: requests that can be open or parked at once.
         max_parked: parked slots kept before the next finished one replaces the oldest; half of
             the slots by default.
+
+    Attributes:
+        loans: lets pages change hands with the cache of another process.
     """
 
     def __init__(self, backing: Backing, *, num_slots: int, max_parked: int | None) -> None:
@@ -70,6 +74,7 @@ class SlotCache(KernelView):
         self._working = TimedLock(self._lock)
         self._table = SlotTable(backing, num_slots, max_parked)
         self._supply = Supply(backing, self._table, self._lock)
+        self.loans = Loans(backing, self._table, self._working)
         self._background_time_s = 0.0
         self._look_ahead = LookAhead(self._prepare)
         janitor.start()
@@ -190,6 +195,8 @@ class SlotCache(KernelView):
             self._table.check(slot, allow_parked=True)
             if not 0 <= num_tokens <= slot.num_tokens:
                 raise InvalidOperation(f"cannot fork {num_tokens} tokens of {slot}")
+            if slot.loan is not None:
+                raise OutOfSlots(f"{slot} is changing hands and cannot be forked; compute instead")
             # `open` may have to reclaim a parked slot: never the one that is being forked.
             if not self._table.free and slot.state is SlotState.PARKED:
                 raise OutOfSlots(f"no free slot to fork {slot} into")
@@ -267,7 +274,7 @@ class SlotCache(KernelView):
         """
         with self._working:
             self._table.check(slot, allow_parked=True)
-            if not 0 <= num_tokens <= slot.num_tokens:
+            if not 0 <= num_tokens <= slot.num_tokens or slot.loan is not None:
                 raise InvalidOperation(f"cannot pin {num_tokens} tokens of {slot}")
             self._table.pin(slot, num_tokens)
 
@@ -378,8 +385,9 @@ class SlotCache(KernelView):
         with self._lock:
             is_open = slot.state is SlotState.OPEN
             lacking = self._backing.lacking(slot, num_tokens) if is_open else 0
-        with suppress(OutOfPages):  # the device is full; whoever needs a page will be told
-            self.pool.refill(lacking)
+        if not self._backing.has_segments:  # pages of segments are made for who needs them
+            with suppress(OutOfPages):  # the device is full; whoever needs a page will be told
+                self.pool.refill(lacking)
         with self._lock, suppress(Shortage):  # none to spare: the request will reclaim or wait
             if slot.state is SlotState.OPEN:
                 self._ledger.settle(slot)

@@ -32,6 +32,7 @@ FLOORS = (
     "cli",
     "serving",
     "cluster",
+    "link",
     "frontend",
     "engine",
     "scheduling",
@@ -42,7 +43,21 @@ FLOORS = (
     "virtual_cache",
 )
 POLICIES = "runtime/scheduling/policies"  # pure: they see snapshots and make plans
-PURE = {"msgspec", "runtime.scheduling.plan", "runtime.scheduling.snapshot", "runtime.request.spec"}
+CLUSTER_POLICIES = "runtime/cluster/policies"  # so are these
+PURE = {  # what they may import, each other aside
+    POLICIES: {
+        "msgspec",
+        "runtime.scheduling.plan",
+        "runtime.scheduling.snapshot",
+        "runtime.request.spec",
+    },
+    CLUSTER_POLICIES: {
+        "msgspec",
+        "runtime.cluster.snapshot",
+        "runtime.request.spec",
+        "vmem.errors",
+    },
+}
 INSTALLED = {"benchmarks/harness": "bench"}  # in `vkv`
 SCRIPTS = "benchmarks/harness/peers/workers"  # processes of their own, outside the library
 USERS = ("tests", "examples", "benchmarks/gpu")  # they see the library as anybody does: `from vkv…`
@@ -72,8 +87,9 @@ def _imported(node: ast.AST) -> Iterator[str]:
 
 def _objection(path: Path, level: int, name: str) -> str | None:
     folder = _folder(path)
-    if path.is_relative_to(POLICIES) and (why := _impure(path, level, name)):
-        return why
+    for home in PURE:
+        if path.is_relative_to(home) and (why := _impure(home, path, level, name)):
+            return why
     if not level:
         top = name.split(".")[0]
         if top in ALLOWED:
@@ -113,15 +129,15 @@ def _upward(path: Path, target: str) -> str | None:
     return None
 
 
-def _impure(path: Path, level: int, name: str) -> str | None:
+def _impure(policies: str, path: Path, level: int, name: str) -> str | None:
     """Why a policy may not import this: it could then not drive a simulator."""
     if not level:
         top = name.split(".")[0]
-        known = top in sys.stdlib_module_names or top in PURE
+        known = top in sys.stdlib_module_names or top in PURE[policies]
         return None if known else f"a policy may not import `{name}`"
     target = _resolve(path, level, name)
-    own = POLICIES.replace("/", ".")
-    if any(f"{target}.".startswith(f"{home}.") for home in {own, *PURE}):
+    own = policies.replace("/", ".")
+    if any(f"{target}.".startswith(f"{home}.") for home in {own, *PURE[policies]}):
         return None
     return f"a policy may not import `{target}`"
 
@@ -179,6 +195,10 @@ def test_the_native_kernels_never_hear_of_pages():
         (f"{POLICIES}/a.py", "import torch", "a policy may not import `torch`"),
         (f"{POLICIES}/a.py", "from ..scheduler import Scheduler", "a policy may not import"),
         (f"{POLICIES}/a.py", "from ....allocator import Slot", "a policy may not import"),
+        (f"{CLUSTER_POLICIES}/a.py", "import numpy", "a policy may not import `numpy`"),
+        (f"{CLUSTER_POLICIES}/a.py", "from ..simulator import x", "a policy may not import"),
+        (f"{CLUSTER_POLICIES}/a.py", "from ...scheduling.plan import Plan", "a policy may not"),
+        ("runtime/scheduling/a.py", "from ..cluster.snapshot import x", "which is above it"),
         ("runtime/a.py", "from ..bench.load import serve", "may not import `bench.load.serve`"),
         ("benchmarks/harness/a.py", "import vkv", "imports are relative"),
         ("runtime/a.py", "def f():\n    from vkv.vmem import Page", "imports are relative"),
@@ -208,6 +228,8 @@ def test_a_planted_violation_is_caught(tmp_path, file, statement, why):
         ("runtime/a.py", "from ..quant import x"),
         ("runtime/engine/a.py", "from ..scheduling.plan import Plan\nfrom .loop import x"),
         (f"{POLICIES}/a.py", "import math\nfrom ..plan import Plan\nfrom .splitfuse import x"),
+        (f"{CLUSTER_POLICIES}/a.py", "from ..snapshot import Role\nfrom .policy import Move"),
+        ("runtime/cluster/a.py", "from ..scheduling.scheduler import Scheduler"),
         ("runtime/cli/main.py", "from ...bench.cli import bench"),
         ("benchmarks/harness/a.py", "from ..allocator import Slot\nfrom .load import x"),
         ("benchmarks/harness/load/a.py", "from ...runtime.frontend.llm import LLM"),

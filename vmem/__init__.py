@@ -14,30 +14,55 @@ from .process import OwnedLock, ProcessOwner
 if TYPE_CHECKING:
     import torch
 
-    from .base import Fence, Page, VmemDriver, is_of_file
+    from .base import Fence, VmemDriver
     from .cuda import CudaDriver
     from .host import HostDriver
+    from .pages import (
+        SEGMENT_PAGES,
+        Page,
+        PageRun,
+        Segment,
+        adjacent_runs,
+        is_common,
+        is_of_file,
+        page_in,
+        segment_of,
+    )
 
 _HOMES = {
     "CudaDriver": ".cuda",
     "Fence": ".base",
     "HostDriver": ".host",
-    "Page": ".base",
+    "SEGMENT_PAGES": ".pages",
+    "Page": ".pages",
+    "PageRun": ".pages",
+    "Segment": ".pages",
     "VmemDriver": ".base",
-    "is_of_file": ".base",
+    "adjacent_runs": ".pages",
+    "is_common": ".pages",
+    "is_of_file": ".pages",
+    "page_in": ".pages",
+    "segment_of": ".pages",
 }
 
 __all__ = [
+    "SEGMENT_PAGES",
     "CudaDriver",
     "Fence",
     "HostDriver",
     "OwnedLock",
     "Page",
+    "PageRun",
     "ProcessOwner",
+    "Segment",
     "VmemDriver",
+    "adjacent_runs",
+    "is_common",
     "is_of_file",
     "janitor",
     "open_driver",
+    "page_in",
+    "segment_of",
     "stop_at_exit",
 ]
 

@@ -15,24 +15,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NewType, Protocol
+from typing import Protocol
 
 import torch
 
 from .dlpack import strided_extent
 from .errors import InvalidConfig, InvalidOperation
+from .pages import (
+    FIRST_SEGMENT_PAGE,
+    SEGMENT_PAGES,
+    Page,
+    PageRun,
+    Segment,
+    check_runs,
+    is_of_segment,
+)
 from .process import OwnedLock, ProcessOwner
-
-Page = NewType("Page", int)
-"""A physical page: an opaque number, unique among the live pages of one driver."""
-
-FIRST_FILE_PAGE = Page(1 << 48)  # above the number of any page that a driver creates
-
-
-def is_of_file(page: Page) -> bool:
-    """Whether a page is a stretch of a file (`attach_file`): nobody's memory, and not to be written
-    to."""
-    return page >= FIRST_FILE_PAGE
 
 
 class Fence(Protocol):
@@ -67,7 +65,11 @@ class VmemDriver(ABC):
         page_bytes: the size of one physical page, a multiple of `granularity`.
         counters: system or driver calls so far, by kind (`map`, `unmap`, `set_access`, …).
         call_times_s: seconds spent in them, by kind.
+        has_segments: whether pages are handed over by segments. Where they are not, each page is
+            handed over by itself, if at all.
     """
+
+    has_segments = False
 
     def __init__(self, *, device: torch.device, granularity: int, page_bytes: int) -> None:
         if page_bytes <= 0 or page_bytes % granularity:
@@ -90,6 +92,7 @@ class VmemDriver(ABC):
         self._starts: list[int] = []  # the keys of `_reservations`, sorted
         self._page_table: dict[int, Page] = {}  # address of a mapped page -> page
         self._map_counts: dict[Page, int] = {}  # live page -> addresses it is mapped at
+        self._next_segment: int = FIRST_SEGMENT_PAGE
 
     # -- address space ---------------------------------------------------------------------
 
@@ -186,6 +189,101 @@ class VmemDriver(ABC):
             finally:
                 for page in pages:
                     del self._map_counts[page]
+
+    # -- pages that change hands -------------------------------------------------------------
+
+    def open_segment(self) -> Segment:
+        """A name for pages that can be handed to another process, and no others with them.
+
+        It has memory from its first page on and until its last is released. Raises
+        InvalidOperation where there are none (`has_segments`).
+        """
+        with self._guarded():
+            if not self.has_segments:
+                raise InvalidOperation(f"memory of {self.device} has no segments")
+            self._next_segment += SEGMENT_PAGES
+            return Segment(self._next_segment - SEGMENT_PAGES)
+
+    def create_in(self, pages: Sequence[Page]) -> None:
+        """Create these very pages, each named by `page_in(segment, place)`, zero-filled.
+
+        Adjacent places take one mapping. Raises OutOfPages or OutOfMappings (of descriptors), with
+        none created, InvalidOperation if one exists or is no segment's.
+        """
+        with self._paging_lock:
+            with self._guarded():
+                for page in pages:
+                    if page in self._map_counts or not is_of_segment(page):
+                        raise InvalidOperation(f"page {page} exists already, or is no segment's")
+                if len(set(pages)) != len(pages):
+                    raise InvalidOperation("a page is to be created twice")
+            self._create_in(pages)
+            with self._lock:
+                self._map_counts.update(dict.fromkeys(pages, 0))
+
+    def copy_page(self, source: Page, target: Page) -> None:
+        """Copy the bytes of one page of a segment to another, mapped or not."""
+        with self._guarded():
+            if not {source, target} <= self._map_counts.keys():
+                raise InvalidOperation(f"page {source} or page {target} does not exist")
+            self._copy_page(source, target)
+
+    def bundle_of(self, page: Page) -> int | None:
+        """The name of the pages that a page is handed over with; None if it cannot be."""
+        return self._bundle_of(page)
+
+    def bundle_size(self, bundle: int) -> int:
+        """How many live pages a bundle has."""
+        with self._guarded():
+            return self._bundle_size(bundle)
+
+    def lend(
+        self, pages: Sequence[Page], staying: Sequence[Page] = ()
+    ) -> tuple[list[int], list[PageRun]]:
+        """Descriptors by which another process can map `pages`, and where they lie behind them.
+
+        The runs are in the order of `pages`, and end where a page does not lie behind the one
+        before; the descriptors are the caller's to close. Whoever has them can read all that is in
+        the same bundles. So nothing may be but `pages` and `staying`, which is the same owner's and
+        is not handed over; InvalidOperation otherwise.
+        """
+        with self._guarded():
+            if not self._map_counts.keys() >= {*pages, *staying}:
+                raise InvalidOperation("pages that do not exist cannot be handed over")
+            found = Counter(map(self._bundle_of, {*pages, *staying}))
+            for bundle, count in found.items():
+                if bundle is None:
+                    raise InvalidOperation("a page cannot be handed to another process")
+                if count != self._bundle_size(bundle):
+                    raise InvalidOperation("others' pages would be handed over with these")
+            return self._lend(pages)
+
+    def borrow(self, descriptors: Sequence[int], runs: Sequence[PageRun]) -> list[Page]:
+        """The pages of `runs`, in order, that another process lent; it owns them until `own`.
+
+        Releasing them leaves their memory to it. The descriptors may be closed afterwards. Raises
+        InvalidOperation if they are not what a driver with pages of this size lends.
+        """
+        with self._paging_lock, self._guarded():
+            check_runs([*runs], len(descriptors))
+            pages = self._borrow(descriptors, runs)
+            self._map_counts.update(dict.fromkeys(pages, 0))
+            return pages
+
+    def own(self, pages: Sequence[Page]) -> None:
+        """Own what was borrowed: with `release` its memory goes back to the system."""
+        self._set_owned(pages, True)
+
+    def disown(self, pages: Sequence[Page]) -> None:
+        """Leave what was lent to the process that has it now: `release` takes no memory from it."""
+        self._set_owned(pages, False)
+
+    def _set_owned(self, pages: Sequence[Page], is_owned: bool) -> None:
+        with self._guarded():
+            for page in pages:
+                if page not in self._map_counts:
+                    raise InvalidOperation(f"page {page} does not exist")
+            self._note_owned(pages, is_owned)
 
     # -- mapping ---------------------------------------------------------------------------
 
@@ -359,6 +457,28 @@ class VmemDriver(ABC):
 
     @abstractmethod
     def _release(self, pages: Sequence[Page]) -> None: ...
+
+    def _create_in(self, pages: Sequence[Page]) -> None:
+        """As `_create`, for drivers that have segments."""
+        raise InvalidOperation(f"memory of {self.device} has no segments")
+
+    def _copy_page(self, source: Page, target: Page) -> None:
+        raise InvalidOperation(f"memory of {self.device} has no segments")
+
+    @abstractmethod
+    def _bundle_of(self, page: Page) -> int | None: ...
+
+    @abstractmethod
+    def _bundle_size(self, bundle: int) -> int: ...
+
+    @abstractmethod
+    def _lend(self, pages: Sequence[Page]) -> tuple[list[int], list[PageRun]]: ...
+
+    @abstractmethod
+    def _borrow(self, descriptors: Sequence[int], runs: Sequence[PageRun]) -> list[Page]: ...
+
+    @abstractmethod
+    def _note_owned(self, pages: Sequence[Page], is_owned: bool) -> None: ...
 
     @abstractmethod
     def _map(self, address: int, pages: Sequence[Page]) -> None: ...

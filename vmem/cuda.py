@@ -4,6 +4,7 @@ Importing this module needs neither a GPU nor `cuda-python`; building a `CudaDri
 The driver works in the device's primary context, the one PyTorch uses.
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,9 +14,17 @@ from typing import Any
 
 import torch
 
-from .base import Fence, Page, VmemDriver
+from .base import Fence, VmemDriver
 from .dlpack import tensor_from_address
-from .errors import DriverError, DriverUnavailable, InvalidConfig, OutOfMappings, OutOfPages
+from .errors import (
+    DriverError,
+    DriverUnavailable,
+    InvalidConfig,
+    InvalidOperation,
+    OutOfMappings,
+    OutOfPages,
+)
+from .pages import Page, PageRun
 from .process import OwnedLock, ProcessOwner
 
 
@@ -116,6 +125,46 @@ class CudaDriver(VmemDriver):
         with ExitStack() as remaining:  # one refusal does not keep the others
             for page in pages:
                 remaining.callback(self._call, "release", "cuMemRelease", page)
+
+    # -- pages that change hands: each an allocation of its own, so each by itself -------------
+
+    def _bundle_of(self, page: Page) -> int | None:
+        return page if int(self._properties.requestedHandleTypes) else None
+
+    def _bundle_size(self, bundle: int) -> int:
+        return 1
+
+    def _lend(self, pages: Sequence[Page]) -> tuple[list[int], list[PageRun]]:
+        descriptors: list[int] = []
+        with ExitStack() as undo:
+            for page in pages:
+                name = "cuMemExportToShareableHandle"
+                fd = int(self._call("lend", name, page, self._handle_type, 0))
+                descriptors.append(fd)
+                undo.callback(os.close, fd)
+            undo.pop_all()
+        return descriptors, [PageRun(index, 0, 1) for index in range(len(pages))]
+
+    def _borrow(self, descriptors: Sequence[int], runs: Sequence[PageRun]) -> list[Page]:
+        if any(run[1:] != (0, 1) for run in runs):
+            raise InvalidOperation("on a GPU each descriptor is one page; these are of a host")
+        pages: list[Page] = []
+        with ExitStack() as undo:
+            for run in runs:
+                name = "cuMemImportFromShareableHandle"
+                handle = self._call("borrow", name, descriptors[run.descriptor], self._handle_type)
+                pages.append(Page(int(handle)))
+                undo.callback(self._call, "borrow", "cuMemRelease", int(handle))
+            undo.pop_all()
+        return pages
+
+    def _note_owned(self, pages: Sequence[Page], is_owned: bool) -> None:
+        pass  # memory lives as long as any process has a handle of it
+
+    @property
+    def _handle_type(self) -> Any:
+        kinds = self._cuda.CUmemAllocationHandleType
+        return kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
     # -- mapping ---------------------------------------------------------------------------
 

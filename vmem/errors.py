@@ -16,6 +16,7 @@ VkvError
 │   ├── KVFileInaccessible         missing, no plain file, no permission, no room on the disk
 │   ├── KVFileDamaged              cut short, or other bytes than were written
 │   └── KVFileMismatch             of another model or format, or no such file at all
+├── TransferError (RuntimeError)   KV could not be moved: the other side, and what it did
 ├── Shortage (RuntimeError)        nothing was changed; it may succeed later
 │   ├── OutOfPages                 the pool's limit is reached
 │   ├── OutOfSlots                 every slot is taken
@@ -24,6 +25,7 @@ VkvError
 │   └── DriverUnavailable          no such device or library here, and how to get it
 ├── NativeUnavailable (RuntimeError)  C kernels that are not built and cannot be compiled here
 ├── InvalidOperation (RuntimeError)  a call the address space's state forbids
+│   └── SequenceGone               a sequence that is not in this engine, or not any more
 ├── StepFailed (RuntimeError)      the model itself failed under a batch of requests
 ├── EngineDied (RuntimeError)      the process that had the engine has ended
 └── ForkedProcess (RuntimeError)   used in a forked child of the process that made it
@@ -94,6 +96,10 @@ class KVFileMismatch(KVFileError):
     """The file is of another model, of another or a newer format, or no file of this kind."""
 
 
+class TransferError(VkvError, RuntimeError):
+    """KV could not be moved to another process: it died, fell silent, refused or sent garbage."""
+
+
 class Shortage(VkvError, RuntimeError):
     """A resource ran short. Nothing was changed: the same call may succeed later."""
 
@@ -124,6 +130,10 @@ class NativeUnavailable(VkvError, RuntimeError):
 
 class InvalidOperation(VkvError, RuntimeError):
     """The state of the address space forbids the call: double map, stray unmap, live free."""
+
+
+class SequenceGone(InvalidOperation):
+    """A sequence was to leave an engine that does not have it, or not any more."""
 
 
 class StepFailed(VkvError, RuntimeError):

@@ -5,26 +5,37 @@ mappings of the memfd; reserved ones are PROT_NONE, so that a stray access is a 
 GPU. Pages with adjacent numbers are mapped by one call and cost one mapping together.
 
 Pages of other files have numbers of their own, from `FIRST_FILE_PAGE` on, and private mappings,
-which copy what is written to.
+which copy what is written to. Pages of segments lie in memfds of their own (`segments.py`).
 """
 
 import heapq
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from errno import ENOMEM, ENOSPC
+from errno import EMFILE, ENFILE, ENOMEM, ENOSPC
 from itertools import pairwise
 
 import torch
 
 from . import linux
-from .base import FIRST_FILE_PAGE, Fence, Page, VmemDriver, is_of_file
+from .base import Fence, VmemDriver
 from .dlpack import tensor_from_address
 from .errors import DriverError, InvalidConfig, OutOfMappings, OutOfPages
+from .pages import (
+    FIRST_FILE_PAGE,
+    Page,
+    PageRun,
+    Segment,
+    adjacent_runs,
+    is_of_file,
+    is_of_segment,
+    segment_of,
+)
+from .segments import Segments
 
-_SHORTAGES = (ENOMEM, ENOSPC)
+_SHORTAGES = (ENOMEM, ENOSPC, EMFILE, ENFILE)
 
 
 @dataclass
@@ -51,6 +62,8 @@ class HostDriver(VmemDriver):
             the first `create`.
     """
 
+    has_segments = True
+
     def __init__(
         self,
         page_bytes: int = 2 << 20,
@@ -76,6 +89,7 @@ class HostDriver(VmemDriver):
         self._memfd = os.memfd_create("vkv")
         self._next_file_page: int = FIRST_FILE_PAGE
         self._stretches: dict[Page, _Stretch] = {}  # by each page of a file
+        self._segments = Segments(page_bytes)
 
     @property
     def num_mappings(self) -> int:
@@ -123,7 +137,7 @@ class HostDriver(VmemDriver):
         self._check_memory(num_pages)
         with ExitStack() as undo:
             pages = self._take_numbers(num_pages, undo)
-            for first, count in _adjacent_runs(pages):
+            for first, count in adjacent_runs(pages):
                 self._allocate(first, count, undo)
             self.huge_pages = self._touch(pages)
             undo.pop_all()
@@ -141,17 +155,24 @@ class HostDriver(VmemDriver):
             return self._create(len(homes))
         self._check_memory(len(pages))
         with ExitStack() as undo:
-            for first, count in _adjacent_runs(pages):
+            for first, count in adjacent_runs(pages):
                 self._allocate(first, count, undo)
             undo.pop_all()
         return pages
 
     def _allocate(self, first: int, count: int, undo: ExitStack) -> None:
         """Memory for `count` pages numbered from `first`, zeroed when it is first mapped."""
-        offset, size = first * self.page_bytes, count * self.page_bytes
-        undo.callback(self._punch, "create", offset, size)
+        fd, offset = self._locate(Page(first))
+        size = count * self.page_bytes
+        undo.callback(self._punch, "create", first, count)
         # Unlike a first touch, which kills by SIGBUS, fallocate reports a shortage.
-        self._call("create", linux.fallocate, self._memfd, 0, offset, size, shortage=OutOfPages)
+        self._call("create", linux.fallocate, fd, 0, offset, size, shortage=OutOfPages)
+
+    def _locate(self, page: Page) -> tuple[int, int]:
+        """Descriptor and offset of the memory of a page that is no file's."""
+        if is_of_segment(page):
+            return self._segments.locate(page)
+        return self._memfd, page * self.page_bytes
 
     def _check_memory(self, num_pages: int) -> None:
         try:
@@ -184,7 +205,7 @@ class HostDriver(VmemDriver):
         The first touch is the largest cost in a page's life. So it happens here, once, through a
         staging window, and later mappings only enter page tables.
         """
-        runs = list(_adjacent_runs(pages))
+        runs = list(adjacent_runs(pages))
         window_bytes = max(count for _, count in runs) * self.page_bytes
         huge = self._try_huge_pages
         with ExitStack() as undo:
@@ -234,13 +255,59 @@ class HostDriver(VmemDriver):
     def _release(self, pages: Sequence[Page]) -> None:
         self._let_go(page for page in pages if is_of_file(page))
         own = sorted(page for page in pages if not is_of_file(page))
-        for first, count in _adjacent_runs(own):
-            self._punch("release", first * self.page_bytes, count * self.page_bytes)
-            for number in range(first, min(first + count, self._next_page)):
-                heapq.heappush(self._punched, number)
+        try:
+            kept = self._segments.is_foreign  # by another process, whose memory it is
+            for first, count in adjacent_runs([page for page in own if not kept(page)]):
+                self._punch("release", first, count)
+                for number in range(first, min(first + count, self._next_page)):
+                    heapq.heappush(self._punched, number)
+        finally:
+            self._segments.remove([page for page in own if is_of_segment(page)])
 
-    def _punch(self, kind: str, offset: int, size: int) -> None:
-        self._call(kind, linux.fallocate, self._memfd, linux.PUNCH_HOLE, offset, size)
+    def _punch(self, kind: str, first: int, count: int) -> None:
+        fd, offset = self._locate(Page(first))
+        size = count * self.page_bytes
+        self._call(kind, linux.fallocate, fd, linux.PUNCH_HOLE, offset, size)
+
+    # -- pages that change hands -------------------------------------------------------------
+
+    def _create_in(self, pages: Sequence[Page]) -> None:
+        with self._lock:  # from here on they are counted, so that no other thread closes the files
+            self._segments.open(pages, self._call)
+        with ExitStack() as undo:
+            undo.callback(self._forget, pages)
+            self._check_memory(len(pages))
+            for first, count in adjacent_runs(sorted(pages)):
+                self._allocate(first, count, undo)
+            undo.pop_all()
+
+    def _forget(self, pages: Sequence[Page]) -> None:
+        with self._lock:
+            self._segments.remove(pages)
+
+    def _copy_page(self, source: Page, target: Page) -> None:
+        (from_fd, start), (to_fd, place) = self._locate(source), self._locate(target)
+        try:
+            content = os.pread(from_fd, self.page_bytes, start)
+            os.pwrite(to_fd, content, place)
+        except OSError as error:
+            raise DriverError(f"a page could not be copied: {error}") from error
+
+    def _bundle_of(self, page: Page) -> int | None:
+        return segment_of(page)
+
+    def _bundle_size(self, bundle: int) -> int:
+        return self._segments.num_pages(Segment(bundle))
+
+    def _lend(self, pages: Sequence[Page]) -> tuple[list[int], list[PageRun]]:
+        return self._segments.lend(pages, self._call)
+
+    def _borrow(self, descriptors: Sequence[int], runs: Sequence[PageRun]) -> list[Page]:
+        segments = [self.open_segment() for _ in descriptors]
+        return self._segments.borrow(descriptors, runs, segments, self._call)
+
+    def _note_owned(self, pages: Sequence[Page], is_owned: bool) -> None:
+        self._segments.note_owned(pages, is_owned)
 
     # -- mapping ---------------------------------------------------------------------------
 
@@ -253,7 +320,7 @@ class HostDriver(VmemDriver):
             # stranger's mapping could settle.
             size = len(pages) * self.page_bytes
             undo.callback(self._map_unbacked, "map", address, size, DriverError)
-            for first, count in _adjacent_runs(pages):
+            for first, count in adjacent_runs(pages):
                 self._map_run("map", position, first, count, OutOfMappings)
                 position += count * self.page_bytes
             undo.pop_all()
@@ -284,14 +351,17 @@ class HostDriver(VmemDriver):
     ) -> None:
         """Map `count` pages, numbered from `first`, by one call.
 
-        It also fills page tables, but for pages of a file, which are read when they are touched.
+        It also fills page tables, but not for pages of a file, which are read when they are
+        touched, nor for borrowed ones: those are there, and a touch fills in many at once.
         """
-        fd, offset = self._memfd, first * self.page_bytes
-        flags = linux.MAP_SHARED | linux.MAP_POPULATE
         if is_of_file(Page(first)):
             stretch = self._stretches[Page(first)]
             fd, offset = stretch.fd, stretch.offset + (first - stretch.first) * self.page_bytes
             flags = linux.MAP_PRIVATE | linux.MAP_NORESERVE
+        else:
+            fd, offset = self._locate(Page(first))
+            is_foreign = self._segments.is_foreign(Page(first))
+            flags = linux.MAP_SHARED | (0 if is_foreign else linux.MAP_POPULATE)
         self._call(
             kind,
             linux.mmap,
@@ -352,7 +422,7 @@ class HostDriver(VmemDriver):
         self,
         kind: str,
         function: linux.Syscall,
-        *args: int | None,
+        *args: int | bytes | None,
         shortage: type[Exception] = DriverError,
     ) -> int:
         """One system call: counted as `kind`, and checked. Running short raises `shortage`."""
@@ -373,15 +443,6 @@ class _Done:
 
     def wait(self) -> None:
         return
-
-
-def _adjacent_runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Split `pages` where a number does not follow the one before: (first number, count)."""
-    start = 0
-    for index in range(1, len(pages) + 1):
-        if index == len(pages) or pages[index] != pages[index - 1] + 1:
-            yield pages[start], index - start
-            start = index
 
 
 def _boundaries(pages: Sequence[Page | None]) -> int:

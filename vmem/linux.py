@@ -6,6 +6,8 @@ calls go to the C library through ctypes, which releases the interpreter lock ar
 
 import ctypes
 import mmap as _mmap
+import os
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from errno import EINTR
@@ -26,6 +28,10 @@ MAP_UNBACKED = MAP_PRIVATE | _mmap.MAP_ANONYMOUS | MAP_NORESERVE
 MADV_DONTNEED = 4
 MADV_COLLAPSE = 25
 F_DUPFD_CLOEXEC = 1030
+F_ADD_SEALS = 1033
+F_GET_SEALS = 1034
+F_SEAL_SHRINK = 0x02
+MEMFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
 PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE with FALLOC_FL_KEEP_SIZE, which it requires
 
 Syscall = Callable[..., int]
@@ -46,9 +52,10 @@ munmap = _declare("munmap", _address, _size)
 madvise = _declare("madvise", _address, _size, _int)
 fallocate = _declare("fallocate", _int, _int, _offset, _offset)
 fcntl = _declare("fcntl", _int, _int, _int)
+memfd_create = _declare("memfd_create", ctypes.c_char_p, ctypes.c_uint)
 
 
-def call(function: Syscall, *args: int | None) -> int:
+def call(function: Syscall, *args: int | bytes | None) -> int:
     """Call `function`, again if a signal interrupted it; raise OSError where it returns -1."""
     while True:
         result = function(*args)
@@ -62,6 +69,12 @@ def call(function: Syscall, *args: int | None) -> int:
 def max_map_count() -> int:
     """How many mappings (VMAs) the system allows a process."""
     return int(Path("/proc/sys/vm/max_map_count").read_text())
+
+
+def max_open_files() -> int:
+    """How many file descriptors the system allows the process."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 30 if limit == resource.RLIM_INFINITY else limit
 
 
 def available_bytes(root: Path = Path("/")) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...vmem.errors import DriverError, InvalidOperation, Shortage
+from ..exits import Exits
 from ..slot import Slot
 from ..slot_cache import SlotCache
 from .copier import Copier, CopyJob
@@ -111,8 +112,10 @@ class MemoryTier:
         self.stored = MoveStats()
         self.fetched = MoveStats()
         self._copier = copier
-        self._outgoing = Transfers(near), Transfers(far)  # by direction: there, and back
-        self._incoming = Transfers(far), Transfers(near)
+        self._exits = Exits(near), Exits(far)
+        # By direction, there and back: an end of its own for each, since names begin anew in each.
+        self._outgoing = Transfers(near), Transfers(far)
+        self._incoming = Transfers(far, self._exits[1]), Transfers(near, self._exits[0])
         self._numbers = itertools.count()
         self._stores: list[tuple[str, Store, Sequence[int], str, bool]] = []
         self._kept: dict[str, Slot] = {}  # in `far`, pinned until its owner is back
@@ -189,6 +192,8 @@ class MemoryTier:
 
     def settle(self) -> None:
         """End the stores that are done."""
+        for exits in self._exits:
+            exits.retry()
         done = [entry for entry in self._stores if entry[1].is_done]
         if done:
             self._stores = [entry for entry in self._stores if not entry[1].is_done]
@@ -207,7 +212,7 @@ class MemoryTier:
                 self._let_go(name)
                 self.far.pin(slot, len(tokens))
                 self._kept[name] = slot
-            self.far.park(slot, tokens, variant)
+            self._exits[1].let_go(slot, tokens, variant)
 
     @property
     def is_storing(self) -> bool:
@@ -235,8 +240,11 @@ class MemoryTier:
         """Give up the copy of `tokens`, unless it is kept for somebody."""
         match = self.far.find(tokens, variant)
         if match is not None and match.num_tokens == len(tokens):
-            slot, _ = self.far.adopt(tokens, variant, recycle=False)
-            self.far.close(slot)
+            try:
+                slot, _ = self.far.adopt(tokens, variant, recycle=False)
+            except (Shortage, DriverError):  # then it stays until the tier needs its memory
+                return
+            self._exits[1].let_go(slot)
 
     def trim(self) -> int:
         """Give back what nobody waits for; returns the bytes."""

@@ -196,6 +196,18 @@ static int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit 
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Parts of keys that tiles of so many queries have, of one KV head. */
+static int64_t parts_of_keys(const struct vkv_attention *args, int32_t tile_queries) {
+    int64_t parts = 0;
+    for (int32_t b = 0; b < args->num_seqs; b++) {
+        const int32_t queries = args->query_starts[b + 1] - args->query_starts[b];
+        const int64_t keys =
+            args->window ? min64(args->window, args->kv_lens[b]) : args->kv_lens[b];
+        parts += (queries + tile_queries - 1) / tile_queries * ((keys + PART - 1) / PART);
+    }
+    return parts;
+}
+
 /* Queries of a tile, and KV heads of a share: many, unless threads would be left without work. */
 static void tile_shape(const struct vkv_attention *args, int32_t *tile_queries,
                        int32_t *tile_heads) {
@@ -210,8 +222,15 @@ static void tile_shape(const struct vkv_attention *args, int32_t *tile_queries,
         return; /* each head is a stream of its own */
     /* A decode's tile is one query: take several heads at once, which lie side by side. */
     const int64_t queries = max64(1, num_tokens / args->num_seqs);
-    *tile_heads = (int32_t)min64(max64(1, rows / (group * min64(queries, *tile_queries))),
-                                 args->num_kv_heads);
+    int64_t heads = min64(max64(1, rows / (group * min64(queries, *tile_queries))),
+                          args->num_kv_heads);
+    if (args->num_threads > 1) { /* few short sequences: fewer heads, so that there are shares */
+        const int64_t parts = parts_of_keys(args, *tile_queries);
+        while (heads > 1 &&
+               parts * ((args->num_kv_heads + heads - 1) / heads) < 2 * args->num_threads)
+            heads = (heads + 1) / 2;
+    }
+    *tile_heads = (int32_t)heads;
 }
 
 /* What a share costs, in keys times rows, with the packing counted as some rows more. */

@@ -74,6 +74,18 @@ def stall() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def move() -> Command:
+    """KV to another process: pages handed over against bytes copied, by size.
+
+    Slots go to a second process and are read there, by each channel in turns: how long until they
+    are the other's, how long the first read of them takes, and what was copied.
+    """
+    from .kernels.options import MoveOptions
+
+    return _measuring(MoveOptions, ".kernels.move")
+
+
+@bench.command(cls=LazyCommand)
 def memory() -> Command:
     """Memory held against tokens held, over ragged requests, and after them.
 
@@ -157,6 +169,30 @@ def tenants() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def tiers() -> Command:
+    """What host memory and a folder behind the cache cost while they are not needed.
+
+    Decode steps without a tier, beside an idle worker and beside a busy one; then many requests at
+    once that share a long beginning, with and without tiers.
+    """
+    from .load.options import TiersOptions
+
+    return _measuring(TiersOptions, ".load.tiers")
+
+
+@bench.command(cls=LazyCommand)
+def migrate() -> Command:
+    """The pause that a client sees while its request moves to an engine in another process.
+
+    By pages that change hands, by copies in stages and at rest, and by computing all again after
+    its instance was killed; from short to long contexts.
+    """
+    from .load.options import MigrateOptions
+
+    return _measuring(MigrateOptions, ".load.migrate")
+
+
+@bench.command(cls=LazyCommand)
 def schedule() -> Command:
     """What a request costs the scheduler, from a hundred requests in line to a hundred thousand."""
     from .load.options import ScheduleOptions
@@ -188,6 +224,29 @@ def report() -> Command:
     return function(_report, Options(Folder))
 
 
+def simulate() -> Command:
+    """Simulate a cluster: latencies, goodput and moves under several policies.
+
+    The real scheduler runs over a cache that only counts, on a virtual clock. What steps take comes
+    from a table, or is fitted to steps that were measured. With --record, runs of `vkv bench serve`
+    are simulated again, beside what was measured.
+    """
+    from .cluster.options import SimulateOptions
+
+    return _telling(SimulateOptions, ".cluster.simulate")
+
+
+def place() -> Command:
+    """Search which instances serve most requests a GPU as promised, and say why.
+
+    How many, how large, and whether prompts are computed on other instances than the tokens after
+    them: each placement that the machines have room for is simulated at rising rates.
+    """
+    from .cluster.options import PlaceOptions
+
+    return _telling(PlaceOptions, ".cluster.place")
+
+
 def _report(chosen: Folder) -> None:
     from .report import report as write_report
 
@@ -205,12 +264,33 @@ def _measuring(options: type, module: str) -> Command:
     return function(measure, Options(options), Options(Output))
 
 
+def _telling(options: type, module: str) -> Command:
+    """A command that takes `options`, calls `run` of `module` on them and shows its tables."""
+
+    def tell(chosen: Any) -> None:
+        run = importlib.import_module(module, __package__).run
+        show_tables(run(chosen, command_line()))
+
+    return function(tell, Options(options))
+
+
 def show(path: Path, tables: "list[Table]") -> None:
     """Print the tables of a benchmark, the machine's limits and where the record is."""
     from rich.console import Console
-    from rich.table import Table as RichTable
 
     from .limits import Limits
+
+    show_tables(tables)
+    console = Console()
+    limits = Limits.from_record(json.loads(path.read_text())["limits"])
+    console.print(str(limits), style="dim")
+    console.print(f"record: {path}", style="dim", soft_wrap=True)
+
+
+def show_tables(tables: "list[Table]") -> None:
+    """Print tables, and what the rows do not say."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
 
     console = Console()
     for table in tables:
@@ -222,9 +302,6 @@ def show(path: Path, tables: "list[Table]") -> None:
         console.print(shown)
         for note in table.notes:
             console.print(note, markup=False, highlight=False)
-    limits = Limits.from_record(json.loads(path.read_text())["limits"])
-    console.print(str(limits), style="dim")
-    console.print(f"record: {path}", style="dim", soft_wrap=True)
 
 
 def command_line() -> str:

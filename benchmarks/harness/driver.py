@@ -88,6 +88,16 @@ class Driver:
         swapping.always = always
         swapping.reuses = swapping.keeps_finished = reuses
 
+    @contextmanager
+    def without_tier(self) -> Iterator[None]:
+        """As if `swap_memory` had not been given; nothing may be on its way."""
+        tiers = self._engine.scheduler.tiers
+        swapping, tiers.swapping = tiers.swapping, None
+        try:
+            yield
+        finally:
+            tiers.swapping = swapping
+
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished."""

@@ -4,13 +4,14 @@ Fields of `EngineConfig` and `SamplingParams` are picked by name: types, default
 else is said here, help are theirs.
 """
 
+import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import Flag, Options, TypedOptions, function, option
-from .streams import tolerate_bytes
 
 if TYPE_CHECKING:
     from ...quant import FormatName
@@ -198,3 +199,14 @@ def _info(about: Info) -> None:
     from .info import show_info
 
     show_info(about.model)
+
+
+def tolerate_bytes() -> None:
+    """Have the standard streams take any byte, so that what is wrong can be said.
+
+    What is not in the terminal's encoding is read as lone surrogates, which a prompt may not have;
+    what the encoding lacks is written as question marks.
+    """
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)

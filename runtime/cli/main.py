@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import typer
 
-from ...bench.cli import bench
+from ...bench.cli import bench, place, simulate
 from ...vmem.errors import VkvError
+from .cluster import cluster
 from .lazy import LazyCommand
 
 Command = Callable[..., None]
@@ -61,6 +62,9 @@ def info() -> Command:
     return info_command()
 
 
+app.add_typer(cluster, name="cluster")
+app.command(cls=LazyCommand)(simulate)
+app.command(cls=LazyCommand)(place)
 app.add_typer(bench, name="bench")
 
 

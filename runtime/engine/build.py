@@ -329,7 +329,10 @@ def _build_cache(
             low_watermark=READY_GROWTHS * layout.num_ranges,
             sanitize=config.sanitize,
         )
-        return KVCache(layout, pool, num_slots=num_slots, max_parked=max_parked), driver
+        cache = KVCache(
+            layout, pool, num_slots=num_slots, max_parked=max_parked, movable=config.movable
+        )
+        return cache, driver
     except BaseException:
         driver.close()
         raise

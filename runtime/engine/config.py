@@ -77,6 +77,8 @@ class EngineConfig:
             that nobody waits for ever; None for never.
         tenant_weights: with "fair", the parts of tenants for whom it is not 1: one of weight 2 gets
             twice as much.
+        movable: give each slot pages of its own, which can be handed to an engine in another
+            process, so that its requests move there without a byte being copied.
         idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
             back by itself; None for never.
         shortage_wait_s: how long a request may wait for memory that nobody of this engine can
@@ -110,6 +112,7 @@ class EngineConfig:
     scheduling_policy: OrderName = "fcfs"
     priority_aging_s: float | None = 60.0
     tenant_weights: Mapping[str, float] | None = None
+    movable: bool = False
     idle_trim_s: float | None = None
     shortage_wait_s: float = 5.0
 

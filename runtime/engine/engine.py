@@ -6,19 +6,26 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from ...allocator import KVStats, SlotCache
-from ...vmem.errors import InvalidOperation, StepFailed, UsageError, VkvError
+from ...allocator import KVStats, Slot, SlotCache
+from ...vmem.errors import (
+    InvalidOperation,
+    RequestTooLong,
+    StepFailed,
+    UsageError,
+    VkvError,
+)
 from ...vmem.native_function import workspace_bytes
 from ..execution.grammars import Grammars, check_grammars
 from ..execution.model_runner import LaunchedStep, ModelRunner
 from ..execution.sampler import NO_TOKEN, SampledToken
 from ..model.fingerprint import ModelFingerprint
 from ..model.weights import ModelWatch
+from ..request.continuation import Continuation
 from ..request.outputs import FinishReason
 from ..request.request import Batch, Request
 from ..request.sampling_params import SamplingParams
 from ..request.sampling_state import SamplingState
-from ..request.spec import RequestSpec
+from ..request.spec import RequestSpec, SequenceKey
 from ..request.step_output import Failure, StepOutput
 from ..request.token_grammar import TokenGrammar
 from ..scheduling.scheduler import Scheduler
@@ -112,28 +119,89 @@ class Engine:
         max_tokens = self.admission.check(spec.prompt_token_ids, spec.params)
         if spec.request_id in self._requests:
             raise UsageError(f"request {spec.request_id!r} is unfinished; use another id")
-        stop_ids = () if spec.params.ignore_eos else self._eos_token_ids
-        requests = [
-            Request(
-                spec,
-                index=index,
-                max_tokens=max_tokens,
-                sampling=SamplingState(
-                    spec.params,
-                    spec.prompt_token_ids,
-                    index=index,
-                    eos_token_ids=stop_ids,
-                    bad_words=spec.bad_words,
-                    grammar=self._grammar(spec.params),
-                ),
-                leader=(spec.request_id, 0) if index else None,
-            )
-            for index in range(spec.params.n)
-        ]
+        requests = [self._make(spec, index, max_tokens) for index in range(spec.params.n)]
         self._requests[spec.request_id] = list(requests)
         for request in requests:
             self.scheduler.add(request)
         return requests
+
+    def _make(self, spec: RequestSpec, index: int, max_tokens: int) -> Request:
+        return Request(
+            spec,
+            index=index,
+            max_tokens=max_tokens,
+            sampling=SamplingState(
+                spec.params,
+                spec.prompt_token_ids,
+                index=index,
+                eos_token_ids=() if spec.params.ignore_eos else self._eos_token_ids,
+                bad_words=spec.bad_words,
+                grammar=self._grammar(spec.params),
+                seed=spec.seed,
+            ),
+            leader=(spec.request_id, 0) if index else None,
+        )
+
+    def resume(self, continuation: Continuation) -> Request:
+        """Queue a sequence that goes on; it is first in line if it has had a slot before.
+
+        Raises a `UsageError`, with nothing queued.
+        """
+        request = self.restore(continuation)
+        if continuation.output_token_ids or request.was_admitted:
+            self.put_in(request)
+        else:
+            self._requests.setdefault(request.key[0], []).append(request)
+            self.scheduler.add(request)
+        return request
+
+    def restore(self, continuation: Continuation, earlier: Request | None = None) -> Request:
+        """The request that a sequence goes on as, not queued yet. Raises a `UsageError`.
+
+        `earlier` is what this returned for it when it had fewer tokens; it is brought up to now.
+        """
+        spec, (request_id, index) = continuation.spec, continuation.key
+        if index >= spec.params.n:
+            raise UsageError(f"request {request_id!r} has {spec.params.n} outputs, and no {index}")
+        max_tokens = self.admission.check(spec.prompt_token_ids, spec.params)
+        self.admission.check_tokens(continuation.output_token_ids)
+        wanted = continuation.max_tokens
+        if wanted is not None and wanted > max_tokens:
+            raise RequestTooLong(
+                f"request {request_id!r} may have {wanted} tokens, and has room for {max_tokens} "
+                "here; let it go on where max_len and memory are at least those that it came from"
+            )
+        if self.find(continuation.key) is not None:
+            raise UsageError(f"output {index} of request {request_id!r} is unfinished here")
+        request = earlier or self._make(spec, index, max_tokens if wanted is None else wanted)
+        continuation.restore(request)
+        return request
+
+    def find(self, key: SequenceKey) -> Request | None:
+        """An unfinished request; None if it is not here."""
+        found = (request for request in self._requests.get(key[0], ()) if request.key == key)
+        return next(found, None)
+
+    def take_out(self, request: Request) -> None:
+        """Let a request go out of sight, as it stands and with its slot: nothing is told of it.
+
+        No step may be under way (`catch_up`).
+        """
+        self.scheduler.take_out(request)
+        self._forget(request)
+
+    def put_in(self, request: Request, slot: Slot | None = None, num_computed: int = 0) -> None:
+        """Let a request that is not here go on: with a slot that holds `num_computed` of its tokens
+        at once, without one as soon as it gets one. One that has all its tokens ends.
+        """
+        self._requests.setdefault(request.key[0], []).append(request)
+        request.num_computed = num_computed
+        self.scheduler.put_in(request, slot)
+        if request.num_output_tokens:
+            reason, stop_reason, is_whole = self._end_of(request)
+            if reason is not None:
+                self._tell_end(request, reason, stop_reason=stop_reason, ends_with_text=is_whole)
+                self._leave(request, keep=True)
 
     def _grammar(self, params: SamplingParams) -> TokenGrammar | None:
         """A place in the grammar that an output is to follow, which is compiled if nobody did."""
@@ -169,6 +237,10 @@ class Engine:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def tell_abort(self, request: Request) -> None:
+        """Say of a request that is out of sight that it was aborted."""
+        self._tell_end(request, "abort")
+
     # -- the step ----------------------------------------------------------------------------
 
     def step(self) -> None:
@@ -203,7 +275,7 @@ class Engine:
         Raises InvalidOperation or UnsupportedModel if the model does not fit any more; so do
         requests end from then on.
         """
-        self._catch_up()
+        self.catch_up()
         for request in self.scheduler.running[::-1]:  # so that they come back in their order
             self.scheduler.preempt(request, keep=False)
         self.scheduler.tiers.forget()
@@ -224,7 +296,7 @@ class Engine:
                 _log.warning("%s while vkv.LLM has the model; all is computed anew", change)
                 self.weights_changed()
         except VkvError as error:
-            self._catch_up()
+            self.catch_up()
             for request in self.requests:
                 self.fail(request, error)
 
@@ -241,11 +313,11 @@ class Engine:
         So a request's end is seen one step late, and what that step computed for it is dropped.
         """
         if not all(request.can_run_ahead for request in self.scheduler.running):
-            self._catch_up()
+            self.catch_up()
         batch = self.scheduler.schedule()
         if not batch.items:  # all wait for their last token, or for memory that an end may bring
             if self._under_way is not None:
-                self._catch_up()
+                self.catch_up()
                 self.scheduler.shortage = None  # which was found before those ends
             else:
                 self.scheduler.tiers.wait(self.scheduler.running, _MOVE_WAIT_S)
@@ -253,9 +325,9 @@ class Engine:
         before = self._under_way
         wait = not batch.can_run_ahead
         launched = self._launch(batch, before.tokens if before else None, wait=wait)
-        self._catch_up(launched)
+        self.catch_up(launched)
         if wait:
-            self._catch_up()
+            self.catch_up()
 
     def _launch(
         self, batch: Batch, last_tokens: Tensor | None, *, wait: bool
@@ -268,7 +340,7 @@ class Engine:
             launched = self.runner.launch(batch, last_tokens, wait=wait)
         except Exception as error:  # noqa: BLE001 - told to the requests of the batch, and logged
             _log.exception("a step of %d requests failed", len(batch))
-            self._catch_up()
+            self.catch_up()
             for item in batch.items:
                 self.fail(item.request, error)
             return None
@@ -284,7 +356,7 @@ class Engine:
             request.pending_index = index
         return launched
 
-    def _catch_up(self, launched: LaunchedStep | None = None) -> None:
+    def catch_up(self, launched: LaunchedStep | None = None) -> None:
         """Postprocess the step under way; `launched` takes its place."""
         before, self._under_way = self._under_way, launched
         if before is not None:
@@ -320,14 +392,12 @@ class Engine:
         request.token_ids.append(token.token_id)
         self._num_output_tokens += 1
         self.scheduler.accounts.generated(request)
-        reason, stop_reason = _why_finished(request, self._eos_token_ids)
-        is_whole = reason != "stop" and request.sampling.is_complete
-        if is_whole:
-            reason = "stop"
+        reason, stop_reason, is_whole = self._end_of(request)
         self._outputs.append(
             StepOutput(
                 request_id=request.key[0],
                 index=request.key[1],
+                epoch=request.epoch,
                 token_ids=(token.token_id,),
                 logprobs=(token.logprobs,) if token.logprobs is not None else (),
                 prompt_logprobs=tuple(request.prompt_logprobs) if is_first else (),
@@ -342,25 +412,49 @@ class Engine:
         if reason is not None:
             self._leave(request, keep=True)
 
+    def _end_of(self, request: Request) -> tuple[FinishReason | None, int | None, bool]:
+        """Whether the newest token is the last: the reason, the stop token, and whether it is so
+        because the output is whole (`StepOutput.ends_with_text`)."""
+        reason, stop_reason = _why_finished(request, self._eos_token_ids)
+        is_whole = reason != "stop" and request.sampling.is_complete
+        return "stop" if is_whole else reason, stop_reason, is_whole
+
     def _end(self, request: Request, reason: FinishReason, failure: Failure | None = None) -> None:
         """End a request before its time."""
+        self._tell_end(request, reason, failure=failure)
+        self._leave(request, keep=False)
+
+    def _tell_end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        failure: Failure | None = None,
+        stop_reason: int | None = None,
+        ends_with_text: bool = False,
+    ) -> None:
         self._outputs.append(
             StepOutput(
                 request_id=request.key[0],
                 index=request.key[1],
+                epoch=request.epoch,
                 queued_time_s=request.queued_time_s,
                 scheduled_time_s=request.scheduled_time_s,
                 finish_reason=reason,
+                stop_reason=stop_reason,
+                ends_with_text=ends_with_text,
                 failure=failure,
             )
         )
-        self._leave(request, keep=False)
 
     def _leave(self, request: Request, *, keep: bool) -> None:
         if keep:
             self.scheduler.finish(request)
         else:
             self.scheduler.abort(request)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
         siblings = self._requests[request.key[0]]
         siblings.remove(request)
         if not siblings:

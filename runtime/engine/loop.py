@@ -11,7 +11,9 @@ from ..request.spec import RequestSpec
 from ..request.step_output import Failure, StepOutput
 from .engine import Engine
 from .memory.memory_map import MemoryMap, draw_memory
-from .messages import Abort, Add, Finish, Message, SetPriority
+from .messages import Abort, Add, Finish, Message, Resume, SetPriority
+from .migration.arrivals import Arrivals
+from .migration.departures import Departures
 from .sleep import Sleep
 from .stats import EngineStats
 
@@ -33,6 +35,10 @@ class EngineLoop:
         shortage_wait_s: if no request could get memory for so long, the one that
             `scheduler.shortage` names fails. Neighbours under a common `MemoryLimit` may return
             some meanwhile.
+
+    Attributes:
+        departures, arrivals: sequences that leave the engine, and that come to it; for the driver
+            alone. They need turns, or `carry_out`, to notice that their time is over.
     """
 
     def __init__(
@@ -43,6 +49,8 @@ class EngineLoop:
         self._shortage_wait_s = shortage_wait_s
         self._short_since: tuple[Request, float] | None = None
         self._sleep = Sleep(engine)
+        self.departures = Departures(engine)
+        self.arrivals = Arrivals(engine, self._sleep.check_awake)
         self._inbox: deque[Message] = deque()
         self._refused: list[StepOutput] = []  # that no one has taken yet
         self._publish()
@@ -75,6 +83,7 @@ class EngineLoop:
         """
         self._open_inbox(inbox)
         self.engine.step()
+        self.departures.settle()
         self._meet_shortage()
         if time.monotonic() - self._published_s > _PUBLISH_S or not self.engine.has_work:
             self._publish()
@@ -98,20 +107,27 @@ class EngineLoop:
             try:
                 self._carry_out(message)
             except (UsageError, InvalidOperation) as error:
-                assert isinstance(message, Add), message
-                self._refused += refusal(message.spec, error)
+                self._refused += _refusal_of(message, error)
+        self.departures.settle()
+        self.arrivals.settle()
 
     def _carry_out(self, message: Message) -> None:
         if isinstance(message, Add):
             self._sleep.check_awake()
             self.engine.add(message.spec)
+        elif isinstance(message, Resume):
+            self._sleep.check_awake()
+            self.engine.resume(message.continuation)
         elif isinstance(message, Finish):
             self.engine.finish(message.request_id, message.index)
+            self.departures.tell(message)
         elif isinstance(message, SetPriority):
             self.engine.set_priority(message.request_id, message.priority)
+            self.departures.tell(message)
         else:
             assert isinstance(message, Abort), message
             self.engine.abort(message.request_id)
+            self.departures.tell(message)
 
     def _publish(self) -> None:
         self._stats = self.engine.stats()
@@ -166,6 +182,7 @@ class EngineLoop:
     def sleep(self, *, weights: bool = False) -> int:
         """Give all memory of keys and values back; returns the bytes (`Sleep.begin`)."""
         self.engine.scheduler.exits.retry()
+        _refuse_if_moving(self.departures.num_under_way + self.arrivals.num_under_way)
         num_bytes = self._sleep.begin(weights=weights)
         self._publish()
         return num_bytes
@@ -189,19 +206,45 @@ class EngineLoop:
             self._open_inbox(())
             for request in self.engine.requests:
                 self.engine.abort(request.key[0])
+            self.departures.close()
+            self.arrivals.close()
         if not self._is_given_back:
             self._close()
             self._is_given_back = True
 
 
-def refusal(spec: RequestSpec, error: VkvError) -> list[StepOutput]:
-    """The end of every sequence of a request that was never queued."""
+def _refuse_if_moving(count: int) -> None:
+    """Raises InvalidOperation if so many sequences are on their way, and not none."""
+    if count:
+        raise InvalidOperation(
+            f"{count} sequences are on their way between this engine and others, and would lose "
+            "their keys and values; wait for them, or abort them, before sleep()"
+        )
+
+
+def _refusal_of(message: Message, error: VkvError) -> list[StepOutput]:
+    if isinstance(message, Resume):
+        sequence = message.continuation
+        return refusal(sequence.spec, error, (sequence.index,), epoch=sequence.epoch)
+    assert isinstance(message, Add), message
+    return refusal(message.spec, error)
+
+
+def refusal(
+    spec: RequestSpec,
+    error: VkvError,
+    indices: Iterable[int] | None = None,
+    *,
+    epoch: int = 0,
+) -> list[StepOutput]:
+    """The end of the sequences of a request that were never queued; of all, without `indices`."""
     return [
         StepOutput(
             request_id=spec.request_id,
             index=index,
+            epoch=epoch,
             finish_reason="error",
             failure=Failure.of(error),
         )
-        for index in range(spec.params.n)
+        for index in (range(spec.params.n) if indices is None else indices)
     ]

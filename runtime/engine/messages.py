@@ -2,6 +2,7 @@
 
 import msgspec
 
+from ..request.continuation import Continuation
 from ..request.spec import RequestSpec
 
 
@@ -9,6 +10,16 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     """A new request. A refusal comes back as the request's output."""
 
     spec: RequestSpec
+
+
+class Resume(msgspec.Struct, frozen=True, tag=True):
+    """A sequence that goes on after the tokens it has. Those are not told again.
+
+    Its keys and values are found where they are parked, or computed. A refusal comes back as the
+    sequence's output.
+    """
+
+    continuation: Continuation
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
@@ -40,4 +51,4 @@ class SetPriority(msgspec.Struct, frozen=True, tag=True):
     priority: int
 
 
-Message = Add | Finish | Abort | SetPriority
+Message = Add | Resume | Finish | Abort | SetPriority

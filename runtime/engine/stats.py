@@ -1,7 +1,9 @@
 """What an engine holds and has done, as plain data."""
 
-from dataclasses import dataclass, replace
-from typing import Self
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Self
 
 from ...allocator import KVStats
 from ...allocator.transfer import MoveStats
@@ -157,3 +159,47 @@ class EngineStats:
     def driver_calls(self) -> dict[str, int]:
         """System or driver calls, by kind."""
         return self.kv.driver_calls
+
+
+_ALIKE = frozenset(("page_bytes", "growth_tokens"))  # of engines that are put together
+
+
+def together(all_stats: Sequence[EngineStats]) -> EngineStats:
+    """What several engines of one model hold and have done: one at least."""
+    return _sum(all_stats)
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    """Field by field; tenants by their names."""
+    first = values[0]
+    if is_dataclass(first):
+        parts = {
+            one.name: getattr(first, one.name)
+            if one.name in _ALIKE
+            else _sum([getattr(value, one.name) for value in values])
+            for one in fields(first)
+        }
+        return type(first)(**parts)
+    if isinstance(first, Mapping):
+        return dict(sum((Counter(value) for value in values), Counter()))
+    if isinstance(first, tuple):
+        return _by_tenant([tenant for value in values for tenant in value])
+    return None if first is None else sum(values)
+
+
+def _by_tenant(all_tenants: Sequence[TenantStats]) -> tuple[TenantStats, ...]:
+    found: dict[str, TenantStats] = {}
+    for one in all_tenants:
+        before = found.get(one.tenant)
+        found[one.tenant] = one if before is None else _added(before, one)
+    return tuple(found.values())
+
+
+def _added(before: TenantStats, one: TenantStats) -> TenantStats:
+    return TenantStats(
+        tenant=one.tenant,
+        num_unfinished=before.num_unfinished + one.num_unfinished,
+        prompt_tokens=before.prompt_tokens + one.prompt_tokens,
+        output_tokens=before.output_tokens + one.output_tokens,
+        counter=before.counter + one.counter,
+    )

@@ -76,7 +76,7 @@ class RecurrentRunner(ModelRunner):
         return self._states.save(slot_index)
 
     def load_state(self, slot_index: int, state: SlotState) -> None:
-        self._states.load(slot_index, state)
+        self._states.load(slot_index, state, self.device)
 
     def _run(
         self,

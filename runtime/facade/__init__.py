@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         PagePool,
         Slot,
     )
+    from .runtime.cluster.cluster import Cluster
     from .runtime.engine.config import EngineConfig
     from .runtime.engine.stats import EngineStats
     from .runtime.frontend.async_llm import AsyncLLM
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AsyncLLM": ".runtime.frontend.async_llm",
+    "Cluster": ".runtime.cluster.cluster",
     "LLM": ".runtime.frontend.llm",
     "Session": ".runtime.frontend.sessions.session",
     "StreamDelta": ".runtime.frontend.text_stream",
@@ -61,6 +63,7 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "Cluster",
     "CompletionOutput",
     "EngineConfig",
     "EngineStats",

@@ -109,10 +109,13 @@ class RecurrentState:
         return {key: saved[slot].to("cpu", copy=True) for key, saved in self._saved.items()}
 
     @torch.inference_mode()
-    def load(self, slot: int, state: SlotState) -> None:
-        """Put a copy that `save` made into the place of `slot`."""
+    def load(self, slot: int, state: SlotState, device: torch.device) -> None:
+        """Put a copy that `save` made, here or elsewhere, into the place of `slot` on `device`."""
         for key, tensor in state.items():
-            self._saved[key][slot] = tensor.to(self._saved[key].device)
+            if key not in self._saved:  # nothing was computed here yet
+                shape = (self._num_slots, *tensor.shape)
+                self._saved[key] = torch.zeros(shape, dtype=tensor.dtype, device=device)
+            self._saved[key][slot] = tensor.to(device)
 
     def clear(self) -> None:
         """Give the memory back."""

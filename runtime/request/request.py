@@ -2,6 +2,7 @@
 
 import enum
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...allocator import Slot
@@ -17,6 +18,7 @@ class RequestState(enum.Enum):
 
     WAITING = "waiting"  # without a slot: new, or preempted
     RUNNING = "running"  # with a slot
+    AWAY = "away"  # out of its engine's sight, until it is known whether another has it
     FINISHED = "finished"
 
 
@@ -25,6 +27,8 @@ class Request:
 
     Attributes:
         key: names it among all requests.
+        spec: what was asked.
+        epoch: of the last move that brought it here, 0 without one; outputs tell it (`StepOutput`).
         leader: the key of the request that computes the same prompt; this one waits and shares
             its slot's beginning.
         token_ids: the prompt's tokens, then the output's.
@@ -51,6 +55,8 @@ class Request:
         leader: SequenceKey | None = None,
     ) -> None:
         self.key: SequenceKey = (spec.request_id, index)
+        self.spec = spec
+        self.epoch = 0
         self.params: SamplingParams = spec.params
         self.variant = spec.variant
         self.priority = spec.priority
@@ -94,6 +100,12 @@ class Request:
         """The tokens generated so far."""
         return self.token_ids[self.num_prompt_tokens :]
 
+    def extend_output(self, token_ids: Iterable[int]) -> None:
+        """Take over tokens that were generated elsewhere."""
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            self.sampling.advance(token_id)
+
     @property
     def num_uncomputed(self) -> int:
         """Tokens still to go through the model; 1 while decoding."""
@@ -118,8 +130,11 @@ class Request:
 
     @property
     def scores_prompt(self) -> bool:
-        """True if the prompt's own log probabilities are asked of this request."""
-        return self.params.prompt_logprobs is not None and self.leader is None
+        """True if the prompt's own log probabilities are asked of this request, and not told
+        yet."""
+        if self.params.prompt_logprobs is None or self.key[1]:
+            return False
+        return not self.num_output_tokens  # they are told with the first
 
     @property
     def num_scored(self) -> int:
@@ -129,6 +144,15 @@ class Request:
             return self.num_tokens
         # The first entry is nobody's; each further one came from the logits of the token before.
         return max(0, num_known - 1)
+
+    @property
+    def reusable_tokens(self) -> list[int]:
+        """The tokens whose keys and values may come from elsewhere.
+
+        At least the last token is always computed: its logits choose the next one. So is every
+        prompt token whose own logits are wanted and not there yet.
+        """
+        return self.token_ids[: min(self.num_tokens - 1, self.num_scored)]
 
     @property
     def is_finished(self) -> bool:

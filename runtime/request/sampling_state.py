@@ -29,11 +29,13 @@ class SamplingState:
         "_prompt_token_ids",
         "_seed",
         "_stop_ids",
+        "_uncounted",
         "bars",
         "grammar",
         "index",
         "num_output_tokens",
         "params",
+        "seed",
     )
 
     def __init__(
@@ -45,11 +47,15 @@ class SamplingState:
         eos_token_ids: Collection[int] = (),
         bad_words: Sequence[Sequence[int]] = (),
         grammar: TokenGrammar | None = None,
+        seed: int | None = None,
     ) -> None:
         """Start a sequence: number `index` of the request's `n`, after `prompt_token_ids`.
 
         `eos_token_ids` are the model's own stop tokens, which `min_tokens` holds off. `bad_words`
-        are sequences of tokens that must not be completed. `grammar` is this sequence's own.
+        are sequences of tokens that must not be completed. `grammar` is this sequence's own. `seed`
+        is for a request that asks for none; None to draw one.
+
+        One that goes on from tokens of its own is brought there by `advance`, token by token.
         """
         self.params = params
         self.index = index
@@ -58,11 +64,13 @@ class SamplingState:
         self.grammar = grammar
         self._prompt_token_ids = prompt_token_ids
         self._stop_ids = params.stop_ids.union(eos_token_ids)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._seed = struct.pack("<qQ", seed, index)
+        given = seed if params.seed is None else params.seed
+        self.seed = secrets.randbits(63) if given is None else given
+        self._seed = struct.pack("<qQ", self.seed, index)
         # [vocab] each, on the logits' device; made on first use, by the penalties alone.
         self._in_prompt: Tensor | None = None
         self._output_counts: Tensor | None = None
+        self._uncounted: list[int] = []  # tokens that came before these were made
 
     def key(self) -> int:
         """This step's 64 random bits, as an int64: the same for the same seed, index and step."""
@@ -113,7 +121,10 @@ class SamplingState:
                 prompt = torch.tensor(self._prompt_token_ids, dtype=torch.long, device=device)
                 self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
                 self._in_prompt[prompt] = True
-                self._output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+                before = torch.tensor(self._uncounted, dtype=torch.long)
+                counts = torch.bincount(before, minlength=vocab_size)
+                self._output_counts = counts.to(device, torch.float32)
+                self._uncounted.clear()
         return self._in_prompt, self._output_counts
 
     def advance(self, token_id: int) -> None:
@@ -125,3 +136,5 @@ class SamplingState:
             self.grammar.advance(token_id)
         if self._output_counts is not None:
             self._output_counts[token_id] += 1
+        elif self.has_penalties:
+            self._uncounted.append(token_id)

@@ -23,6 +23,9 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
             Prefixes are shared within one variant alone.
         priority: the lower, the earlier, where requests are scheduled by priority.
         tenant: whose service it counts as. It has no part in `variant`: tenants may share prefixes.
+        seed: what chance goes by where `params.seed` is None; None for the engine to draw one.
+            Whoever sets it can have the request go on elsewhere (`Continuation`) with the tokens it
+            would have had.
         arrival_time_s: on the system's monotonic clock, which all processes of a machine share.
     """
 
@@ -33,4 +36,5 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     variant: str = ""
     priority: int = 0
     tenant: str = ""
+    seed: int | None = None
     arrival_time_s: float = msgspec.field(default_factory=time.monotonic)

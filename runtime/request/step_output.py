@@ -37,6 +37,8 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         index: which of the request's outputs.
+        epoch: of the move that brought the sequence to the engine that speaks; 0 without one. So
+            what a former owner still says is known.
         token_ids: new tokens, in order.
         logprobs: for each of them, where asked; without texts, of which the engine knows nothing.
         prompt_logprobs: further entries of the prompt's, where asked.
@@ -53,6 +55,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     request_id: str
     index: int = 0
+    epoch: int = 0
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[dict[int, Logprob], ...] = ()
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] = ()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...allocator import KVFile, Slot, SlotCache, common_prefix
+from ...allocator import Exits, KVFile, Slot, SlotCache, common_prefix
 from ...allocator.transfer import KVDir
 from ...vmem.errors import (
     DriverError,
@@ -15,7 +15,6 @@ from ...vmem.errors import (
     KVFileError,
     OutOfMappings,
 )
-from .exits import Exits
 
 _log = logging.getLogger(__name__)
 

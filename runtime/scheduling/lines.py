@@ -203,8 +203,11 @@ class TenantLines(Lines):
         account.num_in_line += 1
 
     def first(self, num_free: int, num_running: int) -> list[Request]:
-        """A few of each of the tenants with the least counters: the more, the less it got."""
-        num_free = max(1, num_free)
+        """A few of each of the tenants with the least counters: the more, the less it got. Where
+        none is free, one of as many as run: of them, those may take a place."""
+        if num_free <= 0:
+            least = self._least(max(1, num_running))
+            return [self._lines[account.tenant].first(1)[0] for account in least]
         return [
             request
             for rank, account in enumerate(self._least(num_free), start=1)

@@ -67,7 +67,9 @@ class Order(Protocol):
         """The order in which running requests get their tokens."""
         ...
 
-    def goes_before(self, newcomer: WaitingRequest, request: RunningRequest) -> bool:
+    def goes_before(
+        self, snapshot: Snapshot, newcomer: WaitingRequest, request: RunningRequest
+    ) -> bool:
         """Whether a newcomer gets its tokens before the prompt of a running request does."""
         ...
 

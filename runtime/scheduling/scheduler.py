@@ -8,7 +8,7 @@ refuses (DriverError) keeps one request waiting, as a shortage does, and tears n
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ...allocator import Slot, SlotCache
 from ...vmem.errors import DriverError, OutOfPages, Shortage
@@ -40,11 +40,13 @@ class Scheduler:
         prefix_reuse: start a request from keys and values that others computed for its tokens.
         tiers: what stands behind the cache; None for nothing but the files that are opened.
         tenant_weights: of tenants whose part is another than 1.
+        clock: seconds, on the clock of the requests' `queued_time_s`; None for the system's.
 
     Attributes:
         accounts: what each tenant got.
         running: in the order of admission.
         exits: how slots are let go.
+        num_places_kept: of `max_seqs`, for requests that come from elsewhere or may come back.
         shortage: what kept the last step from giving any request a token, and whom it kept.
     """
 
@@ -59,6 +61,7 @@ class Scheduler:
         prefix_reuse: bool = True,
         tiers: Tiers | None = None,
         tenant_weights: Mapping[str, float] | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.cache = cache
         self.policy = policy
@@ -71,9 +74,11 @@ class Scheduler:
         self.accounts = Accounts(tenant_weights or {})
         self.waiting = WaitingQueue(lines_for(policy.order, self.accounts))
         self.running: list[Request] = []
+        self.num_places_kept = 0
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.shortage: tuple[Request, Refusal] | None = None
+        self._clock = clock or _monotonic_s
         self._requests: dict[SequenceKey, Request] = {}
         self._growth_pages = cache.num_pages(cache.growth_tokens)
 
@@ -87,16 +92,54 @@ class Scheduler:
         """All unfinished requests, in the order in which they were added."""
         return list(self._requests.values())
 
-    def add(self, request: Request) -> None:
-        """Queue a new request."""
+    def add(self, request: Request, *, comes_back: bool = False) -> None:
+        """Queue a new request; one that `comes_back` had a slot elsewhere, and so goes before all
+        that never had one."""
         assert request.key not in self._requests, f"{request} is here already"
         self._requests[request.key] = request
         self.accounts.came(request)
         leader = self._requests.get(request.leader) if request.leader else None
         if leader is not None and leader.num_computed < leader.num_prompt_tokens:
             self.waiting.hold(request, leader.key)
+        elif comes_back:
+            self.waiting.put_back(request)
         else:
             self.waiting.add(request)
+
+    def take_out(self, request: Request) -> None:
+        """Take an unfinished request out as it stands, with its slot if it has one.
+
+        Whoever takes it out has the slot, until `put_in`. Its keys and values must not be on their
+        way back from a tier.
+        """
+        assert request.fetch is None, request
+        if request.state is RequestState.WAITING:
+            self.waiting.remove(request)
+        else:
+            self.running.remove(request)
+            self.accounts.released(request)
+        self._remove(request, RequestState.AWAY)
+
+    def put_in(self, request: Request, slot: Slot | None = None) -> None:
+        """Take in a request that was here or elsewhere: with its slot it runs, without one it is
+        first in line. A place among those that run must be free for it."""
+        self._requests[request.key] = request
+        self.accounts.came(request)
+        request.slot = slot
+        if slot is None:
+            request.state = RequestState.WAITING
+            self.waiting.add_first(request)
+            return
+        assert self.num_free_places > 0, "no place was kept"
+        request.state = RequestState.RUNNING
+        request.waited_s = time.monotonic() - request.queued_time_s
+        self.running.append(request)
+        self.accounts.admitted(request)
+
+    @property
+    def num_free_places(self) -> int:
+        """Requests that could run beside those that do and those that are expected."""
+        return self.max_seqs - self.num_places_kept - len(self.running)
 
     def schedule(self) -> Batch:
         """The next batch, its slots backed for every token in it.
@@ -130,16 +173,23 @@ class Scheduler:
         is_lasting = short and not granted and not self.tiers.is_moving(self.running)
         self.shortage = short if is_lasting else None
         batch = tuple(ScheduledRequest(request, count) for request, count in granted.items())
-        self._look_ahead(batch)
+        _look_ahead(self.cache, batch, self.look_ahead_tokens, self.max_batch_tokens)
         return Batch(batch, _padding(self.cache, batch))
 
-    def finish(self, request: Request) -> None:
-        """Let go of a finished request; its slot is parked with what was computed."""
-        self._leave(request, keep=True)
+    def finish(self, request: Request, *, keep: bool = True) -> None:
+        """Let go of a finished request; its slot is parked with what was computed, with `keep`."""
+        if request.state is RequestState.FINISHED:
+            return
+        if request.state is RequestState.WAITING:  # new, or preempted with its last token pending
+            self.waiting.remove(request)
+        else:
+            self._release(request, keep=keep, comes_back=False)
+        self.tiers.release(request)
+        self._remove(request, RequestState.FINISHED)
 
     def abort(self, request: Request) -> None:
         """Drop a request at any point of its life; its pages go back at once."""
-        self._leave(request, keep=False)
+        self.finish(request, keep=False)
 
     def _let_in(self) -> None:
         """Let requests go on that waited for what was fetched, or for their leader's prompt."""
@@ -164,13 +214,13 @@ class Scheduler:
         held: set[Request],
         num_given_up: int,
     ) -> Snapshot:
-        waiting = self.waiting.first(self.max_seqs - len(self.running), len(self.running))
+        waiting = self.waiting.first(self.num_free_places, len(self.running))
         by_tenant = self.policy.order.lines == "tenant"
         return Snapshot(
             max_batch_tokens=self.max_batch_tokens,
-            max_seqs=self.max_seqs,
+            max_seqs=self.max_seqs - self.num_places_kept,
             running=running_view(self.running, held),
-            waiting=waiting_view(waiting),
+            waiting=waiting_view(waiting, self._clock()),
             num_waiting=len(self.waiting),
             granted={request.key: count for request, count in granted.items()},
             short=short.key if short else None,
@@ -227,15 +277,8 @@ class Scheduler:
         self.waiting.put_back(request)
         self.num_preemptions += 1
 
-    def _leave(self, request: Request, *, keep: bool) -> None:
-        if request.state is RequestState.FINISHED:
-            return
-        if request.state is RequestState.WAITING:  # new, or preempted with its last token pending
-            self.waiting.remove(request)
-        else:
-            self._release(request, keep=keep, comes_back=False)
-        self.tiers.release(request)
-        request.state = RequestState.FINISHED
+    def _remove(self, request: Request, state: RequestState) -> None:
+        request.state = state
         del self._requests[request.key]
         self.waiting.let_in(request.key)
         self.accounts.left(request)
@@ -261,12 +304,12 @@ class Scheduler:
 
         Raises a Shortage or DriverError, with the request still waiting.
         """
-        tokens = self._reusable_tokens(request)
+        tokens = request.reusable_tokens if self.prefix_reuse else ()
         donor, num_shared = _live_donor(self.running, request, tokens, self.cache.growth_tokens)
         num_parked = 0
         if donor is not None or self.tiers.may_have_some:  # else nothing is to be compared with it
             num_parked = self.cache.prefix_length(tokens, request.variant)
-        needed = self._tokens_to_admit(request)
+        needed = _tokens_to_admit(request, bool(self.running), self.cache.growth_tokens)
         if self.running:  # what lacks memory for sure need not disturb what is parked
             num_there = max(num_shared, self.tiers.num_in_files(request, tokens))
             own = self.cache.num_pages(needed) - self.cache.num_whole_pages(num_there)
@@ -299,29 +342,11 @@ class Scheduler:
     def _note_admission(self, request: Request) -> None:
         """Note when a request first had a slot, and what it found in it."""
         if not request.was_admitted:
-            request.scheduled_time_s = time.monotonic()
+            request.scheduled_time_s = self._clock()
             request.num_cached = request.num_computed
             self.prefix_hit_tokens += request.num_computed
-        request.waited_s = time.monotonic() - request.queued_time_s
+        request.waited_s = self._clock() - request.queued_time_s
         self.accounts.admitted(request)
-
-    def _tokens_to_admit(self, request: Request) -> int:
-        """All it has, and a page's worth of its output if others run: else it is soon preempted."""
-        if not self.running:
-            return request.num_tokens
-        remaining = request.max_tokens - request.num_output_tokens
-        # The last token is never computed, so it needs no room.
-        return request.num_tokens + min(remaining - 1, self.cache.growth_tokens)
-
-    def _reusable_tokens(self, request: Request) -> Sequence[int]:
-        """The tokens whose keys and values may come from elsewhere.
-
-        At least the last token is always computed: its logits choose the next one. So is every
-        prompt token whose own logits are wanted and not there yet.
-        """
-        if not self.prefix_reuse:
-            return ()
-        return request.token_ids[: min(request.num_tokens - 1, request.num_scored)]
 
     def _open_slot(
         self,
@@ -344,22 +369,34 @@ class Scheduler:
                 pass  # then with what is parked
         return self.cache.adopt(tokens, request.variant)
 
-    # -- for the step --------------------------------------------------------------------------
 
-    def _look_ahead(self, batch: Sequence[ScheduledRequest]) -> None:
-        """Have the memory of the next step mapped while this one computes."""
-        if not self.look_ahead_tokens or not self.cache.pool.num_available:
-            return  # with no page to spare, it could only fail
-        for item in batch:
-            request, end = item.request, item.start + item.num_tokens
-            assert request.slot is not None
-            if item.samples:
-                target = min(
-                    end + self.look_ahead_tokens, request.num_prompt_tokens + request.max_tokens
-                )
-            else:
-                target = min(end + self.max_batch_tokens, request.num_tokens)
-            self.cache.look_ahead(request.slot, target)
+def _look_ahead(
+    cache: SlotCache, batch: Sequence[ScheduledRequest], num_ahead: int, max_batch_tokens: int
+) -> None:
+    """Have the memory of the next step mapped while this one computes."""
+    if not num_ahead or not cache.pool.num_available:
+        return  # with no page to spare, it could only fail
+    for item in batch:
+        request, end = item.request, item.start + item.num_tokens
+        assert request.slot is not None
+        if item.samples:
+            target = min(end + num_ahead, request.num_prompt_tokens + request.max_tokens)
+        else:
+            target = min(end + max_batch_tokens, request.num_tokens)
+        cache.look_ahead(request.slot, target)
+
+
+def _tokens_to_admit(request: Request, others_run: bool, growth_tokens: int) -> int:
+    """All it has, and a page's worth of its output if others run: else it is soon preempted."""
+    if not others_run:
+        return request.num_tokens
+    remaining = request.max_tokens - request.num_output_tokens
+    # The last token is never computed, so it needs no room.
+    return request.num_tokens + min(remaining - 1, growth_tokens)
+
+
+def _monotonic_s() -> float:
+    return time.monotonic()
 
 
 def _padding(cache: SlotCache, batch: Sequence[ScheduledRequest]) -> Padding | None:

@@ -65,7 +65,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         running: in the order of admission.
         waiting: those of which the policy's order may choose, a few for each slot at most, and one
             at least: the first in line; by priority, also those whose own is best, where no slot
-            is free; by tenant, the first of each whose counter is among the least. Requests that
+            is free; by tenant, the first of each whose counter is among the least, of as many as
+            run where no slot is free. Requests that
             wait for a leader's prompt are not in line.
         num_waiting: all of them.
         granted: tokens that this step has already for running requests, in an earlier plan.

@@ -1,13 +1,25 @@
 """What stands behind the cache: host memory, and files; what leaves a slot may come back."""
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
-from ...allocator import Slot, SlotCache
+from ...allocator import Exits, Slot, SlotCache
 from ...allocator.transfer import Fetch, KVDir
 from ..request.request import Request
-from .exits import Exits
 from .kv_files import KVFiles
 from .swapping import Swapping
+
+
+class Guest(Protocol):
+    """Who else has slots of the cache, pinned or being filled, beside its requests."""
+
+    def give_way(self) -> bool:
+        """Memory is short: unpin what no live request needs. False if that frees nothing."""
+        ...
+
+    def forget(self) -> None:
+        """The model changed: keep nothing that was computed."""
+        ...
 
 
 class Tiers:
@@ -21,6 +33,7 @@ class Tiers:
     Attributes:
         exits: how slots are let go.
         kv_files: files that requests may begin with, those of `kv_dir` and of opened sessions.
+        guests: asked to give way, and told of changes.
     """
 
     def __init__(
@@ -29,6 +42,7 @@ class Tiers:
         self.swapping = swapping
         self.exits = Exits(cache)
         self.kv_files = KVFiles(self.exits, kv_dir)
+        self.guests: list[Guest] = []
         self._cache = cache
 
     def settle(self) -> None:
@@ -53,8 +67,10 @@ class Tiers:
             self.swapping.release(request)
 
     def give_way(self) -> bool:
-        """Memory is short: stop reading slots for files. False if that frees nothing."""
-        return self.kv_files.give_way()
+        """Memory is short: stop reading slots for files and for other engines. False if that frees
+        nothing."""
+        gave_way = [self.kv_files.give_way(), *(guest.give_way() for guest in self.guests)]
+        return any(gave_way)
 
     @property
     def is_leaving(self) -> bool:
@@ -134,6 +150,8 @@ class Tiers:
         if self.swapping is not None:
             self.swapping.forget()
         self.kv_files.forget()
+        for guest in self.guests:
+            guest.forget()
 
     def close(self) -> None:
         """Give all back. No request may be left."""

@@ -1,6 +1,5 @@
 """Requests as a policy sees them."""
 
-import time
 from collections.abc import Container, Iterable
 
 from ..request.request import Request
@@ -24,9 +23,8 @@ def running_view(
     )
 
 
-def waiting_view(requests: Iterable[Request]) -> tuple[WaitingRequest, ...]:
+def waiting_view(requests: Iterable[Request], now_s: float) -> tuple[WaitingRequest, ...]:
     """Those without, as old as they are now."""
-    now_s = time.monotonic()
     return tuple(
         WaitingRequest(
             r.key, r.num_tokens, r.was_admitted, r.priority, now_s - r.queued_time_s, r.tenant

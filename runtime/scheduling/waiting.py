@@ -54,6 +54,11 @@ class WaitingQueue:
         self._lines.returned(request)
         self._line_up(request, (_RETURNED, next(self._returns)))
 
+    def add_first(self, request: Request) -> None:
+        """Queue a request that had a slot elsewhere, before all others."""
+        self._lines.came(request)
+        self._line_up(request, (_RETURNED, next(self._returns)))
+
     def let_in(self, leader: SequenceKey) -> None:
         """Let those that wait for `leader` stand in line."""
         for request in self._held.pop(leader, ()):

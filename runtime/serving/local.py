@@ -10,9 +10,9 @@ from ..engine.messages import Message
 from ..engine.stats import EngineStats
 from ..frontend.async_llm import AsyncLLM
 from ..frontend.driving.sinks import Sink
+from ..link.face import Face
+from ..link.messages import Question
 from .http.app import build_app
-from .link.face import Face
-from .link.messages import Question
 from .options import ServeOptions
 from .server import Server
 

@@ -15,10 +15,10 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from ..engine.stats import EngineStats, SwapStats
 from ..frontend.text_stream import RequestText
+from ..link.engine_link import EngineLink
+from ..link.face import Face
 from ..request.outputs import FinishReason, RequestMetrics
 from ..scheduling.accounts import TenantStats
-from .link.engine_link import EngineLink
-from .link.face import Face
 from .places import REFUSALS
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"

@@ -33,6 +33,14 @@ class ServeOptions:
         ssl_certfile: a certificate, for HTTPS.
         ssl_keyfile: its key.
         api_server_count: processes that take requests; one where one suffices.
+        instances: engines, each a process; with several, requests move between them as the cluster
+            policy says. They are actors of Ray.
+        max_instances: with more than `instances`, as many are started as are needed, and ended when
+            they are not; with the policy llumnix alone.
+        roles: what each instance is for: prefill, decode or both, with commas.
+        cluster_policy: round_robin, least_loaded, llumnix or disaggregated; by default llumnix, or
+            where there are roles disaggregated.
+        ray_address: of a Ray cluster on this machine to join; by default one is started.
         max_num_queued_reqs: requests that may wait for a place beside those that run; more get 503.
         max_num_queued_tokens: prompt tokens that may wait; more get 503.
         key_share: the part of all places that one of several keys may hold; more get 429.
@@ -62,6 +70,11 @@ class ServeOptions:
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     api_server_count: int = 1
+    instances: int = 1
+    max_instances: int | None = None
+    roles: str | None = None
+    cluster_policy: str | None = None
+    ray_address: str | None = None
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int = 1 << 20
     key_share: float = 0.5
@@ -86,6 +99,7 @@ class ServeOptions:
         for name, least in (
             ("port", 0),
             ("api_server_count", 1),
+            ("instances", 1),
             ("max_num_queued_reqs", 0),
             ("max_num_queued_tokens", 0),
             ("max_body_bytes", 1),
@@ -103,11 +117,29 @@ class ServeOptions:
             raise InvalidConfig(f"log_format is {self.log_format!r}; use line or json")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise InvalidConfig("ssl_certfile and ssl_keyfile go together; give both, or neither")
+        if self.is_cluster and (self.api_server_count > 1 or self.restart_engine):
+            raise InvalidConfig(
+                "api_server_count and restart_engine are for one engine; leave them out with "
+                "several instances"
+            )
+        if self.max_instances is not None and (
+            self.max_instances < self.instances or self.cluster_policy not in (None, "llumnix")
+        ):
+            raise InvalidConfig(
+                f"max_instances is {self.max_instances}: use at least instances, "
+                f"{self.instances}, and the cluster policy llumnix"
+            )
         keys = read_keys(self.api_key, self.api_key_file)
         object.__setattr__(self, "keys", tuple(key.text for key in keys))
         object.__setattr__(self, "tenants", tuple(key.tenant for key in keys))
         object.__setattr__(self, "tenant_weights", tenant_weights(keys))
         self.read_chat_template()  # to refuse it now, and not when the model is there
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether the engines are instances of a cluster."""
+        asked = (self.max_instances, self.roles, self.cluster_policy)
+        return self.instances > 1 or any(option is not None for option in asked)
 
     def read_chat_template(self) -> str | None:
         """The template's text, where one is given. Raises InvalidConfig."""

@@ -15,11 +15,11 @@ from ..execution.grammars import Grammars
 from ..frontend.async_requests import AsyncRequests
 from ..frontend.front_end import FrontEnd
 from ..frontend.text_stream import RequestText
+from ..link.engine_link import EngineLink
+from ..link.face import Face
 from ..request.sampling_params import SamplingParams
 from .generation import Delta, deltas
 from .http.errors import ApiError
-from .link.engine_link import EngineLink
-from .link.face import Face
 from .metrics import Metrics
 from .options import ServeOptions
 from .parsing import AnswerFormat, answer_format

@@ -18,6 +18,7 @@ from allocator_model import (
     make_cache,
     make_paged,
     one_thread,
+    shown_words,
 )
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -30,7 +31,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from vkv.allocator import PagePool
-from vkv.vmem.errors import InvalidOperation, OutOfPages
+from vkv.allocator.transfer.channels.wire import close_all
+from vkv.vmem import segment_of
+from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages, Shortage
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -307,12 +310,18 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def pin(self, data):
         request = self._draw(data)
+        if request.slot.loan is not None:
+            with pytest.raises(InvalidOperation):
+                self.model.cache.pin(request.slot, 0)
+            return
         self.model.pin(request, data.draw(st.integers(0, len(request.tokens))))
 
     @precondition(lambda self: self.model.pins)
     @rule(data=st.data())
     def unpin(self, data):
-        self.model.unpin(data.draw(st.sampled_from(self.model.pins)))
+        pin = data.draw(st.sampled_from(self.model.pins))
+        if pin.slot.loan is None:  # or its pin is the loan's
+            self.model.unpin(pin)
 
     @rule(data=st.data(), variant=VARIANTS)
     def find(self, data, variant):
@@ -341,12 +350,14 @@ class KVCacheMachine(CacheMachine):
     Driver = FlakyHostDriver
     kinds = tuple(KINDS)
     can_attach = True
+    movable = False
 
     def build(self, data, **options):
         self.driver = self.Driver()
         if data.draw(st.booleans()):
             self.driver._max_mappings = 40
-        return make_cache(data.draw(st.sampled_from(self.kinds)), self.driver, **options)
+        kind = data.draw(st.sampled_from(self.kinds))
+        return make_cache(kind, self.driver, movable=self.movable, **options)
 
     def stop_failing(self):
         self.driver.fail_after = None
@@ -362,12 +373,146 @@ class KVCacheMachine(CacheMachine):
         self.driver.fail_after, self.driver.fail_short = calls, short
 
 
+class MovableMachine(KVCacheMachine):
+    """The contiguous cache whose slots have segments of their own."""
+
+    movable = True
+
+    @invariant()
+    def a_segment_that_grows_is_one_slots(self):
+        if self.model is None:
+            return
+        for slot in [*(r.slot for r in self.model.live), *self.model.cache._table.parked]:
+            own = {page for pages in slot.pages for page in pages}
+            for page in self.driver._map_counts:
+                if slot.segment is not None and segment_of(page) == slot.segment:
+                    assert page in own or page in self.model.cache.pool._free
+                    assert self.model.cache.pool.references(page) <= 1
+
+
+class LoanMachine(MovableMachine):
+    """Two movable caches, between which pages change hands, or nearly do."""
+
+    zoo = tuple(KINDS)
+    shows_memory = True
+
+    def build(self, data, **options):
+        self.kinds = (data.draw(st.sampled_from(self.zoo)),)
+        far = super().build(data, **options)
+        self.far, self.far_driver = Model(far), self.driver
+        self.loan = None
+        return super().build(data, **options)
+
+    def teardown(self):
+        if self.model is not None:
+            self.driver.fail_after = self.far_driver.fail_after = None
+            self._give_up()
+            self.exchange_the_caches()
+            super().teardown()
+            self.exchange_the_caches()
+        super().teardown()
+
+    @rule()
+    def exchange_the_caches(self):
+        """What one does to the one, one does to the other."""
+        self.far._identities = self.model._identities
+        self.model, self.far = self.far, self.model
+        self.driver, self.far_driver = self.far_driver, self.driver
+
+    @precondition(lambda self: self.model.live and self.loan is None)
+    @rule(data=st.data(), whole=st.booleans())
+    def lend(self, data, whole):
+        request = self._draw(data)
+        if request.slot.num_pins:
+            return
+        count = len(request.tokens)
+        pin = self.model.pin(request, count if whole else data.draw(st.integers(0, count)))
+        try:
+            lent = self.model.cache.loans.lend(request.slot, len(pin.prefixes))
+        except (DriverError, Shortage):
+            assert self.driver.fail_after is None
+            assert request.slot.loan is None
+            self.model.unpin(pin)
+            return
+        for fd in lent.descriptors if self.shows_memory else ():
+            with shown_words(fd) as words:
+                assert words <= request.written, "others' bytes can be seen"
+        tokens = request.tokens[: len(pin.prefixes)]
+        self.loan = (self.model, request, pin, lent, tokens, set(request.written))
+
+    @precondition(lambda self: self.loan is not None)
+    @rule()
+    def give_up(self):
+        self._give_up()
+
+    def _give_up(self):
+        if self.loan is None:
+            return
+        near, _, pin, lent, *_ = self.loan
+        self.loan = None
+        close_all(lent.descriptors)
+        near.cache.loans.take_back(pin.slot)
+        near.unpin(pin)
+
+    @precondition(lambda self: self.loan is not None and self.loan[0] is self.model)
+    @rule(keep=st.booleans(), more=st.integers(0, 40), fails=st.none() | st.integers(0, 6))
+    def deliver(self, keep, more, fails):
+        near, _, _, lent, tokens, _ = self.loan
+        far = self.far
+        far._identities = near._identities
+        self.far_driver.fail_after = fails
+        try:
+            with far._refusable(lambda: far.live):
+                slot = far.cache.open()
+                try:
+                    far.cache.reserve(slot, min(MAX_LEN, len(tokens) + more))
+                    targets = far.cache.loans.borrow(slot, lent.parcel, lent.descriptors)
+                except BaseException:
+                    self.far_driver.fail_after = None
+                    far.cache.close(slot)
+                    raise
+                self.far_driver.fail_after = None
+                for source, target in zip(lent.copied, targets, strict=True):
+                    target.copy_(source)
+                if keep:
+                    self._end_well(far, slot)
+                else:
+                    far.cache.close(slot)
+        finally:
+            self.far_driver.fail_after = None
+        far.check()
+
+    def _end_well(self, far, slot):
+        near, request, pin, lent, tokens, written = self.loan
+        self.loan = None
+        close_all(lent.descriptors)
+        far.cache.loans.keep(slot)
+        near.pins.remove(pin)
+        with near._refusable(lambda: [r for r in near.live if r is not request]):
+            near.cache.loans.leave(pin.slot)
+        if request in near.live:
+            near._forget(request, 0)
+            assert request.slot.num_tokens == 0
+            near.close(request)
+        moved = far._admit(slot, tokens, request.variant)
+        moved.written |= written
+
+
 class StandInMachine(KVCacheMachine):
     """The contiguous cache over the CUDA driver, and that over the stand-in for its library."""
 
     Driver = FlakyStandInDriver
     can_attach = False
     kinds = tuple(kind for kind in KINDS if kind.name != "wide")  # larger pages, larger tokens
+
+
+class StandInLoanMachine(LoanMachine):
+    """Pages of the stand-in's, each of which goes by itself."""
+
+    Driver = FlakyStandInDriver
+    can_attach = False
+    zoo = StandInMachine.kinds
+    shows_memory = False  # a descriptor names a page and is none
 
 
 class PagedKVCacheMachine(CacheMachine):
@@ -385,8 +530,20 @@ def test_kv_cache():
     run_state_machine_as_test(KVCacheMachine, settings=MACHINE)
 
 
+def test_movable_kv_cache():
+    run_state_machine_as_test(MovableMachine, settings=MACHINE)
+
+
+def test_pages_that_change_hands():
+    run_state_machine_as_test(LoanMachine, settings=MACHINE)
+
+
 def test_kv_cache_on_the_standin(cuda_standin):
     run_state_machine_as_test(StandInMachine, settings=settings(MACHINE, max_examples=50))
+
+
+def test_pages_that_change_hands_on_the_standin(cuda_standin):
+    run_state_machine_as_test(StandInLoanMachine, settings=settings(MACHINE, max_examples=50))
 
 
 def test_paged_kv_cache():

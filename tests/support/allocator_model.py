@@ -7,6 +7,7 @@ The same oracle serves the state machines, the long fuzz and the tests of single
 """
 
 import contextlib
+import mmap
 import os
 import weakref
 from collections import Counter
@@ -133,6 +134,7 @@ def make_cache(
     num_slots: int = NUM_SLOTS,
     max_parked: int = 3,
     max_len: int = MAX_LEN,
+    movable: bool = False,
     **pool_options,
 ) -> KVCache:
     """A contiguous cache whose pool holds about `rows` full slots."""
@@ -140,7 +142,7 @@ def make_cache(
     layout = kind.layout(driver.page_bytes, max_len)
     limit = int(rows * layout.num_pages(max_len)) * driver.page_bytes
     pool = PagePool(driver, limit, **pool_options)
-    return KVCache(layout, pool, num_slots=num_slots, max_parked=max_parked)
+    return KVCache(layout, pool, num_slots=num_slots, max_parked=max_parked, movable=movable)
 
 
 def make_paged(
@@ -478,6 +480,23 @@ def _factors(cache: SlotCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
         )
         for place, tensor in enumerate(tensors)
     ]
+
+
+@contextlib.contextmanager
+def shown_words(fd: int) -> Iterator[set[int]]:
+    """The identities that all memory behind a descriptor shows."""
+    size, end = os.fstat(fd).st_size, 0
+    words: set[int] = set()
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # nothing follows
+            break
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        with mmap.mmap(fd, end - start, prot=mmap.PROT_READ, offset=start) as view:
+            found = torch.frombuffer(bytearray(view), dtype=DTYPE)
+        words |= set((found // (_PLACES * _ELEMENTS)).unique().tolist())
+    yield words - {0}
 
 
 def _visible_words(cache: SlotCache, slot: Slot) -> Iterator[torch.Tensor]:

@@ -156,6 +156,25 @@ class VmmOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoveOptions:
+    """What `vkv bench move` runs.
+
+    Attributes:
+        kv_bytes: of keys and values that move at a time.
+        page_bytes: size of a page.
+    """
+
+    kv_bytes: tuple[int, ...] = option(
+        "16MiB,64MiB,256MiB,512MiB",
+        names=("--sizes",),
+        parse=sizes,
+        help="Bytes of KV to move at a time, with commas.",
+    )
+    page_bytes: int = option("2MiB", names=("--page",), parse=num_bytes, help="Size of a page.")
+    repeats: int = option(7, least=1, help="Moves of each size by each channel.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StallOptions:
     """What `vkv bench stall` runs.
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import numpy as np
-
 from ..driver import Driver
 from .workloads import WorkItem
 
@@ -67,16 +65,6 @@ class Trace:
     def duration_s(self) -> float:
         """From the start to the last token."""
         return self.step_ends_s[-1]
-
-
-def gamma_arrivals(count: int, *, rate: float, cv: float = 1.0, seed: int = 0) -> list[float]:
-    """When `count` requests arrive, in seconds, `rate` of them a second on average.
-
-    The times between them are Gamma distributed with the coefficient of variation `cv`: 1 is a
-    Poisson process, more comes in bursts.
-    """
-    gaps = np.random.default_rng(seed).gamma(1 / cv**2, cv**2 / rate, count)
-    return np.cumsum(gaps).tolist()
 
 
 def drive(

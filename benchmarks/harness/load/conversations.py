@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..driver import Driver
-from .client import RequestTrace, Trace, gamma_arrivals
-from .workloads import TRAFFIC
+from .client import RequestTrace, Trace
+from .workloads import TRAFFIC, gamma_arrivals
 
 LEVELS = 8  # priorities are 0 to 7, the lower the earlier
 _STAYS = 0.7  # of a Markov chain; else one level up or down

@@ -144,9 +144,7 @@ class _Bench:
             server = Started(
                 name=system,
                 interpreter=self._peers[system],
-                model=as_gguf(model, scratch, self._peers[system], options.dtype)
-                if system == "llama-cpp"
-                else model,
+                model=as_gguf(model, scratch, options.dtype) if system == "llama-cpp" else model,
                 dtype=str(options.dtype).removeprefix("torch."),
                 threads=len(os.sched_getaffinity(0)),
                 max_seqs=options.max_seqs,

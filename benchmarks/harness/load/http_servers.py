@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +20,8 @@ from ..peers.peer import WORKERS, WorkerFailed, interpreter_of
 from .http_client import Endpoint
 
 STARTED = ("vkv", "vllm", "llama-cpp")
-_READY_S = 300.0
+_READY_S = 900.0  # vLLM compiles for minutes where it was never run
+_CELLS = 256  # tokens that llama.cpp rounds a request's share of its context up to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class Started:
     """A server to be started on a free port of the loopback.
 
     Attributes:
+        interpreter: a Python that has it; of llama.cpp its own program, `llama-server`.
         max_seqs, max_len: requests that run at once, and tokens of the longest.
         max_batch_tokens: of a step; None for the server's own default.
     """
@@ -59,9 +62,10 @@ class Started:
                 *("--skip-tokenizer-init", "--no-enable-prefix-caching"),
             ]
         return [
-            *(self.interpreter, "-m", "llama_cpp.server", "--model", str(self.model)),
-            *("--port", str(port), "--n_ctx", str(self.max_len * self.max_seqs)),
-            *("--n_threads", str(self.threads)),
+            *(self.interpreter, "--model", str(self.model), "--host", "127.0.0.1"),
+            *("--port", str(port), "--threads", str(self.threads)),
+            *("--parallel", str(self.max_seqs)),
+            *("--ctx-size", str(_round_up(self.max_len) * self.max_seqs)),  # shared out evenly
         ]
 
     @property
@@ -121,19 +125,23 @@ def running(server: Started, log: Path) -> Iterator[Endpoint]:
             process.wait()
 
 
-def as_gguf(model: Path, scratch: Path, interpreter: str, dtype: torch.dtype) -> Path:
-    """The model as llama.cpp reads it, written once by the interpreter that has it."""
-    weights = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(dtype)
-    if weights is None:
-        raise InvalidConfig(f"llama.cpp runs in float32 or bfloat16 here, not in {dtype}")
+def _round_up(num_tokens: int) -> int:
+    return -(-num_tokens // _CELLS) * _CELLS
+
+
+def as_gguf(model: Path, scratch: Path, dtype: torch.dtype) -> Path:
+    """The model as llama.cpp reads it, with a made-up vocabulary, written once."""
+    if dtype != torch.bfloat16:
+        raise InvalidConfig(f"llama.cpp runs in bfloat16 here, not in {dtype}")
+    weights = "bf16"
     path = scratch / f"model-{weights}.gguf"
     if not path.exists():
         code = (
-            "import sys; from pathlib import Path; from llama_cpp_worker import write_gguf; "
-            "write_gguf(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])"
+            "import sys; from pathlib import Path; from llama_gguf import write_gguf; "
+            "write_gguf(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], has_words=True)"
         )
         told = subprocess.run(
-            [interpreter, "-c", code, str(model), str(path), weights],
+            [sys.executable, "-c", code, str(model), str(path), weights],
             cwd=WORKERS,
             capture_output=True,
             text=True,

@@ -111,8 +111,8 @@ class ServeOptions:
         names=("--peer",),
         kind=list[str],
         parse=interpreters,
-        help="NAME=PYTHON: vkv, vllm or llama-cpp, whose server is started and driven over HTTP, "
-        "and an interpreter that has it. Repeatable.",
+        help="NAME=PYTHON: vkv or vllm, whose server is started and driven over HTTP, and an "
+        "interpreter that has it; or llama-cpp=PATH of its llama-server. Repeatable.",
     )
     repeats: int = option(1, least=1, help="Turns of each system, of --server and --peer.")
     targets: Targets = group(Targets)
@@ -208,12 +208,69 @@ class TenantsOptions:
     times: int = option(10, least=1, help="How many times as many the heavy tenant has.")
     scale: float = option(0.1, help="Multiplies all lengths.")
     max_seqs: int = max_seqs_option(8)
+    max_batch_tokens: int | None = option(
+        None,
+        help="Tokens of a step: who comes waits for the step under way. Default: the device's.",
+    )
     label: str = label_option()
     seed: int = seed_option()
 
     def __post_init__(self) -> None:
         if min(self.rate, self.scale) <= 0:
             raise InvalidConfig(f"rate {self.rate} and scale {self.scale} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiersOptions:
+    """What `vkv bench tiers` runs.
+
+    Attributes:
+        parts: what is measured: "steps" beside the worker, requests with a "shared" beginning.
+        batch, context, num_steps: of the decode steps.
+        prefix, suffix, output: tokens that requests share, have alone, and are answered with.
+    """
+
+    shape: str = shape_option("llama-tiny")
+    dtype: "torch.dtype" = dtype_option("float32")
+    device: "torch.device" = device_option()
+    parts: tuple[str, ...] = option(
+        "steps,shared", parse=words, help="What to measure: steps, shared; with commas."
+    )
+    batch: int = option(8, least=1, help="Requests that decode beside the worker.")
+    context: int = option(512, least=1, help="Tokens of each of them.")
+    num_steps: int = option(160, least=8, help="Decode steps that are timed, of each kind.")
+    num_requests: int = option(50, least=1, help="Requests that share a beginning.")
+    prefix: int = option(10_000, least=1, help="Tokens that they share.")
+    suffix: int = option(64, least=1, help="Tokens of a prompt after those.")
+    output: int = option(32, least=1, help="Tokens of an answer.")
+    swap_memory: str = option("2GiB", help="Host memory behind the cache.")
+    repeats: int = option(1, least=1, help="Turns of each.")
+    label: str = label_option()
+    seed: int = seed_option()
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.parts if part not in ("steps", "shared")]
+        if unknown or not self.parts:
+            raise InvalidConfig(f"parts are {self.parts!r}; use some of steps, shared")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigrateOptions:
+    """What `vkv bench migrate` runs.
+
+    Attributes:
+        contexts: tokens of the prompts.
+        moves: of each stream.
+    """
+
+    shape: str = shape_option("llama-tiny")
+    dtype: "torch.dtype" = dtype_option("float32")
+    contexts: tuple[int, ...] = option(
+        "256,1024,4096,8192", parse=whole_numbers, help="Tokens of the prompts; with commas."
+    )
+    moves: int = option(6, least=1, help="Times that each stream moves.")
+    label: str = label_option()
+    seed: int = seed_option()
 
 
 @dataclass(frozen=True, kw_only=True)

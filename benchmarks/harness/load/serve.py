@@ -23,10 +23,10 @@ from ..driver import Driver
 from ..limits import LimitsProbe
 from ..models.shapes import build_model
 from ..record import Findings, Record, Table, record_name
-from .client import Trace, drive, gamma_arrivals
+from .client import Trace, drive
 from .options import ServeOptions, Targets
 from .serve_metrics import fastgen_metrics, vllm_metrics
-from .workloads import FASTGEN, WorkItem, traffic
+from .workloads import FASTGEN, WorkItem, gamma_arrivals, traffic
 
 _RATIOS = {  # of one run to another
     "request_throughput": "requests/s",

@@ -21,9 +21,9 @@ from ..driver import Driver
 from ..limits import LimitsProbe
 from ..models.shapes import build_model
 from ..record import Findings, Record, Table, record_name
-from .client import RequestTrace, drive, gamma_arrivals
+from .client import RequestTrace, drive
 from .options import TenantsOptions
-from .workloads import WorkItem, traffic
+from .workloads import WorkItem, gamma_arrivals, traffic
 
 LIGHT, HEAVY = "light", "heavy"
 _OUTPUT_WEIGHT = 2  # of a token in service, where one of a prompt counts 1
@@ -102,6 +102,7 @@ def _run(
         dtype=options.dtype,
         device=options.device,
         max_seqs=options.max_seqs,
+        max_batch_tokens=options.max_batch_tokens,
         max_len=max(item.num_tokens for item in work),
         prefix_reuse=False,  # the prompts are random
         scheduling_policy=policy,

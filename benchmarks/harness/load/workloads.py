@@ -122,11 +122,17 @@ FASTGEN = {
 TRAFFIC: Mapping[str, Traffic] = {
     # Sources: DeepSpeed-FastGen, arXiv:2401.08671, section 4; quantiles of ShareGPT's and
     # BurstGPT's (GPT-4) conversations; of arXiv summarisation only the means are published, and
-    # the spread is FastGen's.
+    # the spread is FastGen's. ShareGPT by turns: prompts are conversations so far, of 2,047 tokens
+    # with the answer at most, as DistServe prepares them; quantiles of the 1,200 requests that its
+    # repository has measured runs of (LLMServe/DistServe, commit 20a1633).
     **FASTGEN,
     "sharegpt": Traffic(
         Quantiles(306, 74, 348, 1484, 3388),
         Quantiles(500, 487, 781, 988, 1234),
+    ),
+    "sharegpt-turns": Traffic(
+        Quantiles(756, 686, 1281, 1723, 1923),
+        Quantiles(189, 82, 358, 648, 977),
     ),
     "burstgpt": Traffic(
         Quantiles(830, 582, 1427, 2345, 3549),
@@ -134,6 +140,16 @@ TRAFFIC: Mapping[str, Traffic] = {
     ),
     "arxiv": Traffic(Normal(29_600), Normal(363)),
 }
+
+
+def gamma_arrivals(count: int, *, rate: float, cv: float = 1.0, seed: int = 0) -> list[float]:
+    """When `count` requests arrive, in seconds, `rate` of them a second on average.
+
+    The times between them are Gamma distributed with the coefficient of variation `cv`: 1 is a
+    Poisson process, more comes in bursts.
+    """
+    gaps = np.random.default_rng(seed).gamma(1 / cv**2, cv**2 / rate, count)
+    return np.cumsum(gaps).tolist()
 
 
 def traffic(
@@ -144,15 +160,27 @@ def traffic(
     Every equal part of the distribution is drawn from once, in random order, so that few requests
     have its quantiles too. Raises InvalidConfig for an unknown name.
     """
-    if name not in TRAFFIC:
-        raise InvalidConfig(f"workload is {name!r}; use fastgen or one of {', '.join(TRAFFIC)}")
     rng = random.Random(seed)
-    prompts = _draw(TRAFFIC[name].prompts, count, scale, rng)
-    outputs = _draw(TRAFFIC[name].outputs, count, scale, rng)
     return [
         WorkItem(tuple(rng.choices(range(vocab_size), k=prompt)), output)
-        for prompt, output in zip(prompts, outputs, strict=True)
+        for prompt, output in _lengths(name, count, scale, rng)
     ]
+
+
+def lengths(name: str, count: int, *, scale: float = 1.0, seed: int = 0) -> list[tuple[int, int]]:
+    """Tokens of prompt and output of the requests of `traffic`, without the prompts.
+
+    Raises InvalidConfig for an unknown name.
+    """
+    return _lengths(name, count, scale, random.Random(seed))
+
+
+def _lengths(name: str, count: int, scale: float, rng: random.Random) -> list[tuple[int, int]]:
+    if name not in TRAFFIC:
+        raise InvalidConfig(f"workload is {name!r}; use fastgen or one of {', '.join(TRAFFIC)}")
+    prompts = _draw(TRAFFIC[name].prompts, count, scale, rng)
+    outputs = _draw(TRAFFIC[name].outputs, count, scale, rng)
+    return list(zip(prompts, outputs, strict=True))
 
 
 def _draw(lengths: Lengths, count: int, scale: float, rng: random.Random) -> list[int]:

@@ -1,7 +1,7 @@
 """What every slot of an engine holds, as plain data for a picture that is drawn as it changes."""
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -171,3 +171,29 @@ def _counters(stats: EngineStats) -> Counters:
         mapping_time_s=stats.mapping_time_s,
         background_time_s=stats.background_time_s,
     )
+
+
+def side_by_side(maps: Sequence[MemoryMap]) -> MemoryMap:
+    """The slots of several engines of one model in one map, one engine's behind the other's."""
+    strips: list[Strip] = []
+    first = 0
+    for one in maps:
+        strips += [msgspec.structs.replace(s, slot=first + s.slot) for s in one.strips]
+        first += one.num_slots
+    return msgspec.structs.replace(
+        maps[0],
+        num_slots=first,
+        num_running=sum(one.num_running for one in maps),
+        num_waiting=sum(one.num_waiting for one in maps),
+        strips=tuple(strips),
+        totals=_added(Totals, [one.totals for one in maps]),
+        counters=_added(Counters, [one.counters for one in maps]),
+    )
+
+
+_Sums = TypeVar("_Sums", Totals, Counters)
+
+
+def _added(kind: type[_Sums], all_of_them: Sequence[_Sums]) -> _Sums:
+    names = kind.__struct_fields__
+    return kind(*(sum(getattr(one, name) for one in all_of_them) for name in names))

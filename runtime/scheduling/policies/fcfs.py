@@ -21,7 +21,9 @@ class Fcfs:
     def ranked(self, running: Sequence[RunningRequest]) -> Sequence[RunningRequest]:
         return running
 
-    def goes_before(self, newcomer: WaitingRequest, request: RunningRequest) -> bool:
+    def goes_before(
+        self, snapshot: Snapshot, newcomer: WaitingRequest, request: RunningRequest
+    ) -> bool:
         return False
 
     def loser(self, snapshot: Snapshot) -> RunningRequest:

@@ -47,7 +47,9 @@ class Priority:
     def ranked(self, running: Sequence[RunningRequest]) -> Sequence[RunningRequest]:
         return sorted(running, key=self.level)
 
-    def goes_before(self, newcomer: WaitingRequest, request: RunningRequest) -> bool:
+    def goes_before(
+        self, snapshot: Snapshot, newcomer: WaitingRequest, request: RunningRequest
+    ) -> bool:
         return newcomer.priority < self.level(request)
 
     def loser(self, snapshot: Snapshot) -> RunningRequest:

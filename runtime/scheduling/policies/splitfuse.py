@@ -54,7 +54,7 @@ class SplitFuse:
         for decodes in (True, False):
             for request in ungranted:
                 if (request.num_uncomputed == 1) == decodes:
-                    kept = 0 if decodes else self._tokens_before(request, newcomers)
+                    kept = 0 if decodes else self._tokens_before(snapshot, request, newcomers)
                     count = min(request.num_uncomputed, budget - kept)
                     if count > 0:
                         shares.append(Share(request.key, count))
@@ -66,7 +66,11 @@ class SplitFuse:
             admit_tokens=budget if newcomers else 0,
         )
 
-    def _tokens_before(self, request: RunningRequest, newcomers: Sequence[WaitingRequest]) -> int:
+    def _tokens_before(
+        self, snapshot: Snapshot, request: RunningRequest, newcomers: Sequence[WaitingRequest]
+    ) -> int:
         """Tokens, at most, of newcomers that go before a prompt under way."""
         before = self.order.goes_before
-        return sum(newcomer.num_tokens for newcomer in newcomers if before(newcomer, request))
+        return sum(
+            newcomer.num_tokens for newcomer in newcomers if before(snapshot, newcomer, request)
+        )

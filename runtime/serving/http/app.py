@@ -2,10 +2,10 @@
 
 import difflib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
@@ -21,11 +21,13 @@ from .streams import Gone, json_response
 _log = logging.getLogger(__name__)
 
 
-def build_app(server: Server) -> Callable[..., Awaitable[None]]:
-    """An ASGI application of all routes, behind the `Gate`."""
+def build_app(server: Server, more: Sequence[APIRouter] = ()) -> Callable[..., Awaitable[None]]:
+    """An ASGI application of all routes and `more`, behind the `Gate`."""
     app = _Application(title="vkv", summary="Large language models over virtual-memory KV.")
     for protocol in (chat, completions, responses, anthropic, tokens, operations):
         app.include_router(protocol.router(server))
+    for routes in more:
+        app.include_router(routes)
     app.include_router(
         page_router(
             server.engine,

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..link import engine_process
-from ..link.engine_process import EngineOrder
+from ...link import engine_process
+from ...link.engine_process import EngineOrder
 
 _GRACE_S = 5.0  # for a process whose lifeline was cut, before it is killed
 

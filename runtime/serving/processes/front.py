@@ -7,21 +7,26 @@ import pickle
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
+from fastapi import APIRouter
 
 from ....vmem.errors import UsageError
+from ...link.engine_process import REFUSED, die_with_parent
+from ...link.face import Face
+from ...link.remote import RemoteEngine
 from ..http.app import build_app
 from ..http.connections import Connection
-from ..link.engine_process import REFUSED, die_with_parent
-from ..link.face import Face
-from ..link.remote import RemoteEngine
 from ..options import ServeOptions
 from ..server import Server
 from .logs import configure_logs
+
+if TYPE_CHECKING:  # which imports what only engines need
+    from ..cluster_engine import ClusterEngine
 
 _CLOSE_S = 2.0  # for connections that are open when all requests have ended
 _LOOK_S = 0.05
@@ -38,21 +43,30 @@ class _Http(uvicorn.Server):
 
 
 class Front:
-    """Serves HTTP on a socket, for the engine at a path.
+    """Serves HTTP on a socket, for an engine elsewhere.
+
+    Args:
+        routes: further ones, for operators.
 
     Attributes:
         is_refused: an option does not fit the model, so that it ends; the log says which.
     """
 
-    def __init__(self, options: ServeOptions, engine_path: str) -> None:
-        self._engine = RemoteEngine(engine_path)
-        self.server = Server(options, self._engine)
-        self._engine.on_welcome = self._meet
+    def __init__(
+        self,
+        options: ServeOptions,
+        engine: "RemoteEngine | ClusterEngine",
+        routes: Sequence[APIRouter] = (),
+    ) -> None:
+        self._engine = engine
+        self.server = Server(options, engine)
+        engine.on_welcome = self._meet
+        engine.on_refusal = self._refuse
         self.is_refused = False
         self._options = options
         self._http = _Http(
             uvicorn.Config(
-                build_app(self.server),
+                build_app(self.server, routes),
                 loop="none",
                 http=Connection,
                 ws="none",
@@ -80,9 +94,12 @@ class Front:
         try:
             self.server.meet(face)
         except UsageError as error:
-            _log.error("%s", error)
-            self.is_refused = True
-            self.end()
+            self._refuse(error)
+
+    def _refuse(self, error: UsageError) -> None:
+        _log.error("%s", error)
+        self.is_refused = True
+        self.end()
 
     def end(self) -> None:
         """Take no more requests, and end when those under way have; called again: at once."""
@@ -127,7 +144,7 @@ def main() -> None:
 
 
 async def _run(order: FrontOrder) -> None:
-    front = Front(order.options, order.engine_path)
+    front = Front(order.options, RemoteEngine(order.engine_path))
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, front.end)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # the parent decides

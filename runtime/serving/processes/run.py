@@ -8,21 +8,28 @@ import os
 import signal
 import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
+from fastapi import APIRouter
 from prometheus_client.multiprocess import mark_process_dead
 
 from ....vmem.errors import InvalidConfig
+from ...cluster.policies import Llumnix, Scaling
 from ...engine.config import EngineConfig
-from ..link.engine_process import REFUSED
+from ...link.engine_process import REFUSED
+from ...link.remote import RemoteEngine
 from ..metrics import SHARED
 from ..options import ServeOptions
 from ..parsing import check_names
 from .children import Child, EngineSocket
 from .front import Front, FrontOrder
 from .logs import configure_logs
+
+if TYPE_CHECKING:
+    from ..cluster_engine import ClusterEngine
 
 _FIRST_REST_S, _LONGEST_REST_S = 0.5, 30.0  # before a process that died is started again
 
@@ -112,17 +119,14 @@ class Supervisor:
 
     async def run(self) -> int:
         """Serve; returns the exit status."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end)
+        self._hear_signals()
         _log.info("listening on %s", shown_address(self._options, self._listener))
+        if self._options.is_cluster:
+            return await self._run_cluster()
         keeping = asyncio.ensure_future(self._keep_engine())
         try:
             if self._options.api_server_count == 1:
-                self._front = Front(self._options, self._socket.path)
-                await self._front.run(self._listener)
-                if self._front.is_refused:
-                    self._status = REFUSED
+                await self._run_front(RemoteEngine(self._socket.path))
             else:
                 count = self._options.api_server_count
                 with tempfile.TemporaryDirectory(prefix="vkv-metrics-") as shared:
@@ -133,6 +137,49 @@ class Supervisor:
             if self._child is not None:
                 await asyncio.to_thread(self._child.stop)
             await keeping
+            self._socket.close()
+            self._listener.close()
+        return self._status
+
+    def _hear_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, self._end)
+
+    async def _run_front(
+        self, engine: "RemoteEngine | ClusterEngine", routes: Sequence[APIRouter] = ()
+    ) -> None:
+        self._front = Front(self._options, engine, routes)
+        await self._front.run(self._listener)
+        if self._front.is_refused:
+            self._status = REFUSED
+
+    async def _run_cluster(self) -> int:
+        """Serve instances, which the front starts and ends; returns the exit status."""
+        from ..cluster_engine import ClusterEngine  # what only engines need, and Ray
+        from ..protocols.cluster import cluster_router
+
+        model, device, dtype, engine = self._engine
+        options, roles = self._options, self._options.roles
+        policy: Any = options.cluster_policy
+        if options.max_instances is not None:
+            scaling = Scaling(least=options.instances, most=options.max_instances)
+            policy = Llumnix(scaling=scaling)
+        cluster = ClusterEngine(
+            model=model,
+            device=device,
+            dtype=dtype,
+            instances=options.instances,
+            roles=None if roles is None else [role.strip() for role in roles.split(",")],
+            policy=policy,
+            address=options.ray_address,
+            **engine,
+        )
+        cluster.on_started = self._hear_signals
+        try:
+            await self._run_front(cluster, [cluster_router(cluster)])
+        finally:
             self._socket.close()
             self._listener.close()
         return self._status

@@ -3,9 +3,18 @@
 from collections.abc import Iterator
 
 import pytest
-from allocator_model import KIND, NUM_SLOTS, Model, Request, make_cache, one_thread
+from allocator_model import (
+    KIND,
+    NUM_SLOTS,
+    FlakyHostDriver,
+    Model,
+    Request,
+    make_cache,
+    one_thread,
+)
+from vkv.allocator import Exits
 from vkv.allocator.transfer import Copier, MemoryTier
-from vkv.vmem.errors import InvalidOperation, OutOfPages
+from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages, Shortage
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -186,3 +195,76 @@ def test_other_tokens_are_refused() -> None:
     near, far = make_cache(KIND["even"]), make_cache(KIND["ragged"])
     with near, far, pytest.raises(InvalidOperation, match="cannot be kept as"):
         MemoryTier(near, far, Copier(near.layer(0)[0].device))
+
+
+# -- when the system refuses ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["near", "far"])
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("fails", ["nothing", "the copy", "cancelled"])
+def test_any_call_may_be_refused_while_tokens_leave_and_come_back(
+    which: str, short: bool, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in turn, at the ends of moves too: nobody is told twice, and nothing is lost."""
+    for call in range(1000):
+        drivers = {"near": FlakyHostDriver(), "far": FlakyHostDriver()}
+        near = make_cache(KIND["even"], drivers["near"])
+        far = make_cache(KIND["even"], drivers["far"], max_parked=NUM_SLOTS)
+        tier = MemoryTier(near, far, Copier(near.layer(0)[0].device, synchronous=True))
+        model = Model(near)
+        request, neighbour = model.open(""), model.open("")
+        assert request is not None
+        assert neighbour is not None
+        assert model.grow(request, [1, *[2] * 99])
+        assert model.grow(neighbour, [5] * 40)
+        driver = drivers[which]
+        driver.fail_after, driver.fail_short = call, short
+        _leave_and_come_back(tier, model, request, fails, monkeypatch)
+        was_reached = driver.fail_after is None
+        driver.fail_after = None
+        tier.settle()
+        model.check()
+        far.check_invariants()
+        assert near.stats().slots_open == len(model.live)
+        assert far.stats().slots_open == 0
+        tier.close()
+        near.shutdown()
+        for each in drivers.values():
+            assert (each.num_pages, each.reserved_bytes) == (0, 0)
+            each.close()
+        if not was_reached:
+            break
+    assert call
+
+
+def _leave_and_come_back(
+    tier: MemoryTier, model: Model, request: Request, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an engine does it, whatever is refused on the way."""
+    exits = Exits(tier.near)
+    tokens = list(request.tokens)
+    tier.store("a", request.slot, tokens, keep=True)
+    tier.settle()
+    model.live.remove(request)
+    exits.let_go(request.slot)
+    with monkeypatch.context() as patch:
+        if fails == "the copy":
+            patch.setattr("vkv.allocator.transfer.copier._copy", _refuse)
+        try:
+            fetch = tier.fetch("a", [*tokens, 7], num_reserved=120)
+        except (Shortage, DriverError):
+            fetch = None
+    if fetch is not None and fails == "cancelled":
+        fetch.cancel()
+    elif fetch is not None:
+        slot = tier.arrive(fetch)
+        assert (slot is None) == (fails == "the copy")
+        if slot is not None:
+            model._admit(slot, tokens[: fetch.num_tokens])
+    tier.release("a")
+    exits.retry()
+
+
+def _refuse(*args: object) -> None:
+    raise InvalidOperation("a copy that fails")

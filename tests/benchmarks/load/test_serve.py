@@ -11,11 +11,11 @@ import pytest
 import zoo
 from vkv import LLM
 from vkv.bench.driver import Driver, NewToken
-from vkv.bench.load.client import RequestTrace, Trace, drive, gamma_arrivals
+from vkv.bench.load.client import RequestTrace, Trace, drive
 from vkv.bench.load.options import Targets
 from vkv.bench.load.serve import ServeOptions, run
 from vkv.bench.load.serve_metrics import fastgen_metrics, vllm_metrics, worst_average_gap
-from vkv.bench.load.workloads import TRAFFIC, WorkItem, traffic
+from vkv.bench.load.workloads import TRAFFIC, WorkItem, gamma_arrivals, traffic
 from vkv.vmem.errors import InvalidConfig
 
 # -- lengths and arrivals ------------------------------------------------------------------------

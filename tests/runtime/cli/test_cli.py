@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from vkv.quant import quantize_output
 from vkv.runtime.cli import main as cli
 from vkv.runtime.cli.chat import ChatSession, run_chat
+from vkv.runtime.cli.commands import tolerate_bytes
 from vkv.runtime.cli.generate import run_generate
-from vkv.runtime.cli.streams import tolerate_bytes
 from vkv.runtime.execution.model_runner import ModelRunner
 from vkv.runtime.frontend.llm import LLM
 from vkv.runtime.request.sampling_params import SamplingParams

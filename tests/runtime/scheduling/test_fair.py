@@ -134,6 +134,45 @@ def test_counters_are_what_requests_got_whatever_was_preempted() -> None:
     assert all(t.num_unfinished == 0 for t in scheduler.accounts.stats())
 
 
+def test_a_light_tenant_waits_for_nobodys_long_outputs() -> None:
+    scheduler = make_scheduler(1000, max_batch_tokens=64, max_seqs=4, order=Fair())
+    heavy = [r for _ in range(40) for r in add(scheduler, 6, max_tokens=60, tenant="heavy")]
+    waits = []
+    for _ in range(12):
+        for _ in range(7):
+            step(scheduler)
+        (light,) = add(scheduler, 6, max_tokens=3, tenant="light")
+        num_steps = 0
+        while not light.num_output_tokens:
+            step(scheduler)
+            num_steps += 1
+        waits.append(num_steps)
+    assert max(waits) <= 2
+    # Whose places were taken is not the worse for it: each time the last admitted.
+    assert scheduler.num_preemptions <= 12
+    while scheduler.has_work:
+        step(scheduler)
+    assert all(request.num_output_tokens == 60 for request in heavy)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 20)), max_size=40), st.data())
+def test_no_place_goes_to_and_fro(load: list[tuple[str, int]], data: st.DataObject) -> None:
+    """Where nothing new comes, each request loses its slot a few times at most."""
+    weights = {"a": data.draw(st.sampled_from([1.0, 3.0])), "b": 0.5}
+    scheduler = make_scheduler(
+        1000, max_batch_tokens=16, max_seqs=5, order=Fair(), tenant_weights=weights
+    )
+    for tenant, size in load:
+        add(scheduler, size, max_tokens=12, tenant=tenant)
+    num_steps = 0
+    while scheduler.has_work:
+        step(scheduler)
+        num_steps += 1
+    assert scheduler.num_preemptions <= 2 * len(load)
+    assert num_steps <= 40 * len(load)
+
+
 # -- what costs, and what does not ---------------------------------------------------------------
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from allocator_model import KIND, FlakyHostDriver, Model, make_cache, one_thread
-from vkv.allocator import KVFacts, KVFile, KVFileWriter
-from vkv.runtime.scheduling.exits import Exits
+from vkv.allocator import Exits, KVFacts, KVFile, KVFileWriter
 from vkv.runtime.scheduling.kv_files import KVFiles
 from vkv.vmem.errors import DriverError, OutOfSlots, Shortage
 

@@ -166,7 +166,11 @@ def test_a_place_without_the_memory_for_it_is_not_taken() -> None:
 
 
 def _fair(
-    counters: dict[str, float], running: str, waiting: str, weights: dict[str, float] | None = None
+    counters: dict[str, float],
+    running: str,
+    waiting: str,
+    weights: dict[str, float] | None = None,
+    **more: Any,
 ) -> Snapshot:
     """Requests by their tenants, such as "aab"; each waiting one has ten tokens."""
     return _snapshot(
@@ -176,7 +180,7 @@ def _fair(
             tenant: TenantShare(counter, (weights or {}).get(tenant, 1.0), waiting.count(tenant))
             for tenant, counter in counters.items()
         },
-        max_seqs=99,
+        **{"max_seqs": 99, **more},
     )
 
 
@@ -213,6 +217,61 @@ def test_nobody_passes_a_tenant_whose_line_goes_on_behind_what_is_shown() -> Non
 def test_who_got_most_gives_way_with_its_last_request() -> None:
     snapshot = _fair({"a": 9.0, "b": 10.0, "c": 1.0}, "babac", "")
     assert Fair().loser(snapshot).key == _key("b2")
+
+
+def _claimed(snapshot: Snapshot) -> str:
+    return " ".join(f"{a.key[0]}>{b.key[0]}" for a, b in Fair().claims(snapshot))
+
+
+def test_a_tenant_with_fewer_places_takes_the_last_admitted_of_who_has_most() -> None:
+    for counter, claimed in ((5.0, "l0>h3"), (19.0, "l0>h3"), (19.1, "")):  # ten of it run
+        snapshot = _fair({"h": 9.0, "l": counter}, "hhlh", "l", max_seqs=4)
+        assert _claimed(snapshot) == claimed, counter
+
+
+def test_no_place_is_taken_of_who_would_then_have_fewer() -> None:
+    for running, claimed in (("hl", ""), ("hhl", ""), ("hhhl", "l0>h2"), ("hhhhll", "l0>h3")):
+        snapshot = _fair({"h": 9.0, "l": 1.0}, running, "l", max_seqs=len(running))
+        assert _claimed(snapshot) == claimed, running
+
+
+def test_places_are_parted_by_weight() -> None:
+    for weight, claimed in ((1.0, ""), (1.9, ""), (2.0, "l0>h1")):
+        snapshot = _fair({"h": 9.0, "l": 1.0}, "hhl", "l", {"l": weight}, max_seqs=3)
+        assert _claimed(snapshot) == claimed, weight
+
+
+def test_of_tenants_with_too_many_places_it_is_who_has_most() -> None:
+    snapshot = _fair({"a": 9.0, "b": 9.0, "l": 1.0}, "aabbba", "l", max_seqs=6)
+    assert _claimed(snapshot) == "l0>a5"
+    snapshot = _fair({"a": 9.0, "b": 9.0, "l": 1.0}, "abbbaa", "l", {"b": 0.5}, max_seqs=6)
+    assert _claimed(snapshot) == "l0>b3"
+    # Who got less than the newcomer keeps what it has.
+    snapshot = _fair({"a": 9.0, "b": 0.5, "l": 1.0}, "aabbbb", "l", max_seqs=6)
+    assert _claimed(snapshot) == "l0>a1"
+
+
+def test_no_place_is_taken_where_one_is_free_nor_without_the_memory_for_it() -> None:
+    few = {"h": 9.0, "l": 1.0}
+    assert not _claimed(_fair(few, "hhh", "l", max_seqs=4))
+    assert _claimed(_fair(few, "hhh", "l", max_seqs=4, short=_key("l0"))) == "l0>h2"
+    assert not _claimed(_fair(few, "hhh", "l", max_seqs=4, short=_key("h0")))
+    waiting = [_waiting("l0", tenant="l", num_tokens=13)]
+    for pages, claimed in ((2, ""), (3, "l0>h2")):
+        running = [_running(f"h{n}", tenant="h") for n in range(3)]
+        tenants = {"h": TenantShare(9.0, 1.0, 0), "l": TenantShare(1.0, 1.0, 1)}
+        more = {"max_seqs": 3, "tenants": tenants, "pages_obtainable": pages}
+        assert _claimed(_snapshot(running, waiting, **more)) == claimed
+
+
+def test_a_prompt_of_who_got_no_more_is_computed_before_anothers() -> None:
+    running = [_running("h0", tenant="h", num_uncomputed=400)]
+    for counter, kept in ((9.0, 10), (9.1, 0)):
+        tenants = {"h": TenantShare(9.0, 1.0, 0), "l": TenantShare(counter, 1.0, 1)}
+        snapshot = _snapshot(running, [_waiting("l0", tenant="l")], tenants=tenants)
+        plan = SplitFuse(Fair()).plan(snapshot)
+        assert plan.shares == (Share(_key("h0"), 64 - kept),)
+        assert plan.admit_tokens == kept
 
 
 # -- in policies ---------------------------------------------------------------------------------

@@ -114,6 +114,9 @@ class _Rig:
             key=lambda tenant: (self.counter(tenant), self.entered[tenant]),
         )
         found = []
+        if not has_free:
+            firsts = (next(r for r in line if r.tenant == tenant) for tenant in tenants)
+            return list(firsts)[: max(1, num_running)]
         for rank, tenant in enumerate(tenants[:num_free], start=1):
             own = [request for request in line if request.tenant == tenant]
             found += own[: max(1, num_free // rank)]

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 from served import Served
+from vkv.runtime.link.remote import RemoteEngine
 from vkv.runtime.serving.http.app import build_app
-from vkv.runtime.serving.link.remote import RemoteEngine
 from vkv.runtime.serving.options import ServeOptions
 from vkv.runtime.serving.server import Server
 

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import zoo
 from vkv import LLM
-from vkv.runtime.serving.link.engine_process import EngineServer
-from vkv.runtime.serving.link.face import Face
-from vkv.runtime.serving.link.remote import RemoteEngine
+from vkv.runtime.link.engine_process import EngineServer
+from vkv.runtime.link.face import Face
+from vkv.runtime.link.remote import RemoteEngine
 from vkv.vmem.errors import EngineDied
 
 
 def _face(llm: LLM) -> Face:
     return Face(
+        token_bytes=1,
+        capacity_tokens=1,
         name="tiny",
         tokenizer=None,
         sampling_defaults={},

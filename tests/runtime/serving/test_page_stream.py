@@ -16,10 +16,10 @@ import zoo
 from page_app import page_app, served
 from vkv import AsyncLLM, SamplingParams
 from vkv.runtime.engine.memory.memory_map import MemoryMap
+from vkv.runtime.link.remote import RemoteEngine
 from vkv.runtime.serving import page
 from vkv.runtime.serving.http.app import build_app
 from vkv.runtime.serving.http.errors import ApiError
-from vkv.runtime.serving.link.remote import RemoteEngine
 from vkv.runtime.serving.options import ServeOptions
 from vkv.runtime.serving.page import Frame, Projector
 from vkv.runtime.serving.server import Server

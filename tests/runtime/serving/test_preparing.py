@@ -10,8 +10,8 @@ import vocabularies
 from vkv import SamplingParams, StructuredOutputsParams
 from vkv.runtime.engine.messages import Add
 from vkv.runtime.execution.grammars import Grammars
+from vkv.runtime.link.preparing import Preparing
 from vkv.runtime.request.spec import RequestSpec
-from vkv.runtime.serving.link.preparing import Preparing
 from vkv.vmem.errors import InvalidSamplingParams
 
 

@@ -14,11 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import Served
 from vkv import LLM, AsyncLLM
 from vkv.runtime.engine.messages import SetPriority
+from vkv.runtime.link.engine_process import EngineServer
+from vkv.runtime.link.face import Face
+from vkv.runtime.link.remote import RemoteEngine
 from vkv.runtime.request.spec import RequestSpec
 from vkv.runtime.request.step_output import StepOutput
-from vkv.runtime.serving.link.engine_process import EngineServer
-from vkv.runtime.serving.link.face import Face
-from vkv.runtime.serving.link.remote import RemoteEngine
 from vkv.runtime.serving.local import app_of
 from vkv.runtime.serving.options import ServeOptions
 from vkv.runtime.serving.processes.run import serve

@@ -44,7 +44,7 @@ typedef struct {
 typedef struct { Location location; int flags; } Access;
 
 typedef struct { Address start; size_t size; } Reservation;
-typedef struct { size_t size; off_t offset; int released, num_mappings; } Memory;
+typedef struct { size_t size; off_t offset; int num_handles, num_mappings, exportable; } Memory;
 typedef struct { Address start; size_t size; unsigned memory; int accessible; } Mapping;
 typedef struct { Address start; size_t size; uint64_t moment; } Work;
 typedef struct { int alive, recorded; uint64_t moment; } Event;
@@ -192,11 +192,11 @@ static Mapping *mapping_over(Address start, size_t size) {
 static Memory *memory_of(uint64_t handle) {
     if (!handle || handle > num_memories || !memories[handle - 1].size)
         return NULL;
-    return memories[handle - 1].released ? NULL : &memories[handle - 1];
+    return memories[handle - 1].num_handles ? &memories[handle - 1] : NULL;
 }
 
 static void drop_if_dead(Memory *memory) {
-    if (!memory->released || memory->num_mappings)
+    if (memory->num_handles || memory->num_mappings)
         return;
     fallocate(memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, memory->offset, memory->size);
     memory_used -= memory->size;
@@ -323,7 +323,7 @@ static int cuMemCreate(
     munmap(view, size);
     next_offset += size;
     memory_used += size;
-    memories[num_memories] = (Memory){size, offset, 0, 0};
+    memories[num_memories] = (Memory){size, offset, 1, 0, properties->requested_handle_types};
     *handle = ++num_memories;
     return leave(SUCCESS);
 }
@@ -332,8 +332,29 @@ static int cuMemRelease(uint64_t handle) {
     ENTER();
     Memory *memory = memory_of(handle);
     REQUIRE(memory, INVALID_VALUE);
-    memory->released = 1;
+    memory->num_handles--;
     drop_if_dead(memory);
+    return leave(SUCCESS);
+}
+
+/* A descriptor is a file that names the memory. It does not keep it alive, as a real one would. */
+static int cuMemExportToShareableHandle(int *fd, uint64_t handle, int type, uint64_t flags) {
+    ENTER();
+    Memory *memory = memory_of(handle);
+    REQUIRE(memory && type == 1 && (memory->exportable & type) && !flags, INVALID_VALUE);
+    *fd = memfd_create("standin-handle", MFD_CLOEXEC);
+    REQUIRE(*fd >= 0, OUT_OF_MEMORY);
+    REQUIRE(write(*fd, &handle, sizeof handle) == sizeof handle, UNKNOWN);
+    return leave(SUCCESS);
+}
+
+static int cuMemImportFromShareableHandle(uint64_t *handle, void *fd, int type) {
+    ENTER();
+    REQUIRE(type == 1, INVALID_VALUE);
+    REQUIRE(pread((int)(intptr_t)fd, handle, sizeof *handle, 0) == sizeof *handle, INVALID_VALUE);
+    Memory *memory = memory_of(*handle);
+    REQUIRE(memory, INVALID_VALUE);
+    memory->num_handles++;
     return leave(SUCCESS);
 }
 
@@ -491,6 +512,7 @@ static const struct { const char *name; void *function; } entries[] = {
     ENTRY(cuCtxGetCurrent), ENTRY(cuCtxPushCurrent), ENTRY(cuCtxPopCurrent),
     ENTRY(cuMemGetAllocationGranularity), ENTRY(cuMemAddressReserve), ENTRY(cuMemAddressFree),
     ENTRY(cuMemCreate), ENTRY(cuMemRelease), ENTRY(cuMemMap), ENTRY(cuMemSetAccess),
+    ENTRY(cuMemExportToShareableHandle), ENTRY(cuMemImportFromShareableHandle),
     ENTRY(cuMemUnmap), ENTRY(cuMemsetD8Async),
     ENTRY(cuStreamCreate), ENTRY(cuStreamSynchronize), ENTRY(cuStreamDestroy),
     ENTRY(cuEventCreate), ENTRY(cuEventRecord), ENTRY(cuEventSynchronize), ENTRY(cuEventDestroy),

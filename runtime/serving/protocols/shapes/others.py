@@ -71,6 +71,31 @@ class Freed(Shape):
     freed_bytes: int
 
 
+class InstanceState(Shape):
+    """One instance of a cluster."""
+
+    id: int
+    role: str
+    pid: int
+    is_draining: bool
+    num_sequences: int
+    carried_bytes: int
+    handed_pages: int
+    running: int
+    waiting: int
+    kv_used_bytes: int
+    kv_limit_bytes: int
+
+
+class ClusterState(Shape):
+    """The instances of a cluster."""
+
+    num_migrations: int
+    num_stayed: int
+    num_recomputed: int
+    instances: list[InstanceState]
+
+
 class Sleeping(Shape):
     """Whether the engine sleeps."""
 

@@ -1,0 +1,1 @@
+"""Simulated clusters and the search for placements: `vkv simulate` and `vkv place`."""

@@ -1,0 +1,151 @@
+"""What `vkv simulate` and `vkv place` can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...runtime.cli.options import group, option
+from ...vmem.errors import InvalidConfig
+from ..options import label_option, max_seqs_option, seed_option, words
+
+POLICIES = ("round_robin", "least_loaded", "llumnix", "disaggregated")
+ROLES = ("prefill", "decode", "both")
+DEFAULT_TABLE = "opt-13b-a100-distserve"
+
+
+def table_option() -> Any:
+    return option(
+        DEFAULT_TABLE, help="What steps take: a table that comes with vkv, or a file of that form."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Requests, and when they come.
+
+    Attributes:
+        most_tokens: of a prompt with its output, which is cut; None for no limit.
+    """
+
+    workload: str = option("sharegpt", help="As of `vkv bench serve`, and sharegpt-turns.")
+    num_requests: int = option(1000, least=1, help="How many.")
+    cv: float = option(1.0, help="Variation of the times between arrivals: 1 Poisson, else Gamma.")
+    scale: float = option(1.0, help="Multiplies all lengths.")
+    most_tokens: int | None = option(
+        None, least=2, help="Of a prompt with its output, which is cut to that."
+    )
+    seed: int = seed_option()
+
+    def __post_init__(self) -> None:
+        if min(self.cv, self.scale) <= 0:
+            raise InvalidConfig(f"cv {self.cv} and scale {self.scale} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateOptions:
+    """What `vkv simulate` runs.
+
+    Attributes:
+        record: of `vkv bench serve`: its steps are what costs are fitted to, and its runs what is
+            simulated, beside what was measured.
+        steps: measured steps, one a line, to fit costs to in place of the table's.
+        roles: of the instances; in place of `instances` if there are any.
+        policies: compared, on the same requests.
+    """
+
+    load: Load = group(Load)
+    rate: float = option(2.0, help="Requests a second, of all instances together.")
+    record: Path | None = option(
+        None, help="A record of `vkv bench serve` to simulate again, with costs fitted to it."
+    )
+    table: str = table_option()
+    steps: Path | None = option(None, help="A file of measured steps, to fit costs to.")
+    tensor: int = option(1, least=1, help="Devices of a stage, of the table's.")
+    pipeline: int = option(1, least=1, help="Stages of an instance.")
+    instances: int = option(4, least=1, help="Instances that do all.")
+    roles: tuple[str, ...] = option(
+        "", parse=words, help="In place of that: prefill, decode, both; one each, with commas."
+    )
+    policies: tuple[str, ...] = option(
+        "round_robin,llumnix",
+        names=("--policy",),
+        parse=words,
+        help=f"Policies to compare, of {', '.join(POLICIES)}; with commas.",
+    )
+    capacity_tokens: int | None = option(
+        None, least=16, help="Tokens of keys and values of an instance. Default: the table's."
+    )
+    max_seqs: int = max_seqs_option(256)
+    max_batch_tokens: int = option(2048, least=1, help="Tokens of a step.")
+    step_policy: str = option("splitfuse", help="splitfuse or prefill_first.")
+    scheduling_policy: str = option("fcfs", help="fcfs, priority or fair.")
+    link_gbit: float = option(200.0, help="Gbit/s between instances; 0: pages change hands.")
+    link_latency_ms: float = option(1.0, help="Of a handshake between instances.")
+    report_ms: float = option(0.0, help="How old what is known of an instance may be.")
+    most_instances: int | None = option(
+        None, least=1, help="Scale between --instances and so many; with llumnix."
+    )
+    scale_below: float = option(60.0, help="One more below so many free steps, in the mean.")
+    scale_above: float = option(300.0, help="One less above so many.")
+    startup_s: float = option(30.0, help="Until an instance that is added takes requests.")
+    slo_ttft_ms: float = option(1000.0, help="Goodput: longest time to the first token.")
+    slo_tpot_ms: float = option(100.0, help="Goodput: longest mean time of a token after it.")
+    out: Path | None = option(None, help="A folder for a record, a table and a plot.")
+    label: str = label_option()
+
+    def __post_init__(self) -> None:
+        for name, known in (("policies", POLICIES), ("roles", ROLES)):
+            chosen = getattr(self, name)
+            if unknown := [value for value in chosen if value not in known]:
+                raise InvalidConfig(f"{name} has {unknown[0]!r}; use some of {', '.join(known)}")
+        if not self.policies:
+            raise InvalidConfig(f"policies is empty; use some of {', '.join(POLICIES)}")
+        if self.rate <= 0 or min(self.link_gbit, self.link_latency_ms, self.report_ms) < 0:
+            raise InvalidConfig(
+                f"rate {self.rate} must be positive, and link_gbit {self.link_gbit}, "
+                f"link_latency_ms {self.link_latency_ms}, report_ms {self.report_ms} from 0 on"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOptions:
+    """What `vkv place` searches.
+
+    Attributes:
+        machine: a description of the machines in TOML; what else is given goes before it.
+        is_joint: whether the same requests must keep both promises.
+    """
+
+    load: Load = group(Load)
+    table: str = table_option()
+    machine: Path | None = option(None, help="A description of the machines, in TOML.")
+    nodes: int | None = option(None, least=1, help="Nodes. Default: 1.")
+    gpus_per_node: int | None = option(None, least=1, help="Devices of a node. Default: 4.")
+    affinity: str | None = option(
+        None, help="high: KV may cross the network; low: it stays within a node. Default: high."
+    )
+    slo_ttft_ms: float = option(200.0, help="Longest time to the first token.")
+    slo_tpot_ms: float = option(100.0, help="Longest mean time of a token after it.")
+    share: float = option(0.9, help="Of requests that must be served so.")
+    is_joint: bool = option(
+        True,
+        names=("--joint/--each",),
+        help="Both promises to the same requests, or each to so many.",
+    )
+    most_rate: float = option(5.0, help="Requests a second and device, at most.")
+    tolerance: float = option(0.25, help="Of a rate, at which bisecting ends.")
+    most_instances: int = option(1, least=1, help="Instances of each role, in a unit.")
+    kinds: str = option("both", help="apart, together or both: prompts and decodes.")
+    prompt_tokens: int = option(2048, least=1, help="Of a step that computes prompts alone.")
+    mixed_tokens: int = option(512, least=1, help="Of a step of an instance that does both.")
+    top: int = option(8, least=1, help="Placements to show.")
+    plot: Path | None = option(None, help="A file for a plot of all of them.")
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("kinds", ("apart", "together", "both")),
+            ("affinity", (None, "high", "low")),
+        ):
+            if getattr(self, name) not in known:
+                allowed = ", ".join(word for word in known if word)
+                raise InvalidConfig(f"{name} is {getattr(self, name)!r}; use one of {allowed}")

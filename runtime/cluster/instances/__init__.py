@@ -1,0 +1,1 @@
+"""Engines in processes of Ray's: started, reached, watched and ended."""

@@ -1,0 +1,169 @@
+"""The instances of a cluster, and the picture of them that a policy sees."""
+
+import time
+from dataclasses import dataclass, replace
+
+from ...vmem.errors import InvalidOperation
+from ..engine.migration.arbiter import Arbiter
+from ..engine.migration.ownership import Owned
+from ..engine.stats import EngineStats
+from ..link.face import Face
+from ..link.messages import Pulse
+from .instances.instance_link import InstanceLink
+from .snapshot import ClusterSnapshot, InstanceSnapshot, RequestSnapshot, Role
+
+
+@dataclass(kw_only=True)
+class Member:
+    """An instance.
+
+    Attributes:
+        id: names it as long as the cluster exists.
+        role: what it is for.
+        pid: of its process.
+        is_draining: it takes nothing, and hands over what it has.
+        face: what it is; None until it has said so.
+        stats: what it last said of itself.
+        carried_bytes, handed_pages: of sequences that left it, copied and as they were, so far.
+    """
+
+    id: int
+    role: Role
+    pid: int
+    is_draining: bool = False
+    face: Face | None = None
+    stats: EngineStats | None = None
+    carried_bytes: int = 0
+    handed_pages: int = 0
+
+
+class Members:
+    """Instances that are connected, by id. Of one event loop.
+
+    Args:
+        arbiter: knows what each has to do.
+
+    Attributes:
+        scaled_s, switched_s: as of `ClusterSnapshot`.
+    """
+
+    def __init__(self, arbiter: Arbiter) -> None:
+        self._arbiter = arbiter
+        self._members: dict[int, Member] = {}
+        self._links: dict[int, InstanceLink] = {}
+        self.scaled_s: float | None = None
+        self.switched_s: float | None = None
+        self._snapshot: tuple[InstanceSnapshot, ...] | None = None
+
+    def add(self, member: Member, link: InstanceLink) -> None:
+        """An instance is connected."""
+        self._members[member.id] = member
+        self._links[member.id] = link
+        self.changed()
+
+    def remove(self, instance: int) -> None:
+        """Hang up on an instance. Without effect on one that is not there."""
+        self._members.pop(instance, None)
+        link = self._links.pop(instance, None)
+        if link is not None:
+            link.close()
+        self.changed()
+
+    def of(self, instance: int) -> Member:
+        """Raises InvalidOperation if there is none of that number."""
+        if instance not in self._members:
+            there = ", ".join(map(str, sorted(self._members))) or "none"
+            raise InvalidOperation(f"instance {instance} is not there; there are: {there}")
+        return self._members[instance]
+
+    def link(self, instance: int) -> InstanceLink | None:
+        """The way to it."""
+        return self._links.get(instance)
+
+    def all(self) -> list[Member]:
+        """As they are now; copies."""
+        return [replace(member) for member in self._members.values()]
+
+    def now(self) -> list[Member]:
+        """As they are; from any thread, and not to be changed."""
+        return list(self._members.values())
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether some compute prompts alone."""
+        return any(member.role == "prefill" for member in self._members.values())
+
+    def meet(self, instance: int, face: Face) -> None:
+        """An instance has said what it is."""
+        if instance in self._members:
+            self._members[instance].face = face
+            self.changed()
+
+    def note(self, instance: int, pulse: Pulse) -> None:
+        """An instance has said what it holds."""
+        member = self._members.get(instance)
+        if member is not None:
+            member.stats = pulse.stats
+            member.carried_bytes, member.handed_pages = pulse.carried_bytes, pulse.handed_pages
+            self.changed()
+
+    def changed(self) -> None:
+        """Something in the next picture is another."""
+        self._snapshot = None
+
+    def snapshot(self, *, num_dispatched: int) -> ClusterSnapshot:
+        """The cluster now: what instances said last, and what was given to them since."""
+        if self._snapshot is None:
+            by_owner: dict[str, list[Owned]] = {}
+            for sequence in self._arbiter.unfinished:
+                if sequence.owner is not None:
+                    by_owner.setdefault(sequence.owner, []).append(sequence)
+            self._snapshot = tuple(
+                self._picture(member, by_owner.get(str(member.id), []))
+                for member in self._members.values()
+            )
+        faces = [member.face for member in self._members.values() if member.face is not None]
+        return ClusterSnapshot(
+            time_s=time.monotonic(),
+            instances=self._snapshot,
+            token_bytes=faces[0].token_bytes if faces else 0,
+            num_dispatched=num_dispatched,
+            scaled_s=self.scaled_s,
+            switched_s=self.switched_s,
+        )
+
+    def _picture(self, member: Member, sequences: list[Owned]) -> InstanceSnapshot:
+        """One instance. It is known of a request that its prompt is computed by its first token."""
+        stats, face = member.stats, member.face
+        num_waiting = 0 if stats is None else stats.num_waiting
+        begun = [s for s in sequences if s.output_token_ids]
+        fresh = [s for s in sequences if not s.output_token_ids]
+        num_running = len(sequences) - min(num_waiting, len(fresh))
+        requests = [
+            RequestSnapshot(
+                sequence.key,
+                num_tokens=len(sequence.spec.prompt_token_ids) + len(sequence.output_token_ids),
+                num_uncomputed=1
+                if sequence.output_token_ids
+                else len(sequence.spec.prompt_token_ids),
+                priority=sequence.spec.priority,
+                is_waiting=place >= num_running,
+                waited_s=max(0.0, time.monotonic() - sequence.spec.arrival_time_s),
+                is_migratable=self._arbiter.handshake(sequence.key) is None,
+            )
+            for place, sequence in enumerate([*begun, *fresh])
+        ]
+        return InstanceSnapshot(
+            id=member.id,
+            capacity_tokens=0 if face is None else face.capacity_tokens,
+            role=member.role,
+            is_alive=face is not None,
+            is_draining=member.is_draining,
+            used_tokens=sum(r.num_tokens for r in requests if not r.is_waiting),
+            parked_tokens=0 if stats is None else stats.kv.tokens_parked,
+            num_running=num_running,
+            num_waiting=len(sequences) - num_running,
+            max_running=None if face is None else face.max_seqs,
+            queued_tokens=sum(len(s.spec.prompt_token_ids) for s in fresh),
+            requests=tuple(requests),
+        )

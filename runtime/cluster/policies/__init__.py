@@ -1,0 +1,28 @@
+"""Where requests go, and which of them move: pure objects, chosen by name."""
+
+from .disaggregated import Disaggregated, Switching
+from .draining import drained_first
+from .freeness import Freeness
+from .llumnix import Llumnix
+from .policy import ClusterPolicy, Move, Reason
+from .scaling import Scaling
+from .simple import LeastLoaded, RoundRobin
+
+CLUSTER_POLICIES: dict[str, type[ClusterPolicy]] = {
+    policy.name: policy for policy in (RoundRobin, LeastLoaded, Llumnix, Disaggregated)
+}
+
+__all__ = [
+    "CLUSTER_POLICIES",
+    "ClusterPolicy",
+    "Disaggregated",
+    "Freeness",
+    "LeastLoaded",
+    "Llumnix",
+    "Move",
+    "Reason",
+    "RoundRobin",
+    "Scaling",
+    "Switching",
+    "drained_first",
+]

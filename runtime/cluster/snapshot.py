@@ -1,0 +1,168 @@
+"""The state of a cluster as a policy sees it: plain numbers, no engines, no channels."""
+
+from collections.abc import Mapping
+from typing import Literal, Self
+
+import msgspec
+
+from ..request.spec import SequenceKey
+
+Role = Literal["prefill", "decode", "both"]
+"""What an instance is for: prompts, the tokens after them, or all of it."""
+
+
+class RequestSnapshot(msgspec.Struct, frozen=True, gc=False):
+    """A request that an instance has.
+
+    Attributes:
+        num_tokens: its tokens, prompt and output.
+        num_uncomputed: those still to go through the model; 1 at most once its prompt is computed.
+        priority: the lower, the earlier.
+        is_waiting: it has no slot, and so no keys and values that would have to move with it.
+        waited_s: since it came.
+        is_migratable: it may be moved now; not so while it is being moved already.
+    """
+
+    key: SequenceKey
+    num_tokens: int
+    num_uncomputed: int
+    priority: int = 0
+    is_waiting: bool = False
+    waited_s: float = 0.0
+    is_migratable: bool = True
+
+    @property
+    def has_prompt(self) -> bool:
+        """True once the keys and values of its prompt are there: it generates."""
+        return not self.is_waiting and self.num_uncomputed <= 1
+
+
+class Newcomer(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that no instance has yet.
+
+    Attributes:
+        num_tokens: of its prompt.
+        prefixes: of instances that hold a beginning of it, how many tokens.
+    """
+
+    key: SequenceKey
+    num_tokens: int
+    priority: int = 0
+    tenant: str = ""
+    prefixes: Mapping[int, int] = {}
+
+
+class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance, as it last reported, and what it was given since.
+
+    Attributes:
+        id: names it as long as the cluster exists.
+        is_alive: it answers.
+        is_draining: it is to end, takes nothing, and hands over what it has.
+        capacity_tokens: tokens whose keys and values it can hold.
+        used_tokens: of live requests, those included for which room is kept while they come.
+        parked_tokens: of finished requests; they give way to live ones.
+        num_running, num_waiting: live requests with a slot, and without.
+        max_running: slots that it has; None for no limit.
+        queued_tokens: prompt tokens that it has still to compute.
+        requests: running ones in the order of admission, then those that wait, in line.
+    """
+
+    id: int
+    capacity_tokens: int
+    role: Role = "both"
+    is_alive: bool = True
+    is_draining: bool = False
+    used_tokens: int = 0
+    parked_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    max_running: int | None = None
+    queued_tokens: int = 0
+    requests: tuple[RequestSnapshot, ...] = ()
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether it may be given anything."""
+        return self.is_alive and not self.is_draining
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that no live request holds."""
+        return self.capacity_tokens - self.used_tokens
+
+    @property
+    def num_requests(self) -> int:
+        """Live requests, with a slot and without."""
+        return self.num_running + self.num_waiting
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether one more request could run."""
+        return self.max_running is None or self.num_running < self.max_running
+
+    @property
+    def is_for_prompts(self) -> bool:
+        """Whether newcomers are for it."""
+        return self.takes_work and self.role != "decode"
+
+    @property
+    def is_for_decodes(self) -> bool:
+        """Whether requests that generate are for it."""
+        return self.takes_work and self.role != "prefill"
+
+    def with_newcomer(self, newcomer: Newcomer) -> Self:
+        """The same with a newcomer in line, until it reports it itself."""
+        request = RequestSnapshot(
+            newcomer.key, newcomer.num_tokens, newcomer.num_tokens, newcomer.priority, True
+        )
+        return msgspec.structs.replace(
+            self,
+            num_waiting=self.num_waiting + 1,
+            queued_tokens=self.queued_tokens + newcomer.num_tokens,
+            requests=(*self.requests, request),
+        )
+
+
+class Link(msgspec.Struct, frozen=True):
+    """What moving keys and values from one instance to another takes.
+
+    Attributes:
+        latency_s: of a hand-over without a byte.
+        bytes_per_s: None where pages change hands and no byte is copied.
+    """
+
+    latency_s: float = 0.0
+    bytes_per_s: float | None = None
+
+    def time_s(self, num_bytes: int) -> float:
+        """Until so many bytes are there."""
+        copying_s = num_bytes / self.bytes_per_s if self.bytes_per_s is not None else 0.0
+        return self.latency_s + copying_s
+
+
+class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """What there is to decide on.
+
+    Attributes:
+        time_s: now, on a clock that only goes forward.
+        instances: all that are known, dead and draining ones included.
+        links: between instances, by (source, target); none where it makes no difference.
+        token_bytes: keys and values of a token.
+        num_dispatched: requests that were given to instances so far.
+        scaled_s: when the number of instances was last changed, or began to.
+        switched_s: when an instance last got another role.
+    """
+
+    time_s: float
+    instances: tuple[InstanceSnapshot, ...]
+    links: Mapping[tuple[int, int], Link] = {}
+    token_bytes: int = 0
+    num_dispatched: int = 0
+    scaled_s: float | None = None
+    switched_s: float | None = None
+
+    @property
+    def working(self) -> list[InstanceSnapshot]:
+        """Those that may be given work."""
+        return [instance for instance in self.instances if instance.takes_work]

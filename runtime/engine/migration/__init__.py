@@ -1,0 +1,1 @@
+"""Sequences that leave one engine while they run, and go on in another."""

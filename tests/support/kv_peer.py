@@ -1,0 +1,211 @@
+"""A cache in a process of its own, told by its parent what to do: the other end of a channel."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import xxhash
+from allocator_model import KIND, FlakyHostDriver, make_cache
+from vkv.allocator import KVCache, Slot
+from vkv.allocator.transfer import TransferKey, Transfers
+from vkv.allocator.transfer.channels import Channel, CopyChannel, PageChannel
+
+CHANNELS: dict[str, Callable[..., Channel]] = {"copies": CopyChannel, "pages": PageChannel}
+
+
+def digest(cache: KVCache, slot: Slot, num_tokens: int) -> int:
+    """Of the bytes of a slot's first tokens."""
+    found = xxhash.xxh3_64()
+    for stream in cache.spans(slot, 0, num_tokens):
+        for piece in stream:
+            found.update(piece.contiguous().numpy())
+    return found.intdigest()
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+class Peer:
+    """One side of transfers: a movable cache, its transfers, and a channel.
+
+    Args:
+        sock: what the channel is over.
+        channel: `copies` or `pages`.
+        kind, page_bytes: of the cache.
+        options: of the channel.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        channel: str,
+        kind: str = "ragged",
+        page_bytes: int = 4096,
+        **options: Any,
+    ) -> None:
+        self.cache = make_cache(KIND[kind], FlakyHostDriver(page_bytes), rows=9, movable=True)
+        self.transfers = Transfers(self.cache)
+        self.channel = CHANNELS[channel](sock, **options)
+        self.base = descriptors()
+        self.slots: dict[str, Slot] = {}
+        self.by_pages = self.channel.moves_pages
+
+    def fill(self, name: str, num_tokens: int, seed: int = 1) -> int:
+        """Open a slot, or let it grow, with bytes that depend on the seed; their digest."""
+        if name not in self.slots:
+            self.slots[name] = self.cache.open()
+        slot = self.slots[name]
+        start = slot.num_tokens
+        self.cache.grow(slot, num_tokens)
+        for stream in self.cache.spans(slot, start, num_tokens):
+            for piece in stream:
+                piece.random_(1, 255) if seed == 1 else piece.fill_(seed)
+        return self.digest(name)
+
+    def digest(self, name: str) -> int:
+        return digest(self.cache, self.slots[name], self.slots[name].num_tokens)
+
+    def fork(self, name: str, child: str, num_tokens: int) -> None:
+        self.slots[child] = self.cache.fork(self.slots[name], num_tokens)
+
+    def send(self, name: str, start: int, stop: int) -> tuple[str, int, int]:
+        """Send a stage; the error, the bytes copied and the pages handed over."""
+        outgoing = self.transfers.send(TransferKey(name, 0), self.slots[name], stop)
+        outgoing.extend(stop)
+        job = self.channel.send(outgoing, start, stop)
+        job.run()
+        return repr(job.error or ""), job.num_bytes, job.num_pages
+
+    def receive(
+        self, name: str, start: int, stop: int, *, num_reserved: int = 0
+    ) -> tuple[str, int, int]:
+        """Receive a stage."""
+        key, tokens = TransferKey(name, 0), list(range(stop))
+        incoming = self.transfers.receive(key, tokens, by_pages=self.by_pages)
+        incoming.extend(tokens, num_reserved=num_reserved)
+        job = self.channel.receive(incoming, start, stop)
+        job.run()
+        return repr(job.error or ""), job.num_bytes, job.num_pages
+
+    def commit_receipt(self, name: str, stop: int) -> int:
+        """The tokens are here; their digest."""
+        incoming = self.transfers.receive(TransferKey(name, 0), list(range(stop)))
+        incoming.commit()
+        slot = incoming.claim()
+        assert slot is not None
+        self.slots[name] = slot
+        return self.digest(name)
+
+    def abort_receipt(self, name: str, stop: int) -> None:
+        self.transfers.receive(TransferKey(name, 0), list(range(stop))).abort()
+
+    def end_sending(self, name: str, *, is_done: bool) -> None:
+        outgoing = self.transfers.send(TransferKey(name, 0), self.slots[name], 0)
+        outgoing.commit() if is_done else outgoing.abort()
+
+    def close(self, name: str) -> None:
+        self.cache.close(self.slots.pop(name))
+
+    def park(self, name: str) -> None:
+        slot = self.slots.pop(name)
+        self.cache.park(slot, list(range(slot.num_tokens)))
+
+    def counts(self) -> dict[str, int]:
+        """What is left of everything, once free memory went back."""
+        self.cache.check_invariants()
+        self.cache.pool.trim()
+        stats = self.cache.stats()
+        return {
+            "open": stats.slots_open,
+            "parked": stats.slots_parked,
+            "pages": self.cache.pool.driver.num_pages,
+            "held": self.cache.pool.num_held,
+            "reserved": stats.pages_reserved,
+            "descriptors": descriptors() - self.base,
+        }
+
+    def shutdown(self) -> None:
+        self.transfers.abort_all()
+        self.cache.shutdown()
+        self.cache.pool.driver.close()
+        self.channel.close()
+
+
+class Remote:
+    """A `Peer` in another process. `begin` a call, then ask for its `result`; or `call` it."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, sock, args, options))
+        self.process.start()
+        theirs.close()
+        sock.close()
+
+    def begin(self, method: str, *args: Any, **options: Any) -> None:
+        self._pipe.send((method, args, options))
+
+    def result(self, timeout_s: float = 30) -> Any:
+        assert self._pipe.poll(timeout_s), "the peer does not answer"
+        result, error = self._pipe.recv()
+        if error:
+            raise AssertionError(error)
+        return result
+
+    def call(self, method: str, *args: Any, **options: Any) -> Any:
+        self.begin(method, *args, **options)
+        return self.result()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join(10)
+
+    def end(self) -> None:
+        if self.process.is_alive():
+            self._pipe.send(("shutdown", (), {}))
+            self.process.join(10)
+            assert self.process.exitcode == 0
+        self._pipe.close()
+        self.process.close()
+
+
+def _serve(pipe: Any, sock: socket.socket, args: Sequence[Any], options: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    peer = Peer(sock, *args, **options)
+    while True:
+        method, arguments, named = pipe.recv()
+        try:
+            pipe.send((getattr(peer, method)(*arguments, **named), None))
+        except Exception as error:  # noqa: BLE001 - the parent's to judge
+            pipe.send((None, repr(error)))
+        if method == "shutdown":
+            return
+
+
+@contextmanager
+def two_processes(channel: str, *, tcp: bool = False, **options: Any) -> Iterator[tuple]:
+    """A peer here and one in another process, connected."""
+    ours, theirs = connected(tcp)
+    remote = Remote(theirs, channel, **options)
+    peer = Peer(ours, channel, **options)
+    try:
+        yield peer, remote
+    finally:
+        peer.shutdown()
+        remote.end()
+
+
+def connected(tcp: bool = False) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection."""
+    if not tcp:
+        return socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+    return ours, theirs
