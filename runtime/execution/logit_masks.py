@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -55,12 +56,28 @@ def _follow(logits: Tensor, grammars: Mapping[int, TokenGrammar]) -> Tensor:
     vocab_size = logits.shape[-1]
     if is_ready(logits.device):
         # Several times as fast as to fill by a mask. A barred NaN stays, and its row fails.
-        addends = _addends_by_byte().take(bits.view(np.uint8), axis=0).reshape(len(bits), -1)
-        return logits + torch.from_numpy(addends[:, :vocab_size])
+        return logits + torch.from_numpy(_addends(bits)[:, :vocab_size])
     words = upload_array(bits, logits.device)[:, :, None]  # of 32 tokens each
     shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
     allowed = (words >> shifts & 1).bool().flatten(1)[:, :vocab_size]
     return logits.masked_fill(~allowed, -math.inf)
+
+
+_kept = threading.local()  # memory for addends: new memory would be cleared page by page
+
+
+def _addends(bits: np.ndarray) -> np.ndarray:
+    """What to add to logits, by the tokens' `bits` [rows, words]: float32 [rows, tokens].
+
+    Good until the next call on this thread.
+    """
+    shape = (*bits.view(np.uint8).shape, 8)
+    addends: np.ndarray | None = getattr(_kept, "addends", None)
+    if addends is None or addends.shape != shape:
+        addends = _kept.addends = np.empty(shape, dtype=np.float32)
+    # All bytes are in the table; another mode would copy what it writes.
+    np.take(_addends_by_byte(), bits.view(np.uint8), axis=0, out=addends, mode="clip")
+    return addends.reshape(len(bits), -1)
 
 
 @functools.cache
