@@ -126,16 +126,18 @@ def test_opening_reads_the_header_alone(path, monkeypatch):
 def test_many_chunks_are_compared_by_several_threads(path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     save(path, chunk_bytes=64)
-    names = set()
+    names, are_two = set(), threading.Event()
     real = os.preadv
 
     def preadv(*args):
         names.add(threading.current_thread().name)
+        if len(names) > 1:
+            are_two.set()
+        are_two.wait(10)  # or the first might be done with all before another begins
         return real(*args)
 
-    monkeypatch.setattr(os, "preadv", preadv)
     with KVFile.open(path) as file:
-        names.clear()
+        monkeypatch.setattr(os, "preadv", preadv)
         assert file.verify(0, NUM_TOKENS) == NUM_TOKENS
     assert len(names) > 1
 
