@@ -108,6 +108,7 @@ class Router:
         for sink in sinks:
             self._sinks[sink.spec.request_id] = sink
         self._call(self._begin, [sink.spec for sink in sinks])
+        self.check_open()  # once more: what comes after the end is heard by nobody
 
     def abandon(self, sinks: Sequence[Sink]) -> None:
         """As of `EnginePort`."""
@@ -216,6 +217,9 @@ class Router:
     # -- requests ------------------------------------------------------------------------------
 
     def _begin(self, specs: Sequence[RequestSpec]) -> None:
+        if self.error is not None:  # since they were submitted
+            self._fail_all(EngineDied(str(self.error)))
+            return
         self._held += specs
         self._dispatch()
         self._send()
@@ -333,7 +337,8 @@ class Router:
             )
             chosen = self._policy.dispatch(snapshot, newcomer)
             if chosen is None:  # backpressure is for newcomers: these were let in
-                chosen = min(snapshot.working, key=lambda i: i.num_requests).id
+                able = snapshot.working or snapshot.instances
+                chosen = min(able, key=lambda i: i.num_requests).id
             self._arbiter.resume(orphan, str(chosen))
             self._members.changed()
 
@@ -352,12 +357,12 @@ class Router:
     # -- from time to time ---------------------------------------------------------------------
 
     def _tick(self) -> None:
+        self._loop.call_later(_TICK_S, self._tick)  # first: a policy of the user's own may raise
         now_s = time.monotonic()
         if now_s - self._decided_s >= _DECIDE_S:
             self._decided_s = now_s
             self._decide()
         self._send()
-        self._loop.call_later(_TICK_S, self._tick)
 
     def _decide(self) -> None:
         """Ask the policy how many instances there should be, what for, and which requests move."""

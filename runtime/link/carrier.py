@@ -10,7 +10,6 @@ computes.
 
 import itertools
 import logging
-import os
 import socket
 import threading
 from contextlib import suppress
@@ -144,11 +143,10 @@ class SocketCarrier:
             _send(connection, msgspec.msgpack.encode(_Call(offer.number, start, stop)))
             channel = self._channel(connection, offer.by_pages)
             job = channel.send(outgoing, start, stop)
-        except OSError as error:
+        except (OSError, VkvError) as error:  # a refusal of the system's ends the move, no more
             connection.close()
             raise InvalidOperation(
-                f"nothing is expected at {offer.path} ({os.strerror(error.errno or 0)}); begin "
-                "another move"
+                f"nothing goes to {offer.path} ({error}); begin another move"
             ) from error
         except BaseException:
             connection.close()
