@@ -272,8 +272,14 @@ class Arrivals:
             incoming.abort()
             self._engine.put_in(request)
             return
-        incoming.extend(request.token_ids[:num_tokens])
-        incoming.commit()
+        try:
+            incoming.extend(request.token_ids[:num_tokens])
+            incoming.commit()
+        except (Shortage, DriverError, InvalidOperation) as error:
+            _log.warning("%s is computed again, since its tokens did not come: %s", request, error)
+            incoming.abort()
+            self._engine.put_in(request)
+            return
         slot = incoming.claim()
         assert slot is not None
         if model_state is not None:
