@@ -2,8 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -20,34 +19,14 @@ from ..frontend.text_stream import RequestText, StreamDelta
 from ..link.face import Face
 from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
-from ..request.spec import SequenceKey
 from .fleet import Fleet
 from .instances.launcher import Launcher
-from .members import Member
 from .options import checked_model, checked_policy, checked_roles, instance_options
 from .policies import ClusterPolicy
 from .router import Router
 from .snapshot import Role
+from .stats import ClusterStats
 from .waiting import Waiting
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterStats:
-    """What a cluster has done, and what its instances hold.
-
-    Attributes:
-        num_migrations: sequences that moved to another instance and went on there.
-        num_stayed: migrations that were begun and came to nothing; their sequences went on.
-        num_recomputed: sequences that were computed again, since their instance had died.
-        instances: as each was a moment ago.
-        requests: unfinished sequences, and the instance that has each.
-    """
-
-    num_migrations: int
-    num_stayed: int
-    num_recomputed: int
-    instances: tuple[Member, ...]
-    requests: Mapping[SequenceKey, int | None] = field(default_factory=dict)
 
 
 class Cluster:
@@ -214,14 +193,7 @@ class Cluster:
 
     def stats(self) -> ClusterStats:
         """What the cluster has done and holds."""
-        counts = self.router.counts()
-        return ClusterStats(
-            num_migrations=counts.moved,
-            num_stayed=counts.stayed,
-            num_recomputed=counts.orphaned,
-            instances=tuple(self.router.members()),
-            requests=self.router.requests(),
-        )
+        return self.router.stats()
 
     @property
     def face(self) -> Face:

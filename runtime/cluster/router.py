@@ -9,12 +9,13 @@ import asyncio
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ...vmem.errors import EngineDied, InvalidOperation, VkvError
 from ...vmem.process import ProcessOwner
 from ..engine.memory.memory_map import MemoryMap
 from ..engine.messages import Abort, Finish, Message, SetPriority
-from ..engine.migration.arbiter import Arbiter, MigrationCounts
+from ..engine.migration.arbiter import Arbiter
 from ..engine.migration.handshake import Stages
 from ..engine.migration.messages import Answer as MoveAnswer
 from ..frontend.driving.sinks import Sink, give
@@ -25,9 +26,10 @@ from ..request.step_output import StepOutput
 from .decisions import Decisions
 from .instances.instance_link import InstanceLink
 from .loop_thread import LoopThread
-from .members import Member, Members
+from .members import Members
 from .policies import ClusterPolicy
 from .snapshot import ClusterSnapshot, Role
+from .stats import ClusterStats, Member, MoveUnderWay
 
 _TICK_S = 0.02  # between looks at moves under way
 _DECIDE_S = 0.1  # between questions to the policy
@@ -163,13 +165,20 @@ class Router:
         """True after `close`."""
         return self._is_closed
 
-    def counts(self) -> MigrationCounts:
-        """Migrations that are over."""
-        return self._thread.read(lambda: self._arbiter.counts)
+    def stats(self) -> ClusterStats:
+        """What the cluster has done and holds."""
+        return self._thread.read(self._stats)
 
-    def requests(self) -> dict[SequenceKey, int | None]:
-        """Unfinished sequences, and the instance that has each; None for one that waits for any."""
-        return self._thread.read(self._where)
+    def stats_now(self) -> ClusterStats:
+        """As `stats`, without waiting for the router's thread, and without requests and moves."""
+        counts, (members, done) = self._arbiter.counts, self._members.report()
+        return ClusterStats(
+            num_migrations=counts.moved,
+            num_stayed=counts.stayed,
+            num_recomputed=counts.orphaned,
+            done=done,
+            instances=tuple(members),
+        )
 
     def close(self) -> None:
         """Hang up on all instances. Requests end with InvalidOperation. Closing twice is
@@ -215,7 +224,15 @@ class Router:
             if sink.is_finished:
                 self._sinks.pop(output.request_id, None)
 
+    def _stats(self) -> ClusterStats:
+        moves = tuple(
+            MoveUnderWay(key=one.key, source=int(one.source), target=int(one.target))
+            for one in self._arbiter.under_way
+        )
+        return replace(self.stats_now(), requests=self._where(), moves=moves)
+
     def _where(self) -> dict[SequenceKey, int | None]:
+        """Unfinished sequences, and the instance that has each; None for one that waits for any."""
         found: dict[SequenceKey, int | None] = {
             (spec.request_id, index): None
             for spec in self.decisions.held
@@ -260,7 +277,7 @@ class Router:
     def on_gone(self, instance: int, why: str) -> None:
         """It is gone, or seems to be: its requests go on elsewhere, computed again."""
         self._kill(instance)  # first: what it would say later must never come
-        self._members.remove(instance)
+        self._members.remove(instance, has_died=True)
         if not self._members.now():
             self.error = EngineDied(f"no instance is left: the last one, {instance}, {why}")
         self._bury(instance)

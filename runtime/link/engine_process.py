@@ -189,6 +189,7 @@ class EngineServer:
             self._answer_moves(self._moves.poll())
             if not self._moves.is_busy:
                 self._movers.clear()
+                self._pulse()  # what has left by now is counted before this process is ended
 
     def _answer_moves(self, answers: list[MoveAnswer]) -> None:
         """Send answers, after the outputs of before."""

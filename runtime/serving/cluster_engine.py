@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...vmem.errors import EngineDied, InvalidConfig, UsageError
-from ..cluster.cluster import Cluster, ClusterStats
-from ..cluster.members import Member
+from ..cluster.cluster import Cluster
+from ..cluster.stats import ClusterStats, Member
 from ..engine.memory.memory_map import MemoryMap, side_by_side
 from ..engine.messages import Message
 from ..engine.stats import EngineStats, together
@@ -71,6 +71,10 @@ class ClusterEngine:
     def members(self) -> Sequence[Member]:
         """The instances that there are now."""
         return () if self.cluster is None else self.cluster.router.members_now()
+
+    def cluster_now(self) -> ClusterStats | None:
+        """As of `Instances`: for metrics."""
+        return None if self.cluster is None else self.cluster.router.stats_now()
 
     @property
     def error(self) -> BaseException | None:

@@ -173,6 +173,11 @@ class Arbiter:
         return len(self._handshakes)
 
     @property
+    def under_way(self) -> list[Handshake]:
+        """Migrations that are not over."""
+        return list(self._handshakes.values())
+
+    @property
     def counts(self) -> MigrationCounts:
         """Migrations that are over."""
         return MigrationCounts(**self._counts)
