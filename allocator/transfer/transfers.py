@@ -86,6 +86,11 @@ class _Side:
         self._cache = cache
         self._slot = slot
 
+    @property
+    def slot_index(self) -> int:
+        """Which slot of the cache it is, as long as the transfer is under way."""
+        return self._slot.index
+
     def spans(self, start: int, stop: int) -> Spans:
         """The bytes of tokens `start … stop`; good until the transfer ends."""
         self._check_under_way()

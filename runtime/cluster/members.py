@@ -63,6 +63,10 @@ class Members:
         """The way to it."""
         return self._links.get(instance)
 
+    def links(self) -> list[InstanceLink]:
+        """The ways to all of them."""
+        return list(self._links.values())
+
     def all(self) -> list[Member]:
         """As they are now; copies."""
         return [replace(member) for member in self._members.values()]

@@ -25,6 +25,7 @@ from ..request.spec import RequestSpec, SequenceKey
 from ..request.step_output import StepOutput
 from .decisions import Decisions
 from .instances.instance_link import InstanceLink
+from .instances.maps import Maps, Seen
 from .loop_thread import LoopThread
 from .members import Members
 from .policies import ClusterPolicy
@@ -73,6 +74,7 @@ class Router:
         self._sinks: weakref.WeakValueDictionary[str, Sink] = weakref.WeakValueDictionary()
         self._moved: dict[SequenceKey, list[asyncio.Future[None]]] = {}
         self._leaving: set[int] = set()
+        self._maps = Maps()
         self._decided_s = 0.0
         self._is_closed = False
         self._thread = LoopThread("vkv-router")
@@ -151,6 +153,10 @@ class Router:
         Raises what it raises in any of them, EngineDied if one is gone meanwhile.
         """
         return self._thread.run(self._ask_all(question))
+
+    def maps(self) -> dict[int, Seen]:
+        """What the slots of each instance hold; of one that does not answer, what it was."""
+        return self._thread.run(self._maps.look(self._members.links()))
 
     def members_now(self) -> list[Member]:
         """The instances, without waiting for the router's thread; not to be changed."""

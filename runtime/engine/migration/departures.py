@@ -25,6 +25,7 @@ from ...request.continuation import Continuation
 from ...request.request import Request, RequestState
 from ...request.spec import SequenceKey
 from ..engine import Engine
+from ..memory.memory_map import MovingSlots
 from ..messages import Abort, Finish, SetPriority
 from .moves import Move, Moves
 
@@ -136,6 +137,14 @@ class Departures:
     def num_under_way(self) -> int:
         """Departures that have not ended."""
         return len(self._moves)
+
+    def slots(self) -> MovingSlots:
+        """Those of sequences that have stopped, by index."""
+        return {
+            departure.outgoing.slot_index: ("leaving", departure.key)
+            for departure in self._moves
+            if departure.state is DepartureState.AWAY and departure.outgoing is not None
+        }
 
     # -- the verbs ---------------------------------------------------------------------------
 
