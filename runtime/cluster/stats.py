@@ -17,7 +17,8 @@ class Member:
     Attributes:
         id: names it as long as the cluster exists.
         role: what it is for.
-        pid: of its process.
+        pid: of its process, on its node.
+        node: Ray's name of the machine that it is on.
         is_draining: it takes nothing, and hands over what it has.
         face: what it is; None until it has said so.
         stats: what it last said of itself.
@@ -27,6 +28,7 @@ class Member:
     id: int
     role: Role
     pid: int
+    node: str = ""
     is_draining: bool = False
     face: Face | None = None
     stats: EngineStats | None = None
