@@ -34,7 +34,7 @@ class ServeOptions:
         ssl_keyfile: its key.
         api_server_count: processes that take requests; one where one suffices.
         instances: engines, each a process; with several, requests move between them as the cluster
-            policy says. They are actors of Ray.
+            policy says. They are actors of Ray. One is a plain engine, unless a policy is named.
         max_instances: with more than `instances`, as many are started as are needed, and ended when
             they are not; with the policy llumnix alone.
         roles: what each instance is for: prefill, decode or both, with commas.
