@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from vkv import LLM
 from vkv.runtime import serving
@@ -15,7 +14,6 @@ from vkv.runtime.cluster.stats import ClusterStats, Done, Member
 from vkv.runtime.link.face import Face
 from vkv.runtime.scheduling.accounts import TenantStats
 from vkv.runtime.serving.metrics import Metrics
-from vkv.runtime.serving.metrics.cluster import ClusterCollector
 
 _DASHBOARD = Path(serving.__file__).parent / "static" / "grafana.json"
 _TENANT = TenantStats(tenant="a", num_unfinished=1, prompt_tokens=2, output_tokens=3, counter=4.0)
@@ -44,9 +42,7 @@ def told() -> dict[str, set[str]]:
         face = Face.of(llm.loaded, llm.engine, llm.config)
         stats = replace(llm.stats(), tenants=(_TENANT,))
     engine: Any = _Engine(Member(id=0, role="both", pid=1, face=face, stats=stats))
-    registry = CollectorRegistry()
-    registry.register(ClusterCollector("a model", engine))
-    text = generate_latest(registry).decode() + Metrics(face, "a model", engine).text().decode()
+    text = Metrics(face, "a model", engine).text().decode()
     found: dict[str, set[str]] = {"vllm:engine_sleep_state": {"model_name"}}  # of one engine
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -77,10 +73,7 @@ def test_panels_lie_beside_each_other_and_have_names() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in panels:
         at = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(at["x"], at["x"] + at["w"])
-            for y in range(at["y"], at["y"] + at["h"])
-        }
+        columns, rows = range(at["x"], at["x"] + at["w"]), range(at["y"], at["y"] + at["h"])
+        cells = {(x, y) for x in columns for y in rows}
         assert not cells & taken, panel["title"]
         taken |= cells
