@@ -10,7 +10,11 @@ from typing import Any
 from ....vmem.errors import InvalidConfig, InvalidOperation
 from .actor import InstanceActor, InstanceOrder
 
-_OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes: no tokens, keys or values go through it
+_LOCAL = {  # of a Ray that is started here
+    "object_store_memory": 80 << 20,  # the least that it takes: no tokens, keys or values are in it
+    # Ray's own 15 is for work behind other work. Engines would get a part of what the front leaves.
+    "_system_config": {"worker_niceness": 0},
+}
 
 
 class Launcher:
@@ -30,7 +34,7 @@ class Launcher:
         self._actors: dict[int, Any] = {}
         self._pids: dict[int, int] = {}
         if self._owns_ray:
-            local: dict[str, Any] = {} if address else {"object_store_memory": _OBJECT_STORE_BYTES}
+            local: dict[str, Any] = {} if address else _LOCAL
             self._ray.init(
                 address=address or "local",  # or one that is there by chance would be joined
                 include_dashboard=None if address else False,

@@ -213,6 +213,12 @@ def test_what_nobody_waits_for_is_dropped(two: Cluster) -> None:
     _until(two, lambda s: all(m.stats and not m.stats.kv.tokens_held for m in s.instances))
 
 
+def test_instances_are_as_urgent_as_their_front_end(two: Cluster) -> None:
+    """Ray has its workers wait behind all others, which is not for engines."""
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert {os.getpriority(os.PRIO_PROCESS, m.pid) for m in two.stats().instances} == {mine}
+
+
 def test_bad_input_is_refused_before_anything_runs(two: Cluster) -> None:
     with pytest.raises(UsageError, match="5000 tokens"):
         two.generate({"prompt_token_ids": [1] * 5000})
