@@ -144,7 +144,7 @@ class Cluster:
         return self._stream(request)
 
     def _stream(self, request: RequestText) -> Iterator[StreamDelta]:
-        waiting = Waiting([request])
+        waiting = Waiting([request], each_token=True)
         try:
             self.router.submit(waiting.sinks)
             while (delta := waiting.next_delta()) is not None:

@@ -5,6 +5,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from ...vmem.errors import InvalidOperation
 from ..engine.migration.arbiter import Arbiter
 from ..request.spec import RequestSpec
@@ -66,8 +68,10 @@ class Decisions:
                 return
             self.held.popleft()
             self._num_dispatched += 1
-            self._members.changed()
             self._arbiter.add(spec, str(chosen))
+            for index in range(spec.params.n):
+                key = spec.request_id, index
+                self._members.gave(chosen, msgspec.structs.replace(newcomer, key=key))
 
     def drop(self, request_id: str) -> Sequence[RequestSpec]:
         """Hold a request no longer; what was held of it."""

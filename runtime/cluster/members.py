@@ -10,7 +10,7 @@ from ..engine.migration.ownership import Owned
 from ..link.face import Face
 from ..link.messages import Pulse
 from .instances.instance_link import InstanceLink
-from .snapshot import ClusterSnapshot, InstanceSnapshot, RequestSnapshot
+from .snapshot import ClusterSnapshot, InstanceSnapshot, Newcomer, RequestSnapshot
 from .stats import Done, Member
 
 
@@ -99,6 +99,14 @@ class Members:
             member.stats = pulse.stats
             member.carried_bytes, member.handed_pages = pulse.carried_bytes, pulse.handed_pages
             self.changed()
+
+    def gave(self, instance: int, newcomer: Newcomer) -> None:
+        """An instance was given a newcomer. Others' pictures stay, or many that come at once would
+        have all of them drawn again for each."""
+        if self._snapshot is not None:
+            self._snapshot = tuple(
+                one.with_given(newcomer) if one.id == instance else one for one in self._snapshot
+            )
 
     def changed(self) -> None:
         """Something in the next picture is another."""

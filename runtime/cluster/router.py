@@ -254,7 +254,7 @@ class Router:
         """New tokens of some requests."""
         self._route(self._arbiter.accept(outputs))
         self._members.changed()
-        if self.decisions.held:
+        if self.decisions.held and any(output.finish_reason is not None for output in outputs):
             self._dispatch()
         if self._members.is_apart:  # what has its first token is to be handed over soon
             self._decided_s = 0.0
@@ -262,8 +262,12 @@ class Router:
 
     def on_answer(self, instance: int, answer: MoveAnswer) -> None:
         """A step of a migration."""
+        num_moving = self._arbiter.num_moving
         self._arbiter.on(answer)
         self._route(self._arbiter.accept())
+        if self.decisions.held and self._arbiter.num_moving < num_moving:  # it may have room now
+            self._members.changed()
+            self._dispatch()
         self._note_moves()
         self._send()
 

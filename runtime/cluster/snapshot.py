@@ -111,6 +111,21 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         """Whether requests that generate are for it."""
         return self.takes_work and self.role != "prefill"
 
+    def with_given(self, newcomer: Newcomer) -> Self:
+        """The same once it was given a newcomer: in line if others are, else taken to run."""
+        if self.num_waiting:
+            return self.with_newcomer(newcomer)
+        request = RequestSnapshot(
+            newcomer.key, newcomer.num_tokens, newcomer.num_tokens, newcomer.priority
+        )
+        return msgspec.structs.replace(
+            self,
+            num_running=self.num_running + 1,
+            used_tokens=self.used_tokens + newcomer.num_tokens,
+            queued_tokens=self.queued_tokens + newcomer.num_tokens,
+            requests=(*self.requests, request),
+        )
+
     def with_newcomer(self, newcomer: Newcomer) -> Self:
         """The same with a newcomer in line, until it reports it itself."""
         request = RequestSnapshot(

@@ -234,7 +234,8 @@ class Arbiter:
             sequence = self._sequences.get((output.request_id, output.index))
             if sequence is not None:
                 self._outputs.accept(sequence, output)
-                self._forget_if_over(sequence)
+                if sequence.has_ended:
+                    self._forget_if_over(sequence)
         return self._outputs.take()
 
     # -- the record --------------------------------------------------------------------------

@@ -1,8 +1,20 @@
 """Counts and maps of several engines, put together."""
 
+from typing import Any
+
+import msgspec
+import pytest
 from vkv import LLM, SamplingParams
+from vkv.runtime.cluster.decisions import Decisions
+from vkv.runtime.cluster.members import Members
+from vkv.runtime.cluster.policies import CLUSTER_POLICIES
+from vkv.runtime.cluster.snapshot import InstanceSnapshot
+from vkv.runtime.cluster.stats import Member
 from vkv.runtime.engine.memory.memory_map import side_by_side
+from vkv.runtime.engine.migration.arbiter import Arbiter
 from vkv.runtime.engine.stats import together
+from vkv.runtime.link.face import Face
+from vkv.runtime.request.spec import RequestSpec
 
 
 def test_several_engines_are_summed_and_shown_side_by_side() -> None:
@@ -31,3 +43,51 @@ def test_several_engines_are_summed_and_shown_side_by_side() -> None:
         assert max(slots) >= maps[0].num_slots
         assert shown.totals.physical == sum(m.totals.physical for m in maps)
         assert shown.counters.output_tokens == 16
+
+
+class _NoLink:
+    """The way to an instance that nobody needs to reach."""
+
+
+def _specs(count: int) -> list[RequestSpec]:
+    """With one to three outputs each."""
+    return [
+        RequestSpec(
+            request_id=f"r-{number}",
+            prompt_token_ids=[1] * (1 + number % 7),
+            params=SamplingParams(max_tokens=4, n=1 + number % 3),
+            priority=number % 2,
+        )
+        for number in range(count)
+    ]
+
+
+def _plain(instances: tuple[InstanceSnapshot, ...]) -> list[InstanceSnapshot]:
+    """Without how long it is that requests came."""
+    return [
+        msgspec.structs.replace(
+            one, requests=tuple(msgspec.structs.replace(r, waited_s=0.0) for r in one.requests)
+        )
+        for one in instances
+    ]
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "least_loaded", "llumnix"])
+def test_many_newcomers_are_given_out_as_if_all_was_drawn_anew_for_each(policy: str) -> None:
+    arbiter = Arbiter()
+    members = Members(arbiter)
+    link: Any = _NoLink()
+    for number in range(3):
+        members.add(Member(id=number, role="both", pid=number), link)
+    decisions = Decisions(CLUSTER_POLICIES[policy](), arbiter, members, max_moves=1)
+    with LLM(device="cpu", max_seqs=2) as llm:
+        face = Face.of(llm.loaded, llm.engine, llm.config)
+    for number in range(3):
+        members.meet(number, face)
+    decisions.held += _specs(40)
+    decisions.dispatch(lambda request_id: True)
+    assert not decisions.held
+    kept = decisions.picture().instances
+    members.changed()
+    assert _plain(decisions.picture().instances) == _plain(kept)
+    assert sum(one.num_requests for one in kept) == sum(1 + n % 3 for n in range(40))
