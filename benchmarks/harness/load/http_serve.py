@@ -32,7 +32,7 @@ from .workloads import WorkItem
 
 LIBRARY = "library"
 SERVER = "vkv"
-_OF_RAY = ("gcs_server", "raylet", "monitor.py", "log_monitor.py", "dashboard.py", "main.py")
+_OF_RAY = ("gcs_server", "raylet", "monitor.py", "log_monitor.py", "dashboard.py")
 _SHOWN = {
     "output_throughput": "output tokens/s",
     "request_goodput": "goodput, requests/s",
@@ -274,7 +274,8 @@ def _footprints(found: _Found) -> Table:
 
 def _is_of_ray(program: str) -> bool:
     """Whether a program is one of Ray's, and not an actor of ours."""
-    return program in _OF_RAY or program.startswith("ray::IDLE")
+    is_worker = program.startswith("ray::")
+    return program in _OF_RAY or (is_worker and program != "ray::InstanceActor")
 
 
 def _rounded(number: float | None) -> str:
