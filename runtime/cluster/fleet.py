@@ -32,7 +32,7 @@ class Fleet:
         self._router = router
         self._order = order
         self._ids = itertools.count()
-        self._changing = threading.Lock()  # one change at a time
+        self._changing = threading.RLock()  # one change at a time, which may have parts
         router.on_leaving = self._beside(self._leave)
         router.decisions.on_scale = self._beside(self._rescale)
 
@@ -66,15 +66,15 @@ class Fleet:
         """As of `Cluster.scale`."""
         if instances < 1:
             raise InvalidConfig(f"instances is {instances}; a cluster has one at least")
-        members = [m for m in self._router.members() if not m.is_draining]
-        if len(members) < instances:
-            with self._changing:
+        with self._changing:
+            members = [m for m in self._router.members() if not m.is_draining]
+            if len(members) < instances:
                 more: list[Role] = ["both"] * (instances - len(members))
                 self.start(more)
-            return
-        snapshot = self._router.snapshot()
-        for instance in drained_first(snapshot, len(members) - instances):
-            self.drain(instance)
+                return
+            snapshot = self._router.snapshot()
+            for instance in drained_first(snapshot, len(members) - instances):
+                self.drain(instance)
 
     def _beside(self, act: Callable[[int], None]) -> Callable[[int], None]:
         """Does something on a thread of its own, so that the router's goes on."""
