@@ -64,7 +64,7 @@ class Frames:
                 chunk = self._socket.recv(_CHUNK_BYTES)
             except BlockingIOError:
                 break
-            except ConnectionError:
+            except OSError:  # also of a machine that is silent, or cannot be reached
                 chunk = b""
             if not chunk:
                 is_over = True
