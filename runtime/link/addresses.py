@@ -86,22 +86,28 @@ class Place:
                 raise
         return connection
 
-    def finish_call(self, connection: socket.socket, address: Address, purpose: str) -> None:
-        """Connect over the network, which may take the socket's time limit, and prove who calls.
+    def finish_call(
+        self, connection: socket.socket, address: Address, purpose: str, timeout_s: float
+    ) -> None:
+        """Connect over the network, and prove who calls. Without effect where it is near.
 
-        Without effect where it is near. Raises OSError.
+        Another thread may shut the socket down meanwhile, which ends it at once. Raises OSError,
+        also where each of its parts takes longer than `timeout_s`.
         """
         if self.is_near(address):
             return
+        before = connection.gettimeout()
+        connection.settimeout(timeout_s)  # so it waits for the system, not in it
         connection.connect((address.host, address.port))
         introduce(connection, secret=self.secret, purpose=purpose)
         watch_over(connection, self.silence_s)
+        connection.settimeout(before)
 
     def call(self, address: Address, purpose: str, timeout_s: float) -> socket.socket:
         """A connection, ready for use. Raises OSError or InvalidOperation."""
         connection = self.begin_call(address, timeout_s)
         try:
-            self.finish_call(connection, address, purpose)
+            self.finish_call(connection, address, purpose, timeout_s)
         except OSError:
             connection.close()
             raise

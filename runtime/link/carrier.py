@@ -158,7 +158,7 @@ class SocketCarrier:
         connection: socket.socket | None = None
 
         def open_it(there: socket.socket) -> None:
-            self._place.finish_call(there, offer.address, _PURPOSE)
+            self._place.finish_call(there, offer.address, _PURPOSE, _TIMEOUT_S)
             _send(there, call)
 
         try:
