@@ -1,7 +1,6 @@
 """Several engines as one: `LLM`'s verbs over a cluster of instances."""
 
 import logging
-import os
 import threading
 import time
 import weakref
@@ -10,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
-
-import torch
 
 from ...vmem import janitor, linux
 from ...vmem.errors import InvalidConfig, InvalidOperation, InvalidSamplingParams, VkvError
@@ -81,8 +78,10 @@ class Cluster:
         roles: "prefill", "decode" or "both", one an instance; None for all of them "both".
         policy: a name of `CLUSTER_POLICIES`, or an object of your own; None for "llumnix", or where
             there are roles "disaggregated".
-        address: of a Ray cluster on this machine to join, as of `ray.init`; None to start one.
-        threads: of each instance, on a CPU; None to part the processors evenly.
+        address: of a Ray cluster to join, as of `ray.init`, "auto" for the one that this machine is
+            a node of; its nodes share the instances out. None to start one on this machine.
+        threads: of each instance, on a CPU, which are as many of Ray's CPUs in a cluster that is
+            joined; None to part the processors evenly.
         stages: how sequences are copied where their pages cannot change hands.
         liveness_s: an instance that answers nothing for so long counts as dead, and is killed. It
             answers between two steps, so it must be more than the longest of them.
@@ -119,22 +118,20 @@ class Cluster:
         roles = _checked_roles(roles, instances)
         EngineConfig(**options)  # to refuse it here, and not in every process
         self.policy = _policy(policy, roles)
-        cores = len(os.sched_getaffinity(0))
-        self._order: dict[str, Any] = {
-            "model": _model(model),
-            "device": device,
-            "dtype": dtype,
-            "options": _options(options, instances, device),
-            "threads": threads or max(1, cores // instances),
-        }
+        self._order: dict[str, Any] = {"model": _model(model), "device": device, "dtype": dtype}
         self._ids = iter(range(1 << 62))
         self._scaling = threading.Lock()  # one change of the instances at a time
-        self._launcher = Launcher(address)
+        self._launcher = Launcher(address, silence_s=liveness_s)
         self.router = Router(self.policy, self._launcher.kill, stages=stages, liveness_s=liveness_s)
         self.router.on_leaving = _beside(weakref.ref(self), Cluster._leave)
         self.router.on_scale = _beside(weakref.ref(self), Cluster._rescale)
         weakref.finalize(self, janitor.later, _closing(self.router, self._launcher)).atexit = False
         try:
+            on_cpu = not self._launcher.wants_gpu(device)
+            is_memory_here = on_cpu and address is None
+            self._order |= self._launcher.share(device, instances)
+            self._order["threads"] = threads or self._order["threads"]
+            self._order["options"] = _options(options, instances if is_memory_here else None)
             self._start(roles)
             self.router.scaled()
             self._front_end = _front_end(self.face)
@@ -302,8 +299,9 @@ class Cluster:
             for instance, _ in begun:
                 self._launcher.begin(instance, **self._order)
             for instance, role in begun:
-                pid = self._launcher.wait(instance)
-                self.router.join(instance, self._launcher.path(instance), role=role, pid=pid)
+                arrived = self._launcher.wait(instance)
+                member = Member(id=instance, role=role, pid=arrived.pid, node=arrived.node)
+                self.router.join(member, self._launcher.connect(instance))
             self._wait_for_faces({instance for instance, _ in begun})
         except BaseException:
             for instance, _ in begun:
@@ -379,14 +377,15 @@ def _closing(router: Router, launcher: Launcher) -> Any:
     return close
 
 
-def _options(options: Mapping[str, Any], instances: int, device: str) -> dict[str, Any]:
-    """Those of each instance: pages that can change hands, and a part of this machine's memory."""
+def _options(options: Mapping[str, Any], sharing: int | None) -> dict[str, Any]:
+    """Those of each instance: pages that can change hands, and where so many share this machine's
+    memory a part of that."""
     found = dict(options)
     if options.get("kv", "virtual") == "virtual":
         found.setdefault("movable", True)
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if sharing is not None:
         half = linux.available_bytes() // 2  # the other for weights and steps
-        found.setdefault("kv_memory", half // instances)
+        found.setdefault("kv_memory", half // sharing)
     return found
 
 
@@ -426,8 +425,10 @@ def _policy(policy: str | ClusterPolicy | None, roles: Sequence[Role]) -> Cluste
 
 
 def _model(model: str | Path | None) -> str | None:
-    if model is None or isinstance(model, str | Path):
-        return None if model is None else str(model)
+    if model is None:
+        return None
+    if isinstance(model, str | Path):  # a folder's name must not depend on where a process began
+        return str(Path(model).resolve()) if Path(model).exists() else str(model)
     raise InvalidConfig(
         f"model is a {type(model).__name__}, which cannot be sent to other processes; save it "
         "(model.save_pretrained) and give the folder"

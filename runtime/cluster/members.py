@@ -20,7 +20,8 @@ class Member:
     Attributes:
         id: names it as long as the cluster exists.
         role: what it is for.
-        pid: of its process.
+        pid: of its process, on its node.
+        node: Ray's name of the machine that it is on.
         is_draining: it takes nothing, and hands over what it has.
         face: what it is; None until it has said so.
         stats: what it last said of itself.
@@ -30,6 +31,7 @@ class Member:
     id: int
     role: Role
     pid: int
+    node: str = ""
     is_draining: bool = False
     face: Face | None = None
     stats: EngineStats | None = None
@@ -157,6 +159,7 @@ class Members:
             id=member.id,
             capacity_tokens=0 if face is None else face.capacity_tokens,
             role=member.role,
+            node=member.node,
             is_alive=face is not None,
             is_draining=member.is_draining,
             used_tokens=sum(r.num_tokens for r in requests if not r.is_waiting),

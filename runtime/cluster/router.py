@@ -7,6 +7,7 @@ where requests go and which of them move.
 
 import asyncio
 import logging
+import socket
 import threading
 import time
 import weakref
@@ -30,7 +31,7 @@ from ..request.step_output import StepOutput
 from .instances.instance_link import InstanceLink
 from .members import Member, Members
 from .policies import ClusterPolicy
-from .snapshot import ClusterSnapshot, Newcomer, Role
+from .snapshot import ClusterSnapshot, Newcomer
 
 _TICK_S = 0.02  # between looks at moves under way
 _DECIDE_S = 0.1  # between questions to the policy
@@ -81,6 +82,7 @@ class Router:
         self._moved: dict[SequenceKey, list[asyncio.Future[None]]] = {}
         self._num_dispatched = 0
         self._leaving: set[int] = set()
+        self._burials: set[asyncio.Task[None]] = set()
         self._is_scaling = True  # until the first instances are there
         self._decided_s = 0.0
         self._is_closed = False
@@ -124,9 +126,9 @@ class Router:
 
     # -- the instances, from any thread --------------------------------------------------------
 
-    def join(self, instance: int, path: str, *, role: Role, pid: int) -> None:
-        """An instance is ready: connect to it, and give it work from now on."""
-        self._ask(self._join(instance, path, role, pid))
+    def join(self, member: Member, connection: socket.socket) -> None:
+        """An instance is ready, and this is the way to it: give it work from now on."""
+        self._ask(self._join(member, connection))
 
     def drain(self, instance: int, timeout_s: float | None = None) -> None:
         """Give an instance nothing more, and wait until all that it has moved or ended.
@@ -312,11 +314,12 @@ class Router:
 
     def on_gone(self, instance: int, why: str) -> None:
         """It is gone, or seems to be: its requests go on elsewhere, computed again."""
-        self._kill(instance)  # first: what it would say later must never come
-        self._members.remove(instance)
+        self._members.remove(instance)  # what it says from now on comes nowhere
         if not self._members.now():
             self.error = EngineDied(f"no instance is left: the last one, {instance}, {why}")
-        self._bury(instance)
+        burial = self._loop.create_task(self._end_one(instance))  # which may wait for its node
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
 
     def _bury(self, instance: int) -> None:
         """An instance is no more."""
@@ -408,9 +411,9 @@ class Router:
                     if not future.done():
                         future.set_result(None)
 
-    async def _join(self, instance: int, path: str, role: Role, pid: int) -> None:
-        link = InstanceLink(instance, path, self, liveness_s=self._liveness_s)
-        self._members.add(Member(id=instance, role=role, pid=pid), link)
+    async def _join(self, member: Member, connection: socket.socket) -> None:
+        link = InstanceLink(member.id, connection, self, liveness_s=self._liveness_s)
+        self._members.add(member, link)
 
     async def _migrate(self, key: SequenceKey, instance: int) -> bool:
         member = self._members.of(instance)
@@ -451,6 +454,7 @@ class Router:
         for member in self._members.all():
             self._members.remove(member.id)
         self._fail_all(error)
+        await asyncio.gather(*self._burials, return_exceptions=True)
         for futures in self._moved.values():
             for future in futures:
                 future.cancel()

@@ -55,22 +55,20 @@ class SocketCarrier:
         place: where this process is; by default on the one node that there is.
         is_checked: compare checksums of what was copied.
 
-    Attributes:
-        num_bytes, num_pages: that were copied from here, and that were handed over, so far.
-
     Raises OSError or InvalidOperation if it cannot listen.
     """
 
     moves_pages = True
 
     def __init__(self, path: str, *, place: Place | None = None, is_checked: bool = False) -> None:
-        self.num_bytes = self.num_pages = 0
         self._place = place or Place()
         self._address = Address(self._place.node, path)
         self._is_checked = is_checked
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._offered: dict[int, tuple[Incoming, list[ChannelJob]]] = {}
+        self._carrying: list[ChannelJob] = []
+        self._carried = (0, 0)
         self._listeners: list[Listener] = []
         self._listen()
 
@@ -151,6 +149,20 @@ class SocketCarrier:
 
     # -- at the source -------------------------------------------------------------------------
 
+    @property
+    def num_carried(self) -> tuple[int, int]:
+        """Bytes that were copied from here, and pages that were handed over, so far."""
+        with self._lock:
+            done = [job for job in self._carrying if job.is_done]
+            self._carrying = [job for job in self._carrying if not job.is_done]
+            good = [job for job in done if job.error is None]
+            num_bytes, num_pages = self._carried
+            self._carried = (
+                num_bytes + sum(job.num_bytes for job in good),
+                num_pages + sum(job.num_pages for job in good),
+            )
+            return self._carried
+
     def carry(self, outgoing: Outgoing, address: bytes, start: int, stop: int) -> ChannelJob:
         """As of `Carrier`. Whether another node answers is told by the job."""
         offer = msgspec.msgpack.decode(address, type=_Offer)
@@ -178,9 +190,9 @@ class SocketCarrier:
             raise InvalidOperation(
                 f"nothing goes to {offer.address} ({error}); begin another move"
             ) from error
-        threading.Thread(
-            target=self._run, args=(job, channel), name="vkv-carry", daemon=True
-        ).start()
+        with self._lock:
+            self._carrying.append(job)
+        threading.Thread(target=_run, args=(job, channel), name="vkv-carry", daemon=True).start()
         return job
 
     def _channel(
@@ -195,12 +207,10 @@ class SocketCarrier:
             connection, timeout_s=_TIMEOUT_S, is_checked=self._is_checked, opening=opening
         )
 
-    def _run(self, job: ChannelJob, channel: Channel) -> None:
-        job.run()
-        channel.close()
-        if job.error is None:
-            self.num_bytes += job.num_bytes
-            self.num_pages += job.num_pages
+
+def _run(job: ChannelJob, channel: Channel) -> None:
+    job.run()
+    channel.close()
 
 
 def _send(connection: socket.socket, message: bytes) -> None:

@@ -367,9 +367,7 @@ class EngineServer:
         stats, carrier = self._loop.stats(fresh=True), self._carrier
         if carrier is None:
             return Pulse(stats, self._loop.is_asleep)
-        return Pulse(
-            stats, self._loop.is_asleep, carrier.num_bytes, carrier.num_pages, self._is_leaving
-        )
+        return Pulse(stats, self._loop.is_asleep, *carrier.num_carried, is_leaving=self._is_leaving)
 
     def ask_to_leave(self) -> None:
         """Tell all fronts that the process is to end; from any thread, or a signal's handler."""

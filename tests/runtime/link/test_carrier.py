@@ -104,6 +104,7 @@ def test_tokens_go_to_the_same_node_and_to_another(tmp_path: Path, nodes: tuple[
         job = source.carrier.carry(outgoing, address, 0, _NUM_TOKENS)
         assert job.wait(30)
         assert job.error is None
+        assert source.carrier.num_carried == (job.num_bytes, 0)
         assert job.num_bytes > 0
         incoming.commit()
         slot = incoming.claim()
@@ -137,7 +138,7 @@ def test_a_machine_that_does_not_answer_holds_no_engine_up(tmp_path: Path) -> No
     """Nobody accepts, and the line of those that call is full: the connection never comes about."""
     with (
         socket.create_server(("127.0.0.1", 0), backlog=1) as silent,
-        _ends(tmp_path, _place("one"), _place("other")) as (source, target),
+        _ends(tmp_path, _place("one"), _place("other")) as (source, _),
         ExitStack() as line,
     ):
         for _ in range(4):
@@ -154,7 +155,7 @@ def test_a_machine_that_does_not_answer_holds_no_engine_up(tmp_path: Path) -> No
         assert time.monotonic() - began_s < 5
         assert job.error is not None
         outgoing.abort()
-        assert target.carrier.num_bytes == 0
+        assert source.carrier.num_carried == (0, 0)
 
 
 def test_pages_are_not_lent_to_another_node(tmp_path: Path) -> None:
