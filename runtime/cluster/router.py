@@ -296,6 +296,7 @@ class Router:
         """A step of a migration."""
         self._arbiter.on(answer)
         self._route(self._arbiter.accept())
+        self._place_orphans()  # one whose source died may be known to be here only now
         self._note_moves()
         self._send()
 
@@ -328,11 +329,14 @@ class Router:
         self._note_moves()
         if self.error is not None:
             self._fail_all(EngineDied(str(self.error)))
-        elif self._members.now():
+        else:
             self._place_orphans()
         self._send()
 
     def _place_orphans(self) -> None:
+        """Have sequences that nobody has computed again, by whoever there is."""
+        if not self._members.now():
+            return
         for orphan in self._arbiter.take_orphans():
             snapshot = self._picture()
             newcomer = Newcomer(
@@ -447,7 +451,10 @@ class Router:
 
     async def _end_one(self, instance: int) -> None:
         self._members.remove(instance)
-        await asyncio.to_thread(self._kill, instance)
+        try:
+            await asyncio.to_thread(self._kill, instance)
+        except RuntimeError:  # this process ends, and begins nothing beside any more
+            self._kill(instance)
         self._bury(instance)
 
     async def _end(self, error: VkvError) -> None:
