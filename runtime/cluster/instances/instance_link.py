@@ -142,8 +142,8 @@ class InstanceLink:
         assert self._frames is not None
         try:
             messages = self._frames.read()
-        except EOFError:
-            self._end("its process has ended")
+        except EOFError as error:
+            self._end(str(error))
             return
         for message in messages:
             if self._frames is None:  # what came before has ended it
