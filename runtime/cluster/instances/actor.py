@@ -30,6 +30,7 @@ from ...link.face import Face
 from ...request.step_output import Failure
 
 FRONT_END = "an instance"  # what the port of an instance is for
+_GRACE_S = 2.0  # for Ray to end an instance that nobody calls any more
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class InstanceActor:
                 pid=pid, born=born, host=host, folder=self._folder, address=address
             )
         except VkvError as error:  # Ray would make text of it
-            self._clean()
+            self.clean()
             self._arrived = Arrived(pid=pid, born=born, host=host, failure=Failure.of(error))
             return
         # Ray's own handler would end the process, and with it what could have moved away.
@@ -123,10 +124,10 @@ class InstanceActor:
         """Where it is, or why it is of no use."""
         return self._arrived
 
-    def end(self) -> None:
-        """End this process at once."""
-        self._clean()
-        os.kill(os.getpid(), signal.SIGKILL)
+    def clean(self) -> None:
+        """Remove what would be left behind: this process is to end."""
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def end_neighbour(self, other: Arrived) -> None:
         """Kill another instance of this node, and remove its folder. Returns once it is gone."""
@@ -167,13 +168,16 @@ class InstanceActor:
             idle_trim_s=config.idle_trim_s,
             carrier=SocketCarrier(f"{path}.kv", place=place),
             silence_s=None if is_near else 2 * order.silence_s,  # the front end decides first
-            on_deserted=self.end,
+            on_deserted=self._deserted,
         )
         return server, address
 
-    def _clean(self) -> None:
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+    def _deserted(self) -> None:
+        """Nobody is to be served any more. Ray ends this process, if anybody is left to tell it."""
+        self.clean()
+        alone = threading.Timer(_GRACE_S, os.kill, (os.getpid(), signal.SIGKILL))
+        alone.daemon = True
+        alone.start()
 
 
 def _listen(place: Place, path: str, is_near: bool) -> tuple[Listener, Address]:

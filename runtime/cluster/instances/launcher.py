@@ -21,7 +21,7 @@ from .actor import FRONT_END, Arrived, InstanceActor, InstanceOrder
 
 _OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes: no tokens, keys or values go through it
 _CALL_S = 10.0  # for an instance that is ready to take a connection
-_END_S = 2.0  # for an instance of another node to end when it is told to, or a neighbour to end it
+_END_S = 2.0  # for an instance of another node to clean up, and for its neighbours to end it
 _TELL_S = 30.0  # between two words about an instance that has no place yet
 
 _log = logging.getLogger(__name__)
@@ -103,8 +103,10 @@ class Launcher:
 
     def wants_gpu(self, device: str) -> bool:
         """Whether each instance needs a GPU. Raises InvalidConfig for a certain one."""
+        if device == "auto" and not self._is_alone:  # this machine may be the one without
+            return any("GPU" in node["Resources"] for node in self._nodes())
         if device == "auto":
-            return torch.cuda.is_available() or any("GPU" in n["Resources"] for n in self._nodes())
+            return torch.cuda.is_available()
         if device.startswith("cuda:"):
             raise InvalidConfig(
                 f"device is {device!r}, but an instance has the GPU that Ray gives it; use 'cuda'"
@@ -242,11 +244,10 @@ class Launcher:
         ]
 
     def _end_elsewhere(self, one: _Instance, neighbours: list[Any]) -> None:
-        """Have an instance of another node end itself, or be killed by others."""
+        """Have an instance of another node killed, by Ray and by its neighbours."""
         assert one.arrived is not None
         with suppress(Exception):  # it, a neighbour or Ray may be gone by themselves
-            if self._ray.wait([one.actor.end.remote()], timeout=_END_S)[0]:
-                return
+            self._ray.wait([one.actor.clean.remote()], timeout=_END_S)
         with suppress(Exception):
             self._ray.kill(one.actor)
         with suppress(Exception):
