@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-import namespaces
+import two_machines
 
 LIVENESS_S = 3.0
 _OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_seqs": 8, "max_len": 1024}
@@ -71,7 +71,7 @@ class Attack:
         with LLM(**_OPTIONS) as llm:
             outputs = llm.generate(_PROMPTS, self.params)
         self.right = [list(output.outputs[0].token_ids) for output in outputs]
-        self.machines = namespaces.TwoMachines()
+        self.machines = two_machines.TwoMachines()
         self.cluster = Cluster(
             instances=2,
             policy="round_robin",
@@ -82,7 +82,7 @@ class Attack:
             stages=Stages(most=0),
             **_OPTIONS,
         )
-        self.here = self._nodes()[namespaces.HEAD]
+        self.here = self._nodes()[two_machines.HEAD]
 
     def _nodes(self) -> dict[str, str]:
         import ray
@@ -192,7 +192,7 @@ class Attack:
         """Two instances again, and right tokens from both."""
         if len(self.cluster.stats().instances) == 2:
             return
-        if namespaces.OTHER not in self._nodes():  # Ray gave the machine up
+        if two_machines.OTHER not in self._nodes():  # Ray gave the machine up
             self.machines.join()
         self.cluster.scale(2)
         assert self.there()
@@ -216,9 +216,9 @@ def main() -> None:
     cuts = ["blip", "stream", "copy"]
     parser.add_argument("--cuts", nargs="+", choices=cuts, default=cuts)
     given = parser.parse_args()
-    if why := namespaces.why_not() if os.getpid() != 1 else None:
+    if why := two_machines.why_not() if os.getpid() != 1 else None:
         sys.exit(why)
-    namespaces.enter()
+    two_machines.enter()
     began_s = time.monotonic()
     attack = Attack()
     _say(f"two machines and a cluster over both: {time.monotonic() - began_s:.0f} s")
