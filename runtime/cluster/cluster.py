@@ -1,6 +1,5 @@
 """Several engines as one: `LLM`'s verbs over a cluster of instances."""
 
-import os
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,8 +41,10 @@ class Cluster:
         roles: "prefill", "decode" or "both", one an instance; None for all of them "both".
         policy: a name of `CLUSTER_POLICIES`, or an object of your own; None for "llumnix", or where
             there are roles "disaggregated".
-        address: of a Ray cluster on this machine to join, as of `ray.init`; None to start one.
-        threads: of each instance, on a CPU; None to part the processors evenly.
+        address: of a Ray cluster to join, as of `ray.init`, "auto" for the one that this machine is
+            a node of; its nodes share the instances out. None to start one on this machine.
+        threads: of each instance, on a CPU, which are as many of Ray's CPUs in a cluster that is
+            joined; None to part the processors evenly.
         stages: how sequences are copied where their pages cannot change hands.
         liveness_s: an instance that answers nothing for so long counts as dead, and is killed. It
             answers between two steps, so it must be more than the longest of them.
@@ -84,14 +85,17 @@ class Cluster:
             "model": checked_model(model),
             "device": device,
             "dtype": dtype,
-            "options": instance_options(options, instances, device),
-            "threads": threads or max(1, len(os.sched_getaffinity(0)) // instances),
         }
-        self._launcher = Launcher(address)
+        self._launcher = Launcher(address, silence_s=liveness_s)
         self.router = Router(self.policy, self._launcher.kill, stages=stages, liveness_s=liveness_s)
         self._fleet = Fleet(self._launcher, self.router, order)
         weakref.finalize(self, janitor.later, _closing(self.router, self._launcher)).atexit = False
         try:
+            shares_this_machine = address is None and not self._launcher.wants_gpu(device)
+            sharing = instances if shares_this_machine else None
+            order["options"] = instance_options(options, sharing)
+            order |= self._launcher.share(device, instances)
+            order["threads"] = threads or order["threads"]
             self._fleet.start(roles)
             self.router.scaled()
             self._front_end = _front_end(self.face)

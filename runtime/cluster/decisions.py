@@ -81,7 +81,9 @@ class Decisions:
         return dropped
 
     def place_orphans(self) -> None:
-        """Have what nobody has any more go on somewhere."""
+        """Have what nobody has any more go on somewhere, if anybody is left."""
+        if not self._members.now():
+            return
         for orphan in self._arbiter.take_orphans():
             snapshot = self.picture()
             newcomer = Newcomer(

@@ -12,6 +12,7 @@ from .instances.launcher import Launcher
 from .policies import drained_first
 from .router import Router
 from .snapshot import Role
+from .stats import Member
 
 _MEET_S = 60.0  # for an instance that is ready to say what it is
 
@@ -43,8 +44,9 @@ class Fleet:
             for instance, _ in begun:
                 self._launcher.begin(instance, **self._order)
             for instance, role in begun:
-                pid = self._launcher.wait(instance)
-                self._router.join(instance, self._launcher.path(instance), role=role, pid=pid)
+                arrived = self._launcher.wait(instance)
+                member = Member(id=instance, role=role, pid=arrived.pid, node=arrived.node)
+                self._router.join(member, self._launcher.connect(instance))
             self._wait_for_faces({instance for instance, _ in begun})
         except BaseException:
             for instance, _ in begun:

@@ -158,6 +158,7 @@ class Members:
             id=member.id,
             capacity_tokens=0 if face is None else face.capacity_tokens,
             role=member.role,
+            node=member.node,
             is_alive=face is not None,
             is_draining=member.is_draining,
             used_tokens=sum(r.num_tokens for r in requests if not r.is_waiting),

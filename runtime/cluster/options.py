@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...vmem import linux
 from ...vmem.errors import InvalidConfig
 from .policies import CLUSTER_POLICIES, ClusterPolicy
@@ -14,14 +12,15 @@ from .snapshot import Role
 _ROLES = ("prefill", "decode", "both")
 
 
-def instance_options(options: Mapping[str, Any], instances: int, device: str) -> dict[str, Any]:
-    """Those of each instance: pages that can change hands, and a part of this machine's memory."""
+def instance_options(options: Mapping[str, Any], sharing: int | None) -> dict[str, Any]:
+    """Those of each instance: pages that can change hands, and where so many share this machine's
+    memory a part of that."""
     found = dict(options)
     if options.get("kv", "virtual") == "virtual":
         found.setdefault("movable", True)
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if sharing is not None:
         half = linux.available_bytes() // 2  # the other for weights and steps
-        found.setdefault("kv_memory", half // instances)
+        found.setdefault("kv_memory", half // sharing)
     return found
 
 
@@ -57,8 +56,10 @@ def checked_policy(policy: str | ClusterPolicy | None, roles: Sequence[Role]) ->
 
 def checked_model(model: str | Path | None) -> str | None:
     """What instances load the model from. Raises InvalidConfig."""
-    if model is None or isinstance(model, str | Path):
-        return None if model is None else str(model)
+    if model is None:
+        return None
+    if isinstance(model, str | Path):  # a folder's name must not depend on where a process began
+        return str(Path(model).resolve()) if Path(model).exists() else str(model)
     raise InvalidConfig(
         f"model is a {type(model).__name__}, which cannot be sent to other processes; save it "
         "(model.save_pretrained) and give the folder"

@@ -6,6 +6,7 @@ the policy where requests go and which of them move.
 """
 
 import asyncio
+import socket
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from .instances.maps import Maps, Seen
 from .loop_thread import LoopThread
 from .members import Members
 from .policies import ClusterPolicy
-from .snapshot import ClusterSnapshot, Role
+from .snapshot import ClusterSnapshot
 from .stats import ClusterStats, Member, MoveUnderWay
 
 _TICK_S = 0.02  # between looks at moves under way
@@ -75,6 +76,7 @@ class Router:
         self._moved: dict[SequenceKey, list[asyncio.Future[None]]] = {}
         self._leaving: set[int] = set()
         self._maps = Maps()
+        self._burials: set[asyncio.Task[None]] = set()
         self._decided_s = 0.0
         self._is_closed = False
         self._thread = LoopThread("vkv-router")
@@ -116,9 +118,9 @@ class Router:
 
     # -- the instances, from any thread --------------------------------------------------------
 
-    def join(self, instance: int, path: str, *, role: Role, pid: int) -> None:
-        """An instance is ready: connect to it, and give it work from now on."""
-        self._thread.run(self._join(instance, path, role, pid))
+    def join(self, member: Member, connection: socket.socket) -> None:
+        """An instance is ready, and this is the way to it: give it work from now on."""
+        self._thread.run(self._join(member, connection))
 
     def drain(self, instance: int, timeout_s: float | None = None) -> None:
         """Give an instance nothing more, and wait until all that it has moved or ended.
@@ -268,6 +270,7 @@ class Router:
         if self.decisions.held and self._arbiter.num_moving < num_moving:  # it may have room now
             self._members.changed()
             self._dispatch()
+        self.decisions.place_orphans()  # one whose source died may be known to be here only now
         self._note_moves()
         self._send()
 
@@ -286,11 +289,13 @@ class Router:
 
     def on_gone(self, instance: int, why: str) -> None:
         """It is gone, or seems to be: its requests go on elsewhere, computed again."""
-        self._kill(instance)  # first: what it would say later must never come
-        self._members.remove(instance, has_died=True)
+        self._members.remove(instance, has_died=True)  # what it says from now on comes nowhere
         if not self._members.now():
             self.error = EngineDied(f"no instance is left: the last one, {instance}, {why}")
-        self._bury(instance)
+        loop = asyncio.get_running_loop()
+        burial = loop.create_task(self._end_one(instance))  # which may wait for its node
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
 
     def _bury(self, instance: int) -> None:
         """An instance is no more."""
@@ -299,7 +304,7 @@ class Router:
         self._note_moves()
         if self.error is not None:
             self._fail_all(EngineDied(str(self.error)))
-        elif self._members.now():
+        else:
             self.decisions.place_orphans()
         self._send()
 
@@ -341,9 +346,9 @@ class Router:
                     if not future.done():
                         future.set_result(None)
 
-    async def _join(self, instance: int, path: str, role: Role, pid: int) -> None:
-        link = InstanceLink(instance, path, self, liveness_s=self._liveness_s)
-        self._members.add(Member(id=instance, role=role, pid=pid), link)
+    async def _join(self, member: Member, connection: socket.socket) -> None:
+        link = InstanceLink(member.id, connection, self, liveness_s=self._liveness_s)
+        self._members.add(member, link)
 
     async def _migrate(self, key: SequenceKey, instance: int) -> bool:
         member = self._members.of(instance)
@@ -377,13 +382,17 @@ class Router:
 
     async def _end_one(self, instance: int) -> None:
         self._members.remove(instance)
-        await asyncio.to_thread(self._kill, instance)
+        try:
+            await asyncio.to_thread(self._kill, instance)
+        except RuntimeError:  # this process ends, and begins nothing beside any more
+            self._kill(instance)
         self._bury(instance)
 
     async def _end(self, error: VkvError) -> None:
         for member in self._members.all():
             self._members.remove(member.id)
         self._fail_all(error)
+        await asyncio.gather(*self._burials, return_exceptions=True)
         for futures in self._moved.values():
             for future in futures:
                 future.cancel()

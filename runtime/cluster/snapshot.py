@@ -59,6 +59,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         id: names it as long as the cluster exists.
         is_alive: it answers.
         is_draining: it is to end, takes nothing, and hands over what it has.
+        node: names the machine that it is on.
         capacity_tokens: tokens whose keys and values it can hold.
         used_tokens: of live requests, those included for which room is kept while they come.
         parked_tokens: of finished requests; they give way to live ones.
@@ -71,6 +72,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     id: int
     capacity_tokens: int
     role: Role = "both"
+    node: str = ""
     is_alive: bool = True
     is_draining: bool = False
     used_tokens: int = 0
@@ -176,6 +178,11 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_dispatched: int = 0
     scaled_s: float | None = None
     switched_s: float | None = None
+
+    def is_copied(self, source: InstanceSnapshot, target: InstanceSnapshot) -> bool:
+        """Whether moving a request between two instances takes bytes, and not just its pages."""
+        link = self.links.get((source.id, target.id))
+        return source.node != target.node if link is None else link.bytes_per_s is not None
 
     @property
     def working(self) -> list[InstanceSnapshot]:

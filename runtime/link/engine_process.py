@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ..engine.migration.messages import Answer as MoveAnswer
 from ..engine.migration.messages import Command, Commit, Release
 from ..request.spec import SequenceKey
 from ..request.step_output import Failure, StepOutput
+from .addresses import Listener
 from .carrier import SocketCarrier
 from .face import Face
 from .messages import (
@@ -76,9 +78,11 @@ class _Front:
 
     Attributes:
         unfinished: its requests, each with those of its outputs that have not ended.
+        heard_s: when it last said anything.
     """
 
     frames: Frames
+    heard_s: float
     unfinished: dict[str, set[int]] = field(default_factory=dict)
 
 
@@ -89,22 +93,30 @@ class EngineServer:
     turns the loop, hears the fronts and answers them, between two steps.
 
     Args:
+        listener: where fronts call; those that it accepts are believed.
         carrier: carries keys and values of sequences that move; None where none ever does.
+        silence_s: a front that says nothing for so long, not even "ping", counts as gone; None
+            where the system tells of every end, as within a machine.
+        on_deserted: called when the last front has gone; None to wait for the next.
     """
 
     def __init__(
         self,
         loop: EngineLoop,
         face: Face,
-        listener: socket.socket,
+        listener: Listener,
         *,
         idle_trim_s: float | None,
         carrier: SocketCarrier | None = None,
+        silence_s: float | None = None,
+        on_deserted: Callable[[], None] | None = None,
     ) -> None:
         self._loop = loop
         self._welcome = encode(Welcome(face.pack()))
         self._listener = listener
         self._idle_trim_s = idle_trim_s
+        self._silence_s = silence_s
+        self._on_deserted = on_deserted
         self._fronts: dict[str, _Front] = {}  # by request
         self._all_fronts: list[_Front] = []
         self._selector = selectors.DefaultSelector()
@@ -139,6 +151,7 @@ class EngineServer:
     def turn(self) -> None:
         """Take what has come, wait if there is nothing to do, and run one step."""
         self._receive(0 if self._loop.has_work else self._idle_wait_s())
+        self._drop_silent_fronts()
         if not self._loop.has_work:
             self._rest()
             self._go_on_moving()
@@ -159,7 +172,11 @@ class EngineServer:
         """For how long nothing needs doing, if nobody calls; None for ever."""
         if self._moves is not None and self._moves.is_busy:
             return _MOVE_POLL_S
-        return None if self._trim_at_s is None else max(0.0, self._trim_at_s - time.monotonic())
+        now_s = time.monotonic()
+        until = [] if self._trim_at_s is None else [self._trim_at_s]
+        if self._silence_s is not None:
+            until += [front.heard_s + self._silence_s for front in self._all_fronts]
+        return max(0.0, min(until) - now_s) if until else None
 
     def _rest(self) -> None:
         if self._trim_at_s is not None and time.monotonic() >= self._trim_at_s:
@@ -224,7 +241,7 @@ class EngineServer:
             connection, _ = self._listener.accept()
         except BlockingIOError:  # it has hung up
             return
-        front = _Front(Frames(connection))
+        front = _Front(Frames(connection), heard_s=time.monotonic())
         self._all_fronts.append(front)
         self._selector.register(connection, selectors.EVENT_READ, front)
         self._send(front, self._welcome)
@@ -238,6 +255,7 @@ class EngineServer:
         except EOFError:
             self._drop(front)
             return
+        front.heard_s = time.monotonic()
         for message in messages:
             self._take(front, message)
 
@@ -304,6 +322,18 @@ class EngineServer:
             self._fronts.pop(request_id, None)
             self._preparing.drop(request_id)
             self._loop.post(Abort(request_id))
+        if not self._all_fronts and self._on_deserted is not None:
+            self._on_deserted()
+
+    def _drop_silent_fronts(self) -> None:
+        """After what has come was read: a step may have taken longer than that."""
+        if self._silence_s is None:
+            return
+        for front in list(self._all_fronts):
+            silent_s = time.monotonic() - front.heard_s
+            if silent_s > self._silence_s:
+                _log.error("a front process has said nothing for %.0f s, and is given up", silent_s)
+                self._drop(front)
 
     # -- outputs -------------------------------------------------------------------------------
 
@@ -338,9 +368,7 @@ class EngineServer:
         stats, carrier = self._loop.stats(fresh=True), self._carrier
         if carrier is None:
             return Pulse(stats, self._loop.is_asleep)
-        return Pulse(
-            stats, self._loop.is_asleep, carrier.num_bytes, carrier.num_pages, self._is_leaving
-        )
+        return Pulse(stats, self._loop.is_asleep, *carrier.num_carried, is_leaving=self._is_leaving)
 
     def ask_to_leave(self) -> None:
         """Tell all fronts that the process is to end; from any thread, or a signal's handler."""

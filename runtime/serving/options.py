@@ -40,7 +40,8 @@ class ServeOptions:
         roles: what each instance is for: prefill, decode or both, with commas.
         cluster_policy: round_robin, least_loaded, llumnix or disaggregated; by default llumnix, or
             where there are roles disaggregated.
-        ray_address: of a Ray cluster on this machine to join; by default one is started.
+        ray_address: of a Ray cluster to join, auto for the one that this machine is a node of; its
+            nodes share the instances out. By default one is started, on this machine alone.
         max_num_queued_reqs: requests that may wait for a place beside those that run; more get 503.
         max_num_queued_tokens: prompt tokens that may wait; more get 503.
         key_share: the part of all places that one of several keys may hold; more get 429.

@@ -22,8 +22,8 @@ class Disaggregated:
     held back, at the front end, where they cost nothing. So a burst fills neither side.
 
     **Moves.** A request whose prompt is computed is pulled by the least loaded decode instance,
-    once that has room for it beside `kept` of its memory; who waited longest goes first. Until then
-    it stays where its prompt was computed.
+    once that has room for it beside `kept` of its memory, or by one of the same node with about as
+    much; who waited longest goes first. Until then it stays where its prompt was computed.
 
     **Roles** change one at a time, where `switching` says when. A role is about what an instance is
     given: one that now computes prompts has what it generates taken over by the moves above. Where
@@ -80,7 +80,7 @@ class Disaggregated:
             if request.has_prompt and request.is_migratable
         ]
         for _, source, request in sorted(ready, key=lambda found: -found[0]):
-            target = rooms.roomiest(targets, request)
+            target = rooms.roomiest(targets, request, source)
             if target is not None:
                 rooms.take(target, request)
                 moves.append(Move(request.key, source.id, target.id, "decode"))

@@ -12,7 +12,7 @@ from ..snapshot import ClusterSnapshot, InstanceSnapshot, Newcomer, RequestSnaps
 from .draining import drain_moves
 from .freeness import Freeness
 from .policy import Move
-from .rooms import Rooms
+from .rooms import Rooms, nearer
 from .scaling import Scaling
 from .scores import Scores
 
@@ -25,10 +25,11 @@ class Llumnix:
     and its freeness is not below `source_below`.
 
     **Moves.** Instances below `source_below` are paired with those above `target_above`, the least
-    free with the freest, and each pair moves one request: of the least urgent the one with the
-    fewest tokens, which takes least to move. It must fit, and must leave its new instance freer
-    than `source_below`. So no instance becomes one to move away from by what it is given, and as
-    long as loads stay as they are no request moves twice.
+    free with the freest, or with one about as free to which pages go without a copy. Each pair
+    moves one request: of the least urgent the one with the fewest tokens, which takes least to
+    move. It must fit, and must leave its new instance freer than `source_below`. So no instance
+    becomes one to move away from by what it is given, and as long as loads stay as they are no
+    request moves twice.
 
     Args:
         source_below, target_above: freeness, in decode steps.
@@ -93,7 +94,9 @@ class Llumnix:
             ),
             key=lambda i: -free[i.id],
         )
-        for source, target in zip(sources, targets, strict=False):
+        for source in sources[: len(targets)]:
+            target = nearer(snapshot, source, targets[0], targets, lambda i: free[i.id])
+            targets.remove(target)
             moves += self._relieve(source, target, rooms)
         return moves
 

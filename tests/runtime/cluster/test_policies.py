@@ -475,3 +475,46 @@ def test_shares_out_of_range_are_refused() -> None:
         Disaggregated(kept=1.0)
     with pytest.raises(InvalidConfig, match="low"):
         Switching(low=0.9, high=0.8)
+
+
+@pytest.mark.parametrize(
+    ("room", "chosen"), [(0, 1), (40, 1), (300, 2)], ids=["equal", "about equal", "much less"]
+)
+@pytest.mark.parametrize("by_links", [False, True], ids=["nodes", "links"])
+def test_of_equal_targets_the_one_is_chosen_to_which_nothing_is_copied(
+    room: int, chosen: int, by_links: bool
+) -> None:
+    """Instance 1 is on the source's node and has `room` tokens less than 2, which is not."""
+    full = [_request(str(n), 190) for n in range(5)]
+    near = [_request("near", room)] if room else []
+    nodes = ["a", "a", "b"] if not by_links else [""] * 3
+    links = {(0, 2): Link(1e-3, 1e9), (0, 1): Link(1e-4)} if by_links else {}
+
+    def cluster(**source: object) -> ClusterSnapshot:
+        return _cluster(
+            _instance(0, *full, node=nodes[0], **source),
+            _instance(2, node=nodes[2]),
+            _instance(1, *near, node=nodes[1]),
+            links=links,
+        )
+
+    (pulled, *_) = Disaggregated().migrations(cluster(role="prefill"))
+    assert pulled.target == chosen
+    (drained, *_) = RoundRobin().migrations(cluster(is_draining=True))
+    assert drained.target == chosen
+
+
+def test_a_pair_is_of_one_node_where_others_are_no_freer() -> None:
+    sources = [
+        _instance(n, *(_request(f"{n}{m}", 190) for m in range(5)), node=node)
+        for n, node in enumerate("ab")
+    ]
+    targets = [_instance(n + 2, _request(f"t{n}", 100), node=node) for n, node in enumerate("ba")]
+    moves = Llumnix().migrations(_cluster(*sources, *targets))
+    assert {(move.source, move.target) for move in moves} == {(0, 3), (1, 2)}
+    apart = [msgspec.structs.replace(i, node=str(i.id)) for i in (*sources, *targets)]
+    assert len(Llumnix().migrations(_cluster(*apart))) == 2
+    # One that is much freer is worth the bytes.
+    near = _instance(3, _request("near", 300), node="a")
+    moves = Llumnix().migrations(_cluster(sources[0], targets[0], near))
+    assert [move.target for move in moves] == [2]
