@@ -9,8 +9,11 @@ from typing import Any
 
 from ....vmem.errors import InvalidConfig, InvalidOperation
 from .actor import InstanceActor, InstanceOrder
+from .caretaker import Caretaker
 
 _OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes: no tokens, keys or values go through it
+_MOST_PATH_BYTES = 103  # of a Unix socket, as Ray counts
+_RAY_PATH_BYTES = 70  # what Ray puts behind a folder's name
 
 
 class Launcher:
@@ -27,16 +30,20 @@ class Launcher:
         self._ray = _import_ray()
         self._owns_ray = not self._ray.is_initialized()
         self._folder = tempfile.TemporaryDirectory(prefix="vkv-cluster-")  # nobody else may look in
+        self._caretaker = Caretaker(self._folder.name)
         self._actors: dict[int, Any] = {}
         self._pids: dict[int, int] = {}
         if self._owns_ray:
-            local: dict[str, Any] = {} if address else {"object_store_memory": _OBJECT_STORE_BYTES}
-            self._ray.init(
-                address=address,
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                **local,
-            )
+            try:
+                self._ray.init(
+                    address=address,
+                    include_dashboard=None if address else False,
+                    log_to_driver=False,
+                    **({} if address else _local(self._folder.name)),
+                )
+            except BaseException:
+                self._caretaker.close()
+                raise
 
     def path(self, instance: int) -> str:
         """Of an instance's socket."""
@@ -85,6 +92,7 @@ class Launcher:
         if failure is not None:
             raise failure.error()
         self._pids[instance] = pid
+        self._caretaker.watch(pid)
         return pid
 
     def kill(self, instance: int) -> None:
@@ -106,7 +114,16 @@ class Launcher:
         if self._owns_ray:
             self._owns_ray = False
             self._ray.shutdown()
+        self._caretaker.close()
         self._folder.cleanup()
+
+
+def _local(folder: str) -> dict[str, Any]:
+    """Options of a Ray cluster of our own, whose files are in a folder that goes with it."""
+    options: dict[str, Any] = {"object_store_memory": _OBJECT_STORE_BYTES}
+    if len(folder.encode()) + _RAY_PATH_BYTES <= _MOST_PATH_BYTES:
+        options["_temp_dir"] = folder  # else Ray's own, which it leaves behind
+    return options
 
 
 def _import_ray() -> Any:
