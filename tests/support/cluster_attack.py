@@ -61,18 +61,26 @@ class Item:
 def items(*, most_tokens: int, max_len: int, lengths: Sequence[int] = _LENGTHS) -> list[Item]:
     """Of each kind one of each length, with a stop string that comes where there is to be one."""
     draw = random.Random(1)
-    found = []
+    kinds = [kind for kind in _KINDS for _ in lengths]
+    prompts = [
+        {"prompt_token_ids": [draw.randrange(_VOCABULARY) for _ in range(length)]}
+        for _ in _KINDS
+        for length in lengths
+    ]
+    params = [_params(kind, draw.randint(most_tokens // 3, most_tokens)) for kind in kinds]
     with LLM(**{**OPTIONS, "max_len": max_len}) as llm:
-        for place, kind in enumerate(kind for kind in _KINDS for _ in lengths):
-            length = lengths[place % len(lengths)]
-            prompt = {"prompt_token_ids": [draw.randrange(_VOCABULARY) for _ in range(length)]}
-            params = _params(kind, draw.randint(most_tokens // 3, most_tokens))
-            if kind.get("stop"):
-                text = llm.generate(prompt, params)[0].outputs[0].text
-                params = _params({**kind, "stop": [text[len(text) // 2 :][:6]]}, most_tokens)
-            right = llm.generate(prompt, params)[0]
-            found.append(Item(prompt, params, right, params.n == 1 and place % 3 == 0))
-    return found
+        endless = [place for place, kind in enumerate(kinds) if "stop" in kind]
+        whole = llm.generate([prompts[p] for p in endless], [params[p] for p in endless])
+        for place, output in zip(endless, whole, strict=True):
+            text = output.outputs[0].text
+            params[place] = _params(
+                {"temperature": 0, "stop": [text[len(text) // 2 :][:6]]}, most_tokens
+            )
+        right = llm.generate(prompts, params)
+    return [
+        Item(prompts[place], params[place], right[place], params[place].n == 1 and place % 3 == 0)
+        for place in range(len(kinds))
+    ]
 
 
 def _params(kind: dict[str, Any], max_tokens: int) -> SamplingParams:
@@ -463,7 +471,9 @@ class Attack:
         _until(lambda: not self.cluster.router.requests(), "requests are left")
         _until(self._hold_nothing, lambda: f"held: {self._totals()}")
         self.cluster.router.ask("trim")
-        _until(lambda: all(not t.parked for t in self._totals()), lambda: f"after: {self._totals()}")
+        _until(
+            lambda: all(not t.parked for t in self._totals()), lambda: f"after: {self._totals()}"
+        )
         for member in self.cluster.router.members_now():
             counts = self.held.setdefault(member.pid, [])
             counts.append((_count(member.pid, "fd"), _count(member.pid, "task")))

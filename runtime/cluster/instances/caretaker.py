@@ -1,8 +1,8 @@
-"""A process that outlives a front end by a moment: it ends what that leaves, and removes its folder.
+"""A process that outlives a front end by a moment: ends what that leaves, removes its folder.
 
 A front end that is killed cannot tidy up. Ray ends by itself then, but its agents only after a
-minute, and an instance that is stopped never does. So each front end has such a process beside it. It
-needs nothing but Python's own library, and holds some 10 MB.
+minute, and an instance that is stopped never does. So each front end has such a process beside it.
+It needs nothing but Python's own library, and holds some 10 MB.
 """
 
 import os
@@ -54,11 +54,11 @@ def main(folder: str, owner: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the owner decides
     watched: list[int] = []  # descriptors of processes, whose numbers may come again
-    text = b""
-    end = _descriptor(owner)
-    while end is not None:
-        ready, _, _ = select.select([0, end], [], [])
-        if end in ready:
+    text, end = b"", _descriptor(owner)
+    while True:
+        heard = [0] if end is None else [0, end]
+        ready, _, _ = select.select(heard, [], [], 0 if end is None else None)
+        if 0 not in ready:  # the owner has ended, and all that it said is read
             break
         said = os.read(0, 4096)
         if not said:
@@ -81,7 +81,7 @@ def _descriptor(pid: int) -> int | None:
 
 
 def _remove(folder: str, owner: int) -> None:
-    """End who uses a folder, but for its owner, and remove it; who is ending may write there yet."""
+    """End who uses a folder, its owner apart, and remove it; who is ending may write there yet."""
     deadline = time.monotonic() + _TIDYING_S
     while time.monotonic() < deadline:
         users = [pid for pid in _users(folder) if pid != owner]
