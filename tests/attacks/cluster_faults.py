@@ -1,14 +1,15 @@
 """Moves between instances of a cluster, each a process, with a fault for each: no wrong token.
 
-    python tests/attacks/cluster_faults.py [--runs 1000] [--plain 0] [--by pages|copies|both] [--seed 0]
-                                           [--tight] [--front-ends 0]
+    python tests/attacks/cluster_faults.py [--runs 1000] [--plain 0] [--by pages|copies|both]
+                                           [--seed 0] [--minutes 600] [--tight] [--front-ends 0]
 
-Requests of all kinds run on three instances and move between them. A man in the middle loses, doubles and
-delays a move's messages, cuts the way of its keys and values, stops or kills its source, its target or both,
-or has its client go away: once a move, at one of its messages, so that every state of the handshake is hit
-by every fault. What dies is replaced. All that comes is compared with what one engine says; from time to
-time all requests end, and instances must hold nothing. `--plain N` moves N times with no fault, `--tight`
-leaves instances memory for a few requests, `--front-ends N` kills the process that has the cluster N times.
+Requests of all kinds run on three instances and move between them. A man in the middle loses,
+doubles and delays a move's messages, cuts the way of its keys and values, stops or kills its
+source, its target or both, or has its client go away: once a move, at one of its messages, so that
+every state of the handshake is hit by every fault. What dies is replaced. All that comes is
+compared with what one engine says; from time to time all requests end, and instances must hold
+nothing. `--plain N` moves N times with no fault, `--tight` leaves instances memory for a few
+requests, `--front-ends N` kills the process that has the cluster N times.
 `tests/runtime/cluster/test_faults.py` is its short form.
 """
 
@@ -26,7 +27,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import cluster_attack
-from cluster_attack import Attack, Item, Plan
+import cluster_front
+from cluster_attack import Attack, Plan
 
 _BATCH = 60  # runs between two looks at what instances hold
 _CLIENTS = 10
@@ -42,9 +44,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=600.0, help="for each channel, at most")
     parser.add_argument("--tight", action="store_true", help="memory for a few requests")
+    parser.add_argument("--front-ends", type=int, default=0, help="to kill, for each channel")
     given = parser.parse_args()
     faulthandler.register(signal.SIGUSR1)  # says where it is
     channels = ["pages", "copies"] if given.by == "both" else [given.by]
+    _kill_front_ends(channels, given.front_ends, random.Random(given.seed))
+    if not given.runs and not given.plain:
+        return 0
     pool = cluster_attack.items(most_tokens=400, max_len=2048)
     _say(f"{len(pool)} requests, of which a single engine has said what is right")
     is_right = True
@@ -57,6 +63,15 @@ def main() -> int:
             _report(attack, by)
             is_right = is_right and not attack.wrong
     return 0 if is_right else 1
+
+
+def _kill_front_ends(channels: list[str], number: int, draw: random.Random) -> None:
+    for by in channels:
+        for place in range(number):
+            stops_one = place % 2 == 1
+            took_s = cluster_front.kill_one(by, after_s=draw.uniform(0, 2), stops_one=stops_one)
+            of = ", an instance stopped" if stops_one else ""
+            _say(f"{by}: front end {place + 1} killed{of}; nothing is left after {took_s:.2f} s")
 
 
 def _attack(attack: Attack, by: str, number: int, *, plain: bool, ends_s: float) -> None:
@@ -98,7 +113,7 @@ class _Plans:
         with self._lock:
             is_hard = self._num_hard == 0 and attack.may_kill
             if not self._left[is_hard]:
-                every = [plan for plan in cluster_attack.all_plans(self._by)]
+                every = list(cluster_attack.all_plans(self._by))
                 self._left[is_hard] = [plan for plan in every if plan.is_hard == is_hard]
                 self._draw.shuffle(self._left[is_hard])
             self._num_hard += is_hard
@@ -133,22 +148,16 @@ def _report(attack: Attack, by: str) -> None:
     reasons = Counter(plan.why for plan in attack.runs if plan.outcome != "moved")
     total = Counter(plan.outcome for plan in attack.runs)
     stats = attack.cluster.stats()
-    _say(
-        f"{len(attack.runs)} runs: {dict(total)}; {attack.num_requests} requests, {attack.num_dead} died"
-    )
-    _say(
-        f"all moves: {stats.num_migrations} moved, {stats.num_stayed} stayed, {stats.num_recomputed} recomputed"
-    )
-    _say(
-        "why not moved: "
-        + "; ".join(f"{n} {cluster_attack.kind_of(why)}" for why, n in _kinds(reasons))
-    )
+    _say(f"{len(attack.runs)} runs: {dict(total)}")
+    _say(f"{attack.num_requests} requests, {attack.num_dead} instances died")
+    _say(f"all moves: {stats.num_migrations} moved, {stats.num_stayed} stayed")
+    _say(f"sequences computed again: {stats.num_recomputed}")
+    _say("why not moved: " + "; ".join(f"{n} {why}" for why, n in _kinds(reasons)))
     _say(f"requests that ended with an error: {dict(attack.errors) or 'none'}")
     _say(f"moments that did not come: {dict(attack.missed) or 'none'}")
     for pid, counts in attack.held.items():
-        _say(
-            f"process {pid}: descriptors and threads {counts[0]} at first, {counts[-1]} at last, most {max(counts)}"
-        )
+        told = f"{counts[0]} at first, {counts[-1]} at last, most {max(counts)}"
+        _say(f"process {pid}: descriptors and threads {told}")
     _say("WRONG:\n" + "\n".join(attack.wrong) if attack.wrong else "nothing was wrong")
 
 

@@ -1,7 +1,7 @@
 """Requests of all kinds on a cluster, moves between its instances, and one fault for each move.
 
-What comes of every request is compared with what a single engine says; what instances hold, once nothing
-runs, with nothing.
+What comes of every request is compared with what a single engine says; what instances hold, once
+nothing runs, with nothing.
 """
 
 import os
@@ -146,13 +146,17 @@ class Plan:
         )
 
 
+def comes(kind: str, by: str) -> bool:
+    """Whether moves by a channel have such messages, where memory is not short."""
+    return kind != "Refused" and (kind, by) != ("Carry", "pages")  # all goes with `Pause`
+
+
 def all_plans(by: str) -> Iterator[Plan]:
     """Every fault at every message that a channel's moves have."""
     for kind in middle.KINDS:
-        if kind == "Refused" or (kind == "Carry" and by == "pages"):
-            continue  # where memory is short; what is to be carried goes with `Pause`
-        for fault in (*SOFT, *HARD):
-            yield Plan(kind, fault)
+        if comes(kind, by):
+            for fault in (*SOFT, *HARD):
+                yield Plan(kind, fault)
     for _ in range(4):
         yield Plan("Ready", "cut")
 
@@ -165,6 +169,7 @@ class Attack:
     """A cluster under attack.
 
     Args:
+        by: which channel, "pages" or "copies".
         cluster: with `middle` between it and its instances.
         pool: what is asked.
         size: how many instances there are to be.
@@ -177,6 +182,7 @@ class Attack:
         checks: of what instances held in the end.
     """
 
+    by: str
     cluster: Cluster
     between: middle.Middle
     pool: Sequence[Item]
@@ -479,12 +485,14 @@ class Attack:
             counts.append((_count(member.pid, "fd"), _count(member.pid, "task")))
         if zombies := _zombies():
             self.wrong.append(f"zombies: {zombies}")
-        left = sorted(os.listdir(self.cluster._launcher._folder.name))
+        left = {name.partition(".")[0] for name in os.listdir(self._folder)}
         names = {str(member.id) for member in self.cluster.router.members_now()}
-        strange = [name for name in left if name.partition(".")[0].isdigit()
-                   and name.partition(".")[0] not in names and not name.endswith(".mid")]  # fmt: skip
-        if strange:
+        if strange := [name for name in left if name.isdigit() and name not in names]:
             self.wrong.append(f"sockets are left: {strange}")
+
+    @property
+    def _folder(self) -> str:
+        return self.cluster._launcher._folder.name
 
     def _totals(self) -> list[Any]:
         return [picture.totals for picture in self._pictures()[1].values()]
@@ -561,7 +569,7 @@ def attacked(
             **given,
         ) as cluster,
     ):
-        yield Attack(cluster, between, pool, size, random.Random(seed))
+        yield Attack(by, cluster, between, pool, size, random.Random(seed))
 
 
 def kind_of(why: str) -> str:

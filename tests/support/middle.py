@@ -1,9 +1,9 @@
 """A man in the middle: between a cluster's front end and its instances, and between these.
 
-Every message passes through it. Tokens, and whatever else is no part of a migration, go on at once and in
-order; of a migration's commands and answers a test says how often and how late each goes on, and may do
-something else at that moment, such as to kill an instance. It can also cut the connection over which
-keys and values go from instance to instance.
+Every message passes through it. Tokens, and whatever else is no part of a migration, go on at once
+and in order; of a migration's commands and answers a test says how often and how late each goes on,
+and may do something else at that moment, such as to kill an instance. It can also cut the
+connection over which keys and values go from instance to instance.
 """
 
 import heapq
@@ -139,7 +139,7 @@ class Middle:
         try:
             while not self._is_closed:
                 self._turn()
-        except BaseException as error:  # noqa: BLE001 - for whoever looks
+        except BaseException as error:
             self.error = error
             raise
 
@@ -213,6 +213,7 @@ class Middle:
         for frames in (pair.front, pair.engine):
             self._selector.unregister(frames)
             frames.close()
+        Path(f"{pair.path}.mid").unlink(missing_ok=True)
 
     # -- between instances -------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ class Caretaker:
 
     def watch(self, pid: int) -> None:
         """A process that is to end with the caller."""
-        with suppress(OSError):  # it has been killed; then nobody tidies up
+        with suppress(OSError, ValueError):  # it has ended; then nobody tidies up
             assert self._process.stdin is not None
             self._process.stdin.write(f"{pid}\n".encode())
             self._process.stdin.flush()

@@ -120,7 +120,10 @@ class Launcher:
 
 def _local(folder: str) -> dict[str, Any]:
     """Options of a Ray cluster of our own, whose files are in a folder that goes with it."""
-    options: dict[str, Any] = {"object_store_memory": _OBJECT_STORE_BYTES}
+    options: dict[str, Any] = {
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "_system_config": {"worker_niceness": 0},  # by default they yield to all else that runs
+    }
     if len(folder.encode()) + _RAY_PATH_BYTES <= _MOST_PATH_BYTES:
         options["_temp_dir"] = folder  # else Ray's own, which it leaves behind
     return options
