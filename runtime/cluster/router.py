@@ -295,6 +295,7 @@ class Router:
         self._arbiter.on(answer)
         self._route(self._arbiter.accept())
         self._note_moves()
+        self._place_orphans()  # one that neither end has
         self._send()
 
     def on_pulse(self, instance: int, pulse: Pulse) -> None:

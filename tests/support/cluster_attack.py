@@ -282,9 +282,9 @@ class Attack:
         finally:
             self._is_over.set()
             for thread in threads:
-                thread.join(90)
+                thread.join(45)
             if any(thread.is_alive() for thread in threads):
-                self.wrong.append(f"requests that never end: {self.cluster.router.requests()}")
+                self.wrong.append(f"requests that never end: {self.unfinished()}")
 
     def _client(self, seed: float) -> None:
         draw = random.Random(seed)
@@ -474,7 +474,7 @@ class Attack:
         healing = self._healing
         if healing is not None:
             healing.join(120)
-        _until(lambda: not self.cluster.router.requests(), "requests are left")
+        _until(lambda: not self.cluster.router.requests(), lambda: f"left: {self.unfinished()}")
         _until(self._hold_nothing, lambda: f"held: {self._totals()}")
         self.cluster.router.ask("trim")
         _until(
@@ -493,6 +493,26 @@ class Attack:
     @property
     def _folder(self) -> str:
         return self.cluster._launcher._folder.name
+
+    def unfinished(self) -> list[str]:
+        """All that is known of what has not ended."""
+        arbiter = self.cluster.router._arbiter
+        strips = [
+            (instance, strip.request, strip.num_tokens, strip.state)
+            for instance, picture in self._pictures()[1].items()
+            for strip in picture.strips
+            if strip.state == "live"
+        ]
+        found = [f"live: {strips}"]
+        for one in arbiter.unfinished:
+            moving = arbiter.handshake(one.key)
+            found.append(
+                f"{one.key} of {one.owner} since {one.epoch}, {len(one.output_token_ids)} of "
+                f"{one.spec.params.max_tokens} tokens, {one.num_missing} missing, early "
+                f"{one.early}, former {one.former}, told {one.told}, aborted {one.is_aborted}, "
+                f"moving {None if moving is None else vars(moving)}"
+            )
+        return found
 
     def _totals(self) -> list[Any]:
         return [picture.totals for picture in self._pictures()[1].values()]
