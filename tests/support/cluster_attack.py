@@ -396,7 +396,7 @@ class Attack:
             plan.source = owner
             plan.target = self.draw.choice([t for t in targets if t != owner])
             plan.num_bytes = self.draw.choice([1, 9, 60, 200, 400, 5000, 100_000])
-            plan.begun_s = 0.0
+            plan.begun_s, plan.outcome, plan.why = 0.0, "", ""
             if plan.fault == "none":
                 plan.state = "any"
             if plan.is_hard:
@@ -425,10 +425,14 @@ class Attack:
                 return
             time.sleep(0.02)
         self.num_dead += len(plan.victims)
-        time.sleep(1.0)  # for Ray to collect them
-        for victim in plan.victims:
-            if Path(f"/proc/{self.between.pids[victim]}").exists():
-                self.wrong.append(f"{plan}: process {self.between.pids[victim]} is left")
+        if (error := self.cluster.router.error) is not None:
+            self.wrong.append(f"{plan}: {error}")
+            return
+        while any(Path(f"/proc/{self.between.pids[v]}").exists() for v in plan.victims):
+            if time.monotonic() > deadline + 10:  # Ray has time to collect them
+                self.wrong.append(f"{plan}: a process is left")
+                return
+            time.sleep(0.05)
         try:
             self.cluster.scale(self.size)
         except VkvError as error:

@@ -73,7 +73,6 @@ class _Pair:
     """A connection of the front end's, and the one to the instance."""
 
     instance: int
-    path: str
     front: Frames
     engine: Frames
     is_open: bool = True
@@ -164,9 +163,12 @@ class Middle:
 
     def _greet(self, listener: socket.socket, instance: int, path: str) -> None:
         front, _ = listener.accept()
+        self._selector.unregister(listener)  # one calls, once
+        listener.close()
+        Path(f"{path}.mid").unlink()
         engine = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         engine.connect(path)
-        pair = _Pair(instance, path, Frames(front), Frames(engine))
+        pair = _Pair(instance, Frames(front), Frames(engine))
         self._selector.register(pair.front, selectors.EVENT_READ, _End(pair, False))
         self._selector.register(pair.engine, selectors.EVENT_READ, _End(pair, True))
 
@@ -213,7 +215,6 @@ class Middle:
         for frames in (pair.front, pair.engine):
             self._selector.unregister(frames)
             frames.close()
-        Path(f"{pair.path}.mid").unlink(missing_ok=True)
 
     # -- between instances -------------------------------------------------------------------------
 
@@ -226,11 +227,25 @@ class Middle:
         if num_bytes is None:
             return packed
         offer = msgspec.msgpack.decode(message.address)
-        place = next(i for i, part in enumerate(offer) if isinstance(part, str) and part[0] == "/")
-        ours = f"{offer[place]}.{next(self._order)}"
-        _Cut(ours, offer[place], num_bytes)
-        offer[place] = ours
-        return encode(msgspec.structs.replace(message, address=msgspec.msgpack.encode(offer)))
+        theirs = next(part for part in _parts(offer) if isinstance(part, str) and part[:1] == "/")
+        ours = f"{theirs}.{next(self._order)}"
+        _Cut(ours, theirs, num_bytes)
+        address = msgspec.msgpack.encode(_replaced(offer, theirs, ours))
+        return encode(msgspec.structs.replace(message, address=address))
+
+
+def _parts(offer: Any) -> Iterator[Any]:
+    if isinstance(offer, list):
+        for part in offer:
+            yield from _parts(part)
+    else:
+        yield offer
+
+
+def _replaced(offer: Any, what: str, by: str) -> Any:
+    if isinstance(offer, list):
+        return [_replaced(part, what, by) for part in offer]
+    return by if offer == what else offer
 
 
 @dataclass(frozen=True)
