@@ -25,7 +25,7 @@ from ..engine.config import EngineConfig
 from ..engine.loop import EngineLoop, refusal
 from ..engine.messages import Abort, Add, Finish, Resume, SetPriority
 from ..engine.migration.messages import Answer as MoveAnswer
-from ..engine.migration.messages import Command, Commit, Release
+from ..engine.migration.messages import Command, Commit, Release, WentOn
 from ..request.spec import SequenceKey
 from ..request.step_output import Failure, StepOutput
 from .addresses import Listener
@@ -193,13 +193,21 @@ class EngineServer:
         if self._moves is None:
             _log.error("%s is not for this engine, whose sequences stay", command)
             return
+        if self._loop.has_mail:  # what came before a command is done before it
+            self._deliver(self._loop.carry_out())
         self._movers[command.key] = front
         if isinstance(command, Commit):  # its outputs are for who commands it
             self._expect(front, command.key)
         answers = self._moves.handle(command)
         if isinstance(command, Release):
             self._note_end(*command.key)
-        self._answer_moves(answers)
+        self._answer_moves([self._with_prepared(answer) for answer in answers])
+
+    def _with_prepared(self, answer: MoveAnswer) -> MoveAnswer:
+        """A sequence whose grammar is compiled is here, though the engine does not know it yet."""
+        if isinstance(answer, WentOn) and self._preparing.has(answer.key[0]):
+            return WentOn(answer.key, answer.epoch, is_here=True)
+        return answer
 
     def _go_on_moving(self) -> None:
         if self._moves is not None and self._movers:

@@ -18,12 +18,11 @@ import torch
 from ....vmem.errors import InvalidConfig, InvalidOperation
 from ...link.addresses import Place
 from .actor import FRONT_END, Arrived, InstanceActor, InstanceOrder
+from .caretaker import Caretaker
 
-_LOCAL = {  # of a Ray that is started here
-    "object_store_memory": 80 << 20,  # the least that it takes: no tokens, keys or values are in it
-    # Ray's own 15 is for work behind other work. Engines would get a part of what the front leaves.
-    "_system_config": {"worker_niceness": 0},
-}
+_OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes: no tokens, keys or values go through it
+_MOST_PATH_BYTES = 103  # of a Unix socket, as Ray counts
+_RAY_PATH_BYTES = 70  # what Ray puts behind a folder's name
 _CALL_S = 10.0  # for an instance that is ready to take a connection
 _END_S = 2.0  # for an instance of another node to clean up, and for its neighbours to end it
 _TELL_S = 30.0  # between two words about an instance that has no place yet
@@ -61,17 +60,25 @@ class Launcher:
         self._owns_ray = not self._ray.is_initialized()
         self._is_alone = address is None
         self._folder = tempfile.TemporaryDirectory(prefix="vkv-cluster-")  # nobody else may look in
+        self._caretaker = Caretaker(self._folder.name)
         self._instances: dict[int, _Instance] = {}
         self._ending: list[threading.Thread] = []
+        try:
+            self._place = self._meet_ray(address, silence_s)
+        except BaseException:
+            self._caretaker.close()
+            raise
+
+    def _meet_ray(self, address: str | None, silence_s: float) -> Place:
+        """Start a Ray cluster or join one; where this process is in it."""
         if self._owns_ray:
-            local: dict[str, Any] = {} if address else _LOCAL
             self._ray.init(
                 address=address or "local",  # or one that is there by chance would be joined
                 include_dashboard=None if address else False,
                 log_to_driver=False,
-                **local,
+                **({} if address else _local(self._folder.name)),
             )
-        self._place = Place(
+        return Place(
             node=self._ray.get_runtime_context().get_node_id(),
             secret=secrets.token_bytes(32),
             silence_s=silence_s,
@@ -195,6 +202,8 @@ class Launcher:
             error = arrived.failure.error()
             raise error if self._is_alone else type(error)(f"on node {arrived.host}: {error}")
         one.arrived = arrived
+        if arrived.node == self._place.node:
+            self._caretaker.watch(arrived.pid)
         return arrived
 
     def connect(self, instance: int) -> socket.socket:
@@ -268,7 +277,19 @@ class Launcher:
         if self._owns_ray:
             self._owns_ray = False
             self._ray.shutdown()
+        self._caretaker.close()
         self._folder.cleanup()
+
+
+def _local(folder: str) -> dict[str, Any]:
+    """Options of a Ray cluster of our own, whose files are in a folder that goes with it."""
+    options: dict[str, Any] = {
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "_system_config": {"worker_niceness": 0},  # by default they yield to all else that runs
+    }
+    if len(folder.encode()) + _RAY_PATH_BYTES <= _MOST_PATH_BYTES:
+        options["_temp_dir"] = folder  # else Ray's own, which it leaves behind
+    return options
 
 
 def _import_ray() -> Any:

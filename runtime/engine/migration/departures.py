@@ -163,7 +163,11 @@ class Departures:
             before.renew()
             if before.epoch == epoch and before.state is not DepartureState.ENDED:
                 return before
-            if before.epoch >= epoch:
+            if before.epoch == epoch:
+                raise InvalidOperation(
+                    f"epoch {epoch} of {key} has ended: {before.why}; begin a later one"
+                )
+            if before.epoch > epoch:
                 raise InvalidOperation(f"{key} had epoch {before.epoch}; begin a later one")
             if before.state is DepartureState.AWAY:
                 raise InvalidOperation(f"{key} is away since epoch {before.epoch}; end that first")

@@ -157,6 +157,8 @@ def test_late_verbs_of_an_epoch_that_has_ended_do_nothing(rig: migrating.Rig) ->
     for verb in (loop.departures.begin, loop.departures.depart, loop.departures.extend):
         with pytest.raises(InvalidOperation, match="later"):
             verb(_KEY, 2)
+    with pytest.raises(InvalidOperation, match="has ended: it was ended before it began"):
+        loop.departures.begin(_KEY, 2)
     with pytest.raises(InvalidOperation, match="later"):
         loop.departures.begin(_KEY, 1)
     loop.departures.begin(_KEY, 3)
