@@ -19,7 +19,7 @@ class Member:
 
     Attributes:
         id: names it as long as the cluster exists.
-        role: what it is for.
+        role, home: as of `InstanceSnapshot`.
         pid: of its process.
         is_draining: it takes nothing, and hands over what it has.
         face: what it is; None until it has said so.
@@ -30,6 +30,7 @@ class Member:
     id: int
     role: Role
     pid: int
+    home: Role | None = None
     is_draining: bool = False
     face: Face | None = None
     stats: EngineStats | None = None
@@ -107,6 +108,14 @@ class Members:
             member.carried_bytes, member.handed_pages = pulse.carried_bytes, pulse.handed_pages
             self.changed()
 
+    def switch(self, instance: int, role: Role, time_s: float) -> None:
+        """An instance has another role from now on. One that does both remembers its own."""
+        member = self.of(instance)
+        member.home = (member.home or member.role) if role == "both" else None
+        member.role = role
+        self.switched_s = time_s
+        self.changed()
+
     def changed(self) -> None:
         """Something in the next picture is another."""
         self._snapshot = None
@@ -157,6 +166,7 @@ class Members:
             id=member.id,
             capacity_tokens=0 if face is None else face.capacity_tokens,
             role=member.role,
+            home=member.home,
             is_alive=face is not None,
             is_draining=member.is_draining,
             used_tokens=sum(r.num_tokens for r in requests if not r.is_waiting),

@@ -71,7 +71,7 @@ class SimulatedInstance:
         foresees: False to ask the scheduler for every step.
 
     Attributes:
-        role, is_draining: as of `InstanceSnapshot`.
+        role, home, is_draining: as of `InstanceSnapshot`.
         held: requests whose keys and values wait to be fetched, with the role "prefill".
         moving: running and waiting requests that are being moved.
         num_incoming: requests for which room is kept.
@@ -95,6 +95,7 @@ class SimulatedInstance:
         self.id = id
         self.config = config
         self.role: Role = role
+        self.home: Role | None = None
         self.is_draining = False
         self.cache = CountingCache(
             config.capacity_tokens, page_tokens=config.page_tokens, max_parked=config.max_seqs
@@ -204,6 +205,7 @@ class SimulatedInstance:
     def set_role(self, role: Role) -> None:
         """From now on; requests that were held go on here if that is for it."""
         self.interrupt()
+        self.home = (self.home or self.role) if role == "both" else None
         self.role = role
         if role != "prefill":
             for request, held in list(self.held.items()):
@@ -420,6 +422,7 @@ class SimulatedInstance:
             id=self.id,
             capacity_tokens=self.cache.capacity_tokens,
             role=self.role,
+            home=self.home,
             is_draining=self.is_draining,
             used_tokens=self.cache.live_tokens + self._tokens_grown(num_done),
             parked_tokens=self.cache.parked_tokens,
