@@ -6,7 +6,14 @@ from typing import Any
 
 from ...runtime.cli.options import group, option
 from ...vmem.errors import InvalidConfig
-from ..options import label_option, max_seqs_option, seed_option, words
+from ..options import (
+    decimals,
+    label_option,
+    max_seqs_option,
+    seed_option,
+    whole_numbers,
+    words,
+)
 
 POLICIES = ("round_robin", "least_loaded", "llumnix", "disaggregated")
 ROLES = ("prefill", "decode", "both")
@@ -34,11 +41,14 @@ class Load:
     most_tokens: int | None = option(
         None, least=2, help="Of a prompt with its output, which is cut to that."
     )
+    urgent: float = option(0.0, help="Share of the requests that are urgent.")
     seed: int = seed_option()
 
     def __post_init__(self) -> None:
         if min(self.cv, self.scale) <= 0:
             raise InvalidConfig(f"cv {self.cv} and scale {self.scale} must be positive")
+        if not 0 <= self.urgent <= 1:
+            raise InvalidConfig(f"urgent is {self.urgent}; use a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +64,15 @@ class SimulateOptions:
     """
 
     load: Load = group(Load)
-    rate: float = option(2.0, help="Requests a second, of all instances together.")
+    rates: tuple[float, ...] = option(
+        "2",
+        names=("--rate",),
+        parse=decimals,
+        help="Requests a second, of all instances together; several with commas.",
+    )
+    seeds: tuple[int, ...] = option(
+        "", parse=whole_numbers, help="In place of --seed: several with commas, of which medians."
+    )
     record: Path | None = option(
         None, help="A record of `vkv bench serve` to simulate again, with costs fitted to it."
     )
@@ -68,9 +86,10 @@ class SimulateOptions:
     )
     policies: tuple[str, ...] = option(
         "round_robin,llumnix",
-        names=("--policy",),
+        names=("--policy", "--policies"),
         parse=words,
-        help=f"Policies to compare, of {', '.join(POLICIES)}; with commas.",
+        help=f"Policies to compare, of {', '.join(POLICIES)}; with commas. What is other about one "
+        "follows its name: llumnix:source_below=60:moves=2.",
     )
     capacity_tokens: int | None = option(
         None, least=16, help="Tokens of keys and values of an instance. Default: the table's."
@@ -94,16 +113,16 @@ class SimulateOptions:
     label: str = label_option()
 
     def __post_init__(self) -> None:
-        for name, known in (("policies", POLICIES), ("roles", ROLES)):
-            chosen = getattr(self, name)
-            if unknown := [value for value in chosen if value not in known]:
-                raise InvalidConfig(f"{name} has {unknown[0]!r}; use some of {', '.join(known)}")
+        if unknown := [role for role in self.roles if role not in ROLES]:
+            raise InvalidConfig(f"roles has {unknown[0]!r}; use some of {', '.join(ROLES)}")
         if not self.policies:
             raise InvalidConfig(f"policies is empty; use some of {', '.join(POLICIES)}")
-        if self.rate <= 0 or min(self.link_gbit, self.link_latency_ms, self.report_ms) < 0:
+        if not self.rates or min(self.rates) <= 0:
+            raise InvalidConfig(f"rates are {self.rates}; give one at least, and none that is 0")
+        if min(self.link_gbit, self.link_latency_ms, self.report_ms) < 0:
             raise InvalidConfig(
-                f"rate {self.rate} must be positive, and link_gbit {self.link_gbit}, "
-                f"link_latency_ms {self.link_latency_ms}, report_ms {self.report_ms} from 0 on"
+                f"link_gbit {self.link_gbit}, link_latency_ms {self.link_latency_ms} and report_ms "
+                f"{self.report_ms} must be 0 or more"
             )
 
 
