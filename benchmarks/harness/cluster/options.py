@@ -1,19 +1,24 @@
-"""What `vkv simulate` and `vkv place` can be told."""
+"""What `vkv simulate`, `vkv place` and `vkv bench cluster` can be told."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...runtime.cli.options import group, option
 from ...vmem.errors import InvalidConfig
 from ..options import (
     decimals,
+    dtype_option,
     label_option,
     max_seqs_option,
     seed_option,
+    shape_option,
     whole_numbers,
     words,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 POLICIES = ("round_robin", "least_loaded", "llumnix", "disaggregated")
 ROLES = ("prefill", "decode", "both")
@@ -124,6 +129,72 @@ class SimulateOptions:
                 f"link_gbit {self.link_gbit}, link_latency_ms {self.link_latency_ms} and report_ms "
                 f"{self.report_ms} must be 0 or more"
             )
+
+
+def _promises(listed: str) -> tuple[tuple[float, float], ...]:
+    """Pairs of milliseconds, to a first token and for each after it."""
+    try:
+        found = [item.split(":") for item in words(listed)]
+        return tuple((float(first), float(each)) for first, each in found)
+    except ValueError as error:
+        raise ValueError("give TTFT:TPOT in milliseconds, such as 500:50,1000:100") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """What `vkv bench cluster` runs.
+
+    Attributes:
+        roles: with any, the same number of instances that do all is compared with these, at rising
+            rates; and no policies.
+        loads: workloads and the requests a second of each.
+        calibrating: requests that the costs of the simulator are fitted to; 0 for no simulator.
+        promises: in milliseconds, to a first token and for each after it.
+    """
+
+    shape: str = shape_option("llama-28m")
+    dtype: "torch.dtype" = dtype_option("float32")
+    instances: int = option(4, least=1, help="How many; each a process.")
+    threads: int = option(1, least=1, help="Of each instance.")
+    policies: tuple[str, ...] = option(
+        "round_robin,least_loaded,llumnix",
+        names=("--policy", "--policies"),
+        parse=words,
+        help=f"Policies to compare, of {', '.join(POLICIES)}; with commas. What is other about one "
+        "follows its name: llumnix:source_below=60:moves=2.",
+    )
+    roles: tuple[str, ...] = option(
+        "", parse=words, help="In place of policies: prefill, decode, both; one each, with commas."
+    )
+    loads: tuple[str, ...] = option(
+        "powerlaw-256-256@8",
+        names=("--workload",),
+        parse=words,
+        help="Workloads and their requests a second, NAME@RATE; several with commas.",
+    )
+    num_requests: int = option(300, least=8, help="Of each run.")
+    scale: float = option(0.125, help="Multiplies all lengths.")
+    most_tokens: int = option(1500, least=2, help="Of a prompt with its output, which is cut.")
+    cv: float = option(1.0, help="Variation of the times between arrivals: 1 Poisson, else Gamma.")
+    urgent: float = option(0.0, help="Share of the requests that are urgent.")
+    seeds: tuple[int, ...] = option("0", parse=whole_numbers, help="Traces, one each; with commas.")
+    kv_memory: str = option("26MiB", help="For keys and values, of each instance.")
+    max_seqs: int = max_seqs_option(32)
+    max_batch_tokens: int = option(1024, least=1, help="Tokens of a step.")
+    calibrating: int = option(120, least=0, help="Requests to fit the simulator's costs to.")
+    promises: tuple[tuple[float, float], ...] = option(
+        "500:50,1000:100,2000:200",
+        names=("--slo",),
+        parse=_promises,
+        help="Milliseconds to a first token, and for each after it: TTFT:TPOT, with commas.",
+    )
+    label: str = label_option()
+
+    def __post_init__(self) -> None:
+        if unknown := [role for role in self.roles if role not in ROLES]:
+            raise InvalidConfig(f"roles has {unknown[0]!r}; use some of {', '.join(ROLES)}")
+        if not (self.loads and self.seeds and self.promises and (self.policies or self.roles)):
+            raise InvalidConfig("workload, seeds, slo and policies need one entry at least")
 
 
 @dataclass(frozen=True, kw_only=True)
