@@ -57,15 +57,27 @@ class Site:
     vocab_size: int
     options: ClusterOptions
 
+    @property
+    def memory(self) -> str:
+        """What an instance holds."""
+        return (
+            f"An instance holds keys and values of {self.cluster.face.capacity_tokens} tokens; a "
+            f"request grows by {self._page_tokens}."
+        )
+
+    @property
+    def _page_tokens(self) -> int:
+        stats = self.cluster.stats().instances[0].stats
+        return 16 if stats is None else stats.kv.growth_tokens
+
     def config(self, cost: StepCost, order: str = "fcfs") -> ClusterConfig:
         """The same for the simulator."""
         face = self.cluster.face
         members = self.cluster.stats().instances
-        stats = members[0].stats
         instance = InstanceConfig(
             cost=cost,
             capacity_tokens=face.capacity_tokens,
-            page_tokens=16 if stats is None else stats.kv.growth_tokens,
+            page_tokens=self._page_tokens,
             max_seqs=face.max_seqs,
             max_batch_tokens=self.options.max_batch_tokens,
             scheduling_policy=order,
@@ -101,6 +113,7 @@ def run(options: ClusterOptions, folder: Path, command: str) -> tuple[Path, list
     def steps() -> Generator[None, None, None]:
         count = len(loads) * (len(options.seeds) * len(contenders) + 1)
         with site(options) as there, counted("runs", count) as advance:
+            notes.append(there.memory)
             for name, rate in loads:
                 probe.measure()
                 fit = calibrated(there, name, rate)

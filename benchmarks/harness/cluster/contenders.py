@@ -4,6 +4,7 @@ round_robin
 llumnix:source_below=60:moves=2
 llumnix:headroom=11000:order=priority    urgent requests count as that much more, and go first
 llumnix:least=4:most=64:below=160        so many instances, by their average freeness
+    llumnix:instances=24                     beginning with so many (in the simulator)
 """
 
 import inspect
@@ -34,11 +35,13 @@ class Contender:
         text: as it was typed.
         order: of the requests of an instance, as of `EngineConfig.scheduling_policy`; None for the
             one that is given elsewhere.
+        instances: to begin with; None for as many as are given elsewhere.
     """
 
     text: str
     name: str
     order: str | None
+    instances: int | None
     arguments: Mapping[str, Any]
 
     def policy(self) -> ClusterPolicy:
@@ -58,7 +61,11 @@ def contender(text: str) -> Contender:
     if order is not None and order not in _ORDERS:
         raise InvalidConfig(f"{text!r} has the order {order!r}; use one of {', '.join(_ORDERS)}")
     numbers = {key: _number(text, key, value) for key, value in values.items()}
-    return Contender(text, name, order, _arguments(text, name, numbers))
+    instances = numbers.pop("instances", None)
+    if instances is not None and (instances < 1 or instances != int(instances)):
+        raise InvalidConfig(f"{text!r} has {instances} instances; use a whole number, from 1 on")
+    count = None if instances is None else int(instances)
+    return Contender(text, name, order, count, _arguments(text, name, numbers))
 
 
 def _arguments(text: str, name: str, numbers: dict[str, float]) -> dict[str, Any]:

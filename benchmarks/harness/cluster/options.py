@@ -167,18 +167,18 @@ class ClusterOptions:
         "", parse=words, help="In place of policies: prefill, decode, both; one each, with commas."
     )
     loads: tuple[str, ...] = option(
-        "powerlaw-256-256@8",
+        "powerlaw-256-256@16",
         names=("--workload",),
         parse=words,
         help="Workloads and their requests a second, NAME@RATE; several with commas.",
     )
     num_requests: int = option(300, least=8, help="Of each run.")
     scale: float = option(0.125, help="Multiplies all lengths.")
-    most_tokens: int = option(1500, least=2, help="Of a prompt with its output, which is cut.")
+    most_tokens: int = option(960, least=2, help="Of a prompt with its output, which is cut.")
     cv: float = option(1.0, help="Variation of the times between arrivals: 1 Poisson, else Gamma.")
     urgent: float = option(0.0, help="Share of the requests that are urgent.")
     seeds: tuple[int, ...] = option("0", parse=whole_numbers, help="Traces, one each; with commas.")
-    kv_memory: str = option("26MiB", help="For keys and values, of each instance.")
+    kv_memory: str = option("16MiB", help="For keys and values, of each instance.")
     max_seqs: int = max_seqs_option(32)
     max_batch_tokens: int = option(1024, least=1, help="Tokens of a step.")
     calibrating: int = option(120, least=0, help="Requests to fit the simulator's costs to.")

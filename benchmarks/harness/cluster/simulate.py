@@ -124,7 +124,7 @@ def _config(options: SimulateOptions, one: Contender, cost: StepCost) -> Cluster
         policy=options.step_policy,
         scheduling_policy=one.order or options.scheduling_policy,
     )
-    roles = options.roles or ("both",) * options.instances
+    roles = options.roles or ("both",) * (one.instances or options.instances)
     return ClusterConfig(
         members=tuple(Member(config=instance, role=cast(Role, role)) for role in roles),
         transfer=TransferCost(
