@@ -1,10 +1,10 @@
 """Policies of a cluster as they are typed: a name, and what is other about it than by default.
 
-round_robin
-llumnix:source_below=60:moves=2
-llumnix:headroom=11000:order=priority    urgent requests count as that much more, and go first
-llumnix:least=4:most=64:below=160        so many instances, by their average freeness
-    llumnix:instances=24                     beginning with so many (in the simulator)
+- `round_robin`
+- `llumnix:source_below=60:moves=2`
+- `llumnix:headroom=11000:order=priority`: urgent requests count as more, and go first
+- `llumnix:least=4:most=64:below=160`: so many instances, by their average freeness
+- `llumnix:instances=24`: beginning with so many, in the simulator
 """
 
 import inspect
