@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from ...runtime.cluster.cluster import Cluster
-from ...runtime.cluster.policies import LeastLoaded
+from ...runtime.cluster.policies import ClusterPolicy, LeastLoaded
 from ...runtime.cluster.simulator.cluster import ClusterConfig, Member, simulate
-from ...runtime.cluster.simulator.costs import StepCost, TransferCost
-from ...runtime.cluster.simulator.fitting import Fit, fit_step_cost
+from ...runtime.cluster.simulator.costs import TransferCost
+from ...runtime.cluster.simulator.fitting import Fit, fit_beside
 from ...runtime.cluster.simulator.instance import InstanceConfig
 from ...runtime.cluster.simulator.trace import Report, Slo, TraceRequest
 from ...runtime.cluster.snapshot import Role
@@ -35,11 +35,12 @@ from ..record import Findings, Record, Table, record_name
 from .comparison import against_first, by_urgency, figures, latencies, plot, totals, values
 from .contenders import Contender, contender
 from .options import ClusterOptions, Load
-from .real import Exchange, observed_steps, serve
+from .real import Exchange, Run, observed_steps, serve
 from .traces import trace_of
 
 _HAND_OVER_S = 5e-3  # of pages that change hands, between processes of one machine
 _ROUND_S = 0.1  # between two rounds of moves, as of the router
+_OTHER_SEED = 1_000_003  # of requests that are not measured
 _FIGURES = (("mean", None), ("p50", 50), ("p90", 90), ("p99", 99))
 
 
@@ -70,12 +71,12 @@ class Site:
         stats = self.cluster.stats().instances[0].stats
         return 16 if stats is None else stats.kv.growth_tokens
 
-    def config(self, cost: StepCost, order: str = "fcfs") -> ClusterConfig:
+    def config(self, costs: "Costs", order: str = "fcfs") -> ClusterConfig:
         """The same for the simulator."""
         face = self.cluster.face
         members = self.cluster.stats().instances
         instance = InstanceConfig(
-            cost=cost,
+            cost=costs.fit.cost,
             capacity_tokens=face.capacity_tokens,
             page_tokens=self._page_tokens,
             max_seqs=face.max_seqs,
@@ -86,6 +87,7 @@ class Site:
             members=tuple(Member(config=instance, role=member.role) for member in members),
             transfer=TransferCost(latency_s=_HAND_OVER_S, token_bytes=face.token_bytes),
             round_s=_ROUND_S,
+            slowdown=costs.slowdown,
         )
 
 
@@ -116,16 +118,16 @@ def run(options: ClusterOptions, folder: Path, command: str) -> tuple[Path, list
             notes.append(there.memory)
             for name, rate in loads:
                 probe.measure()
-                fit = calibrated(there, name, rate)
-                notes.append(said(f"{name}@{rate:g}", fit))
+                costs = calibrated(there, name, rate)
+                notes.append(said(f"{name}@{rate:g}", costs))
                 advance()
                 for seed in options.seeds:
                     trace = requests(options, name, rate, seed)
                     for one in contenders:
                         key = f"{name} at {rate:g}/s", one.text
                         real.setdefault(key, []).append(_served(there, one, trace, next(number)))
-                        if fit is not None:
-                            config = there.config(fit.cost, one.order or "fcfs")
+                        if costs is not None:
+                            config = there.config(costs, one.order or "fcfs")
                             report = simulate(config, one.policy(), trace)
                             simulated.setdefault(key, []).append(report)
                         advance()
@@ -200,29 +202,45 @@ def slos(options: ClusterOptions) -> list[Slo]:
     return [Slo(ttft_s=first / 1e3, tpot_s=each / 1e3) for first, each in options.promises]
 
 
-def calibrated(there: Site, name: str, rate: float) -> Fit | None:
-    """Costs of steps under such a load, fitted to a run of other requests; all is warm after it.
+@dataclass(frozen=True)
+class Costs:
+    """What steps take, and how many times as long beside others, as of `ClusterConfig`."""
+
+    fit: Fit
+    slowdown: tuple[float, ...]
+
+
+def warmed(there: Site, name: str, rate: float, policy: ClusterPolicy) -> Run:
+    """A run of other requests of such a load, after which all is warm.
 
     They are cut so that none has to give way, which would hide what its steps computed.
     """
-    options = there.options
-    count = options.calibrating or 8
-    most = there.cluster.face.capacity_tokens // 4
+    count = there.options.calibrating or 8
+    most = there.cluster.face.capacity_tokens // 8
     trace = [
         TraceRequest(
             arrival_s=one.arrival_s,
-            prompt_tokens=min(one.prompt_tokens, most // 2),
-            output_tokens=min(one.output_tokens, most // 2),
+            prompt_tokens=min(one.prompt_tokens, most),
+            output_tokens=min(one.output_tokens, most),
         )
-        for one in requests(options, name, rate, seed=1_000_003, count=count)
+        for one in requests(there.options, name, rate, seed=_OTHER_SEED, count=count)
     ]
-    policy = LeastLoaded()
-    found = serve(
-        there.cluster, there.exchange, policy, trace, vocab_size=there.vocab_size, seed=1_000_003
+    return serve(
+        there.cluster,
+        there.exchange,
+        policy,
+        trace,
+        vocab_size=there.vocab_size,
+        seed=_OTHER_SEED,
     )
-    if not options.calibrating:
+
+
+def calibrated(there: Site, name: str, rate: float) -> Costs | None:
+    """Costs of steps under such a load; None if none are asked for."""
+    found = warmed(there, name, rate, LeastLoaded())
+    if not there.options.calibrating:
         return None
-    return fit_step_cost(observed_steps(found, options.max_batch_tokens))
+    return Costs(*fit_beside(*observed_steps(found, there.options.max_batch_tokens)))
 
 
 def _served(there: Site, one: Contender, trace: Sequence[TraceRequest], number: int) -> Report:
@@ -260,13 +278,15 @@ def parse_load(text: str) -> tuple[str, float]:
 # -- the simulator beside it ---------------------------------------------------------------------
 
 
-def said(name: str, fit: Fit | None) -> str:
+def said(name: str, costs: Costs | None) -> str:
     """How well costs explain the steps of a load."""
-    if fit is None:
+    if costs is None:
         return f"{name}: not simulated."
+    fit, slower = costs.fit, ", ".join(f"{factor:.2f}" for factor in costs.slowdown)
     return (
         f"{name}: costs fitted to {fit.num_steps} steps of other requests; a step's error is "
-        f"{fit.mean_error:.1%} in the mean, of all together {fit.total_error:+.1%}."
+        f"{fit.mean_error:.1%} in the mean, of all together {fit.total_error:+.1%}. A step takes "
+        f"{slower} times as long where one, two … instances compute."
     )
 
 

@@ -25,12 +25,13 @@ from ...runtime.frontend.progress import counted
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
 from ..record import Findings, Record, Table, record_name
-from .bench import calibrated, compared, parse_load, requests, said, site, slos
+from .bench import Costs, calibrated, compared, parse_load, requests, said, site, slos, warmed
 from .comparison import figures, latencies, plot, totals
 from .options import DEFAULT_TABLE, ClusterOptions, Load
 from .real import serve
 from .traces import trace_of
 
+_TOGETHER = "both"
 _SHARE = 0.9  # of requests that both promises must be kept for
 _REAL_SHAPE_RATES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)  # requests a second and device
 _REAL_SHAPE_SLOS = tuple(
@@ -55,9 +56,11 @@ def run(options: ClusterOptions, folder: Path, command: str) -> tuple[Path, list
     )
     real: Runs = {}
     simulated: Runs = {}
+    costs: dict[tuple[str, float], Costs | None] = {}
     notes: list[str] = []
     probe = LimitsProbe(torch.device("cpu"), options.dtype)
     number = itertools.count(1)
+    real_shape = of_real_shape(options.roles)
 
     def steps() -> Generator[None, None, None]:
         count = 2 * len(loads) * (len(options.seeds) + 1)
@@ -66,8 +69,11 @@ def run(options: ClusterOptions, folder: Path, command: str) -> tuple[Path, list
                 probe.measure()
                 with site(options, roles) as there:
                     for name, rate in loads:
-                        fit = calibrated(there, name, rate)
-                        notes.append(said(f"{what}, {name}@{rate:g}", fit))
+                        if what == _TOGETHER:
+                            costs[name, rate] = calibrated(there, name, rate)
+                            notes.append(said(f"{name}@{rate:g}", costs[name, rate]))
+                        else:
+                            warmed(there, name, rate, policy_of(roles))
                         advance()
                         for seed in options.seeds:
                             trace = requests(options, name, rate, seed)
@@ -81,8 +87,9 @@ def run(options: ClusterOptions, folder: Path, command: str) -> tuple[Path, list
                             )
                             key = f"{rate:g}/s", what
                             real.setdefault(key, []).append(found.report)
-                            if fit is not None:
-                                report = simulate(there.config(fit.cost), policy_of(roles), trace)
+                            cost = costs[name, rate]
+                            if cost is not None:
+                                report = simulate(there.config(cost), policy_of(roles), trace)
                                 simulated.setdefault(key, []).append(report)
                             advance()
                             yield
@@ -93,7 +100,7 @@ def run(options: ClusterOptions, folder: Path, command: str) -> tuple[Path, list
         tables.append(totals(real, promises[0], notes))
         if simulated:
             tables += [kept(simulated, promises, "Simulated"), compared(real, simulated)]
-        tables.append(of_real_shape(options.roles))
+        tables.append(real_shape)
         return Findings(
             results={
                 ", ".join(key): [figures(report, promises[0]) for report in reports]
@@ -109,7 +116,7 @@ def run(options: ClusterOptions, folder: Path, command: str) -> tuple[Path, list
 def setups(roles: Sequence[str]) -> dict[str, list[Role]]:
     """What is compared: as many instances, in two ways."""
     return {
-        "both": ["both"] * len(roles),
+        _TOGETHER: ["both"] * len(roles),
         ", ".join(roles): [cast(Role, role) for role in roles],
     }
 

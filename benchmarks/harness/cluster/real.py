@@ -214,22 +214,47 @@ def _served(request: TraceRequest, client: Client, start_s: float) -> Served:
 # -- what steps took -----------------------------------------------------------------------------
 
 
-def observed_steps(run: Run, budget: int) -> list[StepRecord]:
-    """The steps of all instances, from when tokens were made.
+def observed_steps(run: Run, budget: int) -> tuple[list[StepRecord], list[float]]:
+    """The steps of all instances, from when tokens were made; and of each how many instances
+    computed during it in the mean, its own included.
 
     True of runs in which no request moved or lost its slot. A prompt is taken to be computed in the
     step that brought its first token; steps whose prompts have more than `budget` tokens, of which
     some must have been computed before, are left out.
     """
-    found: list[StepRecord] = []
+    every: list[list[tuple[float, StepRecord]]] = []
     for instance in sorted(set(run.first.values())):
         clients = [c for c in run.clients if run.first[c.spec.request_id] == instance]
-        found += _steps_of(clients, budget)
-    return found
+        every.append(_steps_of(clients))
+    steps: list[StepRecord] = []
+    beside: list[float] = []
+    for place, timed in enumerate(every):
+        others = [_Busy(other) for number, other in enumerate(every) if number != place]
+        for start_s, step in timed:
+            if step.work.prompt_tokens <= budget:
+                steps.append(step)
+                end_s = start_s + step.time_s
+                beside.append(1 + sum(one.share(start_s, end_s) for one in others))
+    return steps, beside
 
 
-def _steps_of(clients: Sequence[Client], budget: int) -> list[StepRecord]:
-    """Those of one instance."""
+class _Busy:
+    """When an instance computed."""
+
+    def __init__(self, timed: Sequence[tuple[float, StepRecord]]) -> None:
+        self._edges = [edge for start_s, step in timed for edge in (start_s, start_s + step.time_s)]
+        self._sums = np.cumsum([0.0, *(n % 2 * s for n, s in enumerate(np.diff(self._edges), 1))])
+
+    def share(self, start_s: float, end_s: float) -> float:
+        """Of a time, that it computed."""
+        if not self._edges:
+            return 0.0
+        before, after = np.interp((start_s, end_s), self._edges, self._sums)
+        return float((after - before) / (end_s - start_s))
+
+
+def _steps_of(clients: Sequence[Client]) -> list[tuple[float, StepRecord]]:
+    """Those of one instance, each with its beginning."""
     made = [(at, place, one) for one in clients for place, at in enumerate(one.made_s)]
     made.sort(key=lambda token: token[0])
     groups: list[list[tuple[float, int, Client]]] = []
@@ -237,7 +262,7 @@ def _steps_of(clients: Sequence[Client], budget: int) -> list[StepRecord]:
         if not groups or token[0] - groups[-1][-1][0] > _SAME_STEP_S:
             groups.append([])
         groups[-1].append(token)
-    found: list[StepRecord] = []
+    found: list[tuple[float, StepRecord]] = []
     before_s = 0.0
     for group in groups:
         end_s = group[-1][0]
@@ -248,7 +273,7 @@ def _steps_of(clients: Sequence[Client], budget: int) -> list[StepRecord]:
         work = StepWork(
             sum(prompts), sum(pairs(0, n) for n in prompts), len(contexts), sum(contexts)
         )
-        if before_s and work.prompt_tokens <= budget:
-            found.append(StepRecord(work, end_s - start_s))
+        if before_s and end_s > start_s:
+            found.append((start_s, StepRecord(work, end_s - start_s)))
         before_s = end_s
     return found

@@ -69,6 +69,7 @@ class SimulatedInstance:
     Args:
         clock: the time now.
         foresees: False to ask the scheduler for every step.
+        slowdown: as of `Pipeline`.
 
     Attributes:
         role, home, is_draining: as of `InstanceSnapshot`.
@@ -91,6 +92,7 @@ class SimulatedInstance:
         clock: Callable[[], float],
         *,
         foresees: bool = True,
+        slowdown: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.id = id
         self.config = config
@@ -108,7 +110,7 @@ class SimulatedInstance:
             max_batch_tokens=config.max_batch_tokens,
             clock=clock,
         )
-        self.pipeline = Pipeline(config.cost)
+        self.pipeline = Pipeline(config.cost, slowdown)
         self.held: dict[Request, Held] = {}
         self.moving: set[Request] = set()
         self.num_incoming = 0
