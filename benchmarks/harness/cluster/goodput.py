@@ -8,7 +8,7 @@ Source: Zhong et al., DistServe, arXiv:2401.09670, section 6.2.
 
 import itertools
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -25,7 +25,7 @@ from ...runtime.frontend.progress import counted
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
 from ..record import Findings, Record, Table, record_name
-from .bench import Costs, calibrated, compared, parse_load, requests, said, site, slos, warmed
+from .bench import Costs, Site, calibrated, compared, parse_load, requests, said, site, slos, warmed
 from .comparison import figures, latencies, plot, totals
 from .options import DEFAULT_TABLE, ClusterOptions, Load
 from .real import serve
@@ -42,6 +42,16 @@ _REAL_SHAPE_REQUESTS = 1000
 Runs = dict[tuple[str, str], list[Report]]
 
 
+@dataclass
+class Found:
+    """What has been measured so far, and said of the same requests."""
+
+    real: Runs = field(default_factory=dict)
+    simulated: Runs = field(default_factory=dict)
+    costs: dict[tuple[str, float], Costs | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
 def run(options: ClusterOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
     """As of `bench.run`."""
     loads = [parse_load(text) for text in options.loads]
@@ -54,63 +64,75 @@ def run(options: ClusterOptions, folder: Path, command: str) -> tuple[Path, list
         config=asdict(options),
         command=command,
     )
-    real: Runs = {}
-    simulated: Runs = {}
-    costs: dict[tuple[str, float], Costs | None] = {}
-    notes: list[str] = []
+    found, promises = Found(), slos(options)
     probe = LimitsProbe(torch.device("cpu"), options.dtype)
-    number = itertools.count(1)
     real_shape = of_real_shape(options.roles)
 
-    def steps() -> Generator[None, None, None]:
-        count = 2 * len(loads) * (len(options.seeds) + 1)
-        with counted("runs", count) as advance:
-            for what, roles in setups(options.roles).items():
-                probe.measure()
-                with site(options, roles) as there:
-                    for name, rate in loads:
-                        if what == _TOGETHER:
-                            costs[name, rate] = calibrated(there, name, rate)
-                            notes.append(said(f"{name}@{rate:g}", costs[name, rate]))
-                        else:
-                            warmed(there, name, rate, policy_of(roles))
-                        advance()
-                        for seed in options.seeds:
-                            trace = requests(options, name, rate, seed)
-                            found = serve(
-                                there.cluster,
-                                there.exchange,
-                                policy_of(roles),
-                                trace,
-                                vocab_size=there.vocab_size,
-                                seed=next(number),
-                            )
-                            key = f"{rate:g}/s", what
-                            real.setdefault(key, []).append(found.report)
-                            cost = costs[name, rate]
-                            if cost is not None:
-                                report = simulate(there.config(cost), policy_of(roles), trace)
-                                simulated.setdefault(key, []).append(report)
-                            advance()
-                            yield
-
     def findings() -> Findings:
-        promises = slos(options)
-        tables = [kept(real, promises, "Measured"), latencies(real)]
-        tables.append(totals(real, promises[0], notes))
-        if simulated:
-            tables += [kept(simulated, promises, "Simulated"), compared(real, simulated)]
-        tables.append(real_shape)
+        tables = [kept(found.real, promises, "Measured"), latencies(found.real)]
+        tables.append(totals(found.real, promises[0], found.notes))
+        if found.simulated:
+            tables.append(kept(found.simulated, promises, "Simulated"))
+            tables.append(compared(found.real, found.simulated))
         return Findings(
             results={
                 ", ".join(key): [figures(report, promises[0]) for report in reports]
-                for key, reports in real.items()
+                for key, reports in found.real.items()
             },
-            tables=tables,
-            draw=partial(plot, real),
+            tables=[*tables, real_shape],
+            draw=partial(plot, found.real),
         )
 
-    return record.grow(steps(), findings, probe)
+    return record.grow(_measure(options, loads, found, probe), findings, probe)
+
+
+def _measure(
+    options: ClusterOptions, loads: Sequence[tuple[str, float]], found: Found, probe: LimitsProbe
+) -> Generator[None, None, None]:
+    """Each way in turn, at rising rates; costs are those of instances that do both."""
+    number = itertools.count(1)
+    count = 2 * len(loads) * (len(options.seeds) + 1)
+    with counted("runs", count) as advance:
+        for what, roles in setups(options.roles).items():
+            probe.measure()
+            with site(options, roles) as there:
+                for name, rate in loads:
+                    if what == _TOGETHER:
+                        costs = found.costs[name, rate] = calibrated(there, name, rate)
+                        found.notes.append(said(f"{name}@{rate:g}", costs))
+                    else:
+                        warmed(there, name, rate, policy_of(roles))
+                    advance()
+                    for seed in options.seeds:
+                        _run_once(there, (name, rate), what, roles, seed, next(number), found)
+                        advance()
+                        yield
+
+
+def _run_once(
+    there: Site,
+    load: tuple[str, float],
+    what: str,
+    roles: Sequence[Role],
+    seed: int,
+    number: int,
+    found: Found,
+) -> None:
+    """A run, and the same simulated."""
+    trace, key = requests(there.options, *load, seed), (f"{load[1]:g}/s", what)
+    run = serve(
+        there.cluster,
+        there.exchange,
+        policy_of(roles),
+        trace,
+        vocab_size=there.vocab_size,
+        seed=number,
+    )
+    found.real.setdefault(key, []).append(run.report)
+    costs = found.costs[load]
+    if costs is not None:
+        report = simulate(there.config(costs), policy_of(roles), trace)
+        found.simulated.setdefault(key, []).append(report)
 
 
 def setups(roles: Sequence[str]) -> dict[str, list[Role]]:
