@@ -106,6 +106,7 @@ class SimulateOptions:
     link_gbit: float = option(200.0, help="Gbit/s between instances; 0: pages change hands.")
     link_latency_ms: float = option(1.0, help="Of a handshake between instances.")
     report_ms: float = option(0.0, help="How old what is known of an instance may be.")
+    round_ms: float = option(500.0, least=1, help="Between two rounds of moves, at most.")
     most_instances: int | None = option(
         None, least=1, help="Scale between --instances and so many; with llumnix."
     )

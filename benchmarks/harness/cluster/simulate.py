@@ -134,6 +134,7 @@ def _config(options: SimulateOptions, one: Contender, cost: StepCost) -> Cluster
         ),
         report_s=options.report_ms / 1e3,
         react_s=0.01 if len(roles) > 64 else 0.0,
+        round_s=options.round_ms / 1e3,
         startup_s=options.startup_s,
     )
 
