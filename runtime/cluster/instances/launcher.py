@@ -32,7 +32,7 @@ class Launcher:
         if self._owns_ray:
             local: dict[str, Any] = {} if address else {"object_store_memory": _OBJECT_STORE_BYTES}
             self._ray.init(
-                address=address,
+                address=address or "local",  # or one that is there by chance would be joined
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 **local,
