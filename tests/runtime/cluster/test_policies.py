@@ -271,6 +271,16 @@ def test_llumnix_dispatches_to_the_freest_with_what_waits_counted() -> None:
     assert Llumnix().dispatch(snapshot, _newcomer()) == 1
 
 
+def test_urgent_newcomers_go_where_headroom_is_kept_and_others_elsewhere() -> None:
+    policy = Llumnix(freeness=Freeness({-1: 800}))
+    kept = _instance(0, _request("urgent", 100, priority=-1))
+    crowded = _instance(1, _request("a", 200), _request("b", 200))
+    snapshot = _cluster(kept, crowded)
+    assert policy.dispatch(snapshot, _newcomer(priority=-1)) == 0
+    assert policy.dispatch(snapshot, _newcomer()) == 1
+    assert Llumnix().dispatch(snapshot, _newcomer()) == 0
+
+
 def test_llumnix_dispatches_by_prefix_while_its_holder_is_free() -> None:
     policy = Llumnix(prefix_tokens=32, source_below=100, target_above=100)
     busy, full = _instance(0, _request("a", 300)), _instance(0, _request("a", 950))
