@@ -107,9 +107,7 @@ class Decisions:
         if len(snapshot.instances) < 2 or not self._arbiter.has_some:
             return
         for instance, role in self._policy.roles(snapshot).items():
-            self._members.of(instance).role = role
-            self._members.switched_s = snapshot.time_s
-            self._members.changed()
+            self._members.switch(instance, role, snapshot.time_s)
         for move in self._policy.migrations(snapshot):
             if self._arbiter.num_moving >= self._max_moves:
                 break

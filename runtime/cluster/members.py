@@ -10,7 +10,7 @@ from ..engine.migration.ownership import Owned
 from ..link.face import Face
 from ..link.messages import Pulse
 from .instances.instance_link import InstanceLink
-from .snapshot import ClusterSnapshot, InstanceSnapshot, Newcomer, RequestSnapshot
+from .snapshot import ClusterSnapshot, InstanceSnapshot, Newcomer, RequestSnapshot, Role
 from .stats import Done, Member
 
 
@@ -108,6 +108,14 @@ class Members:
                 one.with_given(newcomer) if one.id == instance else one for one in self._snapshot
             )
 
+    def switch(self, instance: int, role: Role, time_s: float) -> None:
+        """An instance has another role from now on. One that does both remembers its own."""
+        member = self.of(instance)
+        member.home = (member.home or member.role) if role == "both" else None
+        member.role = role
+        self.switched_s = time_s
+        self.changed()
+
     def changed(self) -> None:
         """Something in the next picture is another."""
         self._snapshot = None
@@ -159,6 +167,7 @@ class Members:
             capacity_tokens=0 if face is None else face.capacity_tokens,
             role=member.role,
             node=member.node,
+            home=member.home,
             is_alive=face is not None,
             is_draining=member.is_draining,
             used_tokens=sum(r.num_tokens for r in requests if not r.is_waiting),

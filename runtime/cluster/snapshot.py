@@ -57,6 +57,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         id: names it as long as the cluster exists.
+        home: what it was to be, where its role is "both" since others are missing; else None.
         is_alive: it answers.
         is_draining: it is to end, takes nothing, and hands over what it has.
         node: names the machine that it is on.
@@ -73,6 +74,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     capacity_tokens: int
     role: Role = "both"
     node: str = ""
+    home: Role | None = None
     is_alive: bool = True
     is_draining: bool = False
     used_tokens: int = 0
@@ -102,6 +104,11 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     def has_free_slot(self) -> bool:
         """Whether one more request could run."""
         return self.max_running is None or self.num_running < self.max_running
+
+    @property
+    def own_role(self) -> Role:
+        """What it is to be where nobody is missing."""
+        return self.home or self.role
 
     @property
     def is_for_prompts(self) -> bool:

@@ -16,7 +16,7 @@ class Member:
 
     Attributes:
         id: names it as long as the cluster exists.
-        role: what it is for.
+        role, home: as of `InstanceSnapshot`.
         pid: of its process, on its node.
         node: Ray's name of the machine that it is on.
         is_draining: it takes nothing, and hands over what it has.
@@ -29,6 +29,7 @@ class Member:
     role: Role
     pid: int
     node: str = ""
+    home: Role | None = None
     is_draining: bool = False
     face: Face | None = None
     stats: EngineStats | None = None

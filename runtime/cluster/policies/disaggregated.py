@@ -27,7 +27,7 @@ class Disaggregated:
 
     **Roles** change one at a time, where `switching` says when. A role is about what an instance is
     given: one that now computes prompts has what it generates taken over by the moves above. Where
-    one side has nobody left, all of the other do both.
+    one side has nobody left, all of the other do both, until somebody is there for it again.
 
     Args:
         kept: share of a decode instance's memory left for its requests to grow into.
@@ -91,8 +91,12 @@ class Disaggregated:
 
     def roles(self, snapshot: ClusterSnapshot) -> Mapping[int, Role]:
         working = snapshot.working
-        if not any(i.is_for_prompts for i in working) or not any(i.is_for_decodes for i in working):
-            return {i.id: "both" for i in working}
+        own = {i.own_role for i in working}
+        has_both_sides = bool(own - {"decode"}) and bool(own - {"prefill"})
+        wanted: dict[int, Role] = {i.id: i.own_role if has_both_sides else "both" for i in working}
+        changes = {i.id: wanted[i.id] for i in working if i.role != wanted[i.id]}
+        if changes:
+            return changes
         return self.switching.changes(snapshot) if self.switching else {}
 
     def _is_backed_up(self, snapshot: ClusterSnapshot) -> bool:

@@ -1,15 +1,17 @@
 """Counts and maps of several engines, put together."""
 
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 from vkv import LLM, SamplingParams
 from vkv.runtime.cluster.decisions import Decisions
+from vkv.runtime.cluster.instances.instance_link import InstanceLink
 from vkv.runtime.cluster.members import Members
-from vkv.runtime.cluster.policies import CLUSTER_POLICIES
-from vkv.runtime.cluster.snapshot import InstanceSnapshot
+from vkv.runtime.cluster.policies import CLUSTER_POLICIES, Disaggregated
+from vkv.runtime.cluster.snapshot import InstanceSnapshot, Role
 from vkv.runtime.cluster.stats import Member
+from vkv.runtime.engine.admission import Admission
 from vkv.runtime.engine.memory.memory_map import side_by_side
 from vkv.runtime.engine.migration.arbiter import Arbiter
 from vkv.runtime.engine.stats import together
@@ -43,10 +45,6 @@ def test_several_engines_are_summed_and_shown_side_by_side() -> None:
         assert max(slots) >= maps[0].num_slots
         assert shown.totals.physical == sum(m.totals.physical for m in maps)
         assert shown.counters.output_tokens == 16
-
-
-class _NoLink:
-    """The way to an instance that nobody needs to reach."""
 
 
 def _specs(count: int) -> list[RequestSpec]:
@@ -91,3 +89,47 @@ def test_many_newcomers_are_given_out_as_if_all_was_drawn_anew_for_each(policy: 
     members.changed()
     assert _plain(decisions.picture().instances) == _plain(kept)
     assert sum(one.num_requests for one in kept) == sum(1 + n % 3 for n in range(40))
+
+
+_FACE = Face(
+    name="none",
+    tokenizer=None,
+    sampling_defaults={},
+    admission=cast(Admission, None),
+    dtype="float32",
+    device="cpu",
+    max_seqs=2,
+    page_bytes=4096,
+    token_bytes=64,
+    capacity_tokens=1000,
+)
+
+
+class _NoLink:
+    def close(self) -> None:
+        """Nothing to hang up."""
+
+
+def test_who_did_both_while_others_were_missing_remembers_its_role() -> None:
+    members = Members(Arbiter())
+    roles: list[Role] = ["prefill", "decode"]
+    for id, role in enumerate(roles):
+        members.add(Member(id=id, role=role, pid=0), cast(InstanceLink, _NoLink()))
+    for id in (0, 1):
+        members.meet(id, _FACE)
+    assert _switch(members) == {}
+    members.remove(1)
+    assert _switch(members) == {0: "both"}
+    assert _switch(members) == {}
+    members.add(Member(id=2, role="decode", pid=0), cast(InstanceLink, _NoLink()))
+    members.meet(2, _FACE)
+    assert _switch(members) == {0: "prefill"}
+    assert (members.of(0).home, members.switched_s) == (None, 1.0)
+
+
+def _switch(members: Members) -> dict[int, Role]:
+    """Carry out what the policy says of roles."""
+    changes = dict(Disaggregated().roles(members.snapshot(num_dispatched=0)))
+    for id, role in changes.items():
+        members.switch(id, role, 1.0)
+    return changes
