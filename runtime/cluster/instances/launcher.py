@@ -44,7 +44,7 @@ class Launcher:
             to start one here, which ends with this object.
         silence_s: as of `Place`.
 
-    Raises InvalidConfig if Ray is not installed, or is spoken to from outside of its nodes.
+    Raises InvalidConfig if Ray is not installed, or there is none of which this machine is a node.
     """
 
     def __init__(self, address: str | None = None, *, silence_s: float = 60.0) -> None:
@@ -60,18 +60,29 @@ class Launcher:
         self._instances: dict[int, _Instance] = {}
         self._ending: list[threading.Thread] = []
         if self._owns_ray:
-            local: dict[str, Any] = {} if address else {"object_store_memory": _OBJECT_STORE_BYTES}
+            self._begin_ray(address)
+        self._place = Place(
+            node=self._ray.get_runtime_context().get_node_id(),
+            secret=secrets.token_bytes(32),
+            silence_s=silence_s,
+        )
+
+    def _begin_ray(self, address: str | None) -> None:
+        local: dict[str, Any] = {} if address else {"object_store_memory": _OBJECT_STORE_BYTES}
+        try:
             self._ray.init(
                 address=address,
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 **local,
             )
-        self._place = Place(
-            node=self._ray.get_runtime_context().get_node_id(),
-            secret=secrets.token_bytes(32),
-            silence_s=silence_s,
-        )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if address is None:
+                raise
+            raise InvalidConfig(
+                f"no Ray cluster is joined at address {address!r} ({error}); make this machine one "
+                "of its nodes (ray start), or leave the address out"
+            ) from error
 
     def path(self, instance: int) -> str:
         """Of the socket of an instance on this node."""
