@@ -47,7 +47,7 @@ class Launcher:
             to start one here, which ends with this object.
         silence_s: as of `Place`.
 
-    Raises InvalidConfig if Ray is not installed, or is spoken to from outside of its nodes.
+    Raises InvalidConfig if Ray is not installed, or there is none of which this machine is a node.
     """
 
     def __init__(self, address: str | None = None, *, silence_s: float = 60.0) -> None:
@@ -72,17 +72,40 @@ class Launcher:
     def _meet_ray(self, address: str | None, silence_s: float) -> Place:
         """Start a Ray cluster or join one; where this process is in it."""
         if self._owns_ray:
+<<<<<<< HEAD
+=======
+            self._begin_ray(address)
+        self._place = Place(
+            node=self._ray.get_runtime_context().get_node_id(),
+            secret=secrets.token_bytes(32),
+            silence_s=silence_s,
+        )
+
+    def _begin_ray(self, address: str | None) -> None:
+        local: dict[str, Any] = {} if address else {"object_store_memory": _OBJECT_STORE_BYTES}
+        try:
+>>>>>>> network
             self._ray.init(
                 address=address or "local",  # or one that is there by chance would be joined
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 **({} if address else _local(self._folder.name)),
             )
+<<<<<<< HEAD
         return Place(
             node=self._ray.get_runtime_context().get_node_id(),
             secret=secrets.token_bytes(32),
             silence_s=silence_s,
         )
+=======
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if address is None:
+                raise
+            raise InvalidConfig(
+                f"no Ray cluster is joined at address {address!r} ({error}); make this machine one "
+                "of its nodes (ray start), or leave the address out"
+            ) from error
+>>>>>>> network
 
     def path(self, instance: int) -> str:
         """Of the socket of an instance on this node."""
@@ -282,13 +305,17 @@ class Launcher:
 
 
 def _local(folder: str) -> dict[str, Any]:
-    """Options of a Ray cluster of our own, whose files are in a folder that goes with it."""
+    """Options of a Ray cluster of our own, whose files are in a folder that goes with it.
+
+    They have a folder there to themselves, since Ray opens it to all users.
+    """
     options: dict[str, Any] = {
         "object_store_memory": _OBJECT_STORE_BYTES,
         "_system_config": {"worker_niceness": 0},  # by default they yield to all else that runs
     }
-    if len(folder.encode()) + _RAY_PATH_BYTES <= _MOST_PATH_BYTES:
-        options["_temp_dir"] = folder  # else Ray's own, which it leaves behind
+    own = str(Path(folder) / "ray")
+    if len(own.encode()) + _RAY_PATH_BYTES <= _MOST_PATH_BYTES:
+        options["_temp_dir"] = own  # else Ray's own, which it leaves behind
     return options
 
 

@@ -6,6 +6,8 @@ Two of Ray's nodes on this machine stand for two machines: an instance believes 
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ import pytest
 from served import is_alive
 from vkv import LLM, SamplingParams
 from vkv.runtime.cluster.cluster import Cluster, ClusterStats
+from vkv.runtime.cluster.instances.launcher import Launcher
 from vkv.runtime.cluster.members import Member
 from vkv.runtime.link.gate import MAGIC
 from vkv.runtime.request.outputs import RequestOutput
@@ -249,6 +252,22 @@ def test_what_is_not_on_a_node_is_named_with_it(address: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("instances", "threads", "memory_share"), [(1, 2, 0.5), (2, 2, 0.5), (3, 1, 0.25), (9, 1, 0.1)]
+)
+def test_what_each_node_has_is_parted_among_its_instances(
+    address: str, instances: int, threads: int, memory_share: float
+) -> None:
+    """Two nodes of two CPUs."""
+    launcher = Launcher(address)
+    try:
+        for device in ("cpu", "auto"):
+            found = launcher.share(device, instances)
+            assert found == {"threads": threads, "memory_share": memory_share}
+    finally:
+        launcher.close()
+
+
+@pytest.mark.parametrize(
     ("options", "why"),
     [
         ({"threads": 64}, "needs 64 CPUs and 0 GPUs, and no node"),
@@ -260,6 +279,15 @@ def test_what_is_not_on_a_node_is_named_with_it(address: str) -> None:
 def test_what_no_node_has_is_refused(address: str, options: dict[str, Any], why: str) -> None:
     with pytest.raises(InvalidConfig, match=why):
         Cluster(**{"address": address, **_OPTIONS, **_MORE, **options})
+
+
+def test_a_cluster_that_is_not_there_is_named() -> None:
+    """In a process of its own, which has joined none yet."""
+    program = "import vkv; vkv.Cluster(address='nowhere')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert "InvalidConfig: no Ray cluster is joined at address 'nowhere'" in done.stderr
 
 
 def test_an_instance_whose_front_end_is_gone_ends_itself(address: str) -> None:
