@@ -72,32 +72,21 @@ class Launcher:
     def _meet_ray(self, address: str | None, silence_s: float) -> Place:
         """Start a Ray cluster or join one; where this process is in it."""
         if self._owns_ray:
-<<<<<<< HEAD
-=======
             self._begin_ray(address)
-        self._place = Place(
+        return Place(
             node=self._ray.get_runtime_context().get_node_id(),
             secret=secrets.token_bytes(32),
             silence_s=silence_s,
         )
 
     def _begin_ray(self, address: str | None) -> None:
-        local: dict[str, Any] = {} if address else {"object_store_memory": _OBJECT_STORE_BYTES}
         try:
->>>>>>> network
             self._ray.init(
                 address=address or "local",  # or one that is there by chance would be joined
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 **({} if address else _local(self._folder.name)),
             )
-<<<<<<< HEAD
-        return Place(
-            node=self._ray.get_runtime_context().get_node_id(),
-            secret=secrets.token_bytes(32),
-            silence_s=silence_s,
-        )
-=======
         except (ConnectionError, RuntimeError, ValueError) as error:
             if address is None:
                 raise
@@ -105,7 +94,6 @@ class Launcher:
                 f"no Ray cluster is joined at address {address!r} ({error}); make this machine one "
                 "of its nodes (ray start), or leave the address out"
             ) from error
->>>>>>> network
 
     def path(self, instance: int) -> str:
         """Of the socket of an instance on this node."""
