@@ -25,7 +25,7 @@ from ..engine.config import EngineConfig
 from ..engine.loop import EngineLoop, refusal
 from ..engine.messages import Abort, Add, Finish, Resume, SetPriority
 from ..engine.migration.messages import Answer as MoveAnswer
-from ..engine.migration.messages import Command, Commit, Release, WentOn
+from ..engine.migration.messages import Cancel, Command, Commit, GoOn, Release, WentOn
 from ..request.spec import SequenceKey
 from ..request.step_output import Failure, StepOutput
 from .addresses import Listener
@@ -196,12 +196,16 @@ class EngineServer:
         if self._loop.has_mail:  # what came before a command is done before it
             self._deliver(self._loop.carry_out())
         self._movers[command.key] = front
-        if isinstance(command, Commit):  # its outputs are for who commands it
+        if isinstance(command, Commit | GoOn):  # its outputs are for who commands it
             self._expect(front, command.key)
         answers = self._moves.handle(command)
-        if isinstance(command, Release):
-            self._note_end(*command.key)
         self._answer_moves([self._with_prepared(answer) for answer in answers])
+        may_end = isinstance(command, Commit | GoOn | Cancel | Release)
+        if may_end and not self._has(command.key):  # or it has ended long ago
+            self._note_end(*command.key)
+
+    def _has(self, key: SequenceKey) -> bool:
+        return self._preparing.has(key[0]) or self._loop.engine.find(key) is not None
 
     def _with_prepared(self, answer: MoveAnswer) -> MoveAnswer:
         """A sequence whose grammar is compiled is here, though the engine does not know it yet."""

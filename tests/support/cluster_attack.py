@@ -173,6 +173,8 @@ class Attack:
         cluster: with `middle` between it and its instances.
         pool: what is asked.
         size: how many instances there are to be.
+        heals_at: so many are left when others are started in place of those that died; None for
+            at once.
         draw: all that is random.
 
     Attributes:
@@ -188,6 +190,7 @@ class Attack:
     pool: Sequence[Item]
     size: int
     draw: random.Random
+    heals_at: int | None = None
     runs: list[Plan] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
@@ -433,6 +436,8 @@ class Attack:
                 self.wrong.append(f"{plan}: a process is left")
                 return
             time.sleep(0.05)
+        if self.heals_at is not None and len(self._there()) > self.heals_at:
+            return
         try:
             self.cluster.scale(self.size)
         except VkvError as error:

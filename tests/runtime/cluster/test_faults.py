@@ -15,11 +15,11 @@ from cluster_attack import Attack, Item, Plan
 
 pytest.importorskip("ray", reason="instances are actors of Ray: pip install 'vkv[cluster]'")
 
-_SIZE = 4
-# A message of each state; in `COPYING` and in the two parts of `RETURNING` for copies alone.
+_SIZE = 6
+# A message of each state, shared out between the channels: what follows a death is the same.
 _DEADLY = {
-    "pages": ["Begin", "Ready", "Extend", "Paused", "Committed", "Release"],
-    "copies": ["Prepare", "Carried", "Pause", "Commit", "WentOn"],
+    "pages": ["Begin", "Extend", "Paused", "Committed"],
+    "copies": ["Ready", "Carried", "Release", "WentOn"],
 }
 _STATES = {"beginning", "preparing", "extending", "pausing", "committing", "releasing"}
 
@@ -80,16 +80,21 @@ def test_the_way_may_break_in_the_middle_of_a_stage(attack: Attack) -> None:
     assert all(plan.outcome != "recomputed" for plan in attack.runs[-6:])
 
 
-def test_either_end_may_be_killed_in_each_state(attack: Attack) -> None:
-    kinds = _DEADLY[attack.by]
-    plans = [Plan(kind, fault) for kind in kinds for fault in ("kill source", "kill target")]
-    _move(attack, plans)
-    assert attack.num_dead >= len(plans)
-
-
 def test_either_end_may_be_stopped_for_a_while_and_clients_may_go(attack: Attack) -> None:
     faults = ("pause source", "pause target", "abort", "late")
     _move(attack, [Plan(kind, fault) for kind in ("Ready", "Paused", "Commit") for fault in faults])
+
+
+def test_either_end_may_be_killed_in_each_state(attack: Attack) -> None:
+    kinds = _DEADLY[attack.by]
+    plans = [Plan(kind, fault) for kind in kinds for fault in ("kill source", "kill target")]
+    attack.heals_at = 2
+    _move(attack, plans[:-1])
+    attack.heals_at = 0  # none is needed any more
+    _move(attack, plans[-1:])
+    assert attack.num_dead >= len(plans)
+    states = {plan.state for plan in attack.runs if plan.is_hard}
+    assert len(states) >= len(kinds), states
 
 
 def test_a_front_end_that_is_killed_leaves_nothing() -> None:

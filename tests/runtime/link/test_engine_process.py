@@ -10,13 +10,23 @@ from typing import Any
 import pytest
 from vkv import LLM, SamplingParams, StructuredOutputsParams
 from vkv.runtime.engine.messages import Add
-from vkv.runtime.engine.migration.messages import Begin, Begun, Ended, GoOn, WentOn
+from vkv.runtime.engine.migration.messages import (
+    Begin,
+    Begun,
+    Cancel,
+    Cancelled,
+    Commit,
+    Ended,
+    GoOn,
+    WentOn,
+)
 from vkv.runtime.execution.grammars import Grammars
 from vkv.runtime.link.carrier import SocketCarrier
 from vkv.runtime.link.engine_process import EngineServer
 from vkv.runtime.link.face import Face
 from vkv.runtime.link.messages import Outputs, decode_from_engine, encode
 from vkv.runtime.link.wire import Frames
+from vkv.runtime.request.continuation import Continuation
 from vkv.runtime.request.spec import RequestSpec
 
 _KEY = ("a", 0)
@@ -100,3 +110,32 @@ def test_a_request_whose_grammar_is_compiled_stays_and_is_not_lost(
     assert front.wait_for(WentOn).is_here
     may_end.set()
     assert front.wait_for(Outputs)
+
+
+def test_commands_that_come_late_leave_nothing_that_is_waited_for(front: _Front) -> None:
+    spec = _add().spec
+    commit = Commit(_KEY, 1, Continuation(spec=spec, epoch=1), 0)
+    front.send(commit)
+    while not front.wait_for(Outputs).outputs[-1].finish_reason:
+        front.heard = [message for message in front.heard if not isinstance(message, Outputs)]
+    for late in (commit, GoOn(_KEY, 1), Cancel(_KEY, 1)):
+        front.send(late)
+    front.wait_for(Cancelled)
+    (record,) = front.server._all_fronts
+    assert not record.unfinished
+    assert not front.server._fronts
+
+
+def test_what_is_taken_back_is_waited_for_no_more_and_what_goes_on_is(front: _Front) -> None:
+    spec = _add(max_tokens=200).spec
+    front.send(Commit(_KEY, 1, Continuation(spec=spec, epoch=1), 0))
+    front.wait_for(Outputs)
+    front.send(Begin(_KEY, 2))
+    front.wait_for(Begun)
+    front.send(Commit(_KEY, 1, Continuation(spec=spec, epoch=1), 0), GoOn(_KEY, 2))
+    assert front.wait_for(WentOn).is_here
+    front.heard.clear()
+    front.wait_for(Outputs)
+    front.send(Cancel(_KEY, 1))
+    front.wait_for(Cancelled)
+    assert not front.server._fronts
