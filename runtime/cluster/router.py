@@ -272,7 +272,6 @@ class Router:
             self._dispatch()
         self.decisions.place_orphans()  # one whose source died may be known to be here only now
         self._note_moves()
-        self._place_orphans()  # one that neither end has
         self._send()
 
     def on_pulse(self, instance: int, pulse: Pulse) -> None:

@@ -121,6 +121,7 @@ def fit_beside(
                 factors[count] = times[there].sum() / said[there].sum()
             elif count > 1:
                 factors[count] = factors[count - 1]
+        factors[0] = 0.0  # of none
         factors = np.maximum.accumulate(factors / factors[1])
     said = np.array([fit.cost.step_s(step.work) for step in steps]) * factors[counts]
     errors = np.abs(said / times - 1)
