@@ -1,5 +1,6 @@
 """One batch through the model: flat inputs, attention over the slots, sampled tokens."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -89,19 +90,20 @@ class ModelRunner:
         Without `wait` the tokens stay on the device; all requests must be able to run ahead.
         """
         items = batch.items
-        ends = list(accumulate(item.num_tokens for item in items))  # flat tokens up to each
+        ends = list(accumulate(item.num_rows for item in items))  # flat tokens up to each
         positions = _logit_positions(items, ends)
         logits = self._compute(batch, ends, positions, last_tokens)  # [len(positions), vocab]
         index_of = {position: index for index, position in enumerate(positions)}
         _collect_prompt_logprobs(items, ends, logits, index_of)
         sampling = [i for i, item in enumerate(items) if item.samples]
-        wanted = select_rows(logits, [index_of[ends[i] - 1] for i in sampling])
         computed = [item.request for item in items]
         requests = [computed[i] for i in sampling]
-        states = [request.sampling for request in requests]
+        firsts = [index_of[ends[i] - 1 - len(items[i].draft)] for i in sampling]
         if wait or not sampling:
-            return LaunchedStep(computed, requests, sampled=sample(wanted, states))
-        chosen = choose(wanted, states)
+            sampled = _sample_drafted(logits, firsts, [items[i] for i in sampling])
+            return LaunchedStep(computed, requests, sampled=sampled)
+        states = [request.sampling for request in requests]
+        chosen = choose(select_rows(logits, firsts), states)
         for state in states:
             state.num_output_tokens += 1
         return LaunchedStep(computed, requests, chosen=chosen)
@@ -154,15 +156,11 @@ class ModelRunner:
         """The batch on the device, flat; the logits of `logit_positions` will be wanted."""
         slots = [item.request.slot for item in items if item.request.slot is not None]
         assert len(slots) == len(items), "a scheduled request has no slot"
-        spans = [range(item.start, item.start + item.num_tokens) for item in items]
-        counts = [item.num_tokens for item in items]
+        spans = [range(item.start, item.stop) for item in items]
+        counts = [item.num_rows for item in items]
         write_rows, write_offsets = self.cache.locate(slots, [s.start for s in spans], counts)
         values = StepValues(
-            ids=[
-                token
-                for item, span in zip(items, spans, strict=True)
-                for token in item.request.ids(span.start, span.stop)
-            ],
+            ids=[token for item in items for token in item.ids],
             positions=[position for span in spans for position in span],
             write_rows=write_rows,
             write_offsets=write_offsets,
@@ -191,7 +189,7 @@ class LaunchedStep:
         computed: Sequence[Request],
         requests: Sequence[Request],
         *,
-        sampled: list[SampledToken] | None = None,
+        sampled: list[list[SampledToken]] | None = None,
         chosen: torch.Tensor | None = None,
     ) -> None:
         self.computed = computed
@@ -207,17 +205,47 @@ class LaunchedStep:
                 self._done = torch.cuda.Event()
                 self._done.record(torch.cuda.current_stream(chosen.device))
 
-    def wait(self) -> list[SampledToken]:
-        """The requests' tokens, once they are there."""
+    def wait(self) -> list[list[SampledToken]]:
+        """The requests' tokens, once they are there: one each, and one more for each of its draft
+        that was right."""
         if self._sampled is None:
             if self._done is not None:
                 self._done.synchronize()
             chosen, finite = self._chosen.tolist()
             self._sampled = [
-                SampledToken(token_id, is_finite=bool(is_finite))
+                [SampledToken(token_id, is_finite=bool(is_finite))]
                 for token_id, is_finite in zip(chosen, finite, strict=True)
             ]
         return self._sampled
+
+
+def _sample_drafted(
+    logits: torch.Tensor, firsts: Sequence[int], items: Sequence[ScheduledRequest]
+) -> list[list[SampledToken]]:
+    """The tokens of items of which `firsts` are the first rows to sample from: those that would
+    have come without a draft, as far as the draft goes with them.
+
+    Each is chosen from its own logits with its own random numbers, by a state that knows those
+    before it, and the next row is looked at only if the draft has guessed it.
+    """
+    sampled: list[list[SampledToken]] = [[] for _ in items]
+    going = list(range(len(items)))
+    for step in itertools.count():
+        states = [items[i].request.sampling for i in going]
+        rows = select_rows(logits, [firsts[i] + step for i in going])
+        for i, token in zip(going, sample(rows, states), strict=True):
+            sampled[i].append(token)
+        going = [i for i in going if _is_guessed(items[i], step, sampled[i][-1])]
+        if not going:
+            return sampled
+
+
+def _is_guessed(item: ScheduledRequest, step: int, token: SampledToken) -> bool:
+    """Whether what follows a sampled token was computed, and is to be sampled, too."""
+    if step >= len(item.draft) or not token.is_finite or item.draft[step] != token.token_id:
+        return False
+    state = item.request.sampling
+    return not state.is_complete and not state.may_stop_at(token.token_id)
 
 
 def _logit_positions(items: Sequence[ScheduledRequest], ends: Sequence[int]) -> list[int]:
@@ -227,7 +255,7 @@ def _logit_positions(items: Sequence[ScheduledRequest], ends: Sequence[int]) -> 
         if item.request.num_scored < item.request.num_prompt_tokens:
             positions += range(end - item.num_tokens, end)
         elif item.samples:
-            positions.append(end - 1)
+            positions += range(end - 1 - len(item.draft), end)
     return positions
 
 

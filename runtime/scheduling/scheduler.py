@@ -9,11 +9,13 @@ refuses (DriverError) keeps one request waiting, as a shortage does, and tears n
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from ...allocator import Slot, SlotCache
 from ...vmem.errors import DriverError, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
+from ..speculation import Speculation
 from .accounts import Accounts
 from .lines import lines_for
 from .plan import Plan, Policy
@@ -40,6 +42,7 @@ class Scheduler:
         prefix_reuse: start a request from keys and values that others computed for its tokens.
         tiers: what stands behind the cache; None for nothing but the files that are opened.
         tenant_weights: of tenants whose part is another than 1.
+        speculation: guesses ahead; None for nobody.
         clock: seconds, on the clock of the requests' `queued_time_s`; None for the system's.
 
     Attributes:
@@ -61,6 +64,7 @@ class Scheduler:
         prefix_reuse: bool = True,
         tiers: Tiers | None = None,
         tenant_weights: Mapping[str, float] | None = None,
+        speculation: Speculation | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.cache = cache
@@ -70,6 +74,7 @@ class Scheduler:
         self.look_ahead_tokens = look_ahead_tokens
         self.prefix_reuse = prefix_reuse
         self.tiers = tiers or Tiers(cache)
+        self.speculation = speculation
         self.exits = self.tiers.exits
         self.accounts = Accounts(tenant_weights or {})
         self.waiting = WaitingQueue(lines_for(policy.order, self.accounts))
@@ -172,9 +177,28 @@ class Scheduler:
             short = missed
         is_lasting = short and not granted and not self.tiers.is_moving(self.running)
         self.shortage = short if is_lasting else None
-        batch = tuple(ScheduledRequest(request, count) for request, count in granted.items())
+        batch = self._speculate([ScheduledRequest(*item) for item in granted.items()])
         _look_ahead(self.cache, batch, self.look_ahead_tokens, self.max_batch_tokens)
-        return Batch(batch, _padding(self.cache, batch))
+        return Batch(tuple(batch), _padding(self.cache, batch))
+
+    def _speculate(self, items: list[ScheduledRequest]) -> list[ScheduledRequest]:
+        """Let decodes verify guesses with tokens and memory that nobody else wants."""
+        if self.speculation is None or not items:
+            return items
+        budget = self.max_batch_tokens - sum(item.num_tokens for item in items)
+        return [self._back_draft(item) for item in self.speculation.extend(items, budget)]
+
+    def _back_draft(self, item: ScheduledRequest) -> ScheduledRequest:
+        """The item, its draft backed; without it where there is no memory for that."""
+        slot = item.request.slot
+        assert slot is not None, item
+        if item.stop > slot.ready_tokens and not self.cache.pool.num_available:
+            return replace(item, draft=())
+        try:
+            self.cache.grow(slot, item.stop)
+        except (Shortage, DriverError):
+            return replace(item, draft=())
+        return item
 
     def finish(self, request: Request, *, keep: bool = True) -> None:
         """Let go of a finished request; its slot is parked with what was computed, with `keep`."""
@@ -377,7 +401,7 @@ def _look_ahead(
     if not num_ahead or not cache.pool.num_available:
         return  # with no page to spare, it could only fail
     for item in batch:
-        request, end = item.request, item.start + item.num_tokens
+        request, end = item.request, item.stop
         assert request.slot is not None
         if item.samples:
             target = min(end + num_ahead, request.num_prompt_tokens + request.max_tokens)
@@ -404,7 +428,7 @@ def _padding(cache: SlotCache, batch: Sequence[ScheduledRequest]) -> Padding | N
 
     It is written before the request's own next token is, and read by nobody.
     """
-    if any(item.num_tokens > 1 for item in batch):
+    if any(item.num_rows > 1 for item in batch):
         return None
     for item in batch:
         slot, behind = item.request.slot, item.start + 1

@@ -195,6 +195,8 @@ class _EngineCollector:
             ("vkv:steps", "Steps", stats.num_steps),
             ("vkv:step_seconds", "Time in steps", stats.step_time_s),
             ("vkv:replays", "Steps replayed", stats.num_replays),
+            ("vllm:spec_decode_num_draft_tokens", "Guessed ahead", stats.num_drafted),
+            ("vllm:spec_decode_num_accepted_tokens", "Guessed right", stats.num_accepted),
             ("vkv:failed_requests", "Ended by an error", stats.num_failed),
             ("vkv:mapping_seconds", "Steps waited for memory", stats.mapping_time_s),
             ("vkv:background_mapping_seconds", "Mapped meanwhile", stats.background_time_s),
