@@ -187,8 +187,8 @@ def _check_speculative(loaded: LoadedModel, config: EngineConfig) -> None:
     """Raises InvalidConfig if `speculative` asks for what cannot be taken back."""
     if config.speculative and loaded.keeps_state:
         raise InvalidConfig(
-            f"speculative is {config.speculative!r}, but layers with recurrent or convolution state "
-            "do not forget a token that was guessed wrong; leave it None"
+            f"speculative is {config.speculative!r}, but layers with recurrent or convolution "
+            "state do not forget a token that was guessed wrong; leave it None"
         )
 
 

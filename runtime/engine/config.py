@@ -164,8 +164,8 @@ class EngineConfig:
             raise InvalidConfig(f"speculative is {self.speculative!r}; use 'ngram' or None")
         if self.speculative and self.overlap:
             raise InvalidConfig(
-                "overlap is True, but a step that verifies guesses must be over before the next one "
-                "is made; leave it None, or speculative"
+                "overlap is True, but a step that verifies guesses must be over before the next "
+                "one is made; leave it None, or speculative"
             )
         self._check_order()
         if not isinstance(self.generation_config, str | Path):

@@ -1,6 +1,5 @@
 """One batch through the model: flat inputs, attention over the slots, sampled tokens."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -229,15 +228,15 @@ def _sample_drafted(
     before it, and the next row is looked at only if the draft has guessed it.
     """
     sampled: list[list[SampledToken]] = [[] for _ in items]
-    going = list(range(len(items)))
-    for step in itertools.count():
+    going, step = list(range(len(items))), 0
+    while going:
         states = [items[i].request.sampling for i in going]
         rows = select_rows(logits, [firsts[i] + step for i in going])
         for i, token in zip(going, sample(rows, states), strict=True):
             sampled[i].append(token)
         going = [i for i in going if _is_guessed(items[i], step, sampled[i][-1])]
-        if not going:
-            return sampled
+        step += 1
+    return sampled
 
 
 def _is_guessed(item: ScheduledRequest, step: int, token: SampledToken) -> bool:

@@ -177,28 +177,11 @@ class Scheduler:
             short = missed
         is_lasting = short and not granted and not self.tiers.is_moving(self.running)
         self.shortage = short if is_lasting else None
-        batch = self._speculate([ScheduledRequest(*item) for item in granted.items()])
+        batch = [ScheduledRequest(request, count) for request, count in granted.items()]
+        if self.speculation is not None and batch:
+            batch = _guess(self.cache, self.speculation, batch, self.max_batch_tokens)
         _look_ahead(self.cache, batch, self.look_ahead_tokens, self.max_batch_tokens)
         return Batch(tuple(batch), _padding(self.cache, batch))
-
-    def _speculate(self, items: list[ScheduledRequest]) -> list[ScheduledRequest]:
-        """Let decodes verify guesses with tokens and memory that nobody else wants."""
-        if self.speculation is None or not items:
-            return items
-        budget = self.max_batch_tokens - sum(item.num_tokens for item in items)
-        return [self._back_draft(item) for item in self.speculation.extend(items, budget)]
-
-    def _back_draft(self, item: ScheduledRequest) -> ScheduledRequest:
-        """The item, its draft backed; without it where there is no memory for that."""
-        slot = item.request.slot
-        assert slot is not None, item
-        if item.stop > slot.ready_tokens and not self.cache.pool.num_available:
-            return replace(item, draft=())
-        try:
-            self.cache.grow(slot, item.stop)
-        except (Shortage, DriverError):
-            return replace(item, draft=())
-        return item
 
     def finish(self, request: Request, *, keep: bool = True) -> None:
         """Let go of a finished request; its slot is parked with what was computed, with `keep`."""
@@ -392,6 +375,33 @@ class Scheduler:
             except Shortage:
                 pass  # then with what is parked
         return self.cache.adopt(tokens, request.variant)
+
+
+def _guess(
+    cache: SlotCache,
+    speculation: Speculation,
+    batch: Sequence[ScheduledRequest],
+    max_batch_tokens: int,
+) -> list[ScheduledRequest]:
+    """Let decodes verify guesses, with tokens and memory that nobody else wants."""
+    budget = max_batch_tokens - sum(item.num_tokens for item in batch)
+    return [
+        item if not item.draft or _is_backed(cache, item) else replace(item, draft=())
+        for item in speculation.extend(batch, budget)
+    ]
+
+
+def _is_backed(cache: SlotCache, item: ScheduledRequest) -> bool:
+    """Back an item's draft; False where there is no memory to spare."""
+    slot = item.request.slot
+    assert slot is not None, item
+    if item.stop > slot.ready_tokens and not cache.pool.num_available:
+        return False
+    try:
+        cache.grow(slot, item.stop)
+    except (Shortage, DriverError):
+        return False
+    return True
 
 
 def _look_ahead(

@@ -14,9 +14,7 @@ _PROMPTS = zoo.random_prompts([5, 40, 1, 17, 16, 9])
 
 def _open(**options: Any) -> LLM:
     options = zoo.with_defaults({"max_seqs": 4, **options})
-    return LLM(
-        zoo.tiny_model("llama"), tokenizer=zoo.letter_tokenizer(), device="cpu", **options
-    )
+    return LLM(zoo.tiny_model("llama"), tokenizer=zoo.letter_tokenizer(), device="cpu", **options)
 
 
 def _everything() -> list[SamplingParams]:
@@ -34,7 +32,7 @@ def _everything() -> list[SamplingParams]:
 
 
 class _Scores(dict[int, float]):
-    """Log probabilities of a place, equal to some digits: more rows at once are summed otherwise."""
+    """Log probabilities of a place, equal to some digits: more rows are summed otherwise."""
 
     def __eq__(self, other: object) -> bool:
         return dict(self) == pytest.approx(other, abs=1e-4)
