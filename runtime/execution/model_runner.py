@@ -11,8 +11,9 @@ from ...attention_backends import AttentionBackend, AttentionBatch, LayerAttenti
 from ..model.attention_hook import CacheStep
 from ..model.forward import Forward
 from ..request.request import Batch, Request, ScheduledRequest
+from .drafted import sample_drafted
 from .recordings import DecodeRecordings, Recorder
-from .sampler import SampledToken, choose, prompt_logprobs, sample
+from .sampler import SampledToken, choose, prompt_logprobs
 from .step_inputs import StepInputs, StepValues
 from .upload import select_rows
 
@@ -99,7 +100,7 @@ class ModelRunner:
         requests = [computed[i] for i in sampling]
         firsts = [index_of[ends[i] - 1 - len(items[i].draft)] for i in sampling]
         if wait or not sampling:
-            sampled = _sample_drafted(logits, firsts, [items[i] for i in sampling])
+            sampled = sample_drafted(logits, firsts, [items[i] for i in sampling])
             return LaunchedStep(computed, requests, sampled=sampled)
         states = [request.sampling for request in requests]
         chosen = choose(select_rows(logits, firsts), states)
@@ -216,35 +217,6 @@ class LaunchedStep:
                 for token_id, is_finite in zip(chosen, finite, strict=True)
             ]
         return self._sampled
-
-
-def _sample_drafted(
-    logits: torch.Tensor, firsts: Sequence[int], items: Sequence[ScheduledRequest]
-) -> list[list[SampledToken]]:
-    """The tokens of items of which `firsts` are the first rows to sample from: those that would
-    have come without a draft, as far as the draft goes with them.
-
-    Each is chosen from its own logits with its own random numbers, by a state that knows those
-    before it, and the next row is looked at only if the draft has guessed it.
-    """
-    sampled: list[list[SampledToken]] = [[] for _ in items]
-    going, step = list(range(len(items))), 0
-    while going:
-        states = [items[i].request.sampling for i in going]
-        rows = select_rows(logits, [firsts[i] + step for i in going])
-        for i, token in zip(going, sample(rows, states), strict=True):
-            sampled[i].append(token)
-        going = [i for i in going if _is_guessed(items[i], step, sampled[i][-1])]
-        step += 1
-    return sampled
-
-
-def _is_guessed(item: ScheduledRequest, step: int, token: SampledToken) -> bool:
-    """Whether what follows a sampled token was computed, and is to be sampled, too."""
-    if step >= len(item.draft) or not token.is_finite or item.draft[step] != token.token_id:
-        return False
-    state = item.request.sampling
-    return not state.is_complete and not state.may_stop_at(token.token_id)
 
 
 def _logit_positions(items: Sequence[ScheduledRequest], ends: Sequence[int]) -> list[int]:

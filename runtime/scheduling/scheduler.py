@@ -9,7 +9,6 @@ refuses (DriverError) keeps one request waiting, as a shortage does, and tears n
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from ...allocator import Slot, SlotCache
 from ...vmem.errors import DriverError, OutOfPages, Shortage
@@ -179,7 +178,7 @@ class Scheduler:
         self.shortage = short if is_lasting else None
         batch = [ScheduledRequest(request, count) for request, count in granted.items()]
         if self.speculation is not None and batch:
-            batch = _guess(self.cache, self.speculation, batch, self.max_batch_tokens)
+            batch = self.speculation.extend(batch, self.cache, self.max_batch_tokens)
         _look_ahead(self.cache, batch, self.look_ahead_tokens, self.max_batch_tokens)
         return Batch(tuple(batch), _padding(self.cache, batch))
 
@@ -375,33 +374,6 @@ class Scheduler:
             except Shortage:
                 pass  # then with what is parked
         return self.cache.adopt(tokens, request.variant)
-
-
-def _guess(
-    cache: SlotCache,
-    speculation: Speculation,
-    batch: Sequence[ScheduledRequest],
-    max_batch_tokens: int,
-) -> list[ScheduledRequest]:
-    """Let decodes verify guesses, with tokens and memory that nobody else wants."""
-    budget = max_batch_tokens - sum(item.num_tokens for item in batch)
-    return [
-        item if not item.draft or _is_backed(cache, item) else replace(item, draft=())
-        for item in speculation.extend(batch, budget)
-    ]
-
-
-def _is_backed(cache: SlotCache, item: ScheduledRequest) -> bool:
-    """Back an item's draft; False where there is no memory to spare."""
-    slot = item.request.slot
-    assert slot is not None, item
-    if item.stop > slot.ready_tokens and not cache.pool.num_available:
-        return False
-    try:
-        cache.grow(slot, item.stop)
-    except (Shortage, DriverError):
-        return False
-    return True
 
 
 def _look_ahead(

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
+from ...allocator import SlotCache
+from ...vmem.errors import DriverError, Shortage
 from ..request.request import Request, ScheduledRequest
 from .drafter import Drafter
 
@@ -49,8 +51,21 @@ class Speculation:
         self.num_drafted = self.num_accepted = 0
         self._paces: WeakKeyDictionary[Request, _Pace] = WeakKeyDictionary()
 
-    def extend(self, items: Sequence[ScheduledRequest], budget: int) -> list[ScheduledRequest]:
-        """The step's items with guesses behind those that decode, of `budget` tokens together."""
+    def extend(
+        self, items: Sequence[ScheduledRequest], cache: SlotCache, max_batch_tokens: int
+    ) -> list[ScheduledRequest]:
+        """A step's items with guesses behind those that decode, and memory behind the guesses.
+
+        They take what nobody else wants: tokens that the step has left, memory that is free.
+        """
+        budget = max_batch_tokens - sum(item.num_tokens for item in items)
+        return [
+            item if not item.draft or _is_backed(cache, item) else replace(item, draft=())
+            for item in self.drafted(items, budget)
+        ]
+
+    def drafted(self, items: Sequence[ScheduledRequest], budget: int) -> list[ScheduledRequest]:
+        """The items with guesses of `budget` tokens together, nothing behind them yet."""
         room = min(budget, self.max_rows - sum(item.samples for item in items))
         decoding = [item for item in items if _decodes(item)]
         wanted: dict[Request, int] = {}
@@ -90,3 +105,16 @@ class Speculation:
 def _decodes(item: ScheduledRequest) -> bool:
     request = item.request
     return request.num_output_tokens > 0 and item.num_tokens == 1 and not request.num_pending
+
+
+def _is_backed(cache: SlotCache, item: ScheduledRequest) -> bool:
+    """Back an item's draft; False where there is no memory to spare."""
+    slot = item.request.slot
+    assert slot is not None, item
+    if item.stop > slot.ready_tokens and not cache.pool.num_available:
+        return False
+    try:
+        cache.grow(slot, item.stop)
+    except (Shortage, DriverError):
+        return False
+    return True

@@ -31,14 +31,14 @@ def _decoding(name: str, *, max_tokens: int = 1000) -> ScheduledRequest:
 
 
 def _lengths(speculation: Speculation, items: list[ScheduledRequest], budget: int) -> list[int]:
-    return [len(item.draft) for item in speculation.extend(items, budget)]
+    return [len(item.draft) for item in speculation.drafted(items, budget)]
 
 
 def test_guesses_double_while_they_are_right_and_end_at_the_most() -> None:
     speculation, item = Speculation(_Sevens(), max_tokens=10, max_rows=64), _decoding("a")
     seen = []
     for _ in range(4):
-        (drafted,) = speculation.extend([item], 100)
+        (drafted,) = speculation.drafted([item], 100)
         seen.append(len(drafted.draft))
         speculation.note(drafted, len(drafted.draft))
     assert seen == [4, 8, 10, 10]
@@ -51,7 +51,7 @@ def test_what_is_never_right_is_guessed_ever_more_rarely() -> None:
     speculation, item = Speculation(_Sevens(), max_tokens=8, max_rows=64), _decoding("a")
     steps = []
     for step in range(200):
-        (drafted,) = speculation.extend([item], 100)
+        (drafted,) = speculation.drafted([item], 100)
         if drafted.draft:
             steps.append(step)
             speculation.note(drafted, 0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from vkv import SamplingParams
-from vkv.runtime.execution.model_runner import _sample_drafted
+from vkv.runtime.execution.drafted import sample_drafted
 from vkv.runtime.request.request import Request, ScheduledRequest
 from vkv.runtime.request.sampling_state import SamplingState
 from vkv.runtime.request.spec import RequestSpec
@@ -32,7 +32,7 @@ def test_both_tokens_follow_their_distributions(temperature: float) -> None:
     for first in range(0, _NUM_DRAWS, _AT_ONCE):
         items = _items(first, params)
         rows = range(0, 2 * _AT_ONCE, 2)
-        for tokens in _sample_drafted(logits.repeat(_AT_ONCE, 1), rows, items):
+        for tokens in sample_drafted(logits.repeat(_AT_ONCE, 1), rows, items):
             assert (len(tokens) == 2) == (tokens[0].token_id == _GUESS)
             for place, token in enumerate(tokens):
                 counts[place, token.token_id] += 1
