@@ -39,6 +39,7 @@ FLOORS = (
     "execution",
     "model",
     "cpu_kernels",
+    "speculation",
     "request",
     "virtual_cache",
 )

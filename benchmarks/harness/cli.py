@@ -136,6 +136,18 @@ def session() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def speculate() -> Command:
+    """Tokens a second with guesses against without, by how much a text repeats itself.
+
+    Summaries that quote, code that is edited, a loop, what is new, and what misleads every guess:
+    said by a model of a real shape whose texts are written beforehand.
+    """
+    from .models.options import SpeculateOptions
+
+    return _measuring(SpeculateOptions, ".models.speculate")
+
+
+@bench.command(cls=LazyCommand)
 def serve() -> Command:
     """TTFT, TPOT and ITL while requests arrive; SplitFuse against prefill-first.
 

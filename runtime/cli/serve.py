@@ -71,6 +71,13 @@ def serve_command() -> Callable[..., None]:
             help="fcfs: by arrival. priority: by requests' priority, the lower first. fair: the "
             "key that got least first."
         ),
+        speculative=Flag(
+            default=None,
+            kind=str,
+            help="ngram: guess tokens from the text so far; the answers are the same, sooner where "
+            "text repeats itself.",
+        ),
+        speculative_tokens=Flag(help="The most tokens of a request that are guessed at once."),
         priority_aging_s=Flag(
             names=("--priority-aging",),
             help="Seconds of waiting that count as one priority better; 0: a better priority "

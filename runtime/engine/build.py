@@ -38,6 +38,7 @@ from ..model.weights import ModelWatch
 from ..scheduling.plan import Order
 from ..scheduling.policies import POLICIES, Fair, Fcfs, Priority
 from ..scheduling.scheduler import Scheduler
+from ..speculation import PromptLookup, Speculation
 from .admission import Admission
 from .config import EngineConfig
 from .devices import DeviceProfile, device_profile, resolve_device
@@ -88,6 +89,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
         backend = choose_backend(needs)
     else:
         backend = create_backend(config.attention, needs)
+    _check_speculative(loaded, config)
     # Which may refuse, before memory is taken.
     why_not_recorded(loaded, config, backend)
     _check_repeatable(loaded, config, backend)
@@ -111,7 +113,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             step_bytes=step_bytes(
                 loaded,
                 max_batch_tokens=config.max_batch_tokens or profile.max_batch_tokens,
-                max_seqs=config.max_seqs,
+                max_seqs=_max_rows(config),
             ),
         )
         for index in range(len(loaded.geometry)):
@@ -181,6 +183,29 @@ def _check_repeatable(loaded: LoadedModel, config: EngineConfig, backend: Attent
         raise InvalidConfig(f"repeatable is True, but {obstacle}; leave it False")
 
 
+def _check_speculative(loaded: LoadedModel, config: EngineConfig) -> None:
+    """Raises InvalidConfig if `speculative` asks for what cannot be taken back."""
+    if config.speculative and loaded.keeps_state:
+        raise InvalidConfig(
+            f"speculative is {config.speculative!r}, but layers with recurrent or convolution "
+            "state do not forget a token that was guessed wrong; leave it None"
+        )
+
+
+def _max_rows(config: EngineConfig) -> int:
+    """Tokens of a step, at most, that are sampled or verified."""
+    guessed = config.speculative_tokens if config.speculative else 0
+    return max(config.max_seqs, 1 + guessed)
+
+
+def _build_speculation(config: EngineConfig) -> Speculation | None:
+    if config.speculative is None:
+        return None
+    return Speculation(
+        PromptLookup(), max_tokens=config.speculative_tokens, max_rows=_max_rows(config)
+    )
+
+
 def _build_runner(
     loaded: LoadedModel,
     config: EngineConfig,
@@ -233,6 +258,7 @@ def _build_scheduler(
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
         tiers=build_tiers(loaded, config, cache, runner, fingerprint),
         tenant_weights=config.tenant_weights,
+        speculation=_build_speculation(config),
     )
 
 
@@ -271,7 +297,7 @@ def _overlaps(loaded: LoadedModel, config: EngineConfig, profile: DeviceProfile)
             "before; leave it None"
         )
     if config.overlap is None:
-        return profile.overlaps and not loaded.keeps_state
+        return profile.overlaps and not loaded.keeps_state and config.speculative is None
     return config.overlap
 
 

@@ -12,6 +12,7 @@ from ...vmem.errors import InvalidConfig
 
 KVKind = Literal["virtual", "paged"]
 PolicyName = Literal["splitfuse", "prefill_first"]
+SpeculativeName = Literal["ngram"]
 OrderName = Literal["fcfs", "priority", "fair"]
 
 _LEAST = {
@@ -23,6 +24,7 @@ _LEAST = {
     "layers_per_range": 1,
     "max_parked": 0,
     "look_ahead_tokens": 0,
+    "speculative_tokens": 1,
 }
 
 
@@ -70,6 +72,10 @@ class EngineConfig:
             model can be recorded.
         overlap: prepare a step on the host while the device computes the one before, so that a
             request's end is seen one step late; None does so on a GPU. The tokens are the same.
+        speculative: guess tokens that a step then verifies beside the next one, for which the
+            weights are read once: "ngram" guesses that a text goes on as it did before; None does
+            not guess. The tokens are the same, those that are drawn too. Not for hybrids.
+        speculative_tokens: the most tokens of a request that are guessed at once.
         policy: "splitfuse", or "prefill_first", a baseline to compare with (`policies`).
         scheduling_policy: who comes first, and who gives way: "fcfs", by arrival; "priority", by
             the `priority` of requests, the lower first; "fair", the `tenant` that got least.
@@ -108,6 +114,8 @@ class EngineConfig:
     sanitize: Sanitize = "never"
     record_decodes: bool | None = None
     overlap: bool | None = None
+    speculative: SpeculativeName | None = None
+    speculative_tokens: int = 8
     policy: PolicyName = "splitfuse"
     scheduling_policy: OrderName = "fcfs"
     priority_aging_s: float | None = 60.0
@@ -152,6 +160,13 @@ class EngineConfig:
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
         if self.policy not in ("splitfuse", "prefill_first"):
             raise InvalidConfig(f"policy is {self.policy!r}; use 'splitfuse' or 'prefill_first'")
+        if self.speculative not in (None, "ngram"):
+            raise InvalidConfig(f"speculative is {self.speculative!r}; use 'ngram' or None")
+        if self.speculative and self.overlap:
+            raise InvalidConfig(
+                "overlap is True, but a step that verifies guesses must be over before the next "
+                "one is made; leave it None, or speculative"
+            )
         self._check_order()
         if not isinstance(self.generation_config, str | Path):
             raise InvalidConfig(

@@ -350,11 +350,24 @@ class Engine:
             prompt_left = max(0, request.num_prompt_tokens - request.num_computed)
             self._num_prompt_tokens += min(item.num_tokens, prompt_left)
             request.num_computed += item.num_tokens
-            self.num_computed_tokens += item.num_tokens
+            self.num_computed_tokens += item.num_rows
+        self._note_drafts(batch, launched)
         for index, request in enumerate(launched.requests):
             request.num_pending += 1
             request.pending_index = index
         return launched
+
+    def _note_drafts(self, batch: Batch, launched: LaunchedStep) -> None:
+        """Note how much of each draft is right, and so in its slot."""
+        speculation = self.scheduler.speculation
+        if speculation is None or not any(item.draft for item in batch.items):
+            return
+        sampled = dict(zip(launched.requests, launched.wait(), strict=True))
+        for item in batch.items:
+            if item.draft:
+                num_accepted = len(sampled[item.request]) - 1
+                item.request.num_computed += num_accepted
+                speculation.note(item, num_accepted)
 
     def catch_up(self, launched: LaunchedStep | None = None) -> None:
         """Postprocess the step under way; `launched` takes its place."""
@@ -377,14 +390,15 @@ class Engine:
             for request in launched.computed:
                 self.fail(request, error)
             return
-        for request, token in zip(launched.requests, tokens, strict=True):
-            if request.is_finished:
-                continue
-            request.num_pending -= 1
-            if token.is_finite:
-                self._append(request, token)
-            else:
-                self.fail(request, InvalidOperation(request.sampling.failure or NO_TOKEN))
+        for request, some in zip(launched.requests, tokens, strict=True):
+            request.num_pending -= not request.is_finished
+            for token in some:
+                if request.is_finished:
+                    break
+                if token.is_finite:
+                    self._append(request, token)
+                else:
+                    self.fail(request, InvalidOperation(request.sampling.failure or NO_TOKEN))
 
     def _append(self, request: Request, token: SampledToken) -> None:
         """Add a token to its request; finish the request if that was its last."""
@@ -416,7 +430,9 @@ class Engine:
         """Whether the newest token is the last: the reason, the stop token, and whether it is so
         because the output is whole (`StepOutput.ends_with_text`)."""
         reason, stop_reason = _why_finished(request, self._eos_token_ids)
-        is_whole = reason != "stop" and request.sampling.is_complete
+        state = request.sampling
+        is_newest = state.num_output_tokens == request.num_output_tokens  # of a draft's tokens
+        is_whole = reason != "stop" and is_newest and state.is_complete
         return "stop" if is_whole else reason, stop_reason, is_whole
 
     def _end(self, request: Request, reason: FinishReason, failure: Failure | None = None) -> None:
@@ -466,6 +482,7 @@ class Engine:
     def stats(self, kv: KVStats | None = None) -> EngineStats:
         """Memory and work, from counters; `kv`, if the cache has been asked already."""
         recordings, swapping = self.runner.recordings, self.scheduler.tiers.swapping
+        speculation = self.scheduler.speculation
         return EngineStats(
             kv=self.cache.stats() if kv is None else kv,
             state_bytes=self.runner.state_bytes,
@@ -482,6 +499,8 @@ class Engine:
             num_replays=recordings.num_replays if recordings else 0,
             num_computed_tokens=self.num_computed_tokens,
             step_time_s=self._step_time_s,
+            num_drafted=speculation.num_drafted if speculation else 0,
+            num_accepted=speculation.num_accepted if speculation else 0,
             swap=SwapStats.of(swapping) if swapping is not None else None,
             tenants=self.scheduler.accounts.stats(),
         )

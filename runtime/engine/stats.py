@@ -67,6 +67,7 @@ class EngineStats:
         num_replays: steps that ran from one.
         num_computed_tokens: tokens that went through the model, those computed again included.
         step_time_s: time of all steps together.
+        num_drafted, num_accepted: tokens that were guessed ahead, and those that proved right.
         swap: of the tier behind the cache; None without one.
         tenants: what each got, those without a request included as long as they are remembered;
             two hundred or so at most.
@@ -87,6 +88,8 @@ class EngineStats:
     num_replays: int
     num_computed_tokens: int
     step_time_s: float
+    num_drafted: int = 0
+    num_accepted: int = 0
     swap: SwapStats | None = None
     tenants: tuple[TenantStats, ...] = ()
 

@@ -11,8 +11,9 @@ from ...attention_backends import AttentionBackend, AttentionBatch, LayerAttenti
 from ..model.attention_hook import CacheStep
 from ..model.forward import Forward
 from ..request.request import Batch, Request, ScheduledRequest
+from .drafted import sample_drafted
 from .recordings import DecodeRecordings, Recorder
-from .sampler import SampledToken, choose, prompt_logprobs, sample
+from .sampler import SampledToken, choose, prompt_logprobs
 from .step_inputs import StepInputs, StepValues
 from .upload import select_rows
 
@@ -89,19 +90,20 @@ class ModelRunner:
         Without `wait` the tokens stay on the device; all requests must be able to run ahead.
         """
         items = batch.items
-        ends = list(accumulate(item.num_tokens for item in items))  # flat tokens up to each
+        ends = list(accumulate(item.num_rows for item in items))  # flat tokens up to each
         positions = _logit_positions(items, ends)
         logits = self._compute(batch, ends, positions, last_tokens)  # [len(positions), vocab]
         index_of = {position: index for index, position in enumerate(positions)}
         _collect_prompt_logprobs(items, ends, logits, index_of)
         sampling = [i for i, item in enumerate(items) if item.samples]
-        wanted = select_rows(logits, [index_of[ends[i] - 1] for i in sampling])
         computed = [item.request for item in items]
         requests = [computed[i] for i in sampling]
-        states = [request.sampling for request in requests]
+        firsts = [index_of[ends[i] - 1 - len(items[i].draft)] for i in sampling]
         if wait or not sampling:
-            return LaunchedStep(computed, requests, sampled=sample(wanted, states))
-        chosen = choose(wanted, states)
+            sampled = sample_drafted(logits, firsts, [items[i] for i in sampling])
+            return LaunchedStep(computed, requests, sampled=sampled)
+        states = [request.sampling for request in requests]
+        chosen = choose(select_rows(logits, firsts), states)
         for state in states:
             state.num_output_tokens += 1
         return LaunchedStep(computed, requests, chosen=chosen)
@@ -154,15 +156,11 @@ class ModelRunner:
         """The batch on the device, flat; the logits of `logit_positions` will be wanted."""
         slots = [item.request.slot for item in items if item.request.slot is not None]
         assert len(slots) == len(items), "a scheduled request has no slot"
-        spans = [range(item.start, item.start + item.num_tokens) for item in items]
-        counts = [item.num_tokens for item in items]
+        spans = [range(item.start, item.stop) for item in items]
+        counts = [item.num_rows for item in items]
         write_rows, write_offsets = self.cache.locate(slots, [s.start for s in spans], counts)
         values = StepValues(
-            ids=[
-                token
-                for item, span in zip(items, spans, strict=True)
-                for token in item.request.ids(span.start, span.stop)
-            ],
+            ids=[token for item in items for token in item.ids],
             positions=[position for span in spans for position in span],
             write_rows=write_rows,
             write_offsets=write_offsets,
@@ -191,7 +189,7 @@ class LaunchedStep:
         computed: Sequence[Request],
         requests: Sequence[Request],
         *,
-        sampled: list[SampledToken] | None = None,
+        sampled: list[list[SampledToken]] | None = None,
         chosen: torch.Tensor | None = None,
     ) -> None:
         self.computed = computed
@@ -207,14 +205,15 @@ class LaunchedStep:
                 self._done = torch.cuda.Event()
                 self._done.record(torch.cuda.current_stream(chosen.device))
 
-    def wait(self) -> list[SampledToken]:
-        """The requests' tokens, once they are there."""
+    def wait(self) -> list[list[SampledToken]]:
+        """The requests' tokens, once they are there: one each, and one more for each of its draft
+        that was right."""
         if self._sampled is None:
             if self._done is not None:
                 self._done.synchronize()
             chosen, finite = self._chosen.tolist()
             self._sampled = [
-                SampledToken(token_id, is_finite=bool(is_finite))
+                [SampledToken(token_id, is_finite=bool(is_finite))]
                 for token_id, is_finite in zip(chosen, finite, strict=True)
             ]
         return self._sampled
@@ -227,7 +226,7 @@ def _logit_positions(items: Sequence[ScheduledRequest], ends: Sequence[int]) -> 
         if item.request.num_scored < item.request.num_prompt_tokens:
             positions += range(end - item.num_tokens, end)
         elif item.samples:
-            positions.append(end - 1)
+            positions += range(end - 1 - len(item.draft), end)
     return positions
 
 

@@ -171,10 +171,14 @@ class ScheduledRequest:
     """`num_tokens` tokens of a request that go through the model in one step.
 
     What it says is right until the step is launched, which moves the request on.
+
+    Attributes:
+        draft: tokens that are guessed to follow, which the step verifies.
     """
 
     request: Request
     num_tokens: int
+    draft: tuple[int, ...] = ()
 
     @property
     def start(self) -> int:
@@ -185,6 +189,21 @@ class ScheduledRequest:
     def samples(self) -> bool:
         """True if the last of them is the last that the request has: it yields a new token."""
         return self.start + self.num_tokens == self.request.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """All tokens that go through the model, guessed ones too."""
+        return self.num_tokens + len(self.draft)
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last of these."""
+        return self.start + self.num_rows
+
+    @property
+    def ids(self) -> list[int]:
+        """These tokens, as of `Request.ids`."""
+        return self.request.ids(self.start, self.start + self.num_tokens) + list(self.draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,4 +238,4 @@ class Batch:
     @property
     def can_run_ahead(self) -> bool:
         """True if all of its tokens can be sampled before the host knows those before."""
-        return all(item.request.can_run_ahead for item in self.items)
+        return all(item.request.can_run_ahead and not item.draft for item in self.items)

@@ -99,6 +99,10 @@ class SamplingState:
         """True once the output is whole and nothing can follow."""
         return self.grammar is not None and self.grammar.is_complete
 
+    def may_stop_at(self, token_id: int) -> bool:
+        """True for a stop token, with which the output ends unless it is too short."""
+        return token_id in self._stop_ids
+
     @property
     def failure(self) -> str | None:
         """Why no token can be chosen any more, if this knows it."""

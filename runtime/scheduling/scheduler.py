@@ -14,6 +14,7 @@ from ...allocator import Slot, SlotCache
 from ...vmem.errors import DriverError, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
+from ..speculation import Speculation
 from .accounts import Accounts
 from .lines import lines_for
 from .plan import Plan, Policy
@@ -40,6 +41,7 @@ class Scheduler:
         prefix_reuse: start a request from keys and values that others computed for its tokens.
         tiers: what stands behind the cache; None for nothing but the files that are opened.
         tenant_weights: of tenants whose part is another than 1.
+        speculation: guesses ahead; None for nobody.
         clock: seconds, on the clock of the requests' `queued_time_s`; None for the system's.
 
     Attributes:
@@ -61,6 +63,7 @@ class Scheduler:
         prefix_reuse: bool = True,
         tiers: Tiers | None = None,
         tenant_weights: Mapping[str, float] | None = None,
+        speculation: Speculation | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.cache = cache
@@ -70,6 +73,7 @@ class Scheduler:
         self.look_ahead_tokens = look_ahead_tokens
         self.prefix_reuse = prefix_reuse
         self.tiers = tiers or Tiers(cache)
+        self.speculation = speculation
         self.exits = self.tiers.exits
         self.accounts = Accounts(tenant_weights or {})
         self.waiting = WaitingQueue(lines_for(policy.order, self.accounts))
@@ -172,9 +176,11 @@ class Scheduler:
             short = missed
         is_lasting = short and not granted and not self.tiers.is_moving(self.running)
         self.shortage = short if is_lasting else None
-        batch = tuple(ScheduledRequest(request, count) for request, count in granted.items())
+        batch = [ScheduledRequest(request, count) for request, count in granted.items()]
+        if self.speculation is not None and batch:
+            batch = self.speculation.extend(batch, self.cache, self.max_batch_tokens)
         _look_ahead(self.cache, batch, self.look_ahead_tokens, self.max_batch_tokens)
-        return Batch(batch, _padding(self.cache, batch))
+        return Batch(tuple(batch), _padding(self.cache, batch))
 
     def finish(self, request: Request, *, keep: bool = True) -> None:
         """Let go of a finished request; its slot is parked with what was computed, with `keep`."""
@@ -377,7 +383,7 @@ def _look_ahead(
     if not num_ahead or not cache.pool.num_available:
         return  # with no page to spare, it could only fail
     for item in batch:
-        request, end = item.request, item.start + item.num_tokens
+        request, end = item.request, item.stop
         assert request.slot is not None
         if item.samples:
             target = min(end + num_ahead, request.num_prompt_tokens + request.max_tokens)
@@ -404,7 +410,7 @@ def _padding(cache: SlotCache, batch: Sequence[ScheduledRequest]) -> Padding | N
 
     It is written before the request's own next token is, and read by nobody.
     """
-    if any(item.num_tokens > 1 for item in batch):
+    if any(item.num_rows > 1 for item in batch):
         return None
     for item in batch:
         slot, behind = item.request.slot, item.start + 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...runtime.cli.options import option
+from ...vmem.errors import InvalidConfig
 from ..options import (
     device_option,
     dtype_name_option,
@@ -136,6 +137,35 @@ class SessionOptions:
     )
     label: str = label_option()
     seed: int = seed_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculateOptions:
+    """What `vkv bench speculate` runs."""
+
+    shape: str = option("llama-455m", help="A Llama's shape, or llama-tiny.")
+    dtype: str = dtype_name_option("bfloat16")
+    threads: int = threads_option("Threads. Default: the usable cores.")
+    texts: tuple[str, ...] = option(
+        "quotations,edits,loop,novel,misleading", parse=words, help="Which texts, with commas."
+    )
+    document: int = option(2000, least=80, help="Tokens of the document that is quoted or edited.")
+    tokens: int = option(400, least=10, help="Tokens of each output.")
+    streams: tuple[int, ...] = option(
+        "1,4", parse=whole_numbers, help="Outputs at once, with commas."
+    )
+    speculative_tokens: int = option(8, least=1, help="The most tokens guessed at once.")
+    max_seqs: int = max_seqs_option(32)
+    repeats: int = option(5, least=1, help="Repeats, both ways in turns.")
+    label: str = label_option()
+    seed: int = seed_option()
+
+    def __post_init__(self) -> None:
+        from .scripts import SCRIPTS
+
+        for text in self.texts:
+            if text not in SCRIPTS:
+                raise InvalidConfig(f"texts has {text!r}; use some of {', '.join(SCRIPTS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

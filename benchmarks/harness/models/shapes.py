@@ -69,12 +69,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def build_model(
-    shape: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0
+    shape: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
-    """A model of a named shape with seeded random weights that never ends a text by itself."""
+    """A model of a named shape with seeded random weights that never ends a text by itself.
+
+    `changes` are options of its config that are to be other than the shape's.
+    """
     if shape not in SHAPES:
         raise InvalidConfig(f"shape is {shape!r}; use one of {', '.join(SHAPES)}")
-    options = dict(SHAPES[shape])
+    options = SHAPES[shape] | changes
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     config.eos_token_id = config.bos_token_id = config.pad_token_id = None
     torch.manual_seed(seed)

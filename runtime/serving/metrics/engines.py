@@ -133,6 +133,8 @@ _FIGURES = (
     _counter("vkv:steps", "Steps", lambda s: s.num_steps),
     _counter("vkv:step_seconds", "Time in steps", lambda s: s.step_time_s),
     _counter("vkv:replays", "Steps replayed", lambda s: s.num_replays),
+    _counter("vllm:spec_decode_num_draft_tokens", "Guessed ahead", lambda s: s.num_drafted),
+    _counter("vllm:spec_decode_num_accepted_tokens", "Guessed right", lambda s: s.num_accepted),
     _counter("vkv:failed_requests", "Ended by an error", lambda s: s.num_failed),
     _counter("vkv:mapping_seconds", "Steps waited for memory", lambda s: s.mapping_time_s),
     _counter("vkv:background_mapping_seconds", "Mapped meanwhile", lambda s: s.background_time_s),
