@@ -3,6 +3,7 @@
 from .copier import Copier, CopyJob
 from .kv_dir import KVDir
 from .memory_tier import Fetch, MemoryTier, MoveStats, Store
+from .segment_tier import Segment, SegmentTier
 from .transfers import Incoming, Outgoing, TransferKey, Transfers, TransferState
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "MemoryTier",
     "MoveStats",
     "Outgoing",
+    "Segment",
+    "SegmentTier",
     "Store",
     "TransferKey",
     "TransferState",

@@ -30,7 +30,7 @@ from ..request.step_output import Failure, StepOutput
 from ..request.token_grammar import TokenGrammar
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
-from .stats import EngineStats, SwapStats
+from .stats import EngineStats, SegmentStats, SwapStats
 
 _log = logging.getLogger(__name__)
 
@@ -465,7 +465,8 @@ class Engine:
 
     def stats(self, kv: KVStats | None = None) -> EngineStats:
         """Memory and work, from counters; `kv`, if the cache has been asked already."""
-        recordings, swapping = self.runner.recordings, self.scheduler.tiers.swapping
+        recordings, tiers = self.runner.recordings, self.scheduler.tiers
+        swapping, segments = tiers.swapping, tiers.segments
         return EngineStats(
             kv=self.cache.stats() if kv is None else kv,
             state_bytes=self.runner.state_bytes,
@@ -483,6 +484,7 @@ class Engine:
             num_computed_tokens=self.num_computed_tokens,
             step_time_s=self._step_time_s,
             swap=SwapStats.of(swapping) if swapping is not None else None,
+            segments=SegmentStats.of(segments, self.scheduler.running) if segments else None,
             tenants=self.scheduler.accounts.stats(),
         )
 

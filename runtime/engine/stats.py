@@ -1,13 +1,15 @@
 """What an engine holds and has done, as plain data."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Self
 
 from ...allocator import KVStats
 from ...allocator.transfer import MoveStats
+from ..request.request import Request
 from ..scheduling.accounts import TenantStats
+from ..scheduling.segments import Segments
 from ..scheduling.swapping import Swapping
 
 
@@ -50,6 +52,29 @@ class SwapStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SegmentStats:
+    """Requests that are longer than the pool, whose first tokens lie in the tier behind it.
+
+    Attributes:
+        num_requests: that run so now.
+        num_tokens: of theirs, in the tier.
+        moved: what moved there as they grew, so far.
+    """
+
+    num_requests: int
+    num_tokens: int
+    moved: MoveStats
+
+    @classmethod
+    def of(cls, segments: Segments, running: Iterable[Request]) -> Self:
+        """Those of an engine now."""
+        tokens = [request.slot_start for request in running if request.segment is not None]
+        return cls(
+            num_requests=len(tokens), num_tokens=sum(tokens), moved=replace(segments.tier.moved)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """What an engine holds now, and what it has done so far.
 
@@ -68,6 +93,7 @@ class EngineStats:
         num_computed_tokens: tokens that went through the model, those computed again included.
         step_time_s: time of all steps together.
         swap: of the tier behind the cache; None without one.
+        segments: of requests that are longer than the pool; None where there can be none.
         tenants: what each got, those without a request included as long as they are remembered;
             two hundred or so at most.
     """
@@ -88,6 +114,7 @@ class EngineStats:
     num_computed_tokens: int
     step_time_s: float
     swap: SwapStats | None = None
+    segments: SegmentStats | None = None
     tenants: tuple[TenantStats, ...] = ()
 
     @property

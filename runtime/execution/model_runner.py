@@ -10,6 +10,7 @@ from ...allocator import SlotCache
 from ...attention_backends import AttentionBackend, AttentionBatch, LayerAttention
 from ..model.attention_hook import CacheStep
 from ..model.forward import Forward
+from ..model.segments import SegmentedAttention, SegmentedStep
 from ..request.request import Batch, Request, ScheduledRequest
 from .recordings import DecodeRecordings, Recorder
 from .sampler import SampledToken, choose, prompt_logprobs, sample
@@ -30,6 +31,9 @@ class ModelRunner:
         device: where the model is.
         recorder: records decode steps, which are then replayed (`recordings`); None for never.
         max_seqs: the largest batch of decodes.
+
+    Attributes:
+        segmented: how requests are attended whose first tokens lie in the tier; None if none do.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class ModelRunner:
         self.backend = backend
         self.device = device
         self._layers = tuple(layers)
+        self.segmented: SegmentedAttention | None = None
         self.recordings: DecodeRecordings | None = None
         if recorder is not None:
             self.recordings = DecodeRecordings(self.logits, cache, recorder, device, max_seqs)
@@ -112,9 +117,10 @@ class ModelRunner:
         positions: torch.Tensor,
         batch: AttentionBatch,
         keep: torch.Tensor | None = None,
+        segmented: SegmentedStep | None = None,
     ) -> torch.Tensor:
         """Logits of all tokens of a flat batch, [num_tokens, vocab], or of those of `keep`."""
-        step = CacheStep(self.cache, self.backend, batch, self._layers)
+        step = CacheStep(self.cache, self.backend, batch, self._layers, segmented)
         return self.forward(ids, positions, step, keep=keep)
 
     def _compute(
@@ -126,9 +132,10 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Logits of the flat tokens `positions`, [len(positions), vocab].
 
-        Replayed if all of the batch is decodes.
+        Replayed if all of the batch is decodes of requests whose slots have all their tokens.
         """
-        if self.recordings is not None and len(batch) == ends[-1] == len(positions):
+        is_plain = all(item.request.segment is None for item in batch.items)
+        if self.recordings is not None and is_plain and len(batch) == ends[-1] == len(positions):
             logits = self.recordings.run(batch, last_tokens)
             if logits is not None:
                 return logits
@@ -143,7 +150,19 @@ class ModelRunner:
     ) -> torch.Tensor:
         """The same, kernel by kernel."""
         inputs, attention = self._inputs(items, positions, last_tokens)
-        return self.logits(inputs.ids, inputs.positions, attention, inputs.keep)
+        segmented = self._segmented_step(items, attention)
+        return self.logits(inputs.ids, inputs.positions, attention, inputs.keep, segmented)
+
+    def _segmented_step(
+        self, items: Sequence[ScheduledRequest], attention: AttentionBatch
+    ) -> SegmentedStep | None:
+        """How to attend where some requests' first tokens are elsewhere; None if none's are."""
+        segments = [item.request.segment for item in items]
+        if not any(segments):
+            return None
+        assert self.segmented is not None, "a request has a segment, and nobody attends to it"
+        places = [s and (s.slot.index, s.num_tokens) for s in segments]
+        return self.segmented.step(attention, [item.start for item in items], places)
 
     def _inputs(
         self,
@@ -156,7 +175,9 @@ class ModelRunner:
         assert len(slots) == len(items), "a scheduled request has no slot"
         spans = [range(item.start, item.start + item.num_tokens) for item in items]
         counts = [item.num_tokens for item in items]
-        write_rows, write_offsets = self.cache.locate(slots, [s.start for s in spans], counts)
+        row_0 = [item.request.slot_start for item in items]  # the position of a slot's first row
+        starts = [span.start - first for span, first in zip(spans, row_0, strict=True)]
+        write_rows, write_offsets = self.cache.locate(slots, starts, counts)
         values = StepValues(
             ids=[
                 token
@@ -167,7 +188,7 @@ class ModelRunner:
             write_rows=write_rows,
             write_offsets=write_offsets,
             query_lens=counts,
-            kv_lens=[span.stop for span in spans],
+            kv_lens=[start + count for start, count in zip(starts, counts, strict=True)],
             slots=[slot.index for slot in slots],
             keep=logit_positions,
         )

@@ -166,6 +166,11 @@ class Departures:
             raise InvalidOperation(
                 f"the keys and values of {request} are on their way back from memory; ask again"
             )
+        if request.segment is not None:
+            raise InvalidOperation(
+                f"{request} is longer than the pool, and its first tokens stay in host memory of "
+                "this engine; let it end here"
+            )
         departure = Departure(key, epoch, request, lease_s)
         self._expose(departure, request)
         self._moves.note(departure, is_under_way=True)
