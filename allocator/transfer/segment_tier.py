@@ -7,6 +7,7 @@ Unlike what a `MemoryTier` keeps, they do not come back: they are attended where
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ...vmem.errors import DriverError, InvalidOperation, Shortage
@@ -37,6 +38,7 @@ class SegmentTier:
     Args:
         near: the cache that sequences grow in.
         far: another in the host's memory, of the same token format.
+        near_exits: how slots of `near` are let go.
         part_tokens: tokens move in multiples of it.
 
     Attributes:
@@ -44,7 +46,9 @@ class SegmentTier:
         moved: what was copied.
     """
 
-    def __init__(self, near: SlotCache, far: SlotCache, part_tokens: int) -> None:
+    def __init__(
+        self, near: SlotCache, far: SlotCache, near_exits: Exits, part_tokens: int
+    ) -> None:
         ours, theirs = near.geometry.token_format, far.geometry.token_format
         if ours.widths != theirs.widths or ours.dtype != theirs.dtype:
             raise InvalidOperation(f"tokens of {ours} cannot be kept as {theirs}")
@@ -52,6 +56,7 @@ class SegmentTier:
         self.far = far
         self.part_tokens = part_tokens
         self.exits = Exits(far)
+        self._near_exits = near_exits
         self.moved = MoveStats()
 
     def whole_parts(self, num_tokens: int) -> int:
@@ -96,7 +101,8 @@ class SegmentTier:
         except (Shortage, DriverError):
             self.moved.num_failed += 1
             if segment.slot.num_tokens > start:
-                self.far.truncate(segment.slot, start)
+                with suppress(DriverError):  # then pages to spare stay, until the slot goes
+                    self.far.truncate(segment.slot, start)
             raise
         self.moved.count(job, num_tokens)
         segment.num_tokens = stop
@@ -119,7 +125,7 @@ class SegmentTier:
                 )
             self.append(segment, slot, num_tokens)
         except (Shortage, DriverError):
-            self.near.close(fresh)
+            self._near_exits.let_go(fresh)
             raise
         return fresh
 

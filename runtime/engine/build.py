@@ -100,7 +100,9 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     try:
         runner = _build_runner(loaded, config, backend, cache, driver, profile)
         tiers = build_tiers(loaded, config, cache, runner, fingerprint)
-        why_not_longer = add_segments(loaded, backend, cache, runner, tiers)
+        why_not_longer = add_segments(
+            loaded, backend, cache, runner, tiers, shares_attention=profile.shares_attention
+        )
         engine = Engine(
             runner,
             cache,

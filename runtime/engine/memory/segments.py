@@ -22,17 +22,19 @@ def add_segments(
     cache: SlotCache,
     runner: ModelRunner,
     tiers: Tiers,
+    *,
+    shares_attention: bool,
 ) -> str | None:
-    """Let requests begin in the tier that outgrow the pool; or say, in words, why none can."""
+    """Let requests begin in the tier that outgrow the pool; or say, in words, why none can.
+
+    `shares_attention` is as of `DeviceProfile`.
+    """
     if tiers.swapping is None:
         return "without swap_memory there is no tier for its first tokens"
     if loaded.keeps_state:
         return "layers with recurrent or convolution state need them in one place"
-    if loaded.device.type != "cpu":
-        return (
-            f"that a {loaded.device.type} device and host memory attend to one request together is "
-            "not proven"
-        )
+    if not shares_attention:
+        return f"that {loaded.device} and host memory attend to one request together is not proven"
     if not isinstance(cache, KVCache):
         return "the paged baseline keeps a request's tokens in its own pool"
     local_tokens = _local_tokens(cache)
@@ -44,7 +46,7 @@ def add_segments(
     except UnsupportedAttention as error:
         return str(error)
     far = tiers.swapping.tier.far
-    tier = SegmentTier(cache, far, PART_TOKENS)
+    tier = SegmentTier(cache, far, tiers.exits, PART_TOKENS)
     tiers.segments = Segments(cache, tier, tiers.exits, tiers.kv_files, local_tokens=local_tokens)
     runner.segmented = SegmentedAttention(here, LocalHolder(far, there))
     return None

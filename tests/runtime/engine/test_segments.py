@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from vkv import LLM, SamplingParams
 from vkv.allocator import KVCache
 from vkv.allocator.transfer import copier
+from vkv.runtime.engine.devices import CudaProfile
 from vkv.runtime.engine.engine import Engine
+from vkv.runtime.engine.memory.segments import add_segments
 from vkv.runtime.engine.stats import EngineStats
 from vkv.runtime.request.request import Request, RequestState
 from vkv.runtime.request.spec import RequestSpec
@@ -340,6 +342,16 @@ def test_what_cannot_be_longer_than_the_pool_says_why(llama: PreTrainedModel) ->
     for model, options, reason in cases:
         with _llm(model, **options) as llm, pytest.raises(RequestTooLarge, match=reason):
             llm.generate([prompt], params)
+
+
+def test_a_gpu_is_refused_until_it_is_proven(llama: PreTrainedModel) -> None:
+    assert not CudaProfile.shares_attention
+    with _llm(llama, kv_memory=_POOL, swap_memory=_TIER) as llm:
+        runner, tiers = llm.engine.runner, llm.engine.scheduler.tiers
+        parts = llm.loaded, runner.backend, runner.cache, runner, tiers
+        reason = add_segments(*parts, shares_attention=CudaProfile.shares_attention)
+        assert reason is not None
+        assert "not proven" in reason
 
 
 def test_what_neither_holds_is_refused(llama: PreTrainedModel) -> None:
