@@ -9,8 +9,10 @@ Source: DistAttention, Infinite-LLM, arXiv:2401.02669, section 4.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -28,8 +30,8 @@ class SegmentedBatch:
             0, 1, … of a slot.
         key_starts: of each sequence, the position of the first of these; 0 if all are here.
         past: stretches that are elsewhere, by where: which sequences (as of `own`), and the batch
-            that has a sequence for each. Together with `own` they are all keys, each once; what is
-            behind every query's window may be missing.
+            that has a sequence for each; several may be of one sequence. Together with `own` they
+            are all keys, each once; what is behind every query's window may be missing.
     """
 
     own: AttentionBatch
@@ -39,10 +41,25 @@ class SegmentedBatch:
 
 def queries_of(batch: AttentionBatch, sequences: Sequence[int]) -> torch.Tensor:
     """Indices, int64, of the flat queries of some sequences of a batch."""
-    starts = [0]
-    for count in batch.query_lens:
-        starts.append(starts[-1] + count)
+    return rows_of(batch.query_lens, sequences)
+
+
+def rows_of(query_lens: Sequence[int], sequences: Sequence[int]) -> torch.Tensor:
+    """Indices, int64, of the flat queries of some of several sequences."""
+    starts = list(accumulate(query_lens, initial=0))
     return torch.tensor([i for b in sequences for i in range(starts[b], starts[b + 1])])
+
+
+def _rounds(sequences: Sequence[int]) -> list[list[int]]:
+    """Places in `sequences`, in lists of which each has a sequence once at most."""
+    rounds: list[list[int]] = []
+    seen: Counter[int] = Counter()
+    for place, sequence in enumerate(sequences):
+        if seen[sequence] == len(rounds):
+            rounds.append([])
+        rounds[seen[sequence]].append(place)
+        seen[sequence] += 1
+    return rounds
 
 
 class PartialAttention(ABC):
@@ -172,12 +189,14 @@ class ByLogSumExp(PartialAttention):
     ) -> torch.Tensor:
         own, *others = self.slices(step)
         outs, lses = [results[own][..., :-1]], [results[own][..., -1]]
-        for (sequences, _), rows in zip(step.past, others, strict=True):
-            queries = queries_of(step.own, sequences).to(results.device)
-            whole = torch.full_like(results[own], -torch.inf)  # a part that most see nothing of
-            whole[queries] = results[rows]
-            outs.append(whole[..., :-1])
-            lses.append(whole[..., -1])
+        for (sequences, batch), rows in zip(step.past, others, strict=True):
+            for members in _rounds(sequences):
+                queries = queries_of(step.own, [sequences[i] for i in members])
+                found = rows_of(batch.query_lens, members) + rows.start
+                whole = torch.full_like(results[own], -torch.inf)  # most see nothing of this part
+                whole[queries.to(results.device)] = results[found.to(results.device)]
+                outs.append(whole[..., :-1])
+                lses.append(whole[..., -1])
         out, lse = merge_attention(outs, lses)
         if layer.sinks is not None:
             apply_sinks(out, lse, layer.sinks)

@@ -24,10 +24,12 @@ class Segment:
     """The first tokens of a sequence, in the rows of a slot of the far cache.
 
     Attributes:
+        holder: who attends to it.
         slot: whose rows they are, from row 0 on.
         num_tokens: how many they are; a multiple of the tier's `part_tokens`.
     """
 
+    holder: str
     slot: Slot
     num_tokens: int
 
@@ -42,9 +44,12 @@ class SegmentTier:
         part_tokens: tokens move in multiples of it.
 
     Attributes:
+        holder: a name for who attends to what is in `far`.
         exits: how slots of `far` are let go.
         moved: what was copied.
     """
+
+    holder = "tier"
 
     def __init__(
         self, near: SlotCache, far: SlotCache, near_exits: Exits, part_tokens: int
@@ -85,7 +90,7 @@ class SegmentTier:
         except (Shortage, DriverError):
             self.exits.let_go(slot, tokens[: min(num_tokens, slot.num_tokens)], variant)
             raise
-        return Segment(slot, num_tokens)
+        return Segment(self.holder, slot, num_tokens)
 
     def append(self, segment: Segment, slot: Slot, num_tokens: int) -> None:
         """Copy the first `num_tokens` rows of the near `slot` behind the segment's tokens.

@@ -19,6 +19,7 @@ from ..execution.grammars import Grammars, check_grammars
 from ..execution.model_runner import LaunchedStep, ModelRunner
 from ..execution.sampler import NO_TOKEN, SampledToken
 from ..model.fingerprint import ModelFingerprint
+from ..model.segments import HolderLost
 from ..model.weights import ModelWatch
 from ..request.continuation import Continuation
 from ..request.outputs import FinishReason
@@ -334,10 +335,15 @@ class Engine:
     ) -> LaunchedStep | None:
         """Run a batch, and note what will be in the slots, and which tokens will come.
 
-        None if the model failed; so have the batch's requests then.
+        None if the model failed; so have the batch's requests then. None, too, if a holder of
+        segments was lost: then all of the batch are computed again, most of them in the next step.
         """
         try:
             launched = self.runner.launch(batch, last_tokens, wait=wait)
+        except HolderLost as lost:
+            self.catch_up()
+            self._lose(lost)
+            return None
         except Exception as error:  # noqa: BLE001 - told to the requests of the batch, and logged
             _log.exception("a step of %d requests failed", len(batch))
             self.catch_up()
@@ -355,6 +361,13 @@ class Engine:
             request.num_pending += 1
             request.pending_index = index
         return launched
+
+    def _lose(self, lost: HolderLost) -> None:
+        """Have those computed again whose segments are lost. It costs no other request anything."""
+        _log.warning("%s; the tokens of its requests are computed again", lost)
+        for request in self.scheduler.running[::-1]:  # so that they come back in their order
+            if request.segment is not None and request.segment.holder == lost.holder:
+                self.scheduler.preempt(request, keep=False)
 
     def catch_up(self, launched: LaunchedStep | None = None) -> None:
         """Postprocess the step under way; `launched` takes its place."""

@@ -10,7 +10,7 @@ from ...allocator import SlotCache
 from ...attention_backends import AttentionBackend, AttentionBatch, LayerAttention
 from ..model.attention_hook import CacheStep
 from ..model.forward import Forward
-from ..model.segments import SegmentedAttention, SegmentedStep
+from ..model.segments import Place, SegmentedAttention, SegmentedStep
 from ..request.request import Batch, Request, ScheduledRequest
 from .recordings import DecodeRecordings, Recorder
 from .sampler import SampledToken, choose, prompt_logprobs, sample
@@ -161,7 +161,7 @@ class ModelRunner:
         if not any(segments):
             return None
         assert self.segmented is not None, "a request has a segment, and nobody attends to it"
-        places = [s and (s.slot.index, s.num_tokens) for s in segments]
+        places = [[Place(s.holder, s.slot.index, 0, s.num_tokens)] if s else [] for s in segments]
         return self.segmented.step(attention, [item.start for item in items], places)
 
     def _inputs(

@@ -6,6 +6,7 @@ socket's time limit, that closes, or that says what nobody says here, is a Trans
 
 import array
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,15 @@ def prepare(sock: socket.socket, timeout_s: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def wait_for_more(sock: socket.socket) -> bool:
+    """Wait until the other side says something, as long as it takes; False once it has closed."""
+    select.select([sock], [], [])
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
 
 
 # -- short messages ------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def add_segments(
     far = tiers.swapping.tier.far
     tier = SegmentTier(cache, far, tiers.exits, PART_TOKENS)
     tiers.segments = Segments(cache, tier, tiers.exits, tiers.kv_files, local_tokens=local_tokens)
-    runner.segmented = SegmentedAttention(here, LocalHolder(far, there))
+    runner.segmented = SegmentedAttention(here, {tier.holder: LocalHolder(far, there)})
     return None
 
 
