@@ -158,10 +158,13 @@ class ModelRunner:
     ) -> SegmentedStep | None:
         """How to attend where some requests' first tokens are elsewhere; None if none's are."""
         segments = [item.request.segment for item in items]
-        if not any(segments):
+        places = [
+            [Place(s.holder, s.slot.index, 0, s.num_tokens)] if s and s.num_tokens else []
+            for s in segments
+        ]
+        if not any(places):
             return None
         assert self.segmented is not None, "a request has a segment, and nobody attends to it"
-        places = [[Place(s.holder, s.slot.index, 0, s.num_tokens)] if s else [] for s in segments]
         return self.segmented.step(attention, [item.start for item in items], places)
 
     def _inputs(

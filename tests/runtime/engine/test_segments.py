@@ -1,7 +1,9 @@
 """Requests longer than the pool: their first tokens lie in the tier, their tokens are the same."""
 
 import random
+import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 import zoo
 from transformers import PreTrainedModel
 from vkv import LLM, SamplingParams
-from vkv.allocator import KVCache
+from vkv.allocator import KVCache, Slot
 from vkv.allocator.transfer import copier
+from vkv.attention_backends import PastBatch, choose_backend, partial_attention
 from vkv.runtime.engine.devices import CudaProfile
 from vkv.runtime.engine.engine import Engine
 from vkv.runtime.engine.memory.segments import add_segments
 from vkv.runtime.engine.stats import EngineStats
+from vkv.runtime.model.segments import Answer, HolderLost, RemoteHolder, SegmentServer
 from vkv.runtime.request.request import Request, RequestState
 from vkv.runtime.request.spec import RequestSpec
 from vkv.vmem.errors import (
@@ -316,6 +320,92 @@ def test_failures_cost_no_token_and_no_page(
         requests = [request for spec in specs for request in llm.engine.add(spec)]
         _drive(llm.engine)
         assert {r.key: r.output_token_ids for r in requests} == expected
+        _check_nothing_left(llm.engine)
+
+
+class FarHolder:
+    """The tier as another process would have it: asked over a socket, which breaks now and then."""
+
+    def __init__(self, llm: LLM, *, breaks_after: Sequence[int] = ()) -> None:
+        self._llm = llm
+        self._breaks = list(breaks_after)  # asks of each connection
+        self._num_asked = 0
+        self._server: SegmentServer | None = None
+        self._holder: RemoteHolder | None = None
+        self._loans: dict[tuple[int, int], int] = {}
+        self.num_lost = 0
+        self.sent_bytes = self.received_bytes = 0
+
+    def attend(self, layer, query, batch, wanted, results) -> Answer:
+        if self._server is None:
+            self._connect()
+        assert self._server is not None
+        assert self._holder is not None
+        if self._breaks and self._num_asked == self._breaks[0]:
+            self._server.close()
+        self._num_asked += 1
+        if layer == 0:
+            self._asked = replace(batch, slots=tuple(self._loan(s) for s in self._slots(batch)))
+        try:
+            return self._holder.attend(layer, query, self._asked, wanted, results)
+        except HolderLost:
+            self._disconnect()
+            raise
+
+    def _slots(self, batch: PastBatch) -> list[tuple[Slot, int]]:
+        segments = [r.segment for r in self._llm.engine.scheduler.running if r.segment is not None]
+        by_index = {segment.slot.index: segment.slot for segment in segments}
+        return [(by_index[i], n) for i, n in zip(batch.slots, batch.key_stops, strict=True)]
+
+    def _loan(self, lent: tuple[Slot, int]) -> int:
+        slot, num_tokens = lent
+        assert self._server is not None
+        key = slot.index, num_tokens
+        if key not in self._loans:
+            self._loans[key] = self._server.lend(slot, 0, num_tokens)
+        return self._loans[key]
+
+    def _connect(self) -> None:
+        engine, loaded = self._llm.engine, self._llm.loaded
+        partial = partial_attention(choose_backend(loaded.needs(paged=False)))
+        far = engine.scheduler.tiers.swapping.tier.far
+        self._server = SegmentServer(far, partial, loaded.attention, loaded.dtype)
+        theirs, ours = socket.socketpair()
+        self._server.serve(theirs)
+        self._holder, self._num_asked, self._loans = RemoteHolder("tier", ours), 0, {}
+
+    def _disconnect(self) -> None:
+        assert self._server is not None
+        self.num_lost += 1
+        self._breaks.pop(0)
+        self.close()
+
+    def close(self) -> None:
+        if self._server is not None and self._holder is not None:
+            self.sent_bytes += self._holder.sent_bytes
+            self.received_bytes += self._holder.received_bytes
+            self._holder.close()
+            self._server.close()
+            self._server = None
+
+
+@pytest.mark.parametrize("breaks", [(), (3, 31, 20)], ids=["whole", "breaks"])
+def test_a_holder_over_a_socket_and_its_end(llama: PreTrainedModel, breaks: Sequence[int]) -> None:
+    """What lay there is computed again, and nobody's token is another."""
+    specs = _specs([2500, 40, 1900], max_tokens=20)
+    expected, _ = _run(llama, specs)
+    with _llm(llama, kv_memory=_POOL, swap_memory=_TIER) as llm:
+        holder = FarHolder(llm, breaks_after=breaks)
+        assert llm.engine.runner.segmented is not None
+        llm.engine.runner.segmented.holders["tier"] = holder
+        requests = [request for spec in specs for request in llm.engine.add(spec)]
+        _drive(llm.engine)
+        holder.close()
+        assert {r.key: r.output_token_ids for r in requests} == expected
+        assert holder.num_lost == len(breaks) == llm.engine.stats().num_preemptions
+        if not breaks:  # a query of 4 heads of 8 floats, a layer, and what comes of it
+            assert 0 < holder.sent_bytes <= (2500 + 20 - 1024) * 2 * 4 * 8 * 4
+            assert holder.received_bytes <= 4 * holder.sent_bytes
         _check_nothing_left(llm.engine)
 
 
