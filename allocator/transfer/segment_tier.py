@@ -9,6 +9,7 @@ Unlike what a `MemoryTier` keeps, they do not come back: they are attended where
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...vmem.errors import DriverError, InvalidOperation, Shortage
 from ..exits import Exits
@@ -17,6 +18,21 @@ from ..slot_cache import SlotCache
 from .copier import CopyJob
 from .memory_tier import MoveStats
 from .transfers import Spans
+
+
+class Lent(NamedTuple):
+    """A stretch of a sequence that another process has taken in.
+
+    Attributes:
+        holder: who, by name.
+        loan: what that knows it by.
+        start, stop: the positions of its tokens.
+    """
+
+    holder: str
+    loan: int
+    start: int
+    stop: int
 
 
 @dataclass(eq=False)
@@ -40,7 +56,6 @@ class SegmentTier:
     Args:
         near: the cache that sequences grow in.
         far: another in the host's memory, of the same token format.
-        near_exits: how slots of `near` are let go.
         part_tokens: tokens move in multiples of it.
 
     Attributes:
@@ -51,9 +66,7 @@ class SegmentTier:
 
     holder = "tier"
 
-    def __init__(
-        self, near: SlotCache, far: SlotCache, near_exits: Exits, part_tokens: int
-    ) -> None:
+    def __init__(self, near: SlotCache, far: SlotCache, part_tokens: int) -> None:
         ours, theirs = near.geometry.token_format, far.geometry.token_format
         if ours.widths != theirs.widths or ours.dtype != theirs.dtype:
             raise InvalidOperation(f"tokens of {ours} cannot be kept as {theirs}")
@@ -61,7 +74,6 @@ class SegmentTier:
         self.far = far
         self.part_tokens = part_tokens
         self.exits = Exits(far)
-        self._near_exits = near_exits
         self.moved = MoveStats()
 
     def whole_parts(self, num_tokens: int) -> int:
@@ -100,9 +112,8 @@ class SegmentTier:
         start, stop = segment.num_tokens, segment.num_tokens + num_tokens
         try:
             self.far.grow(segment.slot, stop)
-            job = self._copy(
-                self.near.spans(slot, 0, num_tokens), self.far.spans(segment.slot, start, stop)
-            )
+            source, target = self.near.spans(slot, 0, num_tokens), self.far.spans
+            job = _copy(self.near, source, target(segment.slot, start, stop))
         except (Shortage, DriverError):
             self.moved.num_failed += 1
             if segment.slot.num_tokens > start:
@@ -112,37 +123,34 @@ class SegmentTier:
         self.moved.count(job, num_tokens)
         segment.num_tokens = stop
 
-    def move(self, segment: Segment, slot: Slot, num_tokens: int, num_held: int) -> Slot:
-        """Append the first `num_tokens` rows of the near `slot`; returns a new slot with the rest
-        of its `num_held`.
-
-        The old slot stays as it is; it is its owner's to let go. Raises a Shortage or DriverError,
-        with nothing changed.
-        """
-        rest = num_held - num_tokens
-        fresh = self.near.open()
-        try:
-            if rest:
-                self.near.grow(fresh, rest)
-                self._copy(
-                    self.near.spans(slot, num_tokens, num_held),
-                    self.near.spans(fresh, 0, rest),
-                )
-            self.append(segment, slot, num_tokens)
-        except (Shortage, DriverError):
-            self._near_exits.let_go(fresh)
-            raise
-        return fresh
-
     def release(self, segment: Segment, tokens: Sequence[int], variant: str = "") -> None:
         """Let the segment go. It is parked for whoever begins with `tokens`, which are all of its
         tokens, or none."""
         self.exits.let_go(segment.slot, tokens[: segment.num_tokens], variant)
 
-    def _copy(self, source: Spans, target: Spans) -> CopyJob:
-        """Copy at once. Raises DriverError if that fails."""
-        job = CopyJob(source, target, after=self.near.pool.driver.record_fence())
-        job.run()
-        if job.error is not None:
-            raise DriverError(f"{job.num_bytes} bytes of KV could not be copied") from job.error
-        return job
+
+def split_off(cache: SlotCache, exits: Exits, slot: Slot, start: int, stop: int) -> Slot:
+    """A new slot with rows `start … stop` of another, which stays as it is.
+
+    Pages that others share, or a file has, are left to them. Raises a Shortage or DriverError, with
+    nothing changed.
+    """
+    fresh = cache.open()
+    if start == stop:
+        return fresh
+    try:
+        cache.grow(fresh, stop - start)
+        _copy(cache, cache.spans(slot, start, stop), cache.spans(fresh, 0, stop - start))
+    except (Shortage, DriverError):
+        exits.let_go(fresh)
+        raise
+    return fresh
+
+
+def _copy(owner: SlotCache, source: Spans, target: Spans) -> CopyJob:
+    """Copy at once what `owner` has. Raises DriverError if that fails."""
+    job = CopyJob(source, target, after=owner.pool.driver.record_fence())
+    job.run()
+    if job.error is not None:
+        raise DriverError(f"{job.num_bytes} bytes of KV could not be copied") from job.error
+    return job

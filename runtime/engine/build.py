@@ -260,7 +260,7 @@ def _build_admission(
     why_not_longer: str | None,
 ) -> Admission:
     longest = longest_alone(cache)
-    if tiers.segments is not None:
+    if tiers.segments is not None and tiers.segments.tier is not None:
         longest = max(longest, longest_alone(tiers.segments.tier.far))
     return Admission(
         vocab_size=loaded.vocab_size,

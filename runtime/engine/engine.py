@@ -16,7 +16,8 @@ from ...vmem.errors import (
 )
 from ...vmem.native_function import workspace_bytes
 from ..execution.grammars import Grammars, check_grammars
-from ..execution.model_runner import LaunchedStep, ModelRunner
+from ..execution.launched_step import LaunchedStep
+from ..execution.model_runner import ModelRunner
 from ..execution.sampler import NO_TOKEN, SampledToken
 from ..model.fingerprint import ModelFingerprint
 from ..model.segments import HolderLost
@@ -31,6 +32,7 @@ from ..request.step_output import Failure, StepOutput
 from ..request.token_grammar import TokenGrammar
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
+from .memory.segments import take_back
 from .stats import EngineStats, SegmentStats, SwapStats
 
 _log = logging.getLogger(__name__)
@@ -342,7 +344,7 @@ class Engine:
             launched = self.runner.launch(batch, last_tokens, wait=wait)
         except HolderLost as lost:
             self.catch_up()
-            self._lose(lost)
+            take_back(self.scheduler, lost)
             return None
         except Exception as error:  # noqa: BLE001 - told to the requests of the batch, and logged
             _log.exception("a step of %d requests failed", len(batch))
@@ -361,13 +363,6 @@ class Engine:
             request.num_pending += 1
             request.pending_index = index
         return launched
-
-    def _lose(self, lost: HolderLost) -> None:
-        """Have those computed again whose segments are lost. It costs no other request anything."""
-        _log.warning("%s; the tokens of its requests are computed again", lost)
-        for request in self.scheduler.running[::-1]:  # so that they come back in their order
-            if request.segment is not None and request.segment.holder == lost.holder:
-                self.scheduler.preempt(request, keep=False)
 
     def catch_up(self, launched: LaunchedStep | None = None) -> None:
         """Postprocess the step under way; `launched` takes its place."""

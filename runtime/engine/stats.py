@@ -53,24 +53,28 @@ class SwapStats:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentStats:
-    """Requests that are longer than the pool, whose first tokens lie in the tier behind it.
+    """Requests that are longer than the pool, of which most tokens lie elsewhere.
 
     Attributes:
         num_requests: that run so now.
-        num_tokens: of theirs, in the tier.
-        moved: what moved there as they grew, so far.
+        num_tokens: of theirs, elsewhere.
+        moved, lent: what moved as they grew, so far: to the tier, and to other processes.
     """
 
     num_requests: int
     num_tokens: int
     moved: MoveStats
+    lent: MoveStats
 
     @classmethod
     def of(cls, segments: Segments, running: Iterable[Request]) -> Self:
         """Those of an engine now."""
-        tokens = [request.slot_start for request in running if request.segment is not None]
+        tokens = [request.slot_start for request in running if request.is_spread]
         return cls(
-            num_requests=len(tokens), num_tokens=sum(tokens), moved=replace(segments.tier.moved)
+            num_requests=len(tokens),
+            num_tokens=sum(tokens),
+            moved=MoveStats() if segments.tier is None else replace(segments.tier.moved),
+            lent=replace(segments.lent),
         )
 
 

@@ -12,8 +12,9 @@ from ..model.attention_hook import CacheStep
 from ..model.forward import Forward
 from ..model.segments import Place, SegmentedAttention, SegmentedStep
 from ..request.request import Batch, Request, ScheduledRequest
+from .launched_step import LaunchedStep
 from .recordings import DecodeRecordings, Recorder
-from .sampler import SampledToken, choose, prompt_logprobs, sample
+from .sampler import choose, prompt_logprobs, sample
 from .step_inputs import StepInputs, StepValues
 from .upload import select_rows
 
@@ -87,7 +88,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(
         self, batch: Batch, last_tokens: torch.Tensor | None = None, *, wait: bool = True
-    ) -> "LaunchedStep":
+    ) -> LaunchedStep:
         """Compute the batch, and sample for each request whose last token is in it.
 
         `last_tokens` are those of the step before, of which some may be pending in the batch.
@@ -134,7 +135,7 @@ class ModelRunner:
 
         Replayed if all of the batch is decodes of requests whose slots have all their tokens.
         """
-        is_plain = all(item.request.segment is None for item in batch.items)
+        is_plain = all(not item.request.is_spread for item in batch.items)
         if self.recordings is not None and is_plain and len(batch) == ends[-1] == len(positions):
             logits = self.recordings.run(batch, last_tokens)
             if logits is not None:
@@ -157,11 +158,7 @@ class ModelRunner:
         self, items: Sequence[ScheduledRequest], attention: AttentionBatch
     ) -> SegmentedStep | None:
         """How to attend where some requests' first tokens are elsewhere; None if none's are."""
-        segments = [item.request.segment for item in items]
-        places = [
-            [Place(s.holder, s.slot.index, 0, s.num_tokens)] if s and s.num_tokens else []
-            for s in segments
-        ]
+        places = [_places(item.request) for item in items]
         if not any(places):
             return None
         assert self.segmented is not None, "a request has a segment, and nobody attends to it"
@@ -201,47 +198,13 @@ class ModelRunner:
         return inputs, inputs.batch(values.query_lens, values.kv_lens, values.slots, tables)
 
 
-class LaunchedStep:
-    """A step under way: the requests that it samples for, and their tokens once it is done.
-
-    Attributes:
-        computed: all requests of the step, prompt chunks that do not sample among them.
-        requests: those that it samples for.
-        tokens: the sampled tokens on the device, int64 [len(requests)]; None if they are known.
-    """
-
-    def __init__(
-        self,
-        computed: Sequence[Request],
-        requests: Sequence[Request],
-        *,
-        sampled: list[SampledToken] | None = None,
-        chosen: torch.Tensor | None = None,
-    ) -> None:
-        self.computed = computed
-        self.requests = requests
-        self._sampled = sampled
-        self._done: torch.cuda.Event | None = None
-        self.tokens: torch.Tensor | None = None
-        if chosen is not None:
-            self.tokens, self._chosen = chosen[0], chosen
-            if chosen.is_cuda:  # the copy begins as soon as the step is done
-                self._chosen = torch.empty_like(chosen, device="cpu", pin_memory=True)
-                self._chosen.copy_(chosen, non_blocking=True)
-                self._done = torch.cuda.Event()
-                self._done.record(torch.cuda.current_stream(chosen.device))
-
-    def wait(self) -> list[SampledToken]:
-        """The requests' tokens, once they are there."""
-        if self._sampled is None:
-            if self._done is not None:
-                self._done.synchronize()
-            chosen, finite = self._chosen.tolist()
-            self._sampled = [
-                SampledToken(token_id, is_finite=bool(is_finite))
-                for token_id, is_finite in zip(chosen, finite, strict=True)
-            ]
-        return self._sampled
+def _places(request: Request) -> list[Place]:
+    """Where a request's tokens are that are not in its slot."""
+    segment = request.segment
+    places = [Place(*lent) for lent in request.lent]
+    if segment is not None and segment.num_tokens:
+        places.insert(0, Place(segment.holder, segment.slot.index, 0, segment.num_tokens))
+    return places
 
 
 def _logit_positions(items: Sequence[ScheduledRequest], ends: Sequence[int]) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...allocator import Slot
-from ...allocator.transfer import Fetch, Segment
+from ...allocator.transfer import Fetch, Lent, Segment
 from .outputs import Logprob
 from .sampling_params import SamplingParams
 from .sampling_state import SamplingState
@@ -38,7 +38,8 @@ class Request:
         pending_index: of the last of them: its place among those sampled in the same step.
         fetch: its keys and values on their way back, while it has a place among those that run
             and no slot yet.
-        segment: its first tokens, if they lie in another cache; the slot has those behind them.
+        segment, lent: its first tokens, if they lie in another cache; those behind them that other
+            processes have. The slot has the rest.
         prompt_logprobs: entries of the prompt's tokens that are known, where they are asked.
         priority, tenant: as of `RequestSpec`; the priority may change (`SetPriority`).
         num_served: prompt tokens that were computed for it, or found, at one time or another.
@@ -76,6 +77,7 @@ class Request:
         self.slot: Slot | None = None
         self.fetch: Fetch | None = None
         self.segment: Segment | None = None
+        self.lent: list[Lent] = []
         self.can_fetch = True  # False once that failed
         self.queued_time_s = time.monotonic()
         self.scheduled_time_s: float | None = None
@@ -90,7 +92,14 @@ class Request:
     @property
     def slot_start(self) -> int:
         """Position of the token that row 0 of its slot is of."""
+        if self.lent:
+            return self.lent[-1].stop
         return 0 if self.segment is None else self.segment.num_tokens
+
+    @property
+    def is_spread(self) -> bool:
+        """True if tokens of it may lie elsewhere than in its slot."""
+        return self.segment is not None or bool(self.lent)
 
     @property
     def num_tokens(self) -> int:

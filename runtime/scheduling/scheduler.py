@@ -113,7 +113,7 @@ class Scheduler:
         way back from a tier, nor some of them in one.
         """
         assert request.fetch is None, request
-        assert request.segment is None, request
+        assert not request.is_spread, request
         if request.state is RequestState.WAITING:
             self.waiting.remove(request)
         else:
@@ -295,7 +295,7 @@ class Scheduler:
             return
         assert slot is not None
         self.accounts.released(request)
-        if request.segment is not None and self.tiers.segments is not None:
+        if request.is_spread and self.tiers.segments is not None:
             self.tiers.segments.let_go(request, slot, keep=keep)
             return
         computed = request.token_ids[: request.num_computed] if keep else ()
@@ -391,7 +391,7 @@ def _look_ahead(
     for item in batch:
         request, end = item.request, item.start + item.num_tokens
         assert request.slot is not None
-        if request.segment is not None:
+        if request.is_spread:
             continue  # it has been promised all that its slot may have
         if item.samples:
             target = min(end + num_ahead, request.num_prompt_tokens + request.max_tokens)
@@ -418,7 +418,7 @@ def _padding(cache: SlotCache, batch: Sequence[ScheduledRequest]) -> Padding | N
 
     It is written before the request's own next token is, and read by nobody.
     """
-    if any(item.num_tokens > 1 or item.request.segment is not None for item in batch):
+    if any(item.num_tokens > 1 or item.request.is_spread for item in batch):
         return None
     for item in batch:
         slot, behind = item.request.slot, item.start + 1
@@ -435,7 +435,7 @@ def _live_donor(
     """The running request that has computed the longest common prefix, a page's at least."""
     donor, longest = None, 0
     for other in running:
-        if other.variant != request.variant or other.slot is None or other.segment is not None:
+        if other.variant != request.variant or other.slot is None or other.is_spread:
             continue
         least = 1 if other.key == request.leader else growth_tokens
         limit = min(len(tokens), other.num_computed)

@@ -74,7 +74,7 @@ def receive_message(sock: socket.socket, kind: type[Message]) -> Message:
     try:
         return msgspec.msgpack.decode(body, type=kind)
     except msgspec.MsgspecError as error:
-        raise TransferError(f"the other side sent no {kind.__name__}: {error}") from error
+        raise TransferError(f"the other side sent no {kind}: {error}") from error
 
 
 # -- bytes of KV ---------------------------------------------------------------------------------

@@ -166,10 +166,9 @@ class Departures:
             raise InvalidOperation(
                 f"the keys and values of {request} are on their way back from memory; ask again"
             )
-        if request.segment is not None:
+        if request.is_spread:
             raise InvalidOperation(
-                f"{request} is longer than the pool, and its first tokens stay in host memory of "
-                "this engine; let it end here"
+                f"{request} is longer than the pool, and not all of it is here; let it end here"
             )
         departure = Departure(key, epoch, request, lease_s)
         self._expose(departure, request)

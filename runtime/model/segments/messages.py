@@ -3,7 +3,12 @@
     owner    Ask, queries │                 one a layer, for all requests with segments there
     holder                │ Told, results
 
-Queries and results are bytes of tensors; keys and values never travel.
+    owner    Offer │        keys and values │               once, when they move there
+    holder         │ Told                   │ Told, the loan
+
+    owner    GiveBack                                       which nobody answers
+
+Queries and results are bytes of tensors; in steps keys and values never travel.
 """
 
 import msgspec
@@ -28,7 +33,7 @@ class AskedBatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-class Ask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Ask(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """Attend, in a layer, with the queries that follow.
 
     Attributes:
@@ -42,7 +47,32 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     batch: AskedBatch | None = None
 
 
+class Offer(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Take in `num_tokens` tokens of a sequence, the first at position `start`."""
+
+    start: int
+    num_tokens: int
+    num_bytes: int
+
+
+class GiveBack(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """A loan is not needed any more."""
+
+    loan: int
+
+
+Request = Ask | Offer | GiveBack
+
+
 class Told(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Results follow; or nothing, and why."""
+    """Bytes follow, or may; or nothing, and why.
+
+    Attributes:
+        objection: why not.
+        called_back: loans that it is because of; all others are as they were.
+        loan: what an offer is known by now.
+    """
 
     objection: str = ""
+    called_back: tuple[int, ...] = ()
+    loan: int = 0

@@ -6,11 +6,12 @@ import weakref
 
 import torch
 
+from ....allocator.transfer import Spans
 from ....allocator.transfer.channels import wire
 from ....attention_backends import LayerAttention, PastBatch
 from ....vmem.errors import TransferError
 from .holders import Answer
-from .messages import Ask, AskedBatch, Told
+from .messages import Ask, AskedBatch, GiveBack, Offer, Told
 
 
 class HolderLost(TransferError):
@@ -18,17 +19,20 @@ class HolderLost(TransferError):
 
     Attributes:
         holder: the name of who it is.
+        loans: those that are lost; None for all, and the holder with them.
     """
 
-    def __init__(self, holder: str, why: str) -> None:
+    def __init__(self, holder: str, why: str, loans: tuple[int, ...] | None = None) -> None:
         super().__init__(f"the segments at {holder!r} are lost: {why}")
         self.holder = holder
+        self.loans = loans
 
 
 class RemoteHolder:
-    """Asks a `SegmentServer` over a stream socket, one layer after the other.
+    """Has a `SegmentServer` take tokens in, and asks it, over a stream socket.
 
-    A holder that is silent for `timeout_s`, that closes or objects is lost, at once and for good.
+    One call after the other: an answer is waited for before the next ask. A holder that is silent
+    for `timeout_s`, that closes or says what nobody says here is lost, at once and for good.
 
     Args:
         name: of whom it is.
@@ -80,13 +84,44 @@ class RemoteHolder:
         start_s = time.perf_counter()
         try:
             told = wire.receive_message(self._sock, Told)
+            if told.called_back:
+                raise HolderLost(self.name, told.objection, told.called_back)
             if told.objection:
                 raise TransferError(told.objection)
             wire.receive_bytes(self._sock, [as_bytes(results)], False)
+        except HolderLost:
+            raise  # of some loans: both sides are in step
         except TransferError as error:
             raise self._lost(error) from error
         self.received_bytes += results.nbytes
         self.waited_s += time.perf_counter() - start_s
+
+    def take(self, spans: Spans, start: int, num_tokens: int) -> int | None:
+        """Copy tokens there (`Creditor.take`): memory first, then bytes, then the loan.
+
+        Raises HolderLost.
+        """
+        pieces = [piece for of_stream in spans for piece in of_stream]
+        num_bytes = sum(map(len, pieces))
+        if not self._is_open:
+            raise HolderLost(self.name, "the connection was closed before")
+        try:
+            offer = Offer(start=start, num_tokens=num_tokens, num_bytes=num_bytes)
+            wire.send_message(self._sock, offer)
+            if wire.receive_message(self._sock, Told).objection:
+                return None
+            wire.send_bytes(self._sock, pieces, True)
+            return wire.receive_message(self._sock, Told).loan
+        except TransferError as error:
+            raise self._lost(error) from error
+
+    def give_back(self, loan: int) -> None:
+        """A loan is not needed any more. Whoever is not there any more has ended it already."""
+        if self._is_open:
+            try:
+                wire.send_message(self._sock, GiveBack(loan=loan))
+            except TransferError:
+                self.close()
 
     def close(self) -> None:
         """End the connection. Closing twice is harmless."""

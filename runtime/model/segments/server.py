@@ -6,16 +6,24 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
 import torch
 
-from ....allocator import Slot, SlotCache
+from ....allocator import Exits, Slot, SlotCache
 from ....allocator.transfer.channels import wire
 from ....attention_backends import LayerAttention, PartialAttention, PastBatch
-from ....vmem.errors import DriverError, InvalidOperation, Shortage, TransferError, VkvError
-from .messages import Ask, AskedBatch, Told
+from ....vmem.errors import (
+    DriverError,
+    InvalidOperation,
+    OutOfPages,
+    Shortage,
+    TransferError,
+    VkvError,
+)
+from .messages import Ask, AskedBatch, Offer, Request, Told
 from .remote import as_bytes
 
 _log = logging.getLogger(__name__)
@@ -29,17 +37,36 @@ class Loan(NamedTuple):
     stop: int
 
 
-class SegmentServer:
-    """Attends to segments in the slots of a cache for owners in other processes.
+class _CalledBack(InvalidOperation):
+    """Loans that are asked for are not there any more."""
 
-    Each connection has a thread. They attend one after the other, beside the engine's steps: what
-    is lent is pinned, so that it stays where it is and as it is.
+    def __init__(self, loans: tuple[int, ...]) -> None:
+        super().__init__(f"loans {loans} were called back")
+        self.loans = loans
+
+
+@dataclass
+class _Owner:
+    """What is known of one connection: the batch that is asked about, and what it lent here."""
+
+    batch: PastBatch | None = None
+    loans: tuple[int, ...] = ()
+    taken: list[int] = field(default_factory=list)
+
+
+class SegmentServer:
+    """Takes segments into the slots of a cache for owners in other processes, and attends to them.
+
+    Each connection has a thread; what it lent here goes with it. They attend one after the other,
+    beside the engine's steps: what is lent is pinned, so that it stays where it is and as it is.
+    As a `Guest` of the engine it gives way where memory is short.
 
     Args:
         cache: where the slots are, in the host's memory.
         partial: of a backend of its own.
         layers: what each layer of the model asks of attention.
         dtype: of queries.
+        limit_tokens: the most that are lent; None for as many as there is room for.
         timeout_s: how long an owner may be silent in the middle of an ask.
 
     Attributes:
@@ -53,9 +80,12 @@ class SegmentServer:
         layers: Sequence[LayerAttention],
         dtype: torch.dtype,
         *,
+        limit_tokens: int | None = None,
         timeout_s: float = 10.0,
     ) -> None:
         self.cache = cache
+        self._exits = Exits(cache)
+        self._limit_tokens = limit_tokens
         self._partial = partial
         self._layers = tuple(layers)
         self._dtype = dtype
@@ -89,6 +119,18 @@ class SegmentServer:
             except (Shortage, DriverError) as error:
                 _log.warning("%s was not unmapped, and will be reclaimed: %s", loan.slot, error)
 
+    def give_way(self) -> bool:
+        """Memory is short here: call the newest loan back. False if there is none."""
+        loans = self.loans
+        if loans:
+            self.call_back(max(loans))
+        return bool(loans)
+
+    def forget(self) -> None:
+        """The model changed: what is lent is of no use to anybody."""
+        for number in self.loans:
+            self.call_back(number)
+
     @property
     def loans(self) -> dict[int, Loan]:
         """What is lent now, by number."""
@@ -118,27 +160,77 @@ class SegmentServer:
             self.call_back(number)
 
     def _answer_all(self, sock: socket.socket) -> None:
-        asked: PastBatch | None = None
-        loans: tuple[int, ...] = ()
+        owner = _Owner()
         try:
             while wire.wait_for_more(sock):
-                ask = wire.receive_message(sock, Ask)
-                if ask.batch is not None:
-                    asked, loans = self._batch_of(ask.batch), ask.batch.loans
-                if asked is None:
-                    raise TransferError("an ask named no batch")
-                query = self._receive_query(sock, ask, asked)
-                try:
-                    results = self._attend(ask.layer, query, asked, loans)
-                except VkvError as error:
-                    wire.send_message(sock, Told(objection=str(error)))
-                    continue
-                wire.send_message(sock, Told())
-                wire.send_bytes(sock, [as_bytes(results)], False)
+                request = wire.receive_message(sock, Request)
+                if isinstance(request, Ask):
+                    self._answer(sock, request, owner)
+                elif isinstance(request, Offer):
+                    self._take_in(sock, request, owner)
+                elif request.loan in owner.taken:
+                    owner.taken.remove(request.loan)
+                    self.call_back(request.loan)
         except TransferError as error:
             _log.warning("an owner of segments is not served any more: %s", error)
         finally:
             sock.close()
+            for number in owner.taken:  # nobody asks for them any more
+                self.call_back(number)
+
+    def _answer(self, sock: socket.socket, ask: Ask, owner: "_Owner") -> None:
+        if ask.batch is not None:
+            owner.batch, owner.loans = self._batch_of(ask.batch), ask.batch.loans
+        if owner.batch is None:
+            raise TransferError("an ask named no batch")
+        query = self._receive_query(sock, ask, owner.batch)
+        try:
+            results = self._attend(ask.layer, query, owner.batch, owner.loans)
+        except _CalledBack as error:
+            wire.send_message(sock, Told(objection=str(error), called_back=error.loans))
+        except VkvError as error:
+            wire.send_message(sock, Told(objection=str(error)))
+        else:
+            wire.send_message(sock, Told())
+            wire.send_bytes(sock, [as_bytes(results)], False)
+
+    def _take_in(self, sock: socket.socket, offer: Offer, owner: "_Owner") -> None:
+        """Memory first, then bytes, then the loan: whatever fails, nothing is left."""
+        slot = None
+        try:
+            slot = self._make_room(offer)
+            wire.send_message(sock, Told())
+            spans = self.cache.spans(slot, 0, offer.num_tokens)
+            wire.receive_bytes(sock, [piece for stream in spans for piece in stream], True)
+            number = self.lend(slot, offer.start, offer.num_tokens)
+            owner.taken.append(number)
+            wire.send_message(sock, Told(loan=number))
+        except (Shortage, DriverError, InvalidOperation) as error:
+            if slot is not None:
+                raise TransferError(f"tokens were not taken in: {error}") from error
+            wire.send_message(sock, Told(objection=str(error)))
+        finally:
+            if slot is not None:  # a loan keeps what it needs
+                self._exits.let_go(slot)
+
+    def _make_room(self, offer: Offer) -> Slot:
+        """A slot with memory for what is offered. Raises a Shortage, DriverError or, for what never
+        fits, InvalidOperation."""
+        num_bytes = offer.num_tokens * self.cache.geometry.token_format.token_bytes
+        if offer.num_tokens < 1 or offer.start < 0 or num_bytes != offer.num_bytes:
+            raise InvalidOperation(f"{offer} is not of tokens as they are here")
+        lent = sum(loan.stop - loan.start for loan in self.loans.values())
+        if self._limit_tokens is not None and lent + offer.num_tokens > self._limit_tokens:
+            raise OutOfPages(f"{lent} tokens are lent, of {self._limit_tokens}")
+        if offer.num_tokens > self.cache.max_len:
+            raise InvalidOperation(f"{offer} is longer than a slot, {self.cache.max_len} tokens")
+        slot = self.cache.open()
+        try:
+            self.cache.grow(slot, offer.num_tokens)
+        except (Shortage, DriverError):
+            self._exits.let_go(slot)
+            raise
+        return slot
 
     def _batch_of(self, asked: AskedBatch) -> PastBatch:
         """The batch over this cache's slots; loans are looked at when they are attended."""
@@ -172,10 +264,10 @@ class SegmentServer:
         results = self._partial.empty(query, num_rows, values.shape[3])
         with self._attending:
             stretches = zip(loans, batch.key_starts, batch.key_stops, strict=True)
+            if gone := tuple(number for number in loans if number not in self._loans):
+                raise _CalledBack(gone)
             for number, start, stop in stretches:
-                loan = self._loans.get(number)
-                if loan is None:
-                    raise InvalidOperation(f"loan {number} was called back")
+                loan = self._loans[number]
                 if not loan.start == start <= stop <= loan.stop:
                     raise InvalidOperation(
                         f"tokens {start} to {stop} are not those of loan {number}, {loan.start} "

@@ -6,7 +6,7 @@ import pytest
 import torch
 from allocator_model import KIND, NUM_SLOTS, FlakyHostDriver, make_cache, one_thread
 from vkv.allocator import Exits, KVCache, Slot
-from vkv.allocator.transfer import SegmentTier
+from vkv.allocator.transfer import SegmentTier, split_off
 from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages, Shortage
 
 __all__ = ["one_thread"]  # a fixture
@@ -37,9 +37,15 @@ class Grown:
     def move(self) -> None:
         """Move all whole parts; raises what the tier does, with nothing changed."""
         count = self.tier.whole_parts(self.num_local)
-        fresh = self.tier.move(self.segment, self.slot, count, self.num_local)
+        near, exits = self.tier.near, Exits(self.tier.near)
+        fresh = split_off(near, exits, self.slot, count, self.num_local)
+        try:
+            self.tier.append(self.segment, self.slot, count)
+        except (Shortage, DriverError):
+            exits.let_go(fresh)
+            raise
         old, self.slot = self.slot, fresh
-        Exits(self.tier.near).let_go(old)
+        exits.let_go(old)
 
     def check(self) -> None:
         start = self.segment.num_tokens
@@ -74,7 +80,7 @@ def _tier(
 ) -> SegmentTier:
     near_cache = make_cache(KIND[kind], near)
     far_cache = make_cache(KIND[kind], far, max_parked=NUM_SLOTS)
-    return SegmentTier(near_cache, far_cache, Exits(near_cache), _PART)
+    return SegmentTier(near_cache, far_cache, _PART)
 
 
 @pytest.fixture
@@ -190,4 +196,4 @@ def _refuse(*args: object) -> None:
 def test_other_tokens_are_refused() -> None:
     near, far = make_cache(KIND["even"]), make_cache(KIND["ragged"])
     with near, far, pytest.raises(InvalidOperation, match="cannot be kept as"):
-        SegmentTier(near, far, Exits(near), _PART)
+        SegmentTier(near, far, _PART)

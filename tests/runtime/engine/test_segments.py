@@ -2,7 +2,8 @@
 
 import random
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vkv.allocator.transfer import copier
 from vkv.attention_backends import PastBatch, choose_backend, partial_attention
 from vkv.runtime.engine.devices import CudaProfile
 from vkv.runtime.engine.engine import Engine
-from vkv.runtime.engine.memory.segments import add_segments
+from vkv.runtime.engine.memory.segments import add_creditor, add_segments
 from vkv.runtime.engine.stats import EngineStats
 from vkv.runtime.model.segments import Answer, HolderLost, RemoteHolder, SegmentServer
 from vkv.runtime.request.request import Request, RequestState
@@ -77,6 +78,14 @@ def _check_nothing_left(engine: Engine) -> None:
         far.check_invariants()
         assert far.stats().pages_held == 0
         assert far.stats().physical_bytes == 0
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if is_true():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it did not come to pass")
 
 
 Tokens = dict[tuple[str, int], list[int]]
@@ -407,6 +416,111 @@ def test_a_holder_over_a_socket_and_its_end(llama: PreTrainedModel, breaks: Sequ
             assert 0 < holder.sent_bytes <= (2500 + 20 - 1024) * 2 * 4 * 8 * 4
             assert holder.received_bytes <= 4 * holder.sent_bytes
         _check_nothing_left(llm.engine)
+
+
+# -- several engines ---------------------------------------------------------------------------
+
+
+class Engines:
+    """Engines of one model: the first borrows memory of the others, over sockets."""
+
+    def __init__(self, model: PreTrainedModel, count: int, **options: Any) -> None:
+        self.llms = [_llm(model, kv_memory=_POOL, **options) for _ in range(count)]
+        self.servers: list[SegmentServer] = []
+        self.holders: list[RemoteHolder] = []
+        for index, llm in enumerate(self.llms[1:]):
+            partial = partial_attention(choose_backend(llm.loaded.needs(paged=False)))
+            cache, attention = llm.engine.cache, llm.loaded.attention
+            server = SegmentServer(cache, partial, attention, llm.loaded.dtype)
+            llm.engine.scheduler.tiers.guests.append(server)
+            theirs, ours = socket.socketpair()
+            server.serve(theirs)
+            holder = RemoteHolder(f"engine {index}", ours)
+            add_creditor(self.engines[0], holder, 2048)
+            self.servers.append(server)
+            self.holders.append(holder)
+
+    @property
+    def engines(self) -> list[Engine]:
+        return [llm.engine for llm in self.llms]
+
+    def __enter__(self) -> "Engines":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for holder in self.holders:
+            holder.close()
+        for server in self.servers:
+            server.close()
+        for llm in self.llms:
+            llm.close()
+
+    def drive(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Turn by turn, to the end or until something is so."""
+        for _ in range(2000):
+            if until() or not any(engine.has_work for engine in self.engines):
+                break
+            for engine in self.engines:
+                engine.step()
+        failures = [o for e in self.engines for o in e.take_outputs() if o.failure is not None]
+        assert not failures, failures
+
+
+def _expected(model: PreTrainedModel, specs: Sequence[RequestSpec]) -> list[list[int]]:
+    tokens, _ = _run(model, specs)
+    return list(tokens.values())
+
+
+def test_four_pools_of_others_hold_what_four_times_ones_own_cannot(llama: PreTrainedModel) -> None:
+    specs = _specs([8400, 30, 300, 200, 100, 60], max_tokens=20, mixed=False)
+    expected = _expected(llama, specs)
+    with Engines(llama, 5) as engines:
+        owner = engines.engines[0]
+        placed = [owner, owner, *engines.engines[1:]]
+        requests = [e.add(spec)[0] for e, spec in zip(placed, specs, strict=True)]
+        engines.drive()
+        assert [r.output_token_ids for r in requests] == expected
+        stats = owner.stats().segments
+        assert stats is not None
+        assert stats.lent.num_tokens >= 8400 - 1024 - 512
+        lent_bytes = stats.lent.num_bytes
+        asked = sum(h.sent_bytes for h in engines.holders)
+        assert asked < lent_bytes * 4  # queries of all chunks; of a tiny model as large as keys
+        wait_until(lambda: not any(server.loans for server in engines.servers))
+        for engine in engines.engines:
+            _check_nothing_left(engine)
+
+
+def test_memory_that_is_called_back(llama: PreTrainedModel) -> None:
+    """A creditor's own request comes first; the borrower's is computed again, elsewhere."""
+    specs = _specs([3500, 1900], max_tokens=20, mixed=False)
+    expected = _expected(llama, specs)
+    with Engines(llama, 4) as engines:
+        (long,) = engines.engines[0].add(specs[0])
+        engines.drive(until=lambda: long.num_output_tokens > 2)
+        assert engines.servers[0].loans
+        (other,) = engines.engines[1].add(specs[1])
+        engines.drive(until=lambda: other.num_output_tokens > 2)
+        assert not engines.servers[0].loans
+        engines.drive()
+        assert [long.output_token_ids, other.output_token_ids] == expected
+        assert engines.engines[1].stats().num_preemptions == 0
+        assert engines.engines[0].stats().num_preemptions == 1
+
+
+def test_creditors_that_go_one_after_the_other(llama: PreTrainedModel) -> None:
+    specs = _specs([2900, 40], max_tokens=30, mixed=False)
+    expected = _expected(llama, specs)
+    with Engines(llama, 4) as engines:
+        owner = engines.engines[0]
+        requests = [owner.add(spec)[0] for spec in specs]
+        for server, num_output in zip(engines.servers[:2], (3, 9), strict=True):
+            engines.drive(until=lambda n=num_output: requests[0].num_output_tokens > n)
+            server.close()
+        engines.drive()
+        assert [r.output_token_ids for r in requests] == expected
+        assert len(owner.scheduler.tiers.segments.creditors) < 3
+        assert requests[1].num_output_tokens == 30
 
 
 # -- refusals ------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def native() -> PartialAttention:
     return partial_attention(NativeBackend())
 
 
-def make_server(cache: KVCache, **options: float) -> SegmentServer:
+def make_server(cache: KVCache, **options: Any) -> SegmentServer:
     return SegmentServer(cache, native(), LAYERS, torch.float32, **options)
 
 
@@ -178,6 +179,53 @@ def test_any_backend_has_several_segments_of_one_sequence_at_one_holder() -> Non
         torch.testing.assert_close(out, dense(query, 0, [(1, 4, 820)]))
 
 
+def test_tokens_are_taken_in_and_attended(pair: tuple[SegmentServer, RemoteHolder]) -> None:
+    server, holder = pair
+    with make_cache() as near:
+        slot = fill(near, 1, 0, 1024)
+        loans = [holder.take(near.spans(slot, at, at + 512), at, 512) for at in (0, 512)]
+        assert loans == [1, 2]
+        expected = lend(server, 1, 512, 1024)
+        assert torch.equal(ask(holder, 2, 512, 1024), ask(holder, expected, 512, 1024))
+        held = server.cache.stats().physical_bytes
+        holder.give_back(1)
+        holder.give_back(9)  # nobody's
+        wait_until(lambda: 1 not in server.loans)
+        server.cache.trim()
+        assert server.cache.stats().physical_bytes < held
+        holder.close()
+        wait_until(lambda: list(server.loans) == [expected])  # what an owner lent goes with it
+
+
+def test_who_has_no_room_says_so_and_keeps_nothing() -> None:
+    with make_cache(600) as cache, make_cache() as near:
+        server = make_server(cache, limit_tokens=512)
+        theirs, ours = socket.socketpair()
+        server.serve(theirs)
+        holder = RemoteHolder("far", ours)
+        slot = fill(near, 1, 0, 2048)
+        assert holder.take(near.spans(slot, 0, 1024), 0, 1024) is None  # more than the limit
+        assert holder.take(near.spans(slot, 0, 512), 0, 512) == 1
+        assert holder.take(near.spans(slot, 512, 1024), 512, 512) is None
+        assert server.give_way()
+        assert not server.give_way()
+        fill(cache, 2, 0, 300)
+        assert holder.take(near.spans(slot, 0, 512), 0, 512) is None  # no memory
+        assert len(server.loans) == 0
+        holder.close()
+        server.close()
+        assert cache.stats().slots_open == 1
+        cache.check_invariants()
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if is_true():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it did not come to pass")
+
+
 # -- what goes wrong -----------------------------------------------------------------------------
 
 
@@ -202,17 +250,21 @@ def test_a_loan_that_was_called_back_is_lost(pair: tuple[SegmentServer, RemoteHo
     server.call_back(loan)
     server.cache.trim()
     assert server.cache.stats().physical_bytes < held
-    with pytest.raises(HolderLost, match=f"'far' are lost: loan {loan} was called back") as lost:
+    other = lend(server, 2, 0, 512)
+    with pytest.raises(HolderLost, match=r"'far' are lost: loans \(1,\) were called back") as lost:
         ask(holder, loan)
-    assert lost.value.holder == "far"
-    with pytest.raises(HolderLost, match="closed before"):
-        ask(holder, loan)
+    assert (lost.value.holder, lost.value.loans) == ("far", (loan,))
+    ask(holder, other)  # which is as it was
 
 
 def test_nobody_reads_beyond_a_loan(pair: tuple[SegmentServer, RemoteHolder]) -> None:
     server, holder = pair
-    with pytest.raises(HolderLost, match="tokens 0 to 1024 are not those of loan"):
-        ask(holder, lend(server, 1, 0, 512), stop=1024)
+    loan = lend(server, 1, 0, 512)
+    with pytest.raises(HolderLost, match="tokens 0 to 1024 are not those of loan") as lost:
+        ask(holder, loan, stop=1024)
+    assert lost.value.loans is None
+    with pytest.raises(HolderLost, match="closed before"):
+        ask(holder, loan)
 
 
 def test_a_server_outlives_garbage(pair: tuple[SegmentServer, RemoteHolder]) -> None:
