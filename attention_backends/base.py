@@ -3,7 +3,7 @@
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -48,6 +48,39 @@ class AttentionBatch:
     @property
     def max_seqlen_k(self) -> int:
         return max(self.kv_lens)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PastBatch:
+    """Queries of some sequences, laid out flat, and of each sequence a stretch of its past.
+
+    Sequence `b` owns the next `query_lens[b]` queries; they stand at positions `positions[b]`,
+    `positions[b] + 1`, …. The keys at positions `key_starts[b]` to `key_stops[b]`, all of them
+    before its first query, lie in rows 0, 1, … of slot `slots[b]`. A query sees those of them that
+    are within its window.
+
+    Built once a step, as an `AttentionBatch` is. All numbers are on the host.
+    """
+
+    query_lens: tuple[int, ...]
+    positions: tuple[int, ...]
+    key_starts: tuple[int, ...]
+    key_stops: tuple[int, ...]
+    slots: tuple[int, ...]
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.query_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lens)
+
+    @property
+    def kv_lens(self) -> tuple[int, ...]:
+        """Keys of each stretch."""
+        pairs = zip(self.key_starts, self.key_stops, strict=True)
+        return tuple(stop - start for start, stop in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +165,10 @@ class PerStep(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._batch: weakref.ref[AttentionBatch] | None = None
+        self._batch: weakref.ref[object] | None = None
         self._values: dict[Hashable, T] = {}
 
-    def get(self, batch: AttentionBatch, key: Hashable, build: Callable[[], T]) -> T:
+    def get(self, batch: object, key: Hashable, build: Callable[[], T]) -> T:
         """The value kept for `batch` under `key`, built if this is the first ask."""
         if self._batch is None or self._batch() is not batch:
             self._batch = weakref.ref(batch)
@@ -220,6 +253,71 @@ class AttentionBackend(ABC):
         With sinks, the sink's logit is part of the sum. Offered where `capabilities.lse`.
         """
         raise NotImplementedError(f"{self.name} does not return the log-sum-exp")
+
+    def forward_past(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: PastBatch,
+        layer: LayerAttention,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward_lse` over keys that are all in the queries' past; without sinks, which belong
+        to the whole. The log-sum-exp is -inf where a query sees none of them, and the output then
+        anything. For contiguous slots, where `capabilities.lse`.
+
+        Here a kernel that knows nothing of it takes each query as a sequence of its own, whose last
+        key is the stretch's; queries that see as many keys go together.
+        """
+        out = query.new_zeros(*query.shape[:2], value_cache.shape[3])
+        lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
+        plain = replace(layer, sinks=None)
+        for num_seen, (rows, single) in _by_keys_seen(batch, layer.window, query.device).items():
+            out[rows], lse[rows] = self.forward_lse(
+                query[rows], key_cache, value_cache, single, replace(plain, window=num_seen)
+            )
+        return out, lse
+
+
+def _by_keys_seen(
+    batch: PastBatch, window: int | None, device: torch.device
+) -> dict[int | None, tuple[torch.Tensor, AttentionBatch]]:
+    """Of the queries that see so many keys, the last ones (None: all): which they are, and a batch
+    that has each as a sequence."""
+    seen: dict[int | None, list[tuple[int, int]]] = {}  # (query, its sequence)
+    query = 0
+    for sequence, count in enumerate(batch.query_lens):
+        start, stop = batch.key_starts[sequence], batch.key_stops[sequence]
+        for position in range(batch.positions[sequence], batch.positions[sequence] + count):
+            first = start if window is None else max(start, position - window + 1)
+            if first < stop:
+                num_seen = None if first == start else stop - first
+                seen.setdefault(num_seen, []).append((query, sequence))
+            query += 1
+    kv_lens = batch.kv_lens
+    return {
+        num_seen: (
+            torch.tensor([query for query, _ in members], device=device),
+            _one_by_one([(kv_lens[b], batch.slots[b]) for _, b in members], device),
+        )
+        for num_seen, members in seen.items()
+    }
+
+
+def _one_by_one(sequences: Sequence[tuple[int, int]], device: torch.device) -> AttentionBatch:
+    """A batch of one query each over (keys, slot)."""
+    kv_lens, slots = zip(*sequences, strict=True)
+    nowhere = torch.empty(0, dtype=torch.int64, device=device)
+    ints = {"dtype": torch.int32, "device": device}
+    return AttentionBatch(
+        query_lens=(1,) * len(kv_lens),
+        kv_lens=kv_lens,
+        slots=slots,
+        cu_seqlens_q=torch.arange(len(kv_lens) + 1, **ints),
+        seqused_k=torch.tensor(kv_lens, **ints),
+        slot_ids=torch.tensor(slots, **ints),
+        write_index=(nowhere, nowhere),
+    )
 
 
 def missing_features(capabilities: Capabilities, needs: AttentionNeeds) -> Sequence[str]:

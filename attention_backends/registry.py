@@ -6,10 +6,11 @@ is imported then.
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from ..vmem.errors import InvalidConfig, UnsupportedAttention
 from .base import AttentionBackend, AttentionNeeds, Capabilities, missing_features
+from .segments import ByLogSumExp, PartialAttention
 
 _BACKENDS: Mapping[str, str] = {
     "reference": ".reference:ReferenceBackend",
@@ -107,13 +108,33 @@ def explain_choice(needs: AttentionNeeds) -> BackendChoice:
     return BackendChoice(None, tuple(passed_over), graphs=False)
 
 
+def partial_attention(backend: AttentionBackend) -> PartialAttention:
+    """How `backend` attends to keys in several places: to the bit as in one, where it can.
+
+    It shares the backend's state, so that both serve one thread. Raises UnsupportedAttention if
+    the backend reads no contiguous slots, or does not return the log-sum-exp.
+    """
+    if not (backend.capabilities.contiguous and backend.capabilities.lse):
+        raise UnsupportedAttention(
+            f"attention backend {backend.name!r} cannot attend to keys in several places: it must "
+            "read contiguous slots, and return the log-sum-exp"
+        )
+    if backend.name == "native":
+        return _load_from(".native_segments:ByHalves")(backend)
+    return ByLogSumExp(backend)
+
+
 def describe_backends() -> list[BackendDescription]:
     """Every backend, whether it can run here, and what it can do."""
     return [_describe(name, _load(name)) for name in _BACKENDS]
 
 
 def _load(name: str) -> type[AttentionBackend]:
-    module, _, attribute = _BACKENDS[name].partition(":")
+    return _load_from(_BACKENDS[name])
+
+
+def _load_from(place: str) -> Any:
+    module, _, attribute = place.partition(":")
     return getattr(import_module(module, __package__), attribute)
 
 

@@ -3,7 +3,8 @@
 from .copier import Copier, CopyJob
 from .kv_dir import KVDir
 from .memory_tier import Fetch, MemoryTier, MoveStats, Store
-from .transfers import Incoming, Outgoing, TransferKey, Transfers, TransferState
+from .segment_tier import Lent, Segment, SegmentTier, split_off
+from .transfers import Incoming, Outgoing, Spans, TransferKey, Transfers, TransferState
 
 __all__ = [
     "Copier",
@@ -11,11 +12,16 @@ __all__ = [
     "Fetch",
     "Incoming",
     "KVDir",
+    "Lent",
     "MemoryTier",
     "MoveStats",
     "Outgoing",
+    "Segment",
+    "SegmentTier",
+    "Spans",
     "Store",
     "TransferKey",
     "TransferState",
     "Transfers",
+    "split_off",
 ]

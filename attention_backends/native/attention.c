@@ -4,10 +4,10 @@
  * Threads take shares as they come.
  *
  * A query's result does not depend on what else is computed, nor by how many threads. Its sum over
- * the keys has one order: PART keys at a time, on a grid from token 0, and then these parts in turn.
- * A thread that attends all parts of a tile adds them up as it goes. Where a tile's keys are cut in
- * several shares, each leaves its parts in the workspace, and whoever finishes the last adds up.
- * What is summed is relative to a power of two (tile.h), so that to scale it rounds nothing.
+ * the keys has one order: PART keys at a time, on a grid from token 0, and then these parts by halves
+ * (sums.h). A thread that attends all parts of a tile adds them up as it goes. Where a tile's keys are
+ * cut in several shares, each leaves its parts in the workspace, and whoever finishes the last adds
+ * up.
  */
 #include "attention.h"
 
@@ -18,6 +18,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "sums.h"
 
 enum {
     PART = 512,         /* keys of a part, on a grid from token 0 */
@@ -38,14 +40,7 @@ struct share {
     int32_t first_part; /* of several: index of the tile's first part in the workspace */
     int32_t num_parts;  /* of the tile; they lie side by side */
     int32_t part;       /* which of them is this share's first */
-};
-
-/* Sums over some keys, of rows [KV head][query][head of the KV head]. Weights are relative to
- * 2^peak, a whole number no less than any score, or -FLT_MAX where no key was seen. */
-struct sums {
-    float *out;     /* [rows][value_width] */
-    float *peaks;   /* [rows] */
-    float *weights; /* [rows] */
+    int32_t tile_part;  /* the tile's first part, among those of the sequence */
 };
 
 /* What a thread works in. */
@@ -53,7 +48,8 @@ struct scratch {
     int32_t *query, *keys, *values, *weights;
     float *scores, *apart; /* [SOFTMAX_ROWS][BLOCK], and room for two more of them */
     float *lanes;          /* sums of weights, [rows][lanes] */
-    struct sums part, total;
+    struct sums part;
+    struct tower tower;
     int query_words, value_width;
 };
 
@@ -77,7 +73,7 @@ struct block {
 struct plan {
     int64_t num_shares, num_parts, scratch_bytes, part_bytes;
     int64_t shares_at, left_at, parts_at, scratch_at, total_bytes;
-    int32_t max_rows, query_words, value_width;
+    int32_t max_rows, query_words, value_width, levels;
 };
 
 struct job {
@@ -238,6 +234,14 @@ static int64_t cost(int64_t num_keys, int64_t num_rows, int64_t num_heads) {
     return num_keys * (num_rows + 16 * num_heads);
 }
 
+/* Where a sequence's stretch of keys begins, in parts, and where it ends. */
+static int32_t first_part_of(const struct vkv_attention *args, int32_t seq) {
+    return args->first_parts ? args->first_parts[seq] : 0;
+}
+static int32_t last_part_of(const struct vkv_attention *args, int32_t seq) {
+    return first_part_of(args, seq) + (args->kv_lens[seq] + PART - 1) / PART;
+}
+
 /* Cuts the work; with `shares` NULL only counts. Each tile is cut in shares of about `target`. */
 static void cut(const struct vkv_attention *args, struct share *shares, int64_t target,
                 int64_t *num_shares, int64_t *num_parts, int64_t *total_cost) {
@@ -247,7 +251,8 @@ static void cut(const struct vkv_attention *args, struct share *shares, int64_t 
     *num_shares = *num_parts = *total_cost = 0;
     for (int32_t b = 0; b < args->num_seqs; b++) {
         const int32_t begin = args->query_starts[b], end = args->query_starts[b + 1];
-        const int32_t before = args->kv_lens[b] - (end - begin); /* tokens before the queries */
+        const int32_t before = /* tokens before the queries, from row 0 on */
+            args->positions ? args->positions[b] : args->kv_lens[b] - (end - begin);
         for (int32_t q = begin; q < end; q += tile_queries)
             for (int32_t h = 0; h < args->num_kv_heads; h += tile_heads) {
                 struct share share = {.seq = b, .first_query = q, .first_head = h};
@@ -256,20 +261,22 @@ static void cut(const struct vkv_attention *args, struct share *shares, int64_t 
                 share.first_position = before + q - begin;
                 share.num_rows =
                     (share.last_query - q) * group * (share.last_head - share.first_head);
-                const int32_t last = before + share.last_query - begin;
+                const int32_t last =
+                    (int32_t)min64(args->kv_lens[b], before + share.last_query - begin);
                 int32_t first = 0;
                 if (args->window && share.first_position >= args->window)
-                    first = share.first_position - args->window + 1;
+                    first = (int32_t)min64(last, share.first_position - args->window + 1);
                 const int64_t work =
                     cost(last - first, share.num_rows, share.last_head - share.first_head);
                 *total_cost += work;
                 const int32_t first_part = first / PART;
-                const int32_t parts = (last + PART - 1) / PART - first_part;
+                const int32_t parts = (int32_t)max64(1, (last + PART - 1) / PART - first_part);
                 const int64_t wanted = target ? max64(min64(work / target, parts), 1) : 1;
                 const int32_t stretch = (int32_t)((parts + wanted - 1) / wanted); /* in parts */
                 share.num_shares = (parts + stretch - 1) / stretch;
                 share.num_parts = parts;
                 share.first_part = (int32_t)*num_parts;
+                share.tile_part = first_part_of(args, b) + first_part;
                 for (int32_t p = 0; p < parts; p += stretch, ++*num_shares) {
                     share.part = p;
                     share.first_key = p ? (first_part + p) * PART : first;
@@ -295,10 +302,17 @@ static struct plan make_plan(const struct vkv_attention *args, int64_t *target) 
     plan.max_rows = tile_queries * tile_heads * (args->num_heads / args->num_kv_heads);
     plan.query_words = (int32_t)round_up(args->key_dim, 32);
     plan.value_width = (int32_t)round_up(args->value_dim, 16);
-    const int64_t row_bytes = 4 * (plan.query_words + MAX_LANES + 2 * (plan.value_width + 2));
+    int32_t num_parts = 1;
+    for (int32_t b = 0; b < args->num_seqs; b++)
+        num_parts = (int32_t)max64(num_parts, last_part_of(args, b));
+    plan.levels = levels_of(num_parts);
+    const int64_t num_sums = 1 + plan.levels;
+    const int64_t row_bytes =
+        4 * (plan.query_words + MAX_LANES + num_sums * (plan.value_width + 2));
     const int64_t block_bytes = 4 * BLOCK * (plan.query_words + plan.value_width);
     plan.scratch_bytes =
-        round_up(plan.max_rows * row_bytes + block_bytes + 16 * SOFTMAX_ROWS * BLOCK, 64) + 768;
+        round_up(plan.max_rows * row_bytes + block_bytes + 16 * SOFTMAX_ROWS * BLOCK, 64) +
+        64 * (7 + 3 * num_sums);
     plan.part_bytes = round_up(4 * plan.max_rows * (plan.value_width + 2), 64);
     plan.shares_at = 0;
     plan.left_at = round_up(plan.num_shares * (int64_t)sizeof(struct share), 64);
@@ -312,9 +326,10 @@ static struct scratch thread_scratch(const struct vkv_attention *args, const str
                                      int64_t thread) {
     char *at = (char *)args->workspace + plan->scratch_at + thread * plan->scratch_bytes;
     struct scratch s = {.query_words = plan->query_words, .value_width = plan->value_width};
-#define TAKE(field, count)  \
-    s.field = (void *)at; \
+#define TAKE_OF(pointer, count) \
+    pointer = (void *)at;       \
     at += round_up(4 * (int64_t)(count), 64)
+#define TAKE(field, count) TAKE_OF(s.field, count)
     TAKE(keys, BLOCK * plan->query_words);
     TAKE(values, BLOCK * plan->value_width);
     TAKE(scores, SOFTMAX_ROWS * BLOCK);
@@ -322,13 +337,14 @@ static struct scratch thread_scratch(const struct vkv_attention *args, const str
     TAKE(weights, SOFTMAX_ROWS * BLOCK);
     TAKE(query, plan->max_rows * plan->query_words);
     TAKE(lanes, plan->max_rows * MAX_LANES);
-    TAKE(part.out, plan->max_rows * plan->value_width);
-    TAKE(part.peaks, plan->max_rows);
-    TAKE(part.weights, plan->max_rows);
-    TAKE(total.out, plan->max_rows * plan->value_width);
-    TAKE(total.peaks, plan->max_rows);
-    TAKE(total.weights, plan->max_rows);
+    for (int level = -1; level < plan->levels; level++) {
+        struct sums *const sums = level < 0 ? &s.part : s.tower.levels + level;
+        TAKE_OF(sums->out, plan->max_rows * plan->value_width);
+        TAKE_OF(sums->peaks, plan->max_rows);
+        TAKE_OF(sums->weights, plan->max_rows);
+    }
 #undef TAKE
+#undef TAKE_OF
     return s;
 }
 
@@ -341,64 +357,61 @@ static uint16_t to_bf16(float x) { /* to nearest, ties to even; a NaN stays one 
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* Writes a tile's rows: with sinks, divided by their sums, in the dtype of out. */
-static void finish(const struct vkv_attention *args, const struct share *share,
-                   const struct sums *sums, int width) {
+/* What becomes of a row of sums: divided by its weight, in the dtype of out. */
+struct goal {
+    void *out;
+    float *lse; /* or NULL */
+    const float *sinks; /* or NULL */
+    int64_t token_stride, head_stride;
+    int32_t num_heads, value_dim, dtype;
+};
+
+static void write_row(const struct goal *goal, int64_t q, int32_t head, const float *from,
+                      float peak, float sum) {
     const float log2e = 1.44269504f, ln2 = 0.693147181f;
-    const int32_t group = args->num_heads / args->num_kv_heads;
+    float factor = 1.0f;
+    if (goal->sinks) { /* a logit that takes weight and has no value */
+        const float sink = goal->sinks[head] * log2e, top = fmaxf(peak, sink);
+        factor = exp2f(peak - top);
+        sum = sum * factor + exp2f(sink - top);
+        peak = top;
+    }
+    factor /= sum;
+    const int64_t to = q * goal->token_stride + head * goal->head_stride;
+    if (goal->dtype == VKV_BFLOAT16) {
+        uint16_t *out = (uint16_t *)goal->out + to;
+        for (int32_t d = 0; d < goal->value_dim; d++) out[d] = to_bf16(from[d] * factor);
+    } else {
+        float *out = (float *)goal->out + to;
+        for (int32_t d = 0; d < goal->value_dim; d++) out[d] = from[d] * factor;
+    }
+    if (goal->lse) goal->lse[q * goal->num_heads + head] = (peak + log2f(sum)) * ln2;
+}
+
+/* Writes a tile's rows to out, or, if `node` is not negative, as a node; of nothing without sums. */
+static void write_rows(const struct vkv_attention *args, const struct share *share,
+                       const struct sums *sums, int width, int32_t node) {
+    const struct goal goal = {args->out, args->lse, args->sinks, args->out_token_stride,
+                              args->out_head_stride, args->num_heads, args->value_dim, args->dtype};
+    const int32_t group = args->num_heads / args->num_kv_heads, dim = args->value_dim;
+    const int32_t begin = args->query_starts[share->seq];
+    const int64_t num_queries = args->query_starts[share->seq + 1] - begin;
     int32_t row = 0;
     for (int32_t h = share->first_head; h < share->last_head; h++)
         for (int32_t q = share->first_query; q < share->last_query; q++)
-            for (int32_t g = 0; g < group; g++, row++) {
-                const int32_t head = h * group + g;
-                float peak = sums->peaks[row], sum = sums->weights[row], factor = 1.0f;
-                if (args->sinks) { /* a logit that takes weight and has no value */
-                    const float sink = args->sinks[head] * log2e, top = fmaxf(peak, sink);
-                    factor = exp2f(peak - top);
-                    sum = sum * factor + exp2f(sink - top);
-                    peak = top;
+            for (int32_t head = h * group; head < (h + 1) * group; head++, row++) {
+                const float *from = sums ? sums->out + (int64_t)row * width : NULL;
+                if (node < 0) {
+                    write_row(&goal, q, head, from, sums->peaks[row], sums->weights[row]);
+                    continue;
                 }
-                factor /= sum;
-                const float *from = sums->out + (int64_t)row * width;
-                const int64_t to = q * args->out_token_stride + head * args->out_head_stride;
-                if (args->dtype == VKV_BFLOAT16) {
-                    uint16_t *goal = (uint16_t *)args->out + to;
-                    for (int32_t d = 0; d < args->value_dim; d++)
-                        goal[d] = to_bf16(from[d] * factor);
-                } else {
-                    float *goal = (float *)args->out + to;
-                    for (int32_t d = 0; d < args->value_dim; d++) goal[d] = from[d] * factor;
-                }
-                if (args->lse)
-                    args->lse[(int64_t)q * args->num_heads + head] = (peak + log2f(sum)) * ln2;
+                const int64_t at = args->sum_rows[share->seq] + node * num_queries + q - begin;
+                float *to = args->sums + (at * args->num_heads + head) * (dim + 2);
+                if (from) memcpy(to, from, sizeof(float) * (size_t)dim);
+                else memset(to, 0, sizeof(float) * (size_t)dim);
+                to[dim] = sums ? sums->peaks[row] : -FLT_MAX;
+                to[dim + 1] = sums ? sums->weights[row] : 0.0f;
             }
-}
-
-/* 2^x for a whole number x, exactly; zero below -126. */
-static float power_of_two(float x) {
-    const uint32_t bits = x < -126 ? 0 : x > 127 ? 0x7f800000 : (uint32_t)((int)x + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return power;
-}
-
-/* total += part, each of `rows` rows. */
-static void add_part(const struct sums *total, const struct sums *part, int rows, int width) {
-    for (int row = 0; row < rows; row++) {
-        const float old = total->peaks[row], new = part->peaks[row], peak = old > new ? old : new;
-        const float keep = power_of_two(old - peak), add = power_of_two(new - peak);
-        float *goal = total->out + (int64_t)row * width;
-        const float *from = part->out + (int64_t)row * width;
-        for (int d = 0; d < width; d++) goal[d] = goal[d] * keep + from[d] * add;
-        total->weights[row] = total->weights[row] * keep + part->weights[row] * add;
-        total->peaks[row] = peak;
-    }
-}
-
-static void copy_sums(const struct sums *goal, const struct sums *from, int rows, int width) {
-    memcpy(goal->out, from->out, sizeof(float) * (size_t)rows * (size_t)width);
-    memcpy(goal->peaks, from->peaks, sizeof(float) * (size_t)rows);
-    memcpy(goal->weights, from->weights, sizeof(float) * (size_t)rows);
 }
 
 /* A part in the workspace. */
@@ -412,37 +425,72 @@ static struct sums kept_part(const struct vkv_attention *args, const struct plan
 
 /* -- threads --------------------------------------------------------------------------------- */
 
-/* Attends a share part by part. Returns where the sums of its tile are, or NULL if other shares of
- * the tile are still at work. */
-static const struct sums *attend_share(const struct job *job, const struct share *share,
-                                       struct scratch *s, attend_part attend) {
+/* Adds the part in scratch, or nothing, to those of a tile that came before it. */
+static void add_part(const struct vkv_attention *args, const struct share *share,
+                     struct scratch *s, int is_there) {
+    const int32_t lowest = args->sums ? first_part_of(args, share->seq) : 0;
+    const int32_t node = s->tower.num_emitted;
+    if (add_next(&s->tower, &s->part, &is_there, lowest, share->num_rows, s->value_width))
+        write_rows(args, share, is_there ? &s->part : NULL, s->value_width, node);
+}
+
+/* Before a tile's first part. Its nodes, if they are wanted, begin where the stretch does. */
+static void begin_tile(const struct vkv_attention *args, const struct share *share,
+                       struct scratch *s) {
+    begin_tower(&s->tower, args->sums ? first_part_of(args, share->seq) : share->tile_part);
+    while (s->tower.next < share->tile_part) add_part(args, share, s, 0);
+}
+
+/* Behind its last: the result. */
+static void end_tile(const struct vkv_attention *args, const struct share *share,
+                     struct scratch *s) {
+    struct tower *tower = &s->tower;
+    if (!args->sums) {
+        const struct sums *sums = add_up(tower, share->num_rows, s->value_width);
+        if (!sums) { /* no key was seen: the log-sum-exp says so */
+            for (int i = 0; i < share->num_rows; i++)
+                s->part.peaks[i] = -FLT_MAX, s->part.weights[i] = 0.0f;
+            sums = &s->part;
+        }
+        write_rows(args, share, sums, s->value_width, -1);
+        return;
+    }
+    while (tower->next < last_part_of(args, share->seq)) add_part(args, share, s, 0);
+    for (int level = 31; level >= 0; level--)
+        if (tower->open >> level & 1)
+            write_rows(args, share, tower->filled >> level & 1 ? tower->levels + level : NULL,
+                       s->value_width, tower->num_emitted++);
+}
+
+/* Attends a share part by part. Whoever attends the last one of a tile also adds them up. */
+static void attend_share(const struct job *job, const struct share *share, struct scratch *s,
+                         attend_part attend) {
     const struct vkv_attention *args = job->args;
     const struct plan *plan = job->plan;
-    const int rows = share->num_rows, width = s->value_width;
-    const struct sums *sums = &s->part;
+    const int is_whole = share->num_shares == 1;
+    if (is_whole) begin_tile(args, share, s);
     int part = share->part;
     for (int at = share->first_key; at < share->last_key; part++) {
         const int end = (int)min64(share->last_key, (int64_t)(at / PART + 1) * PART);
         attend(args, share, s, at, end);
-        if (share->num_shares > 1) {
+        if (is_whole) {
+            add_part(args, share, s, 1);
+        } else {
             const struct sums kept = kept_part(args, plan, share->first_part + part);
-            copy_sums(&kept, &s->part, rows, width);
-        } else if (end < share->last_key || at > share->first_key) {
-            if (at == share->first_key) copy_sums(&s->total, &s->part, rows, width);
-            else add_part(&s->total, &s->part, rows, width);
-            sums = &s->total;
+            copy_sums(&kept, &s->part, share->num_rows, s->value_width);
         }
         at = end;
     }
-    if (share->num_shares == 1) return sums;
-    int32_t *left = (int32_t *)((char *)args->workspace + plan->left_at) + share->first_part;
-    if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL)) return NULL;
-    for (part = 0; part < share->num_parts; part++) {
-        const struct sums kept = kept_part(args, plan, share->first_part + part);
-        if (part) add_part(&s->total, &kept, rows, width);
-        else copy_sums(&s->total, &kept, rows, width);
+    if (!is_whole) {
+        int32_t *left = (int32_t *)((char *)args->workspace + plan->left_at) + share->first_part;
+        if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL)) return;
+        begin_tile(args, share, s);
+        for (part = 0; part < share->num_parts; part++) {
+            s->part = kept_part(args, plan, share->first_part + part);
+            add_part(args, share, s, 1);
+        }
     }
-    return &s->total;
+    end_tile(args, share, s);
 }
 
 static void work(void *data) {
@@ -457,8 +505,7 @@ static void work(void *data) {
     for (;;) {
         const int64_t index = __atomic_fetch_add(&job->next_share, 1, __ATOMIC_RELAXED);
         if (index >= plan->num_shares) return;
-        const struct sums *sums = attend_share(job, shares + index, &s, attend);
-        if (sums) finish(args, shares + index, sums, s.value_width);
+        attend_share(job, shares + index, &s, attend);
     }
 }
 
@@ -476,6 +523,43 @@ int64_t vkv_attend(const struct vkv_attention *args) {
         args->parallel(work, &job, (unsigned)args->num_threads, 0);
     else
         work(&job);
+    return 0;
+}
+
+/* -- several stretches ------------------------------------------------------------------------ */
+
+/* Adds up, in the first of them, the nodes from `first` to `last`, all of whose parts are among the
+ * 2^level from `part` on. */
+static void add_nodes(const struct vkv_merge *args, int32_t first, int32_t last, int32_t part,
+                      int level, int64_t num_rows) {
+    if (last - first < 2) return;
+    const int32_t half = part + (1 << (level - 1));
+    int32_t middle = first;
+    while (middle < last && args->node_parts[middle] < half) middle++;
+    add_nodes(args, first, middle, part, level - 1, num_rows);
+    add_nodes(args, middle, last, half, level - 1, num_rows);
+    if (middle == first || middle == last) return;
+    const int64_t row_words = args->value_dim + 2, dim = args->value_dim;
+    float *goal = args->sums + args->node_rows[first] * args->num_heads * row_words;
+    const float *from = args->sums + args->node_rows[middle] * args->num_heads * row_words;
+    for (int64_t row = 0; row < num_rows; row++, goal += row_words, from += row_words)
+        add_row(goal, goal + dim, goal + dim + 1, from, from[dim], from[dim + 1], (int)dim);
+}
+
+int64_t vkv_merge(const struct vkv_merge *args) {
+    const struct goal goal = {args->out, args->lse, args->sinks, args->out_token_stride,
+                              args->out_head_stride, args->num_heads, args->value_dim, args->dtype};
+    const int64_t row_words = args->value_dim + 2;
+    for (int32_t b = 0; b < args->num_seqs; b++) {
+        const int32_t begin = args->query_starts[b], end = args->query_starts[b + 1];
+        const int32_t first = args->node_starts[b];
+        add_nodes(args, first, args->node_starts[b + 1], 0, 31,
+                  (int64_t)(end - begin) * args->num_heads);
+        const float *row = args->sums + args->node_rows[first] * args->num_heads * row_words;
+        for (int32_t q = begin; q < end; q++)
+            for (int32_t head = 0; head < args->num_heads; head++, row += row_words)
+                write_row(&goal, q, head, row, row[args->value_dim], row[args->value_dim + 1]);
+    }
     return 0;
 }
 

@@ -3,6 +3,10 @@
  * Sequence b owns the query rows query_starts[b] .. query_starts[b + 1], the last of its
  * kv_lens[b] tokens; its keys and values are rows 0 .. kv_lens[b] of slot slots[b]. No row past a
  * sequence's length, nor one that all its queries' windows have passed, is ever read.
+ *
+ * A slot may also have a stretch of a sequence's keys alone, from a multiple of 512 tokens on. Then
+ * its queries may lie behind all of them (`positions`), and what comes of several stretches is added
+ * up by vkv_merge, to the same bits as if all keys had been in one slot.
  */
 #ifndef VKV_ATTENTION_H
 #define VKV_ATTENTION_H
@@ -28,6 +32,12 @@ struct vkv_attention {
     const int32_t *query_starts; /* [num_seqs + 1] */
     const int32_t *kv_lens;      /* [num_seqs] */
     const int32_t *slots;        /* [num_seqs] */
+    const int32_t *positions;    /* [num_seqs] of the first query among the rows of the slot, which
+                                    it may lie behind; NULL: all queries are the last rows */
+    const int32_t *first_parts;  /* [num_seqs] the part of the sequence that row 0 begins; NULL: 0 */
+    float *sums; /* in place of out and lse: nodes (sums.h), [node][num_queries][num_heads]
+                    [value_dim + 2]: the sums, the peak and the weight; or NULL */
+    const int64_t *sum_rows; /* [num_seqs] where a sequence's first node is, in queries */
     int64_t query_token_stride, query_head_stride;
     int64_t key_slot_stride, key_token_stride, key_head_stride;
     int64_t value_slot_stride, value_token_stride, value_head_stride;
@@ -44,6 +54,22 @@ struct vkv_attention {
 /* Fills out (and lse). Returns 0, or the workspace bytes it needs if it was given fewer, with
  * nothing done. */
 int64_t vkv_attend(const struct vkv_attention *args);
+
+/* Adds up the nodes of several stretches, in place, and fills out (and lse). The nodes of a sequence
+ * are in the order of its keys. Returns 0. */
+struct vkv_merge {
+    float *sums;                 /* as of vkv_attention */
+    const int64_t *node_rows;    /* [num_nodes] where each node is, in queries */
+    const int32_t *node_parts;   /* [num_nodes] its first part */
+    const int32_t *node_starts;  /* [num_seqs + 1] which nodes are a sequence's */
+    const int32_t *query_starts; /* [num_seqs + 1] */
+    void *out;                   /* [num_tokens, num_heads, value_dim] */
+    float *lse;                  /* [num_tokens, num_heads], or NULL */
+    const float *sinks;          /* [num_heads], or NULL */
+    int64_t out_token_stride, out_head_stride;
+    int32_t num_seqs, num_heads, value_dim, dtype;
+};
+int64_t vkv_merge(const struct vkv_merge *args);
 
 /* Copies the rows of new tokens, [num_tokens, num_heads, dim], to the last rows of their sequences
  * in a cache, [num_slots, tokens, num_heads, dim]. Returns 0. */

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from ...vmem.errors import (
     InvalidConfig,
@@ -21,7 +22,9 @@ class Admission:
         vocab_size: token ids are below it.
         max_len: tokens of a slot, prompt and output.
         limit_pages: the most pages that the pool may have.
-        longest: tokens of the longest sequence that the pool could hold if it were alone.
+        longest: tokens of the longest sequence that could be held if it were alone: by the pool,
+            or, where its first tokens may lie in the tier, by that.
+        why_not_longer: why none may begin in the tier, in words; None if they may.
         num_pages: pages that a number of tokens of one slot needs.
         takes_priority: requests are scheduled by priority.
     """
@@ -30,6 +33,7 @@ class Admission:
     max_len: int
     limit_pages: int
     longest: int
+    why_not_longer: str | None
     num_pages: Callable[[int], int]
     takes_priority: bool = False
 
@@ -50,13 +54,22 @@ class Admission:
             max_tokens = max(1, min(room, self.longest - len(prompt) + 1))
         else:
             max_tokens = min(params.max_tokens, room)
-        pages = self.num_pages(len(prompt) + max_tokens - 1)
-        if pages > self.limit_pages:
-            raise RequestTooLarge(
-                f"{len(prompt)} prompt tokens with up to {max_tokens} generated need {pages} "
-                f"pages, and the pool has {self.limit_pages}; raise kv_memory or lower max_tokens"
-            )
+        if len(prompt) + max_tokens - 1 > self.longest:
+            self._refuse_length(len(prompt), max_tokens)
         return max_tokens
+
+    def _refuse_length(self, num_prompt: int, max_tokens: int) -> NoReturn:
+        wanted = f"{num_prompt} prompt tokens with up to {max_tokens} generated"
+        if self.why_not_longer is None:
+            raise RequestTooLarge(
+                f"{wanted} are more than the pool holds, and more than the {self.longest} that the "
+                "tier behind it does; raise kv_memory or swap_memory, or lower max_tokens"
+            )
+        raise RequestTooLarge(
+            f"{wanted} need {self.num_pages(num_prompt + max_tokens - 1)} pages, and the pool has "
+            f"{self.limit_pages}; raise kv_memory or lower max_tokens. None may be longer than the "
+            f"pool: {self.why_not_longer}"
+        )
 
     def check_tokens(self, token_ids: Sequence[int]) -> None:
         """Raises InvalidPrompt if generated tokens are none of this model."""

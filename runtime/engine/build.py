@@ -1,6 +1,5 @@
 """From a model and its options to an engine: driver, pages, slots, kernels."""
 
-import bisect
 import functools
 import logging
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from ..model.weights import ModelWatch
 from ..scheduling.plan import Order
 from ..scheduling.policies import POLICIES, Fair, Fcfs, Priority
 from ..scheduling.scheduler import Scheduler
+from ..scheduling.tiers import Tiers
 from ..speculation import PromptLookup, Speculation
 from .admission import Admission
 from .config import EngineConfig
@@ -45,6 +45,7 @@ from .devices import DeviceProfile, device_profile, resolve_device
 from .engine import Engine
 from .loop import EngineLoop
 from .memory.memory_profile import step_bytes
+from .memory.segments import add_segments, longest_alone
 from .memory.tiers import build_tiers
 
 _log = logging.getLogger(__name__)
@@ -100,11 +101,15 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     )
     try:
         runner = _build_runner(loaded, config, backend, cache, driver, profile)
+        tiers = build_tiers(loaded, config, cache, runner, fingerprint)
+        why_not_longer = add_segments(
+            loaded, backend, cache, runner, tiers, shares_attention=profile.shares_attention
+        )
         engine = Engine(
             runner,
             cache,
-            _build_scheduler(loaded, config, cache, runner, fingerprint, profile),
-            _build_admission(loaded, config, cache),
+            _build_scheduler(loaded, config, cache, tiers, profile),
+            _build_admission(loaded, config, cache, tiers, why_not_longer),
             eos_token_ids=loaded.eos_token_ids,
             grammars=_build_grammars(loaded),
             watch=ModelWatch(loaded),
@@ -244,8 +249,7 @@ def _build_scheduler(
     loaded: LoadedModel,
     config: EngineConfig,
     cache: SlotCache,
-    runner: ModelRunner,
-    fingerprint: ModelFingerprint,
+    tiers: Tiers,
     profile: DeviceProfile,
 ) -> Scheduler:
     return Scheduler(
@@ -256,7 +260,7 @@ def _build_scheduler(
         look_ahead_tokens=config.look_ahead_tokens,
         # A slot has keys and values from its start, but state of its last token only.
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
-        tiers=build_tiers(loaded, config, cache, runner, fingerprint),
+        tiers=tiers,
         tenant_weights=config.tenant_weights,
         speculation=_build_speculation(config),
     )
@@ -274,13 +278,22 @@ def _build_grammars(loaded: LoadedModel) -> Grammars | None:
     return Grammars(loaded.tokenizer, loaded.vocab_size, loaded.eos_token_ids)
 
 
-def _build_admission(loaded: LoadedModel, config: EngineConfig, cache: SlotCache) -> Admission:
-    limit = cache.pool.limit_pages
+def _build_admission(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    cache: SlotCache,
+    tiers: Tiers,
+    why_not_longer: str | None,
+) -> Admission:
+    longest = longest_alone(cache)
+    if tiers.segments is not None and tiers.segments.tier is not None:
+        longest = max(longest, longest_alone(tiers.segments.tier.far))
     return Admission(
         vocab_size=loaded.vocab_size,
         max_len=cache.max_len,
-        limit_pages=limit,
-        longest=bisect.bisect_right(range(cache.max_len), limit, key=cache.num_pages) - 1,
+        limit_pages=cache.pool.limit_pages,
+        longest=longest,
+        why_not_longer=why_not_longer,
         num_pages=functools.partial(_num_pages, cache.geometry),  # which a process may send
         takes_priority=config.scheduling_policy == "priority",
     )

@@ -41,7 +41,8 @@ class EngineConfig:
             Never more than the slots could use or the machine has. Nothing is taken in advance.
         swap_memory: the most bytes of host memory for keys and values that leave `kv_memory`, those
             of preempted and of finished requests, and come back by a copy where that is faster
-            than computing them; None for no such memory. Nothing is taken in advance.
+            than computing them; None for no such memory. Nothing is taken in advance. Requests
+            longer than all of `kv_memory` have their first tokens there, where they are attended.
         kv_dir: a folder that keys and values of finished and preempted requests are saved to, and
             come back from in any process that uses it with this model; None for none.
         kv_dir_limit: the most bytes that its files may take; those used least recently go.

@@ -28,12 +28,14 @@ class DeviceProfile(ABC):
         layers_per_range: layers that share a stretch of a slot; None for all.
         overlaps: the host can prepare a step while the device computes the one before.
         moves_weights: weights can leave the device for a while.
+        shares_attention: the device and host memory can attend to one request together.
     """
 
     max_batch_tokens: ClassVar[int]
     layers_per_range: ClassVar[int | None]
     overlaps: ClassVar[bool]
     moves_weights: ClassVar[bool]
+    shares_attention: ClassVar[bool]
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -74,6 +76,7 @@ class CpuProfile(DeviceProfile):
     layers_per_range = 1
     overlaps = False
     moves_weights = False
+    shares_attention = True
 
     def available_bytes(self) -> int:
         return linux.available_bytes()
@@ -115,6 +118,7 @@ class CudaProfile(DeviceProfile):
     layers_per_range = None
     overlaps = True
     moves_weights = True
+    shares_attention = False  # it has run on none
 
     def available_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.device)

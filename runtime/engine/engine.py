@@ -16,9 +16,11 @@ from ...vmem.errors import (
 )
 from ...vmem.native_function import workspace_bytes
 from ..execution.grammars import Grammars, check_grammars
-from ..execution.model_runner import LaunchedStep, ModelRunner
+from ..execution.launched_step import LaunchedStep
+from ..execution.model_runner import ModelRunner
 from ..execution.sampler import NO_TOKEN, SampledToken
 from ..model.fingerprint import ModelFingerprint
+from ..model.segments import HolderLost
 from ..model.weights import ModelWatch
 from ..request.continuation import Continuation
 from ..request.outputs import FinishReason
@@ -30,7 +32,8 @@ from ..request.step_output import Failure, StepOutput
 from ..request.token_grammar import TokenGrammar
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
-from .stats import EngineStats, SwapStats
+from .memory.segments import take_back
+from .stats import EngineStats, SegmentStats, SwapStats
 
 _log = logging.getLogger(__name__)
 
@@ -334,10 +337,15 @@ class Engine:
     ) -> LaunchedStep | None:
         """Run a batch, and note what will be in the slots, and which tokens will come.
 
-        None if the model failed; so have the batch's requests then.
+        None if the model failed; so have the batch's requests then. None, too, if a holder of
+        segments was lost: then all of the batch are computed again, most of them in the next step.
         """
         try:
             launched = self.runner.launch(batch, last_tokens, wait=wait)
+        except HolderLost as lost:
+            self.catch_up()
+            take_back(self.scheduler, lost)
+            return None
         except Exception as error:  # noqa: BLE001 - told to the requests of the batch, and logged
             _log.exception("a step of %d requests failed", len(batch))
             self.catch_up()
@@ -481,7 +489,8 @@ class Engine:
 
     def stats(self, kv: KVStats | None = None) -> EngineStats:
         """Memory and work, from counters; `kv`, if the cache has been asked already."""
-        recordings, swapping = self.runner.recordings, self.scheduler.tiers.swapping
+        recordings, tiers = self.runner.recordings, self.scheduler.tiers
+        swapping, segments = tiers.swapping, tiers.segments
         speculation = self.scheduler.speculation
         return EngineStats(
             kv=self.cache.stats() if kv is None else kv,
@@ -502,6 +511,7 @@ class Engine:
             num_drafted=speculation.num_drafted if speculation else 0,
             num_accepted=speculation.num_accepted if speculation else 0,
             swap=SwapStats.of(swapping) if swapping is not None else None,
+            segments=SegmentStats.of(segments, self.scheduler.running) if segments else None,
             tenants=self.scheduler.accounts.stats(),
         )
 

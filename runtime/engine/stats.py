@@ -1,13 +1,15 @@
 """What an engine holds and has done, as plain data."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Self
 
 from ...allocator import KVStats
 from ...allocator.transfer import MoveStats
+from ..request.request import Request
 from ..scheduling.accounts import TenantStats
+from ..scheduling.segments import Segments
 from ..scheduling.swapping import Swapping
 
 
@@ -50,6 +52,33 @@ class SwapStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SegmentStats:
+    """Requests that are longer than the pool, of which most tokens lie elsewhere.
+
+    Attributes:
+        num_requests: that run so now.
+        num_tokens: of theirs, elsewhere.
+        moved, lent: what moved as they grew, so far: to the tier, and to other processes.
+    """
+
+    num_requests: int
+    num_tokens: int
+    moved: MoveStats
+    lent: MoveStats
+
+    @classmethod
+    def of(cls, segments: Segments, running: Iterable[Request]) -> Self:
+        """Those of an engine now."""
+        tokens = [request.slot_start for request in running if request.is_spread]
+        return cls(
+            num_requests=len(tokens),
+            num_tokens=sum(tokens),
+            moved=MoveStats() if segments.tier is None else replace(segments.tier.moved),
+            lent=replace(segments.lent),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """What an engine holds now, and what it has done so far.
 
@@ -69,6 +98,7 @@ class EngineStats:
         step_time_s: time of all steps together.
         num_drafted, num_accepted: tokens that were guessed ahead, and those that proved right.
         swap: of the tier behind the cache; None without one.
+        segments: of requests that are longer than the pool; None where there can be none.
         tenants: what each got, those without a request included as long as they are remembered;
             two hundred or so at most.
     """
@@ -91,6 +121,7 @@ class EngineStats:
     num_drafted: int = 0
     num_accepted: int = 0
     swap: SwapStats | None = None
+    segments: SegmentStats | None = None
     tenants: tuple[TenantStats, ...] = ()
 
     @property

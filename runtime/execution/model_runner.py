@@ -10,10 +10,12 @@ from ...allocator import SlotCache
 from ...attention_backends import AttentionBackend, AttentionBatch, LayerAttention
 from ..model.attention_hook import CacheStep
 from ..model.forward import Forward
+from ..model.segments import Place, SegmentedAttention, SegmentedStep
 from ..request.request import Batch, Request, ScheduledRequest
 from .drafted import sample_drafted
+from .launched_step import LaunchedStep
 from .recordings import DecodeRecordings, Recorder
-from .sampler import SampledToken, choose, prompt_logprobs
+from .sampler import choose, prompt_logprobs
 from .step_inputs import StepInputs, StepValues
 from .upload import select_rows
 
@@ -31,6 +33,9 @@ class ModelRunner:
         device: where the model is.
         recorder: records decode steps, which are then replayed (`recordings`); None for never.
         max_seqs: the largest batch of decodes.
+
+    Attributes:
+        segmented: how requests are attended whose first tokens lie in the tier; None if none do.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class ModelRunner:
         self.backend = backend
         self.device = device
         self._layers = tuple(layers)
+        self.segmented: SegmentedAttention | None = None
         self.recordings: DecodeRecordings | None = None
         if recorder is not None:
             self.recordings = DecodeRecordings(self.logits, cache, recorder, device, max_seqs)
@@ -83,7 +89,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(
         self, batch: Batch, last_tokens: torch.Tensor | None = None, *, wait: bool = True
-    ) -> "LaunchedStep":
+    ) -> LaunchedStep:
         """Compute the batch, and sample for each request whose last token is in it.
 
         `last_tokens` are those of the step before, of which some may be pending in the batch.
@@ -114,9 +120,10 @@ class ModelRunner:
         positions: torch.Tensor,
         batch: AttentionBatch,
         keep: torch.Tensor | None = None,
+        segmented: SegmentedStep | None = None,
     ) -> torch.Tensor:
         """Logits of all tokens of a flat batch, [num_tokens, vocab], or of those of `keep`."""
-        step = CacheStep(self.cache, self.backend, batch, self._layers)
+        step = CacheStep(self.cache, self.backend, batch, self._layers, segmented)
         return self.forward(ids, positions, step, keep=keep)
 
     def _compute(
@@ -128,9 +135,10 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Logits of the flat tokens `positions`, [len(positions), vocab].
 
-        Replayed if all of the batch is decodes.
+        Replayed if all of the batch is decodes of requests whose slots have all their tokens.
         """
-        if self.recordings is not None and len(batch) == ends[-1] == len(positions):
+        is_plain = all(not item.request.is_spread for item in batch.items)
+        if self.recordings is not None and is_plain and len(batch) == ends[-1] == len(positions):
             logits = self.recordings.run(batch, last_tokens)
             if logits is not None:
                 return logits
@@ -145,7 +153,18 @@ class ModelRunner:
     ) -> torch.Tensor:
         """The same, kernel by kernel."""
         inputs, attention = self._inputs(items, positions, last_tokens)
-        return self.logits(inputs.ids, inputs.positions, attention, inputs.keep)
+        segmented = self._segmented_step(items, attention)
+        return self.logits(inputs.ids, inputs.positions, attention, inputs.keep, segmented)
+
+    def _segmented_step(
+        self, items: Sequence[ScheduledRequest], attention: AttentionBatch
+    ) -> SegmentedStep | None:
+        """How to attend where some requests' first tokens are elsewhere; None if none's are."""
+        places = [_places(item.request) for item in items]
+        if not any(places):
+            return None
+        assert self.segmented is not None, "a request has a segment, and nobody attends to it"
+        return self.segmented.step(attention, [item.start for item in items], places)
 
     def _inputs(
         self,
@@ -158,14 +177,16 @@ class ModelRunner:
         assert len(slots) == len(items), "a scheduled request has no slot"
         spans = [range(item.start, item.stop) for item in items]
         counts = [item.num_rows for item in items]
-        write_rows, write_offsets = self.cache.locate(slots, [s.start for s in spans], counts)
+        row_0 = [item.request.slot_start for item in items]  # the position of a slot's first row
+        starts = [span.start - first for span, first in zip(spans, row_0, strict=True)]
+        write_rows, write_offsets = self.cache.locate(slots, starts, counts)
         values = StepValues(
             ids=[token for item in items for token in item.ids],
             positions=[position for span in spans for position in span],
             write_rows=write_rows,
             write_offsets=write_offsets,
             query_lens=counts,
-            kv_lens=[span.stop for span in spans],
+            kv_lens=[start + count for start, count in zip(starts, counts, strict=True)],
             slots=[slot.index for slot in slots],
             keep=logit_positions,
         )
@@ -175,48 +196,13 @@ class ModelRunner:
         return inputs, inputs.batch(values.query_lens, values.kv_lens, values.slots, tables)
 
 
-class LaunchedStep:
-    """A step under way: the requests that it samples for, and their tokens once it is done.
-
-    Attributes:
-        computed: all requests of the step, prompt chunks that do not sample among them.
-        requests: those that it samples for.
-        tokens: the sampled tokens on the device, int64 [len(requests)]; None if they are known.
-    """
-
-    def __init__(
-        self,
-        computed: Sequence[Request],
-        requests: Sequence[Request],
-        *,
-        sampled: list[list[SampledToken]] | None = None,
-        chosen: torch.Tensor | None = None,
-    ) -> None:
-        self.computed = computed
-        self.requests = requests
-        self._sampled = sampled
-        self._done: torch.cuda.Event | None = None
-        self.tokens: torch.Tensor | None = None
-        if chosen is not None:
-            self.tokens, self._chosen = chosen[0], chosen
-            if chosen.is_cuda:  # the copy begins as soon as the step is done
-                self._chosen = torch.empty_like(chosen, device="cpu", pin_memory=True)
-                self._chosen.copy_(chosen, non_blocking=True)
-                self._done = torch.cuda.Event()
-                self._done.record(torch.cuda.current_stream(chosen.device))
-
-    def wait(self) -> list[list[SampledToken]]:
-        """The requests' tokens, once they are there: one each, and one more for each of its draft
-        that was right."""
-        if self._sampled is None:
-            if self._done is not None:
-                self._done.synchronize()
-            chosen, finite = self._chosen.tolist()
-            self._sampled = [
-                [SampledToken(token_id, is_finite=bool(is_finite))]
-                for token_id, is_finite in zip(chosen, finite, strict=True)
-            ]
-        return self._sampled
+def _places(request: Request) -> list[Place]:
+    """Where a request's tokens are that are not in its slot."""
+    segment = request.segment
+    places = [Place(*lent) for lent in request.lent]
+    if segment is not None and segment.num_tokens:
+        places.insert(0, Place(segment.holder, segment.slot.index, 0, segment.num_tokens))
+    return places
 
 
 def _logit_positions(items: Sequence[ScheduledRequest], ends: Sequence[int]) -> list[int]:

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from ...allocator import SlotCache
 from ...attention_backends import AttentionBackend, AttentionBatch, LayerAttention
 from ...vmem.errors import InvalidOperation, UnsupportedModel
+from .segments import SegmentedStep
 
 ATTENTION_NAME = "vkv"
 
@@ -151,12 +152,17 @@ def register() -> None:
 
 @dataclass
 class CacheStep:
-    """One step of a real model: writes keys and values, then attends over the slots."""
+    """One step of a real model: writes keys and values, then attends over the slots.
+
+    Attributes:
+        segmented: attends, too, to the first tokens of requests that are longer than the pool.
+    """
 
     cache: SlotCache
     backend: AttentionBackend
     batch: AttentionBatch
     layers: tuple[LayerAttention, ...]
+    segmented: SegmentedStep | None = None
 
     def attend(
         self,
@@ -168,4 +174,6 @@ class CacheStep:
     ) -> torch.Tensor:
         keys, values = self.cache.layer(layer)  # `wanted` was learned at load, for all layers
         self.backend.store(key, value, keys, values, self.batch)
+        if self.segmented is not None:
+            return self.segmented.attend(layer, query, keys, values, self.layers[layer])
         return self.backend.forward(query, keys, values, self.batch, self.layers[layer])

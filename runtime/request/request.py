@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...allocator import Slot
-from ...allocator.transfer import Fetch
+from ...allocator.transfer import Fetch, Lent, Segment
 from .outputs import Logprob
 from .sampling_params import SamplingParams
 from .sampling_state import SamplingState
@@ -32,12 +32,14 @@ class Request:
         leader: the key of the request that computes the same prompt; this one waits and shares
             its slot's beginning.
         token_ids: the prompt's tokens, then the output's.
-        num_computed: tokens whose keys and values are in the slot, or will be when the work
-            launched so far is done.
+        num_computed: tokens whose keys and values are in the slot or the segment, or will be when
+            the work launched so far is done.
         num_pending: further tokens that were sampled, but are known on the device alone.
         pending_index: of the last of them: its place among those sampled in the same step.
         fetch: its keys and values on their way back, while it has a place among those that run
             and no slot yet.
+        segment, lent: its first tokens, if they lie in another cache; those behind them that other
+            processes have. The slot has the rest.
         prompt_logprobs: entries of the prompt's tokens that are known, where they are asked.
         priority, tenant: as of `RequestSpec`; the priority may change (`SetPriority`).
         num_served: prompt tokens that were computed for it, or found, at one time or another.
@@ -74,6 +76,8 @@ class Request:
         self.state = RequestState.WAITING
         self.slot: Slot | None = None
         self.fetch: Fetch | None = None
+        self.segment: Segment | None = None
+        self.lent: list[Lent] = []
         self.can_fetch = True  # False once that failed
         self.queued_time_s = time.monotonic()
         self.scheduled_time_s: float | None = None
@@ -84,6 +88,18 @@ class Request:
     def was_admitted(self) -> bool:
         """True if it has, or has had, a slot."""
         return self.scheduled_time_s is not None
+
+    @property
+    def slot_start(self) -> int:
+        """Position of the token that row 0 of its slot is of."""
+        if self.lent:
+            return self.lent[-1].stop
+        return 0 if self.segment is None else self.segment.num_tokens
+
+    @property
+    def is_spread(self) -> bool:
+        """True if tokens of it may lie elsewhere than in its slot."""
+        return self.segment is not None or bool(self.lent)
 
     @property
     def num_tokens(self) -> int:

@@ -82,13 +82,21 @@ class KVFiles:
         return self._best(tokens, variant)[1]
 
     def open_slot(
-        self, cache: SlotCache, tokens: Sequence[int], variant: str = "", *, least: int = 1
+        self,
+        cache: SlotCache,
+        tokens: Sequence[int],
+        variant: str = "",
+        *,
+        least: int = 1,
+        exits: Exits | None = None,
     ) -> tuple[Slot, int] | None:
         """A slot that begins with what a file has of `tokens`, and how many that are.
 
-        None if that would be less than `least`, or if the file turns out to be of no use. Raises a
-        Shortage or DriverError where there is no memory for it.
+        None if that would be less than `least`, or if the file turns out to be of no use. `exits`
+        are those of `cache`, if it is not the one that this was made for. Raises a Shortage or
+        DriverError where there is no memory for it.
         """
+        exits = exits or self._exits
         file, num_tokens = self._best(tokens, variant)
         if file is None or num_tokens < least:
             return None
@@ -106,10 +114,10 @@ class KVFiles:
             _fill(cache, slot, file, num_tokens)
         except (KVFileError, InvalidConfig) as error:  # it was cut short this moment
             _log.warning("%s: %s; its tokens are computed again", file.path, error)
-            self._exits.let_go(slot)
+            exits.let_go(slot)
             return None
         except BaseException:
-            self._exits.let_go(slot)
+            exits.let_go(slot)
             raise
         return slot, num_tokens
 

@@ -114,9 +114,10 @@ class Scheduler:
         """Take an unfinished request out as it stands, with its slot if it has one.
 
         Whoever takes it out has the slot, until `put_in`. Its keys and values must not be on their
-        way back from a tier.
+        way back from a tier, nor some of them in one.
         """
         assert request.fetch is None, request
+        assert not request.is_spread, request
         if request.state is RequestState.WAITING:
             self.waiting.remove(request)
         else:
@@ -247,12 +248,14 @@ class Scheduler:
             self.preempt(request)
         for share in plan.shares:
             request = self._requests[share.key]
-            assert request.slot is not None, f"{request} is not running"
             try:
-                self.cache.grow(request.slot, request.num_computed + share.num_tokens)
+                count = self.tiers.make_room(request, share.num_tokens)
+                assert request.slot is not None, f"{request} is not running"
+                num_local = request.num_computed - request.slot_start
+                self.cache.grow(request.slot, num_local + count)
             except (Shortage, DriverError) as refusal:
                 return request, refusal
-            granted[request] = share.num_tokens
+            granted[request] = count
         budget = plan.admit_tokens
         for key in plan.admit:
             request, share = self._requests[key], budget
@@ -298,6 +301,9 @@ class Scheduler:
             return
         assert slot is not None
         self.accounts.released(request)
+        if request.is_spread and self.tiers.segments is not None:
+            self.tiers.segments.let_go(request, slot, keep=keep)
+            return
         computed = request.token_ids[: request.num_computed] if keep else ()
         if keep:
             self.tiers.leave(request, slot, computed, comes_back=comes_back)
@@ -311,6 +317,12 @@ class Scheduler:
         Raises a Shortage or DriverError, with the request still waiting.
         """
         tokens = request.reusable_tokens if self.prefix_reuse else ()
+        segments = self.tiers.segments
+        if segments is not None and segments.is_long(request):
+            slot, count = segments.open(request, tokens, budget)
+            self._start(request, slot, request.slot_start)
+            self._note_admission(request)
+            return count
         donor, num_shared = _live_donor(self.running, request, tokens, self.cache.growth_tokens)
         num_parked = 0
         if donor is not None or self.tiers.may_have_some:  # else nothing is to be compared with it
@@ -385,6 +397,8 @@ def _look_ahead(
     for item in batch:
         request, end = item.request, item.stop
         assert request.slot is not None
+        if request.is_spread:
+            continue  # it has been promised all that its slot may have
         if item.samples:
             target = min(end + num_ahead, request.num_prompt_tokens + request.max_tokens)
         else:
@@ -410,7 +424,7 @@ def _padding(cache: SlotCache, batch: Sequence[ScheduledRequest]) -> Padding | N
 
     It is written before the request's own next token is, and read by nobody.
     """
-    if any(item.num_rows > 1 for item in batch):
+    if any(item.num_rows > 1 or item.request.is_spread for item in batch):
         return None
     for item in batch:
         slot, behind = item.request.slot, item.start + 1
@@ -427,7 +441,7 @@ def _live_donor(
     """The running request that has computed the longest common prefix, a page's at least."""
     donor, longest = None, 0
     for other in running:
-        if other.variant != request.variant or other.slot is None:
+        if other.variant != request.variant or other.slot is None or other.is_spread:
             continue
         least = 1 if other.key == request.leader else growth_tokens
         limit = min(len(tokens), other.num_computed)

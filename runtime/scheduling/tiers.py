@@ -7,6 +7,7 @@ from ...allocator import Exits, Slot, SlotCache
 from ...allocator.transfer import Fetch, KVDir
 from ..request.request import Request
 from .kv_files import KVFiles
+from .segments import Segments
 from .swapping import Swapping
 
 
@@ -34,6 +35,7 @@ class Tiers:
         exits: how slots are let go.
         kv_files: files that requests may begin with, those of `kv_dir` and of opened sessions.
         guests: asked to give way, and told of changes.
+        segments: keeps requests that are longer than the pool; None to have none.
     """
 
     def __init__(
@@ -43,15 +45,23 @@ class Tiers:
         self.exits = Exits(cache)
         self.kv_files = KVFiles(self.exits, kv_dir)
         self.guests: list[Guest] = []
+        self.segments: Segments | None = None
         self._cache = cache
 
     def settle(self) -> None:
         """Take note of what was copied and written meanwhile."""
         if self.swapping is not None:
             self.swapping.tier.settle()
+        if self.segments is not None:
+            self.segments.settle()
         self.kv_files.settle()
 
     # -- there -------------------------------------------------------------------------------
+
+    def make_room(self, request: Request, count: int) -> int:
+        """Let a running request have `count` more tokens in its slot, or as many as it may have,
+        which is returned. Raises a Shortage or DriverError."""
+        return count if self.segments is None else self.segments.make_room(request, count)
 
     def leave(
         self, request: Request, slot: Slot, computed: Sequence[int], *, comes_back: bool

@@ -104,7 +104,8 @@ class Speculation:
 
 def _decodes(item: ScheduledRequest) -> bool:
     request = item.request
-    return request.num_output_tokens > 0 and item.num_tokens == 1 and not request.num_pending
+    is_decode = request.num_output_tokens > 0 and item.num_tokens == 1
+    return is_decode and not request.num_pending and not request.is_spread
 
 
 def _is_backed(cache: SlotCache, item: ScheduledRequest) -> bool:

@@ -5,10 +5,18 @@ layers of an interleaved allocation. One NaN in a result means one stray read.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from vkv.attention_backends import AttentionBackend, AttentionBatch, LayerAttention
+from vkv.attention_backends import (
+    AttentionBackend,
+    AttentionBatch,
+    LayerAttention,
+    PartialAttention,
+    PastBatch,
+    SegmentedBatch,
+)
 
 BLOCK_SIZE = 16
 SPARE_SLOTS = 2
@@ -166,3 +174,89 @@ def assert_matches(backend: AttentionBackend, truth: AttentionBackend, problem: 
         torch.testing.assert_close(out, expected, atol=rounding, rtol=rounding)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse, expected_lse, atol=max(rounding / 10, 2e-5), rtol=1e-5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutProblem:
+    """A problem whose keys lie in several caches: those of the last ones, and of each segment."""
+
+    problem: Problem
+    step: SegmentedBatch
+    own: tuple[torch.Tensor, torch.Tensor]
+    places: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    def solve(self, partial: PartialAttention) -> torch.Tensor:
+        """Attend to each part by itself, and merge."""
+        query, layer, step = self.problem.query, self.problem.layer, self.step
+        own_rows, *past_rows = slices = partial.slices(step)
+        results = partial.empty(query, slices[-1].stop, self.own[1].shape[3]).fill_(torch.nan)
+        partial.attend_own(query, *self.own, step, layer, results[own_rows])
+        starts = [sum(step.own.query_lens[:b]) for b in range(step.own.num_seqs)]
+        for (members, batch), rows, caches in zip(step.past, past_rows, self.places, strict=True):
+            queries = [query[starts[b] : starts[b] + step.own.query_lens[b]] for b in members]
+            partial.attend_past(torch.cat(queries), *caches, batch, layer, results[rows])
+        return partial.merge(query, results, step, layer)
+
+
+def cut_problem(problem: Problem, cuts: Sequence[Sequence[int]]) -> CutProblem:
+    """Cut the keys of each sequence of a contiguous problem.
+
+    Args:
+        cuts: of each sequence, where segments end, in order, none behind its first query; equal
+            ones make empty segments. Each segment lies in a cache of its own, among NaN.
+    """
+    batch = problem.batch
+    firsts = [n - q for q, n in zip(batch.query_lens, batch.kv_lens, strict=True)]
+    starts = [stops[-1] if stops else 0 for stops in cuts]
+    own_lens = [n - start for n, start in zip(batch.kv_lens, starts, strict=True)]
+    past, places = [], []
+    for index in range(max(map(len, cuts))):
+        members = tuple(b for b, stops in enumerate(cuts) if index < len(stops))
+        stops = [cuts[b][index] for b in members]
+        begins = [cuts[b][index - 1] if index else 0 for b in members]
+        slots = tuple(range(len(members)))[::-1]
+        places.append(
+            tuple(
+                _stretches(cache, [batch.slots[b] for b in members], begins, stops, slots)
+                for cache in (problem.key_cache, problem.value_cache)
+            )
+        )
+        past.append(
+            (
+                members,
+                PastBatch(
+                    query_lens=tuple(batch.query_lens[b] for b in members),
+                    positions=tuple(firsts[b] for b in members),
+                    key_starts=tuple(begins),
+                    key_stops=tuple(stops),
+                    slots=slots,
+                ),
+            )
+        )
+    own_slots = list(range(batch.num_seqs))[::-1]
+    own = tuple(
+        _stretches(cache, batch.slots, starts, batch.kv_lens, own_slots)
+        for cache in (problem.key_cache, problem.value_cache)
+    )
+    step = SegmentedBatch(
+        own=_batch(batch.query_lens, tuple(own_lens), own_slots, problem.case),
+        key_starts=tuple(starts),
+        past=tuple(past),
+    )
+    return CutProblem(problem=problem, step=step, own=own, places=tuple(places))
+
+
+def _stretches(
+    cache: torch.Tensor,
+    slots: Sequence[int],
+    starts: Sequence[int],
+    stops: Sequence[int],
+    goals: Sequence[int],
+) -> torch.Tensor:
+    """A cache that has rows `start … stop` of each slot from row 0 of the goal on, and NaN."""
+    length = max(stop - start for start, stop in zip(starts, stops, strict=True)) + 2
+    made = torch.full((len(slots) + 1, length, *cache.shape[2:]), torch.nan, dtype=cache.dtype)
+    made = made.to(cache.device)
+    for slot, start, stop, goal in zip(slots, starts, stops, goals, strict=True):
+        made[goal, : stop - start] = cache[slot, start:stop]
+    return made

@@ -6,6 +6,7 @@ socket's time limit, that closes, or that says what nobody says here, is a Trans
 
 import array
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,15 @@ def prepare(sock: socket.socket, timeout_s: float) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def wait_for_more(sock: socket.socket) -> bool:
+    """Wait until the other side says something, as long as it takes; False once it has closed."""
+    select.select([sock], [], [])
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
+
+
 # -- short messages ------------------------------------------------------------------------------
 
 
@@ -64,7 +74,7 @@ def receive_message(sock: socket.socket, kind: type[Message]) -> Message:
     try:
         return msgspec.msgpack.decode(body, type=kind)
     except msgspec.MsgspecError as error:
-        raise TransferError(f"the other side sent no {kind.__name__}: {error}") from error
+        raise TransferError(f"the other side sent no {kind}: {error}") from error
 
 
 # -- bytes of KV ---------------------------------------------------------------------------------

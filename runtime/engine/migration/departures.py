@@ -179,6 +179,10 @@ class Departures:
             raise InvalidOperation(
                 f"the keys and values of {request} are on their way back from memory; ask again"
             )
+        if request.is_spread:
+            raise InvalidOperation(
+                f"{request} is longer than the pool, and not all of it is here; let it end here"
+            )
         departure = Departure(key, epoch, request, lease_s)
         self._expose(departure, request)
         self._moves.note(departure, is_under_way=True)

@@ -12,6 +12,7 @@ from ....vmem.errors import (
     InvalidOperation,
     KVFileMismatch,
     OutOfPages,
+    RequestTooLarge,
     UnsupportedModel,
 )
 from ...engine.engine import Engine
@@ -92,7 +93,14 @@ class Sessions:
             tokens = [*what.prompt_token_ids, *itertools.chain(*outputs)]
             # A slot that is full has no room for what a request must put out.
             what = tokens[: self._engine.cache.max_len - 1]
-        return self._front_end.request(what, _ONE_TOKEN)
+        request = self._front_end.request(what, _ONE_TOKEN)
+        num_tokens, cache = len(request.spec.prompt_token_ids), self._engine.cache
+        if cache.num_pages(num_tokens) > cache.pool.limit_pages:
+            raise RequestTooLarge(
+                f"{num_tokens} tokens are more than the pool holds, which a session is written "
+                "from; save fewer, or raise kv_memory"
+            )
+        return request
 
     def _compute_and_write(
         self, request: RequestText, path: str | os.PathLike[str], extra: bytes

@@ -1,0 +1,156 @@
+"""The beginning of a long sequence in another cache, where attention goes to it.
+
+    near:   … | tokens m … n in rows 0, 1, …  of a slot      new tokens come here
+    far:    tokens 0 … m in rows 0, 1, …  of another         whole parts of them move there
+
+Unlike what a `MemoryTier` keeps, they do not come back: they are attended where they are.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ...vmem.errors import DriverError, InvalidOperation, Shortage
+from ..exits import Exits
+from ..slot import Slot
+from ..slot_cache import SlotCache
+from .copier import CopyJob
+from .memory_tier import MoveStats
+from .transfers import Spans
+
+
+class Lent(NamedTuple):
+    """A stretch of a sequence that another process has taken in.
+
+    Attributes:
+        holder: who, by name.
+        loan: what that knows it by.
+        start, stop: the positions of its tokens.
+    """
+
+    holder: str
+    loan: int
+    start: int
+    stop: int
+
+
+@dataclass(eq=False)
+class Segment:
+    """The first tokens of a sequence, in the rows of a slot of the far cache.
+
+    Attributes:
+        holder: who attends to it.
+        slot: whose rows they are, from row 0 on.
+        num_tokens: how many they are; a multiple of the tier's `part_tokens`.
+    """
+
+    holder: str
+    slot: Slot
+    num_tokens: int
+
+
+class SegmentTier:
+    """Moves the beginnings of sequences from `near` to `far`. For one thread at a time.
+
+    Args:
+        near: the cache that sequences grow in.
+        far: another in the host's memory, of the same token format.
+        part_tokens: tokens move in multiples of it.
+
+    Attributes:
+        holder: a name for who attends to what is in `far`.
+        exits: how slots of `far` are let go.
+        moved: what was copied.
+    """
+
+    holder = "tier"
+
+    def __init__(self, near: SlotCache, far: SlotCache, part_tokens: int) -> None:
+        ours, theirs = near.geometry.token_format, far.geometry.token_format
+        if ours.widths != theirs.widths or ours.dtype != theirs.dtype:
+            raise InvalidOperation(f"tokens of {ours} cannot be kept as {theirs}")
+        self.near = near
+        self.far = far
+        self.part_tokens = part_tokens
+        self.exits = Exits(far)
+        self.moved = MoveStats()
+
+    def whole_parts(self, num_tokens: int) -> int:
+        """The most tokens, of so many, that can move."""
+        return num_tokens // self.part_tokens * self.part_tokens
+
+    def begin(
+        self,
+        tokens: Sequence[int],
+        variant: str = "",
+        *,
+        num_reserved: int = 0,
+        found: tuple[Slot, int] | None = None,
+    ) -> Segment:
+        """A segment with as much as is parked of `tokens`, and the promise of memory for the first
+        `num_reserved` tokens.
+
+        `found` is a slot of `far` that begins with them already, and with how many. Raises a
+        Shortage or DriverError, with nothing changed but that what was found is parked.
+        """
+        slot, num_tokens = found or self.far.adopt(tokens, variant)
+        num_tokens = self.whole_parts(num_tokens)
+        try:
+            self.far.truncate(slot, num_tokens)
+            self.far.reserve(slot, num_reserved)
+        except (Shortage, DriverError):
+            self.exits.let_go(slot, tokens[: min(num_tokens, slot.num_tokens)], variant)
+            raise
+        return Segment(self.holder, slot, num_tokens)
+
+    def append(self, segment: Segment, slot: Slot, num_tokens: int) -> None:
+        """Copy the first `num_tokens` rows of the near `slot` behind the segment's tokens.
+
+        Raises a Shortage or DriverError, with the segment as it was.
+        """
+        start, stop = segment.num_tokens, segment.num_tokens + num_tokens
+        try:
+            self.far.grow(segment.slot, stop)
+            source, target = self.near.spans(slot, 0, num_tokens), self.far.spans
+            job = _copy(self.near, source, target(segment.slot, start, stop))
+        except (Shortage, DriverError):
+            self.moved.num_failed += 1
+            if segment.slot.num_tokens > start:
+                with suppress(DriverError):  # then pages to spare stay, until the slot goes
+                    self.far.truncate(segment.slot, start)
+            raise
+        self.moved.count(job, num_tokens)
+        segment.num_tokens = stop
+
+    def release(self, segment: Segment, tokens: Sequence[int], variant: str = "") -> None:
+        """Let the segment go. It is parked for whoever begins with `tokens`, which are all of its
+        tokens, or none."""
+        self.exits.let_go(segment.slot, tokens[: segment.num_tokens], variant)
+
+
+def split_off(cache: SlotCache, exits: Exits, slot: Slot, start: int, stop: int) -> Slot:
+    """A new slot with rows `start … stop` of another, which stays as it is.
+
+    Pages that others share, or a file has, are left to them. Raises a Shortage or DriverError, with
+    nothing changed.
+    """
+    fresh = cache.open()
+    if start == stop:
+        return fresh
+    try:
+        cache.grow(fresh, stop - start)
+        _copy(cache, cache.spans(slot, start, stop), cache.spans(fresh, 0, stop - start))
+    except (Shortage, DriverError):
+        exits.let_go(fresh)
+        raise
+    return fresh
+
+
+def _copy(owner: SlotCache, source: Spans, target: Spans) -> CopyJob:
+    """Copy at once what `owner` has. Raises DriverError if that fails."""
+    job = CopyJob(source, target, after=owner.pool.driver.record_fence())
+    job.run()
+    if job.error is not None:
+        raise DriverError(f"{job.num_bytes} bytes of KV could not be copied") from job.error
+    return job

@@ -1,0 +1,109 @@
+"""Room for requests that are longer than the pool: their first tokens lie in the tier."""
+
+import bisect
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ....allocator import KVCache, SlotCache
+from ....allocator.transfer import SegmentTier
+from ....attention_backends import AttentionBackend, create_backend, partial_attention
+from ....vmem.errors import InvalidOperation, UnsupportedAttention
+from ...execution.model_runner import ModelRunner
+from ...model.loading import LoadedModel
+from ...model.segments import HolderLost, LocalHolder, RemoteHolder, SegmentedAttention
+from ...scheduling.scheduler import Scheduler
+from ...scheduling.segments import Segments
+from ...scheduling.tiers import Tiers
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+_log = logging.getLogger(__name__)
+
+PART_TOKENS = 512  # what moves is a multiple of it: the grid of `native`'s sums
+_SHARE = 2  # a long request has one of so many parts of the pool at most
+
+
+def add_segments(
+    loaded: LoadedModel,
+    backend: AttentionBackend,
+    cache: SlotCache,
+    runner: ModelRunner,
+    tiers: Tiers,
+    *,
+    shares_attention: bool,
+) -> str | None:
+    """Let requests outgrow the pool that begin in the tier; or say, in words, why none can yet.
+
+    `shares_attention` is as of `DeviceProfile`.
+    """
+    if loaded.keeps_state:
+        return "layers with recurrent or convolution state need them in one place"
+    if not shares_attention:
+        return f"that {loaded.device} and host memory attend to one request together is not proven"
+    if not isinstance(cache, KVCache):
+        return "the paged baseline keeps a request's tokens in its own pool"
+    local_tokens = _local_tokens(cache)
+    if local_tokens < 2 * PART_TOKENS:
+        return f"for that the pool must hold {2 * _SHARE * PART_TOKENS} tokens at least"
+    try:
+        here = partial_attention(backend)
+        there = partial_attention(create_backend(backend.name, loaded.needs(paged=False)))
+    except UnsupportedAttention as error:
+        return str(error)
+    runner.segmented = SegmentedAttention(here, {})
+    tier = None
+    if tiers.swapping is not None:
+        far = tiers.swapping.tier.far
+        tier = SegmentTier(cache, far, PART_TOKENS)
+        runner.segmented.holders[tier.holder] = LocalHolder(far, there)
+    tiers.segments = Segments(
+        cache,
+        tiers.exits,
+        tiers.kv_files,
+        tier=tier,
+        part_tokens=PART_TOKENS,
+        local_tokens=local_tokens,
+    )
+    return None if tier is not None else "without swap_memory there is no tier for its first tokens"
+
+
+def add_creditor(engine: "Engine", creditor: RemoteHolder, num_tokens: int) -> None:
+    """Have another engine take tokens of requests that outgrow the pool, about so many.
+
+    Raises InvalidOperation, with the reason, if none can be longer than the pool here.
+    """
+    segments, segmented = engine.scheduler.tiers.segments, engine.runner.segmented
+    if segments is None or segmented is None:
+        raise InvalidOperation(
+            f"no request can be longer than the pool here: {engine.admission.why_not_longer}"
+        )
+    segments.creditors[creditor.name] = segmented.holders[creditor.name] = creditor
+    longest = min(engine.admission.longest + num_tokens, engine.cache.max_len - 1)
+    engine.admission = replace(engine.admission, longest=longest, why_not_longer=None)
+
+
+def take_back(scheduler: Scheduler, lost: HolderLost) -> None:
+    """Have those computed again whose tokens are lost. It costs no other request anything."""
+    _log.warning("%s; the tokens of its requests are computed again", lost)
+    if lost.loans is None and scheduler.tiers.segments is not None:
+        scheduler.tiers.segments.creditors.pop(lost.holder, None)
+    for request in scheduler.running[::-1]:  # so that they come back in their order
+        is_in_tier = request.segment is not None and request.segment.holder == lost.holder
+        loans = [one.loan for one in request.lent if one.holder == lost.holder]
+        if is_in_tier or any(lost.loans is None or loan in lost.loans for loan in loans):
+            scheduler.preempt(request, keep=not is_in_tier)
+
+
+def longest_alone(cache: SlotCache) -> int:
+    """Tokens of the longest sequence that the pool of a cache could hold if it were alone."""
+    limit = cache.pool.limit_pages
+    return bisect.bisect_right(range(cache.max_len), limit, key=cache.num_pages) - 1
+
+
+def _local_tokens(cache: SlotCache) -> int:
+    """Tokens that a long request has in its slot at most: whole parts, of a share of the pool."""
+    share = cache.pool.limit_pages // _SHARE
+    parts = range(0, cache.max_len + 1, PART_TOKENS)
+    return parts[bisect.bisect_right(parts, share, key=cache.num_pages) - 1]

@@ -1,0 +1,78 @@
+"""What the owner of a sequence and a holder of its segments say to each other.
+
+    owner    Ask, queries │                 one a layer, for all requests with segments there
+    holder                │ Told, results
+
+    owner    Offer │        keys and values │               once, when they move there
+    holder         │ Told                   │ Told, the loan
+
+    owner    GiveBack                                       which nobody answers
+
+Queries and results are bytes of tensors; in steps keys and values never travel.
+"""
+
+import msgspec
+
+from ....attention_backends import PastBatch
+
+
+class AskedBatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `PastBatch`, whose slots are the handles of loans."""
+
+    query_lens: tuple[int, ...]
+    positions: tuple[int, ...]
+    key_starts: tuple[int, ...]
+    key_stops: tuple[int, ...]
+    loans: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batch: PastBatch) -> "AskedBatch":
+        """The numbers of `batch`."""
+        return cls(
+            batch.query_lens, batch.positions, batch.key_starts, batch.key_stops, batch.slots
+        )
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Attend, in a layer, with the queries that follow.
+
+    Attributes:
+        layer: which.
+        num_heads: of the queries.
+        batch: of this step; None for that of the ask before.
+    """
+
+    layer: int
+    num_heads: int
+    batch: AskedBatch | None = None
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Take in `num_tokens` tokens of a sequence, the first at position `start`."""
+
+    start: int
+    num_tokens: int
+    num_bytes: int
+
+
+class GiveBack(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """A loan is not needed any more."""
+
+    loan: int
+
+
+Request = Ask | Offer | GiveBack
+
+
+class Told(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes follow, or may; or nothing, and why.
+
+    Attributes:
+        objection: why not.
+        called_back: loans that it is because of; all others are as they were.
+        loan: what an offer is known by now.
+    """
+
+    objection: str = ""
+    called_back: tuple[int, ...] = ()
+    loan: int = 0

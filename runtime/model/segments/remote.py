@@ -1,0 +1,148 @@
+"""The owner's end of a connection to a holder in another process."""
+
+import socket
+import time
+import weakref
+
+import torch
+
+from ....allocator.transfer import Spans
+from ....allocator.transfer.channels import wire
+from ....attention_backends import LayerAttention, PastBatch
+from ....vmem.errors import TransferError
+from .holders import Answer
+from .messages import Ask, AskedBatch, GiveBack, Offer, Told
+
+
+class HolderLost(TransferError):
+    """A holder does not answer any more, or has not got a segment: what lay there is gone.
+
+    Attributes:
+        holder: the name of who it is.
+        loans: those that are lost; None for all, and the holder with them.
+    """
+
+    def __init__(self, holder: str, why: str, loans: tuple[int, ...] | None = None) -> None:
+        super().__init__(f"the segments at {holder!r} are lost: {why}")
+        self.holder = holder
+        self.loans = loans
+
+
+class RemoteHolder:
+    """Has a `SegmentServer` take tokens in, and asks it, over a stream socket.
+
+    One call after the other: an answer is waited for before the next ask. A holder that is silent
+    for `timeout_s`, that closes or says what nobody says here is lost, at once and for good.
+
+    Args:
+        name: of whom it is.
+        sock: connected, a stream; of the Unix family or TCP. It is this object's from now on.
+        timeout_s: how long the other side may be silent.
+
+    Attributes:
+        sent_bytes, received_bytes: of queries and of results, so far.
+        waited_s: for answers that were not there when they were wanted, so far.
+    """
+
+    def __init__(self, name: str, sock: socket.socket, *, timeout_s: float = 10.0) -> None:
+        wire.prepare(sock, timeout_s)
+        self.name = name
+        self.sent_bytes = self.received_bytes = 0
+        self.waited_s = 0.0
+        self._sock = sock
+        self._is_open = True
+        self._told: weakref.ref[PastBatch] | None = None  # the batch that the other side knows
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        batch: PastBatch,
+        wanted: LayerAttention,
+        results: torch.Tensor,
+    ) -> Answer:
+        """As `SegmentHolder.attend`; the model there is this one, and knows what a layer wants."""
+        is_known = self._told is not None and self._told() is batch
+        ask = Ask(
+            layer=layer,
+            num_heads=query.shape[1],
+            batch=None if is_known else AskedBatch.of(batch),
+        )
+        if not self._is_open:
+            raise HolderLost(self.name, "the connection was closed before")
+        try:
+            wire.send_message(self._sock, ask)
+            wire.send_bytes(self._sock, [as_bytes(query.contiguous())], False)
+        except TransferError as error:
+            raise self._lost(error) from error
+        self._told = weakref.ref(batch)
+        self.sent_bytes += query.nbytes
+        return _Coming(self, results)
+
+    def receive(self, results: torch.Tensor) -> None:
+        """Have the answer to the ask that was sent last. Raises HolderLost."""
+        start_s = time.perf_counter()
+        try:
+            told = wire.receive_message(self._sock, Told)
+            if told.called_back:
+                raise HolderLost(self.name, told.objection, told.called_back)
+            if told.objection:
+                raise TransferError(told.objection)
+            wire.receive_bytes(self._sock, [as_bytes(results)], False)
+        except HolderLost:
+            raise  # of some loans: both sides are in step
+        except TransferError as error:
+            raise self._lost(error) from error
+        self.received_bytes += results.nbytes
+        self.waited_s += time.perf_counter() - start_s
+
+    def take(self, spans: Spans, start: int, num_tokens: int) -> int | None:
+        """Copy tokens there (`Creditor.take`): memory first, then bytes, then the loan.
+
+        Raises HolderLost.
+        """
+        pieces = [piece for of_stream in spans for piece in of_stream]
+        num_bytes = sum(map(len, pieces))
+        if not self._is_open:
+            raise HolderLost(self.name, "the connection was closed before")
+        try:
+            offer = Offer(start=start, num_tokens=num_tokens, num_bytes=num_bytes)
+            wire.send_message(self._sock, offer)
+            if wire.receive_message(self._sock, Told).objection:
+                return None
+            wire.send_bytes(self._sock, pieces, True)
+            return wire.receive_message(self._sock, Told).loan
+        except TransferError as error:
+            raise self._lost(error) from error
+
+    def give_back(self, loan: int) -> None:
+        """A loan is not needed any more. Whoever is not there any more has ended it already."""
+        if self._is_open:
+            try:
+                wire.send_message(self._sock, GiveBack(loan=loan))
+            except TransferError:
+                self.close()
+
+    def close(self) -> None:
+        """End the connection. Closing twice is harmless."""
+        self._is_open = False
+        self._sock.close()
+
+    def _lost(self, error: TransferError) -> HolderLost:
+        self.close()
+        return HolderLost(self.name, str(error))
+
+
+class _Coming:
+    def __init__(self, holder: RemoteHolder, results: torch.Tensor) -> None:
+        self._holder = holder
+        self._results = results
+
+    def wait(self) -> None:
+        """Have them. Raises HolderLost."""
+        self._holder.receive(self._results)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor in the host's memory."""
+    return tensor.flatten().view(torch.uint8)

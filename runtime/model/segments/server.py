@@ -1,0 +1,277 @@
+"""A holder's end: segments that are lent to other processes, attended beside this one's steps."""
+
+import itertools
+import logging
+import socket
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from ....allocator import Exits, Slot, SlotCache
+from ....allocator.transfer.channels import wire
+from ....attention_backends import LayerAttention, PartialAttention, PastBatch
+from ....vmem.errors import (
+    DriverError,
+    InvalidOperation,
+    OutOfPages,
+    Shortage,
+    TransferError,
+    VkvError,
+)
+from .messages import Ask, AskedBatch, Offer, Request, Told
+from .remote import as_bytes
+
+_log = logging.getLogger(__name__)
+
+
+class Loan(NamedTuple):
+    """Tokens `start … stop` of somebody's sequence, in the first rows of a pinned slot."""
+
+    slot: Slot
+    start: int
+    stop: int
+
+
+class _CalledBack(InvalidOperation):
+    """Loans that are asked for are not there any more."""
+
+    def __init__(self, loans: tuple[int, ...]) -> None:
+        super().__init__(f"loans {loans} were called back")
+        self.loans = loans
+
+
+@dataclass
+class _Owner:
+    """What is known of one connection: the batch that is asked about, and what it lent here."""
+
+    batch: PastBatch | None = None
+    loans: tuple[int, ...] = ()
+    taken: list[int] = field(default_factory=list)
+
+
+class SegmentServer:
+    """Takes segments into the slots of a cache for owners in other processes, and attends to them.
+
+    Each connection has a thread; what it lent here goes with it. They attend one after the other,
+    beside the engine's steps: what is lent is pinned, so that it stays where it is and as it is.
+    As a `Guest` of the engine it gives way where memory is short.
+
+    Args:
+        cache: where the slots are, in the host's memory.
+        partial: of a backend of its own.
+        layers: what each layer of the model asks of attention.
+        dtype: of queries.
+        limit_tokens: the most that are lent; None for as many as there is room for.
+        timeout_s: how long an owner may be silent in the middle of an ask.
+
+    Attributes:
+        cache: as given.
+    """
+
+    def __init__(
+        self,
+        cache: SlotCache,
+        partial: PartialAttention,
+        layers: Sequence[LayerAttention],
+        dtype: torch.dtype,
+        *,
+        limit_tokens: int | None = None,
+        timeout_s: float = 10.0,
+    ) -> None:
+        self.cache = cache
+        self._exits = Exits(cache)
+        self._limit_tokens = limit_tokens
+        self._partial = partial
+        self._layers = tuple(layers)
+        self._dtype = dtype
+        self._timeout_s = timeout_s
+        self._loans: dict[int, Loan] = {}
+        self._numbers = itertools.count(1)
+        self._attending = threading.Lock()  # held while loans are read
+        self._connections: list[tuple[socket.socket, threading.Thread]] = []
+
+    # -- loans -------------------------------------------------------------------------------
+
+    def lend(self, slot: Slot, start: int, num_tokens: int) -> int:
+        """Attend to the first `num_tokens` rows of a slot, which are tokens `start …` of somebody's
+        sequence, for whoever names the number that is returned.
+
+        They are pinned: the slot is the caller's to park or close at once.
+        """
+        self.cache.pin(slot, num_tokens)
+        number = next(self._numbers)
+        with self._attending:
+            self._loans[number] = Loan(slot, start, start + num_tokens)
+        return number
+
+    def call_back(self, number: int) -> None:
+        """End a loan: once nobody attends to it. Without effect on one that has ended."""
+        with self._attending:
+            loan = self._loans.pop(number, None)
+        if loan is not None:
+            try:
+                self.cache.unpin(loan.slot)
+            except (Shortage, DriverError) as error:
+                _log.warning("%s was not unmapped, and will be reclaimed: %s", loan.slot, error)
+
+    def give_way(self) -> bool:
+        """Memory is short here: call the newest loan back. False if there is none."""
+        loans = self.loans
+        if loans:
+            self.call_back(max(loans))
+        return bool(loans)
+
+    def forget(self) -> None:
+        """The model changed: what is lent is of no use to anybody."""
+        for number in self.loans:
+            self.call_back(number)
+
+    @property
+    def loans(self) -> dict[int, Loan]:
+        """What is lent now, by number."""
+        with self._attending:
+            return dict(self._loans)
+
+    # -- connections -------------------------------------------------------------------------
+
+    def serve(self, sock: socket.socket) -> None:
+        """Answer an owner over a connected stream, on a thread of its own, until it closes."""
+        wire.prepare(sock, self._timeout_s)
+        thread = threading.Thread(
+            target=self._answer_all, args=(sock,), name="vkv-segments", daemon=True
+        )
+        self._connections = [pair for pair in self._connections if pair[1].is_alive()]
+        self._connections.append((sock, thread))
+        thread.start()
+
+    def close(self) -> None:
+        """End all connections and loans."""
+        for sock, thread in self._connections:
+            with suppress(OSError):  # the owner may have gone first
+                sock.shutdown(socket.SHUT_RDWR)
+            thread.join()
+        self._connections.clear()
+        for number in self.loans:
+            self.call_back(number)
+
+    def _answer_all(self, sock: socket.socket) -> None:
+        owner = _Owner()
+        try:
+            while wire.wait_for_more(sock):
+                request = wire.receive_message(sock, Request)
+                if isinstance(request, Ask):
+                    self._answer(sock, request, owner)
+                elif isinstance(request, Offer):
+                    self._take_in(sock, request, owner)
+                elif request.loan in owner.taken:
+                    owner.taken.remove(request.loan)
+                    self.call_back(request.loan)
+        except TransferError as error:
+            _log.warning("an owner of segments is not served any more: %s", error)
+        finally:
+            sock.close()
+            for number in owner.taken:  # nobody asks for them any more
+                self.call_back(number)
+
+    def _answer(self, sock: socket.socket, ask: Ask, owner: "_Owner") -> None:
+        if ask.batch is not None:
+            owner.batch, owner.loans = self._batch_of(ask.batch), ask.batch.loans
+        if owner.batch is None:
+            raise TransferError("an ask named no batch")
+        query = self._receive_query(sock, ask, owner.batch)
+        try:
+            results = self._attend(ask.layer, query, owner.batch, owner.loans)
+        except _CalledBack as error:
+            wire.send_message(sock, Told(objection=str(error), called_back=error.loans))
+        except VkvError as error:
+            wire.send_message(sock, Told(objection=str(error)))
+        else:
+            wire.send_message(sock, Told())
+            wire.send_bytes(sock, [as_bytes(results)], False)
+
+    def _take_in(self, sock: socket.socket, offer: Offer, owner: "_Owner") -> None:
+        """Memory first, then bytes, then the loan: whatever fails, nothing is left."""
+        slot = None
+        try:
+            slot = self._make_room(offer)
+            wire.send_message(sock, Told())
+            spans = self.cache.spans(slot, 0, offer.num_tokens)
+            wire.receive_bytes(sock, [piece for stream in spans for piece in stream], True)
+            number = self.lend(slot, offer.start, offer.num_tokens)
+            owner.taken.append(number)
+            wire.send_message(sock, Told(loan=number))
+        except (Shortage, DriverError, InvalidOperation) as error:
+            if slot is not None:
+                raise TransferError(f"tokens were not taken in: {error}") from error
+            wire.send_message(sock, Told(objection=str(error)))
+        finally:
+            if slot is not None:  # a loan keeps what it needs
+                self._exits.let_go(slot)
+
+    def _make_room(self, offer: Offer) -> Slot:
+        """A slot with memory for what is offered. Raises a Shortage, DriverError or, for what never
+        fits, InvalidOperation."""
+        num_bytes = offer.num_tokens * self.cache.geometry.token_format.token_bytes
+        if offer.num_tokens < 1 or offer.start < 0 or num_bytes != offer.num_bytes:
+            raise InvalidOperation(f"{offer} is not of tokens as they are here")
+        lent = sum(loan.stop - loan.start for loan in self.loans.values())
+        if self._limit_tokens is not None and lent + offer.num_tokens > self._limit_tokens:
+            raise OutOfPages(f"{lent} tokens are lent, of {self._limit_tokens}")
+        if offer.num_tokens > self.cache.max_len:
+            raise InvalidOperation(f"{offer} is longer than a slot, {self.cache.max_len} tokens")
+        slot = self.cache.open()
+        try:
+            self.cache.grow(slot, offer.num_tokens)
+        except (Shortage, DriverError):
+            self._exits.let_go(slot)
+            raise
+        return slot
+
+    def _batch_of(self, asked: AskedBatch) -> PastBatch:
+        """The batch over this cache's slots; loans are looked at when they are attended."""
+        counts = {len(numbers) for numbers in msgspec.structs.astuple(asked)}
+        if len(counts) != 1 or min(asked.query_lens, default=0) < 1:
+            raise TransferError(f"an ask had a batch that is none: {asked}")
+        known = self.loans
+        slots = tuple(known[n].slot.index if n in known else 0 for n in asked.loans)
+        return PastBatch(
+            query_lens=asked.query_lens,
+            positions=asked.positions,
+            key_starts=asked.key_starts,
+            key_stops=asked.key_stops,
+            slots=slots,
+        )
+
+    def _receive_query(self, sock: socket.socket, ask: Ask, batch: PastBatch) -> torch.Tensor:
+        if not 0 <= ask.layer < len(self._layers):
+            raise TransferError(f"layer {ask.layer} was asked for, of {len(self._layers)}")
+        keys, _ = self.cache.layer(ask.layer)
+        shape = (batch.num_tokens, ask.num_heads, keys.shape[3])
+        query = torch.empty(shape, dtype=self._dtype)
+        wire.receive_bytes(sock, [as_bytes(query)], False)
+        return query
+
+    def _attend(
+        self, layer: int, query: torch.Tensor, batch: PastBatch, loans: Sequence[int]
+    ) -> torch.Tensor:
+        keys, values = self.cache.layer(layer)
+        num_rows = self._partial.num_past_rows(batch)
+        results = self._partial.empty(query, num_rows, values.shape[3])
+        with self._attending:
+            stretches = zip(loans, batch.key_starts, batch.key_stops, strict=True)
+            if gone := tuple(number for number in loans if number not in self._loans):
+                raise _CalledBack(gone)
+            for number, start, stop in stretches:
+                loan = self._loans[number]
+                if not loan.start == start <= stop <= loan.stop:
+                    raise InvalidOperation(
+                        f"tokens {start} to {stop} are not those of loan {number}, {loan.start} "
+                        f"to {loan.stop}"
+                    )
+            self._partial.attend_past(query, keys, values, batch, self._layers[layer], results)
+        return results
