@@ -172,6 +172,17 @@ class EngineLoop:
         self._publish()
         return num_bytes
 
+    def load_adapter(self, name: str, path: str) -> None:
+        """As `Adapters.load`. Raises InvalidOperation while asleep."""
+        self._sleep.check_awake()
+        self.engine.check_adapters().load(name, path)
+        self._publish()
+
+    def unload_adapter(self, name: str) -> None:
+        """As `Adapters.unload`."""
+        self.engine.check_adapters().unload(name)
+        self._publish()
+
     def weights_changed(self) -> None:
         """As `Engine.weights_changed`. Raises InvalidOperation while asleep."""
         self._sleep.check_awake()

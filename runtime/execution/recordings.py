@@ -21,6 +21,8 @@ import torch
 
 from ...allocator import Slot, SlotCache
 from ...attention_backends import AttentionBatch
+from ..adapters.adapters import Adapters
+from ..adapters.steps import AdapterStep, adapting
 from ..request.request import Batch, Padding, ScheduledRequest
 from .step_inputs import StepInputs, StepValues
 
@@ -116,6 +118,7 @@ class CudaRecorder:
 class _Recording:
     inputs: StepInputs
     replay: Callable[[], torch.Tensor]  # logits [size, vocab]
+    adapters: AdapterStep | None
 
 
 class DecodeRecordings:
@@ -126,6 +129,8 @@ class DecodeRecordings:
             `max_seqlen_k`.
         cache: contiguous slots.
         max_seqs: the largest batch.
+        adapters: of the batches' requests. Steps with adapters have recordings of their own, which
+            any of them are played for; None for a model alone.
 
     Attributes:
         refused: why the model cannot be recorded, once that was seen; then nothing is recorded.
@@ -140,8 +145,11 @@ class DecodeRecordings:
         recorder: Recorder,
         device: torch.device,
         max_seqs: int,
+        adapters: Adapters | None = None,
     ) -> None:
         self._forward = forward
+        self._adapters = adapters
+        self._num_installs = 0
         self._cache = cache
         self.recorder = recorder
         self._device = device
@@ -150,7 +158,7 @@ class DecodeRecordings:
         if recorder.pads:
             self._batch_sizes = _steps(1, 2, max_seqs)
             self._lengths = _steps(min(_SHORTEST, cache.max_len), 4, cache.max_len)
-        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._recordings: dict[tuple[int, int, bool], _Recording] = {}
         self.refused: str | None = None
         self.num_replays = 0
 
@@ -164,19 +172,21 @@ class DecodeRecordings:
         `last_tokens` has the pending ones among these tokens, as in `StepInputs.fill`.
         They are overwritten by the next call. None if the model cannot be recorded.
         """
-        if self.refused is not None:
+        adapted = any(item.request.adapter is not None for item in batch.items)
+        if self.refused is not None or (adapted and not self._records_adapters()):
             return None
         size = _at_least(self._batch_sizes, len(batch))
         values = self._values(batch, size)
-        key = size, _at_least(self._lengths, max(values.kv_lens))
+        key = size, _at_least(self._lengths, max(values.kv_lens)), adapted
         recording = self._recordings.get(key)
         if recording is None:
-            recording = self._record(values, last_tokens, *key)
+            recording = self._record(batch, values, last_tokens, *key)
             if recording is None:
                 return None
             self._recordings[key] = recording
         else:
             recording.inputs.fill(values, last_tokens)
+            self._fill(recording.adapters, batch, size)
         try:
             logits = recording.replay()
         except RuntimeError as error:
@@ -189,20 +199,48 @@ class DecodeRecordings:
         self._recordings.clear()
         self.recorder.forget()
 
+    def _records_adapters(self) -> bool:
+        """Whether steps with adapters are recorded; those of before other modules had any go."""
+        assert self._adapters is not None, "a request has an adapter"
+        if self._num_installs != self._adapters.num_installs:
+            self._num_installs = self._adapters.num_installs
+            for key in [key for key in self._recordings if key[2]]:
+                del self._recordings[key]
+        return self._adapters.products.records
+
+    def _fill(self, step: AdapterStep | None, batch: Batch, size: int) -> None:
+        """Say whose the rows of a recorded step are now; padding is nobody's."""
+        if step is not None:
+            assert self._adapters is not None
+            tables = [self._adapters.table(item.request.adapter) for item in batch.items]
+            step.fill([*((table, 1) for table in tables), (None, size - len(batch))])
+
     def _record(
-        self, values: StepValues, last_tokens: torch.Tensor | None, size: int, length: int
+        self,
+        batch: Batch,
+        values: StepValues,
+        last_tokens: torch.Tensor | None,
+        size: int,
+        length: int,
+        adapted: bool,
     ) -> _Recording | None:
         inputs = StepInputs(size, size, self._device)
         inputs.fill(values, last_tokens)
+        step: AdapterStep | None = None
+        if adapted:
+            assert self._adapters is not None
+            step = self._adapters.step(size)
+            self._fill(step, batch, size)
 
         def run() -> torch.Tensor:
             # A batch of its own for each run, for backends keep by its identity what they derive
             # from it, and a recording must contain how that is derived.
             bounds = inputs.batch([1] * size, [length] * size, [0] * size)
-            return self._forward(inputs.ids, inputs.positions, bounds)
+            with adapting(step):
+                return self._forward(inputs.ids, inputs.positions, bounds)
 
         try:
-            return _Recording(inputs, self.recorder.record(run))
+            return _Recording(inputs, self.recorder.record(run), step)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             return self._refuse(error)
 
