@@ -1,23 +1,20 @@
 """The adapters that an engine has: by name, and those among them that are in memory now."""
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ...allocator import MemoryLimit
-from ...quant import empty_apart
 from ...vmem.errors import BadAdapter, OutOfPages, UnknownAdapter, UsageError, VkvError
 from ..request.spec import AdapterKey
 from .lora_file import LoraFile
-from .products import choose_products
+from .memory import AdapterMemory
 from .sites import Sites
-from .steps import AdapterStep, Products
+from .steps import AdapterStep, Products, Table
 
 _LONGEST_NAME = 256  # characters
 
@@ -47,13 +44,11 @@ class AdapterStats:
 
 
 class _Adapter:
-    """An adapter that was loaded: what is known of it, and its weights while they are here."""
+    """What is known of an adapter that was loaded."""
 
-    def __init__(self, key: AdapterKey, file: LoraFile, num_bytes: int) -> None:
+    def __init__(self, key: AdapterKey, file: LoraFile) -> None:
         self.key = key
         self.file = file
-        self.num_bytes = num_bytes
-        self.table: Any = None
         self.num_requests = 0
         self.is_leaving = False
         self.problem: VkvError | None = None  # why it does not fit the model any more
@@ -62,19 +57,14 @@ class _Adapter:
 class Adapters:
     """Adapters by name, whose weights come into memory when a step needs them.
 
-    That memory counts under the limit of keys and values. Where it is short, adapters give way that
-    no request of the step uses, the one not used for longest first; then what only finished
-    requests hold of keys and values. Caches that run short have adapters give way, too.
-
-    Not for several threads, but for `reclaimable_bytes` and `give_up`.
-
     Args:
         model: as it computes. Its modules stay; some get a `forward` of their own (`sites`).
-        device, dtype: where and in what it computes. Weights are rounded to that.
-        limit: what their memory counts under.
-        products: how they are computed; None for the fastest way here.
+        dtype: what it computes in.
+        limit: what adapters' memory counts under.
+        products: how what they add is computed.
 
     Attributes:
+        products: as given.
         num_installs: times that adapters began to act on further modules of the model, so that
             what was recorded with adapters does not hold.
     """
@@ -83,30 +73,18 @@ class Adapters:
         self,
         model: PreTrainedModel,
         *,
-        device: torch.device,
         dtype: torch.dtype,
         limit: MemoryLimit,
-        products: Products | None = None,
+        products: Products,
     ) -> None:
+        self.products = products
         self._model = model
-        self._device = device
         self._dtype = dtype
-        self._limit = limit
-        self._products = products
-        self._sites: Sites | None = None
+        self._memory = AdapterMemory(limit, products, dtype)
+        self._sites: Sites | None = None  # None until an adapter was loaded
         self._names: dict[str, AdapterKey] = {}
         self._known: dict[AdapterKey, _Adapter] = {}
-        self._here: OrderedDict[AdapterKey, _Adapter] = OrderedDict()  # used longest ago first
-        self._pinned: frozenset[AdapterKey] = frozenset()  # those of the newest step
         self.num_installs = 0
-        limit.join(self)
-
-    @property
-    def products(self) -> Products:
-        """How it is computed what adapters add."""
-        if self._products is None:
-            self._products = choose_products(self._device, self._dtype)
-        return self._products
 
     # -- by name -----------------------------------------------------------------------------
 
@@ -130,14 +108,14 @@ class Adapters:
             raise UsageError(
                 f"another adapter has the name {name!r}; unload that first, or use another name"
             )
-        num_bytes = file.num_elements() * self._dtype.itemsize
-        if num_bytes > self._limit.num_bytes:
+        num_bytes = self._memory.num_bytes(file)
+        if num_bytes > self._memory.limit_bytes:
             raise BadAdapter(
                 f"{folder} takes {num_bytes} bytes, and kv_memory, which adapters count under, is "
-                f"{self._limit.num_bytes}; raise it"
+                f"{self._memory.limit_bytes}; raise it"
             )
         self._install(sites, file)
-        adapter = self._known.setdefault(key, _Adapter(key, file, num_bytes))
+        adapter = self._known.setdefault(key, _Adapter(key, file))
         adapter.is_leaving = False
         self._names[name] = key
         return key
@@ -185,9 +163,8 @@ class Adapters:
 
     def _drop_if_unused(self, adapter: _Adapter) -> None:
         if adapter.is_leaving and not adapter.num_requests:
-            with self._limit.lock:
-                self._put_away(adapter)
-                del self._known[adapter.key]
+            self._memory.put_away(adapter.key)
+            del self._known[adapter.key]
 
     # -- in memory -----------------------------------------------------------------------------
 
@@ -197,24 +174,15 @@ class Adapters:
         OutOfPages for those that lack memory now, a `UsageError` for those that never will be here.
         Adapters that come first get memory first. All stay until the next call.
         """
-        wanted = list(dict.fromkeys(keys))
+        wanted = dict.fromkeys(keys)
         lacking: dict[AdapterKey, VkvError] = {}
-        with self._limit.lock:
-            self._pinned = frozenset(wanted)
-            for key in wanted:
-                try:
-                    self._bring(key)
-                except (UsageError, OutOfPages) as error:
-                    lacking[key] = error
+        self._memory.pin(wanted)
+        for key in wanted:
+            try:
+                self._bring(key)
+            except (UsageError, OutOfPages) as error:
+                lacking[key] = error
         return lacking
-
-    def step(self, num_rows: int, num_kept: int | None = None) -> AdapterStep:
-        """For a step of so many tokens, to be filled with `table`s."""
-        return AdapterStep(self.products, num_rows, num_kept)
-
-    def table(self, key: AdapterKey | None) -> Any:
-        """What a step is filled with for a row of an adapter that is in memory; None for none."""
-        return None if key is None else self._here[key].table
 
     def _bring(self, key: AdapterKey) -> None:
         adapter = self._known.get(key)
@@ -222,67 +190,20 @@ class Adapters:
             raise UnknownAdapter(f"the adapter {key.name!r} was unloaded; load it again")
         if adapter.problem is not None:
             raise adapter.problem
-        if adapter.table is not None:
-            self._here.move_to_end(key)
-            return
-        self._take_memory(adapter)
-        try:
-            weights = adapter.file.read(self._dtype, self._allocate)
-        except BaseException:
-            self._limit.take(-adapter.num_bytes)
-            raise
         assert self._sites is not None, "something was loaded"
-        adapter.table = self.products.table(len(self._sites), weights)
-        self._here[key] = adapter
+        self._memory.bring(key, adapter.file, len(self._sites))
 
-    def _take_memory(self, adapter: _Adapter) -> None:
-        """Count its bytes. Raises OutOfPages, with nothing counted."""
-        while not self._limit.take(adapter.num_bytes):
-            idle = next((one for key, one in self._here.items() if key not in self._pinned), None)
-            if idle is not None:
-                self._put_away(idle)
-                continue
-            self._limit.make_room(self, adapter.num_bytes)
-            if not self._limit.take(adapter.num_bytes):
-                raise OutOfPages(
-                    f"the adapter {adapter.key.name!r} needs {adapter.num_bytes} bytes, and "
-                    f"{self._limit.room_bytes} of {self._limit.num_bytes} are left; wait for "
-                    "requests to finish, or raise kv_memory"
-                )
-            return
+    def step(self, num_rows: int, num_kept: int | None = None) -> AdapterStep:
+        """For a step of so many tokens, to be filled with `table`s."""
+        return AdapterStep(self.products, num_rows, num_kept)
 
-    def _allocate(self, num_elements: int) -> torch.Tensor:
-        if self._device.type == "cpu":
-            return empty_apart((num_elements,), self._dtype)
-        return torch.empty(num_elements, dtype=self._dtype, device=self._device)
-
-    def _put_away(self, adapter: _Adapter) -> None:
-        if self._here.pop(adapter.key, None) is not None:
-            adapter.table = None
-            self._limit.take(-adapter.num_bytes)
+    def table(self, key: AdapterKey | None) -> Table | None:
+        """What a step is filled with for a row of an adapter that is in memory; None for none."""
+        return None if key is None else self._memory.table(key)
 
     def forget(self) -> int:
         """Give the memory of all adapters back, until a step needs them; returns the bytes."""
-        with self._limit.lock:
-            adapters = list(self._here.values())
-            for adapter in adapters:
-                self._put_away(adapter)
-        return sum(adapter.num_bytes for adapter in adapters)
-
-    # -- as others under the limit see it ------------------------------------------------------
-
-    def reclaimable_bytes(self) -> int:
-        """As of `allocator.memory_limit.Member`."""
-        with self._limit.lock:
-            return sum(one.num_bytes for key, one in self._here.items() if key not in self._pinned)
-
-    def give_up(self, num_bytes: int) -> None:
-        """As of `allocator.memory_limit.Member`: those used longest ago go first."""
-        with self._limit.lock:
-            for key, adapter in list(self._here.items()):
-                if num_bytes > 0 and key not in self._pinned:
-                    self._put_away(adapter)
-                    num_bytes -= adapter.num_bytes
+        return self._memory.clear()
 
     # -- the model -----------------------------------------------------------------------------
 
@@ -321,8 +242,8 @@ class Adapters:
                 name=one.key.name,
                 digest=one.key.digest,
                 path=str(one.file.folder),
-                num_bytes=one.num_bytes,
-                is_here=one.table is not None,
+                num_bytes=self._memory.num_bytes(one.file),
+                is_here=one.key in self._memory,
                 num_requests=one.num_requests,
                 is_leaving=one.is_leaving,
             )

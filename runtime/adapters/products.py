@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ...quant import empty_apart
 from ..cpu_kernels import kernels as native_kernels
 from ..cpu_kernels.lora import MOST_RANK, LoraPlan, LoraTable, lora
 from .sites import Site
@@ -12,13 +13,14 @@ from .steps import Group, Products, SiteWeights
 from .triton_products import TritonProducts
 
 
-def choose_products(device: torch.device, dtype: torch.dtype) -> Products:
-    """The fastest way for a model on `device` that computes in `dtype`."""
-    if device.type == "cpu" and native_kernels.available(dtype):
-        return NativeProducts()
-    if TritonProducts.runs_on(device):
-        return TritonProducts(device)
-    return TorchProducts()
+def cpu_products(dtype: torch.dtype) -> Products:
+    """The fastest way for a model on a CPU that computes in `dtype`."""
+    return NativeProducts() if native_kernels.available(dtype) else TorchProducts()
+
+
+def cuda_products(device: torch.device) -> Products:
+    """The fastest way on a GPU."""
+    return TritonProducts(device) if TritonProducts.is_available() else TorchProducts(device)
 
 
 class TorchProducts:
@@ -27,6 +29,13 @@ class TorchProducts:
     name = "torch"
     most_rank = MOST_RANK
     records = False  # it goes by numbers that the host knows
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
+
+    def allocate(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """As of `Products`."""
+        return torch.empty(num_elements, dtype=dtype, device=self._device)
 
     def table(self, num_sites: int, weights: dict[int, SiteWeights]) -> dict[int, SiteWeights]:
         """As of `Products`."""
@@ -67,6 +76,10 @@ class NativeProducts:
     name = "native"
     most_rank = MOST_RANK
     records = True
+
+    def allocate(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """As of `Products`."""
+        return empty_apart((num_elements,), dtype)
 
     def table(self, num_sites: int, weights: dict[int, SiteWeights]) -> LoraTable:
         """As of `Products`."""

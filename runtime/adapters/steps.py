@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
@@ -18,9 +18,11 @@ from ...vmem.errors import UnsupportedModel
 if TYPE_CHECKING:
     from .sites import Site
 
-Run = tuple[Any | None, int]
+Table: TypeAlias = Any
+"""An adapter's weights, as the `Products` that made it find them."""
+Run = tuple[Table | None, int]
 """A table, or None for no adapter, and how many rows of the step in turn are its."""
-Group = tuple[Any | None, list[int]]
+Group = tuple[Table | None, list[int]]
 """A table, or None, and all rows of the step that are its."""
 
 
@@ -51,7 +53,11 @@ class Products(Protocol):
     most_rank: int
     records: bool
 
-    def table(self, num_sites: int, weights: dict[int, SiteWeights]) -> Any:
+    def allocate(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for an adapter's weights, which goes back to the system with it."""
+        ...
+
+    def table(self, num_sites: int, weights: dict[int, SiteWeights]) -> Table:
         """An adapter's weights by site, as the kernel finds them."""
         ...
 

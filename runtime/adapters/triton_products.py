@@ -62,9 +62,13 @@ class TritonProducts:
         self._device = device
 
     @classmethod
-    def runs_on(cls, device: torch.device) -> bool:
-        """Whether Triton is there for a GPU of this kind."""
-        return device.type == "cuda" and find_spec("triton") is not None
+    def is_available(cls) -> bool:
+        """Whether Triton is installed."""
+        return find_spec("triton") is not None
+
+    def allocate(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """As of `Products`."""
+        return torch.empty(num_elements, dtype=dtype, device=self._device)
 
     def table(self, num_sites: int, weights: dict[int, SiteWeights]) -> _Table:
         """As of `Products`."""

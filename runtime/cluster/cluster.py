@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +16,10 @@ import torch
 
 from ...vmem import janitor, linux
 from ...vmem.errors import InvalidConfig, InvalidOperation, InvalidSamplingParams, VkvError
+from ..adapters.adapters import known_names
 from ..engine.config import EngineConfig
 from ..engine.migration.handshake import Stages
+from ..engine.stats import together
 from ..execution.grammars import Grammars
 from ..frontend.chat_template import ChatOptions
 from ..frontend.front_end import FrontEnd
@@ -25,6 +28,7 @@ from ..frontend.prompts import (
     Message,
     Prompt,
     Standing,
+    adapters_for_each,
     are_conversations,
     as_batch,
     params_for_each,
@@ -35,7 +39,7 @@ from ..frontend.text_stream import RequestText, StreamDelta
 from ..link.face import Face
 from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
-from ..request.spec import SequenceKey
+from ..request.spec import AdapterKey, SequenceKey
 from .instances.launcher import Launcher
 from .members import Member
 from .policies import CLUSTER_POLICIES, ClusterPolicy, drained_first
@@ -137,7 +141,7 @@ class Cluster:
         try:
             self._start(roles)
             self.router.scaled()
-            self._front_end = _front_end(self.face)
+            self._front_end = _front_end(self.face, self._adapters)
         except BaseException:
             self.close()
             raise
@@ -152,6 +156,7 @@ class Cluster:
         progress: bool | None = None,
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """As `LLM.generate`; a request that goes wrong has an `error` in its output."""
         batch = as_batch(prompts)
@@ -159,9 +164,10 @@ class Cluster:
             refuse_conversation(prompt)
         each = params_for_each(params, len(batch))
         where = standings(priority, tenant, len(batch))
+        adapters = adapters_for_each(adapter, len(batch))
         requests = [
-            self._front_end.request(prompt, one, standing=standing)
-            for prompt, one, standing in zip(batch, each, where, strict=True)
+            self._front_end.request(prompt, one, standing=standing, adapter=name)
+            for prompt, one, standing, name in zip(batch, each, where, adapters, strict=True)
         ]
         return self._run(requests, progress)
 
@@ -173,15 +179,17 @@ class Cluster:
         progress: bool | None = None,
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
+        adapter: str | Sequence[str | None] | None = None,
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """As `LLM.chat`."""
         conversations: Any = messages if are_conversations(messages) else [messages]
         each = params_for_each(params, len(conversations))
         where = standings(priority, tenant, len(conversations))
+        adapters = adapters_for_each(adapter, len(conversations))
         requests = [
-            self._front_end.chat_request(conversation, one, options, standing=standing)
-            for conversation, one, standing in zip(conversations, each, where, strict=True)
+            self._front_end.chat_request(talk, one, options, standing=standing, adapter=name)
+            for talk, one, standing, name in zip(conversations, each, where, adapters, strict=True)
         ]
         return self._run(requests, progress)
 
@@ -192,11 +200,12 @@ class Cluster:
         *,
         priority: int = 0,
         tenant: str = "",
+        adapter: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> Iterator[StreamDelta]:
         """As `LLM.stream`: it goes on whichever instance the request is on."""
         standing = Standing(priority=priority, tenant=tenant)
-        request = self._front_end.request(prompt, params, options, standing)
+        request = self._front_end.request(prompt, params, options, standing, adapter)
         if request.spec.params.n != 1:
             raise InvalidSamplingParams(
                 f"n = {request.spec.params.n}: a stream has one output; use generate"
@@ -228,6 +237,44 @@ class Cluster:
     def get_default_sampling_params(self) -> SamplingParams:
         """As of `LLM`."""
         return self._front_end.default_params
+
+    # -- adapters ------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """As `LLM.load_adapter`, in all instances, those that will be started included.
+
+        If one refuses it, none has it.
+        """
+        folder = os.path.abspath(path)
+        with self._scaling:
+            try:
+                self.router.ask("load_adapter", name, folder)
+            except VkvError:
+                if name not in self._adapters_to_load:
+                    self._unload_quietly(name)
+                raise
+            self._adapters_to_load[name] = folder
+
+    def unload_adapter(self, name: str) -> None:
+        """As `LLM.unload_adapter`, in all instances."""
+        with self._scaling:
+            self._adapters_to_load.pop(name, None)
+            self.router.ask("unload_adapter", name)
+
+    def _unload_quietly(self, name: str) -> None:
+        """Where some may not have it."""
+        with suppress(VkvError):
+            self.router.ask("unload_adapter", name)
+
+    @property
+    def _adapters_to_load(self) -> dict[str, str]:
+        """By name, those that an instance begins with."""
+        return self._order["options"]["adapters"]
+
+    def _adapters(self) -> Mapping[str, AdapterKey]:
+        """Those that all instances have."""
+        stats = [member.stats for member in self.router.members_now() if member.stats is not None]
+        return known_names(together(stats).adapters) if stats else {}
 
     # -- the instances -------------------------------------------------------------------------
 
@@ -382,6 +429,9 @@ def _closing(router: Router, launcher: Launcher) -> Any:
 def _options(options: Mapping[str, Any], instances: int, device: str) -> dict[str, Any]:
     """Those of each instance: pages that can change hands, and a part of this machine's memory."""
     found = dict(options)
+    found["adapters"] = {
+        name: os.path.abspath(path) for name, path in (options.get("adapters") or {}).items()
+    }
     if options.get("kv", "virtual") == "virtual":
         found.setdefault("movable", True)
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
@@ -390,11 +440,11 @@ def _options(options: Mapping[str, Any], instances: int, device: str) -> dict[st
     return found
 
 
-def _front_end(face: Face) -> FrontEnd:
+def _front_end(face: Face, adapters: Callable[[], Mapping[str, AdapterKey]]) -> FrontEnd:
     grammars = None
     if face.tokenizer is not None:
         grammars = Grammars(face.tokenizer, face.admission.vocab_size)
-    return FrontEnd(face, face.admission, grammars)
+    return FrontEnd(face, face.admission, grammars, adapters)
 
 
 def _checked_roles(roles: Sequence[Role] | None, instances: int) -> list[Role]:

@@ -155,12 +155,12 @@ class Router:
         """The instances, as they are now."""
         return self._ask(self._copied(self._members.all))
 
-    def ask(self, question: Question) -> list[int | MemoryMap | None]:
+    def ask(self, question: Question, *about: str) -> list[int | MemoryMap | None]:
         """Have all instances do something between steps; what came of it, in their order.
 
         Raises what it raises in any of them, EngineDied if one is gone meanwhile.
         """
-        return self._ask(self._ask_all(question))
+        return self._ask(self._ask_all(question, *about))
 
     def members_now(self) -> list[Member]:
         """The instances, without waiting for the router's thread; not to be changed."""
@@ -438,9 +438,9 @@ class Router:
                 )
             await asyncio.sleep(_TICK_S)
 
-    async def _ask_all(self, question: Question) -> list[int | MemoryMap | None]:
+    async def _ask_all(self, question: Question, *about: str) -> list[int | MemoryMap | None]:
         links = [self._members.link(member.id) for member in self._members.now()]
-        return list(await asyncio.gather(*(link.ask(question) for link in links if link)))
+        return list(await asyncio.gather(*(link.ask(question, *about) for link in links if link)))
 
     async def _end_one(self, instance: int) -> None:
         self._members.remove(instance)

@@ -99,7 +99,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
         loaded.model, loaded.files, (loaded.dtype, config.lm_head_bits, config.repeatable)
     )
     try:
-        adapters = _build_adapters(loaded, config, cache)
+        adapters = _build_adapters(loaded, config, cache, profile)
         runner = _build_runner(loaded, config, backend, cache, driver, profile, adapters)
         engine = Engine(
             runner,
@@ -227,15 +227,23 @@ def _build_runner(
     )
 
 
-def _build_adapters(loaded: LoadedModel, config: EngineConfig, cache: SlotCache) -> Adapters:
+def _build_adapters(
+    loaded: LoadedModel, config: EngineConfig, cache: SlotCache, profile: DeviceProfile
+) -> Adapters:
     """None of them in memory yet. The paged baseline, which has all of its pages, counts them
     beside it."""
     limit = cache.pool.shared_limit
     if limit is None:
         limit = MemoryLimit(cache.pool.limit_pages * cache.pool.driver.page_bytes)
-    adapters = Adapters(loaded.model, device=loaded.device, dtype=loaded.dtype, limit=limit)
-    for name, path in (config.adapters or {}).items():
-        adapters.load(name, path)
+    adapters = Adapters(
+        loaded.model, dtype=loaded.dtype, limit=limit, products=profile.products(loaded.dtype)
+    )
+    try:
+        for name, path in (config.adapters or {}).items():
+            adapters.load(name, path)
+    except BaseException:
+        adapters.close()
+        raise
     return adapters
 
 

@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 class EngineLoop:
     """The only driver of an engine, whoever turns it: a caller, a thread, a process, an actor.
 
-    Whoever drives it calls one method at a time. `post` and `stats` may be called at any time and
-    from any thread, `post` also by a finaliser.
+    One class, since whoever drives it calls one method at a time. `post` and `stats` may be called
+    at any time and from any thread, `post` also by a finaliser.
 
     Args:
         engine: all of whose memory it gives back at `close`.

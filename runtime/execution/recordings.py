@@ -158,13 +158,14 @@ class DecodeRecordings:
         if recorder.pads:
             self._batch_sizes = _steps(1, 2, max_seqs)
             self._lengths = _steps(min(_SHORTEST, cache.max_len), 4, cache.max_len)
-        self._recordings: dict[tuple[int, int, bool], _Recording] = {}
+        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._with_adapters: dict[tuple[int, int], _Recording] = {}
         self.refused: str | None = None
         self.num_replays = 0
 
     @property
     def num_recordings(self) -> int:
-        return len(self._recordings)
+        return len(self._recordings) + len(self._with_adapters)
 
     def run(self, batch: Batch, last_tokens: torch.Tensor | None = None) -> torch.Tensor | None:
         """Logits [len(batch), vocab] of requests that compute one token each.
@@ -177,13 +178,15 @@ class DecodeRecordings:
             return None
         size = _at_least(self._batch_sizes, len(batch))
         values = self._values(batch, size)
-        key = size, _at_least(self._lengths, max(values.kv_lens)), adapted
-        recording = self._recordings.get(key)
+        key = size, _at_least(self._lengths, max(values.kv_lens))
+        known = self._with_adapters if adapted else self._recordings
+        recording = known.get(key)
         if recording is None:
-            recording = self._record(batch, values, last_tokens, *key)
+            step = self._adapter_step(batch, size) if adapted else None
+            recording = self._record(values, last_tokens, *key, step)
             if recording is None:
                 return None
-            self._recordings[key] = recording
+            known[key] = recording
         else:
             recording.inputs.fill(values, last_tokens)
             self._fill(recording.adapters, batch, size)
@@ -197,6 +200,7 @@ class DecodeRecordings:
     def forget(self) -> None:
         """Drop all recordings: addresses that they hold, of weights for one, will change."""
         self._recordings.clear()
+        self._with_adapters.clear()
         self.recorder.forget()
 
     def _records_adapters(self) -> bool:
@@ -204,8 +208,7 @@ class DecodeRecordings:
         assert self._adapters is not None, "a request has an adapter"
         if self._num_installs != self._adapters.num_installs:
             self._num_installs = self._adapters.num_installs
-            for key in [key for key in self._recordings if key[2]]:
-                del self._recordings[key]
+            self._with_adapters.clear()
         return self._adapters.products.records
 
     def _fill(self, step: AdapterStep | None, batch: Batch, size: int) -> None:
@@ -215,22 +218,22 @@ class DecodeRecordings:
             tables = [self._adapters.table(item.request.adapter) for item in batch.items]
             step.fill([*((table, 1) for table in tables), (None, size - len(batch))])
 
+    def _adapter_step(self, batch: Batch, size: int) -> AdapterStep:
+        assert self._adapters is not None, "a request has an adapter"
+        step = self._adapters.step(size)
+        self._fill(step, batch, size)
+        return step
+
     def _record(
         self,
-        batch: Batch,
         values: StepValues,
         last_tokens: torch.Tensor | None,
         size: int,
         length: int,
-        adapted: bool,
+        step: AdapterStep | None,
     ) -> _Recording | None:
         inputs = StepInputs(size, size, self._device)
         inputs.fill(values, last_tokens)
-        step: AdapterStep | None = None
-        if adapted:
-            assert self._adapters is not None
-            step = self._adapters.step(size)
-            self._fill(step, batch, size)
 
         def run() -> torch.Tensor:
             # A batch of its own for each run, for backends keep by its identity what they derive

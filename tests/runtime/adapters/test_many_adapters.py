@@ -9,6 +9,7 @@ import pytest
 import zoo
 from vkv import LLM
 from vkv.runtime.adapters.products import TorchProducts
+from vkv.runtime.engine.devices import CpuProfile
 
 _RANKS = (8, 16, 24, 32, 40, 48, 56, 64)
 
@@ -133,9 +134,10 @@ def test_swapped_requests_keep_their_adapters(folders: dict[str, Path], alone: A
         assert stats.swap.stored.num_moves > 0
 
 
-def test_pytorchs_products_give_the_same(folders: dict[str, Path], alone: Alone) -> None:
+def test_pytorchs_products_give_the_same(
+    folders: dict[str, Path], alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuProfile, "products", lambda profile, dtype: TorchProducts())
     with LLM(zoo.tiny_model("llama"), device="cpu", **zoo.with_defaults({})) as llm:
-        assert llm.engine.adapters is not None
-        llm.engine.adapters._products = TorchProducts()
         _load(llm, folders)
         _check(llm, alone, ["a1", None, "a2", "a1"], [9, 12, 30, 4], [12] * 4)
