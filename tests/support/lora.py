@@ -101,3 +101,14 @@ def merge(model: PreTrainedModel, folder: Path, scales: Mapping[str, float] | No
         delta = scale * tensors[key.replace("lora_A", "lora_B")].double() @ down.double()
         weight: Any = modules[name].weight
         weight += (delta.T if isinstance(modules[name], Conv1D) else delta).to(weight.dtype)
+
+
+def change(folder: Path, shapes: Mapping[str, Sequence[int] | None]) -> None:
+    """Put tensors of ones into an adapter's file; None takes one out."""
+    path = folder / "adapter_model.safetensors"
+    found = load_file(path)
+    for name, size in shapes.items():
+        found.pop(name, None)
+        if size is not None:
+            found[name] = torch.ones(*size)
+    save_file(found, path)
