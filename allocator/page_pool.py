@@ -65,6 +65,7 @@ class PagePool:
         driver: creates and releases the pages.
         limit: the most memory the pool may hold, in bytes, rounded down to whole pages; or what
             several pools may hold together.
+        most_bytes: the most that this one may hold, if that is less.
         low_watermark: free pages that `refill` keeps ready.
         sanitize: "zero" asks whoever maps a recycled page to clear it first (`needs_zero`).
 
@@ -77,12 +78,15 @@ class PagePool:
         driver: PageSource,
         limit: int | MemoryLimit,
         *,
+        most_bytes: int | None = None,
         low_watermark: int = 0,
         sanitize: Sanitize = "never",
     ) -> None:
         self.driver = driver
         self.shared_limit = limit if isinstance(limit, MemoryLimit) else None
         limit_bytes = limit.num_bytes if isinstance(limit, MemoryLimit) else limit
+        if most_bytes is not None:
+            limit_bytes = min(limit_bytes, most_bytes)
         self.limit_pages = limit_bytes // driver.page_bytes
         if self.limit_pages < 1:
             raise InvalidConfig(
@@ -132,10 +136,11 @@ class PagePool:
     def num_available(self) -> int:
         """Pages that a new reservation could still claim."""
         with self._lock:
+            own = self.limit_pages - len(self._references) - self._num_reserved
             if self.shared_limit is None:
-                return self.limit_pages - len(self._references) - self._num_reserved
+                return own
             room = self.shared_limit.room_bytes // self.driver.page_bytes
-            return self.num_spare + room
+            return min(own, self.num_spare + room)
 
     @property
     def num_spare(self) -> int:

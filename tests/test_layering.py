@@ -37,6 +37,7 @@ FLOORS = (
     "engine",
     "scheduling",
     "execution",
+    "adapters",
     "model",
     "cpu_kernels",
     "speculation",

@@ -9,6 +9,8 @@ VkvError
 │   ├── RequestTooLarge            the page pool could never hold it
 │   ├── BadCheckpoint              a model folder that cannot be loaded
 │   ├── UnsupportedModel           an architecture that cannot run here, and why
+│   ├── BadAdapter                 a LoRA folder that is not read here, or of another base
+│   ├── UnknownAdapter             a name or a digest that no loaded adapter has
 │   ├── UnsupportedAttention       a backend that lacks what the model needs
 │   └── QuantError                 a quantised tensor or checkpoint that cannot be right
 │       └── UnsupportedQuantization  a known scheme that is not read here
@@ -66,6 +68,14 @@ class BadCheckpoint(UsageError):
 
 class UnsupportedModel(UsageError):
     """An architecture that cannot run on contiguous slots, with the reason."""
+
+
+class BadAdapter(UsageError):
+    """A LoRA adapter that cannot be read, or does not fit the model; the message says why."""
+
+
+class UnknownAdapter(UsageError):
+    """A request names an adapter that is not loaded; the message names those that are."""
 
 
 class UnsupportedAttention(UsageError):

@@ -226,6 +226,18 @@ def schedule() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def adapters() -> Command:
+    """What LoRA adapters cost, many in one batch, beside the same requests on the base alone.
+
+    On the CPU: requests with one adapter, with several and with half of them on the base, then
+    prompts of all adapters in one step; medians and ratios of turns on one engine.
+    """
+    from .models.options import AdaptersOptions
+
+    return _measuring(AdaptersOptions, ".models.adapters")
+
+
+@bench.command(cls=LazyCommand)
 def profile() -> Command:
     """Where a decode step's time goes on a CPU, kernel by kernel.
 

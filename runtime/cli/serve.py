@@ -64,6 +64,14 @@ def serve_command() -> Callable[..., None]:
         swap_memory=Flag(default=None, kind=str, help=_SWAP),
         kv_dir=Flag(default=None, kind=str, help=_KV_DIR),
         kv_dir_limit=Flag(kind=str, help="The most bytes that the files of --kv-dir may take."),
+        adapters=Flag(
+            names=("--adapter",),
+            default=None,
+            kind=list[str],
+            parse=_adapters,
+            help="A LoRA adapter as NAME=FOLDER, which requests name as their model; may be given "
+            "several times.",
+        ),
         attention=Flag(help="An attention backend (see `vkv info`), or auto."),
         generation_config=Flag(help="auto: sample as the model's authors say; vllm: do not."),
         idle_trim_s=Flag(),
@@ -87,6 +95,17 @@ def serve_command() -> Callable[..., None]:
         ),
     )
     return function(_serve, Options(Served), server, engine)
+
+
+def _adapters(given: list[str]) -> dict[str, str]:
+    """Folders by name. Raises ValueError."""
+    found: dict[str, str] = {}
+    for one in given:
+        name, is_pair, folder = one.partition("=")
+        if not name or not is_pair or not folder or name in found:
+            raise ValueError(f"{one!r}: give each adapter once, as NAME=FOLDER")
+        found[name] = folder
+    return found
 
 
 _OTHERS = (

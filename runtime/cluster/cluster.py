@@ -1,14 +1,17 @@
 """Several engines as one: `LLM`'s verbs over a cluster of instances."""
 
+import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from ...vmem import janitor
+from ..adapters.adapters import known_names
 from ..engine.config import EngineConfig
 from ..engine.migration.handshake import Stages
+from ..engine.stats import together
 from ..execution.grammars import Grammars
 from ..frontend.chat_template import ChatOptions
 from ..frontend.front_end import FrontEnd
@@ -18,6 +21,7 @@ from ..frontend.text_stream import RequestText, StreamDelta
 from ..link.face import Face
 from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
+from ..request.spec import AdapterKey
 from .fleet import Fleet
 from .instances.launcher import Launcher
 from .options import checked_model, checked_policy, checked_roles, instance_options
@@ -98,7 +102,7 @@ class Cluster:
             order["threads"] = threads or order["threads"]
             self._fleet.start(roles)
             self.router.scaled()
-            self._front_end = _front_end(self.face)
+            self._front_end = _front_end(self.face, self._adapters)
         except BaseException:
             self.close()
             raise
@@ -113,9 +117,12 @@ class Cluster:
         progress: bool | None = None,
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """As `LLM.generate`; a request that goes wrong has an `error` in its output."""
-        requests = self._front_end.batch(prompts, params, priority=priority, tenant=tenant)
+        requests = self._front_end.batch(
+            prompts, params, priority=priority, tenant=tenant, adapter=adapter
+        )
         return self._run(requests, progress)
 
     def chat(
@@ -126,11 +133,12 @@ class Cluster:
         progress: bool | None = None,
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
+        adapter: str | Sequence[str | None] | None = None,
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """As `LLM.chat`."""
         requests = self._front_end.chats(
-            messages, params, options, priority=priority, tenant=tenant
+            messages, params, options, priority=priority, tenant=tenant, adapter=adapter
         )
         return self._run(requests, progress)
 
@@ -141,10 +149,13 @@ class Cluster:
         *,
         priority: int = 0,
         tenant: str = "",
+        adapter: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> Iterator[StreamDelta]:
         """As `LLM.stream`: it goes on whichever instance the request is on."""
-        request = self._front_end.stream(prompt, params, options, priority=priority, tenant=tenant)
+        request = self._front_end.stream(
+            prompt, params, options, priority=priority, tenant=tenant, adapter=adapter
+        )
         return self._stream(request)
 
     def _stream(self, request: RequestText) -> Iterator[StreamDelta]:
@@ -172,6 +183,24 @@ class Cluster:
     def get_default_sampling_params(self) -> SamplingParams:
         """As of `LLM`."""
         return self._front_end.default_params
+
+    # -- adapters ------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """As `LLM.load_adapter`, in all instances, those that will be started included.
+
+        If one refuses it, none has it.
+        """
+        self._fleet.load_adapter(name, str(Path(path).absolute()))
+
+    def unload_adapter(self, name: str) -> None:
+        """As `LLM.unload_adapter`, in all instances."""
+        self._fleet.unload_adapter(name)
+
+    def _adapters(self) -> Mapping[str, AdapterKey]:
+        """Those that all instances have."""
+        stats = [member.stats for member in self.router.members_now() if member.stats is not None]
+        return known_names(together(stats).adapters) if stats else {}
 
     # -- the instances -------------------------------------------------------------------------
 
@@ -242,8 +271,8 @@ def _closing(router: Router, launcher: Launcher) -> Any:
     return close
 
 
-def _front_end(face: Face) -> FrontEnd:
+def _front_end(face: Face, adapters: Callable[[], Mapping[str, AdapterKey]]) -> FrontEnd:
     grammars = None
     if face.tokenizer is not None:
         grammars = Grammars(face.tokenizer, face.admission.vocab_size)
-    return FrontEnd(face, face.admission, grammars)
+    return FrontEnd(face, face.admission, grammars, adapters)

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ...vmem.errors import InvalidConfig, InvalidOperation, VkvError
@@ -77,6 +78,29 @@ class Fleet:
             snapshot = self._router.snapshot()
             for instance in drained_first(snapshot, len(members) - instances):
                 self.drain(instance)
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """As of `Cluster.load_adapter`."""
+        with self._changing:
+            try:
+                self._router.ask("load_adapter", name, folder)
+            except VkvError:
+                if name not in self._adapters:  # some may have it, and some not
+                    with suppress(VkvError):
+                        self._router.ask("unload_adapter", name)
+                raise
+            self._adapters[name] = folder
+
+    def unload_adapter(self, name: str) -> None:
+        """As of `Cluster.unload_adapter`."""
+        with self._changing:
+            self._adapters.pop(name, None)
+            self._router.ask("unload_adapter", name)
+
+    @property
+    def _adapters(self) -> dict[str, str]:
+        """Folders by name, of those that an instance begins with."""
+        return self._order["options"]["adapters"]
 
     def _beside(self, act: Callable[[int], None]) -> Callable[[int], None]:
         """Does something on a thread of its own, so that the router's goes on."""

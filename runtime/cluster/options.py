@@ -16,6 +16,8 @@ def instance_options(options: Mapping[str, Any], sharing: int | None) -> dict[st
     """Those of each instance: pages that can change hands, and where so many share this machine's
     memory a part of that."""
     found = dict(options)
+    adapters = options.get("adapters") or {}
+    found["adapters"] = {name: str(Path(path).absolute()) for name, path in adapters.items()}
     if options.get("kv", "virtual") == "virtual":
         found.setdefault("movable", True)
     if sharing is not None:

@@ -149,12 +149,12 @@ class Router:
         """The instances, as they are now."""
         return self._thread.read(self._members.all)
 
-    def ask(self, question: Question) -> list[int | MemoryMap | None]:
+    def ask(self, question: Question, *about: str) -> list[int | MemoryMap | None]:
         """Have all instances do something between steps; what came of it, in their order.
 
         Raises what it raises in any of them, EngineDied if one is gone meanwhile.
         """
-        return self._thread.run(self._ask_all(question))
+        return self._thread.run(self._ask_all(question, *about))
 
     def maps(self) -> dict[int, Seen]:
         """What the slots of each instance hold; of one that does not answer, what it was."""
@@ -376,9 +376,9 @@ class Router:
                 )
             await asyncio.sleep(_TICK_S)
 
-    async def _ask_all(self, question: Question) -> list[int | MemoryMap | None]:
+    async def _ask_all(self, question: Question, *about: str) -> list[int | MemoryMap | None]:
         links = [self._members.link(member.id) for member in self._members.now()]
-        return list(await asyncio.gather(*(link.ask(question) for link in links if link)))
+        return list(await asyncio.gather(*(link.ask(question, *about) for link in links if link)))
 
     async def _end_one(self, instance: int) -> None:
         self._members.remove(instance)

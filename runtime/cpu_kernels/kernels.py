@@ -33,7 +33,7 @@ class Gate(IntEnum):
 
 class _Linear(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("inputs", "weight", "bias", "out", "workspace")),
+        *((name, _POINTER) for name in ("inputs", "weight", "bias", "addend", "out", "workspace")),
         *((name, _INT64) for name in ("workspace_bytes", "input_stride", "out_stride")),
         *((name, _INT32) for name in ("num_rows", "num_columns", "num_words")),
         *((name, _INT32) for name in ("panel_columns", "gate", "dtype")),
@@ -102,6 +102,11 @@ class Call(ctypes.Structure):
     """`struct vkv_call`: a kernel's address, and those of its arguments."""
 
     _fields_ = tuple((name, _POINTER) for name in ("function", "first", "second"))
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """What C calls it (enum vkv_dtype)."""
+    return _DTYPES[dtype]
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -184,16 +189,24 @@ class PanelLinear:
             parallel=openmp_parallel(),
         )
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] to [..., out_features]."""
+    def __call__(self, inputs: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., in_features] to [..., out_features].
+
+        With a gate an `addend`, float32 [rows, columns] without gaps, is added ahead of it.
+        """
         if inputs.dtype != self._dtype:
             raise TypeError(f"the weight is {self._dtype} and the inputs are {inputs.dtype}")
-        inputs, num_rows, stride = _rows(inputs)
+        inputs, num_rows, stride = rows_of(inputs)
         out = inputs.new_empty((*inputs.shape[:-1], self.out_features))
         args = _Linear.from_buffer_copy(self._args)  # threads may share the module
         args.inputs, args.out = inputs.data_ptr(), out.data_ptr()
         args.input_stride, args.out_stride = stride, self.out_features
         args.num_rows, args.num_threads = num_rows, torch.get_num_threads()
+        if addend is not None:
+            assert self._args.gate, "only gates have addends"
+            assert addend.is_contiguous()
+            assert addend.shape == (num_rows, self._shape[0]), addend.shape
+            args.addend = addend.data_ptr()
         self._multiply(args)
         return out
 
@@ -227,7 +240,7 @@ class RmsNorm:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., dim] to a tensor of the same shape, without gaps."""
-        inputs, num_rows, stride = _rows(inputs)
+        inputs, num_rows, stride = rows_of(inputs)
         out = inputs.new_empty(inputs.shape)
         args = _RmsNorm.from_buffer_copy(self._args)  # threads may share the module
         args.inputs, args.out = inputs.data_ptr(), out.data_ptr()
@@ -260,7 +273,7 @@ def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> to
 
 def gated(inputs: torch.Tensor, gate: Gate) -> torch.Tensor:
     """gate(first half) * second half of [..., 2 dim]."""
-    inputs, num_rows, stride = _rows(inputs)
+    inputs, num_rows, stride = rows_of(inputs)
     dim = inputs.shape[-1] // 2
     out = inputs.new_empty((*inputs.shape[:-1], dim))
     args = _Gated(
@@ -332,7 +345,7 @@ def draw(
     return tokens
 
 
-def _rows(inputs: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+def rows_of(inputs: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """The tensor as evenly spaced rows: itself or a copy, how many there are, and their stride."""
     if inputs.is_contiguous():
         return inputs, inputs.numel() // inputs.shape[-1], inputs.shape[-1]

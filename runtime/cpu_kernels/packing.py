@@ -175,11 +175,16 @@ class PackedProduct:
             self._last = None
         return last[1][part]
 
-    def gated(self, inputs: torch.Tensor) -> torch.Tensor:
-        """gate(first part) * second part."""
+    def gated(self, inputs: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """gate(first part) * second part, of [..., in] inputs.
+
+        An `addend`, float32 [rows, both parts], is added to both ahead of the gate.
+        """
+        if isinstance(self._product, PanelLinear) and self._gates_itself:
+            return self._product(inputs, addend)
         whole = self._product(inputs)
-        if self._gates_itself:
-            return whole
+        if addend is not None:
+            whole += addend.view(whole.shape)
         assert self.gate is not None
         return native_kernels.gated(whole, self.gate)
 

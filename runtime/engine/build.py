@@ -23,6 +23,7 @@ from ...allocator import (
 from ...attention_backends import AttentionBackend, choose_backend, create_backend
 from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import InvalidConfig
+from ..adapters.adapters import Adapters
 from ..execution.grammars import Grammars
 from ..execution.model_runner import ModelRunner
 from ..execution.recordings import Recorder
@@ -96,11 +97,13 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     _check_repeatable(loaded, config, backend)
     cache, driver = _build_cache(loaded, config, backend, profile)
     engine: Engine | None = None
+    adapters: Adapters | None = None
     fingerprint = ModelFingerprint(
         loaded.model, loaded.files, (loaded.dtype, config.lm_head_bits, config.repeatable)
     )
     try:
-        runner = _build_runner(loaded, config, backend, cache, driver, profile)
+        adapters = _build_adapters(loaded, config, cache, profile)
+        runner = _build_runner(loaded, config, backend, cache, driver, profile, adapters)
         tiers = build_tiers(loaded, config, cache, runner, fingerprint)
         why_not_longer = add_segments(
             loaded, backend, cache, runner, tiers, shares_attention=profile.shares_attention
@@ -114,6 +117,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             grammars=_build_grammars(loaded),
             watch=ModelWatch(loaded),
             fingerprint=fingerprint,
+            adapters=adapters,
             overlap=_overlaps(loaded, config, profile),
             step_bytes=step_bytes(
                 loaded,
@@ -124,14 +128,17 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
         for index in range(len(loaded.geometry)):
             backend.check_cache(*cache.layer(index))
     except BaseException:
-        _closer(engine, cache, driver)()
+        _closer(engine, cache, driver, adapters)()
         raise
-    close = _closer(engine, cache, driver)
+    close = _closer(engine, cache, driver, adapters)
     return EngineLoop(engine, close, shortage_wait_s=config.shortage_wait_s)
 
 
 def _closer(
-    engine: Engine | None, cache: SlotCache, driver: VmemDriver | None
+    engine: Engine | None,
+    cache: SlotCache,
+    driver: VmemDriver | None,
+    adapters: Adapters | None,
 ) -> Callable[[], None]:
     """Gives back all memory and address space; the paged baseline has no driver."""
 
@@ -141,6 +148,8 @@ def _closer(
                 engine.runner.recordings.forget()
             engine.runner.forget()
             engine.scheduler.tiers.close()
+        if adapters is not None:
+            adapters.close()
         cache.shutdown()
         if driver is not None:
             driver.close()
@@ -218,6 +227,7 @@ def _build_runner(
     cache: SlotCache,
     driver: VmemDriver | None,
     profile: DeviceProfile,
+    adapters: Adapters,
 ) -> ModelRunner:
     forward = Forward(loaded.model)
     if loaded.keeps_state:
@@ -230,6 +240,7 @@ def _build_runner(
             attention_layers=loaded.attention_layers,
             states=RecurrentState(loaded.model.config, cache.num_slots),
             vocab_size=loaded.vocab_size,
+            adapters=adapters,
         )
     recorder: Recorder | None = None
     if driver is not None and why_not_recorded(loaded, config, backend) is None:
@@ -242,7 +253,28 @@ def _build_runner(
         loaded.device,
         recorder=recorder,
         max_seqs=config.max_seqs,
+        adapters=adapters,
     )
+
+
+def _build_adapters(
+    loaded: LoadedModel, config: EngineConfig, cache: SlotCache, profile: DeviceProfile
+) -> Adapters:
+    """None of them in memory yet. The paged baseline, which has all of its pages, counts them
+    beside it."""
+    limit = cache.pool.shared_limit
+    if limit is None:
+        limit = MemoryLimit(cache.pool.limit_pages * cache.pool.driver.page_bytes)
+    adapters = Adapters(
+        loaded.model, dtype=loaded.dtype, limit=limit, products=profile.products(loaded.dtype)
+    )
+    try:
+        for name, path in (config.adapters or {}).items():
+            adapters.load(name, path)
+    except BaseException:
+        adapters.close()
+        raise
+    return adapters
 
 
 def _build_scheduler(
@@ -328,15 +360,14 @@ def _build_cache(
         )
     max_parked = config.max_seqs if config.max_parked is None else config.max_parked
     num_slots = config.max_seqs + max_parked
-    limit = _limit(loaded, config, num_slots, profile)
+    given = _limit(loaded, config, num_slots, profile)
     if config.kv == "paged":
         paged = PagedLayout(loaded.geometry, loaded.dtype, max_len, config.block_tokens)
-        limit = _at_most(limit, num_slots * paged.num_pages(max_len) * paged.page_bytes)
-        assert not isinstance(limit, MemoryLimit), "refused by the config"
+        assert not isinstance(given, MemoryLimit), "refused by the config"
         return (
             PagedKVCache(
                 paged,
-                limit,
+                min(given, num_slots * paged.num_pages(max_len) * paged.page_bytes),
                 num_slots=num_slots,
                 max_parked=max_parked,
                 device=loaded.device,
@@ -344,11 +375,11 @@ def _build_cache(
             ),
             None,
         )
+    limit = given if isinstance(given, MemoryLimit) else MemoryLimit(given)
     layers_per_range = config.layers_per_range or profile.layers_per_range
     page_bytes = config.page_bytes
     if page_bytes is None:
-        limit_bytes = limit.num_bytes if isinstance(limit, MemoryLimit) else limit
-        rough = min(limit_bytes, num_slots * max_len * _token_bytes(loaded))
+        rough = min(limit.num_bytes, num_slots * max_len * _token_bytes(loaded))
         page_bytes = profile.page_bytes(loaded.geometry, loaded.dtype, layers_per_range, rough)
     driver = open_driver(loaded.device, page_bytes)
     try:
@@ -364,7 +395,8 @@ def _build_cache(
         most = num_slots * layout.num_pages(max_len) * layout.page_bytes
         pool = PagePool(
             driver,
-            _at_most(limit, most),
+            limit,
+            most_bytes=None if limit is given else most,  # one that several keep is theirs
             low_watermark=READY_GROWTHS * layout.num_ranges,
             sanitize=config.sanitize,
         )
@@ -398,11 +430,6 @@ def _limit(
         max_seqs=config.max_seqs,
         num_slots=num_slots,
     )
-
-
-def _at_most(limit: int | MemoryLimit, most: int) -> int | MemoryLimit:
-    """The limit, but no more than the slots could ever use; one that several keep is theirs."""
-    return limit if isinstance(limit, MemoryLimit) else min(limit, most)
 
 
 def _token_bytes(loaded: LoadedModel) -> int:

@@ -86,6 +86,7 @@ class EngineConfig:
             twice as much.
         movable: give each slot pages of its own, which can be handed to an engine in another
             process, so that its requests move there without a byte being copied.
+        adapters: LoRA adapters to begin with, by name the folder of each (`LLM.load_adapter`).
         idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
             back by itself; None for never.
         shortage_wait_s: how long a request may wait for memory that nobody of this engine can
@@ -122,6 +123,7 @@ class EngineConfig:
     priority_aging_s: float | None = 60.0
     tenant_weights: Mapping[str, float] | None = None
     movable: bool = False
+    adapters: Mapping[str, str | Path] | None = None
     idle_trim_s: float | None = None
     shortage_wait_s: float = 5.0
 
@@ -184,6 +186,10 @@ class EngineConfig:
                 )
         elif self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
+        if self.adapters is not None and not isinstance(self.adapters, Mapping):
+            raise InvalidConfig(
+                f"adapters is {self.adapters!r}; use a dictionary of names and folders"
+            )
         if self.swap_memory is not None:
             parse_bytes(self.swap_memory)
         parse_bytes(self.kv_dir_limit)

@@ -9,6 +9,8 @@ import torch
 from ...allocator import LayerGeometry
 from ...vmem import VmemDriver, linux
 from ...vmem.errors import DriverUnavailable, InvalidConfig
+from ..adapters.products import cpu_products, cuda_products
+from ..adapters.steps import Products
 from ..execution.recordings import CudaRecorder, Recorder
 from ..execution.tape import TapeRecorder
 from ..model.loading import LoadedModel
@@ -65,6 +67,10 @@ class DeviceProfile(ABC):
         """What records decode steps, and holds `driver` still meanwhile."""
 
     @abstractmethod
+    def products(self, dtype: torch.dtype) -> Products:
+        """How what adapters add to a model of `dtype` is computed."""
+
+    @abstractmethod
     def release_cached(self) -> None:
         """Return to the system what activations left with PyTorch's own allocator."""
 
@@ -107,6 +113,9 @@ class CpuProfile(DeviceProfile):
     def recorder(self, driver: VmemDriver) -> Recorder:
         return TapeRecorder()
 
+    def products(self, dtype: torch.dtype) -> Products:
+        return cpu_products(dtype)
+
     def release_cached(self) -> None:
         """Nothing: PyTorch keeps no memory of a CPU's."""
 
@@ -143,6 +152,9 @@ class CudaProfile(DeviceProfile):
 
     def recorder(self, driver: VmemDriver) -> Recorder:
         return CudaRecorder(self.device, driver.still)
+
+    def products(self, dtype: torch.dtype) -> Products:
+        return cuda_products(self.device)
 
     def release_cached(self) -> None:
         torch.cuda.empty_cache()

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from ...allocator import KVStats, Slot, SlotCache
 from ...vmem.errors import (
+    InvalidConfig,
     InvalidOperation,
     RequestTooLong,
+    Shortage,
     StepFailed,
     UsageError,
     VkvError,
 )
 from ...vmem.native_function import workspace_bytes
+from ..adapters.adapters import Adapters
 from ..execution.grammars import Grammars, check_grammars
 from ..execution.launched_step import LaunchedStep
 from ..execution.model_runner import ModelRunner
@@ -55,6 +58,7 @@ class Engine:
         grammars: what `structured_outputs` are compiled by; None for a model without a tokenizer.
         watch: notices that somebody changed the model; None to look for nothing.
         fingerprint: what files of keys and values know the model by; None to have none.
+        adapters: that requests may name; None for a model alone.
         overlap: prepare a step while the device computes the one before. Not for hybrids.
         step_bytes: the most that tensors of a step take; for `stats`.
 
@@ -73,6 +77,7 @@ class Engine:
         grammars: Grammars | None = None,
         watch: ModelWatch | None = None,
         fingerprint: ModelFingerprint | None = None,
+        adapters: Adapters | None = None,
         overlap: bool = False,
         step_bytes: int = 0,
     ) -> None:
@@ -83,6 +88,7 @@ class Engine:
         self.grammars = grammars
         self.watch = watch
         self.fingerprint = fingerprint
+        self.adapters = adapters
         self.overlap = overlap
         self._step_bytes = step_bytes
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -119,14 +125,26 @@ class Engine:
 
         Raises a `UsageError`, with nothing queued.
         """
-        max_tokens = self.admission.check(spec.prompt_token_ids, spec.params)
+        max_tokens = self._check(spec)
         if spec.request_id in self._requests:
             raise UsageError(f"request {spec.request_id!r} is unfinished; use another id")
         requests = [self._make(spec, index, max_tokens) for index in range(spec.params.n)]
-        self._requests[spec.request_id] = list(requests)
         for request in requests:
+            self._remember(request)
             self.scheduler.add(request)
         return requests
+
+    def _check(self, spec: RequestSpec) -> int:
+        """Refuse what could never run; returns the most tokens that it may generate."""
+        if spec.adapter is not None:
+            self.check_adapters().check(spec.adapter)
+        return self.admission.check(spec.prompt_token_ids, spec.params)
+
+    def check_adapters(self) -> Adapters:
+        """The engine's adapters. Raises InvalidConfig if it takes none."""
+        if self.adapters is None:
+            raise InvalidConfig("this engine runs a model alone; use one made by vkv.LLM")
+        return self.adapters
 
     def _make(self, spec: RequestSpec, index: int, max_tokens: int) -> Request:
         return Request(
@@ -154,7 +172,7 @@ class Engine:
         if continuation.output_token_ids or request.was_admitted:
             self.put_in(request)
         else:
-            self._requests.setdefault(request.key[0], []).append(request)
+            self._remember(request)
             self.scheduler.add(request)
         return request
 
@@ -166,7 +184,7 @@ class Engine:
         spec, (request_id, index) = continuation.spec, continuation.key
         if index >= spec.params.n:
             raise UsageError(f"request {request_id!r} has {spec.params.n} outputs, and no {index}")
-        max_tokens = self.admission.check(spec.prompt_token_ids, spec.params)
+        max_tokens = self._check(spec)
         self.admission.check_tokens(continuation.output_token_ids)
         wanted = continuation.max_tokens
         if wanted is not None and wanted > max_tokens:
@@ -197,7 +215,7 @@ class Engine:
         """Let a request that is not here go on: with a slot that holds `num_computed` of its tokens
         at once, without one as soon as it gets one. One that has all its tokens ends.
         """
-        self._requests.setdefault(request.key[0], []).append(request)
+        self._remember(request)
         request.num_computed = num_computed
         self.scheduler.put_in(request, slot)
         if request.num_output_tokens:
@@ -267,7 +285,10 @@ class Engine:
 
     def trim(self) -> int:
         """Give what no live request needs back to the system; returns the bytes."""
-        return self.scheduler.tiers.trim() + self.cache.trim()
+        num_bytes = self.scheduler.tiers.trim() + self.cache.trim()
+        if self.adapters is not None and not self.has_work:
+            num_bytes += self.adapters.forget()
+        return num_bytes
 
     def weights_changed(self) -> None:
         """Drop all that was computed with the model as it was: recordings, parked keys and values,
@@ -285,6 +306,8 @@ class Engine:
         self.cache.trim()  # last: what is being copied could not be trimmed
         if self.fingerprint is not None:
             self.fingerprint.renew()
+        if self.adapters is not None:
+            self.adapters.model_changed()
         if self.watch is not None:
             layers = self.watch.learn()
             self.runner.model_changed(layers, recordable=not self.watch.has_hooks)
@@ -304,7 +327,7 @@ class Engine:
                 self.fail(request, error)
 
     def _plain_step(self) -> None:
-        batch = self.scheduler.schedule()
+        batch = self._with_adapters(self.scheduler.schedule())
         if not batch.items:
             self.scheduler.tiers.wait(self.scheduler.running, _MOVE_WAIT_S)
         elif launched := self._launch(batch, None, wait=True):
@@ -317,7 +340,7 @@ class Engine:
         """
         if not all(request.can_run_ahead for request in self.scheduler.running):
             self.catch_up()
-        batch = self.scheduler.schedule()
+        batch = self._with_adapters(self.scheduler.schedule())
         if not batch.items:  # all wait for their last token, or for memory that an end may bring
             if self._under_way is not None:
                 self.catch_up()
@@ -331,6 +354,30 @@ class Engine:
         self.catch_up(launched)
         if wait:
             self.catch_up()
+
+    def _with_adapters(self, batch: Batch) -> Batch:
+        """The batch, without requests whose adapter cannot be in memory now: they stand aside for
+        a step, or end if it never will be.
+        """
+        keys = [item.request.adapter for item in batch.items if item.request.adapter is not None]
+        if not keys or self.adapters is None:
+            return batch
+        lacking = self.adapters.provide(keys)
+        if not lacking:
+            return batch
+        here, aside = [], []
+        for item in batch.items:
+            error = None if item.request.adapter is None else lacking.get(item.request.adapter)
+            if error is None:
+                here.append(item)
+            elif isinstance(error, Shortage):
+                aside.append((item.request, error))
+            else:
+                self.catch_up()
+                self.fail(item.request, error)
+        if not here and aside:
+            self.scheduler.shortage = aside[0]
+        return Batch(tuple(item for item in here if not item.request.is_finished))
 
     def _launch(
         self, batch: Batch, last_tokens: Tensor | None, *, wait: bool
@@ -478,11 +525,18 @@ class Engine:
             self.scheduler.abort(request)
         self._forget(request)
 
+    def _remember(self, request: Request) -> None:
+        self._requests.setdefault(request.key[0], []).append(request)
+        if request.adapter is not None and self.adapters is not None:
+            self.adapters.hold(request.adapter)
+
     def _forget(self, request: Request) -> None:
         siblings = self._requests[request.key[0]]
         siblings.remove(request)
         if not siblings:
             del self._requests[request.key[0]]
+        if request.adapter is not None and self.adapters is not None:
+            self.adapters.let_go(request.adapter)
         self._drop_step_if_idle()
 
     # -- what it holds -----------------------------------------------------------------------
@@ -513,6 +567,7 @@ class Engine:
             swap=SwapStats.of(swapping) if swapping is not None else None,
             segments=SegmentStats.of(segments, self.scheduler.running) if segments else None,
             tenants=self.scheduler.accounts.stats(),
+            adapters=self.adapters.stats() if self.adapters is not None else (),
         )
 
 

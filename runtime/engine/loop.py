@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 class EngineLoop:
     """The only driver of an engine, whoever turns it: a caller, a thread, a process, an actor.
 
-    Whoever drives it calls one method at a time. `post` and `stats` may be called at any time and
-    from any thread, `post` also by a finaliser.
+    One class, since whoever drives it calls one method at a time. `post` and `stats` may be called
+    at any time and from any thread, `post` also by a finaliser.
 
     Args:
         engine: all of whose memory it gives back at `close`.
@@ -171,6 +171,17 @@ class EngineLoop:
         num_bytes = self.engine.trim()
         self._publish()
         return num_bytes
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """As `Adapters.load`. Raises InvalidOperation while asleep."""
+        self._sleep.check_awake()
+        self.engine.check_adapters().load(name, path)
+        self._publish()
+
+    def unload_adapter(self, name: str) -> None:
+        """As `Adapters.unload`."""
+        self.engine.check_adapters().unload(name)
+        self._publish()
 
     def weights_changed(self) -> None:
         """As `Engine.weights_changed`. Raises InvalidOperation while asleep."""

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from ...allocator import KVStats
 from ...allocator.transfer import MoveStats
+from ..adapters.adapters import AdapterStats
 from ..request.request import Request
 from ..scheduling.accounts import TenantStats
 from ..scheduling.segments import Segments
@@ -101,6 +102,7 @@ class EngineStats:
         segments: of requests that are longer than the pool; None where there can be none.
         tenants: what each got, those without a request included as long as they are remembered;
             two hundred or so at most.
+        adapters: those that were loaded.
     """
 
     kv: KVStats
@@ -123,6 +125,7 @@ class EngineStats:
     swap: SwapStats | None = None
     segments: SegmentStats | None = None
     tenants: tuple[TenantStats, ...] = ()
+    adapters: tuple[AdapterStats, ...] = ()
 
     @property
     def virtual_bytes(self) -> int:
@@ -217,7 +220,10 @@ def _sum(values: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         return dict(sum((Counter(value) for value in values), Counter()))
     if isinstance(first, tuple):
-        return _by_tenant([tenant for value in values for tenant in value])
+        several = [one for value in values for one in value]
+        if several and isinstance(several[0], AdapterStats):
+            return _by_adapter(several, len(values))
+        return _by_tenant(several)
     return None if first is None else sum(values)
 
 
@@ -227,6 +233,23 @@ def _by_tenant(all_tenants: Sequence[TenantStats]) -> tuple[TenantStats, ...]:
         before = found.get(one.tenant)
         found[one.tenant] = one if before is None else _added(before, one)
     return tuple(found.values())
+
+
+def _by_adapter(adapters: Sequence[AdapterStats], num_engines: int) -> tuple[AdapterStats, ...]:
+    """Those that all engines have; one that some lack is leaving, or on its way."""
+    found: dict[tuple[str, str], list[AdapterStats]] = {}
+    for one in adapters:
+        found.setdefault((one.name, one.digest), []).append(one)
+    return tuple(
+        replace(
+            several[0],
+            num_bytes=sum(one.num_bytes for one in several),
+            is_here=any(one.is_here for one in several),
+            num_requests=sum(one.num_requests for one in several),
+            is_leaving=len(several) < num_engines or any(one.is_leaving for one in several),
+        )
+        for several in found.values()
+    )
 
 
 def _added(before: TenantStats, one: TenantStats) -> TenantStats:

@@ -1,13 +1,16 @@
 """One batch through the model: flat inputs, attention over the slots, sampled tokens."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
 from ...allocator import SlotCache
 from ...attention_backends import AttentionBackend, AttentionBatch, LayerAttention
+from ..adapters.adapters import Adapters
+from ..adapters.steps import AdapterStep, adapting
 from ..model.attention_hook import CacheStep
 from ..model.forward import Forward
 from ..model.segments import Place, SegmentedAttention, SegmentedStep
@@ -33,6 +36,7 @@ class ModelRunner:
         device: where the model is.
         recorder: records decode steps, which are then replayed (`recordings`); None for never.
         max_seqs: the largest batch of decodes.
+        adapters: those of the batch's requests, which are in memory; None for a model alone.
 
     Attributes:
         segmented: how requests are attended whose first tokens lie in the tier; None if none do.
@@ -48,16 +52,20 @@ class ModelRunner:
         *,
         recorder: Recorder | None = None,
         max_seqs: int = 1,
+        adapters: Adapters | None = None,
     ) -> None:
         self.forward = forward
         self.cache = cache
         self.backend = backend
         self.device = device
         self._layers = tuple(layers)
+        self.adapters = adapters
         self.segmented: SegmentedAttention | None = None
         self.recordings: DecodeRecordings | None = None
         if recorder is not None:
-            self.recordings = DecodeRecordings(self.logits, cache, recorder, device, max_seqs)
+            self.recordings = DecodeRecordings(
+                self.logits, cache, recorder, device, max_seqs, adapters
+            )
 
     @property
     def state_bytes(self) -> int:
@@ -154,7 +162,8 @@ class ModelRunner:
         """The same, kernel by kernel."""
         inputs, attention = self._inputs(items, positions, last_tokens)
         segmented = self._segmented_step(items, attention)
-        return self.logits(inputs.ids, inputs.positions, attention, inputs.keep, segmented)
+        with adapting(self._adapter_step(items, positions)):
+            return self.logits(inputs.ids, inputs.positions, attention, inputs.keep, segmented)
 
     def _segmented_step(
         self, items: Sequence[ScheduledRequest], attention: AttentionBatch
@@ -165,6 +174,20 @@ class ModelRunner:
             return None
         assert self.segmented is not None, "a request has a segment, and nobody attends to it"
         return self.segmented.step(attention, [item.start for item in items], places)
+
+    def _adapter_step(
+        self, items: Sequence[ScheduledRequest], keep: Sequence[int]
+    ) -> AdapterStep | None:
+        """Whose adapter each flat token wants, and each of those kept; None without any."""
+        if self.adapters is None or all(item.request.adapter is None for item in items):
+            return None
+        tables = [self.adapters.table(item.request.adapter) for item in items]
+        counts = [item.num_rows for item in items]
+        until = [bisect_left(keep, end) for end in accumulate(counts)]  # kept up to each end
+        num_kept = [last - first for first, last in pairwise([0, *until])]
+        step = self.adapters.step(sum(counts), len(keep))
+        step.fill(list(zip(tables, counts, strict=True)), list(zip(tables, num_kept, strict=True)))
+        return step
 
     def _inputs(
         self,

@@ -21,6 +21,8 @@ import torch
 
 from ...allocator import Slot, SlotCache
 from ...attention_backends import AttentionBatch
+from ..adapters.adapters import Adapters
+from ..adapters.steps import AdapterStep, adapting
 from ..request.request import Batch, Padding, ScheduledRequest
 from .step_inputs import StepInputs, StepValues
 
@@ -116,6 +118,7 @@ class CudaRecorder:
 class _Recording:
     inputs: StepInputs
     replay: Callable[[], torch.Tensor]  # logits [size, vocab]
+    adapters: AdapterStep | None
 
 
 class DecodeRecordings:
@@ -126,6 +129,8 @@ class DecodeRecordings:
             `max_seqlen_k`.
         cache: contiguous slots.
         max_seqs: the largest batch.
+        adapters: of the batches' requests. Steps with adapters have recordings of their own, which
+            any of them are played for; None for a model alone.
 
     Attributes:
         refused: why the model cannot be recorded, once that was seen; then nothing is recorded.
@@ -140,8 +145,11 @@ class DecodeRecordings:
         recorder: Recorder,
         device: torch.device,
         max_seqs: int,
+        adapters: Adapters | None = None,
     ) -> None:
         self._forward = forward
+        self._adapters = adapters
+        self._num_installs = 0
         self._cache = cache
         self.recorder = recorder
         self._device = device
@@ -151,12 +159,13 @@ class DecodeRecordings:
             self._batch_sizes = _steps(1, 2, max_seqs)
             self._lengths = _steps(min(_SHORTEST, cache.max_len), 4, cache.max_len)
         self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._with_adapters: dict[tuple[int, int], _Recording] = {}
         self.refused: str | None = None
         self.num_replays = 0
 
     @property
     def num_recordings(self) -> int:
-        return len(self._recordings)
+        return len(self._recordings) + len(self._with_adapters)
 
     def run(self, batch: Batch, last_tokens: torch.Tensor | None = None) -> torch.Tensor | None:
         """Logits [len(batch), vocab] of requests that compute one token each.
@@ -164,19 +173,23 @@ class DecodeRecordings:
         `last_tokens` has the pending ones among these tokens, as in `StepInputs.fill`.
         They are overwritten by the next call. None if the model cannot be recorded.
         """
-        if self.refused is not None:
+        adapted = any(item.request.adapter is not None for item in batch.items)
+        if self.refused is not None or (adapted and not self._records_adapters()):
             return None
         size = _at_least(self._batch_sizes, len(batch))
         values = self._values(batch, size)
         key = size, _at_least(self._lengths, max(values.kv_lens))
-        recording = self._recordings.get(key)
+        known = self._with_adapters if adapted else self._recordings
+        recording = known.get(key)
         if recording is None:
-            recording = self._record(values, last_tokens, *key)
+            step = self._adapter_step(batch, size) if adapted else None
+            recording = self._record(values, last_tokens, *key, step)
             if recording is None:
                 return None
-            self._recordings[key] = recording
+            known[key] = recording
         else:
             recording.inputs.fill(values, last_tokens)
+            self._fill(recording.adapters, batch, size)
         try:
             logits = recording.replay()
         except RuntimeError as error:
@@ -187,10 +200,37 @@ class DecodeRecordings:
     def forget(self) -> None:
         """Drop all recordings: addresses that they hold, of weights for one, will change."""
         self._recordings.clear()
+        self._with_adapters.clear()
         self.recorder.forget()
 
+    def _records_adapters(self) -> bool:
+        """Whether steps with adapters are recorded; those of before other modules had any go."""
+        assert self._adapters is not None, "a request has an adapter"
+        if self._num_installs != self._adapters.num_installs:
+            self._num_installs = self._adapters.num_installs
+            self._with_adapters.clear()
+        return self._adapters.products.records
+
+    def _fill(self, step: AdapterStep | None, batch: Batch, size: int) -> None:
+        """Say whose the rows of a recorded step are now; padding is nobody's."""
+        if step is not None:
+            assert self._adapters is not None
+            tables = [self._adapters.table(item.request.adapter) for item in batch.items]
+            step.fill([*((table, 1) for table in tables), (None, size - len(batch))])
+
+    def _adapter_step(self, batch: Batch, size: int) -> AdapterStep:
+        assert self._adapters is not None, "a request has an adapter"
+        step = self._adapters.step(size)
+        self._fill(step, batch, size)
+        return step
+
     def _record(
-        self, values: StepValues, last_tokens: torch.Tensor | None, size: int, length: int
+        self,
+        values: StepValues,
+        last_tokens: torch.Tensor | None,
+        size: int,
+        length: int,
+        step: AdapterStep | None,
     ) -> _Recording | None:
         inputs = StepInputs(size, size, self._device)
         inputs.fill(values, last_tokens)
@@ -199,10 +239,11 @@ class DecodeRecordings:
             # A batch of its own for each run, for backends keep by its identity what they derive
             # from it, and a recording must contain how that is derived.
             bounds = inputs.batch([1] * size, [length] * size, [0] * size)
-            return self._forward(inputs.ids, inputs.positions, bounds)
+            with adapting(step):
+                return self._forward(inputs.ids, inputs.positions, bounds)
 
         try:
-            return _Recording(inputs, self.recorder.record(run))
+            return _Recording(inputs, self.recorder.record(run), step)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             return self._refuse(error)
 

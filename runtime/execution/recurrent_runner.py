@@ -12,6 +12,8 @@ import torch
 
 from ...allocator import SlotCache
 from ...attention_backends import AttentionBackend, LayerAttention
+from ..adapters.adapters import Adapters
+from ..adapters.steps import adapting
 from ..model.attention_hook import CacheStep
 from ..model.forward import Forward
 from ..model.recurrent_state import RecurrentState, SlotState
@@ -57,8 +59,9 @@ class RecurrentRunner(ModelRunner):
         attention_layers: Sequence[int],
         states: RecurrentState,
         vocab_size: int,
+        adapters: Adapters | None = None,
     ) -> None:
-        super().__init__(forward, cache, backend, layers, device)
+        super().__init__(forward, cache, backend, layers, device, adapters=adapters)
         self._states = states
         self._vocab_size = vocab_size
         self._index_of = {layer: i for i, layer in enumerate(attention_layers)}
@@ -108,12 +111,13 @@ class RecurrentRunner(ModelRunner):
         step = CacheStep(self.cache, self.backend, batch, self._layers)
         shape = (len(group), -1)  # decodes [B, 1], a chunk [1, num_tokens]
         state = self._states.gather(slots) if group[0].start else self._states.fresh()
-        logits = self.forward(
-            inputs.ids.view(shape),
-            inputs.positions.view(shape),
-            _SomeLayersStep(step, self._index_of),
-            state=state,
-            keep=inputs.keep,
-        )
+        with adapting(self._adapter_step(group, keep)):
+            logits = self.forward(
+                inputs.ids.view(shape),
+                inputs.positions.view(shape),
+                _SomeLayersStep(step, self._index_of),
+                state=state,
+                keep=inputs.keep,
+            )
         self._states.scatter(slots, state)
         return logits

@@ -72,7 +72,10 @@ class AsyncLLM:
         )
         loop = build_loop(loaded, self.config)
         self.engine = loop.engine
-        front_end = FrontEnd(loaded, loop.engine.admission, loop.engine.grammars)
+        engine = loop.engine
+        front_end = FrontEnd(
+            loaded, engine.admission, engine.grammars, lambda: engine.check_adapters().names
+        )
         # The thread knows the driver, not this object, which can so be dropped without `close`.
         self._thread = EngineThread(loop, idle_trim_s=self.config.idle_trim_s)
         self._requests = AsyncRequests(front_end, self._thread, max_unfinished=max_unfinished)
@@ -93,12 +96,13 @@ class AsyncLLM:
         *,
         priority: int = 0,
         tenant: str = "",
+        adapter: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> AsyncIterator[RequestOutput]:
         """Complete a prompt or a conversation; yields all that there is so far.
 
-        Prompts, `priority` and `tenant` are as of `LLM.generate`, conversations and `options` as of
-        `LLM.chat`. Those beyond `max_unfinished` wait in the order in which they came.
+        Prompts, `priority`, `tenant` and `adapter` are as of `LLM.generate`, conversations and
+        `options` as of `LLM.chat`. Those beyond `max_unfinished` wait in the order of their coming.
         Each output holds the whole of text and tokens up to then; the last has `finished`. The
         name is known to `abort` from now on, also while the request waits for its place.
 
@@ -106,7 +110,15 @@ class AsyncLLM:
         meanwhile, and the request's own error if it goes wrong.
         """
         standing = Standing(priority=priority, tenant=tenant)
-        return self._requests.generate(prompt, params, request_id, options, standing)
+        return self._requests.generate(prompt, params, request_id, options, standing, adapter)
+
+    async def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """As `LLM.load_adapter`."""
+        await asyncio.to_thread(self._thread.driver.load_adapter, name, os.fspath(path))
+
+    async def unload_adapter(self, name: str) -> None:
+        """As `LLM.unload_adapter`."""
+        await asyncio.to_thread(self._thread.driver.unload_adapter, name)
 
     def abort(self, request_id: str) -> None:
         """End the requests that have this name now: each gets a last output, "abort" its reason.
@@ -151,10 +163,15 @@ class AsyncLLM:
         return await asyncio.to_thread(self._thread.driver.memory_map)
 
     async def save_session(
-        self, path: str | os.PathLike[str], what: Saved, *, extra: bytes = b""
+        self,
+        path: str | os.PathLike[str],
+        what: Saved,
+        *,
+        extra: bytes = b"",
+        adapter: str | None = None,
     ) -> Session:
         """As `LLM.save_session`."""
-        return await asyncio.to_thread(self._sessions.save, path, what, extra)
+        return await asyncio.to_thread(self._sessions.save, path, what, extra, adapter)
 
     async def open_session(self, path: str | os.PathLike[str]) -> Session:
         """As `LLM.open_session`."""

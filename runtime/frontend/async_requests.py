@@ -62,10 +62,11 @@ class AsyncRequests:
         request_id: str | None = None,
         options: ChatOptions | None = None,
         standing: Standing = DEFAULT_STANDING,
+        adapter: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """As `AsyncLLM.generate`."""
         self._port.check_open()
-        request = self.front_end.request(prompt, params, options, standing)
+        request = self.front_end.request(prompt, params, options, standing, adapter)
         return self._outputs(self._stream(request, request_id))
 
     def run(self, request: RequestText, request_id: str | None = None) -> AsyncGenerator[None]:

@@ -3,17 +3,18 @@
 import functools
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from ...vmem.errors import InvalidPrompt, InvalidSamplingParams
+from ..adapters.adapters import find_adapter
 from ..engine.admission import Admission
 from ..execution.grammars import Grammars, check_grammars
 from ..request.sampling_params import SamplingParams
-from ..request.spec import RequestSpec
+from ..request.spec import AdapterKey, RequestSpec
 from .chat_template import ChatOptions, ChatTemplate, check_names
 from .prompts import (
     DEFAULT_STANDING,
@@ -21,6 +22,7 @@ from .prompts import (
     PlainPrompt,
     Prompt,
     Standing,
+    adapters_for_each,
     are_conversations,
     as_batch,
     as_plain,
@@ -53,17 +55,25 @@ class FrontEnd:
         admission: what the engine takes.
         grammars: what `structured_outputs` are compiled by, before a request is posted: the
             engine's own if it is in this process. None without a tokenizer.
+        adapters: asked for those that there are now, by name.
 
     Attributes:
         default_params, chat_params: for prompts and conversations that come without parameters:
             those of the model's generation config, and a conversation's answer has no limit else.
     """
 
-    def __init__(self, loaded: ModelFace, admission: Admission, grammars: Grammars | None) -> None:
+    def __init__(
+        self,
+        loaded: ModelFace,
+        admission: Admission,
+        grammars: Grammars | None,
+        adapters: Callable[[], Mapping[str, AdapterKey]] = dict,
+    ) -> None:
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer
         self.admission = admission
         self.grammars = grammars
+        self._adapters = adapters
         self.default_params = SamplingParams(**loaded.sampling_defaults)
         self.chat_params = SamplingParams(**{"max_tokens": None, **loaded.sampling_defaults})
         if self.tokenizer is not None:
@@ -86,6 +96,7 @@ class FrontEnd:
         *,
         priority: int | Sequence[int],
         tenant: str | Sequence[str],
+        adapter: str | Sequence[str | None] | None,
     ) -> list[RequestText]:
         """Requests for prompts, arguments as of `LLM.generate`. Raises a `UsageError`."""
         each_prompt = as_batch(prompts)
@@ -93,9 +104,10 @@ class FrontEnd:
             refuse_conversation(prompt)
         each = params_for_each(params, len(each_prompt))
         where = standings(priority, tenant, len(each_prompt))
+        adapters = adapters_for_each(adapter, len(each_prompt))
         return [
-            self.request(prompt, one, standing=standing)
-            for prompt, one, standing in zip(each_prompt, each, where, strict=True)
+            self.request(prompt, one, standing=standing, adapter=name)
+            for prompt, one, standing, name in zip(each_prompt, each, where, adapters, strict=True)
         ]
 
     def chats(
@@ -106,14 +118,16 @@ class FrontEnd:
         *,
         priority: int | Sequence[int],
         tenant: str | Sequence[str],
+        adapter: str | Sequence[str | None] | None,
     ) -> list[RequestText]:
         """Requests for conversations, arguments as of `LLM.chat`. Raises a `UsageError`."""
         conversations: Any = messages if are_conversations(messages) else [messages]
         each = params_for_each(params, len(conversations))
         where = standings(priority, tenant, len(conversations))
+        adapters = adapters_for_each(adapter, len(conversations))
         return [
-            self.chat_request(conversation, one, options, standing=standing)
-            for conversation, one, standing in zip(conversations, each, where, strict=True)
+            self.chat_request(talk, one, options, standing=standing, adapter=name)
+            for talk, one, standing, name in zip(conversations, each, where, adapters, strict=True)
         ]
 
     def stream(
@@ -124,10 +138,11 @@ class FrontEnd:
         *,
         priority: int,
         tenant: str,
+        adapter: str | None,
     ) -> RequestText:
         """A request of one output, arguments as of `LLM.stream`. Raises a `UsageError`."""
         standing = Standing(priority=priority, tenant=tenant)
-        request = self.request(prompt, params, options, standing)
+        request = self.request(prompt, params, options, standing, adapter)
         if request.spec.params.n != 1:
             raise InvalidSamplingParams(
                 f"n = {request.spec.params.n}: a stream has one output; use generate"
@@ -142,20 +157,25 @@ class FrontEnd:
         params: SamplingParams | None = None,
         options: ChatOptions | None = None,
         standing: Standing = DEFAULT_STANDING,
+        adapter: str | None = None,
     ) -> RequestText:
-        """A request for a prompt or a conversation.
+        """A request for a prompt or a conversation; `adapter` names one that was loaded.
 
         Raises a `UsageError` that names what cannot be.
         """
         if is_conversation(prompt):
-            return self.chat_request(prompt, params, options or {}, standing=standing)  # type: ignore[arg-type]
+            conversation: Any = prompt
+            return self.chat_request(
+                conversation, params, options or {}, standing=standing, adapter=adapter
+            )
         if options:
             check_names(options)
             raise InvalidPrompt(
                 f"{', '.join(options)} is for conversations, and the prompt is none; leave it out"
             )
         plain = as_plain(prompt)  # type: ignore[arg-type]
-        return self._request(plain, self.default_params if params is None else params, standing)
+        params = self.default_params if params is None else params
+        return self._request(plain, params, standing, adapter)
 
     def chat_request(
         self,
@@ -164,13 +184,15 @@ class FrontEnd:
         options: ChatOptions,
         salt: str = "",
         standing: Standing = DEFAULT_STANDING,
+        adapter: str | None = None,
     ) -> RequestText:
         """A request for the answer to a conversation; prefixes are shared within one `salt`."""
         prompt = replace(self._chat_template.render(messages, options), salt=salt)
-        return self._request(prompt, self.chat_params if params is None else params, standing)
+        params = self.chat_params if params is None else params
+        return self._request(prompt, params, standing, adapter)
 
     def _request(
-        self, prompt: PlainPrompt, params: SamplingParams, standing: Standing
+        self, prompt: PlainPrompt, params: SamplingParams, standing: Standing, adapter: str | None
     ) -> RequestText:
         check_params(params)
         self.admission.check_priority(standing.priority)
@@ -182,6 +204,7 @@ class FrontEnd:
             params=params,
             bad_words=self._bad_words(params),
             variant=prompt.salt,
+            adapter=None if adapter is None else find_adapter(self._adapters(), adapter),
             priority=standing.priority,
             tenant=standing.tenant,
         )

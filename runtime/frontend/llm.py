@@ -77,7 +77,10 @@ class LLM:
         )
         self.loop = build_loop(self.loaded, self.config)
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)
-        self._front_end = FrontEnd(self.loaded, self.engine.admission, self.engine.grammars)
+        engine = self.loop.engine
+        self._front_end = FrontEnd(
+            self.loaded, engine.admission, engine.grammars, lambda: engine.check_adapters().names
+        )
         self._sessions = Sessions(
             self.loaded,
             self.engine,
@@ -99,6 +102,7 @@ class LLM:
         on_error: OnError = "return",
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts together; outputs come in the order of the prompts.
 
@@ -117,12 +121,16 @@ class LLM:
             tenant: for all prompts, or one for each: whose service it counts as, in `stats`, and
                 with `scheduling_policy="fair"` in whose turn it is. Prefixes are shared among
                 tenants all the same; a `cache_salt` keeps them apart.
+            adapter: a name of `load_adapter`, or None for the model alone; for all prompts, or one
+                for each. Any mix runs in one batch.
 
         Raises a `UsageError` before anything runs if a prompt or parameter is refused. On an
         exception, Ctrl-C included, the requests' pages are given back.
         """
         self._driver.check_ready()
-        requests = self._front_end.batch(prompts, params, priority=priority, tenant=tenant)
+        requests = self._front_end.batch(
+            prompts, params, priority=priority, tenant=tenant, adapter=adapter
+        )
         return self._run(requests, progress, on_error)
 
     def chat(
@@ -134,6 +142,7 @@ class LLM:
         on_error: OnError = "return",
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
+        adapter: str | Sequence[str | None] | None = None,
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """Answer one conversation or several.
@@ -142,13 +151,13 @@ class LLM:
         `tool_calls` may do without. `options` are those of `ChatOptions`: `tools`, `chat_template`,
         `chat_template_kwargs`, `add_generation_prompt` and `continue_final_message`. Without
         `params` an answer is as long as the model or its generation config makes it. `on_error`,
-        `priority` and `tenant` are as of `generate`.
+        `priority`, `tenant` and `adapter` are as of `generate`.
 
         Raises InvalidPrompt if there is no chat template, or if it does not know what it is told.
         """
         self._driver.check_ready()
         requests = self._front_end.chats(
-            messages, params, options, priority=priority, tenant=tenant
+            messages, params, options, priority=priority, tenant=tenant, adapter=adapter
         )
         return self._run(requests, progress, on_error)
 
@@ -159,6 +168,7 @@ class LLM:
         *,
         priority: int = 0,
         tenant: str = "",
+        adapter: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> Iterator[StreamDelta]:
         """Generate for one prompt or conversation, and yield what comes; `options` as of `chat`.
@@ -168,7 +178,9 @@ class LLM:
         loop does, ends the request and gives its pages back. An error of the request is raised.
         """
         self._driver.check_ready()
-        request = self._front_end.stream(prompt, params, options, priority=priority, tenant=tenant)
+        request = self._front_end.stream(
+            prompt, params, options, priority=priority, tenant=tenant, adapter=adapter
+        )
         return self._stream(request)
 
     def _stream(self, request: RequestText) -> Iterator[StreamDelta]:
@@ -201,10 +213,35 @@ class LLM:
         """Refuse what could never run; returns the most tokens that could be generated."""
         return self._front_end.check(tokens, params)
 
+    # -- adapters ----------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Have prompts use the LoRA adapter in the folder `path`, as PEFT writes it, by `name`.
+
+        Its weights are read when a prompt first needs them. They count under `kv_memory`, and go
+        again where memory is short and no request uses them. To load the same again is harmless.
+
+        Raises BadAdapter, which says why, for an adapter that cannot be read, does not fit the
+        model or is of a kind that is not computed here; a `UsageError` if another has the name.
+        """
+        self._driver.load_adapter(name, os.fspath(path))
+
+    def unload_adapter(self, name: str) -> None:
+        """Take no more prompts for an adapter. Those under way keep it until they have ended.
+
+        Raises UnknownAdapter.
+        """
+        self._driver.unload_adapter(name)
+
     # -- sessions ----------------------------------------------------------------------------
 
     def save_session(
-        self, path: str | os.PathLike[str], what: Saved, *, extra: bytes = b""
+        self,
+        path: str | os.PathLike[str],
+        what: Saved,
+        *,
+        extra: bytes = b"",
+        adapter: str | None = None,
     ) -> Session:
         """Save the keys and values of `what` in a file, from which any process goes on at once.
 
@@ -215,12 +252,13 @@ class LLM:
                 its first output. What is not held of it any more is computed first. With a
                 `cache_salt`, prompts of that salt alone will find it.
             extra: bytes of your own to keep with it.
+            adapter: which `what` is computed with; prompts of that one alone will find it.
 
         Other requests wait while it is written, but not for the disk. Raises a `UsageError` if the
         prompt is refused or the model keeps recurrent state, KVFileError if the system refuses the
         file.
         """
-        return self._sessions.save(path, what, extra)
+        return self._sessions.save(path, what, extra, adapter)
 
     def open_session(self, path: str | os.PathLike[str]) -> Session:
         """Let prompts that begin with the tokens of a file find their keys and values.

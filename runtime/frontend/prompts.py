@@ -72,6 +72,14 @@ def standings(priority: Any, tenant: Any, count: int) -> list[Standing]:
     ]
 
 
+def adapters_for_each(adapter: Any, count: int) -> list[str | None]:
+    """Adapters' names for each of `count` prompts: one or None for all, or one for each.
+
+    Raises InvalidSamplingParams for another number of them.
+    """
+    return _for_each("adapter", "adapters", adapter, count)
+
+
 def _for_each(name: str, plural: str, given: Any, count: int) -> list[Any]:
     several = None if isinstance(given, set | frozenset) else plain_list(given)
     if several is None:

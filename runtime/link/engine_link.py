@@ -40,6 +40,6 @@ class EngineLink(EnginePort, Protocol):
         """What its slots hold, between two steps."""
         ...
 
-    async def ask(self, question: Question) -> int | MemoryMap | None:
-        """Have it do something between steps. Raises what it raises."""
+    async def ask(self, question: Question, *about: str) -> int | MemoryMap | None:
+        """Have it do something between steps (`Ask`). Raises what it raises."""
         ...

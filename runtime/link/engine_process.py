@@ -317,6 +317,8 @@ class EngineServer:
             "trim": self._loop.trim,
             "weights_changed": self._loop.weights_changed,
             "memory_map": self._loop.memory_map,
+            "load_adapter": lambda: self._loop.load_adapter(*ask.about),
+            "unload_adapter": lambda: self._loop.unload_adapter(*ask.about),
         }
         try:
             self._deliver(self._loop.carry_out())

@@ -31,15 +31,28 @@ from ..engine.stats import EngineStats
 from ..request.step_output import Failure, StepOutput
 
 Question = Literal[
-    "ping", "sleep", "sleep_weights", "wake", "trim", "weights_changed", "memory_map"
+    "ping",
+    "sleep",
+    "sleep_weights",
+    "wake",
+    "trim",
+    "weights_changed",
+    "memory_map",
+    "load_adapter",
+    "unload_adapter",
 ]
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):
-    """Something to be done between steps; an `Answer` of the same number follows."""
+    """Something to be done between steps; an `Answer` of the same number follows.
+
+    Attributes:
+        about: what it is to be done with: an adapter's name, and its folder to load it from.
+    """
 
     number: int
     question: Question
+    about: tuple[str, ...] = ()
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):

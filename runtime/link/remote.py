@@ -162,13 +162,13 @@ class RemoteEngine:
         assert isinstance(answer, MemoryMap), answer
         return answer
 
-    async def ask(self, question: Question) -> int | MemoryMap | None:
-        """Have the engine do something between steps. Raises what it raises."""
+    async def ask(self, question: Question, *about: str) -> int | MemoryMap | None:
+        """As of `EngineLink`."""
         self.check_open()
         number = next(self._numbers)
         future: asyncio.Future[int | MemoryMap | None] = self._loop.create_future()
         self._asked[number] = future
-        self._send(Ask(number, question))
+        self._send(Ask(number, question, about))
         return await future
 
     def _send(self, message: Message | Ask) -> None:

@@ -11,6 +11,21 @@ SequenceKey = tuple[str, int]
 """Names one of a request's outputs: the request's id and the number of the output."""
 
 
+class AdapterKey(msgspec.Struct, frozen=True):
+    """Names an adapter.
+
+    Attributes:
+        name: what callers call it.
+        digest: of all that it computes by, so that another of the same name is another.
+    """
+
+    name: str
+    digest: str
+
+
+_MARK = "\x1f"  # of variants that are no caller's text
+
+
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt in tokens, and how to go on from it.
 
@@ -19,8 +34,8 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
         prompt_token_ids: at least one.
         params: how tokens are chosen. Stop strings are not the engine's: it knows no text.
         bad_words: what `params.bad_words` are in tokens: sequences that must not be completed.
-        variant: what keys and values depend on besides the tokens: an adapter, a tenant's salt.
-            Prefixes are shared within one variant alone.
+        variant: what the caller says that prefixes are shared within: a tenant's salt.
+        adapter: what is computed with beside the model; None for the model alone.
         priority: the lower, the earlier, where requests are scheduled by priority.
         tenant: whose service it counts as. It has no part in `variant`: tenants may share prefixes.
         seed: what chance goes by where `params.seed` is None; None for the engine to draw one.
@@ -34,7 +49,19 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     bad_words: tuple[tuple[int, ...], ...] = ()
     variant: str = ""
+    adapter: AdapterKey | None = None
     priority: int = 0
     tenant: str = ""
     seed: int | None = None
     arrival_time_s: float = msgspec.field(default_factory=time.monotonic)
+
+    @property
+    def kv_variant(self) -> str:
+        """What keys and values depend on besides the tokens: they are shared within it alone.
+
+        No two pairs of `variant` and `adapter` have the same, whatever a caller's text is like.
+        """
+        if self.adapter is not None:
+            adapter = self.adapter
+            return f"{_MARK}A{adapter.digest}{_MARK}{adapter.name}{_MARK}{self.variant}"
+        return f"{_MARK}N{self.variant}" if self.variant.startswith(_MARK) else self.variant

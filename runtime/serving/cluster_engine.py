@@ -122,8 +122,12 @@ class ClusterEngine:
             raise EngineDied("no instance is there")
         return drawn
 
-    async def ask(self, question: Question) -> int | MemoryMap | None:
+    async def ask(self, question: Question, *about: str) -> int | MemoryMap | None:
         """As of `EngineLink`. Raises InvalidConfig for what instances do not do together."""
+        if question == "load_adapter":
+            return await asyncio.to_thread(self._there().load_adapter, *about)
+        if question == "unload_adapter":
+            return await asyncio.to_thread(self._there().unload_adapter, *about)
         if question not in _FOR_ALL:
             raise InvalidConfig(
                 f"a server of several instances does not {question}; scale it instead"

@@ -79,8 +79,12 @@ class LocalEngine:
             self._num_steps, self._moved_s = stats.num_steps, now
         return now - self._moved_s
 
-    async def ask(self, question: Question) -> int | None:
+    async def ask(self, question: Question, *about: str) -> int | None:
         """As of `EngineLink`."""
+        if question == "load_adapter":
+            return await self._llm.load_adapter(*about)
+        if question == "unload_adapter":
+            return await self._llm.unload_adapter(*about)
         if question == "wake":
             return await self._llm.wake()
         if question == "weights_changed":

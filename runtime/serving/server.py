@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from ..adapters.adapters import AdapterStats, known_names
 from ..execution.grammars import Grammars
 from ..frontend.async_requests import AsyncRequests
 from ..frontend.front_end import FrontEnd
@@ -73,7 +74,7 @@ class Server:
         )
         if grammars is None and face.tokenizer is not None:  # to refuse before anything is sent
             grammars = Grammars(face.tokenizer, face.admission.vocab_size)
-        front_end = FrontEnd(face, face.admission, grammars)
+        front_end = FrontEnd(face, face.admission, grammars, lambda: known_names(self.adapters))
         self._requests = AsyncRequests(
             front_end,
             self.engine,
@@ -127,6 +128,12 @@ class Server:
         """The model's, as requests may call it."""
         return tuple(self.options.served_model_name) or (self.face.name,)
 
+    @property
+    def adapters(self) -> tuple[AdapterStats, ...]:
+        """Those that requests may name as their model."""
+        stats = self.engine.stats
+        return () if stats is None else tuple(a for a in stats.adapters if not a.is_leaving)
+
     def check_ready(self) -> None:
         """Raises ApiError 503, or EngineDied, while nothing can be asked."""
         if self.is_draining:
@@ -144,7 +151,7 @@ class Server:
 
     def model_name(self, asked: str | None) -> str:
         """The name for the answer. Raises ApiError 404 for a model that is not here."""
-        names = self.names
+        names = (*self.names, *(adapter.name for adapter in self.adapters))
         if asked is None or asked in names:
             return asked or names[0]
         raise ApiError(
@@ -153,6 +160,10 @@ class Server:
             "model_not_found",
             "model",
         )
+
+    def adapter(self, asked: str | None) -> str | None:
+        """The adapter that a request's `model` names; None for the model itself."""
+        return None if asked is None or asked in self.names else asked
 
     # -- requests ------------------------------------------------------------------------------
 

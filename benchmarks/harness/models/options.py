@@ -185,6 +185,28 @@ class ProfileOptions:
     seed: int = seed_option()
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdaptersOptions:
+    """What `vkv bench adapters` runs."""
+
+    shape: str = shape_option("llama-455m")
+    model: str | None = model_option()
+    dtype: str = dtype_name_option("bfloat16")
+    quant: str | None = option(None, help=f"{_FORMATS}: the weights rounded to 4 bits.")
+    adapters: int = option(8, least=1, help="How many.")
+    ranks: tuple[int, ...] = option(
+        "16", parse=whole_numbers, help="Their ranks in turn, with commas."
+    )
+    targets: str = option("all", help="Linears that they act on: all, or attention.")
+    requests: int = option(32, least=1, help="Requests that run together.")
+    prompt_len: int = option(64, least=1, help="Tokens of each prompt.")
+    output_len: int = option(64, least=1, help="Tokens that each generates.")
+    prefill: int = option(256, least=1, help="Tokens of prompts in one step, over all adapters.")
+    repeats: int = option(5, least=1, help="Turns of all ways.")
+    label: str = label_option()
+    seed: int = seed_option()
+
+
 def _problem(text: str) -> tuple[int, int]:
     batch, _, context = text.partition("x")
     if not (batch.isdecimal() and context.isdecimal() and int(batch) and int(context)):

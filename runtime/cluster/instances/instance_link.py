@@ -83,11 +83,11 @@ class InstanceLink:
         if self._frames.has_kept:
             self._loop.add_writer(self._frames, self._flush)
 
-    def ask(self, question: Question) -> "asyncio.Future[int | MemoryMap | None]":
+    def ask(self, question: Question, *about: str) -> "asyncio.Future[int | MemoryMap | None]":
         """Have it do something between steps; what comes of it, or why not."""
         number = next(self._numbers)
         future = self._asked[number] = self._loop.create_future()
-        self.send(Ask(number, question))
+        self.send(Ask(number, question, about))
         if self._frames is None:
             self._fail_asked()
         return future

@@ -26,6 +26,7 @@ struct vkv_linear {
     const void *inputs; /* num_rows rows of num_words words; strides count elements */
     const int32_t *weight;
     const float *bias; /* [panels * panel_columns], in the order of the panels, or NULL */
+    const float *addend; /* with a gate: [num_rows, num_columns], added ahead of it; or NULL */
     void *out;         /* [num_rows, num_columns], or half of that with a gate */
     void *workspace;   /* 64-byte aligned */
     int64_t workspace_bytes, input_stride, out_stride;
@@ -122,6 +123,35 @@ struct vkv_draw {
     vkv_parallel parallel;
 };
 int64_t vkv_draw(const struct vkv_draw *args);
+
+/* What adapters add to the results of a linear, some rows for each of several adapters. */
+enum { VKV_LORA_MOST_RANK = 512 };
+struct vkv_lora_entry { /* of one adapter, at one place in the model */
+    const void *down; /* [rank, in_features], of the inputs' dtype */
+    const void *up;   /* [rank, out_features] */
+    int32_t rank;     /* 0 where it does nothing */
+    float scale;
+};
+struct vkv_lora_tile { /* rows of one adapter */
+    const struct vkv_lora_entry *adapter; /* its entries, one for each place; NULL for none */
+    int32_t first, count;                 /* which of the plan's rows */
+};
+struct vkv_lora_plan { /* of a step, for all places: every row is in one tile */
+    const struct vkv_lora_tile *tiles;
+    const int32_t *rows;
+    int64_t num_tiles;
+};
+struct vkv_lora {
+    const struct vkv_lora_plan *plan;
+    const void *inputs; /* [num_rows, in_features] */
+    void *out;          /* [num_rows, out_features]: of the same dtype, or floats with `sets` */
+    int64_t input_stride, out_stride;
+    int32_t site, in_features, out_features, dtype;
+    int32_t sets; /* rows become the addends, zeros where there are none; or these are added */
+    int32_t num_threads;
+    vkv_parallel parallel;
+};
+int64_t vkv_lora(const struct vkv_lora *args);
 
 /* A call of a kernel, of this library or another, that returns 0 when it is done, or the bytes of
  * workspace that it lacks. */

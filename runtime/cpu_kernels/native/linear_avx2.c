@@ -141,6 +141,13 @@ INLINE TARGET void tile(const int rows, const int panels, const int fetch, const
             low[i] = _mm256_loadu_ps(args->bias + (panel + i / rows) * PANEL);
             high[i] = _mm256_loadu_ps(args->bias + (panel + i / rows) * PANEL + 8);
         }
+    if (args->addend)
+        FOR_ROWS(i, rows * panels) {
+            const float *from = args->addend + (row + i % rows) * (int64_t)args->num_columns
+                + (panel + i / rows) * (PANEL / 2);
+            low[i] = _mm256_add_ps(low[i], _mm256_loadu_ps(from));
+            high[i] = _mm256_add_ps(high[i], _mm256_loadu_ps(from + args->num_columns / 2));
+        }
     const int64_t panel_words = (int64_t)PANEL * args->num_words;
     const int32_t *weight = args->weight + panel * panel_words, *end = weight + panel_words;
     const float *inputs = job->inputs + row * job->dim;

@@ -70,6 +70,15 @@ INLINE void tile(const int rows, const int fetch, const int is_bf16, const struc
             ? _mm512_loadu_ps(args->bias + panel * PANEL + 16 * v) : _mm512_setzero_ps();
         for (int r = 0; r < rows; r++) acc[r][v] = start;
     }
+    if (args->addend)
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < VECTORS; v++) {
+                const int half = v >= VECTORS / 2;
+                const float *from = args->addend + (first_row + r) * (int64_t)args->num_columns
+                    + half * (args->num_columns / 2) + panel * (PANEL / 2)
+                    + 16 * (v - half * (VECTORS / 2));
+                acc[r][v] = _mm512_add_ps(acc[r][v], _mm512_loadu_ps(from));
+            }
     const int32_t *weight = args->weight + panel * PANEL * args->num_words;
     const int64_t stride = (is_bf16 ? 2 : 4) * args->input_stride;
     const char *inputs = (const char *)args->inputs + first_row * stride;

@@ -251,7 +251,7 @@ class Arrivals:
         incoming = self._transfers.receive(
             arrival.transfer_key,
             tokens[:num_tokens],
-            continuation.spec.variant,
+            continuation.spec.kv_variant,
             num_reserved=max(wanted, num_room),
             by_pages=by_pages,
         )

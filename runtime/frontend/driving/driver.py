@@ -207,6 +207,19 @@ class LoopDriver:
                 self._sinks.route(self._loop.take_outputs())
                 self._note_rest()
 
+    def load_adapter(self, name: str, path: str) -> None:
+        """As `EngineLoop.load_adapter`."""
+        with self._exclusive():
+            self.check_open()
+            self._loop.load_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """As `EngineLoop.unload_adapter`; what was posted before has it still."""
+        with self._exclusive():
+            self.check_open()
+            self._carry_out()
+            self._loop.unload_adapter(name)
+
     def sleep(self, *, weights: bool = False) -> int:
         """As `EngineLoop.sleep`."""
         with self._exclusive():

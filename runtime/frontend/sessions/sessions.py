@@ -62,7 +62,13 @@ class Sessions:
 
     # -- saving ------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str], what: Saved, extra: bytes = b"") -> Session:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        what: Saved,
+        extra: bytes = b"",
+        adapter: str | None = None,
+    ) -> Session:
         """As `LLM.save_session`."""
         self._check()
         if not self._engine.cache.max_parked:
@@ -71,7 +77,7 @@ class Sessions:
             )
         self._fingerprint()  # which may take seconds, while others go on
         for _ in range(_MOST_TRIES):
-            request = self._request(what)
+            request = self._request(what, adapter)
             if (writer := self._compute_and_write(request, path, extra)) is not None:
                 with writer:
                     writer.commit()
@@ -86,14 +92,14 @@ class Sessions:
             "times; raise kv_memory or max_parked, or save when fewer run"
         )
 
-    def _request(self, what: Saved) -> RequestText:
+    def _request(self, what: Saved, adapter: str | None) -> RequestText:
         """Computes what is not computed of the tokens, and one more that nobody wants."""
         if isinstance(what, RequestOutput):
             outputs = [output.token_ids for output in what.outputs[:1]]
             tokens = [*what.prompt_token_ids, *itertools.chain(*outputs)]
             # A slot that is full has no room for what a request must put out.
             what = tokens[: self._engine.cache.max_len - 1]
-        request = self._front_end.request(what, _ONE_TOKEN)
+        request = self._front_end.request(what, _ONE_TOKEN, adapter=adapter)
         num_tokens, cache = len(request.spec.prompt_token_ids), self._engine.cache
         if cache.num_pages(num_tokens) > cache.pool.limit_pages:
             raise RequestTooLarge(
@@ -128,7 +134,7 @@ class Sessions:
     ) -> KVFileWriter | None:
         """Write what is parked of the request's tokens, if that is all of them."""
         cache, exits = self._engine.cache, self._engine.scheduler.exits
-        tokens, variant = request.spec.prompt_token_ids, request.spec.variant
+        tokens, variant = request.spec.prompt_token_ids, request.spec.kv_variant
         slot, num_held = cache.adopt(tokens, variant)
         try:
             if num_held < len(tokens):

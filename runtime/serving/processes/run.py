@@ -46,15 +46,20 @@ def serve(
     Args:
         engine: options of `EngineConfig`. Weights of tenants come from the file of keys.
 
-    Raises InvalidConfig if the address cannot be listened on, or a parser is unknown.
+    Raises InvalidConfig if the address cannot be listened on, a parser is unknown, or an adapter is
+    called as the model is.
     """
     if options.tenant_weights:
         engine = {**engine, "tenant_weights": options.tenant_weights}
         EngineConfig(**engine)  # to refuse it here, and not in the engine's process
+    if adapters := engine.get("adapters"):
+        engine = {**engine, "adapters": {name: os.path.abspath(p) for name, p in adapters.items()}}
     configure_logs(options.log_format)
     check_names(options.tool_call_parser, options.reasoning_parser)
     if not options.served_model_name:
         options = dataclasses.replace(options, served_model_name=(model or BUILT_IN,))
+    if taken := {*engine.get("adapters", ())}.intersection(options.served_model_name):
+        raise InvalidConfig(f"{min(taken)!r} names the model and an adapter; rename one of them")
     listener = listen(options)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         supervisor = Supervisor(options, (model, device, dtype, engine), listener)

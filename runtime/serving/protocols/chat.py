@@ -161,7 +161,12 @@ class ChatJob:
             skip_special_tokens=self._skip_special_tokens(),
         )
         return front_end.chat_request(
-            asked.messages, params, self._options(), asked.cache_salt or "", standing
+            asked.messages,
+            params,
+            self._options(),
+            asked.cache_salt or "",
+            standing,
+            self.server.adapter(asked.model),
         )
 
     def _structure(self) -> dict[str, Any] | None:

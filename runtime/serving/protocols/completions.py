@@ -125,7 +125,8 @@ class CompletionJob:
             given["prompt"] = prompt
         else:
             given["prompt_token_ids"] = prompt
-        return front_end.request(given, params, standing=self.standing)
+        adapter = self.server.adapter(asked.model)
+        return front_end.request(given, params, standing=self.standing, adapter=adapter)
 
     def last_words(self, error: ApiError) -> bytes:
         """How the stream ends by an error."""

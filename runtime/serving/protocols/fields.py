@@ -31,7 +31,9 @@ class StreamOptions(Strict):
 class Asked(Strict):
     """What each protocol may be asked of an answer."""
 
-    model: str | None = Field(None, description="One of /v1/models; the first if left out.")
+    model: str | None = Field(
+        None, description="One of /v1/models, adapters included; or the first."
+    )
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

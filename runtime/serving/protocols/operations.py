@@ -5,12 +5,14 @@ from typing import Any
 
 from fastapi import APIRouter, Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import Field
 from starlette.responses import PlainTextResponse
 
+from ....vmem.errors import UnknownAdapter
 from ..http.errors import ApiError
 from ..http.streams import json_response
 from ..server import Server
-from .fields import Strict
+from .fields import HARMLESS, Strict
 from .shapes import others
 from .shapes.base import described
 
@@ -23,12 +25,28 @@ class AbortRequest(Strict):
     abort_all: bool | None = False
 
 
+class LoadAdapterRequest(Strict):
+    """A LoRA adapter, and what requests will call it."""
+
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_path: str = Field(min_length=1, description="A folder on the server's machine.")
+    load_inplace: bool | None = Field(None, description=HARMLESS)
+
+
+class UnloadAdapterRequest(Strict):
+    """What requests called an adapter."""
+
+    lora_name: str
+    lora_int_id: int | None = Field(None, description=HARMLESS)
+
+
 def router(server: Server) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["operations"])
     _add_health(routes, server)
     _add_models(routes, server)
     _add_orders(routes, server)
+    _add_adapters(routes, server)
     for path in ("/v1/embeddings", "/v1/score", "/score", "/rerank", "/v1/rerank", "/classify"):
         routes.add_api_route(
             path, _no_vectors, methods=["POST"], responses=described(None, 400), status_code=400
@@ -64,8 +82,9 @@ def _add_health(routes: APIRouter, server: Server) -> None:
 def _add_models(routes: APIRouter, server: Server) -> None:
     @routes.get("/v1/models", response_model=None, responses=described(others.Models))
     async def models() -> Response:
-        """The model, under each of its names."""
-        return json_response({"object": "list", "data": [_card(server, n) for n in server.names]})
+        """The model under each of its names, and its adapters."""
+        names = [*server.names, *(adapter.name for adapter in server.adapters)]
+        return json_response({"object": "list", "data": [_card(server, n) for n in names]})
 
     @routes.get(
         "/v1/models/{name:path}",
@@ -73,7 +92,7 @@ def _add_models(routes: APIRouter, server: Server) -> None:
         responses=described(others.Model, 404),
     )
     async def model(name: str) -> Response:
-        """The model under one of its names."""
+        """The model under one of its names, or an adapter."""
         return json_response(_card(server, server.model_name(name)))
 
     @routes.get("/v1/load", response_model=None, responses=described(others.Load))
@@ -124,6 +143,53 @@ def _add_orders(routes: APIRouter, server: Server) -> None:
         return json_response({"status": "ok"})
 
 
+def _add_adapters(routes: APIRouter, server: Server) -> None:
+    """As vLLM has them: adapters come and go while the server runs."""
+
+    @routes.post(
+        "/v1/load_lora_adapter",
+        response_class=PlainTextResponse,
+        responses=described(None, 400, 403, body=True),
+    )
+    async def load_lora_adapter(asked: LoadAdapterRequest) -> Response:
+        """Have requests use an adapter by naming it as their model."""
+        _check_may_change_adapters(server)
+        if asked.lora_name in server.names:
+            raise ApiError(
+                400,
+                f"{asked.lora_name!r} is the model's own name; use another",
+                "invalid_value",
+                "lora_name",
+            )
+        await server.engine.ask("load_adapter", asked.lora_name, asked.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+    @routes.post(
+        "/v1/unload_lora_adapter",
+        response_class=PlainTextResponse,
+        responses=described(None, 403, 404, body=True),
+    )
+    async def unload_lora_adapter(asked: UnloadAdapterRequest) -> Response:
+        """Take no more requests for an adapter; those under way keep it."""
+        _check_may_change_adapters(server)
+        try:
+            await server.engine.ask("unload_adapter", asked.lora_name)
+        except UnknownAdapter as error:
+            raise ApiError(404, str(error), "adapter_not_found", "lora_name") from error
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+
+
+def _check_may_change_adapters(server: Server) -> None:
+    """Raises ApiError 403 where one tenant would change what another uses."""
+    if len(set(server.options.tenants)) > 1:
+        raise ApiError(
+            403,
+            "several tenants share this server, and adapters are of all of them: give them at the "
+            "start, by --adapter name=path",
+            "not_allowed",
+        )
+
+
 async def _no_vectors() -> Response:
     """Embeddings, scores and classes are not made here."""
     raise ApiError(
@@ -145,13 +211,15 @@ def _problem(server: Server) -> str | None:
 
 def _card(server: Server, name: str) -> dict[str, Any]:
     face = server.face
+    folder = next((one.path for one in server.adapters if one.name == name), None)
+    is_adapter = folder is not None and name not in server.names
     return {
         "id": name,
         "object": "model",
         "created": server.created,
         "owned_by": "vkv",
-        "root": face.name,
-        "parent": None,
+        "root": folder if is_adapter else face.name,
+        "parent": server.names[0] if is_adapter else None,
         "max_model_len": face.admission.max_len,
     }
 

@@ -47,6 +47,7 @@ _WHY = {
     400: "Something in the request is wrong, and the message says what to do.",
     401: "No key was shown, or one that is not known.",
     404: "There is no such model, or nothing under that name.",
+    403: "It would change what other tenants use.",
     408: "The body did not come in time.",
     413: "The body is too large.",
     429: "One key holds its share of the places.",

@@ -33,19 +33,19 @@ class Version(Shape):
 
 
 class Model(Shape):
-    """The model, under one of its names."""
+    """The model under one of its names, or an adapter."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     root: str
-    parent: None
+    parent: str | None
     max_model_len: int
 
 
 class Models(Shape):
-    """The model, under each of its names."""
+    """The model under each of its names, and its adapters."""
 
     object: Literal["list"]
     data: list[Model]

@@ -1,0 +1,166 @@
+/* What adapters add to a linear: out[r] += scale (x[r] downᵀ) up, for rows of several adapters.
+ *
+ * Rows of one adapter are taken four at a time, so that its weights are read once for four. Both
+ * sums of a row have one order, whatever other rows there are. Written with the compiler's vectors
+ * of 16 floats, which it makes two or four of where registers are shorter.
+ */
+#include "kernels.h"
+#include "rows.h"
+#include "scalars.h"
+
+#include <stddef.h>
+
+enum { ROWS = 4, RANKS = 4, VECTORS = 4, LANES = 16, CHUNK = 512, MOST_RANK = VKV_LORA_MOST_RANK };
+
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
+
+#define LOAD(goal, is_bf16, from, at)                                                          \
+    do {                                                                                       \
+        if (is_bf16)                                                                           \
+            goal = (vec)(__builtin_convertvector(*(const halves *)((const uint16_t *)(from) + (at)), \
+                                                 words) << 16);                                \
+        else                                                                                   \
+            goal = *(const vec *)((const float *)(from) + (at));                               \
+    } while (0)
+
+INLINE float one(const int is_bf16, const void *from, int64_t at) {
+    return is_bf16 ? from_bf16(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+}
+
+INLINE float total(const vec *lanes) {
+    float sums[LANES];
+    memcpy(sums, lanes, sizeof sums);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) sums[i] += sums[i + width];
+    return sums[0];
+}
+
+/* Adds to sums[r][j] the products of `count` inputs of some rows with `ranks` rows of `down`. */
+INLINE void shrink(const int rows, const int ranks, const int is_bf16, float (*x)[CHUNK],
+                   const void *down, int64_t stride, int count, float (*sums)[MOST_RANK], int j) {
+    vec acc[ROWS][RANKS] = {0};
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        vec weight[RANKS];
+        for (int k = 0; k < ranks; k++) LOAD(weight[k], is_bf16, down, (j + k) * stride + i);
+        for (int r = 0; r < rows; r++) {
+            const vec input = *(const vec *)(x[r] + i);
+            for (int k = 0; k < ranks; k++) acc[r][k] += input * weight[k];
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < ranks; k++) {
+            float sum = total(&acc[r][k]);
+            for (int at = i; at < count; at++)
+                sum += x[r][at] * one(is_bf16, down, (j + k) * stride + at);
+            sums[r][j + k] += sum;
+        }
+}
+
+INLINE void put(const struct vkv_lora *a, int64_t at, const float *sums, int count) {
+    float old[VECTORS * LANES];
+    if (a->sets) {
+        memcpy((float *)a->out + at, sums, 4 * (size_t)count);
+    } else if (a->dtype == VKV_BFLOAT16) {
+        uint16_t *out = (uint16_t *)a->out + at;
+        for (int i = 0; i < count; i++) old[i] = from_bf16(out[i]) + sums[i];
+        for (int i = 0; i < count; i++) out[i] = to_bf16(old[i]);
+    } else {
+        float *out = (float *)a->out + at;
+        for (int i = 0; i < count; i++) out[i] += sums[i];
+    }
+}
+
+INLINE void expand(const int rows, const int is_bf16, const struct vkv_lora *a, const void *up,
+                   int rank, const int32_t *at, float (*low)[MOST_RANK]) {
+    const int64_t width = a->out_features, step = VECTORS * LANES;
+    int64_t column = 0;
+    for (; column + step <= width; column += step) {
+        vec acc[ROWS][VECTORS] = {0};
+        for (int j = 0; j < rank; j++) {
+            vec weight[VECTORS];
+            for (int v = 0; v < VECTORS; v++)
+                LOAD(weight[v], is_bf16, up, j * width + column + v * LANES);
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < VECTORS; v++) acc[r][v] += weight[v] * low[r][j];
+        }
+        for (int r = 0; r < rows; r++) {
+            float sums[VECTORS * LANES];
+            memcpy(sums, acc[r], sizeof sums);
+            put(a, at[r] * a->out_stride + column, sums, VECTORS * LANES);
+        }
+    }
+    if (column == width) return;
+    const int left = (int)(width - column);
+    for (int r = 0; r < rows; r++) {
+        float sums[VECTORS * LANES] = {0};
+        for (int j = 0; j < rank; j++)
+            for (int i = 0; i < left; i++)
+                sums[i] += one(is_bf16, up, j * width + column + i) * low[r][j];
+        put(a, at[r] * a->out_stride + column, sums, left);
+    }
+}
+
+/* Rows `at` of one adapter. */
+INLINE void some_rows(const int rows, const int is_bf16, const struct vkv_lora *a,
+                      const struct vkv_lora_entry *entry, const int32_t *at) {
+    float x[ROWS][CHUNK], low[ROWS][MOST_RANK];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < entry->rank; j++) low[r][j] = 0;
+    for (int first = 0; first < a->in_features; first += CHUNK) {
+        const int left = a->in_features - first, count = left < CHUNK ? left : CHUNK;
+        for (int r = 0; r < rows; r++)
+            take(a->inputs, at[r] * a->input_stride + first, count, a->dtype, x[r]);
+        const void *down = (const char *)entry->down + (is_bf16 ? 2 : 4) * first;
+        int j = 0;
+        for (; j + RANKS <= entry->rank; j += RANKS)
+            shrink(rows, RANKS, is_bf16, x, down, a->in_features, count, low, j);
+        for (; j < entry->rank; j++)
+            shrink(rows, 1, is_bf16, x, down, a->in_features, count, low, j);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < entry->rank; j++) low[r][j] *= entry->scale;
+    expand(rows, is_bf16, a, entry->up, entry->rank, at, low);
+}
+
+INLINE void rows_of(int rows, const struct vkv_lora *a, const struct vkv_lora_entry *entry,
+                    const int32_t *at) {
+    switch (rows + ROWS * (a->dtype == VKV_BFLOAT16)) {
+        case 1: some_rows(1, 0, a, entry, at); break;
+        case 2: some_rows(2, 0, a, entry, at); break;
+        case 3: some_rows(3, 0, a, entry, at); break;
+        case 4: some_rows(4, 0, a, entry, at); break;
+        case 5: some_rows(1, 1, a, entry, at); break;
+        case 6: some_rows(2, 1, a, entry, at); break;
+        case 7: some_rows(3, 1, a, entry, at); break;
+        case 8: some_rows(4, 1, a, entry, at); break;
+    }
+}
+
+INLINE void lora_tiles(const void *data, int64_t first, int64_t last) {
+    const struct vkv_lora *a = data;
+    for (int64_t t = first; t < last; t++) {
+        const struct vkv_lora_tile *tile = a->plan->tiles + t;
+        const int32_t *rows = a->plan->rows + tile->first;
+        const struct vkv_lora_entry *entry = tile->adapter ? tile->adapter + a->site : NULL;
+        if (entry && entry->rank)
+            for (int done = 0; done < tile->count; done += ROWS) {
+                const int left = tile->count - done;
+                rows_of(left < ROWS ? left : ROWS, a, entry, rows + done);
+            }
+        else if (a->sets)
+            for (int r = 0; r < tile->count; r++)
+                memset((float *)a->out + rows[r] * a->out_stride, 0, 4 * (size_t)a->out_features);
+    }
+}
+
+VERSIONS(lora_tiles)
+
+int64_t vkv_lora(const struct vkv_lora *args) {
+    const int64_t elements = 16 * ((int64_t)args->in_features + args->out_features);
+    run(best_lora_tiles(), args, args->plan->num_tiles, elements, args->num_threads,
+        args->parallel);
+    return 0;
+}
