@@ -64,14 +64,6 @@ def serve_command() -> Callable[..., None]:
         swap_memory=Flag(default=None, kind=str, help=_SWAP),
         kv_dir=Flag(default=None, kind=str, help=_KV_DIR),
         kv_dir_limit=Flag(kind=str, help="The most bytes that the files of --kv-dir may take."),
-        adapters=Flag(
-            names=("--adapter",),
-            default=None,
-            kind=list[str],
-            parse=_adapters,
-            help="A LoRA adapter as NAME=FOLDER, which requests name as their model; may be given "
-            "several times.",
-        ),
         attention=Flag(help="An attention backend (see `vkv info`), or auto."),
         generation_config=Flag(help="auto: sample as the model's authors say; vllm: do not."),
         idle_trim_s=Flag(),
@@ -79,13 +71,6 @@ def serve_command() -> Callable[..., None]:
             help="fcfs: by arrival. priority: by requests' priority, the lower first. fair: the "
             "key that got least first."
         ),
-        speculative=Flag(
-            default=None,
-            kind=str,
-            help="ngram: guess tokens from the text so far; the answers are the same, sooner where "
-            "text repeats itself.",
-        ),
-        speculative_tokens=Flag(help="The most tokens of a request that are guessed at once."),
         priority_aging_s=Flag(
             names=("--priority-aging",),
             help="Seconds of waiting that count as one priority better; 0: a better priority "
@@ -93,8 +78,30 @@ def serve_command() -> Callable[..., None]:
             kind=float,
             parse=lambda seconds: seconds or None,
         ),
+        **_beyond_the_model(),
     )
     return function(_serve, Options(Served), server, engine)
+
+
+def _beyond_the_model() -> dict[str, Flag]:
+    """What is put on a model: adapters, and guesses of what it will say."""
+    return {
+        "adapters": Flag(
+            names=("--adapter",),
+            default=None,
+            kind=list[str],
+            parse=_adapters,
+            help="A LoRA adapter as NAME=FOLDER, which requests name as their model; may be given "
+            "several times.",
+        ),
+        "speculative": Flag(
+            default=None,
+            kind=str,
+            help="ngram: guess tokens from the text so far; the answers are the same, sooner where "
+            "text repeats itself.",
+        ),
+        "speculative_tokens": Flag(help="The most tokens of a request that are guessed at once."),
+    }
 
 
 def _adapters(given: list[str]) -> dict[str, str]:

@@ -163,13 +163,7 @@ class EngineConfig:
             raise InvalidConfig(f"kv is {self.kv!r}; use 'virtual' or 'paged'")
         if self.policy not in ("splitfuse", "prefill_first"):
             raise InvalidConfig(f"policy is {self.policy!r}; use 'splitfuse' or 'prefill_first'")
-        if self.speculative not in (None, "ngram"):
-            raise InvalidConfig(f"speculative is {self.speculative!r}; use 'ngram' or None")
-        if self.speculative and self.overlap:
-            raise InvalidConfig(
-                "overlap is True, but a step that verifies guesses must be over before the next "
-                "one is made; leave it None, or speculative"
-            )
+        self._check_speculative()
         self._check_order()
         if not isinstance(self.generation_config, str | Path):
             raise InvalidConfig(
@@ -201,6 +195,15 @@ class EngineConfig:
                     "kv_dir is given, and prefix_reuse is False, so that no prompt would begin "
                     "with what it has; leave prefix_reuse True"
                 )
+
+    def _check_speculative(self) -> None:
+        if self.speculative not in (None, "ngram"):
+            raise InvalidConfig(f"speculative is {self.speculative!r}; use 'ngram' or None")
+        if self.speculative and self.overlap:
+            raise InvalidConfig(
+                "overlap is True, but a step that verifies guesses must be over before the next "
+                "one is made; leave it None, or speculative"
+            )
 
     def _check_order(self) -> None:
         if self.scheduling_policy not in ("fcfs", "priority", "fair"):
