@@ -9,8 +9,9 @@ doubles and delays a move's messages, cuts the way of its keys and values, stops
 source, its target or both, or has its client go away: once a move, at one of its messages, so that
 every state of the handshake is hit by every fault. What dies is replaced. All that comes is
 compared with what one engine says; from time to time all requests end, and instances must hold
-nothing. `--plain N` moves N times with no fault, `--hard` only kills and stops, `--tight` leaves instances memory for a few
-requests, `--front-ends N` kills the process that has the cluster N times.
+nothing. `--plain N` moves N times with no fault, `--hard` only kills and stops, `--tight` leaves
+instances memory for a few requests, `--front-ends N` kills the process that has the cluster N
+times.
 `tests/runtime/cluster/test_faults.py` is its short form.
 """
 
