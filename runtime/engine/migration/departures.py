@@ -313,7 +313,7 @@ class Departures:
             if self._end_if_over(departure):
                 gave_way = True
             elif departure.slot is None and departure.outgoing is not None:
-                departure.stop_reading()
+                departure.leave()
                 gave_way = True
         return gave_way
 
