@@ -41,9 +41,14 @@ def _move(attack: Attack, plans: Sequence[Plan]) -> None:
     hard = [plan for plan in plans if plan.is_hard]
     soft = [plan for plan in plans if not plan.is_hard]
 
+    lock = threading.Lock()
+
+    def take(plans: list[Plan]) -> Plan | None:
+        with lock:
+            return plans.pop() if plans and not attack.wrong else None
+
     def mover(plans: list[Plan]) -> None:
-        while plans and not attack.wrong:
-            plan = plans.pop()
+        while (plan := take(plans)) is not None:
             while plan.is_hard and not attack.may_kill:
                 time.sleep(0.01)
             if not attack.move(plan) and not attack.wrong:
