@@ -382,10 +382,10 @@ class Attack:
                 if plan.is_hard:
                     self._heal(plan)
                 return True
-            if plan.state:  # it struck a move that had just ended
-                if plan.is_hard:
-                    self._heal(plan)
+            if plan.state and plan.is_hard:  # it struck a move that had just ended
+                self._heal(plan)
                 return False
+            plan.state = ""
         self.missed[f"{plan.kind} {plan.fault}"] += 1
         return False
 
@@ -591,7 +591,13 @@ def _family() -> set[int]:
 
 @contextmanager
 def attacked(
-    by: str, pool: Sequence[Item], *, seed: int, size: int = 3, **options: Any
+    by: str,
+    pool: Sequence[Item],
+    *,
+    seed: int,
+    size: int = 3,
+    liveness_s: float = _LIVENESS_S,
+    **options: Any,
 ) -> Iterator[Attack]:
     """A cluster whose sequences move `by` pages or copies."""
     given = {**OPTIONS, "kv_memory": "256MiB", "movable": by == "pages", **options}
@@ -602,7 +608,7 @@ def attacked(
             policy="round_robin",
             threads=1,
             stages=STAGES,
-            liveness_s=_LIVENESS_S,
+            liveness_s=liveness_s,
             **given,
         ) as cluster,
     ):
