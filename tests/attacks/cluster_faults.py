@@ -1,15 +1,17 @@
 """Moves between instances of a cluster, each a process, with a fault for each: no wrong token.
 
     python tests/attacks/cluster_faults.py [--runs 1000] [--plain 0] [--by pages|copies|both]
-                                           [--seed 0] [--minutes 600] [--tight] [--front-ends 0]
+                                           [--seed 0] [--minutes 600] [--instances 3] [--hard]
+                                           [--tight] [--front-ends 0]
 
 Requests of all kinds run on three instances and move between them. A man in the middle loses,
 doubles and delays a move's messages, cuts the way of its keys and values, stops or kills its
 source, its target or both, or has its client go away: once a move, at one of its messages, so that
 every state of the handshake is hit by every fault. What dies is replaced. All that comes is
 compared with what one engine says; from time to time all requests end, and instances must hold
-nothing. `--plain N` moves N times with no fault, `--tight` leaves instances memory for a few
-requests, `--front-ends N` kills the process that has the cluster N times.
+nothing. `--plain N` moves N times with no fault, `--hard` only kills and stops, `--tight` leaves
+instances memory for a few requests, `--front-ends N` kills the process that has the cluster N
+times.
 `tests/runtime/cluster/test_faults.py` is its short form.
 """
 
@@ -43,6 +45,8 @@ def main() -> int:
     parser.add_argument("--by", choices=["pages", "copies", "both"], default="both")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=600.0, help="for each channel, at most")
+    parser.add_argument("--hard", action="store_true", help="only what an instance dies of")
+    parser.add_argument("--instances", type=int, default=3)
     parser.add_argument("--tight", action="store_true", help="memory for a few requests")
     parser.add_argument("--front-ends", type=int, default=0, help="to kill, for each channel")
     given = parser.parse_args()
@@ -56,10 +60,14 @@ def main() -> int:
     is_right = True
     for by in channels:
         options: dict[str, Any] = {"kv_memory": _TIGHT} if given.tight else {}
-        with cluster_attack.attacked(by, pool, seed=given.seed, **options) as attack:
+        with cluster_attack.attacked(
+            by, pool, seed=given.seed, size=given.instances, **options
+        ) as attack:
+            attack.heals_at = given.instances // 2
             ends_s = time.monotonic() + 60 * given.minutes
             for plain, number in ((True, given.plain), (False, given.runs // len(channels))):
-                _attack(attack, by, number, plain=plain, ends_s=ends_s)
+                plans = _Plans(by, attack.draw, plain=plain, hard=given.hard)
+                _attack(attack, plans, number, ends_s=ends_s)
             _report(attack, by)
             is_right = is_right and not attack.wrong
     return 0 if is_right else 1
@@ -74,12 +82,11 @@ def _kill_front_ends(channels: list[str], number: int, draw: random.Random) -> N
             _say(f"{by}: front end {place + 1} killed{of}; nothing is left after {took_s:.2f} s")
 
 
-def _attack(attack: Attack, by: str, number: int, *, plain: bool, ends_s: float) -> None:
-    plans = _Plans(by, attack.draw, plain=plain)
+def _attack(attack: Attack, plans: "_Plans", number: int, *, ends_s: float) -> None:
     wanted = len(attack.runs) + number
     while len(attack.runs) < wanted and not attack.wrong and time.monotonic() < ends_s:
         start, began_s = len(attack.runs), time.monotonic()
-        goal = min(wanted, start + (_BATCH * 4 if plain else _BATCH))
+        goal = min(wanted, start + (_BATCH * 4 if plans.are_plain else _BATCH // plans.slowness))
         with attack.clients(_CLIENTS):
             movers = [
                 threading.Thread(target=_move, args=(attack, plans, goal), daemon=True)
@@ -93,7 +100,7 @@ def _attack(attack: Attack, by: str, number: int, *, plain: bool, ends_s: float)
         attack.check_idle()
         took_s = time.monotonic() - began_s
         _say(
-            f"{by}: {len(attack.runs)} of {wanted} runs, {attack.num_requests} requests, "
+            f"{attack.by}: {len(attack.runs)} of {wanted} runs, {attack.num_requests} requests, "
             f"{attack.num_dead} died, {took_s:.0f} s for {len(attack.runs) - start}"
         )
 
@@ -101,17 +108,22 @@ def _attack(attack: Attack, by: str, number: int, *, plain: bool, ends_s: float)
 class _Plans:
     """What is still to be tried, hard faults apart: of these one at a time."""
 
-    def __init__(self, by: str, draw: random.Random, *, plain: bool) -> None:
-        self._by, self._draw, self._is_plain = by, draw, plain
+    def __init__(self, by: str, draw: random.Random, *, plain: bool, hard: bool) -> None:
+        self._by, self._draw, self.are_plain = by, draw, plain
+        self._are_hard = hard
+        self.slowness = 5 if hard else 1
         self._lock = threading.Lock()
         self._left: dict[bool, list[Plan]] = {True: [], False: []}
         self._num_hard = 0
 
-    def next(self, attack: Attack) -> Plan:
-        if self._is_plain:
+    def next(self, attack: Attack) -> Plan | None:
+        """What is next; None while nothing may be."""
+        if self.are_plain:
             return Plan("any", "none")
         with self._lock:
             is_hard = self._num_hard == 0 and attack.may_kill
+            if self._are_hard and not is_hard:
+                return None
             if not self._left[is_hard]:
                 every = list(cluster_attack.all_plans(self._by))
                 self._left[is_hard] = [plan for plan in every if plan.is_hard == is_hard]
@@ -127,6 +139,9 @@ class _Plans:
 def _move(attack: Attack, plans: _Plans, goal: int) -> None:
     while len(attack.runs) < goal and not attack.wrong:
         plan = plans.next(attack)
+        if plan is None:
+            time.sleep(0.05)
+            continue
         try:
             attack.move(plan)
         except BaseException as error:

@@ -206,6 +206,7 @@ class Attack:
         self._lock = threading.Lock()
         self._healing: threading.Thread | None = None
         self._doomed: set[int] = set()
+        self._ended: set[int] = set()
         self.between.decide = self._decide
         self.between.cut_at = self._cut_at
         self._hook_outcomes()
@@ -241,8 +242,15 @@ class Attack:
         for victim in plan.victims:
             self.between.kill(victim, _SIGNALS[kind])
             if plan.fault.startswith("pause"):
-                threading.Timer(0.7, self.between.kill, (victim, _SIGNALS["CONT"])).start()
+                threading.Timer(0.7, self._go_on, (victim,)).start()
+            else:
+                self._ended.add(victim)
         return self.draw.choice([(), middle.ON]) if passing.is_answer else middle.ON
+
+    def _go_on(self, instance: int) -> None:
+        """After a pause, but for one that was stopped for good meanwhile."""
+        if instance not in self._ended:
+            self.between.kill(instance, _SIGNALS["CONT"])
 
     def _cut_at(self, key: SequenceKey) -> int | None:
         plan = self._plans.get(key)
@@ -357,10 +365,10 @@ class Attack:
         for _ in range(tries):
             if self.wrong or self._is_over.is_set():
                 return False
-            key = self._choose(plan)
-            if key is None:
+            while (key := self._choose(plan)) is None:
+                if self.wrong or self._is_over.is_set():
+                    return False
                 time.sleep(0.01)
-                continue
             try:
                 self.cluster.migrate(key[0], plan.target, index=key[1])
             except (InvalidOperation, EngineDied):  # it has just ended, or one of the two has
@@ -374,10 +382,10 @@ class Attack:
                 if plan.is_hard:
                     self._heal(plan)
                 return True
-            if plan.state:  # it struck a move that had just ended
-                if plan.is_hard:
-                    self._heal(plan)
+            if plan.state and plan.is_hard:  # it struck a move that had just ended
+                self._heal(plan)
                 return False
+            plan.state = ""
         self.missed[f"{plan.kind} {plan.fault}"] += 1
         return False
 
@@ -583,7 +591,13 @@ def _family() -> set[int]:
 
 @contextmanager
 def attacked(
-    by: str, pool: Sequence[Item], *, seed: int, size: int = 3, **options: Any
+    by: str,
+    pool: Sequence[Item],
+    *,
+    seed: int,
+    size: int = 3,
+    liveness_s: float = _LIVENESS_S,
+    **options: Any,
 ) -> Iterator[Attack]:
     """A cluster whose sequences move `by` pages or copies."""
     given = {**OPTIONS, "kv_memory": "256MiB", "movable": by == "pages", **options}
@@ -594,7 +608,7 @@ def attacked(
             policy="round_robin",
             threads=1,
             stages=STAGES,
-            liveness_s=_LIVENESS_S,
+            liveness_s=liveness_s,
             **given,
         ) as cluster,
     ):

@@ -99,6 +99,16 @@ class Departure(Move):
             return "it got a slot" if self.slot is None else "it gave its slot up to others"
         return None
 
+    def leave(self) -> bool:
+        """Stop who reads, then unpin. Pages that were lent are left to the target, which may go on
+        with them though nobody has said so here yet; True if they were: none is left then."""
+        reading, self.reading = self.reading, None
+        if reading is not None:
+            reading.cancel()
+        was_lent = self.outgoing is not None and self.outgoing.is_lent
+        self.stop_reading(has_moved=was_lent)
+        return was_lent
+
     def stop_reading(self, *, has_moved: bool = False) -> None:
         """Stop who reads, then unpin."""
         reading, self.reading = self.reading, None
@@ -316,7 +326,7 @@ class Departures:
             if self._end_if_over(departure):
                 gave_way = True
             elif departure.slot is None and departure.outgoing is not None:
-                departure.stop_reading()
+                departure.leave()
                 gave_way = True
         return gave_way
 
@@ -394,7 +404,7 @@ class Departures:
 
     def _give_up_slot(self, departure: Departure, *, keep: bool = True) -> None:
         """Let the slot of one that is away go; what is kept is found by its tokens."""
-        departure.stop_reading()
+        keep = not departure.leave() and keep
         request, slot, departure.slot = departure.request, departure.slot, None
         if slot is None:
             return

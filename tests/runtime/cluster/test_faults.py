@@ -32,7 +32,9 @@ def pool() -> Sequence[Item]:
 
 @pytest.fixture(scope="module", params=["pages", "copies"])
 def attack(request: pytest.FixtureRequest, pool: Sequence[Item]) -> Iterator[Attack]:
-    with cluster_attack.attacked(request.param, pool, seed=1, size=_SIZE, max_len=1024) as attack:
+    with cluster_attack.attacked(
+        request.param, pool, seed=1, size=_SIZE, liveness_s=30.0, max_len=1024
+    ) as attack:
         yield attack
 
 
@@ -41,9 +43,14 @@ def _move(attack: Attack, plans: Sequence[Plan]) -> None:
     hard = [plan for plan in plans if plan.is_hard]
     soft = [plan for plan in plans if not plan.is_hard]
 
+    lock = threading.Lock()
+
+    def take(plans: list[Plan]) -> Plan | None:
+        with lock:
+            return plans.pop() if plans and not attack.wrong else None
+
     def mover(plans: list[Plan]) -> None:
-        while plans and not attack.wrong:
-            plan = plans.pop()
+        while (plan := take(plans)) is not None:
             while plan.is_hard and not attack.may_kill:
                 time.sleep(0.01)
             if not attack.move(plan) and not attack.wrong:

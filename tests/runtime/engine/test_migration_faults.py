@@ -4,9 +4,11 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import migrating
+import msgspec
 import pytest
 import zoo
 from transformers import PreTrainedModel
@@ -14,6 +16,7 @@ from vkv.allocator.transfer import Outgoing
 from vkv.runtime.engine.messages import Abort, Finish, SetPriority
 from vkv.runtime.engine.migration.carriers import Carriage, CopyCarrier
 from vkv.runtime.engine.migration.handshake import HandshakeState, Stages
+from vkv.runtime.link.carrier import SocketCarrier
 from vkv.runtime.request.spec import RequestSpec
 from vkv.vmem.errors import InvalidOperation
 
@@ -437,3 +440,41 @@ def test_nobody_waits_for_ever_for_an_arbiter_that_is_silent(
             is_silent.clear()
             rig.finish()
             _equal(rig.streams[_KEY], alone)
+
+
+# -- pages that change hands -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["abort", "finish", "lease"])
+def test_pages_that_the_target_may_have_are_used_by_nobody_else(
+    llama: PreTrainedModel, alone: migrating.Stream, tmp_path: Path, how: str
+) -> None:
+    """The source gives them up after it has lent them, and before it hears what became of them; the
+    target goes on with them, while the source has new requests."""
+    carrier = SocketCarrier(str(tmp_path / "kv"))
+    with migrating.rig(llama, carrier=carrier, movable=True, kv_memory=24 * _PAGE_BYTES) as rig:
+        _begin(rig)
+        arbiter, source = rig.migrations.arbiter, rig.loops["a"]
+        while arbiter.handshake(_KEY).state is not HandshakeState.PAUSING:
+            rig.turn()
+        while arbiter.handshake(_KEY).state is not HandshakeState.COMMITTING:
+            rig.turn(resting=["b"])
+            time.sleep(0.02)  # pages are lent on a thread, and patience is counted in turns
+        if how == "lease":
+            epoch = arbiter.handshake(_KEY).epoch
+            source.departures.check(_KEY, epoch)._ends_s = 0.0  # long ago
+            source.departures.settle()
+        else:
+            source.post(Abort("0") if how == "abort" else Finish(*_KEY))
+            source.carry_out()
+        for number in range(6):  # where the pages were; they share no prefix with what is parked
+            spec = msgspec.structs.replace(_spec(f"new {number}"), variant=str(number))
+            rig.streams[spec.request_id, 0] = migrating.Stream()
+            rig.migrations.add(spec, "a")
+        for _ in range(6):
+            rig.turn(resting=["b"])
+        rig.finish()
+        assert arbiter.counts.moved == 1
+        for stream in rig.streams.values():
+            _equal(stream, alone)
+    carrier.close()

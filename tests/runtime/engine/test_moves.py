@@ -1,5 +1,6 @@
 """The verbs of departures and arrivals in every state, twice each, and in the wrong order."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import msgspec
 import pytest
 import zoo
 from transformers import PreTrainedModel
+from vkv.allocator.transfer.transfers import TransferState
 from vkv.runtime.engine.loop import EngineLoop
 from vkv.runtime.engine.messages import Abort, Add, Finish, Resume
 from vkv.runtime.engine.migration.arrivals import ArrivalState
@@ -246,6 +248,23 @@ def test_exposed_memory_gives_way(llama: PreTrainedModel) -> None:
         loop.turn([Add(spec)])
         while loop.has_work:
             loop.turn()
+        migrating.check_idle(loop)
+
+
+def test_lent_memory_that_gives_way_is_the_targets(llama: PreTrainedModel) -> None:
+    """What was parked of a request that waits: the target may go on with the very pages."""
+    with migrating.rig(llama, movable=True) as rig:
+        loop = _started(rig)
+        loop.engine.scheduler.preempt(loop.engine.requests[0])
+        loop.departures.begin(_KEY, 1)
+        outgoing = loop.departures.depart(_KEY, 1).outgoing
+        assert outgoing is not None
+        for descriptor in outgoing.lend().descriptors:
+            os.close(descriptor)
+        assert loop.departures.give_way()
+        assert outgoing.state is TransferState.COMMITTED
+        assert loop.departures.go_on(_KEY, 1)
+        assert len(_finish(loop)) == 36  # computed again
         migrating.check_idle(loop)
 
 
