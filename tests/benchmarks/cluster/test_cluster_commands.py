@@ -194,7 +194,7 @@ def test_a_placement_is_explained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"policies": ("fifo",)}, "policies has 'fifo'"),
+        ({"policies": ("fifo",)}, "policy is 'fifo'"),
         ({"policies": ()}, "policies is empty"),
         ({"roles": ("cook",)}, "roles has 'cook'"),
         ({"rate": 0.0}, "rate 0.0"),
