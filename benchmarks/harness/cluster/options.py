@@ -46,12 +46,19 @@ class Load:
     most_tokens: int | None = option(
         None, least=2, help="Of a prompt with its output, which is cut to that."
     )
+    swing: float = option(0.0, help="Of its mean, by which the rate rises and falls like a sine.")
+    period_s: float = option(600.0, help="Of that sine.")
     urgent: float = option(0.0, help="Share of the requests that are urgent.")
     seed: int = seed_option()
 
     def __post_init__(self) -> None:
         if min(self.cv, self.scale) <= 0:
             raise InvalidConfig(f"cv {self.cv} and scale {self.scale} must be positive")
+        if not 0 <= self.swing <= 1 or self.period_s <= 0:
+            raise InvalidConfig(
+                f"swing {self.swing} and period_s {self.period_s}: use a share from 0 to 1, and a "
+                "time"
+            )
         if not 0 <= self.urgent <= 1:
             raise InvalidConfig(f"urgent is {self.urgent}; use a share from 0 to 1")
 
@@ -110,8 +117,8 @@ class SimulateOptions:
     most_instances: int | None = option(
         None, least=1, help="Scale between --instances and so many; with llumnix."
     )
-    scale_below: float = option(60.0, help="One more below so many free steps, in the mean.")
-    scale_above: float = option(300.0, help="One less above so many.")
+    scale_below: float = option(400.0, help="More below so many free steps.")
+    scale_above: float = option(1200.0, help="Fewer above so many.")
     startup_s: float = option(30.0, help="Until an instance that is added takes requests.")
     slo_ttft_ms: float = option(1000.0, help="Goodput: longest time to the first token.")
     slo_tpot_ms: float = option(100.0, help="Goodput: longest mean time of a token after it.")
@@ -123,6 +130,7 @@ class SimulateOptions:
             raise InvalidConfig(f"roles has {unknown[0]!r}; use some of {', '.join(ROLES)}")
         if not self.policies:
             raise InvalidConfig(f"policies is empty; use some of {', '.join(POLICIES)}")
+        _check_policies(self.policies)
         if not self.rates or min(self.rates) <= 0:
             raise InvalidConfig(f"rates are {self.rates}; give one at least, and none that is 0")
         if min(self.link_gbit, self.link_latency_ms, self.report_ms) < 0:
@@ -130,6 +138,14 @@ class SimulateOptions:
                 f"link_gbit {self.link_gbit}, link_latency_ms {self.link_latency_ms} and report_ms "
                 f"{self.report_ms} must be 0 or more"
             )
+
+
+def _check_policies(texts: tuple[str, ...]) -> None:
+    """Raise InvalidConfig for what is no policy."""
+    from .contenders import contender  # here, as the list of commands needs no policies
+
+    for text in texts:
+        contender(text)
 
 
 def _promises(listed: str) -> tuple[tuple[float, float], ...]:
@@ -196,6 +212,7 @@ class ClusterOptions:
             raise InvalidConfig(f"roles has {unknown[0]!r}; use some of {', '.join(ROLES)}")
         if not (self.loads and self.seeds and self.promises and (self.policies or self.roles)):
             raise InvalidConfig("workload, seeds, slo and policies need one entry at least")
+        _check_policies(self.policies)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 from ...runtime.cluster.simulator.costs import StepWork, pairs
 from ...runtime.cluster.simulator.fitting import StepRecord
 from ...runtime.cluster.simulator.trace import TraceRequest
-from ..load.workloads import gamma_arrivals, lengths
+from ..load.workloads import gamma_arrivals, lengths, swung
 from .contenders import URGENT
 from .options import Load
 
@@ -20,13 +20,15 @@ def trace_of(load: Load, rate: float) -> list[TraceRequest]:
     rng = random.Random(f"urgent {load.seed}")
     found = []
     sizes = lengths(load.workload, load.num_requests, scale=load.scale, seed=load.seed)
-    for arrival, (prompt, output) in zip(arrivals, sizes, strict=True):
+    # Warped at the rate asked for: a minute is a minute at every rate.
+    times = swung([a / rate for a in arrivals], swing=load.swing, period_s=load.period_s)
+    for arrival, (prompt, output) in zip(times, sizes, strict=True):
         if load.most_tokens is not None:
             prompt = min(prompt, load.most_tokens - 1)
             output = min(output, load.most_tokens - prompt)
         found.append(
             TraceRequest(
-                arrival_s=arrival / rate,
+                arrival_s=arrival,
                 prompt_tokens=prompt,
                 output_tokens=output,
                 priority=URGENT if rng.random() < load.urgent else 0,

@@ -189,6 +189,16 @@ def gamma_arrivals(count: int, *, rate: float, cv: float = 1.0, seed: int = 0) -
     return np.cumsum(gaps).tolist()
 
 
+def swung(arrivals_s: Sequence[float], *, swing: float, period_s: float) -> list[float]:
+    """Arrivals whose rate rises and falls like a sine, by `swing` of its mean, from its mean on."""
+    if not swing or not arrivals_s:
+        return list(arrivals_s)
+    turn = 2 * math.pi / period_s
+    times = np.linspace(0, arrivals_s[-1] + period_s, 1 + int(64 * (2 + arrivals_s[-1] / period_s)))
+    due = times + swing / turn * (1 - np.cos(turn * times))  # how many are, at a rate of 1 a second
+    return np.interp(arrivals_s, due, times).tolist()
+
+
 def traffic(
     name: str, count: int, *, scale: float = 1.0, vocab_size: int, seed: int = 0
 ) -> list[WorkItem]:

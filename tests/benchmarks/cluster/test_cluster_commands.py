@@ -194,10 +194,10 @@ def test_a_placement_is_explained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"policies": ("fifo",)}, "policies has 'fifo'"),
+        ({"policies": ("fifo",)}, "policy is 'fifo'"),
         ({"policies": ()}, "policies is empty"),
         ({"roles": ("cook",)}, "roles has 'cook'"),
-        ({"rate": 0.0}, "rate 0.0"),
+        ({"rates": (0.0,)}, "none that is 0"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, Any], words: str) -> None:

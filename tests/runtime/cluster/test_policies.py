@@ -427,6 +427,12 @@ def test_scaling_follows_the_average_freeness_within_its_bounds() -> None:
     assert policy.scale(_cluster(full, time_s=40.0, scaled_s=0.0)) == 2
     assert policy.scale(_cluster(full, full, full)) == 3
     assert policy.scale(_cluster(full, free)) == 1
+    crowd = _instance(2, *(_request(str(n), 30) for n in range(32)))
+    assert policy.scale(_cluster(crowd, crowd, free)) == 3  # free as it is, it is not enough
+    wide = Llumnix(scaling=Scaling(least=1, most=64, below=60, above=300))
+    assert wide.scale(_cluster(*[full] * 4)) == 5  # (950 + 180) * 4 / 1000
+    assert wide.scale(_cluster(*[crowd] * 4)) == 27  # (960 + 32 * 180) * 4 / 1000
+    assert wide.scale(_cluster(*[free] * 16)) == 14  # not one, at once
     assert policy.scale(_cluster(free)) == 1
     assert policy.scale(_cluster(_instance(0, _request("a", 850)))) == 1  # between the bounds
     assert policy.scale(_cluster(full, _instance(1, is_draining=True))) == 2
