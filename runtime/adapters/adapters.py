@@ -193,9 +193,11 @@ class Adapters:
         assert self._sites is not None, "something was loaded"
         self._memory.bring(key, adapter.file, len(self._sites))
 
-    def step(self, num_rows: int, num_kept: int | None = None) -> AdapterStep:
-        """For a step of so many tokens, to be filled with `table`s."""
-        return AdapterStep(self.products, num_rows, num_kept)
+    def step(
+        self, num_rows: int, num_kept: int | None = None, *, is_recorded: bool = False
+    ) -> AdapterStep:
+        """For a step of so many tokens (`AdapterStep`), to be filled with `table`s."""
+        return AdapterStep(self.products, num_rows, num_kept, is_recorded=is_recorded)
 
     def table(self, key: AdapterKey | None) -> Table | None:
         """What a step is filled with for a row of an adapter that is in memory; None for none."""

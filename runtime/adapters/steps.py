@@ -86,14 +86,24 @@ class AdapterStep:
         num_rows: tokens of the step.
         num_kept: those among them whose logits are wanted; the output layer may be given these
             alone.
+        is_recorded: it is played several times, and keeps no memory of its own for that.
     """
 
-    def __init__(self, products: Products, num_rows: int, num_kept: int | None = None) -> None:
+    def __init__(
+        self,
+        products: Products,
+        num_rows: int,
+        num_kept: int | None = None,
+        *,
+        is_recorded: bool = False,
+    ) -> None:
         self._products = products
         self._num_rows = num_rows
         self._num_kept = num_rows if num_kept is None else num_kept
         self._all = products.plan(num_rows)
         self._kept = self._all if num_kept is None else products.plan(num_kept)
+        self._is_recorded = is_recorded
+        self._sums: torch.Tensor | None = None  # layers take turns, and the memory is large
 
     def fill(self, runs: Sequence[Run], kept: Sequence[Run] | None = None) -> None:
         """Say whose the rows are, in their order; and those that are kept, if not all are."""
@@ -107,11 +117,17 @@ class AdapterStep:
         self._products.add(self._plan(site, inputs), site, inputs, out)
 
     def addend(self, sites: Sequence["Site"], inputs: torch.Tensor) -> torch.Tensor:
-        """What there is to add to linears over the same inputs: float32 [rows, all outputs]."""
+        """What there is to add to linears over the same inputs: float32 [rows, all outputs].
+
+        It is good until the next call.
+        """
         plan = self._plan(sites[0], inputs)
-        rows = inputs.numel() // inputs.shape[-1]
         widths = [site.out_features for site in sites]
-        whole = inputs.new_empty((rows, sum(widths)), dtype=torch.float32)
+        shape = inputs.numel() // inputs.shape[-1], sum(widths)
+        whole = self._sums
+        if whole is None or whole.shape != shape:
+            whole = inputs.new_empty(shape, dtype=torch.float32)
+            self._sums = None if self._is_recorded else whole
         for site, part in zip(sites, whole.split(widths, dim=1), strict=True):
             self._products.set(plan, site, inputs, part)
         return whole

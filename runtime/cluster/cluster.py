@@ -191,7 +191,7 @@ class Cluster:
 
         If one refuses it, none has it.
         """
-        self._fleet.load_adapter(name, str(Path(path).absolute()))
+        self._fleet.load_adapter(name, os.path.abspath(path))
 
     def unload_adapter(self, name: str) -> None:
         """As `LLM.unload_adapter`, in all instances."""

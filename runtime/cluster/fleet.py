@@ -79,28 +79,24 @@ class Fleet:
             for instance in drained_first(snapshot, len(members) - instances):
                 self.drain(instance)
 
-    def load_adapter(self, name: str, folder: str) -> None:
+    def load_adapter(self, name: str, path: str) -> None:
         """As of `Cluster.load_adapter`."""
+        adapters = self._order["options"]["adapters"]  # that an instance begins with
         with self._changing:
             try:
-                self._router.ask("load_adapter", name, folder)
+                self._router.ask("load_adapter", name, path)
             except VkvError:
-                if name not in self._adapters:  # some may have it, and some not
-                    with suppress(VkvError):
+                if name not in adapters:
+                    with suppress(VkvError):  # where some may not have it
                         self._router.ask("unload_adapter", name)
                 raise
-            self._adapters[name] = folder
+            adapters[name] = path
 
     def unload_adapter(self, name: str) -> None:
         """As of `Cluster.unload_adapter`."""
         with self._changing:
-            self._adapters.pop(name, None)
+            self._order["options"]["adapters"].pop(name, None)
             self._router.ask("unload_adapter", name)
-
-    @property
-    def _adapters(self) -> dict[str, str]:
-        """Folders by name, of those that an instance begins with."""
-        return self._order["options"]["adapters"]
 
     def _beside(self, act: Callable[[int], None]) -> Callable[[int], None]:
         """Does something on a thread of its own, so that the router's goes on."""

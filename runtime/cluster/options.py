@@ -1,5 +1,6 @@
 """What a cluster is asked to be, checked before anything is started."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def instance_options(options: Mapping[str, Any], sharing: int | None) -> dict[st
     memory a part of that."""
     found = dict(options)
     adapters = options.get("adapters") or {}
-    found["adapters"] = {name: str(Path(path).absolute()) for name, path in adapters.items()}
+    found["adapters"] = {name: os.path.abspath(path) for name, path in adapters.items()}
     if options.get("kv", "virtual") == "virtual":
         found.setdefault("movable", True)
     if sharing is not None:

@@ -220,7 +220,7 @@ class DecodeRecordings:
 
     def _adapter_step(self, batch: Batch, size: int) -> AdapterStep:
         assert self._adapters is not None, "a request has an adapter"
-        step = self._adapters.step(size)
+        step = self._adapters.step(size, is_recorded=True)
         self._fill(step, batch, size)
         return step
 

@@ -96,7 +96,7 @@ class FrontEnd:
         *,
         priority: int | Sequence[int],
         tenant: str | Sequence[str],
-        adapter: str | Sequence[str | None] | None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestText]:
         """Requests for prompts, arguments as of `LLM.generate`. Raises a `UsageError`."""
         each_prompt = as_batch(prompts)
@@ -118,7 +118,7 @@ class FrontEnd:
         *,
         priority: int | Sequence[int],
         tenant: str | Sequence[str],
-        adapter: str | Sequence[str | None] | None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestText]:
         """Requests for conversations, arguments as of `LLM.chat`. Raises a `UsageError`."""
         conversations: Any = messages if are_conversations(messages) else [messages]
@@ -138,7 +138,7 @@ class FrontEnd:
         *,
         priority: int,
         tenant: str,
-        adapter: str | None,
+        adapter: str | None = None,
     ) -> RequestText:
         """A request of one output, arguments as of `LLM.stream`. Raises a `UsageError`."""
         standing = Standing(priority=priority, tenant=tenant)

@@ -59,6 +59,17 @@ def test_tokens_are_those_of_the_merged_model(
         _check(llm, base, merged, ["one", None, "one", None])
 
 
+@pytest.mark.parametrize("endings", [lora.ALL, ("up_proj",), ("gate_proj", "down_proj")], ids=str)
+def test_gates_that_are_built_into_the_product(endings: tuple[str, ...], tmp_path: Path) -> None:
+    """As they are where gate and up are a multiple of 32 wide."""
+    base, merged, own = (zoo.tiny_model("llama", intermediate_size=64) for _ in range(3))
+    folder = lora.save_adapter(tmp_path / "a", base, endings=endings, rank=6)
+    lora.merge(merged, folder)
+    with LLM(own, device="cpu", **zoo.with_defaults({"pack_weights": True})) as llm:
+        llm.load_adapter("one", folder)
+        _check(llm, base, merged, ["one", None, "one", None])
+
+
 @pytest.mark.parametrize("kind", ["gptq", "awq"])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_over_4_bits(kind: str, act_order: bool, tmp_path: Path, llama_folder: Path) -> None:

@@ -100,6 +100,20 @@ def test_gated_linear(
     assert torch.equal(linear.dense(), weight)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13])
+def test_gated_linear_with_addends(kind: tuple[int, torch.dtype], rows: int) -> None:
+    """They are added ahead of the gate, before anything is rounded; zeros change no bit."""
+    panel, dtype = kind
+    weight, bias = torch.randn(192, 48).to(dtype) / 3, torch.randn(192).to(dtype)
+    x, addend = torch.randn(rows, 48).to(dtype), torch.randn(rows, 192)
+    for gate in Gate:
+        linear = PanelLinear(weight, bias, gate, panel=panel)
+        both = functional.linear(x.double(), weight.double(), bias.double()) + addend.double()
+        first, second = both.chunk(2, dim=-1)
+        assert_rounded(linear(x, addend), ACTIVATIONS[gate](first) * second, terms=49)
+        assert torch.equal(linear(x, torch.zeros(rows, 192)), linear(x))
+
+
 def test_inputs_of_another_type_are_refused(kind: tuple[int, torch.dtype]) -> None:
     panel, dtype = kind
     other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
