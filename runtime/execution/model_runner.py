@@ -15,8 +15,7 @@ from ..model.attention_hook import CacheStep
 from ..model.forward import Forward
 from ..model.segments import Place, SegmentedAttention, SegmentedStep
 from ..request.request import Batch, Request, ScheduledRequest
-from .drafted import sample_drafted
-from .launched_step import LaunchedStep
+from .launched_step import LaunchedStep, sample_drafted
 from .recordings import DecodeRecordings, Recorder
 from .sampler import choose, prompt_logprobs
 from .step_inputs import StepInputs, StepValues

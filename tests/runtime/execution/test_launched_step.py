@@ -3,7 +3,7 @@
 import pytest
 import torch
 from vkv import SamplingParams
-from vkv.runtime.execution.drafted import sample_drafted
+from vkv.runtime.execution.launched_step import sample_drafted
 from vkv.runtime.request.request import Request, ScheduledRequest
 from vkv.runtime.request.sampling_state import SamplingState
 from vkv.runtime.request.spec import RequestSpec
