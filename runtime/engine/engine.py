@@ -12,7 +12,6 @@ from ...vmem.errors import (
     InvalidOperation,
     RequestTooLong,
     Shortage,
-    StepFailed,
     UsageError,
     VkvError,
 )
@@ -35,6 +34,7 @@ from ..request.step_output import Failure, StepOutput
 from ..request.token_grammar import TokenGrammar
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
+from .endings import End, end_of, told_end, told_token, typed
 from .memory.segments import take_back
 from .stats import EngineStats, SegmentStats, SwapStats
 
@@ -219,9 +219,9 @@ class Engine:
         request.num_computed = num_computed
         self.scheduler.put_in(request, slot)
         if request.num_output_tokens:
-            reason, stop_reason, is_whole = self._end_of(request)
-            if reason is not None:
-                self._tell_end(request, reason, stop_reason=stop_reason, ends_with_text=is_whole)
+            end = end_of(request, self._eos_token_ids)
+            if end.reason is not None:
+                self._outputs.append(told_end(request, end))
                 self._leave(request, keep=True)
 
     def _grammar(self, params: SamplingParams) -> TokenGrammar | None:
@@ -251,7 +251,7 @@ class Engine:
         """End a request by an error; without effect on one that has ended."""
         if not request.is_finished:
             self._num_failed += 1
-            self._end(request, "error", failure=Failure.of(_typed(error)))
+            self._end(request, "error", failure=Failure.of(typed(error)))
 
     def take_outputs(self) -> list[StepOutput]:
         """What requests got since the last call."""
@@ -260,7 +260,7 @@ class Engine:
 
     def tell_abort(self, request: Request) -> None:
         """Say of a request that is out of sight that it was aborted."""
-        self._tell_end(request, "abort")
+        self._outputs.append(told_end(request, End("abort")))
 
     # -- the step ----------------------------------------------------------------------------
 
@@ -406,23 +406,12 @@ class Engine:
             self._num_prompt_tokens += min(item.num_tokens, prompt_left)
             request.num_computed += item.num_tokens
             self.num_computed_tokens += item.num_rows
-        self._note_drafts(batch, launched)
+        if self.scheduler.speculation is not None and any(item.draft for item in batch.items):
+            self.scheduler.speculation.note_step(batch.items, launched.num_tokens())
         for index, request in enumerate(launched.requests):
             request.num_pending += 1
             request.pending_index = index
         return launched
-
-    def _note_drafts(self, batch: Batch, launched: LaunchedStep) -> None:
-        """Note how much of each draft is right, and so in its slot."""
-        speculation = self.scheduler.speculation
-        if speculation is None or not any(item.draft for item in batch.items):
-            return
-        sampled = dict(zip(launched.requests, launched.wait(), strict=True))
-        for item in batch.items:
-            if item.draft:
-                num_accepted = len(sampled[item.request]) - 1
-                item.request.num_computed += num_accepted
-                speculation.note(item, num_accepted)
 
     def catch_up(self, launched: LaunchedStep | None = None) -> None:
         """Postprocess the step under way; `launched` takes its place."""
@@ -457,66 +446,18 @@ class Engine:
 
     def _append(self, request: Request, token: SampledToken) -> None:
         """Add a token to its request; finish the request if that was its last."""
-        is_first = not request.num_output_tokens
         request.token_ids.append(token.token_id)
         self._num_output_tokens += 1
         self.scheduler.accounts.generated(request)
-        reason, stop_reason, is_whole = self._end_of(request)
-        self._outputs.append(
-            StepOutput(
-                request_id=request.key[0],
-                index=request.key[1],
-                epoch=request.epoch,
-                token_ids=(token.token_id,),
-                logprobs=(token.logprobs,) if token.logprobs is not None else (),
-                prompt_logprobs=tuple(request.prompt_logprobs) if is_first else (),
-                num_cached_tokens=request.num_cached if is_first else None,
-                queued_time_s=request.queued_time_s if is_first else None,
-                scheduled_time_s=request.scheduled_time_s if is_first else None,
-                finish_reason=reason,
-                stop_reason=stop_reason,
-                ends_with_text=is_whole,
-            )
-        )
-        if reason is not None:
+        end = end_of(request, self._eos_token_ids)
+        self._outputs.append(told_token(request, token, end))
+        if end.reason is not None:
             self._leave(request, keep=True)
-
-    def _end_of(self, request: Request) -> tuple[FinishReason | None, int | None, bool]:
-        """Whether the newest token is the last: the reason, the stop token, and whether it is so
-        because the output is whole (`StepOutput.ends_with_text`)."""
-        reason, stop_reason = _why_finished(request, self._eos_token_ids)
-        state = request.sampling
-        is_newest = state.num_output_tokens == request.num_output_tokens  # of a draft's tokens
-        is_whole = reason != "stop" and is_newest and state.is_complete
-        return "stop" if is_whole else reason, stop_reason, is_whole
 
     def _end(self, request: Request, reason: FinishReason, failure: Failure | None = None) -> None:
         """End a request before its time."""
-        self._tell_end(request, reason, failure=failure)
+        self._outputs.append(told_end(request, End(reason), failure))
         self._leave(request, keep=False)
-
-    def _tell_end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        *,
-        failure: Failure | None = None,
-        stop_reason: int | None = None,
-        ends_with_text: bool = False,
-    ) -> None:
-        self._outputs.append(
-            StepOutput(
-                request_id=request.key[0],
-                index=request.key[1],
-                epoch=request.epoch,
-                queued_time_s=request.queued_time_s,
-                scheduled_time_s=request.scheduled_time_s,
-                finish_reason=reason,
-                stop_reason=stop_reason,
-                ends_with_text=ends_with_text,
-                failure=failure,
-            )
-        )
 
     def _leave(self, request: Request, *, keep: bool) -> None:
         if keep:
@@ -569,23 +510,3 @@ class Engine:
             tenants=self.scheduler.accounts.stats(),
             adapters=self.adapters.stats() if self.adapters is not None else (),
         )
-
-
-def _why_finished(
-    request: Request, eos_token_ids: Collection[int]
-) -> tuple[FinishReason | None, int | None]:
-    """Whether the newest token is the last, and which stop token it is if it is one."""
-    params, token_id = request.params, request.token_ids[-1]
-    if token_id in params.stop_ids:
-        return "stop", token_id
-    if token_id in eos_token_ids and not params.ignore_eos:
-        return "stop", None
-    return ("length" if request.num_output_tokens >= request.max_tokens else None), None
-
-
-def _typed(error: Exception) -> VkvError:
-    if isinstance(error, VkvError):
-        return error
-    failed = StepFailed(f"the model failed: {type(error).__name__}: {error}")
-    failed.__cause__ = error
-    return failed

@@ -52,6 +52,10 @@ class LaunchedStep:
             ]
         return self._sampled
 
+    def num_tokens(self) -> dict[Request, int]:
+        """How many tokens each request got, once that is known."""
+        return dict(zip(self.requests, map(len, self.wait()), strict=True))
+
 
 def sample_drafted(
     logits: torch.Tensor, firsts: Sequence[int], items: Sequence[ScheduledRequest]

@@ -8,7 +8,7 @@ refuses (DriverError) keeps one request waiting, as a shortage does, and tears n
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ...allocator import Slot, SlotCache
 from ...vmem.errors import DriverError, OutOfPages, Shortage
@@ -19,14 +19,12 @@ from .accounts import Accounts
 from .lines import lines_for
 from .plan import Plan, Policy
 from .snapshot import Snapshot
-from .tiers import Tiers
+from .tiers import Tiers, live_donor
 from .views import running_view, waiting_view
 from .waiting import WaitingQueue
 
 Refusal = Shortage | DriverError
 """Why a request cannot have memory now. Nothing was changed by it."""
-
-_COMPARED_AT_ONCE = 256  # tokens; comparing slices of lists is far faster than item by item
 
 
 class Scheduler:
@@ -323,7 +321,7 @@ class Scheduler:
             self._start(request, slot, request.slot_start)
             self._note_admission(request)
             return count
-        donor, num_shared = _live_donor(self.running, request, tokens, self.cache.growth_tokens)
+        donor, num_shared = live_donor(self.running, request, tokens, self.cache.growth_tokens)
         num_parked = 0
         if donor is not None or self.tiers.may_have_some:  # else nothing is to be compared with it
             num_parked = self.cache.prefix_length(tokens, request.variant)
@@ -433,29 +431,3 @@ def _padding(cache: SlotCache, batch: Sequence[ScheduledRequest]) -> Padding | N
             cache.grow(slot, behind + 1)
             return Padding(slot, behind, item.request.ids(item.start, behind)[0])
     return None
-
-
-def _live_donor(
-    running: Iterable[Request], request: Request, tokens: Sequence[int], growth_tokens: int
-) -> tuple[Request | None, int]:
-    """The running request that has computed the longest common prefix, a page's at least."""
-    donor, longest = None, 0
-    for other in running:
-        if other.variant != request.variant or other.slot is None or other.is_spread:
-            continue
-        least = 1 if other.key == request.leader else growth_tokens
-        limit = min(len(tokens), other.num_computed)
-        if limit > longest and limit >= least:
-            shared = _common_prefix(tokens, other.token_ids, limit)
-            if shared > longest and shared >= least:
-                donor, longest = other, shared
-    return donor, longest
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
-    """Tokens that `a` and `b` have in common from the start, at most `limit`."""
-    for start in range(0, limit, _COMPARED_AT_ONCE):
-        stop = min(start + _COMPARED_AT_ONCE, limit)
-        if a[start:stop] != b[start:stop]:
-            return next(i for i in range(start, stop) if a[i] != b[i])
-    return limit

@@ -168,3 +168,34 @@ class Tiers:
         self.kv_files.forget()
         if self.swapping is not None:
             self.swapping.close()
+
+
+def live_donor(
+    running: Iterable[Request], request: Request, tokens: Sequence[int], growth_tokens: int
+) -> tuple[Request | None, int]:
+    """The running request that has computed the longest common prefix, a page's at least."""
+    donor, longest = None, 0
+    for other in running:
+        if other.variant != request.variant or other.slot is None or other.is_spread:
+            continue
+        least = 1 if other.key == request.leader else growth_tokens
+        limit = min(len(tokens), other.num_computed)
+        if limit > longest and limit >= least:
+            shared = common_prefix(tokens, other.token_ids[:limit])
+            if shared > longest and shared >= least:
+                donor, longest = other, shared
+    return donor, longest
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that `a` and `b` have in common from the start."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while low + 1 < high:  # they agree up to `low`, and not up to `high`
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low if high == 0 or a[low] != b[low] else low + 1

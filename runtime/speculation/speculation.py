@@ -1,6 +1,6 @@
 """How many tokens to guess: as many as proved right, while there is room."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -79,6 +79,19 @@ class Speculation:
             replace(item, draft=tuple(draft)) if (draft := drafts.get(item.request)) else item
             for item in items
         ]
+
+    def note_step(
+        self, items: Sequence[ScheduledRequest], num_tokens: Mapping[Request, int]
+    ) -> None:
+        """Note how much of each draft was right, and so lies in its slot.
+
+        `num_tokens` are those that each request got: one more than guesses of it were right.
+        """
+        for item in items:
+            if item.draft:
+                num_accepted = num_tokens[item.request] - 1
+                item.request.num_computed += num_accepted
+                self.note(item, num_accepted)
 
     def note(self, item: ScheduledRequest, num_accepted: int) -> None:
         """So many of an item's guesses were right."""

@@ -8,6 +8,7 @@ thing is coarser: a parked slot is reclaimed whole, and not from its end.
 from collections.abc import Sequence
 
 from ....vmem.errors import InvalidConfig, InvalidOperation, OutOfPages, RequestTooLong
+from ...scheduling.tiers import common_prefix
 
 
 class PageRun:
@@ -355,20 +356,6 @@ class CountingCache:
         assert self._num_held == sum(_longest(run)[1] for run in runs)
         assert self._num_held <= self.capacity_pages, "more is held than there is"
         assert {s for group in self._by_start.values() for s in group} == set(self._parked)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens that `a` and `b` have in common from the start."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while low + 1 < high:  # they agree up to `low`, and not up to `high`
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low if high == 0 or a[low] != b[low] else low + 1
 
 
 def _longest(run: PageRun) -> tuple[int, int]:

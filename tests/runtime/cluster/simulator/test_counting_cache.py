@@ -12,11 +12,11 @@ from vkv.allocator import PagedLayout
 from vkv.runtime.cluster.simulator.counting_cache import (
     CountedSlot,
     CountingCache,
-    common_prefix,
 )
 from vkv.runtime.scheduling.plan import Order
 from vkv.runtime.scheduling.policies import POLICIES, Fair, Fcfs, Priority
 from vkv.runtime.scheduling.scheduler import Scheduler
+from vkv.runtime.scheduling.tiers import common_prefix
 from vkv.vmem.errors import InvalidConfig, OutOfPages, RequestTooLong
 
 PAGE = 4
