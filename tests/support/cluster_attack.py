@@ -224,6 +224,9 @@ class Attack:
         if passing.kind != plan.kind:
             return middle.ON
         self._note_state(plan, passing.message.key)
+        if plan.kind == "Extend" and plan.state != "extending":  # it says that the move lives
+            plan.state = ""
+            return middle.ON
         return self._strike(plan, passing)
 
     def _note_state(self, plan: Plan, key: SequenceKey) -> None:
