@@ -210,7 +210,9 @@ class Costs:
     slowdown: tuple[float, ...]
 
 
-def warmed(there: Site, name: str, rate: float, policy: ClusterPolicy) -> Run:
+def warmed(
+    there: Site, name: str, rate: float, policy: ClusterPolicy, seed: int = _OTHER_SEED
+) -> Run:
     """A run of other requests of such a load, after which all is warm.
 
     They are cut so that none has to give way, which would hide what its steps computed.
@@ -223,7 +225,7 @@ def warmed(there: Site, name: str, rate: float, policy: ClusterPolicy) -> Run:
             prompt_tokens=min(one.prompt_tokens, most),
             output_tokens=min(one.output_tokens, most),
         )
-        for one in requests(there.options, name, rate, seed=_OTHER_SEED, count=count)
+        for one in requests(there.options, name, rate, seed=seed, count=count)
     ]
     return serve(
         there.cluster,
@@ -231,15 +233,16 @@ def warmed(there: Site, name: str, rate: float, policy: ClusterPolicy) -> Run:
         policy,
         trace,
         vocab_size=there.vocab_size,
-        seed=_OTHER_SEED,
+        seed=seed,
     )
 
 
 def calibrated(there: Site, name: str, rate: float) -> Costs | None:
-    """Costs of steps under such a load; None if none are asked for."""
-    found = warmed(there, name, rate, LeastLoaded())
+    """Costs of steps under such a load, once all is warm; None if none are asked for."""
+    warmed(there, name, rate, LeastLoaded())
     if not there.options.calibrating:
         return None
+    found = warmed(there, name, rate, LeastLoaded(), seed=_OTHER_SEED + 1)
     return Costs(*fit_beside(*observed_steps(found, there.options.max_batch_tokens)))
 
 

@@ -94,7 +94,7 @@ class Disaggregated:
         own = {i.own_role for i in working}
         has_both_sides = bool(own - {"decode"}) and bool(own - {"prefill"})
         wanted: dict[int, Role] = {i.id: i.own_role if has_both_sides else "both" for i in working}
-        changes = {i.id: wanted[i.id] for i in working if i.role != wanted[i.id]}
+        changes: dict[int, Role] = {i.id: wanted[i.id] for i in working if i.role != wanted[i.id]}
         if changes:
             return changes
         return self.switching.changes(snapshot) if self.switching else {}
