@@ -23,7 +23,7 @@ from ....vmem.errors import (
     TransferError,
     VkvError,
 )
-from .messages import Ask, AskedBatch, Offer, Request, Told
+from .messages import Ask, AskedBatch, Offer, Said, Told
 from .remote import as_bytes
 
 _log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class SegmentServer:
         owner = _Owner()
         try:
             while wire.wait_for_more(sock):
-                request = wire.receive_message(sock, Request)
+                request = wire.receive_message(sock, Said).what
                 if isinstance(request, Ask):
                     self._answer(sock, request, owner)
                 elif isinstance(request, Offer):
@@ -216,9 +216,12 @@ class SegmentServer:
     def _make_room(self, offer: Offer) -> Slot:
         """A slot with memory for what is offered. Raises a Shortage, DriverError or, for what never
         fits, InvalidOperation."""
-        num_bytes = offer.num_tokens * self.cache.geometry.token_format.token_bytes
-        if offer.num_tokens < 1 or offer.start < 0 or num_bytes != offer.num_bytes:
-            raise InvalidOperation(f"{offer} is not of tokens as they are here")
+        widths = self.cache.geometry.token_format.widths
+        if offer.num_tokens < 1 or offer.start < 0 or offer.widths != widths:
+            raise InvalidOperation(
+                f"{offer} is not of tokens as they are here, of {widths} bytes; engines lend to "
+                "each other that have one layers_per_range and split_kv"
+            )
         lent = sum(loan.stop - loan.start for loan in self.loans.values())
         if self._limit_tokens is not None and lent + offer.num_tokens > self._limit_tokens:
             raise OutOfPages(f"{lent} tokens are lent, of {self._limit_tokens}")

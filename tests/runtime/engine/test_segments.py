@@ -198,6 +198,27 @@ def test_a_tier_for_one_of_two(llama: PreTrainedModel) -> None:
     assert tokens == expected
 
 
+def test_what_the_tier_holds_for_others_gives_way(llama: PreTrainedModel) -> None:
+    """Copies of requests that wait are pinned there; a long one that runs needs the memory."""
+    specs = _specs([3000, 900, 900], max_tokens=30, mixed=False)
+    expected, _ = _run(llama, specs)
+    with _llm(llama, kv_memory=_POOL, swap_memory=100 * _PAGE_BYTES) as llm:
+        others = [llm.engine.add(spec)[0] for spec in specs[1:]]
+        while any(request.num_output_tokens < 3 for request in others):
+            llm.engine.step()
+        llm.engine.scheduler.tiers.swapping.always = True
+        (long,) = llm.engine.add(specs[0])
+        for request in others:
+            llm.engine.scheduler.preempt(request)
+        llm.engine.scheduler.waiting.remove(long)
+        llm.engine.scheduler.waiting.add_first(long)
+        tier = llm.engine.scheduler.tiers.swapping.tier
+        tier.wait()
+        assert not tier.is_storing
+        _drive(llm.engine)
+        assert [r.output_token_ids for r in (long, *others)] == list(expected.values())
+
+
 def test_prompt_logprobs_of_a_long_prompt(llama: PreTrainedModel) -> None:
     (prompt,) = zoo.random_prompts([2500])
     params = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=1, ignore_eos=True)

@@ -31,7 +31,7 @@ from vkv.runtime.model.segments import (
     SegmentedAttention,
     SegmentServer,
 )
-from vkv.runtime.model.segments.messages import Ask, AskedBatch, Told
+from vkv.runtime.model.segments.messages import Ask, AskedBatch, Said, Told
 from vkv.vmem import open_driver
 from vkv.vmem.errors import InvalidOperation
 
@@ -272,9 +272,9 @@ def test_a_server_outlives_garbage(pair: tuple[SegmentServer, RemoteHolder]) -> 
     loan = lend(server, 1, 0, 512)
     nothing = AskedBatch((1, 1), (600,), (0,), (512,), (loan,))
     for message in (
-        Ask(layer=0, num_heads=HEADS),
-        Ask(layer=9, num_heads=HEADS, batch=AskedBatch((1,), (600,), (0,), (512,), (loan,))),
-        Ask(layer=0, num_heads=HEADS, batch=nothing),
+        Said(Ask(layer=0, num_heads=HEADS)),
+        Said(Ask(layer=9, num_heads=HEADS, batch=AskedBatch((1,), (600,), (0,), (512,), (loan,)))),
+        Said(Ask(layer=0, num_heads=HEADS, batch=nothing)),
         Told(objection="no ask at all"),
     ):
         theirs, ours = socket.socketpair()
