@@ -10,15 +10,14 @@ subclasses own the system calls, and only those.
 
 import time
 from abc import ABC, abstractmethod
-from bisect import bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from .address_space import AddressSpace, Reservation
 from .dlpack import strided_extent
 from .errors import InvalidConfig, InvalidOperation
 from .pages import (
@@ -37,19 +36,6 @@ class Fence(Protocol):
     """A point in the device's work; `wait` returns once all work before it has finished."""
 
     def wait(self) -> None: ...
-
-
-@dataclass
-class Reservation:
-    """A reserved range and how many of its pages are backed."""
-
-    address: int
-    size: int
-    num_mapped: int = 0
-
-    @property
-    def end(self) -> int:
-        return self.address + self.size
 
 
 class VmemDriver(ABC):
@@ -88,8 +74,7 @@ class VmemDriver(ABC):
         # and mapping elsewhere must not wait for it.
         self._paging_lock = OwnedLock(owner)
         self._closed = False
-        self._reservations: dict[int, Reservation] = {}  # by address
-        self._starts: list[int] = []  # the keys of `_reservations`, sorted
+        self._space = AddressSpace()
         self._page_table: dict[int, Page] = {}  # address of a mapped page -> page
         self._map_counts: dict[Page, int] = {}  # live page -> addresses it is mapped at
         self._next_segment: int = FIRST_SEGMENT_PAGE
@@ -107,14 +92,13 @@ class VmemDriver(ABC):
         self._check_multiple("size", size)
         with self._guarded():
             address = self._reserve(size)
-            self._reservations[address] = Reservation(address, size)
-            insort(self._starts, address)
+            self._space.add(address, size)
             return address
 
     def free(self, address: int) -> None:
         """Give a whole reservation back. Raises InvalidOperation if any of it is mapped."""
         with self._guarded():
-            reservation = self._reservations.get(address)
+            reservation = self._space.at(address)
             if reservation is None:
                 raise InvalidOperation(f"{address:#x} is not the start of a reservation")
             if reservation.num_mapped:
@@ -123,8 +107,7 @@ class VmemDriver(ABC):
                     "mapped; unmap them first"
                 )
             self._free(address, reservation.size)
-            del self._reservations[address]
-            self._starts.remove(address)
+            self._space.remove(address)
 
     # -- physical pages --------------------------------------------------------------------
 
@@ -373,7 +356,7 @@ class VmemDriver(ABC):
         """
         extent = strided_extent(shape, strides) * dtype.itemsize
         with self._guarded():
-            if self._reservation_of(address, extent) is None:
+            if self._space.around(address, extent) is None:
                 raise InvalidOperation(
                     f"a tensor of {extent} bytes at {address:#x} leaves its reservation"
                 )
@@ -407,7 +390,7 @@ class VmemDriver(ABC):
     @property
     def reserved_bytes(self) -> int:
         """Address space reserved, backed or not."""
-        return sum(reservation.size for reservation in list(self._reservations.values()))
+        return sum(reservation.size for reservation in self._space)
 
     def close(self) -> None:
         """Unmap, release and free everything; a second call does nothing.
@@ -422,8 +405,8 @@ class VmemDriver(ABC):
                 self.unmap(address, size)
             if self._map_counts:
                 self.release(list(self._map_counts))
-            for address in list(self._reservations):
-                self.free(address)
+            for reservation in self._space:
+                self.free(reservation.address)
             self._close()
             self._closed = True
 
@@ -509,14 +492,6 @@ class VmemDriver(ABC):
 
     # -- the page table --------------------------------------------------------------------
 
-    def _reservation_of(self, address: int, size: int = 0) -> Reservation | None:
-        """The reservation that `[address, address + size)` lies in."""
-        index = bisect_right(self._starts, address)
-        if not index:
-            return None
-        reservation = self._reservations[self._starts[index - 1]]
-        return reservation if address + size <= reservation.end else None
-
     def _mapped_stretches(self) -> Iterator[tuple[int, int]]:
         """The address and size of every longest mapped stretch within one reservation."""
         addresses = sorted(self._page_table)
@@ -525,7 +500,7 @@ class VmemDriver(ABC):
             if (
                 index == len(addresses)
                 or addresses[index] != addresses[index - 1] + self.page_bytes
-                or addresses[index] in self._reservations
+                or self._space.at(addresses[index]) is not None
             ):
                 yield addresses[start], (index - start) * self.page_bytes
                 start = index
@@ -546,7 +521,7 @@ class VmemDriver(ABC):
             )
 
     def _check_run(self, address: int, num_pages: int) -> Reservation:
-        reservation = self._reservation_of(address, num_pages * self.page_bytes)
+        reservation = self._space.around(address, num_pages * self.page_bytes)
         if reservation is None:
             raise InvalidOperation(
                 f"{num_pages} pages at {address:#x} do not lie within one reservation"

@@ -393,7 +393,7 @@ class HostDriver(VmemDriver):
         A reservation has one VMA, and one more for every boundary between neighbouring pages
         that the kernel cannot merge; only boundaries within and at the ends of the run change.
         """
-        reservation = self._reservation_of(address)
+        reservation = self._space.around(address)
         assert reservation is not None
         end = address + len(before) * self.page_bytes
         left = [self.page_at(address - self.page_bytes)] if address > reservation.address else []

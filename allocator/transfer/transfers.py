@@ -1,10 +1,10 @@
 """KV leaves a cache and arrives in another: reserved, copied, then committed or aborted.
 
     sender     send ────▶ PINNED ───── commit ──▶ COMMITTED    unpinned; its owner may close it
-                             └─ abort, lease over ──▶ ABORTED  unpinned, and still its owner's
+                             └──────── abort ───▶ ABORTED      unpinned, and still its owner's
 
-    receiver   receive ─▶ RESERVED ─── commit ──▶ COMMITTED    kept for `claim`, parked without it
-                             └─ abort, lease over ──▶ ABORTED  what it had before is parked
+    receiver   receive ─▶ RESERVED ─── commit ──▶ COMMITTED    kept for `claim`, or parked
+                             └──────── abort ───▶ ABORTED      what it had before is parked
 
     verb            nothing known   under way     COMMITTED     ABORTED
     send, receive   begins          the same      the same      the same (begin a new epoch)
@@ -22,12 +22,12 @@ A transfer is named by who moves and by an epoch, a number that grows with every
 verb may be sent twice, or answered and the answer lost, and the state is the same. An epoch that
 has been overtaken cannot begin again (InvalidOperation). Whoever has the slot decides what becomes
 of it: until the sender's commit it is the only owner, and from the receiver's commit on it must not
-compute.
+compute. For how long a silent other side is waited for is theirs to say, too: once pages are lent,
+a transfer that ended by itself would take back what the other may have.
 """
 
 import enum
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -79,24 +79,17 @@ class _Side:
         state: where it is.
     """
 
-    def __init__(
-        self, cache: SlotCache, key: TransferKey, slot: Slot, num_tokens: int, lease_s: float | None
-    ) -> None:
+    def __init__(self, cache: SlotCache, key: TransferKey, slot: Slot, num_tokens: int) -> None:
         self.key = key
         self.num_tokens = num_tokens
         self.state = TransferState.UNDER_WAY
-        self.lease_s = lease_s
         self._cache = cache
         self._slot = slot
-        self.renew()
 
-    def renew(self) -> None:
-        """Begin the lease anew: the other side has shown that it lives."""
-        self._ends_s = None if self.lease_s is None else time.monotonic() + self.lease_s
-
-    def is_over(self, now_s: float) -> bool:
-        """True if its lease has run out."""
-        return self._ends_s is not None and now_s > self._ends_s
+    @property
+    def slot_index(self) -> int:
+        """Which slot of the cache it is, as long as the transfer is under way."""
+        return self._slot.index
 
     def spans(self, start: int, stop: int) -> Spans:
         """The bytes of tokens `start … stop`; good until the transfer ends."""
@@ -149,8 +142,7 @@ class Outgoing(_Side):
     def lend(self) -> Lent:
         """Let the receiver have the pages themselves (`Loans.lend`); what was lent before is not.
 
-        Nobody else may have pinned the slot. The descriptors are the caller's to close. Begin such
-        a transfer without a lease: one that runs out takes the pages back, whoever has them.
+        Nobody else may have pinned the slot. The descriptors are the caller's to close.
         """
         self._check_under_way()
         if self._is_lent:
@@ -203,10 +195,9 @@ class Incoming(_Side):
         tokens: Sequence[int],
         variant: str,
         num_held: int,
-        lease_s: float | None,
         by_pages: bool,
     ) -> None:
-        super().__init__(cache, key, slot, len(tokens), lease_s)
+        super().__init__(cache, key, slot, len(tokens))
         self._exits = exits
         self.num_held = num_held
         self.by_pages = by_pages
@@ -319,18 +310,15 @@ class Transfers:
         self._outgoing: OrderedDict[str, Outgoing] = OrderedDict()
         self._incoming: OrderedDict[str, Incoming] = OrderedDict()
 
-    def send(
-        self, key: TransferKey, slot: Slot, num_tokens: int, *, lease_s: float | None = None
-    ) -> Outgoing:
+    def send(self, key: TransferKey, slot: Slot, num_tokens: int) -> Outgoing:
         """Pin the first `num_tokens` tokens of a live or parked slot, to be copied elsewhere.
 
-        `lease_s` is how long the other side may be silent; None for one in this process, which
-        cannot die alone. Raises InvalidOperation if the epoch was overtaken.
+        Raises InvalidOperation if the epoch was overtaken.
         """
 
         def begin() -> Outgoing:
             self.cache.pin(slot, num_tokens)
-            return Outgoing(self.cache, key, slot, num_tokens, lease_s)
+            return Outgoing(self.cache, key, slot, num_tokens)
 
         return self._begin(self._outgoing, key, begin)
 
@@ -342,7 +330,6 @@ class Transfers:
         *,
         num_reserved: int = 0,
         recycle: bool = True,
-        lease_s: float | None = None,
         by_pages: bool = False,
     ) -> Incoming:
         """A slot for `tokens` to arrive in, with memory for all of them, and the promise of it for
@@ -359,7 +346,7 @@ class Transfers:
             else:
                 slot, num_held = self.cache.adopt(tokens, variant, recycle=recycle)
             incoming = Incoming(
-                self.cache, self.exits, key, slot, tokens, variant, num_held, lease_s, by_pages
+                self.cache, self.exits, key, slot, tokens, variant, num_held, by_pages
             )
             try:
                 self.cache.reserve(slot, max(num_reserved, len(tokens)))
@@ -371,25 +358,6 @@ class Transfers:
             return incoming
 
         return self._begin(self._incoming, key, begin)
-
-    def expire(self) -> int:
-        """Abort what is under way beyond its lease, park what nobody claimed; returns how many."""
-        now_s, num_ended = time.monotonic(), 0
-        for side in (*self._outgoing.values(), *self._incoming.values()):
-            if side.is_over(now_s):
-                if side.state is TransferState.UNDER_WAY:
-                    side.abort()
-                    num_ended += 1
-                elif isinstance(side, Incoming):
-                    side.park()
-        return num_ended
-
-    def abort_all(self) -> None:
-        """Abort all that is under way, and park what was not claimed."""
-        for side in (*self._outgoing.values(), *self._incoming.values()):
-            side.abort()
-            if isinstance(side, Incoming):
-                side.park()
 
     @property
     def num_under_way(self) -> int:

@@ -193,6 +193,19 @@ def migrate() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def cluster() -> Command:
+    """Policies of a cluster on real instances, and what the simulator says of the same requests.
+
+    Each policy serves the same trace, where memory is short: TTFT, TPOT and latency, preemptions
+    and moves, urgent requests apart. With --roles, prefill and decode apart against instances that
+    do both: how many requests a second keep three pairs of promises.
+    """
+    from .cluster.options import ClusterOptions
+
+    return _measuring(ClusterOptions, ".cluster.bench")
+
+
+@bench.command(cls=LazyCommand)
 def schedule() -> Command:
     """What a request costs the scheduler, from a hundred requests in line to a hundred thousand."""
     from .load.options import ScheduleOptions

@@ -4,6 +4,7 @@ Each command is started once unseen, so that its files lie in the system's cache
 commands take turns.
 """
 
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -31,6 +32,8 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "vkv bench --help": ("-c", _VKV, "bench", "--help"),
     "vkv info": ("-c", _VKV, "info"),
 }
+_LAUNCHER = "from vkv.runtime.cluster.instances.launcher import Launcher"
+RAY = ("-c", f"{_LAUNCHER}; Launcher().close()")
 
 
 def run(options: StartupOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
@@ -43,6 +46,8 @@ def run(options: StartupOptions, folder: Path, command: str) -> tuple[Path, list
     known = list(options.peers)
     pythons = {n: interpreter_of(n, path, known) for n, path in options.peers.items()}
     commands = {name: (sys.executable, *words) for name, words in COMMANDS.items()}
+    if importlib.util.find_spec("ray") is not None:
+        commands["Ray started and ended"] = (sys.executable, *RAY)
     for peer, python in pythons.items():
         commands |= {f"{name}, {peer}": (python, *words) for name, words in COMMANDS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in commands}

@@ -1,71 +1,31 @@
 """Several engines as one: `LLM`'s verbs over a cluster of instances."""
 
-import logging
-import os
-import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-import torch
-
-from ...vmem import janitor, linux
-from ...vmem.errors import InvalidConfig, InvalidOperation, InvalidSamplingParams, VkvError
+from ...vmem import janitor
 from ..engine.config import EngineConfig
 from ..engine.migration.handshake import Stages
 from ..execution.grammars import Grammars
 from ..frontend.chat_template import ChatOptions
 from ..frontend.front_end import FrontEnd
 from ..frontend.progress import BatchProgress
-from ..frontend.prompts import (
-    Message,
-    Prompt,
-    Standing,
-    are_conversations,
-    as_batch,
-    params_for_each,
-    refuse_conversation,
-    standings,
-)
+from ..frontend.prompts import Message, Prompt
 from ..frontend.text_stream import RequestText, StreamDelta
 from ..link.face import Face
 from ..request.outputs import RequestOutput
 from ..request.sampling_params import SamplingParams
-from ..request.spec import SequenceKey
+from .fleet import Fleet
 from .instances.launcher import Launcher
-from .members import Member
-from .policies import CLUSTER_POLICIES, ClusterPolicy, drained_first
+from .options import checked_model, checked_policy, checked_roles, instance_options
+from .policies import ClusterPolicy
 from .router import Router
 from .snapshot import Role
+from .stats import ClusterStats
 from .waiting import Waiting
-
-_log = logging.getLogger(__name__)
-
-_ROLES = ("prefill", "decode", "both")
-_MEET_S = 60.0  # for an instance that is ready to say what it is
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterStats:
-    """What a cluster has done, and what its instances hold.
-
-    Attributes:
-        num_migrations: sequences that moved to another instance and went on there.
-        num_stayed: migrations that were begun and came to nothing; their sequences went on.
-        num_recomputed: sequences that were computed again, since their instance had died.
-        instances: as each was a moment ago.
-        requests: unfinished sequences, and the instance that has each.
-    """
-
-    num_migrations: int
-    num_stayed: int
-    num_recomputed: int
-    instances: tuple[Member, ...]
-    requests: Mapping[SequenceKey, int | None] = field(default_factory=dict)
 
 
 class Cluster:
@@ -81,8 +41,10 @@ class Cluster:
         roles: "prefill", "decode" or "both", one an instance; None for all of them "both".
         policy: a name of `CLUSTER_POLICIES`, or an object of your own; None for "llumnix", or where
             there are roles "disaggregated".
-        address: of a Ray cluster on this machine to join, as of `ray.init`; None to start one.
-        threads: of each instance, on a CPU; None to part the processors evenly.
+        address: of a Ray cluster to join, as of `ray.init`, "auto" for the one that this machine is
+            a node of; its nodes share the instances out. None to start one on this machine.
+        threads: of each instance, on a CPU, which are as many of Ray's CPUs in a cluster that is
+            joined; None to part the processors evenly.
         stages: how sequences are copied where their pages cannot change hands.
         liveness_s: an instance that answers nothing for so long counts as dead, and is killed. It
             answers between two steps, so it must be more than the longest of them.
@@ -116,26 +78,25 @@ class Cluster:
         dtype: str = "auto",
         **options: Any,
     ) -> None:
-        roles = _checked_roles(roles, instances)
+        roles = checked_roles(roles, instances)
         EngineConfig(**options)  # to refuse it here, and not in every process
-        self.policy = _policy(policy, roles)
-        cores = len(os.sched_getaffinity(0))
-        self._order: dict[str, Any] = {
-            "model": _model(model),
+        self.policy = checked_policy(policy, roles)
+        order: dict[str, Any] = {
+            "model": checked_model(model),
             "device": device,
             "dtype": dtype,
-            "options": _options(options, instances, device),
-            "threads": threads or max(1, cores // instances),
         }
-        self._ids = iter(range(1 << 62))
-        self._scaling = threading.Lock()  # one change of the instances at a time
-        self._launcher = Launcher(address)
+        self._launcher = Launcher(address, silence_s=liveness_s)
         self.router = Router(self.policy, self._launcher.kill, stages=stages, liveness_s=liveness_s)
-        self.router.on_leaving = _beside(weakref.ref(self), Cluster._leave)
-        self.router.on_scale = _beside(weakref.ref(self), Cluster._rescale)
+        self._fleet = Fleet(self._launcher, self.router, order)
         weakref.finalize(self, janitor.later, _closing(self.router, self._launcher)).atexit = False
         try:
-            self._start(roles)
+            shares_this_machine = address is None and not self._launcher.wants_gpu(device)
+            sharing = instances if shares_this_machine else None
+            order["options"] = instance_options(options, sharing)
+            order |= self._launcher.share(device, instances)
+            order["threads"] = threads or order["threads"]
+            self._fleet.start(roles)
             self.router.scaled()
             self._front_end = _front_end(self.face)
         except BaseException:
@@ -154,15 +115,7 @@ class Cluster:
         tenant: str | Sequence[str] = "",
     ) -> list[RequestOutput]:
         """As `LLM.generate`; a request that goes wrong has an `error` in its output."""
-        batch = as_batch(prompts)
-        for prompt in (prompts, *batch):
-            refuse_conversation(prompt)
-        each = params_for_each(params, len(batch))
-        where = standings(priority, tenant, len(batch))
-        requests = [
-            self._front_end.request(prompt, one, standing=standing)
-            for prompt, one, standing in zip(batch, each, where, strict=True)
-        ]
+        requests = self._front_end.batch(prompts, params, priority=priority, tenant=tenant)
         return self._run(requests, progress)
 
     def chat(
@@ -176,13 +129,9 @@ class Cluster:
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """As `LLM.chat`."""
-        conversations: Any = messages if are_conversations(messages) else [messages]
-        each = params_for_each(params, len(conversations))
-        where = standings(priority, tenant, len(conversations))
-        requests = [
-            self._front_end.chat_request(conversation, one, options, standing=standing)
-            for conversation, one, standing in zip(conversations, each, where, strict=True)
-        ]
+        requests = self._front_end.chats(
+            messages, params, options, priority=priority, tenant=tenant
+        )
         return self._run(requests, progress)
 
     def stream(
@@ -195,16 +144,11 @@ class Cluster:
         **options: Unpack[ChatOptions],
     ) -> Iterator[StreamDelta]:
         """As `LLM.stream`: it goes on whichever instance the request is on."""
-        standing = Standing(priority=priority, tenant=tenant)
-        request = self._front_end.request(prompt, params, options, standing)
-        if request.spec.params.n != 1:
-            raise InvalidSamplingParams(
-                f"n = {request.spec.params.n}: a stream has one output; use generate"
-            )
+        request = self._front_end.stream(prompt, params, options, priority=priority, tenant=tenant)
         return self._stream(request)
 
     def _stream(self, request: RequestText) -> Iterator[StreamDelta]:
-        waiting = Waiting([request])
+        waiting = Waiting([request], each_token=True)
         try:
             self.router.submit(waiting.sinks)
             while (delta := waiting.next_delta()) is not None:
@@ -245,80 +189,15 @@ class Cluster:
         What fits nowhere else ends where it is. Raises InvalidOperation if it is the only one, or
         if something is left after `timeout_s`.
         """
-        with self._scaling:
-            others = [m for m in self.router.members() if m.id != instance and not m.is_draining]
-            if not others:
-                raise InvalidOperation(
-                    f"instance {instance} is the only one; close the cluster, or scale it first"
-                )
-            self.router.drain(instance, timeout_s)
-            self.router.end(instance)
+        self._fleet.drain(instance, timeout_s)
 
     def scale(self, instances: int) -> None:
         """Have so many instances: start more, or drain those with least to move away."""
-        if instances < 1:
-            raise InvalidConfig(f"instances is {instances}; a cluster has one at least")
-        members = [m for m in self.router.members() if not m.is_draining]
-        if len(members) < instances:
-            with self._scaling:
-                more: list[Role] = ["both"] * (instances - len(members))
-                self._start(more)
-            return
-        snapshot = self.router.snapshot()
-        for instance in drained_first(snapshot, len(members) - instances):
-            self.drain(instance)
+        self._fleet.scale(instances)
 
     def stats(self) -> ClusterStats:
         """What the cluster has done and holds."""
-        counts = self.router.counts()
-        return ClusterStats(
-            num_migrations=counts.moved,
-            num_stayed=counts.stayed,
-            num_recomputed=counts.orphaned,
-            instances=tuple(self.router.members()),
-            requests=self.router.requests(),
-        )
-
-    def _leave(self, instance: int) -> None:
-        """Drain an instance that was told to end."""
-        try:
-            self.drain(instance)
-        except VkvError as error:  # the last one stays, and so do its requests
-            _log.warning("instance %d was told to end, and stays: %s", instance, error)
-
-    def _rescale(self, instances: int) -> None:
-        """Have as many instances as the policy wants."""
-        try:
-            self.scale(instances)
-        except VkvError as error:
-            _log.warning("there are to be %d instances, and cannot be: %s", instances, error)
-        finally:
-            self.router.scaled()
-
-    def _start(self, roles: Sequence[Role]) -> None:
-        """Start an instance for each role, all at once. If one fails none of them stays."""
-        begun: list[tuple[int, Role]] = [(next(self._ids), role) for role in roles]
-        try:
-            for instance, _ in begun:
-                self._launcher.begin(instance, **self._order)
-            for instance, role in begun:
-                pid = self._launcher.wait(instance)
-                self.router.join(instance, self._launcher.path(instance), role=role, pid=pid)
-            self._wait_for_faces({instance for instance, _ in begun})
-        except BaseException:
-            for instance, _ in begun:
-                self.router.end(instance)
-            raise
-
-    def _wait_for_faces(self, instances: set[int]) -> None:
-        deadline = time.monotonic() + _MEET_S
-        while time.monotonic() < deadline:
-            known = {m.id for m in self.router.members() if m.face is not None}
-            if instances <= known:
-                return
-            self.router.check_open()
-            time.sleep(0.01)
-        raise InvalidOperation(f"instances {sorted(instances)} have said nothing; try again")
+        return self.router.stats()
 
     @property
     def face(self) -> Face:
@@ -353,22 +232,6 @@ class Cluster:
         self.close()
 
 
-def _beside(
-    cluster: "weakref.ref[Cluster]", act: "Callable[[Cluster, int], None]"
-) -> Callable[[int], None]:
-    """Does something with a cluster, if it is still there, on a thread of its own."""
-
-    def work(number: int) -> None:
-        there = cluster()
-        if there is not None and not there.is_closed:
-            act(there, number)
-
-    def begin(number: int) -> None:
-        threading.Thread(target=work, args=(number,), name="vkv-scale", daemon=True).start()
-
-    return begin
-
-
 def _closing(router: Router, launcher: Launcher) -> Any:
     """What a cluster that was dropped is ended by, which must not keep it."""
 
@@ -379,56 +242,8 @@ def _closing(router: Router, launcher: Launcher) -> Any:
     return close
 
 
-def _options(options: Mapping[str, Any], instances: int, device: str) -> dict[str, Any]:
-    """Those of each instance: pages that can change hands, and a part of this machine's memory."""
-    found = dict(options)
-    if options.get("kv", "virtual") == "virtual":
-        found.setdefault("movable", True)
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        half = linux.available_bytes() // 2  # the other for weights and steps
-        found.setdefault("kv_memory", half // instances)
-    return found
-
-
 def _front_end(face: Face) -> FrontEnd:
     grammars = None
     if face.tokenizer is not None:
         grammars = Grammars(face.tokenizer, face.admission.vocab_size)
     return FrontEnd(face, face.admission, grammars)
-
-
-def _checked_roles(roles: Sequence[Role] | None, instances: int) -> list[Role]:
-    if instances < 1:
-        raise InvalidConfig(f"instances is {instances}; a cluster has one at least")
-    if roles is None:
-        return ["both"] * instances
-    unknown = [role for role in roles if role not in _ROLES]
-    if unknown:
-        raise InvalidConfig(f"roles has {unknown[0]!r}; use some of {', '.join(_ROLES)}")
-    if len(roles) != instances:
-        raise InvalidConfig(f"{len(roles)} roles for {instances} instances; name one for each")
-    for one in ("prefill", "decode"):
-        if all(role not in (one, "both") for role in roles):
-            raise InvalidConfig(f"roles {list(roles)} leave nobody to {one}; make one 'both'")
-    return list(roles)
-
-
-def _policy(policy: str | ClusterPolicy | None, roles: Sequence[Role]) -> ClusterPolicy:
-    if policy is None:
-        policy = "llumnix" if all(role == "both" for role in roles) else "disaggregated"
-    if not isinstance(policy, str):
-        return policy
-    if policy not in CLUSTER_POLICIES:
-        raise InvalidConfig(
-            f"policy is {policy!r}; use one of {', '.join(CLUSTER_POLICIES)}, or an object"
-        )
-    return CLUSTER_POLICIES[policy]()
-
-
-def _model(model: str | Path | None) -> str | None:
-    if model is None or isinstance(model, str | Path):
-        return None if model is None else str(model)
-    raise InvalidConfig(
-        f"model is a {type(model).__name__}, which cannot be sent to other processes; save it "
-        "(model.save_pretrained) and give the folder"
-    )

@@ -1,44 +1,21 @@
 """The instances of a cluster, and the picture of them that a policy sees."""
 
+import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ...vmem.errors import InvalidOperation
 from ..engine.migration.arbiter import Arbiter
 from ..engine.migration.ownership import Owned
-from ..engine.stats import EngineStats
 from ..link.face import Face
 from ..link.messages import Pulse
 from .instances.instance_link import InstanceLink
-from .snapshot import ClusterSnapshot, InstanceSnapshot, RequestSnapshot, Role
-
-
-@dataclass(kw_only=True)
-class Member:
-    """An instance.
-
-    Attributes:
-        id: names it as long as the cluster exists.
-        role: what it is for.
-        pid: of its process.
-        is_draining: it takes nothing, and hands over what it has.
-        face: what it is; None until it has said so.
-        stats: what it last said of itself.
-        carried_bytes, handed_pages: of sequences that left it, copied and as they were, so far.
-    """
-
-    id: int
-    role: Role
-    pid: int
-    is_draining: bool = False
-    face: Face | None = None
-    stats: EngineStats | None = None
-    carried_bytes: int = 0
-    handed_pages: int = 0
+from .snapshot import ClusterSnapshot, InstanceSnapshot, Newcomer, RequestSnapshot, Role
+from .stats import Done, Member
 
 
 class Members:
-    """Instances that are connected, by id. Of one event loop.
+    """Instances that are connected, by id. Of one event loop, but for what says otherwise.
 
     Args:
         arbiter: knows what each has to do.
@@ -51,6 +28,8 @@ class Members:
         self._arbiter = arbiter
         self._members: dict[int, Member] = {}
         self._links: dict[int, InstanceLink] = {}
+        self._ended = Done()
+        self._leaving = threading.Lock()  # between being there and having been
         self.scaled_s: float | None = None
         self.switched_s: float | None = None
         self._snapshot: tuple[InstanceSnapshot, ...] | None = None
@@ -61,9 +40,13 @@ class Members:
         self._links[member.id] = link
         self.changed()
 
-    def remove(self, instance: int) -> None:
+    def remove(self, instance: int, *, has_died: bool = False) -> None:
         """Hang up on an instance. Without effect on one that is not there."""
-        self._members.pop(instance, None)
+        with self._leaving:
+            member = self._members.pop(instance, None)
+            if member is not None:
+                end = Done(num_died=1) if has_died else Done(num_drained=1)
+                self._ended = self._ended.plus([Done.of(member), end])
         link = self._links.pop(instance, None)
         if link is not None:
             link.close()
@@ -80,9 +63,19 @@ class Members:
         """The way to it."""
         return self._links.get(instance)
 
+    def links(self) -> list[InstanceLink]:
+        """The ways to all of them."""
+        return list(self._links.values())
+
     def all(self) -> list[Member]:
         """As they are now; copies."""
         return [replace(member) for member in self._members.values()]
+
+    def report(self) -> tuple[list[Member], Done]:
+        """The instances, and what they and those before them have done; from any thread."""
+        with self._leaving:
+            members = [replace(member) for member in list(self._members.values())]
+            return members, self._ended.plus(map(Done.of, members))
 
     def now(self) -> list[Member]:
         """As they are; from any thread, and not to be changed."""
@@ -106,6 +99,22 @@ class Members:
             member.stats = pulse.stats
             member.carried_bytes, member.handed_pages = pulse.carried_bytes, pulse.handed_pages
             self.changed()
+
+    def gave(self, instance: int, newcomer: Newcomer) -> None:
+        """An instance was given a newcomer. Others' pictures stay, or many that come at once would
+        have all of them drawn again for each."""
+        if self._snapshot is not None:
+            self._snapshot = tuple(
+                one.with_given(newcomer) if one.id == instance else one for one in self._snapshot
+            )
+
+    def switch(self, instance: int, role: Role, time_s: float) -> None:
+        """An instance has another role from now on. One that does both remembers its own."""
+        member = self.of(instance)
+        member.home = (member.home or member.role) if role == "both" else None
+        member.role = role
+        self.switched_s = time_s
+        self.changed()
 
     def changed(self) -> None:
         """Something in the next picture is another."""
@@ -157,6 +166,8 @@ class Members:
             id=member.id,
             capacity_tokens=0 if face is None else face.capacity_tokens,
             role=member.role,
+            node=member.node,
+            home=member.home,
             is_alive=face is not None,
             is_draining=member.is_draining,
             used_tokens=sum(r.num_tokens for r in requests if not r.is_waiting),

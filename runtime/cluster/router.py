@@ -1,25 +1,22 @@
 """The way to several engines: each request to one of them, and to another when that is better.
 
 It is an `EnginePort`, so that whatever hands requests to one engine can hand them to a cluster. One
-thread with an event loop hears all instances; an `Arbiter` says whose word counts; a policy says
-where requests go and which of them move.
+thread with an event loop hears all instances; an `Arbiter` says whose word counts; `Decisions` asks
+the policy where requests go and which of them move.
 """
 
 import asyncio
-import logging
-import threading
+import socket
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ...vmem.errors import EngineDied, InvalidOperation, VkvError
 from ...vmem.process import ProcessOwner
 from ..engine.memory.memory_map import MemoryMap
 from ..engine.messages import Abort, Finish, Message, SetPriority
-from ..engine.migration.arbiter import Arbiter, MigrationCounts
+from ..engine.migration.arbiter import Arbiter
 from ..engine.migration.handshake import Stages
 from ..engine.migration.messages import Answer as MoveAnswer
 from ..frontend.driving.sinks import Sink, give
@@ -27,16 +24,17 @@ from ..link.face import Face
 from ..link.messages import Pulse, Question
 from ..request.spec import RequestSpec, SequenceKey
 from ..request.step_output import StepOutput
+from .decisions import Decisions
 from .instances.instance_link import InstanceLink
-from .members import Member, Members
+from .instances.maps import Maps, Seen
+from .loop_thread import LoopThread
+from .members import Members
 from .policies import ClusterPolicy
-from .snapshot import ClusterSnapshot, Newcomer, Role
+from .snapshot import ClusterSnapshot
+from .stats import ClusterStats, Member, MoveUnderWay
 
 _TICK_S = 0.02  # between looks at moves under way
 _DECIDE_S = 0.1  # between questions to the policy
-
-_log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 class Router:
@@ -52,7 +50,7 @@ class Router:
     Attributes:
         error: as of `EnginePort`: what ended the cluster; None while it works.
         on_leaving: called, on the router's thread, for an instance that was told to end.
-        on_scale: likewise, with how many instances the policy wants; `scaled` answers it.
+        decisions: what the policy is asked, on that thread.
 
     One class, since all of it is what happens on one event loop.
     """
@@ -68,25 +66,21 @@ class Router:
     ) -> None:
         self.error: BaseException | None = None
         self.on_leaving: Callable[[int], None] = lambda instance: None
-        self.on_scale: Callable[[int], None] = lambda instances: self.scaled()
-        self._policy = policy
         self._kill = kill
-        self._max_moves = max_moves
         self._liveness_s = liveness_s
         self._owner = ProcessOwner("this cluster")
         self._arbiter = Arbiter(stages=stages)
         self._members = Members(self._arbiter)
+        self.decisions = Decisions(policy, self._arbiter, self._members, max_moves=max_moves)
         self._sinks: weakref.WeakValueDictionary[str, Sink] = weakref.WeakValueDictionary()
-        self._held: deque[RequestSpec] = deque()  # that no instance takes yet
         self._moved: dict[SequenceKey, list[asyncio.Future[None]]] = {}
-        self._num_dispatched = 0
         self._leaving: set[int] = set()
-        self._is_scaling = True  # until the first instances are there
+        self._maps = Maps()
+        self._burials: set[asyncio.Task[None]] = set()
         self._decided_s = 0.0
         self._is_closed = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="vkv-router", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("vkv-router")
+        self._thread.post(self._tick)
 
     # -- as of `EnginePort`, from any thread ---------------------------------------------------
 
@@ -107,7 +101,7 @@ class Router:
         self.check_open()
         for sink in sinks:
             self._sinks[sink.spec.request_id] = sink
-        self._call(self._begin, [sink.spec for sink in sinks])
+        self._thread.post(self._begin, [sink.spec for sink in sinks])
         self.check_open()  # once more: what comes after the end is heard by nobody
 
     def abandon(self, sinks: Sequence[Sink]) -> None:
@@ -120,28 +114,28 @@ class Router:
     def post(self, message: Message) -> None:
         """As of `EnginePort`."""
         assert isinstance(message, Finish | Abort | SetPriority), message
-        self._call(self._tell, message)
+        self._thread.post(self._tell, message)
 
     # -- the instances, from any thread --------------------------------------------------------
 
-    def join(self, instance: int, path: str, *, role: Role, pid: int) -> None:
-        """An instance is ready: connect to it, and give it work from now on."""
-        self._ask(self._join(instance, path, role, pid))
+    def join(self, member: Member, connection: socket.socket) -> None:
+        """An instance is ready, and this is the way to it: give it work from now on."""
+        self._thread.run(self._join(member, connection))
 
     def drain(self, instance: int, timeout_s: float | None = None) -> None:
         """Give an instance nothing more, and wait until all that it has moved or ended.
 
         Raises InvalidOperation if it is unknown, or not empty after `timeout_s`: it drains on then.
         """
-        self._ask(self._drain(instance, timeout_s))
+        self._thread.run(self._drain(instance, timeout_s))
 
     def end(self, instance: int) -> None:
         """End an instance for good; what it still has goes on elsewhere, computed again."""
-        self._ask(self._end_one(instance))
+        self._thread.run(self._end_one(instance))
 
     def scaled(self) -> None:
-        """What `on_scale` asked for is done, or cannot be: the policy may ask again."""
-        self._call(self._has_scaled)
+        """As of `Decisions.has_scaled`."""
+        self._thread.post(self.decisions.has_scaled)
 
     def migrate(self, key: SequenceKey, instance: int) -> bool:
         """Move a sequence; waits until that is over. True if it is there, or ended there.
@@ -149,18 +143,22 @@ class Router:
         Raises InvalidOperation if it is not unfinished, is there or on its way, or if the instance
         takes nothing.
         """
-        return self._ask(self._migrate(key, instance))
+        return self._thread.run(self._migrate(key, instance))
 
     def members(self) -> list[Member]:
         """The instances, as they are now."""
-        return self._ask(self._copied(self._members.all))
+        return self._thread.read(self._members.all)
 
     def ask(self, question: Question) -> list[int | MemoryMap | None]:
         """Have all instances do something between steps; what came of it, in their order.
 
         Raises what it raises in any of them, EngineDied if one is gone meanwhile.
         """
-        return self._ask(self._ask_all(question))
+        return self._thread.run(self._ask_all(question))
+
+    def maps(self) -> dict[int, Seen]:
+        """What the slots of each instance hold; of one that does not answer, what it was."""
+        return self._thread.run(self._maps.look(self._members.links()))
 
     def members_now(self) -> list[Member]:
         """The instances, without waiting for the router's thread; not to be changed."""
@@ -168,20 +166,27 @@ class Router:
 
     def snapshot(self) -> ClusterSnapshot:
         """The cluster as its policy sees it."""
-        return self._ask(self._copied(self._picture))
+        return self._thread.read(self.decisions.picture)
 
     @property
     def is_closed(self) -> bool:
         """True after `close`."""
         return self._is_closed
 
-    def counts(self) -> MigrationCounts:
-        """Migrations that are over."""
-        return self._ask(self._copied(lambda: self._arbiter.counts))
+    def stats(self) -> ClusterStats:
+        """What the cluster has done and holds."""
+        return self._thread.read(self._stats)
 
-    def requests(self) -> dict[SequenceKey, int | None]:
-        """Unfinished sequences, and the instance that has each; None for one that waits for any."""
-        return self._ask(self._copied(self._where))
+    def stats_now(self) -> ClusterStats:
+        """As `stats`, without waiting for the router's thread, and without requests and moves."""
+        counts, (members, done) = self._arbiter.counts, self._members.report()
+        return ClusterStats(
+            num_migrations=counts.moved,
+            num_stayed=counts.stayed,
+            num_recomputed=counts.orphaned,
+            done=done,
+            instances=tuple(members),
+        )
 
     def close(self) -> None:
         """Hang up on all instances. Requests end with InvalidOperation. Closing twice is
@@ -189,30 +194,8 @@ class Router:
         if self._is_closed or not self._owner.is_mine:
             return
         self._is_closed = True
-        self._ask(self._end(InvalidOperation("this cluster was closed while it generated")))
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    # -- between threads -----------------------------------------------------------------------
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.call_soon(self._tick)
-        self._loop.run_forever()
-
-    def _call(self, function: Callable[..., None], *args: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:  # closed in this moment, and its requests with it
-            _log.debug("%s came after the end", function.__name__)
-
-    def _ask(self, work: Coroutine[Any, Any, _T]) -> _T:
-        future: Future[_T] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return future.result()
-
-    async def _copied(self, function: Callable[[], _T]) -> _T:
-        return function()
+        self._thread.run(self._end(InvalidOperation("this cluster was closed while it generated")))
+        self._thread.stop()
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -220,37 +203,16 @@ class Router:
         if self.error is not None:  # since they were submitted
             self._fail_all(EngineDied(str(self.error)))
             return
-        self._held += specs
+        self.decisions.held += specs
         self._dispatch()
         self._send()
 
     def _dispatch(self) -> None:
-        """Give those that wait to instances, in order, as far as the policy lets them."""
-        while self._held:
-            spec = self._held[0]
-            if spec.request_id not in self._sinks:  # nobody waits for it any more
-                self._held.popleft()
-                continue
-            newcomer = Newcomer(
-                key=(spec.request_id, 0),
-                num_tokens=len(spec.prompt_token_ids),
-                priority=spec.priority,
-                tenant=spec.tenant,
-            )
-            snapshot = self._picture()
-            chosen = self._policy.dispatch(snapshot, newcomer)
-            if chosen is None:
-                return
-            self._held.popleft()
-            self._num_dispatched += 1
-            self._members.changed()
-            self._arbiter.add(spec, str(chosen))
+        self.decisions.dispatch(self._sinks.__contains__)
 
     def _tell(self, message: Finish | Abort | SetPriority) -> None:
         if isinstance(message, Abort):
-            held = [spec for spec in self._held if spec.request_id == message.request_id]
-            for spec in held:
-                self._held.remove(spec)
+            for spec in self.decisions.drop(message.request_id):
                 self._route(_aborted(spec))
         self._arbiter.tell(message)
         self._members.changed()
@@ -270,9 +232,19 @@ class Router:
             if sink.is_finished:
                 self._sinks.pop(output.request_id, None)
 
+    def _stats(self) -> ClusterStats:
+        moves = tuple(
+            MoveUnderWay(key=one.key, source=int(one.source), target=int(one.target))
+            for one in self._arbiter.under_way
+        )
+        return replace(self.stats_now(), requests=self._where(), moves=moves)
+
     def _where(self) -> dict[SequenceKey, int | None]:
+        """Unfinished sequences, and the instance that has each; None for one that waits for any."""
         found: dict[SequenceKey, int | None] = {
-            (spec.request_id, index): None for spec in self._held for index in range(spec.params.n)
+            (spec.request_id, index): None
+            for spec in self.decisions.held
+            for index in range(spec.params.n)
         }
         for sequence in self._arbiter.unfinished:
             found[sequence.key] = None if sequence.owner is None else int(sequence.owner)
@@ -284,7 +256,7 @@ class Router:
         """New tokens of some requests."""
         self._route(self._arbiter.accept(outputs))
         self._members.changed()
-        if self._held:
+        if self.decisions.held and any(output.finish_reason is not None for output in outputs):
             self._dispatch()
         if self._members.is_apart:  # what has its first token is to be handed over soon
             self._decided_s = 0.0
@@ -292,8 +264,13 @@ class Router:
 
     def on_answer(self, instance: int, answer: MoveAnswer) -> None:
         """A step of a migration."""
+        num_moving = self._arbiter.num_moving
         self._arbiter.on(answer)
         self._route(self._arbiter.accept())
+        if self.decisions.held and self._arbiter.num_moving < num_moving:  # it may have room now
+            self._members.changed()
+            self._dispatch()
+        self.decisions.place_orphans()  # one whose source died may be known to be here only now
         self._note_moves()
         self._send()
 
@@ -312,11 +289,13 @@ class Router:
 
     def on_gone(self, instance: int, why: str) -> None:
         """It is gone, or seems to be: its requests go on elsewhere, computed again."""
-        self._kill(instance)  # first: what it would say later must never come
-        self._members.remove(instance)
+        self._members.remove(instance, has_died=True)  # what it says from now on comes nowhere
         if not self._members.now():
             self.error = EngineDied(f"no instance is left: the last one, {instance}, {why}")
-        self._bury(instance)
+        loop = asyncio.get_running_loop()
+        burial = loop.create_task(self._end_one(instance))  # which may wait for its node
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
 
     def _bury(self, instance: int) -> None:
         """An instance is no more."""
@@ -325,25 +304,12 @@ class Router:
         self._note_moves()
         if self.error is not None:
             self._fail_all(EngineDied(str(self.error)))
-        elif self._members.now():
-            self._place_orphans()
+        else:
+            self.decisions.place_orphans()
         self._send()
 
-    def _place_orphans(self) -> None:
-        for orphan in self._arbiter.take_orphans():
-            snapshot = self._picture()
-            newcomer = Newcomer(
-                key=orphan.key, num_tokens=len(orphan.token_ids), priority=orphan.spec.priority
-            )
-            chosen = self._policy.dispatch(snapshot, newcomer)
-            if chosen is None:  # backpressure is for newcomers: these were let in
-                able = snapshot.working or snapshot.instances
-                chosen = min(able, key=lambda i: i.num_requests).id
-            self._arbiter.resume(orphan, str(chosen))
-            self._members.changed()
-
     def _fail_all(self, error: VkvError) -> None:
-        self._held.clear()
+        self.decisions.held.clear()
         self._arbiter.take_orphans()
         for reference in self._sinks.valuerefs():
             sink = reference()
@@ -351,45 +317,17 @@ class Router:
                 sink.fail(error)
         self._sinks.clear()
 
-    def _picture(self) -> ClusterSnapshot:
-        return self._members.snapshot(num_dispatched=self._num_dispatched)
-
     # -- from time to time ---------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self._loop.call_later(_TICK_S, self._tick)  # first: a policy of the user's own may raise
+        # First: a policy of the user's own may raise.
+        asyncio.get_running_loop().call_later(_TICK_S, self._tick)
         now_s = time.monotonic()
         if now_s - self._decided_s >= _DECIDE_S:
             self._decided_s = now_s
-            self._decide()
+            self._dispatch()
+            self.decisions.rebalance()
         self._send()
-
-    def _decide(self) -> None:
-        """Ask the policy how many instances there should be, what for, and which requests move."""
-        self._dispatch()
-        snapshot = self._picture()
-        wanted = self._policy.scale(snapshot)
-        if wanted != len(snapshot.working) and not self._is_scaling:
-            self._is_scaling = True
-            self._members.scaled_s = snapshot.time_s
-            self.on_scale(wanted)
-        if len(snapshot.instances) < 2 or not self._arbiter.has_some:
-            return
-        for instance, role in self._policy.roles(snapshot).items():
-            self._members.of(instance).role = role
-            self._members.switched_s = snapshot.time_s
-            self._members.changed()
-        for move in self._policy.migrations(snapshot):
-            if self._arbiter.num_moving >= self._max_moves:
-                break
-            try:
-                self._arbiter.migrate(move.key, str(move.target))
-            except InvalidOperation as error:  # it has just ended
-                _log.debug("%s does not move: %s", move, error)
-
-    def _has_scaled(self) -> None:
-        self._is_scaling = False
-        self._members.scaled_s = time.monotonic()
 
     def _send(self) -> None:
         for name, message in self._arbiter.take():
@@ -408,16 +346,16 @@ class Router:
                     if not future.done():
                         future.set_result(None)
 
-    async def _join(self, instance: int, path: str, role: Role, pid: int) -> None:
-        link = InstanceLink(instance, path, self, liveness_s=self._liveness_s)
-        self._members.add(Member(id=instance, role=role, pid=pid), link)
+    async def _join(self, member: Member, connection: socket.socket) -> None:
+        link = InstanceLink(member.id, connection, self, liveness_s=self._liveness_s)
+        self._members.add(member, link)
 
     async def _migrate(self, key: SequenceKey, instance: int) -> bool:
         member = self._members.of(instance)
         if member.is_draining:
             raise InvalidOperation(f"instance {instance} drains; move to another")
         self._arbiter.migrate(key, str(instance))
-        future = self._loop.create_future()
+        future = asyncio.get_running_loop().create_future()
         self._moved.setdefault(key, []).append(future)
         before = self._arbiter.counts.moved
         self._send()
@@ -444,13 +382,17 @@ class Router:
 
     async def _end_one(self, instance: int) -> None:
         self._members.remove(instance)
-        await asyncio.to_thread(self._kill, instance)
+        try:
+            await asyncio.to_thread(self._kill, instance)
+        except RuntimeError:  # this process ends, and begins nothing beside any more
+            self._kill(instance)
         self._bury(instance)
 
     async def _end(self, error: VkvError) -> None:
         for member in self._members.all():
             self._members.remove(member.id)
         self._fail_all(error)
+        await asyncio.gather(*self._burials, return_exceptions=True)
         for futures in self._moved.values():
             for future in futures:
                 future.cancel()

@@ -57,8 +57,10 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         id: names it as long as the cluster exists.
+        home: what it was to be, where its role is "both" since others are missing; else None.
         is_alive: it answers.
         is_draining: it is to end, takes nothing, and hands over what it has.
+        node: names the machine that it is on.
         capacity_tokens: tokens whose keys and values it can hold.
         used_tokens: of live requests, those included for which room is kept while they come.
         parked_tokens: of finished requests; they give way to live ones.
@@ -71,6 +73,8 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     id: int
     capacity_tokens: int
     role: Role = "both"
+    node: str = ""
+    home: Role | None = None
     is_alive: bool = True
     is_draining: bool = False
     used_tokens: int = 0
@@ -102,6 +106,11 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         return self.max_running is None or self.num_running < self.max_running
 
     @property
+    def own_role(self) -> Role:
+        """What it is to be where nobody is missing."""
+        return self.home or self.role
+
+    @property
     def is_for_prompts(self) -> bool:
         """Whether newcomers are for it."""
         return self.takes_work and self.role != "decode"
@@ -110,6 +119,21 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     def is_for_decodes(self) -> bool:
         """Whether requests that generate are for it."""
         return self.takes_work and self.role != "prefill"
+
+    def with_given(self, newcomer: Newcomer) -> Self:
+        """The same once it was given a newcomer: in line if others are, else taken to run."""
+        if self.num_waiting:
+            return self.with_newcomer(newcomer)
+        request = RequestSnapshot(
+            newcomer.key, newcomer.num_tokens, newcomer.num_tokens, newcomer.priority
+        )
+        return msgspec.structs.replace(
+            self,
+            num_running=self.num_running + 1,
+            used_tokens=self.used_tokens + newcomer.num_tokens,
+            queued_tokens=self.queued_tokens + newcomer.num_tokens,
+            requests=(*self.requests, request),
+        )
 
     def with_newcomer(self, newcomer: Newcomer) -> Self:
         """The same with a newcomer in line, until it reports it itself."""
@@ -161,6 +185,11 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_dispatched: int = 0
     scaled_s: float | None = None
     switched_s: float | None = None
+
+    def is_copied(self, source: InstanceSnapshot, target: InstanceSnapshot) -> bool:
+        """Whether moving a request between two instances takes bytes, and not just its pages."""
+        link = self.links.get((source.id, target.id))
+        return source.node != target.node if link is None else link.bytes_per_s is not None
 
     @property
     def working(self) -> list[InstanceSnapshot]:

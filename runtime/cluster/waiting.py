@@ -15,13 +15,19 @@ _A_LITTLE_S = 0.1  # a signal's handler waits no longer
 class Waiting:
     """Some requests and who waits for them.
 
+    Args:
+        each_token: whether the one who waits wants to be woken for each token (`next_delta`), and
+            not for the end of a request alone.
+
     Attributes:
         sinks: where their outputs go; dropped with this object.
     """
 
-    def __init__(self, requests: Sequence[RequestText]) -> None:
+    def __init__(self, requests: Sequence[RequestText], *, each_token: bool = False) -> None:
         self._arrived = threading.Condition()
-        self.sinks: list[Sink] = [_Waited(request, self._arrived) for request in requests]
+        self.sinks: list[Sink] = [
+            _Waited(request, self._arrived, each_token) for request in requests
+        ]
         self._requests = requests
 
     def wait_a_little(self) -> bool:
@@ -49,10 +55,13 @@ class Waiting:
 class _Waited:
     """A request's sink, as of `Sink`."""
 
-    def __init__(self, request: RequestText, arrived: threading.Condition) -> None:
+    def __init__(
+        self, request: RequestText, arrived: threading.Condition, each_token: bool
+    ) -> None:
         self.spec = request.spec
         self._request = request
         self._arrived = arrived
+        self._each_token = each_token
 
     @property
     def is_finished(self) -> bool:
@@ -61,7 +70,8 @@ class _Waited:
     def accept(self, output: StepOutput) -> Sequence[Message]:
         with self._arrived:
             messages = self._request.accept(output)
-            self._arrived.notify_all()
+            if self._each_token or self._request.is_finished:
+                self._arrived.notify_all()
             return messages
 
     def fail(self, error: VkvError) -> None:

@@ -163,7 +163,7 @@ class EngineLoop:
 
     def memory_map(self) -> MemoryMap:
         """What each slot holds now; for the driver alone."""
-        return draw_memory(self.engine)
+        return draw_memory(self.engine, {**self.arrivals.slots(), **self.departures.slots()})
 
     def trim(self) -> int:
         """Give the memory of finished requests back to the system; returns the bytes."""

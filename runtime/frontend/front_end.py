@@ -21,9 +21,14 @@ from .prompts import (
     PlainPrompt,
     Prompt,
     Standing,
+    are_conversations,
+    as_batch,
     as_plain,
     check_params,
     is_conversation,
+    params_for_each,
+    refuse_conversation,
+    standings,
 )
 from .text_stream import RequestText
 from .tokenizer import encode, own_copy, settle, spell
@@ -71,6 +76,65 @@ class FrontEnd:
     def callers_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """A tokenizer for callers to use and change; prompts are not touched by that."""
         return None if self.tokenizer is None else own_copy(self.tokenizer)
+
+    # -- as callers give them: one or several, all of them right or none ------------------------
+
+    def batch(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        priority: int | Sequence[int],
+        tenant: str | Sequence[str],
+    ) -> list[RequestText]:
+        """Requests for prompts, arguments as of `LLM.generate`. Raises a `UsageError`."""
+        each_prompt = as_batch(prompts)
+        for prompt in (prompts, *each_prompt):
+            refuse_conversation(prompt)
+        each = params_for_each(params, len(each_prompt))
+        where = standings(priority, tenant, len(each_prompt))
+        return [
+            self.request(prompt, one, standing=standing)
+            for prompt, one, standing in zip(each_prompt, each, where, strict=True)
+        ]
+
+    def chats(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        options: ChatOptions,
+        *,
+        priority: int | Sequence[int],
+        tenant: str | Sequence[str],
+    ) -> list[RequestText]:
+        """Requests for conversations, arguments as of `LLM.chat`. Raises a `UsageError`."""
+        conversations: Any = messages if are_conversations(messages) else [messages]
+        each = params_for_each(params, len(conversations))
+        where = standings(priority, tenant, len(conversations))
+        return [
+            self.chat_request(conversation, one, options, standing=standing)
+            for conversation, one, standing in zip(conversations, each, where, strict=True)
+        ]
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Message],
+        params: SamplingParams | None,
+        options: ChatOptions,
+        *,
+        priority: int,
+        tenant: str,
+    ) -> RequestText:
+        """A request of one output, arguments as of `LLM.stream`. Raises a `UsageError`."""
+        standing = Standing(priority=priority, tenant=tenant)
+        request = self.request(prompt, params, options, standing)
+        if request.spec.params.n != 1:
+            raise InvalidSamplingParams(
+                f"n = {request.spec.params.n}: a stream has one output; use generate"
+            )
+        return request
+
+    # -- one by one ----------------------------------------------------------------------------
 
     def request(
         self,

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...vmem import janitor
-from ...vmem.errors import InvalidConfig, InvalidOperation, InvalidSamplingParams
+from ...vmem.errors import InvalidConfig, InvalidOperation
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.engine import Engine
@@ -24,16 +24,7 @@ from .chat_template import ChatOptions
 from .driving.driver import LoopDriver
 from .front_end import FrontEnd
 from .progress import BatchProgress
-from .prompts import (
-    Message,
-    Prompt,
-    Standing,
-    are_conversations,
-    as_batch,
-    params_for_each,
-    refuse_conversation,
-    standings,
-)
+from .prompts import Message, Prompt
 from .sessions.session import Session
 from .sessions.sessions import Saved, Sessions
 from .text_stream import RequestText, StreamDelta
@@ -131,15 +122,7 @@ class LLM:
         exception, Ctrl-C included, the requests' pages are given back.
         """
         self._driver.check_ready()
-        batch = as_batch(prompts)
-        for prompt in (prompts, *batch):
-            refuse_conversation(prompt)
-        each = params_for_each(params, len(batch))
-        where = standings(priority, tenant, len(batch))
-        requests = [
-            self._front_end.request(prompt, one, standing=standing)
-            for prompt, one, standing in zip(batch, each, where, strict=True)
-        ]
+        requests = self._front_end.batch(prompts, params, priority=priority, tenant=tenant)
         return self._run(requests, progress, on_error)
 
     def chat(
@@ -164,13 +147,9 @@ class LLM:
         Raises InvalidPrompt if there is no chat template, or if it does not know what it is told.
         """
         self._driver.check_ready()
-        conversations: Any = messages if are_conversations(messages) else [messages]
-        each = params_for_each(params, len(conversations))
-        where = standings(priority, tenant, len(conversations))
-        requests = [
-            self._front_end.chat_request(conversation, one, options, standing=standing)
-            for conversation, one, standing in zip(conversations, each, where, strict=True)
-        ]
+        requests = self._front_end.chats(
+            messages, params, options, priority=priority, tenant=tenant
+        )
         return self._run(requests, progress, on_error)
 
     def stream(
@@ -189,12 +168,7 @@ class LLM:
         loop does, ends the request and gives its pages back. An error of the request is raised.
         """
         self._driver.check_ready()
-        standing = Standing(priority=priority, tenant=tenant)
-        request = self._front_end.request(prompt, params, options, standing)
-        if request.spec.params.n != 1:
-            raise InvalidSamplingParams(
-                f"n = {request.spec.params.n}: a stream has one output; use generate"
-            )
+        request = self._front_end.stream(prompt, params, options, priority=priority, tenant=tenant)
         return self._stream(request)
 
     def _stream(self, request: RequestText) -> Iterator[StreamDelta]:

@@ -239,9 +239,12 @@ class RequestText:
         return self._num_cached
 
     def take_delta(self) -> StreamDelta | None:
-        """What the first output got since the last call; None if no token came."""
+        """What the first output got since the last call, be it no more than its end; None if that
+        is nothing, or an error."""
         delta = self._sequences[0].take_delta()
-        return delta if delta is not None and delta.token_ids else None
+        if delta is not None and not delta.token_ids and delta.finish_reason == "error":
+            return None
+        return delta
 
     def take_deltas(self) -> list[StreamDelta]:
         """What each output got since the last call, those with nothing left out."""

@@ -1,17 +1,19 @@
-"""Carries keys and values between engines in several processes of one machine, over Unix sockets.
+"""Carries keys and values between engines in several processes: over Unix sockets within a node,
+and over TCP between nodes.
 
     source                                   target
-    connect ── which, from, to ────────────▶ looks up what was offered
+    connect ── number, start, stop ────────▶ looks up what was offered
     Channel.send ── stage, bytes, sum ─────▶ Channel.receive
 
 A connection is for one stage. At the target it is served on a thread of its own, while the engine
-computes.
+computes; at the source, what goes over a network is on a thread from the first packet on.
 """
 
 import itertools
 import logging
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,17 +22,18 @@ import msgspec
 from ...allocator.transfer import Incoming, Outgoing
 from ...allocator.transfer.channels import Channel, ChannelJob, CopyChannel, PageChannel
 from ...vmem.errors import InvalidOperation, VkvError
+from .addresses import Address, Listener, Place, listen_near
 
 _TIMEOUT_S = 10.0  # that the other side may be silent
-_MOST_WAITING = 64
+_PURPOSE = "keys and values"
 
 _log = logging.getLogger(__name__)
 
 
 class _Offer(msgspec.Struct, frozen=True, array_like=True):
-    """Where tokens are to go: a socket, and what they are called there."""
+    """Where tokens are to go: who takes them, and what they are called there."""
 
-    path: str
+    address: Address
     number: int
     by_pages: bool
 
@@ -44,26 +47,35 @@ class _Call(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SocketCarrier:
-    """As of `Carrier`, between processes that share a folder.
+    """As of `Carrier`, between processes of one node, which share a folder, or of several.
 
     Args:
-        path: of the socket that this process listens on; it is made with the first offer.
+        path: of the Unix socket that this process listens on; if the place is one that other nodes
+            call, it listens on a TCP port, too.
+        place: where this process is; by default on the one node that there is.
         is_checked: compare checksums of what was copied.
 
-    Attributes:
-        num_bytes, num_pages: that were copied from here, and that were handed over, so far.
+    Raises OSError or InvalidOperation if it cannot listen.
     """
 
     moves_pages = True
 
-    def __init__(self, path: str, *, is_checked: bool = False) -> None:
-        self.num_bytes = self.num_pages = 0
-        self._path = path
+    def __init__(self, path: str, *, place: Place | None = None, is_checked: bool = False) -> None:
+        self._place = place or Place()
+        self._address = Address(self._place.node, path)
         self._is_checked = is_checked
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._offered: dict[int, tuple[Incoming, list[ChannelJob]]] = {}
-        self._listener: socket.socket | None = None
+        self._carrying: list[ChannelJob] = []
+        self._carried = (0, 0)
+        self._listeners: list[Listener] = []
+        self._listen()
+
+    @property
+    def node(self) -> str:
+        """As of `Carrier`."""
+        return self._place.node
 
     # -- at the target -------------------------------------------------------------------------
 
@@ -73,9 +85,8 @@ class SocketCarrier:
             known = [n for n, (offered, _) in self._offered.items() if offered is incoming]
             number = known[0] if known else next(self._numbers)
             if not known:
-                self._listen()
                 self._offered[number] = incoming, []
-        return msgspec.msgpack.encode(_Offer(self._path, number, incoming.by_pages))
+        return msgspec.msgpack.encode(_Offer(self._address, number, incoming.by_pages))
 
     def withdraw(self, incoming: Incoming) -> None:
         """As of `Carrier`."""
@@ -88,23 +99,28 @@ class SocketCarrier:
     def close(self) -> None:
         """Take nothing more. Closing twice is harmless."""
         with self._lock:
-            listener, self._listener = self._listener, None
-        if listener is not None:
-            with suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # wakes up who accepts
+            listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            if isinstance(listener, socket.socket):
+                with suppress(OSError):
+                    listener.shutdown(socket.SHUT_RDWR)  # wakes up who accepts
             listener.close()
-            Path(self._path).unlink(missing_ok=True)
+        if listeners:
+            Path(self._address.path).unlink(missing_ok=True)
 
     def _listen(self) -> None:
-        if self._listener is None:
-            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._listener.bind(self._path)
-            self._listener.listen(_MOST_WAITING)
+        self._listeners.append(listen_near(self._address.path))
+        if self._place.host:
+            gate = self._place.open_gate(_PURPOSE)
+            self._listeners.append(gate)
+            host, port = gate.getsockname()
+            self._address = msgspec.structs.replace(self._address, host=host, port=port)
+        for listener in self._listeners:
             threading.Thread(
-                target=self._accept, args=(self._listener,), name="vkv-carrier", daemon=True
+                target=self._accept, args=(listener,), name="vkv-carrier", daemon=True
             ).start()
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: Listener) -> None:
         while True:
             try:
                 connection, _ = listener.accept()
@@ -133,39 +149,68 @@ class SocketCarrier:
 
     # -- at the source -------------------------------------------------------------------------
 
+    @property
+    def num_carried(self) -> tuple[int, int]:
+        """Bytes that were copied from here, and pages that were handed over, so far."""
+        with self._lock:
+            done = [job for job in self._carrying if job.is_done]
+            self._carrying = [job for job in self._carrying if not job.is_done]
+            good = [job for job in done if job.error is None]
+            num_bytes, num_pages = self._carried
+            self._carried = (
+                num_bytes + sum(job.num_bytes for job in good),
+                num_pages + sum(job.num_pages for job in good),
+            )
+            return self._carried
+
     def carry(self, outgoing: Outgoing, address: bytes, start: int, stop: int) -> ChannelJob:
-        """As of `Carrier`."""
+        """As of `Carrier`. Whether another node answers is told by the job."""
         offer = msgspec.msgpack.decode(address, type=_Offer)
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        call = msgspec.msgpack.encode(_Call(offer.number, start, stop))
+        connection: socket.socket | None = None
+
+        def open_it(there: socket.socket) -> None:
+            self._place.finish_call(there, offer.address, _PURPOSE, _TIMEOUT_S)
+            _send(there, call)
+
         try:
-            connection.settimeout(_TIMEOUT_S)
-            connection.connect(offer.path)
-            _send(connection, msgspec.msgpack.encode(_Call(offer.number, start, stop)))
-            channel = self._channel(connection, offer.by_pages)
+            connection = self._place.begin_call(offer.address, _TIMEOUT_S)
+            if self._place.is_near(offer.address):
+                _send(connection, call)
+                channel = self._channel(connection, offer.by_pages)
+            else:
+                channel = self._channel(connection, offer.by_pages, open_it)
             job = channel.send(outgoing, start, stop)
-        except (OSError, VkvError) as error:  # a refusal of the system's ends the move, no more
-            connection.close()
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if not isinstance(error, OSError | VkvError):
+                raise
+            # A refusal of the system's ends the move, no more.
             raise InvalidOperation(
-                f"nothing goes to {offer.path} ({error}); begin another move"
+                f"nothing goes to {offer.address} ({error}); begin another move"
             ) from error
-        except BaseException:
-            connection.close()
-            raise
-        threading.Thread(
-            target=self._run, args=(job, channel), name="vkv-carry", daemon=True
-        ).start()
+        with self._lock:
+            self._carrying.append(job)
+        threading.Thread(target=_run, args=(job, channel), name="vkv-carry", daemon=True).start()
         return job
 
-    def _channel(self, connection: socket.socket, by_pages: bool) -> Channel:
-        kind = PageChannel if by_pages else CopyChannel
-        return kind(connection, timeout_s=_TIMEOUT_S, is_checked=self._is_checked)
+    def _channel(
+        self,
+        connection: socket.socket,
+        by_pages: bool,
+        opening: Callable[[socket.socket], None] | None = None,
+    ) -> Channel:
+        if by_pages:
+            return PageChannel(connection, timeout_s=_TIMEOUT_S, is_checked=self._is_checked)
+        return CopyChannel(
+            connection, timeout_s=_TIMEOUT_S, is_checked=self._is_checked, opening=opening
+        )
 
-    def _run(self, job: ChannelJob, channel: Channel) -> None:
-        job.run()
-        channel.close()
-        if job.error is None:
-            self.num_bytes += job.num_bytes
-            self.num_pages += job.num_pages
+
+def _run(job: ChannelJob, channel: Channel) -> None:
+    job.run()
+    channel.close()
 
 
 def _send(connection: socket.socket, message: bytes) -> None:

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from ..engine.config import EngineConfig
 from ..engine.loop import EngineLoop, refusal
 from ..engine.messages import Abort, Add, Finish, Resume, SetPriority
 from ..engine.migration.messages import Answer as MoveAnswer
-from ..engine.migration.messages import Command, Commit, Release
+from ..engine.migration.messages import Cancel, Command, Commit, GoOn, Release, WentOn
 from ..request.spec import SequenceKey
 from ..request.step_output import Failure, StepOutput
+from .addresses import Listener
 from .carrier import SocketCarrier
 from .face import Face
 from .messages import (
@@ -76,9 +78,11 @@ class _Front:
 
     Attributes:
         unfinished: its requests, each with those of its outputs that have not ended.
+        heard_s: when it last said anything.
     """
 
     frames: Frames
+    heard_s: float
     unfinished: dict[str, set[int]] = field(default_factory=dict)
 
 
@@ -89,22 +93,30 @@ class EngineServer:
     turns the loop, hears the fronts and answers them, between two steps.
 
     Args:
+        listener: where fronts call; those that it accepts are believed.
         carrier: carries keys and values of sequences that move; None where none ever does.
+        silence_s: a front that says nothing for so long, not even "ping", counts as gone; None
+            where the system tells of every end, as within a machine.
+        on_deserted: called when the last front has gone; None to wait for the next.
     """
 
     def __init__(
         self,
         loop: EngineLoop,
         face: Face,
-        listener: socket.socket,
+        listener: Listener,
         *,
         idle_trim_s: float | None,
         carrier: SocketCarrier | None = None,
+        silence_s: float | None = None,
+        on_deserted: Callable[[], None] | None = None,
     ) -> None:
         self._loop = loop
         self._welcome = encode(Welcome(face.pack()))
         self._listener = listener
         self._idle_trim_s = idle_trim_s
+        self._silence_s = silence_s
+        self._on_deserted = on_deserted
         self._fronts: dict[str, _Front] = {}  # by request
         self._all_fronts: list[_Front] = []
         self._selector = selectors.DefaultSelector()
@@ -139,6 +151,7 @@ class EngineServer:
     def turn(self) -> None:
         """Take what has come, wait if there is nothing to do, and run one step."""
         self._receive(0 if self._loop.has_work else self._idle_wait_s())
+        self._drop_silent_fronts()
         if not self._loop.has_work:
             self._rest()
             self._go_on_moving()
@@ -159,7 +172,11 @@ class EngineServer:
         """For how long nothing needs doing, if nobody calls; None for ever."""
         if self._moves is not None and self._moves.is_busy:
             return _MOVE_POLL_S
-        return None if self._trim_at_s is None else max(0.0, self._trim_at_s - time.monotonic())
+        now_s = time.monotonic()
+        until = [] if self._trim_at_s is None else [self._trim_at_s]
+        if self._silence_s is not None:
+            until += [front.heard_s + self._silence_s for front in self._all_fronts]
+        return max(0.0, min(until) - now_s) if until else None
 
     def _rest(self) -> None:
         if self._trim_at_s is not None and time.monotonic() >= self._trim_at_s:
@@ -176,19 +193,32 @@ class EngineServer:
         if self._moves is None:
             _log.error("%s is not for this engine, whose sequences stay", command)
             return
+        if self._loop.has_mail:  # what came before a command is done before it
+            self._deliver(self._loop.carry_out())
         self._movers[command.key] = front
-        if isinstance(command, Commit):  # its outputs are for who commands it
+        if isinstance(command, Commit | GoOn):  # its outputs are for who commands it
             self._expect(front, command.key)
         answers = self._moves.handle(command)
-        if isinstance(command, Release):
+        self._answer_moves([self._with_prepared(answer) for answer in answers])
+        may_end = isinstance(command, Commit | GoOn | Cancel | Release)
+        if may_end and not self._has(command.key):  # or it has ended long ago
             self._note_end(*command.key)
-        self._answer_moves(answers)
+
+    def _has(self, key: SequenceKey) -> bool:
+        return self._preparing.has(key[0]) or self._loop.engine.find(key) is not None
+
+    def _with_prepared(self, answer: MoveAnswer) -> MoveAnswer:
+        """A sequence whose grammar is compiled is here, though the engine does not know it yet."""
+        if isinstance(answer, WentOn) and self._preparing.has(answer.key[0]):
+            return WentOn(answer.key, answer.epoch, is_here=True)
+        return answer
 
     def _go_on_moving(self) -> None:
         if self._moves is not None and self._movers:
             self._answer_moves(self._moves.poll())
             if not self._moves.is_busy:
                 self._movers.clear()
+                self._pulse()  # what has left by now is counted before this process is ended
 
     def _answer_moves(self, answers: list[MoveAnswer]) -> None:
         """Send answers, after the outputs of before."""
@@ -223,7 +253,7 @@ class EngineServer:
             connection, _ = self._listener.accept()
         except BlockingIOError:  # it has hung up
             return
-        front = _Front(Frames(connection))
+        front = _Front(Frames(connection), heard_s=time.monotonic())
         self._all_fronts.append(front)
         self._selector.register(connection, selectors.EVENT_READ, front)
         self._send(front, self._welcome)
@@ -237,6 +267,7 @@ class EngineServer:
         except EOFError:
             self._drop(front)
             return
+        front.heard_s = time.monotonic()
         for message in messages:
             self._take(front, message)
 
@@ -303,6 +334,18 @@ class EngineServer:
             self._fronts.pop(request_id, None)
             self._preparing.drop(request_id)
             self._loop.post(Abort(request_id))
+        if not self._all_fronts and self._on_deserted is not None:
+            self._on_deserted()
+
+    def _drop_silent_fronts(self) -> None:
+        """After what has come was read: a step may have taken longer than that."""
+        if self._silence_s is None:
+            return
+        for front in list(self._all_fronts):
+            silent_s = time.monotonic() - front.heard_s
+            if silent_s > self._silence_s:
+                _log.error("a front process has said nothing for %.0f s, and is given up", silent_s)
+                self._drop(front)
 
     # -- outputs -------------------------------------------------------------------------------
 
@@ -337,9 +380,7 @@ class EngineServer:
         stats, carrier = self._loop.stats(fresh=True), self._carrier
         if carrier is None:
             return Pulse(stats, self._loop.is_asleep)
-        return Pulse(
-            stats, self._loop.is_asleep, carrier.num_bytes, carrier.num_pages, self._is_leaving
-        )
+        return Pulse(stats, self._loop.is_asleep, *carrier.num_carried, is_leaving=self._is_leaving)
 
     def ask_to_leave(self) -> None:
         """Tell all fronts that the process is to end; from any thread, or a signal's handler."""

@@ -42,6 +42,10 @@ class Preparing:
         future.add_done_callback(lambda done: self._ring(add.spec.request_id, done))
         return True
 
+    def has(self, request_id: str) -> bool:
+        """Whether a request is here."""
+        return request_id in self._waiting
+
     def drop(self, request_id: str) -> Add | None:
         """Forget a request, if it is here; returns it."""
         return self._waiting.pop(request_id, None)

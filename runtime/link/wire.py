@@ -57,24 +57,26 @@ class Frames:
                 self._outgoing.popleft()
 
     def read(self) -> list[bytes]:
-        """The messages that have come whole. Raises EOFError once the other side is gone."""
-        is_over = False
+        """The messages that have come whole. Raises EOFError, which says why, once the other side
+        is gone."""
+        over: str | None = None
         while True:
             try:
                 chunk = self._socket.recv(_CHUNK_BYTES)
             except BlockingIOError:
                 break
-            except ConnectionError:
-                chunk = b""
+            except OSError as error:  # also of a machine that is silent, or cannot be reached
+                over = f"the connection broke: {error}"
+                break
             if not chunk:
-                is_over = True
+                over = "its process has ended"
                 break
             self._incoming += chunk
             if len(chunk) < _CHUNK_BYTES:
                 break
         messages = self._take_whole()
-        if is_over and not messages:
-            raise EOFError
+        if over is not None and not messages:
+            raise EOFError(over)
         return messages
 
     def _take_whole(self) -> list[bytes]:

@@ -89,6 +89,11 @@ class ModelFingerprint:
             self._value = digest.hexdigest()
         return self._value
 
+    @property
+    def known(self) -> str:
+        """The fingerprint if it was computed, at no cost; "" if nobody has asked for it yet."""
+        return self._value or ""
+
     def renew(self) -> None:
         """Somebody changed the model: from now on it is known by its parameters."""
         self._files, self._value = (), None

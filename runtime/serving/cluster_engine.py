@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...vmem.errors import EngineDied, InvalidConfig, UsageError
-from ..cluster.cluster import Cluster, ClusterStats
-from ..cluster.members import Member
-from ..engine.memory.memory_map import MemoryMap, side_by_side
+from ..cluster.cluster import Cluster
+from ..cluster.stats import ClusterStats, Member
+from ..engine.memory.memory_map import MemoryMap
 from ..engine.messages import Message
 from ..engine.stats import EngineStats, together
 from ..frontend.driving.sinks import Sink
 from ..link.face import Face
 from ..link.messages import Question
+from .cluster_map import ClusterMap, ClusterMaps
 
 _FOR_ALL = ("trim", "memory_map")
 
@@ -42,6 +43,7 @@ class ClusterEngine:
         self._is_closed = False
         self._moved_s = time.monotonic()
         self._num_steps = 0
+        self._maps = ClusterMaps()
 
     async def stay_connected(self) -> None:
         """Start the instances; they need nothing more."""
@@ -71,6 +73,10 @@ class ClusterEngine:
     def members(self) -> Sequence[Member]:
         """The instances that there are now."""
         return () if self.cluster is None else self.cluster.router.members_now()
+
+    def cluster_now(self) -> ClusterStats | None:
+        """As of `Instances`: for metrics."""
+        return None if self.cluster is None else self.cluster.router.stats_now()
 
     @property
     def error(self) -> BaseException | None:
@@ -105,11 +111,16 @@ class ClusterEngine:
 
     async def memory_map(self) -> MemoryMap:
         """The slots of all instances, one's behind the other's."""
-        maps = await asyncio.to_thread(self._there().router.ask, "memory_map")
-        found = [one for one in maps if isinstance(one, MemoryMap)]
-        if not found:
+        return (await self.cluster_map()).map
+
+    async def cluster_map(self) -> ClusterMap:
+        """The same, and whose they are. Raises EngineDied while no instance answers."""
+        router = self._there().router
+        seen, stats = await asyncio.to_thread(lambda: (router.maps(), router.stats()))
+        drawn = self._maps.draw(seen, stats)
+        if drawn is None:
             raise EngineDied("no instance is there")
-        return side_by_side(found)
+        return drawn
 
     async def ask(self, question: Question) -> int | MemoryMap | None:
         """As of `EngineLink`. Raises InvalidConfig for what instances do not do together."""

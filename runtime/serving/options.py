@@ -34,13 +34,14 @@ class ServeOptions:
         ssl_keyfile: its key.
         api_server_count: processes that take requests; one where one suffices.
         instances: engines, each a process; with several, requests move between them as the cluster
-            policy says. They are actors of Ray.
+            policy says. They are actors of Ray. One is a plain engine, unless a policy is named.
         max_instances: with more than `instances`, as many are started as are needed, and ended when
             they are not; with the policy llumnix alone.
         roles: what each instance is for: prefill, decode or both, with commas.
         cluster_policy: round_robin, least_loaded, llumnix or disaggregated; by default llumnix, or
             where there are roles disaggregated.
-        ray_address: of a Ray cluster on this machine to join; by default one is started.
+        ray_address: of a Ray cluster to join, auto for the one that this machine is a node of; its
+            nodes share the instances out. By default one is started, on this machine alone.
         max_num_queued_reqs: requests that may wait for a place beside those that run; more get 503.
         max_num_queued_tokens: prompt tokens that may wait; more get 503.
         key_share: the part of all places that one of several keys may hold; more get 429.

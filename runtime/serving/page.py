@@ -5,15 +5,16 @@ import base64
 import hashlib
 import re
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self, runtime_checkable
 
 import msgspec
 from fastapi import APIRouter, Response
 
 from ...vmem.errors import VkvError
 from ..engine.memory.memory_map import MemoryMap
+from .cluster_map import ClusterMap, InstanceMap, Moving
 from .http.errors import ApiError
 from .http.streams import EventStream, event, last_words
 
@@ -30,11 +31,33 @@ class MapSource(Protocol):
     async def memory_map(self) -> MemoryMap: ...
 
 
-class Frame(msgspec.Struct, frozen=True):
-    """A map, and when it was drawn, in seconds of a clock that only runs forward."""
+@runtime_checkable
+class ClusterMapSource(Protocol):
+    """What has maps of several instances to show."""
+
+    async def cluster_map(self) -> ClusterMap: ...
+
+
+class Frame(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A map, and when it was drawn, in seconds of a clock that only runs forward.
+
+    The other fields are as of `ClusterMap`, and are there where there are instances.
+    """
 
     time_s: float
     map: MemoryMap
+    instances: tuple[InstanceMap, ...] = ()
+    moves: tuple[Moving, ...] = ()
+    num_moved: int = 0
+    num_recomputed: int = 0
+
+    @classmethod
+    def of(cls, shown: MemoryMap | ClusterMap) -> Self:
+        """What is shown now."""
+        if isinstance(shown, MemoryMap):
+            return cls(time.monotonic(), shown)
+        parts = {name: getattr(shown, name) for name in shown.__struct_fields__}
+        return cls(time.monotonic(), **parts)
 
 
 class Trouble(msgspec.Struct, frozen=True):
@@ -52,7 +75,8 @@ def page_router(
     """The page at `/`, and its stream of maps at `/memory/stream`.
 
     Args:
-        source: asked at most ten times a second, and only while somebody looks.
+        source: asked at most ten times a second, and only while somebody looks; for the map of a
+            cluster, if it has one.
         keep_alive_s: without a change, until a stream gets a comment.
         is_open: False once the server shuts down: the streams end then.
     """
@@ -81,11 +105,13 @@ class Projector:
     """
 
     def __init__(self, source: MapSource, is_open: Callable[[], bool] = lambda: True) -> None:
-        self._source = source
+        self._look: Callable[[], Awaitable[MemoryMap | ClusterMap]] = (
+            source.cluster_map if isinstance(source, ClusterMapSource) else source.memory_map
+        )
         self._is_open = is_open
         self._num_viewers = 0
         self._asking: asyncio.Task[None] | None = None
-        self._shown: MemoryMap | Trouble | None = None
+        self._shown: MemoryMap | ClusterMap | Trouble | None = None
         self._event = b""  # that shows it
         self._number = 0  # of events so far
         self._news = asyncio.Event()  # the next one: set once, then another takes its place
@@ -134,14 +160,14 @@ class Projector:
     async def _ask_once(self) -> None:
         begin_s = time.monotonic()
         try:
-            self._show(await self._source.memory_map())
+            self._show(await self._look())
         except VkvError as error:  # said to the viewers, as it may pass
             self._show(Trouble(str(error)))
             await asyncio.sleep(_TROUBLE_S)
         else:
             await asyncio.sleep(max(0.0, begin_s + _BETWEEN_S - time.monotonic()))
 
-    def _show(self, what: MemoryMap | Trouble) -> None:
+    def _show(self, what: MemoryMap | ClusterMap | Trouble) -> None:
         if what == self._shown:
             return
         self._shown = what
@@ -149,7 +175,7 @@ class Projector:
         if isinstance(what, Trouble):
             self._event = event(what, "trouble")
         else:
-            self._event = event(Frame(time.monotonic(), what))
+            self._event = event(Frame.of(what))
         self._tell()
 
     def _tell(self) -> None:

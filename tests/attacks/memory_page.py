@@ -1,23 +1,28 @@
 """A picture of the page of memory under load: `runtime/serving/memory_page.png`.
 
-    python tests/attacks/memory_page.py [--dark] [--to FILE]
+    python tests/attacks/memory_page.py [--dark] [--instances N] [--to FILE]
 
-Half a minute, with Playwright and Chromium. `tests/runtime/serving/test_page_browser.py` tests
-what is seen here.
+Half a minute, with Playwright and Chromium; with instances requests move between them all the
+time. `tests/runtime/serving/test_page_browser.py` tests what is seen here.
 """
 
 import argparse
 import asyncio
+import contextlib
+import random
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from page_app import page_app, run_elsewhere, served
 from playwright.sync_api import Page, sync_playwright
-from vkv import AsyncLLM, SamplingParams
+from vkv import AsyncLLM, Cluster, SamplingParams
+from vkv.runtime.serving.cluster_engine import ClusterEngine
+from vkv.vmem.errors import InvalidOperation
 
 ROOT = Path(__file__).parents[2]
 NUM_REQUESTS = 18
@@ -27,14 +32,48 @@ SYSTEM = "You help the keeper of a lighthouse. Be short, be kind, and think of t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dark", action="store_true", help="in dark colours")
+    parser.add_argument("--instances", type=int, help="of a cluster, in place of one engine")
     parser.add_argument("--to", type=Path, default=ROOT / "runtime/serving/memory_page.png")
     options = parser.parse_args()
+    if options.instances:
+        picture_of_instances(options.instances, dark=options.dark, path=options.to)
+        return
     llm = AsyncLLM(max_seqs=18, max_parked=4)
     load = threading.Thread(target=lambda: asyncio.run(ask_all(llm)))
     with served(page_app(llm, llm)) as address:
         take_picture(address, load, dark=options.dark, path=options.to)
         load.join()
     run_elsewhere(llm.close())
+
+
+def picture_of_instances(count: int, *, dark: bool, path: Path) -> None:
+    """Requests move between instances when the picture is taken."""
+    engine = ClusterEngine()
+    with Cluster(instances=count, device="cpu", max_seqs=8, max_parked=2, threads=1) as cluster:
+        engine.cluster = cluster
+        load = threading.Thread(target=move_all, args=(cluster,))
+        with served(page_app(engine, None)) as address:
+            take_picture(address, load, dark=dark, path=path, chats=False)
+            load.join()
+
+
+def move_all(cluster: Cluster) -> None:
+    """Have requests move to and fro as long as there are any."""
+    params = [
+        SamplingParams(temperature=1, seed=n, max_tokens=900 + 60 * n, ignore_eos=True)
+        for n in range(NUM_REQUESTS)
+    ]
+    prompts = ["Tell me of the sea. " * (1 + n * 7 % 12) for n in range(NUM_REQUESTS)]
+    asking = threading.Thread(target=cluster.generate, args=(prompts, params))
+    asking.start()
+    while asking.is_alive():
+        stats = cluster.stats()
+        for (name, index), owner in list(stats.requests.items())[:2]:
+            others = [one.id for one in stats.instances if one.id != owner]
+            with contextlib.suppress(InvalidOperation):  # it has just ended, or moves already
+                cluster.migrate(name, random.choice(others), index=index)
+        time.sleep(0.3)
+    asking.join()
 
 
 async def ask_all(llm: AsyncLLM) -> None:
@@ -57,7 +96,9 @@ async def ask_all(llm: AsyncLLM) -> None:
     await asyncio.gather(*(ask(number) for number in range(NUM_REQUESTS)))
 
 
-def take_picture(address: str, load: threading.Thread, *, dark: bool, path: Path) -> None:
+def take_picture(
+    address: str, load: threading.Thread, *, dark: bool, path: Path, chats: bool = True
+) -> None:
     """Once the load has run for a while, with a chat beside it."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(
@@ -70,9 +111,11 @@ def take_picture(address: str, load: threading.Thread, *, dark: bool, path: Path
         page.wait_for_selector("#link[data-state=live]")
         load.start()
         page.wait_for_timeout(1000)
-        ask(page, "hello", most=11)
+        if chats:
+            ask(page, "hello", most=11)
         page.wait_for_timeout(6500)
-        ask(page, "tell me about the moon", most=400)
+        if chats:
+            ask(page, "tell me about the moon", most=400)
         page.wait_for_timeout(900)
         page.screenshot(path=path)
         chromium.close()

@@ -11,8 +11,10 @@ and late, engines rest, clients go away, and one engine of each run dies. Some m
 import argparse
 import itertools
 import random
+import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ def main() -> None:
     specs = migrating.specs(migrating.prompts(), max_tokens=40)
     alone: dict[str, migrating.Streams] = {}
     num_moved, num_stayed, start = 0, 0, time.perf_counter()
+    reasons: Counter[str] = Counter()
     for seed in itertools.count():
         for label, model_type, options in _CASES:
             model = zoo.tiny_model(model_type)
@@ -79,13 +82,28 @@ def main() -> None:
             _compare(rig.streams, alone[model_type], gone, f"{label}, seed {seed}")
             num_moved += counts.moved
             num_stayed += counts.stayed
+            reasons.update(map(_kind, rig.reasons))
             sys.stdout.write(
                 f"{label}: {num_moved} moved, {num_stayed} stayed, "
                 f"{time.perf_counter() - start:.0f} s\n"
             )
             sys.stdout.flush()
             if num_moved >= given.migrations:
+                _tell(reasons)
                 return
+
+
+def _kind(why: str) -> str:
+    """A reason without what it is of."""
+    why = re.sub(r"\('(\d+)', (\d+)\)|<?Request\([^)]*\)>?|request '\d+'", "it", why)
+    return re.sub(r"\d+", "…", why)
+
+
+def _tell(reasons: Counter[str]) -> None:
+    """Why sequences stayed, the most frequent reason first."""
+    sys.stdout.write(f"{reasons.total()} stayed or were lost:\n")
+    for why, count in reasons.most_common():
+        sys.stdout.write(f"  {count:5}  {why}\n")
 
 
 def _drive(rig: migrating.Rig, draw: random.Random, *, faults: bool) -> set[str]:

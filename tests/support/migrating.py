@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vkv import LLM, SamplingParams, StructuredOutputsParams
 from vkv.runtime.engine.loop import EngineLoop
 from vkv.runtime.engine.messages import Abort, Add
-from vkv.runtime.engine.migration.handshake import Stages
+from vkv.runtime.engine.migration.handshake import Handshake, Stages
 from vkv.runtime.engine.migration.local import Channel, Migrations, Post
 from vkv.runtime.engine.migration.messages import Answer, Command
 from vkv.runtime.request.outputs import Logprob
@@ -61,13 +61,19 @@ class Clock:
 
 @dataclass
 class Rig:
-    """Migrations whose clock counts turns, and what has come of them."""
+    """Migrations whose clock counts turns, and what has come of them.
+
+    Attributes:
+        reasons: why sequences did not move, one of each that stayed or was lost.
+    """
 
     migrations: Migrations
     loops: dict[str, EngineLoop]
     clock: Clock
     streams: Streams = field(default_factory=dict)
     num_turns: int = 0
+    reasons: list[str] = field(default_factory=list)
+    _moving: list[Handshake] = field(default_factory=list)
 
     def add(self, specs: Sequence[RequestSpec]) -> None:
         """Queue requests with the instances in turn."""
@@ -84,6 +90,7 @@ class Rig:
         self.clock.now_s += 1
         for output in self.migrations.turn(resting):
             self.streams[output.request_id, output.index].take(output)
+        self._note_reasons()
         self.check_owners()
 
     def check_owners(self) -> None:
@@ -100,6 +107,11 @@ class Rig:
                 continue
             if not self.loops[arbiter.owner(key)].has_mail:
                 assert having == [arbiter.owner(key)], key
+
+    def _note_reasons(self) -> None:
+        over = [one for one in self._moving if one.is_done]
+        self._moving = [one for one in self._moving if not one.is_done]
+        self.reasons += [f"{one.why}" for one in over if one.outcome != "moved"]
 
     @property
     def unfinished(self) -> list[SequenceKey]:
@@ -120,6 +132,9 @@ class Rig:
             if owner is None or arbiter.handshake(key) is not None or draw.random() >= rate:
                 continue
             self.migrations.migrate(key, draw.choice([name for name in names if name != owner]))
+            handshake = arbiter.handshake(key)
+            assert handshake is not None
+            self._moving.append(handshake)
             count += 1
         return count
 

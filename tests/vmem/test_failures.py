@@ -78,8 +78,9 @@ def snapshot(rig, address):
         for at in driver._page_table
     }
     kernel = kernel_mappings(address, NUM_PAGES * driver.page_bytes)
-    books = (dict(driver._page_table), dict(driver._map_counts), dict(driver._reservations))
-    mapped = [reservation.num_mapped for reservation in driver._reservations.values()]
+    reserved = {one.address: one for one in driver._space}
+    books = (dict(driver._page_table), dict(driver._map_counts), reserved)
+    mapped = [reservation.num_mapped for reservation in driver._space]
     return contents, kernel, books, mapped, driver.num_mappings, rig.held()
 
 

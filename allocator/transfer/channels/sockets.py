@@ -45,9 +45,11 @@ class SocketChannel:
     It is used for one stage at a time, in the order in which the jobs are run.
 
     Args:
-        sock: connected, a stream; of the Unix family or TCP.
+        sock: a stream, connected or to be by `opening`; of the Unix family or TCP.
         timeout_s: how long the other side may be silent, before a stage and in the middle of it.
         is_checked: send xxh3 checksums of what is copied.
+        opening: called with the socket on the thread of the first stage, before it: connects a
+            socket that is not, and says what must be said first. What it raises ends the stage.
 
     Attributes:
         is_open: False once it was closed, or the two sides may misunderstand each other.
@@ -56,12 +58,18 @@ class SocketChannel:
     moves_pages = False
 
     def __init__(
-        self, sock: socket.socket, *, timeout_s: float = 10.0, is_checked: bool = False
+        self,
+        sock: socket.socket,
+        *,
+        timeout_s: float = 10.0,
+        is_checked: bool = False,
+        opening: Callable[[socket.socket], None] | None = None,
     ) -> None:
         wire.prepare(sock, timeout_s)
         self.is_open = True
         self._is_checked = is_checked
         self._sock = sock
+        self._opening = opening
         self._lock = threading.Lock()
         self._is_in_step = True
 
@@ -81,6 +89,9 @@ class SocketChannel:
                 raise TransferError("the channel is closed; open another")
             self._is_in_step = False
             try:
+                if self._opening is not None:
+                    self._opening(self._sock)
+                    self._opening = None
                 yield
                 self._is_in_step = True
             finally:

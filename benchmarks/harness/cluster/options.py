@@ -1,12 +1,24 @@
-"""What `vkv simulate` and `vkv place` can be told."""
+"""What `vkv simulate`, `vkv place` and `vkv bench cluster` can be told."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...runtime.cli.options import group, option
 from ...vmem.errors import InvalidConfig
-from ..options import label_option, max_seqs_option, seed_option, words
+from ..options import (
+    decimals,
+    dtype_option,
+    label_option,
+    max_seqs_option,
+    seed_option,
+    shape_option,
+    whole_numbers,
+    words,
+)
+
+if TYPE_CHECKING:
+    import torch
 
 POLICIES = ("round_robin", "least_loaded", "llumnix", "disaggregated")
 ROLES = ("prefill", "decode", "both")
@@ -34,11 +46,14 @@ class Load:
     most_tokens: int | None = option(
         None, least=2, help="Of a prompt with its output, which is cut to that."
     )
+    urgent: float = option(0.0, help="Share of the requests that are urgent.")
     seed: int = seed_option()
 
     def __post_init__(self) -> None:
         if min(self.cv, self.scale) <= 0:
             raise InvalidConfig(f"cv {self.cv} and scale {self.scale} must be positive")
+        if not 0 <= self.urgent <= 1:
+            raise InvalidConfig(f"urgent is {self.urgent}; use a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +69,15 @@ class SimulateOptions:
     """
 
     load: Load = group(Load)
-    rate: float = option(2.0, help="Requests a second, of all instances together.")
+    rates: tuple[float, ...] = option(
+        "2",
+        names=("--rate",),
+        parse=decimals,
+        help="Requests a second, of all instances together; several with commas.",
+    )
+    seeds: tuple[int, ...] = option(
+        "", parse=whole_numbers, help="In place of --seed: several with commas, of which medians."
+    )
     record: Path | None = option(
         None, help="A record of `vkv bench serve` to simulate again, with costs fitted to it."
     )
@@ -68,9 +91,10 @@ class SimulateOptions:
     )
     policies: tuple[str, ...] = option(
         "round_robin,llumnix",
-        names=("--policy",),
+        names=("--policy", "--policies"),
         parse=words,
-        help=f"Policies to compare, of {', '.join(POLICIES)}; with commas.",
+        help=f"Policies to compare, of {', '.join(POLICIES)}; with commas. What is other about one "
+        "follows its name: llumnix:source_below=60:moves=2.",
     )
     capacity_tokens: int | None = option(
         None, least=16, help="Tokens of keys and values of an instance. Default: the table's."
@@ -82,6 +106,7 @@ class SimulateOptions:
     link_gbit: float = option(200.0, help="Gbit/s between instances; 0: pages change hands.")
     link_latency_ms: float = option(1.0, help="Of a handshake between instances.")
     report_ms: float = option(0.0, help="How old what is known of an instance may be.")
+    round_ms: float = option(500.0, least=1, help="Between two rounds of moves, at most.")
     most_instances: int | None = option(
         None, least=1, help="Scale between --instances and so many; with llumnix."
     )
@@ -94,17 +119,83 @@ class SimulateOptions:
     label: str = label_option()
 
     def __post_init__(self) -> None:
-        for name, known in (("policies", POLICIES), ("roles", ROLES)):
-            chosen = getattr(self, name)
-            if unknown := [value for value in chosen if value not in known]:
-                raise InvalidConfig(f"{name} has {unknown[0]!r}; use some of {', '.join(known)}")
+        if unknown := [role for role in self.roles if role not in ROLES]:
+            raise InvalidConfig(f"roles has {unknown[0]!r}; use some of {', '.join(ROLES)}")
         if not self.policies:
             raise InvalidConfig(f"policies is empty; use some of {', '.join(POLICIES)}")
-        if self.rate <= 0 or min(self.link_gbit, self.link_latency_ms, self.report_ms) < 0:
+        if not self.rates or min(self.rates) <= 0:
+            raise InvalidConfig(f"rates are {self.rates}; give one at least, and none that is 0")
+        if min(self.link_gbit, self.link_latency_ms, self.report_ms) < 0:
             raise InvalidConfig(
-                f"rate {self.rate} must be positive, and link_gbit {self.link_gbit}, "
-                f"link_latency_ms {self.link_latency_ms}, report_ms {self.report_ms} from 0 on"
+                f"link_gbit {self.link_gbit}, link_latency_ms {self.link_latency_ms} and report_ms "
+                f"{self.report_ms} must be 0 or more"
             )
+
+
+def _promises(listed: str) -> tuple[tuple[float, float], ...]:
+    """Pairs of milliseconds, to a first token and for each after it."""
+    try:
+        found = [item.split(":") for item in words(listed)]
+        return tuple((float(first), float(each)) for first, each in found)
+    except ValueError as error:
+        raise ValueError("give TTFT:TPOT in milliseconds, such as 500:50,1000:100") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """What `vkv bench cluster` runs.
+
+    Attributes:
+        roles: with any, the same number of instances that do all is compared with these, at rising
+            rates; and no policies.
+        loads: workloads and the requests a second of each.
+        calibrating: requests that the costs of the simulator are fitted to; 0 for no simulator.
+        promises: in milliseconds, to a first token and for each after it.
+    """
+
+    shape: str = shape_option("llama-28m")
+    dtype: "torch.dtype" = dtype_option("float32")
+    instances: int = option(4, least=1, help="How many; each a process.")
+    threads: int = option(1, least=1, help="Of each instance.")
+    policies: tuple[str, ...] = option(
+        "round_robin,least_loaded,llumnix",
+        names=("--policy", "--policies"),
+        parse=words,
+        help=f"Policies to compare, of {', '.join(POLICIES)}; with commas. What is other about one "
+        "follows its name: llumnix:source_below=60:moves=2.",
+    )
+    roles: tuple[str, ...] = option(
+        "", parse=words, help="In place of policies: prefill, decode, both; one each, with commas."
+    )
+    loads: tuple[str, ...] = option(
+        "powerlaw-256-256@16",
+        names=("--workload",),
+        parse=words,
+        help="Workloads and their requests a second, NAME@RATE; several with commas.",
+    )
+    num_requests: int = option(300, least=8, help="Of each run.")
+    scale: float = option(0.125, help="Multiplies all lengths.")
+    most_tokens: int = option(960, least=2, help="Of a prompt with its output, which is cut.")
+    cv: float = option(1.0, help="Variation of the times between arrivals: 1 Poisson, else Gamma.")
+    urgent: float = option(0.0, help="Share of the requests that are urgent.")
+    seeds: tuple[int, ...] = option("0", parse=whole_numbers, help="Traces, one each; with commas.")
+    kv_memory: str = option("16MiB", help="For keys and values, of each instance.")
+    max_seqs: int = max_seqs_option(32)
+    max_batch_tokens: int = option(1024, least=1, help="Tokens of a step.")
+    calibrating: int = option(120, least=0, help="Requests to fit the simulator's costs to.")
+    promises: tuple[tuple[float, float], ...] = option(
+        "500:50,1000:100,2000:200",
+        names=("--slo",),
+        parse=_promises,
+        help="Milliseconds to a first token, and for each after it: TTFT:TPOT, with commas.",
+    )
+    label: str = label_option()
+
+    def __post_init__(self) -> None:
+        if unknown := [role for role in self.roles if role not in ROLES]:
+            raise InvalidConfig(f"roles has {unknown[0]!r}; use some of {', '.join(ROLES)}")
+        if not (self.loads and self.seeds and self.promises and (self.policies or self.roles)):
+            raise InvalidConfig("workload, seeds, slo and policies need one entry at least")
 
 
 @dataclass(frozen=True, kw_only=True)

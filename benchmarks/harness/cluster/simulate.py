@@ -1,15 +1,15 @@
 """`vkv simulate`: a cluster on a virtual clock, under one policy after another."""
 
+import itertools
 import json
 import re
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 import numpy as np
 import torch
 
@@ -21,25 +21,17 @@ from ...runtime.cluster.simulator.fitting import Fit, StepRecord, fit_step_cost,
 from ...runtime.cluster.simulator.instance import InstanceConfig
 from ...runtime.cluster.simulator.trace import Report, Slo
 from ...runtime.cluster.snapshot import Role
+from ...runtime.frontend.progress import counted
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
 from ..record import Findings, Record, Table, record_name
+from .comparison import against_first, by_urgency, figures, latencies, plot, totals
+from .contenders import Contender, contender
 from .options import SimulateOptions
 from .traces import recorded_steps, recorded_trace, trace_of
 
-_SHARES = (50, 90, 99)
 _COMPARED = ("measured", "simulated", "error of")
-_TOTALS = (
-    "policy",
-    "whole",
-    "requests/s",
-    "goodput/s",
-    "kept",
-    "moves",
-    "preemptions",
-    "held back",
-    "instance-hours",
-)
+_MOST_NOTES = 8  # runs up to which each is said to have taken so long
 
 
 def run(options: SimulateOptions, command: str) -> list[Table]:
@@ -47,27 +39,37 @@ def run(options: SimulateOptions, command: str) -> list[Table]:
     if options.record is not None:
         return _again(options.record)
     cost, notes = _cost(options)
-    config = _config(options, cost)
-    trace = trace_of(options.load, options.rate)
+    contenders = [contender(text) for text in options.policies]
     slo = Slo(ttft_s=options.slo_ttft_ms / 1e3, tpot_s=options.slo_tpot_ms / 1e3)
-    reports: dict[str, Report] = {}
+    runs: dict[tuple[str, str], list[Report]] = {}
     probe = LimitsProbe(torch.device("cpu"), torch.float32)
 
     def steps() -> Generator[None, None, None]:
-        for name in options.policies:
-            if options.out is not None:
-                probe.measure()
-            start, cpu = time.perf_counter(), time.process_time()
-            reports[name] = simulate(config, _policy(name, options), trace)
-            took_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
-            notes.append(_speed(name, reports[name], took_s, cpu_s))
-            yield
+        seeds = options.seeds or (options.load.seed,)
+        every = list(itertools.product(options.rates, seeds, contenders))
+        if options.out is not None:
+            probe.measure()
+        with counted("runs", len(every)) as advance:
+            for rate, seed, one in every:
+                trace = trace_of(replace(options.load, seed=seed), rate)
+                start, cpu = time.perf_counter(), time.process_time()
+                report = simulate(_config(options, one, cost), _policy(one, options), trace)
+                took_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+                runs.setdefault((f"{rate:g}/s", one.text), []).append(report)
+                if len(every) <= _MOST_NOTES:
+                    notes.append(_speed(one.text, report, took_s, cpu_s))
+                advance()
+                yield
 
     def findings() -> Findings:
+        compared = (latencies(runs), against_first(runs), by_urgency(runs))
         return Findings(
-            results={name: _figures(report, slo) for name, report in reports.items()},
-            tables=[_latencies(reports), _totals(reports, slo, notes)],
-            draw=partial(_plot, reports),
+            results={
+                f"{load}, {policy}": [figures(report, slo) for report in reports]
+                for (load, policy), reports in runs.items()
+            },
+            tables=[t for t in (*compared, totals(runs, slo, notes)) if t is not None],
+            draw=partial(plot, runs),
         )
 
     if options.out is None:
@@ -104,7 +106,7 @@ def _said(fit: Fit) -> str:
     )
 
 
-def _config(options: SimulateOptions, cost: StepCost) -> ClusterConfig:
+def _config(options: SimulateOptions, one: Contender, cost: StepCost) -> ClusterConfig:
     table = read_table(options.table)
     capacity = options.capacity_tokens
     if capacity is None:
@@ -120,9 +122,9 @@ def _config(options: SimulateOptions, cost: StepCost) -> ClusterConfig:
         max_seqs=options.max_seqs,
         max_batch_tokens=options.max_batch_tokens,
         policy=options.step_policy,
-        scheduling_policy=options.scheduling_policy,
+        scheduling_policy=one.order or options.scheduling_policy,
     )
-    roles = options.roles or ("both",) * options.instances
+    roles = options.roles or ("both",) * (one.instances or options.instances)
     return ClusterConfig(
         members=tuple(Member(config=instance, role=cast(Role, role)) for role in roles),
         transfer=TransferCost(
@@ -132,21 +134,22 @@ def _config(options: SimulateOptions, cost: StepCost) -> ClusterConfig:
         ),
         report_s=options.report_ms / 1e3,
         react_s=0.01 if len(roles) > 64 else 0.0,
+        round_s=options.round_ms / 1e3,
         startup_s=options.startup_s,
     )
 
 
-def _policy(name: str, options: SimulateOptions) -> ClusterPolicy:
-    if name == Llumnix.name and options.most_instances is not None:
-        least = len(options.roles) or options.instances
-        scaling = Scaling(
-            least=least,
-            most=max(least, options.most_instances),
-            below=options.scale_below,
-            above=options.scale_above,
-        )
-        return Llumnix(scaling=scaling)
-    return CLUSTER_POLICIES[name]()
+def _policy(one: Contender, options: SimulateOptions) -> ClusterPolicy:
+    if one.text != Llumnix.name or options.most_instances is None:
+        return one.policy()
+    least = len(options.roles) or options.instances
+    scaling = Scaling(
+        least=least,
+        most=max(least, options.most_instances),
+        below=options.scale_below,
+        above=options.scale_above,
+    )
+    return Llumnix(scaling=scaling)
 
 
 def _speed(name: str, report: Report, took_s: float, cpu_s: float) -> str:
@@ -154,71 +157,6 @@ def _speed(name: str, report: Report, took_s: float, cpu_s: float) -> str:
         f"{name}: {report.duration_s:.0f} s in {took_s:.1f} s, {cpu_s:.1f} s of a processor; "
         f"{report.num_steps:,} steps, for "
         f"{report.num_scheduled:,} of which the scheduler was asked."
-    )
-
-
-def _figures(report: Report, slo: Slo) -> dict[str, Any]:
-    """Of a record: totals, and all percentiles in seconds."""
-    kept = msgspec.to_builtins(report.attainment(slo))
-    totals = msgspec.structs.asdict(report)
-    del totals["served"]
-    return {"kept": kept, **totals, "percentiles": report.percentiles(*range(101))}
-
-
-def _plot(reports: Mapping[str, Report], path: Path) -> None:
-    """How many first tokens, and how many answers, take longer than so much."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8))
-    first, whole = figure.subplots(1, 2)
-    for axes, key, said in ((first, "ttft_s", "first token, s"), (whole, "e2e_s", "answer, s")):
-        for name, report in reports.items():
-            values = sorted(getattr(one, key) for one in report.whole)
-            shares = [1 - place / len(values) for place in range(len(values))]
-            axes.loglog(values, shares, label=name)
-        axes.set_xlabel(said)
-        axes.set_ylabel("share of requests that take longer")
-    first.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def _latencies(reports: Mapping[str, Report]) -> Table:
-    names = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E", "gap": "longest gap"}
-    return Table(
-        title="Latency, ms",
-        columns=["policy", *(f"{said} p{p}" for said in names.values() for p in _SHARES)],
-        rows=[
-            [name, *(f"{x * 1e3:.1f}" for key in names for x in found[key])]
-            for name, report in reports.items()
-            for found in (report.percentiles(*_SHARES),)
-        ],
-    )
-
-
-def _totals(reports: Mapping[str, Report], slo: Slo, notes: list[str]) -> Table:
-    rows = []
-    for name, report in reports.items():
-        kept = report.attainment(slo)
-        rows.append(
-            [
-                name,
-                f"{len(report.whole)}",
-                f"{len(report.served) / report.duration_s:.2f}",
-                f"{report.goodput(slo):.2f}",
-                f"{kept.both:.1%}",
-                f"{report.num_moves}",
-                f"{report.num_preemptions}",
-                f"{report.num_held_back}",
-                f"{report.instance_s / 3600:.3f}",
-            ]
-        )
-    return Table(
-        title=f"Totals; promised: {slo.ttft_s * 1e3:g} ms to a first token, "
-        f"{slo.tpot_s * 1e3:g} ms for each after it",
-        columns=_TOTALS,
-        rows=rows,
-        notes=notes,
     )
 
 

@@ -1,5 +1,6 @@
 """Traces for the simulator: of workloads, and of what a record has measured."""
 
+import random
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -9,12 +10,14 @@ from ...runtime.cluster.simulator.costs import StepWork, pairs
 from ...runtime.cluster.simulator.fitting import StepRecord
 from ...runtime.cluster.simulator.trace import TraceRequest
 from ..load.workloads import gamma_arrivals, lengths
+from .contenders import URGENT
 from .options import Load
 
 
 def trace_of(load: Load, rate: float) -> list[TraceRequest]:
     """The requests of a load, `rate` of them a second. Another rate has the same requests."""
     arrivals = gamma_arrivals(load.num_requests, rate=1.0, cv=load.cv, seed=load.seed)
+    rng = random.Random(f"urgent {load.seed}")
     found = []
     sizes = lengths(load.workload, load.num_requests, scale=load.scale, seed=load.seed)
     for arrival, (prompt, output) in zip(arrivals, sizes, strict=True):
@@ -22,7 +25,12 @@ def trace_of(load: Load, rate: float) -> list[TraceRequest]:
             prompt = min(prompt, load.most_tokens - 1)
             output = min(output, load.most_tokens - prompt)
         found.append(
-            TraceRequest(arrival_s=arrival / rate, prompt_tokens=prompt, output_tokens=output)
+            TraceRequest(
+                arrival_s=arrival / rate,
+                prompt_tokens=prompt,
+                output_tokens=output,
+                priority=URGENT if rng.random() < load.urgent else 0,
+            )
         )
     return found
 

@@ -24,13 +24,15 @@ from ..peers.peer import WorkerFailed
 from ..record import Findings, Record, Table, record_name
 from .client import Trace, drive
 from .http_client import Endpoint, drive_server
-from .http_servers import Started, as_gguf, checked, named, running
+from .http_servers import Footprint, Started, as_gguf, checked, named, running
 from .options import ServeOptions
 from .serve import loads_of, works_of
 from .serve_metrics import vllm_metrics
 from .workloads import WorkItem
 
 LIBRARY = "library"
+SERVER = "vkv"
+_OF_RAY = ("gcs_server", "raylet", "monitor.py", "log_monitor.py", "dashboard.py")
 _SHOWN = {
     "output_throughput": "output tokens/s",
     "request_goodput": "goodput, requests/s",
@@ -57,6 +59,7 @@ class _Found:
 
     metrics: dict[Cell, list[dict[str, float]]] = field(default_factory=dict)
     traces: dict[Cell, list[Trace]] = field(default_factory=dict)
+    footprints: dict[str, list[Footprint]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     def add(self, cell: Cell, trace: Trace, metrics: dict[str, float]) -> None:
@@ -151,14 +154,22 @@ class _Bench:
                 max_len=max_len,
                 max_batch_tokens=next(iter(options.budgets), None),
             )
-            with running(server, scratch / f"{system}.log") as endpoint:
+            with running(server, scratch / f"{system}.log") as (endpoint, footprint):
+                self._found.footprints.setdefault(system, []).append(footprint)
                 yield _over_http(endpoint, advance)
 
     def findings(self) -> Findings:
         """So far."""
         found = self._found
         return Findings(
-            results={"runs": _as_records(found), "failures": found.failures},
+            results={
+                "runs": _as_records(found),
+                "footprints": {
+                    system: [asdict(footprint) for footprint in all_of_them]
+                    for system, all_of_them in found.footprints.items()
+                },
+                "failures": found.failures,
+            },
             tables=_tables(found),
             draw=partial(_plot, found),
         )
@@ -209,25 +220,62 @@ def _tables(found: _Found) -> list[Table]:
             for (system, workload, load), runs in found.metrics.items()
         ],
     )
+    tables = [table, _ratios(found, LIBRARY, "the library without a server")]
+    if SERVER in {system for system, *_ in found.metrics}:
+        tables.append(_ratios(found, SERVER, "a server with one engine"))
+    tables.append(_footprints(found))
+    failed = Table(
+        title="Not measured", columns=["system", "reason"], rows=list(found.failures.items())
+    )
+    return [*(one for one in tables if one.rows), *([failed] if found.failures else [])]
+
+
+def _ratios(found: _Found, base: str, words: str) -> Table:
+    """What is measured beside `base`, over it."""
     rows = []
     for (system, workload, load), runs in found.metrics.items():
-        library = found.metrics.get((LIBRARY, workload, load))
-        if system == LIBRARY or not library:
+        others = found.metrics.get((base, workload, load))
+        if system in (base, LIBRARY) or not others:
             continue
-        pairs = list(zip(runs, library, strict=False))
+        pairs = list(zip(runs, others, strict=False))
         ratios = [one["output_throughput"] / other["output_throughput"] for one, other in pairs]
         later = [one["median_ttft_ms"] - other["median_ttft_ms"] for one, other in pairs]
         figures = (f"{statistics.median(ratios):.3f}", f"{statistics.median(later):+.2f}")
         rows.append([workload, load, system, *figures])
-    to_library = Table(
-        title="To the library without a server, medians of the repeats' pairs",
+    return Table(
+        title=f"To {words}, medians of the repeats' pairs",
         columns=["workload", "load", "system", "output tokens/s, ratio", "TTFT p50, ms later"],
         rows=rows,
     )
-    failed = Table(
-        title="Not measured", columns=["system", "reason"], rows=list(found.failures.items())
+
+
+def _footprints(found: _Found) -> Table:
+    """Ray's processes go by their own names; the first is the server's, or its front's."""
+    rows = []
+    for system, footprints in found.footprints.items():
+        last = footprints[-1]
+        of_ray = [num_bytes for name, num_bytes in last.processes if _is_of_ray(name)]
+        rows.append(
+            [
+                system,
+                f"{statistics.median(one.ready_s for one in footprints):.1f}",
+                str(len(last.processes)),
+                f"{statistics.median(one.num_bytes for one in footprints) / 2**20:.0f}",
+                str(len(of_ray)),
+                f"{sum(of_ray) / 2**20:.0f}",
+            ]
+        )
+    return Table(
+        title="Started here: until ready, and memory then (PSS, weights and the engine included)",
+        columns=["system", "s", "processes", "MiB", "of them Ray's own", "their MiB"],
+        rows=rows,
     )
-    return [table, *([to_library] if rows else []), *([failed] if found.failures else [])]
+
+
+def _is_of_ray(program: str) -> bool:
+    """Whether a program is one of Ray's, and not an actor of ours."""
+    is_worker = program.startswith("ray::")
+    return program in _OF_RAY or (is_worker and program != "ray::InstanceActor")
 
 
 def _rounded(number: float | None) -> str:

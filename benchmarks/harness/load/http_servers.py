@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ...vmem.errors import InvalidConfig
 from ..peers.peer import WORKERS, WorkerFailed, interpreter_of
 from .http_client import Endpoint
 
-STARTED = ("vkv", "vllm", "llama-cpp")
+STARTED = ("vkv", "vkv-cluster", "vllm", "llama-cpp")
 _READY_S = 900.0  # vLLM compiles for minutes where it was never run
 _CELLS = 256  # tokens that llama.cpp rounds a request's share of its context up to
 
@@ -45,13 +45,16 @@ class Started:
 
     def command(self, port: int) -> Sequence[str]:
         """What starts it."""
-        if self.name == "vkv":
+        if self.name in ("vkv", "vkv-cluster"):
             budget = ["--max-num-batched-tokens", str(self.max_batch_tokens)]
+            # One instance behind a policy: what a cluster costs where it can bring nothing.
+            instances = ["--instances", "1", "--cluster-policy", "llumnix"]
             return [
                 *(self.interpreter, "-m", "vkv.runtime.cli.main", "serve", str(self.model)),
                 *("--port", str(port), "--dtype", self.dtype, "--device", "cpu"),
                 *("--max-num-seqs", str(self.max_seqs), "--max-model-len", str(self.max_len)),
                 *(budget if self.max_batch_tokens else ()),
+                *(instances if self.name == "vkv-cluster" else ()),
             ]
         if self.name == "vllm":
             return [
@@ -73,7 +76,7 @@ class Started:
         """Fields of its requests, so that events name their tokens."""
         if self.name == "vllm":
             return (("return_token_ids", True), ("detokenize", False))
-        return (("return_token_ids", True),) if self.name == "vkv" else ()
+        return (("return_token_ids", True),) if self.name.startswith("vkv") else ()
 
 
 def checked(peers: dict[str, str]) -> dict[str, str]:
@@ -94,13 +97,31 @@ def named(servers: Sequence[str]) -> dict[str, str]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a server that is ready took to get there.
+
+    Attributes:
+        ready_s: from the start of its first process on.
+        processes: of each its program and its memory in bytes, what several share in parts (PSS).
+    """
+
+    ready_s: float
+    processes: Sequence[tuple[str, int]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all processes together."""
+        return sum(num_bytes for _, num_bytes in self.processes)
+
+
 @contextmanager
-def running(server: Started, log: Path) -> Iterator[Endpoint]:
-    """Start a server and wait until it is ready; gives where it is.
+def running(server: Started, log: Path) -> Iterator[tuple[Endpoint, Footprint]]:
+    """Start a server and wait until it is ready; gives where it is, and what that took.
 
     Raises WorkerFailed, with the end of its log, if it does not come up.
     """
-    port = _free_port()
+    port, began_s = _free_port(), time.perf_counter()
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(server.threads),
@@ -115,7 +136,9 @@ def running(server: Started, log: Path) -> Iterator[Endpoint]:
         url = f"http://127.0.0.1:{port}"
         _wait(f"{url}/v1/models", process, log)
         model = str(server.model) if server.name != "llama-cpp" else None
-        yield Endpoint(url=url, model=model, extra=server.extra)
+        ready_s = time.perf_counter() - began_s
+        footprint = Footprint(ready_s=ready_s, processes=_processes(process.pid))
+        yield Endpoint(url=url, model=model, extra=server.extra), footprint
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -164,6 +187,41 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             break
         time.sleep(0.2)
     raise WorkerFailed(f"the server did not come up: {log.read_text(errors='replace')[-2000:]}")
+
+
+def _processes(pid: int) -> list[tuple[str, int]]:
+    """A process and all that come from it, each with its memory."""
+    found, parents = [], {pid}
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    while parents:
+        one = parents.pop()
+        parents |= set(children.get(one, ()))
+        with suppress(OSError):
+            found.append((_program(one), _pss_bytes(one)))
+    return found
+
+
+def _program(pid: int) -> str:
+    """What a process runs: Ray's call themselves so; of a Python its module."""
+    words = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").split()
+    if not words:
+        return "?"
+    name = words[0].rsplit("/", 1)[-1]
+    if name.startswith("python"):
+        named = [word for word in words[1:] if not word.startswith("-")]
+        name = named[0].rsplit("/", 1)[-1] if named else name
+    return name
+
+
+def _pss_bytes(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) << 10
+    return 0
 
 
 def _free_port() -> int:

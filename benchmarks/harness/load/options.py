@@ -111,8 +111,9 @@ class ServeOptions:
         names=("--peer",),
         kind=list[str],
         parse=interpreters,
-        help="NAME=PYTHON: vkv or vllm, whose server is started and driven over HTTP, and an "
-        "interpreter that has it; or llama-cpp=PATH of its llama-server. Repeatable.",
+        help="NAME=PYTHON: vkv, vkv-cluster (its server, with one instance) or vllm, whose server "
+        "is started and driven over HTTP, and an interpreter that has it; or llama-cpp=PATH of its "
+        "llama-server. Repeatable.",
     )
     repeats: int = option(1, least=1, help="Turns of each system, of --server and --peer.")
     targets: Targets = group(Targets)

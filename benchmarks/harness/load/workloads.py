@@ -107,6 +107,37 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class PowerLaw:
+    """Lengths of a heavy tail: most are short, and a few are as long as `longest`.
+
+    A length is a rank from 1 to twice the mean, drawn with probability rank^-exponent, times what
+    makes the mean come out; what is beyond `longest` is cut, so that the mean is a little less.
+
+    Source: the generator of Llumnix's artifact (AlibabaPAI/llumnix, commit 92f6f9d), which makes
+    the traces of arXiv:2406.03243, table 1.
+    """
+
+    mean: int
+    exponent: float
+    longest: int = 6144
+
+    def at(self, share: float) -> float:
+        rank = 1 + int(np.searchsorted(self._shares, share))
+        return min(rank * self._unit, self.longest)
+
+    @cached_property
+    def _shares(self) -> np.ndarray:
+        """Of each rank, how many are not above it."""
+        weights = np.arange(1, 2 * self.mean) ** -self.exponent
+        return np.cumsum(weights / weights.sum())[:-1]  # the last one is all of them
+
+    @cached_property
+    def _unit(self) -> float:
+        weights = np.diff(self._shares, prepend=0, append=1)
+        return self.mean / float(weights @ np.arange(1, 2 * self.mean))
+
+
+@dataclass(frozen=True)
 class Traffic:
     """How long prompts and outputs are."""
 
@@ -119,6 +150,11 @@ FASTGEN = {
     for prompt in (1200, 2600)
     for output in (60, 128)
 }
+_POWER_LAWS = {128: PowerLaw(128, 2.0), 256: PowerLaw(256, 1.5), 512: PowerLaw(512, 1.15)}
+POWER_LAW = {
+    f"powerlaw-{prompt}-{output}": Traffic(_POWER_LAWS[prompt], _POWER_LAWS[output])
+    for prompt, output in ((128, 128), (256, 256), (512, 512), (128, 512), (512, 128))
+}
 TRAFFIC: Mapping[str, Traffic] = {
     # Sources: DeepSpeed-FastGen, arXiv:2401.08671, section 4; quantiles of ShareGPT's and
     # BurstGPT's (GPT-4) conversations; of arXiv summarisation only the means are published, and
@@ -126,6 +162,7 @@ TRAFFIC: Mapping[str, Traffic] = {
     # with the answer at most, as DistServe prepares them; quantiles of the 1,200 requests that its
     # repository has measured runs of (LLMServe/DistServe, commit 20a1633).
     **FASTGEN,
+    **POWER_LAW,
     "sharegpt": Traffic(
         Quantiles(306, 74, 348, 1484, 3388),
         Quantiles(500, 487, 781, 988, 1234),

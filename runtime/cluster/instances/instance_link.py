@@ -44,20 +44,26 @@ class InstanceLink:
     """A connection to an instance. Of one event loop.
 
     An instance that hangs up is gone, and so is one that answers nothing for `liveness_s`, as a
-    stopped process does. A step that takes longer than that looks the same.
+    stopped process does, or a machine that cannot be reached. A step that takes longer than that
+    looks the same.
 
     Args:
-        path: of its socket.
+        connection: to it; this object's from now on.
         listener: is told what comes; after `on_gone` nothing.
     """
 
-    def __init__(self, instance: int, path: str, listener: Listener, *, liveness_s: float) -> None:
+    def __init__(
+        self,
+        instance: int,
+        connection: socket.socket,
+        listener: Listener,
+        *,
+        liveness_s: float,
+    ) -> None:
         self.instance = instance
         self._listener = listener
         self._liveness_s = liveness_s
         self._loop = asyncio.get_running_loop()
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.connect(path)
         self._frames: Frames | None = Frames(connection)
         self._numbers = itertools.count()
         self._pinged_s: float | None = None  # unanswered since
@@ -136,8 +142,8 @@ class InstanceLink:
         assert self._frames is not None
         try:
             messages = self._frames.read()
-        except EOFError:
-            self._end("its process has ended")
+        except EOFError as error:
+            self._end(str(error))
             return
         for message in messages:
             if self._frames is None:  # what came before has ended it

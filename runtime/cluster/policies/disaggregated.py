@@ -22,12 +22,12 @@ class Disaggregated:
     held back, at the front end, where they cost nothing. So a burst fills neither side.
 
     **Moves.** A request whose prompt is computed is pulled by the least loaded decode instance,
-    once that has room for it beside `kept` of its memory; who waited longest goes first. Until then
-    it stays where its prompt was computed.
+    once that has room for it beside `kept` of its memory, or by one of the same node with about as
+    much; who waited longest goes first. Until then it stays where its prompt was computed.
 
     **Roles** change one at a time, where `switching` says when. A role is about what an instance is
     given: one that now computes prompts has what it generates taken over by the moves above. Where
-    one side has nobody left, all of the other do both.
+    one side has nobody left, all of the other do both, until somebody is there for it again.
 
     Args:
         kept: share of a decode instance's memory left for its requests to grow into.
@@ -80,7 +80,7 @@ class Disaggregated:
             if request.has_prompt and request.is_migratable
         ]
         for _, source, request in sorted(ready, key=lambda found: -found[0]):
-            target = rooms.roomiest(targets, request)
+            target = rooms.roomiest(targets, request, source)
             if target is not None:
                 rooms.take(target, request)
                 moves.append(Move(request.key, source.id, target.id, "decode"))
@@ -91,8 +91,12 @@ class Disaggregated:
 
     def roles(self, snapshot: ClusterSnapshot) -> Mapping[int, Role]:
         working = snapshot.working
-        if not any(i.is_for_prompts for i in working) or not any(i.is_for_decodes for i in working):
-            return {i.id: "both" for i in working}
+        own = {i.own_role for i in working}
+        has_both_sides = bool(own - {"decode"}) and bool(own - {"prefill"})
+        wanted: dict[int, Role] = {i.id: i.own_role if has_both_sides else "both" for i in working}
+        changes = {i.id: wanted[i.id] for i in working if i.role != wanted[i.id]}
+        if changes:
+            return changes
         return self.switching.changes(snapshot) if self.switching else {}
 
     def _is_backed_up(self, snapshot: ClusterSnapshot) -> bool:

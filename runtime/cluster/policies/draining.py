@@ -30,7 +30,8 @@ def drain_moves(snapshot: ClusterSnapshot, rooms: Rooms) -> list[Move]:
                 queues[target_id] += request.num_uncomputed
                 moves.append(Move(request.key, source.id, target_id, "drain"))
             elif not request.is_waiting:
-                target = rooms.roomiest(decodes if request.has_prompt else prompts, request)
+                able = decodes if request.has_prompt else prompts
+                target = rooms.roomiest(able, request, source)
                 if target is not None:
                     rooms.take(target, request)
                     moves.append(Move(request.key, source.id, target.id, "drain"))

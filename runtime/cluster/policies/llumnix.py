@@ -4,6 +4,7 @@ Source: Sun et al., Llumnix (OSDI 2024), arXiv:2406.03243, sections 4.4.1 to 4.4
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import msgspec
 
@@ -12,7 +13,7 @@ from ..snapshot import ClusterSnapshot, InstanceSnapshot, Newcomer, RequestSnaps
 from .draining import drain_moves
 from .freeness import Freeness
 from .policy import Move
-from .rooms import Rooms
+from .rooms import Rooms, nearer
 from .scaling import Scaling
 from .scores import Scores
 
@@ -22,13 +23,16 @@ class Llumnix:
 
     **Dispatch** goes to the instance that will be freest once all that waits there runs, too; or to
     the one that holds most of a prompt's beginning, if that spares `prefix_tokens` of it at least
-    and its freeness is not below `source_below`.
+    and its freeness is not below `source_below`. For an urgent newcomer headroom does not count: it
+    is kept for such as this one. So urgent requests come together where others have made room, and
+    share it; with headroom counted they would be sent away from there, to crowd with the rest.
 
     **Moves.** Instances below `source_below` are paired with those above `target_above`, the least
-    free with the freest, and each pair moves one request: of the least urgent the one with the
-    fewest tokens, which takes least to move. It must fit, and must leave its new instance freer
-    than `source_below`. So no instance becomes one to move away from by what it is given, and as
-    long as loads stay as they are no request moves twice.
+    free with the freest, or with one about as free to which pages go without a copy. Each pair
+    moves one request: of the least urgent the one with the fewest tokens, which takes least to
+    move. It must fit, and must leave its new instance freer than `source_below`. So no instance
+    becomes one to move away from by what it is given, and as long as loads stay as they are no
+    request moves twice.
 
     Args:
         source_below, target_above: freeness, in decode steps.
@@ -62,14 +66,17 @@ class Llumnix:
         self.freeness = freeness or Freeness()
         self.scaling = scaling
         self._scores = Scores(self.freeness)
-        self._dispatch_scores = Scores(self._dispatch_score)
+        self._dispatch_scores = Scores(partial(_dispatch_score, self.freeness))
+        self._urgent_scores = Scores(partial(_dispatch_score, Freeness()))
 
     def dispatch(self, snapshot: ClusterSnapshot, newcomer: Newcomer) -> int | None:
         if self.prefix_tokens is not None and newcomer.prefixes:
             holder = self._holder(snapshot, newcomer, self.prefix_tokens)
             if holder is not None:
                 return holder.id
-        best = self._dispatch_scores.best(snapshot.instances)
+        is_urgent = newcomer.priority in self.freeness.headroom_tokens
+        scores = self._urgent_scores if is_urgent else self._dispatch_scores
+        best = scores.best(snapshot.instances)
         return best.id if best is not None else None
 
     def migrations(self, snapshot: ClusterSnapshot) -> list[Move]:
@@ -93,7 +100,9 @@ class Llumnix:
             ),
             key=lambda i: -free[i.id],
         )
-        for source, target in zip(sources, targets, strict=False):
+        for source in sources[: len(targets)]:
+            target = nearer(snapshot, source, targets[0], targets, lambda i: free[i.id])
+            targets.remove(target)
             moves += self._relieve(source, target, rooms)
         return moves
 
@@ -102,16 +111,6 @@ class Llumnix:
 
     def roles(self, snapshot: ClusterSnapshot) -> Mapping[int, Role]:
         return {}
-
-    def _dispatch_score(self, instance: InstanceSnapshot) -> float:
-        """Freeness once all that waits runs, and one more beside it."""
-        if not instance.is_for_prompts:
-            return float("-inf")
-        free = instance.capacity_tokens - self.freeness.virtual_tokens(instance)
-        if instance.num_waiting > 1:  # the first in line is counted
-            waiting = [r.num_tokens for r in instance.requests if r.is_waiting]
-            free -= sum(waiting[1:])
-        return free / (instance.num_requests + 1)
 
     def _holder(
         self, snapshot: ClusterSnapshot, newcomer: Newcomer, least: int
@@ -141,6 +140,17 @@ class Llumnix:
                 moves.append(Move(request.key, source.id, target.id, "balance"))
                 now = after
         return moves
+
+
+def _dispatch_score(freeness: Freeness, instance: InstanceSnapshot) -> float:
+    """Freeness once all that waits runs, and one more beside it."""
+    if not instance.is_for_prompts:
+        return float("-inf")
+    free = instance.capacity_tokens - freeness.virtual_tokens(instance)
+    if instance.num_waiting > 1:  # the first in line is counted
+        waiting = [r.num_tokens for r in instance.requests if r.is_waiting]
+        free -= sum(waiting[1:])
+    return free / (instance.num_requests + 1)
 
 
 def _movable(instance: InstanceSnapshot) -> Iterator[RequestSnapshot]:

@@ -1,8 +1,10 @@
 """What room instances have for requests that move, as a round of moves fills it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ..snapshot import ClusterSnapshot, InstanceSnapshot, RequestSnapshot
+
+_AS_GOOD = 0.9  # of the best: to be near is worth the rest
 
 
 class Rooms:
@@ -14,6 +16,7 @@ class Rooms:
     """
 
     def __init__(self, snapshot: ClusterSnapshot, kept: float = 0.0) -> None:
+        self._snapshot = snapshot
         self._tokens: dict[int, float] = {}
         self._slots: dict[int, float] = {}
         for instance in snapshot.working:
@@ -38,11 +41,31 @@ class Rooms:
         return self._tokens.get(instance.id, 0)
 
     def roomiest(
-        self, instances: Iterable[InstanceSnapshot], request: RequestSnapshot
+        self,
+        instances: Iterable[InstanceSnapshot],
+        request: RequestSnapshot,
+        source: InstanceSnapshot,
     ) -> InstanceSnapshot | None:
-        """The one with most room, if it is enough for a request."""
+        """The one with most room, if it is enough for a request; or one `nearer` to its source."""
         fitting = [instance for instance in instances if self.fits(instance, request)]
-        return max(fitting, key=self.tokens, default=None)
+        best = max(fitting, key=self.tokens, default=None)
+        return best and nearer(self._snapshot, source, best, fitting, self.tokens)
+
+
+def nearer(
+    snapshot: ClusterSnapshot,
+    source: InstanceSnapshot,
+    best: InstanceSnapshot,
+    others: Iterable[InstanceSnapshot],
+    worth: Callable[[InstanceSnapshot], float],
+) -> InstanceSnapshot:
+    """The best of several targets; or, if a move there takes bytes, one that is about as good and
+    to which pages go as they are."""
+    if not snapshot.is_copied(source, best):
+        return best
+    near = (other for other in others if not snapshot.is_copied(source, other))
+    found = max(near, key=worth, default=best)
+    return found if worth(found) >= _AS_GOOD * worth(best) else best
 
 
 def _spoken_for(instance: InstanceSnapshot) -> int:

@@ -45,6 +45,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         startup_s: until an instance that is added takes requests.
         clients: that wait for their answers and ask again: from so many on, a request comes when
             another has ended, whatever the trace says; None for the times of the trace.
+        slowdown: of instances that share processors: how many times as long a step takes that
+            begins while one computes, itself, while two do, and so on; the last one is for more.
+            Nothing is foreseen then.
         foresees: as of `SimulatedInstance`.
     """
 
@@ -56,11 +59,14 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     round_s: float = 0.5
     startup_s: float = 30.0
     clients: int | None = None
+    slowdown: tuple[float, ...] = ()
     foresees: bool = True
 
     def __post_init__(self) -> None:
         if not self.members:
             raise InvalidConfig("a cluster has no members; give one at least")
+        if self.slowdown and min(self.slowdown) <= 0:
+            raise InvalidConfig(f"slowdown is {self.slowdown}; a step takes some time")
         if self.clients is not None and self.clients < 1:
             raise InvalidConfig(f"clients is {self.clients}; use one at least, or None")
         if min(self.report_s, self.react_s, self.startup_s) < 0 or self.round_s <= 0:
@@ -338,12 +344,25 @@ class _Simulation:
     def _ask_soon(self) -> None:
         self._ask_round(max(self._now_s, self._rounded_s + self._config.react_s))
 
+    def _slowdown(self) -> float:
+        """Of a step that begins now."""
+        factors = self._config.slowdown
+        if not factors:
+            return 1.0
+        num_others = sum(len(instance.pipeline) > 0 for instance in self._instances.values())
+        return factors[min(num_others, len(factors) - 1)]
+
     # -- instances ---------------------------------------------------------------------------
 
     def _add_instance(self, member: Member) -> SimulatedInstance:
         id = len(self._instances) + len(self._gone)
         instance = SimulatedInstance(
-            id, member.config, member.role, self._clock, foresees=self._config.foresees
+            id,
+            member.config,
+            member.role,
+            self._clock,
+            foresees=self._config.foresees and not self._config.slowdown,
+            slowdown=self._slowdown,
         )
         instance.on_end = lambda request: self._ended(request, instance)
         instance.on_held = lambda request: self._computed(instance)

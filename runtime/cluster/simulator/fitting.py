@@ -10,6 +10,7 @@ from ....vmem.errors import InvalidConfig
 from .costs import DecodeCost, PromptCost, StepCost, StepWork
 
 _ROUNDS = 8  # of weighting
+_FEW = 5  # steps, below which nothing is said of how others slow them
 _FEATURES = ("prompt step", "prompt token", "pair", "decode step", "request", "context token")
 
 
@@ -87,6 +88,50 @@ def fit_step_cost(steps: Sequence[StepRecord]) -> Fit:
         p95_error=float(np.percentile(errors, 95)),
         total_error=float(said.sum() / times.sum() - 1),
     )
+
+
+def fit_beside(
+    steps: Sequence[StepRecord], beside: Sequence[float]
+) -> tuple[Fit, tuple[float, ...]]:
+    """The costs of steps, and how many times as long they take where others compute beside them.
+
+    Found in turns: costs of times without the others' part, and that part of what is left. More
+    that compute never make a step shorter.
+
+    Args:
+        beside: of each step, how many instances computed during it in the mean, its own included.
+
+    Returns the fit, whose errors are those of both together, and the factors as of
+    `ClusterConfig.slowdown`. Raises InvalidConfig as `fit_step_cost` does.
+    """
+    counts = np.maximum(1, np.rint(beside)).astype(int)
+    times = np.array([step.time_s for step in steps])
+    factors = np.ones(counts.max(initial=1) + 1)  # by count
+    fit = fit_step_cost(steps)
+    for _ in range(_ROUNDS):
+        alone = [
+            StepRecord(step.work, step.time_s / float(factors[count]))
+            for step, count in zip(steps, counts, strict=True)
+        ]
+        fit = fit_step_cost(alone)
+        said = np.array([fit.cost.step_s(step.work) for step in steps])
+        for count in range(1, len(factors)):
+            there = counts == count
+            if there.sum() >= _FEW:
+                factors[count] = times[there].sum() / said[there].sum()
+            elif count > 1:
+                factors[count] = factors[count - 1]
+        factors[0] = 0.0  # of none
+        factors = np.maximum.accumulate(factors / factors[1])
+    said = np.array([fit.cost.step_s(step.work) for step in steps]) * factors[counts]
+    errors = np.abs(said / times - 1)
+    fit = msgspec.structs.replace(
+        fit,
+        mean_error=float(errors.mean()),
+        p95_error=float(np.percentile(errors, 95)),
+        total_error=float(said.sum() / times.sum() - 1),
+    )
+    return fit, tuple(map(float, factors[1:]))
 
 
 def non_negative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:

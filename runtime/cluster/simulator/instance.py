@@ -69,9 +69,10 @@ class SimulatedInstance:
     Args:
         clock: the time now.
         foresees: False to ask the scheduler for every step.
+        slowdown: as of `Pipeline`.
 
     Attributes:
-        role, is_draining: as of `InstanceSnapshot`.
+        role, home, is_draining: as of `InstanceSnapshot`.
         held: requests whose keys and values wait to be fetched, with the role "prefill".
         moving: running and waiting requests that are being moved.
         num_incoming: requests for which room is kept.
@@ -91,10 +92,12 @@ class SimulatedInstance:
         clock: Callable[[], float],
         *,
         foresees: bool = True,
+        slowdown: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.id = id
         self.config = config
         self.role: Role = role
+        self.home: Role | None = None
         self.is_draining = False
         self.cache = CountingCache(
             config.capacity_tokens, page_tokens=config.page_tokens, max_parked=config.max_seqs
@@ -107,7 +110,7 @@ class SimulatedInstance:
             max_batch_tokens=config.max_batch_tokens,
             clock=clock,
         )
-        self.pipeline = Pipeline(config.cost)
+        self.pipeline = Pipeline(config.cost, slowdown)
         self.held: dict[Request, Held] = {}
         self.moving: set[Request] = set()
         self.num_incoming = 0
@@ -204,6 +207,7 @@ class SimulatedInstance:
     def set_role(self, role: Role) -> None:
         """From now on; requests that were held go on here if that is for it."""
         self.interrupt()
+        self.home = (self.home or self.role) if role == "both" else None
         self.role = role
         if role != "prefill":
             for request, held in list(self.held.items()):
@@ -420,6 +424,7 @@ class SimulatedInstance:
             id=self.id,
             capacity_tokens=self.cache.capacity_tokens,
             role=self.role,
+            home=self.home,
             is_draining=self.is_draining,
             used_tokens=self.cache.live_tokens + self._tokens_grown(num_done),
             parked_tokens=self.cache.parked_tokens,

@@ -1,6 +1,7 @@
 """Steps under way: in one stage after the other, or several foreseen at once."""
 
 from collections import deque
+from collections.abc import Callable
 
 from ...request.request import Request
 from .costs import DecodeRun, StepCost, StepWork
@@ -44,13 +45,17 @@ class Flight:
 class Pipeline:
     """The stages of an instance, each of which takes steps in their order.
 
+    Args:
+        slowdown: how many times as long a step takes that begins now; not of foreseen ones.
+
     Attributes:
         num_steps: begun so far, those foreseen included.
         busy_s: that the first stage computes, or did, until the last step begun is over there.
     """
 
-    def __init__(self, cost: StepCost) -> None:
+    def __init__(self, cost: StepCost, slowdown: Callable[[], float] = lambda: 1.0) -> None:
         self.cost = cost
+        self._slowdown = slowdown
         self.num_steps = 0
         self.busy_s = 0.0
         self._flights: deque[Flight] = deque()
@@ -85,6 +90,8 @@ class Pipeline:
     def begin(self, items: Items, work: StepWork, now_s: float) -> None:
         """A step."""
         ends, (first_s, other_s) = self._ends_s, self.cost.stage_times(work)
+        slowdown = self._slowdown()
+        first_s, other_s = first_s * slowdown, other_s * slowdown
         ends[0] = max(ends[0], now_s) + first_s
         for stage in range(1, len(ends)):
             ends[stage] = max(ends[stage - 1], ends[stage]) + other_s

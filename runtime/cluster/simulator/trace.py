@@ -119,7 +119,7 @@ class Attainment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """A simulated run.
+    """A run, simulated or real.
 
     Attributes:
         served: in the order of the trace.

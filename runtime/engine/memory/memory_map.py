@@ -1,18 +1,21 @@
 """What every slot of an engine holds, as plain data for a picture that is drawn as it changes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import msgspec
 
 from ....allocator import KVStats, Lane, PagedKVCache, PageRuns, SlotPages
 from ...request.request import Request
+from ...request.spec import SequenceKey
 from ..engine import Engine
 from ..stats import EngineStats
 
 _SHORT = 12  # characters of a request's name
 
-StripState = Literal["live", "parked"]
+StripState = Literal["live", "parked", "arriving", "leaving"]
+MovingSlots = Mapping[int, tuple[StripState, SequenceKey]]
+"""Slots of sequences that come from another engine, or have stopped here to go on there."""
 
 
 class Strip(msgspec.Struct, frozen=True):
@@ -20,8 +23,9 @@ class Strip(msgspec.Struct, frozen=True):
 
     Attributes:
         slot: its index.
-        state: a live request's, or parked: kept for a request that begins with the same tokens.
-        request: the end of the live request's name, apart from all others'; else empty.
+        state: a live request's; or parked: kept for a request that begins with the same tokens; or
+            of a request that comes from another engine, or goes there.
+        request: the end of the request's name, apart from all others'; empty where it is parked.
         num_tokens: with keys and values in the slot.
         num_prompt_tokens: of the live request.
         num_promised: pages set aside for it and not mapped yet, over all ranges.
@@ -106,7 +110,7 @@ class MemoryMap(msgspec.Struct, frozen=True):
     counters: Counters
 
 
-def draw_memory(engine: Engine) -> MemoryMap:
+def draw_memory(engine: Engine, moving: MovingSlots) -> MemoryMap:
     """The map of now, for whoever drives the engine. Takes time a slot, not a page."""
     pages = engine.cache.page_map()
     stats = engine.stats(pages.stats)
@@ -119,22 +123,30 @@ def draw_memory(engine: Engine) -> MemoryMap:
         num_running=stats.num_running,
         num_waiting=stats.num_waiting,
         lanes=pages.lanes,
-        strips=_strips(pages.slots, engine.scheduler.running),
+        strips=_strips(pages.slots, engine.scheduler.running, moving),
         totals=_totals(pages.stats),
         counters=_counters(stats),
     )
 
 
-def _strips(slots: Iterable[SlotPages], running: Iterable[Request]) -> tuple[Strip, ...]:
+def _strips(
+    slots: Iterable[SlotPages], running: Iterable[Request], moving: MovingSlots
+) -> tuple[Strip, ...]:
     owners = {request.slot.index: request for request in running if request.slot is not None}
-    return tuple(_strip(pages, owners.get(pages.slot)) for pages in slots)
+    return tuple(_strip(one, owners.get(one.slot), moving.get(one.slot)) for one in slots)
 
 
-def _strip(pages: SlotPages, owner: Request | None) -> Strip:
+def _strip(
+    pages: SlotPages, owner: Request | None, moving: tuple[StripState, SequenceKey] | None
+) -> Strip:
+    state: StripState = "parked" if pages.is_parked else "live"
+    key = None if owner is None else owner.key
+    if owner is None and moving is not None:
+        state, key = moving
     return Strip(
         slot=pages.slot,
-        state="parked" if pages.is_parked else "live",
-        request="" if owner is None else _short_name(owner),
+        state=state,
+        request="" if key is None else short_name(key),
         num_tokens=pages.num_tokens,
         num_prompt_tokens=0 if owner is None else owner.num_prompt_tokens,
         num_promised=pages.num_promised,
@@ -142,9 +154,9 @@ def _strip(pages: SlotPages, owner: Request | None) -> Strip:
     )
 
 
-def _short_name(request: Request) -> str:
+def short_name(key: SequenceKey) -> str:
     """The end of a request's name, and which of its outputs it is if that is not the first."""
-    request_id, index = request.key
+    request_id, index = key
     return request_id[-_SHORT:] + (f"/{index}" if index else "")
 
 
@@ -186,14 +198,15 @@ def side_by_side(maps: Sequence[MemoryMap]) -> MemoryMap:
         num_running=sum(one.num_running for one in maps),
         num_waiting=sum(one.num_waiting for one in maps),
         strips=tuple(strips),
-        totals=_added(Totals, [one.totals for one in maps]),
-        counters=_added(Counters, [one.counters for one in maps]),
+        totals=added(Totals, [one.totals for one in maps]),
+        counters=added(Counters, [one.counters for one in maps]),
     )
 
 
 _Sums = TypeVar("_Sums", Totals, Counters)
 
 
-def _added(kind: type[_Sums], all_of_them: Sequence[_Sums]) -> _Sums:
+def added(kind: type[_Sums], all_of_them: Sequence[_Sums]) -> _Sums:
+    """Field by field."""
     names = kind.__struct_fields__
     return kind(*(sum(getattr(one, name) for one in all_of_them) for name in names))

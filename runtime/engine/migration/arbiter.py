@@ -173,6 +173,11 @@ class Arbiter:
         return len(self._handshakes)
 
     @property
+    def under_way(self) -> list[Handshake]:
+        """Migrations that are not over."""
+        return list(self._handshakes.values())
+
+    @property
     def counts(self) -> MigrationCounts:
         """Migrations that are over."""
         return MigrationCounts(**self._counts)
@@ -229,7 +234,8 @@ class Arbiter:
             sequence = self._sequences.get((output.request_id, output.index))
             if sequence is not None:
                 self._outputs.accept(sequence, output)
-                self._forget_if_over(sequence)
+                if sequence.has_ended:
+                    self._forget_if_over(sequence)
         return self._outputs.take()
 
     # -- the record --------------------------------------------------------------------------

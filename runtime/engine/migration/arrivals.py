@@ -26,6 +26,7 @@ from ...request.continuation import Continuation
 from ...request.request import Request
 from ...request.spec import SequenceKey
 from ..engine import Engine
+from ..memory.memory_map import MovingSlots
 from .moves import Move, Moves
 
 _log = logging.getLogger(__name__)
@@ -101,6 +102,14 @@ class Arrivals:
     def num_under_way(self) -> int:
         """Sequences that are expected."""
         return len(self._moves)
+
+    def slots(self) -> MovingSlots:
+        """Those that sequences come to, by index."""
+        return {
+            arrival.incoming.slot_index: ("arriving", arrival.key)
+            for arrival in self._moves
+            if arrival.incoming is not None
+        }
 
     # -- the verbs ---------------------------------------------------------------------------
 

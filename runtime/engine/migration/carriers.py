@@ -34,9 +34,13 @@ class Carrier(Protocol):
 
     Attributes:
         moves_pages: it can hand pages over, where both caches can.
+        node: names the machine that this end is on; pages change hands within one alone.
     """
 
     moves_pages: bool
+
+    @property
+    def node(self) -> str: ...
 
     def offer(self, incoming: Incoming) -> bytes:
         """At the target: where its bytes are to go. Offering twice gives the same."""
@@ -64,6 +68,7 @@ class CopyCarrier:
     """
 
     moves_pages = False
+    node = ""
 
     def __init__(self, copier: Copier | None = None) -> None:
         self._copier = copier

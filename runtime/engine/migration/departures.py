@@ -25,6 +25,7 @@ from ...request.continuation import Continuation
 from ...request.request import Request, RequestState
 from ...request.spec import SequenceKey
 from ..engine import Engine
+from ..memory.memory_map import MovingSlots
 from ..messages import Abort, Finish, SetPriority
 from .moves import Move, Moves
 
@@ -137,6 +138,14 @@ class Departures:
         """Departures that have not ended."""
         return len(self._moves)
 
+    def slots(self) -> MovingSlots:
+        """Those of sequences that have stopped, by index."""
+        return {
+            departure.outgoing.slot_index: ("leaving", departure.key)
+            for departure in self._moves
+            if departure.state is DepartureState.AWAY and departure.outgoing is not None
+        }
+
     # -- the verbs ---------------------------------------------------------------------------
 
     def begin(self, key: SequenceKey, epoch: int, *, lease_s: float | None = None) -> Departure:
@@ -154,7 +163,11 @@ class Departures:
             before.renew()
             if before.epoch == epoch and before.state is not DepartureState.ENDED:
                 return before
-            if before.epoch >= epoch:
+            if before.epoch == epoch:
+                raise InvalidOperation(
+                    f"epoch {epoch} of {key} has ended: {before.why}; begin a later one"
+                )
+            if before.epoch > epoch:
                 raise InvalidOperation(f"{key} had epoch {before.epoch}; begin a later one")
             if before.state is DepartureState.AWAY:
                 raise InvalidOperation(f"{key} is away since epoch {before.epoch}; end that first")

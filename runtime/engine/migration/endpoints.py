@@ -55,12 +55,19 @@ def token_format_of(loop: EngineLoop) -> str:
     return f"{token_format.dtype} {token_format.widths}"
 
 
-def page_format_of(loop: EngineLoop) -> str:
+def page_format_of(loop: EngineLoop, carrier: Carrier) -> str:
     """What two engines must agree on to hand pages over; empty where pages stay."""
     cache = loop.engine.cache
-    if not cache.loans.are_possible:
+    if not (carrier.moves_pages and cache.loans.are_possible):
         return ""
-    return f"{cache.pool.driver.page_bytes} {cache.geometry.token_format}"
+    return f"{carrier.node} {cache.pool.driver.page_bytes} {cache.geometry.token_format}"
+
+
+def model_of(loop: EngineLoop) -> str:
+    """What two engines must agree on, that their keys and values mean the same; empty where nobody
+    has asked for the model's fingerprint yet, which takes time."""
+    fingerprint = loop.engine.fingerprint
+    return "" if fingerprint is None else fingerprint.known
 
 
 @dataclass
@@ -90,10 +97,11 @@ class MigrationSource:
     """
 
     def __init__(self, loop: EngineLoop, carrier: Carrier) -> None:
+        self._loop = loop
         self._departures = loop.departures
         self._carrier = carrier
         self._token_format = token_format_of(loop)
-        self._page_format = page_format_of(loop) if carrier.moves_pages else ""
+        self._page_format = page_format_of(loop, carrier)
         self._stages: dict[_Move, _Stage] = {}
         self._paused: dict[_Move, Paused] = {}
 
@@ -141,6 +149,7 @@ class MigrationSource:
             departure.num_ready,
             self._token_format,
             self._page_format,
+            model_of(self._loop),
         )
 
     def _go_on(self, command: GoOn) -> WentOn:
@@ -229,11 +238,12 @@ class MigrationTarget:
     """
 
     def __init__(self, loop: EngineLoop, carrier: Carrier) -> None:
+        self._loop = loop
         self._grammars = loop.engine.grammars
         self._arrivals = loop.arrivals
         self._carrier = carrier
         self._token_format = token_format_of(loop)
-        self._page_format = page_format_of(loop) if carrier.moves_pages else ""
+        self._page_format = page_format_of(loop, carrier)
         self._compiling: dict[_Move, tuple[Prepare, threading.Thread]] = {}
 
     def handle(self, command: ToTarget) -> list[FromTarget]:
@@ -283,11 +293,7 @@ class MigrationTarget:
     def _make_ready(self, command: Prepare) -> list[FromTarget]:
         move = command.key, command.epoch
         try:
-            if command.num_tokens and command.token_format != self._token_format:
-                raise InvalidOperation(
-                    f"tokens of {command.token_format} cannot become {self._token_format}; use one "
-                    "model and dtype"
-                )
+            self._check(command)
             arrival = self._arrivals.begin(
                 command.continuation,
                 command.num_tokens,
@@ -300,6 +306,20 @@ class MigrationTarget:
         if arrival.incoming is not None:
             arrival.writing = _Offered(self._carrier, arrival.incoming)
         return [self._ready(move, arrival)]
+
+    def _check(self, command: Prepare) -> None:
+        """Keys and values must mean here what they mean there. Raises InvalidOperation."""
+        if command.num_tokens and command.token_format != self._token_format:
+            raise InvalidOperation(
+                f"tokens of {command.token_format} cannot become {self._token_format}; use one "
+                "model and dtype"
+            )
+        model = model_of(self._loop)
+        if command.model and model and command.model != model:
+            raise InvalidOperation(
+                f"the source's model is {command.model} and this one's {model}, so their tokens "
+                "differ; put the same files, dtype and options on each node"
+            )
 
     def _commit(self, command: Commit) -> FromTarget:
         move = command.key, command.epoch

@@ -206,6 +206,7 @@ class Handshake:
             begun.token_format,
             begun.page_format,
             self._stages.lease_s,
+            begun.model,
         )
 
     def _wanted_room(self) -> int:

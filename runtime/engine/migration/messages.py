@@ -78,6 +78,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
         num_tokens: of its tokens, those that are computed; 0 if there is nothing to carry.
         token_format: of the source's cache; the target's must be equal.
         page_format: likewise; where the target's is equal, pages may change hands.
+        model: the fingerprint of the source's; the target's must be equal. Empty where unknown.
     """
 
     key: SequenceKey
@@ -88,6 +89,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     token_format: str
     page_format: str = ""
     lease_s: float | None = None
+    model: str = ""
 
 
 class Extend(msgspec.Struct, frozen=True, tag=True):
@@ -125,6 +127,7 @@ class Begun(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         token_format, page_format: of its cache; the latter is empty where pages stay.
+        model: the fingerprint of the one that computed it; empty where unknown.
     """
 
     key: SequenceKey
@@ -133,6 +136,7 @@ class Begun(msgspec.Struct, frozen=True, tag=True):
     num_ready: int
     token_format: str
     page_format: str = ""
+    model: str = ""
 
 
 class Carried(msgspec.Struct, frozen=True, tag=True):

@@ -76,7 +76,8 @@ class Outputs:
 
     def accept(self, sequence: Owned, output: StepOutput) -> None:
         """Take what an instance said of a sequence."""
-        former, is_missed = sequence.former, sequence.num_missing > 0
+        former = sequence.former
+        is_missed = former is not None and sequence.num_missing > 0
         if sequence.has_ended:
             return
         if output.epoch == sequence.epoch and sequence.owner is not None:

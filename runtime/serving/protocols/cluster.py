@@ -68,11 +68,18 @@ async def _state(engine: ClusterEngine) -> dict[str, Any]:
         "num_migrations": stats.num_migrations,
         "num_stayed": stats.num_stayed,
         "num_recomputed": stats.num_recomputed,
+        "num_under_way": len(stats.moves),
+        "num_bytes_copied": stats.num_bytes_copied,
+        "num_pages_moved": stats.num_pages_moved,
+        "num_died": stats.done.num_died,
+        "num_drained": stats.done.num_drained,
         "instances": [
             {
                 "id": member.id,
                 "role": member.role,
                 "pid": member.pid,
+                "node": member.node,
+                "state": member.state,
                 "is_draining": member.is_draining,
                 "num_sequences": sum(owner == member.id for owner in stats.requests.values()),
                 "carried_bytes": member.carried_bytes,

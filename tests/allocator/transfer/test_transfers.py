@@ -1,7 +1,5 @@
 """A transfer's verbs in every state, twice each, and what becomes of the slots."""
 
-import itertools
-
 import pytest
 from allocator_model import KIND, KINDS, Kind, Model, make_cache, make_paged, one_thread
 from vkv.allocator import KVLayout, SlotCache
@@ -143,29 +141,6 @@ def test_epochs_overtake_each_other() -> None:
         with pytest.raises(InvalidOperation, match="overtaken"):
             transfers.send(TransferKey("a", 1), request.slot, 70)
         second.commit()
-
-
-def test_a_silent_peer_holds_nothing_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count()
-    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
-    with make_cache(KIND["even"]) as near, make_cache(KIND["even"]) as far:
-        (request,) = _filled(near).live
-        here, there = Transfers(near), Transfers(far)
-        outgoing = here.send(KEY, request.slot, 70, lease_s=5)
-        incoming = there.receive(KEY, request.tokens, lease_s=5)
-        arrived = there.receive(TransferKey("b", 0), [9] * 30, lease_s=5)
-        arrived.commit()
-        for _ in range(3):
-            next(clock)
-        outgoing.renew()
-        assert here.expire() == 0
-        for _ in range(10):
-            next(clock)
-        assert here.expire() == 1
-        assert there.expire() == 1
-        assert outgoing.state is incoming.state is TransferState.ABORTED
-        assert far.stats().slots_open == 0
-        assert far.prefix_length([9] * 30) == 30  # committed, claimed by nobody: parked
 
 
 def test_a_receiver_without_memory_changes_nothing() -> None:

@@ -149,7 +149,7 @@ def test_policies_are_compared(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("simulate_*.json")
     found = json.loads(path.read_text())
     assert found["is_complete"]
-    assert len(found["results"]["llumnix"]["percentiles"]["ttft"]) == 101
+    assert len(found["results"]["4/s, llumnix"][0]["percentiles"]["ttft"]) == 101
     assert path.with_suffix(".png").is_file()
 
 

@@ -1,6 +1,7 @@
 """Servers driven over HTTP: what a client makes of an answer, and a whole run."""
 
 import asyncio
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -101,6 +102,7 @@ def test_names_of_servers() -> None:
 
 
 def test_a_run_beside_the_library(tmp_path: Path) -> None:
+    systems = {"vkv", "vkv-cluster"} if importlib.util.find_spec("ray") else {"vkv"}
     options = ServeOptions(
         shape="llama-tiny",
         dtype=torch.float32,
@@ -109,13 +111,21 @@ def test_a_run_beside_the_library(tmp_path: Path) -> None:
         num_requests=3,
         scale=0.05,
         clients=(2,),
-        peers={"vkv": sys.executable},
+        peers=dict.fromkeys(systems, sys.executable),
     )
     path, tables = run(options, tmp_path, "a command")
     record = json.loads(path.read_text())
     runs = {entry["system"]: entry for entry in record["results"]["runs"]}
-    assert set(runs) == {"library", "vkv"}, record["results"]["failures"]
+    assert set(runs) == {"library", *systems}, record["results"]["failures"]
     assert record["is_complete"]
     assert runs["vkv"]["output_lens"] != []
     assert sorted(runs["vkv"]["output_lens"]) == sorted(runs["library"]["output_lens"])
     assert any(row[2] == "vkv" for row in tables[1].rows)
+    footprints = record["results"]["footprints"]
+    assert set(footprints) == systems
+    for system in systems:
+        (footprint,) = footprints[system]
+        assert footprint["ready_s"] > 0
+        assert all(num_bytes > 0 for _, num_bytes in footprint["processes"])
+        has_ray = any(name == "raylet" for name, _ in footprint["processes"])
+        assert has_ray == (system == "vkv-cluster")

@@ -1,8 +1,22 @@
 """Counts and maps of several engines, put together."""
 
+from typing import Any, cast
+
+import msgspec
+import pytest
 from vkv import LLM, SamplingParams
+from vkv.runtime.cluster.decisions import Decisions
+from vkv.runtime.cluster.instances.instance_link import InstanceLink
+from vkv.runtime.cluster.members import Members
+from vkv.runtime.cluster.policies import CLUSTER_POLICIES, Disaggregated
+from vkv.runtime.cluster.snapshot import InstanceSnapshot, Role
+from vkv.runtime.cluster.stats import Member
+from vkv.runtime.engine.admission import Admission
 from vkv.runtime.engine.memory.memory_map import side_by_side
+from vkv.runtime.engine.migration.arbiter import Arbiter
 from vkv.runtime.engine.stats import together
+from vkv.runtime.link.face import Face
+from vkv.runtime.request.spec import RequestSpec
 
 
 def test_several_engines_are_summed_and_shown_side_by_side() -> None:
@@ -31,3 +45,91 @@ def test_several_engines_are_summed_and_shown_side_by_side() -> None:
         assert max(slots) >= maps[0].num_slots
         assert shown.totals.physical == sum(m.totals.physical for m in maps)
         assert shown.counters.output_tokens == 16
+
+
+def _specs(count: int) -> list[RequestSpec]:
+    """With one to three outputs each."""
+    return [
+        RequestSpec(
+            request_id=f"r-{number}",
+            prompt_token_ids=[1] * (1 + number % 7),
+            params=SamplingParams(max_tokens=4, n=1 + number % 3),
+            priority=number % 2,
+        )
+        for number in range(count)
+    ]
+
+
+def _plain(instances: tuple[InstanceSnapshot, ...]) -> list[InstanceSnapshot]:
+    """Without how long it is that requests came."""
+    return [
+        msgspec.structs.replace(
+            one, requests=tuple(msgspec.structs.replace(r, waited_s=0.0) for r in one.requests)
+        )
+        for one in instances
+    ]
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "least_loaded", "llumnix"])
+def test_many_newcomers_are_given_out_as_if_all_was_drawn_anew_for_each(policy: str) -> None:
+    arbiter = Arbiter()
+    members = Members(arbiter)
+    link: Any = _NoLink()
+    for number in range(3):
+        members.add(Member(id=number, role="both", pid=number), link)
+    decisions = Decisions(CLUSTER_POLICIES[policy](), arbiter, members, max_moves=1)
+    with LLM(device="cpu", max_seqs=2) as llm:
+        face = Face.of(llm.loaded, llm.engine, llm.config)
+    for number in range(3):
+        members.meet(number, face)
+    decisions.held += _specs(40)
+    decisions.dispatch(lambda request_id: True)
+    assert not decisions.held
+    kept = decisions.picture().instances
+    members.changed()
+    assert _plain(decisions.picture().instances) == _plain(kept)
+    assert sum(one.num_requests for one in kept) == sum(1 + n % 3 for n in range(40))
+
+
+_FACE = Face(
+    name="none",
+    tokenizer=None,
+    sampling_defaults={},
+    admission=cast(Admission, None),
+    dtype="float32",
+    device="cpu",
+    max_seqs=2,
+    page_bytes=4096,
+    token_bytes=64,
+    capacity_tokens=1000,
+)
+
+
+class _NoLink:
+    def close(self) -> None:
+        """Nothing to hang up."""
+
+
+def test_who_did_both_while_others_were_missing_remembers_its_role() -> None:
+    members = Members(Arbiter())
+    roles: list[Role] = ["prefill", "decode"]
+    for id, role in enumerate(roles):
+        members.add(Member(id=id, role=role, pid=0), cast(InstanceLink, _NoLink()))
+    for id in (0, 1):
+        members.meet(id, _FACE)
+    assert _switch(members) == {}
+    members.remove(1)
+    assert _switch(members) == {0: "both"}
+    assert _switch(members) == {}
+    members.add(Member(id=2, role="decode", pid=0), cast(InstanceLink, _NoLink()))
+    members.meet(2, _FACE)
+    assert _switch(members) == {0: "prefill"}
+    assert (members.of(0).home, members.switched_s) == (None, 1.0)
+
+
+def _switch(members: Members) -> dict[int, Role]:
+    """Carry out what the policy says of roles."""
+    changes = dict(Disaggregated().roles(members.snapshot(num_dispatched=0)))
+    for id, role in changes.items():
+        members.switch(id, role, 1.0)
+    return changes

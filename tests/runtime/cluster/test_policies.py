@@ -66,7 +66,7 @@ def _carried_out(snapshot: ClusterSnapshot, moves: Sequence[Move]) -> ClusterSna
         (request,) = [r for r in lists[move.source] if r.key == move.key]
         lists[move.source].remove(request)
         lists[move.target].append(request)
-    kept = {"role", "is_alive", "is_draining", "max_running", "capacity_tokens"}
+    kept = {"role", "home", "is_alive", "is_draining", "max_running", "capacity_tokens"}
     return msgspec.structs.replace(
         snapshot,
         instances=tuple(
@@ -115,6 +115,7 @@ def _snapshots(draw: st.DrawFn, roles: bool = True) -> ClusterSnapshot:
                 id,
                 *seen,
                 role=draw(st.sampled_from(["prefill", "decode", "both"])) if roles else "both",
+                home=draw(st.sampled_from([None, None, "prefill", "decode"])) if roles else None,
                 is_draining=draw(st.integers(0, 4)) == 0,
                 is_alive=draw(st.integers(0, 5)) > 0,
                 max_running=draw(st.sampled_from([None, None, 4, 8])),
@@ -270,6 +271,16 @@ def test_llumnix_dispatches_to_the_freest_with_what_waits_counted() -> None:
     assert Llumnix().dispatch(snapshot, _newcomer()) == 1
 
 
+def test_urgent_newcomers_go_where_headroom_is_kept_and_others_elsewhere() -> None:
+    policy = Llumnix(freeness=Freeness({-1: 800}))
+    kept = _instance(0, _request("urgent", 100, priority=-1))
+    crowded = _instance(1, _request("a", 200), _request("b", 200))
+    snapshot = _cluster(kept, crowded)
+    assert policy.dispatch(snapshot, _newcomer(priority=-1)) == 0
+    assert policy.dispatch(snapshot, _newcomer()) == 1
+    assert Llumnix().dispatch(snapshot, _newcomer()) == 0
+
+
 def test_llumnix_dispatches_by_prefix_while_its_holder_is_free() -> None:
     policy = Llumnix(prefix_tokens=32, source_below=100, target_above=100)
     busy, full = _instance(0, _request("a", 300)), _instance(0, _request("a", 950))
@@ -362,6 +373,38 @@ def test_moves_come_to_an_end_and_nobody_goes_to_and_fro(
         snapshot = _carried_out(snapshot, found)
     else:
         raise AssertionError("it never comes to rest")
+
+
+@st.composite
+def _near_their_bounds(draw: st.DrawFn) -> ClusterSnapshot:
+    """An instance that is almost full beside others, of few requests: where one move turns a
+    target into a source, and the source into a target."""
+    names = iter(range(10**6))
+    instances = []
+    for id, least_used in enumerate((CAPACITY * 9 // 10, 0, 0)):
+        sizes: list[int] = []
+        while sum(sizes) < least_used or (len(sizes) < 4 and draw(st.booleans())):
+            room = CAPACITY - sum(sizes)
+            sizes.append(draw(st.integers(min(50, room), min(500, room))))
+        seen = [_request(str(next(names)), size) for size in sizes if size]
+        instances.append(_instance(id, *seen))
+    return _cluster(*instances)
+
+
+@given(_near_their_bounds(), st.integers(40, 250), st.integers(0, 30), st.integers(1, 3))
+def test_no_move_undoes_another_even_where_both_are_near_their_bounds(
+    snapshot: ClusterSnapshot, source_below: int, gap: int, moves: int
+) -> None:
+    policy = Llumnix(source_below=source_below, target_above=source_below + gap, moves=moves)
+    moved: set[object] = set()
+    while found := policy.migrations(snapshot):
+        for move in found:
+            assert move.key not in moved, "it moved twice, though nothing else happened"
+            moved.add(move.key)
+        snapshot = _carried_out(snapshot, found)
+        for target in {move.target for move in found}:
+            (instance,) = [i for i in snapshot.instances if i.id == target]
+            assert policy.freeness(instance) > source_below
 
 
 def test_bounds_that_would_swing_are_refused() -> None:
@@ -470,8 +513,66 @@ def test_where_a_side_has_nobody_left_the_others_do_both() -> None:
     assert Disaggregated().dispatch(only_decodes, _newcomer()) == 1
 
 
+def test_who_did_both_is_itself_again_once_the_other_side_is_back() -> None:
+    policy = Disaggregated(switching=Switching(queue_tokens=100, pause_s=30))
+    alone = _instance(0, role="both", home="prefill")
+    assert policy.roles(_cluster(alone)) == {}  # it does both already
+    back = _instance(1, role="decode")
+    assert policy.roles(_cluster(alone, back)) == {0: "prefill"}
+    assert policy.roles(_cluster(alone, _instance(1))) == {0: "prefill"}  # one for either side
+    leaving = _instance(1, role="decode", is_draining=True)
+    assert policy.roles(_cluster(alone, leaving)) == {}
+    other = _instance(1, role="both", home="prefill")
+    assert policy.roles(_cluster(alone, other)) == {}
+    always = _cluster(_instance(0), _instance(1))  # who is for both of its own stays so
+    assert policy.roles(always) == {}
+
+
 def test_shares_out_of_range_are_refused() -> None:
     with pytest.raises(InvalidConfig, match="kept"):
         Disaggregated(kept=1.0)
     with pytest.raises(InvalidConfig, match="low"):
         Switching(low=0.9, high=0.8)
+
+
+@pytest.mark.parametrize(
+    ("room", "chosen"), [(0, 1), (40, 1), (300, 2)], ids=["equal", "about equal", "much less"]
+)
+@pytest.mark.parametrize("by_links", [False, True], ids=["nodes", "links"])
+def test_of_equal_targets_the_one_is_chosen_to_which_nothing_is_copied(
+    room: int, chosen: int, by_links: bool
+) -> None:
+    """Instance 1 is on the source's node and has `room` tokens less than 2, which is not."""
+    full = [_request(str(n), 190) for n in range(5)]
+    near = [_request("near", room)] if room else []
+    nodes = ["a", "a", "b"] if not by_links else [""] * 3
+    links = {(0, 2): Link(1e-3, 1e9), (0, 1): Link(1e-4)} if by_links else {}
+
+    def cluster(**source: object) -> ClusterSnapshot:
+        return _cluster(
+            _instance(0, *full, node=nodes[0], **source),
+            _instance(2, node=nodes[2]),
+            _instance(1, *near, node=nodes[1]),
+            links=links,
+        )
+
+    (pulled, *_) = Disaggregated().migrations(cluster(role="prefill"))
+    assert pulled.target == chosen
+    (drained, *_) = RoundRobin().migrations(cluster(is_draining=True))
+    assert drained.target == chosen
+
+
+def test_a_pair_is_of_one_node_where_others_are_no_freer() -> None:
+    sources = [
+        _instance(n, *(_request(f"{n}{m}", 190) for m in range(5)), node=node)
+        for n, node in enumerate("ab")
+    ]
+    targets = [_instance(n + 2, _request(f"t{n}", 100), node=node) for n, node in enumerate("ba")]
+    moves = Llumnix().migrations(_cluster(*sources, *targets))
+    assert {(move.source, move.target) for move in moves} == {(0, 3), (1, 2)}
+    apart = [msgspec.structs.replace(i, node=str(i.id)) for i in (*sources, *targets)]
+    assert len(Llumnix().migrations(_cluster(*apart))) == 2
+    # One that is much freer is worth the bytes.
+    near = _instance(3, _request("near", 300), node="a")
+    moves = Llumnix().migrations(_cluster(sources[0], targets[0], near))
+    assert [move.target for move in moves] == [2]

@@ -157,6 +157,8 @@ def test_late_verbs_of_an_epoch_that_has_ended_do_nothing(rig: migrating.Rig) ->
     for verb in (loop.departures.begin, loop.departures.depart, loop.departures.extend):
         with pytest.raises(InvalidOperation, match="later"):
             verb(_KEY, 2)
+    with pytest.raises(InvalidOperation, match="has ended: it was ended before it began"):
+        loop.departures.begin(_KEY, 2)
     with pytest.raises(InvalidOperation, match="later"):
         loop.departures.begin(_KEY, 1)
     loop.departures.begin(_KEY, 3)
@@ -452,3 +454,27 @@ def test_a_hybrids_state_survives_as_bytes() -> None:
         assert all(again[key].dtype == tensor.dtype for key, tensor in state.items())
         loop.departures.go_on(_KEY, 1)
         _finish(loop)
+
+
+def test_the_map_of_memory_names_slots_that_sequences_come_to_and_leave(
+    rig: migrating.Rig, llama: PreTrainedModel
+) -> None:
+    here, there = _started(rig), rig.loops["b"]
+    (strip,) = here.memory_map().strips
+    assert (strip.state, strip.request) == ("live", "r")
+    here.departures.begin(_KEY, 1)
+    (strip,) = here.memory_map().strips
+    assert (strip.state, strip.request) == ("live", "r")  # it goes on here
+    departure = here.departures.depart(_KEY, 1)
+    (strip,) = here.memory_map().strips
+    assert (strip.state, strip.request) == ("leaving", "r")
+    assert departure.continuation is not None
+    there.arrivals.begin(departure.continuation, 30)
+    (strip,) = there.memory_map().strips
+    assert (strip.state, strip.request) == ("arriving", "r")
+    there.arrivals.abort(_KEY, 1)
+    assert all(strip.state == "parked" for strip in there.memory_map().strips)
+    here.departures.go_on(_KEY, 1)
+    here.turn()
+    assert any(strip.state == "live" for strip in here.memory_map().strips)
+    _finish(here)

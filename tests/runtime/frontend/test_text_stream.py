@@ -58,3 +58,23 @@ def test_tokens_of_prompt_and_output_are_named_where_they_stand(
     half = "\ufffd"  # also of a space within a character: with it the bytes are no text
     assert _texts(out.prompt_logprobs[1:]) == [[half, " "], [half, half], ["世", half]]
     assert _texts(out.outputs[0].logprobs) == [[half, " "], [half, half], ["界", half], ["b", " "]]
+
+
+def test_an_end_that_comes_without_a_token_is_told(
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """With the text that was kept back until then, since it could have become a stop string."""
+    spec = RequestSpec(
+        request_id="x", prompt_token_ids=[97], params=SamplingParams(max_tokens=2, stop="bcd")
+    )
+    request = RequestText(spec, None, byte_tokenizer)
+    request.accept(StepOutput(request_id="x", token_ids=(98, 99)))
+    delta = request.take_delta()
+    assert delta is not None
+    assert delta.token_ids == (98, 99)
+    assert delta.text == ""
+    request.accept(StepOutput(request_id="x", finish_reason="length"))
+    delta = request.take_delta()
+    assert delta is not None
+    assert (delta.token_ids, delta.text, delta.finish_reason) == ((), "bc", "length")
+    assert request.take_delta() is None

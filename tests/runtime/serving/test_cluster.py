@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,8 +89,22 @@ def test_clients_see_one_server_and_operators_its_instances(served: Served) -> N
     assert [one["role"] for one in state["instances"]] == ["both", "both"]
     assert all(one["kv_limit_bytes"] > 0 for one in state["instances"])
     metrics = served.client.get("/metrics").text
-    assert "vllm:generation_tokens_total" in metrics
+    for number in (0, 1):
+        assert re.search(rf'vllm:generation_tokens_total{{.*instance="{number}".*}} \d', metrics)
+    assert (
+        'vkv:cluster_instances{model_name="tiny-chat",role="both",state="working"} 2.0' in metrics
+    )
     assert served.load()["max_running"] == 8
+
+
+def test_the_page_is_told_whose_slots_are_whose(served: Served) -> None:
+    with served.client.stream("GET", "/memory/stream") as answer:
+        lines = (line for line in answer.iter_lines() if line.startswith("data:"))
+        frame = json.loads(next(lines)[5:])
+    instances = frame["instances"]
+    assert [(one["id"], one["state"]) for one in instances] == [(0, "working"), (1, "working")]
+    assert [one["first_slot"] for one in instances] == [0, instances[0]["num_slots"]]
+    assert frame["map"]["num_slots"] == sum(one["num_slots"] for one in instances)
 
 
 def test_orders_need_a_key_and_sense(served: Served) -> None:

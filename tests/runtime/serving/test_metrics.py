@@ -61,19 +61,6 @@ def test_what_the_engine_holds(served: Served) -> None:
     assert any(name == "vkv:driver_calls_total" for name, _ in found)
 
 
-def test_a_dashboard_asks_for_what_there_is(served: Served) -> None:
-    import json
-    import re
-
-    from vkv.runtime import serving
-
-    path = Path(serving.__file__).parent / "static" / "grafana.json"
-    asked = set(re.findall(r"\b(?:vllm|vkv):\w+", json.dumps(json.loads(path.read_text()))))
-    there = {name for name, _ in samples(served)}
-    assert asked, "it asks for nothing"
-    assert asked <= there, asked - there
-
-
 @pytest.mark.parametrize("count", [2])
 def test_several_fronts_tell_of_all(tmp_path: Path, count: int) -> None:
     import httpx

@@ -13,6 +13,7 @@ from page_app import KEY, MODEL, page_app, run_elsewhere, served
 from vkv import AsyncLLM
 from vkv.allocator import Lane, PageRuns
 from vkv.runtime.engine.memory.memory_map import MemoryMap, Strip
+from vkv.runtime.serving.cluster_map import ClusterMap, InstanceMap, Moving
 from vkv.vmem.errors import EngineDied
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -393,6 +394,139 @@ def test_a_thousand_slots_are_drawn_and_an_engine_that_died_is_said(
         assert page.locator("#memory.stale").count() == 1
         source.is_gone = False
         _live(page)
+
+
+# -- several instances ------------------------------------------------------------------------
+
+
+class Instances:
+    """A source of maps of a cluster that is arranged by hand.
+
+    Attributes:
+        strips: by instance, of its four slots.
+        states: of each instance.
+        moves: under way.
+    """
+
+    num_slots = 4
+
+    def __init__(self, drawn: MemoryMap) -> None:
+        self._drawn = drawn
+        self.strips: dict[int, list[Strip]] = {0: [], 1: []}
+        self.states = {0: "working", 1: "working"}
+        self.moves: tuple[Moving, ...] = ()
+        self.num_moved = 0
+
+    async def memory_map(self) -> MemoryMap:
+        return (await self.cluster_map()).map
+
+    async def cluster_map(self) -> ClusterMap:
+        parts, strips = [], []
+        for place, number in enumerate(self.strips):
+            first = place * self.num_slots
+            its = self.strips[number]
+            strips += [msgspec.structs.replace(s, slot=first + s.slot) for s in its]
+            part = InstanceMap(number, "both", self.states[number], first, self.num_slots, len(its))
+            parts.append(part)
+        whole = msgspec.structs.replace(
+            self._drawn,
+            num_slots=self.num_slots * len(self.strips),
+            max_len=4096,
+            lanes=(Lane(2, 16),),
+            strips=tuple(strips),
+        )
+        return ClusterMap(whole, tuple(parts), self.moves, self.num_moved)
+
+
+def _strip(slot: int, request: str, state: Any = "live") -> Strip:
+    pages = 6 if state != "arriving" else 0
+    return Strip(slot, state, request, pages * 256, 100, 4, (PageRuns(0, pages, 0, 0),))
+
+
+# How many pixels of each half of the strips have the colour of a request.
+HALVES = """(request) => {
+  const canvas = document.getElementById("strips"), wide = canvas.width / 2;
+  const probe = document.body.appendChild(document.createElement("i"));
+  probe.style.color = `var(--hue-${request % 8})`;
+  const color = getComputedStyle(probe).color.match(/\\d+/g).map(Number);
+  probe.remove();
+  return [0, wide].map((left) => {
+    const data = canvas.getContext("2d").getImageData(left, 0, wide, canvas.height).data;
+    let count = 0;
+    for (let i = 0; i < data.length; i += 4) {
+      if (color.every((channel, at) => Math.abs(channel - data[i + at]) < 3)) count++;
+    }
+    return count;
+  });
+}"""
+
+
+def test_a_request_is_seen_to_move_between_instances_and_keeps_its_colour(
+    visit: Callable[..., Visit], llm: AsyncLLM
+) -> None:
+    source = Instances(run_elsewhere(llm.memory_map()))
+    source.strips[0] = [_strip(0, "front-7"), _strip(1, "front-8")]
+    with served(page_app(source, llm)) as address:
+        seen = visit(address)
+        page = seen.page
+        _live(page)
+        page.wait_for_function("() => document.querySelectorAll('#instances li').length === 2")
+        assert page.locator("#instances li").first.inner_text().startswith("Instance 0 · both: 2 r")
+        assert page.locator("#moves-line").inner_text() == "0 moves"
+        here, there = page.evaluate(HALVES, 7)
+        assert here > 100
+        assert there == 0
+        source.strips[1] = [_strip(2, "front-7", "arriving")]  # its pages are on their way
+        source.moves = (Moving("front-7", 0, 1),)
+        page.get_by_text("0 moves, 1 under way").wait_for()
+        page.wait_for_timeout(200)
+        assert page.evaluate(HALVES, 7)[1] > there  # the line to where it goes
+        page.focus("#strips")
+        page.keyboard.press("Home")
+        for _ in range(6):
+            page.keyboard.press("ArrowDown")
+        assert (
+            page.locator("#detail")
+            .inner_text()
+            .startswith("Instance 1, slot 2: request #7, on its way here.")
+        )
+        source.strips = {0: [_strip(1, "front-8")], 1: [_strip(2, "front-7")]}
+        source.moves, source.num_moved = (), 1
+        page.wait_for_function(
+            "() => document.getElementById('moves-line').textContent === '1 move'"
+        )
+        page.wait_for_timeout(200)
+        assert page.evaluate(HALVES, 7)[0] > 0  # it is seen to go
+        page.wait_for_timeout(2500)
+        assert page.evaluate(HALVES, 7)[0] == 0
+        assert page.evaluate(HALVES, 7)[1] > 100
+        page.get_by_role("button", name="As a table").click()
+        page.locator("#rows tr").filter(has_text="1/2").filter(has_text="#7").wait_for()
+        assert seen.errors == []
+
+
+def test_an_instance_that_drains_or_ends_says_so(
+    visit: Callable[..., Visit], llm: AsyncLLM
+) -> None:
+    source = Instances(run_elsewhere(llm.memory_map()))
+    source.strips[1] = [_strip(0, "front-3")]
+    with served(page_app(source, llm)) as address:
+        seen = visit(address, viewport={"width": 360, "height": 740})
+        page = seen.page
+        _live(page)
+        source.states[0] = "draining"
+        page.locator("#instances li").filter(has_text="Instance 0 · both · draining").wait_for(
+            state="attached"
+        )
+        del source.strips[0]
+        page.wait_for_function("() => document.querySelectorAll('#instances li').length === 1")
+        page.focus("#strips")
+        page.keyboard.press("Home")
+        words = page.locator("#detail").inner_text()
+        assert words.startswith("Instance 1, slot 0: request #3.")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.wait_for_timeout(7000)  # until the one that is gone is shown no longer
+        assert seen.errors == []
 
 
 def test_a_page_that_nobody_sees_asks_nothing(visit: Callable[..., Visit], llm: AsyncLLM) -> None:

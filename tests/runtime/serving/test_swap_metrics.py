@@ -1,15 +1,11 @@
 """What `/metrics` tells of memory behind the cache."""
 
+from dataclasses import replace
+
+from vkv import LLM
 from vkv.allocator.transfer import MoveStats
 from vkv.runtime.engine.stats import SwapStats
-from vkv.runtime.serving.metrics import _EngineCollector
-
-
-class _Labelled(_EngineCollector):
-    """Without an engine, which nothing here asks."""
-
-    def __init__(self) -> None:
-        self._labels = ("a model", "0")
+from vkv.runtime.serving.metrics.engines import LABELS, Reported, of_engines
 
 
 def test_copies_are_told_both_ways() -> None:
@@ -23,9 +19,11 @@ def test_copies_are_told_both_ways() -> None:
         num_preempted=2,
         num_computed_instead=0,
     )
+    with LLM(device="cpu", max_seqs=1) as llm:
+        stats = replace(llm.stats(), swap=swap, num_preemptions=5)
     told = {
-        (sample.name, sample.labels.get("way")): sample.value
-        for metric in _Labelled()._of_swap(swap)
+        (sample.name, sample.labels.get("way") or sample.labels.get("kind")): sample.value
+        for metric in of_engines(LABELS, [Reported(("a model", "0"), stats)])
         for sample in metric.samples
     }
     assert told[("vkv:swap_physical_bytes", None)] == 1000
@@ -33,3 +31,5 @@ def test_copies_are_told_both_ways() -> None:
     assert told[("vkv:swap_bytes_total", "store")] == 600
     assert told[("vkv:swap_bytes_total", "load")] == 400
     assert told[("vkv:swap_failures_total", "store")] == 1
+    assert told[("vkv:preemptions_total", "swap")] == 2
+    assert told[("vkv:preemptions_total", "recompute")] == 3

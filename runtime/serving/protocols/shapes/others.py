@@ -77,6 +77,8 @@ class InstanceState(Shape):
     id: int
     role: str
     pid: int
+    node: str
+    state: str
     is_draining: bool
     num_sequences: int
     carried_bytes: int
@@ -93,6 +95,11 @@ class ClusterState(Shape):
     num_migrations: int
     num_stayed: int
     num_recomputed: int
+    num_under_way: int
+    num_bytes_copied: int
+    num_pages_moved: int
+    num_died: int
+    num_drained: int
     instances: list[InstanceState]
 
 

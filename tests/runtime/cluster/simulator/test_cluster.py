@@ -159,6 +159,19 @@ def _config(roles: Sequence[Role], capacity: int = 2000, **more: object) -> Clus
     return ClusterConfig(**{"members": members, "transfer": COPY, "startup_s": 2.0, **more})  # type: ignore[arg-type]
 
 
+def test_instances_that_share_processors_slow_each_other() -> None:
+    """One request alone takes as long as ever; two at once, on two instances, twice as long."""
+    alone = [TraceRequest(arrival_s=0.0, prompt_tokens=9, output_tokens=30)]
+    own, shared = _config(["both"] * 2), _config(["both"] * 2, slowdown=(1.0, 2.0))
+    policy = LeastLoaded()
+    once = simulate(own, policy, alone).served[0].e2e_s
+    assert simulate(shared, policy, alone).served[0].e2e_s == pytest.approx(once)
+    both = [one.e2e_s for one in simulate(shared, policy, alone * 2).served]
+    assert both == pytest.approx([2 * once] * 2, rel=0.1)  # the first step began alone
+    with pytest.raises(InvalidConfig, match="slowdown"):
+        _config(["both"], slowdown=(1.0, 0.0))
+
+
 @pytest.fixture
 def instances(monkeypatch: pytest.MonkeyPatch) -> list[SimulatedInstance]:
     """All that a simulation makes."""

@@ -19,6 +19,7 @@ from vkv.runtime.cluster.simulator.costs import (
 )
 from vkv.runtime.cluster.simulator.fitting import (
     StepRecord,
+    fit_beside,
     fit_step_cost,
     non_negative_least_squares,
     read_steps,
@@ -163,3 +164,20 @@ def test_steps_are_lines_of_json(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"time_s": 1}\n')
     with pytest.raises(InvalidConfig, match=r"line 1 is no step.*work"):
         read_steps(tmp_path / "bad.jsonl")
+
+
+def test_what_others_slow_is_found_beside_the_costs() -> None:
+    rng = np.random.default_rng(3)
+    factors = (1.0, 1.3, 2.0)
+    steps, beside = [], []
+    for _ in range(600):
+        prompt = int(rng.integers(1, 300)) if rng.random() < 0.3 else 0
+        decodes = int(rng.integers(1, 20))
+        work = StepWork(prompt, pairs(0, prompt), decodes, decodes * int(rng.integers(10, 400)))
+        count = int(rng.integers(1, 4))
+        steps.append(StepRecord(work, COST.step_s(work) * factors[count - 1]))
+        beside.append(count + rng.uniform(-0.3, 0.3))
+    fit, found = fit_beside(steps, beside)
+    assert found == pytest.approx(factors, rel=0.02)
+    assert fit.mean_error < 0.05  # of costs that are not linear
+    assert fit_step_cost(steps).mean_error > 0.1

@@ -1,0 +1,122 @@
+"""What the policy of a cluster is asked, and what is done as it says."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from ...vmem.errors import InvalidOperation
+from ..engine.migration.arbiter import Arbiter
+from ..request.spec import RequestSpec
+from .members import Members
+from .policies import ClusterPolicy
+from .snapshot import ClusterSnapshot, Newcomer
+
+_log = logging.getLogger(__name__)
+
+
+class Decisions:
+    """Asks a policy where requests go, which of them move, and how many instances there are to be.
+
+    Of one event loop. What it decides is recorded with the arbiter, which has it sent.
+
+    Args:
+        max_moves: sequences that move at once.
+
+    Attributes:
+        held: requests that no instance takes yet, in order.
+        on_scale: called with how many instances the policy wants; `has_scaled` answers it.
+    """
+
+    def __init__(
+        self, policy: ClusterPolicy, arbiter: Arbiter, members: Members, *, max_moves: int
+    ) -> None:
+        self.held: deque[RequestSpec] = deque()
+        self.on_scale: Callable[[int], None] = lambda instances: self.has_scaled()
+        self._policy = policy
+        self._arbiter = arbiter
+        self._members = members
+        self._max_moves = max_moves
+        self._num_dispatched = 0
+        self._is_scaling = True  # until the first instances are there
+
+    def picture(self) -> ClusterSnapshot:
+        """The cluster as the policy sees it."""
+        return self._members.snapshot(num_dispatched=self._num_dispatched)
+
+    def dispatch(self, is_wanted: Callable[[str], bool]) -> None:
+        """Give those that are held to instances, in order, as far as the policy lets them.
+
+        Args:
+            is_wanted: whether anybody waits for a request still.
+        """
+        while self.held:
+            spec = self.held[0]
+            if not is_wanted(spec.request_id):
+                self.held.popleft()
+                continue
+            newcomer = Newcomer(
+                key=(spec.request_id, 0),
+                num_tokens=len(spec.prompt_token_ids),
+                priority=spec.priority,
+                tenant=spec.tenant,
+            )
+            chosen = self._policy.dispatch(self.picture(), newcomer)
+            if chosen is None:
+                return
+            self.held.popleft()
+            self._num_dispatched += 1
+            self._arbiter.add(spec, str(chosen))
+            for index in range(spec.params.n):
+                key = spec.request_id, index
+                self._members.gave(chosen, msgspec.structs.replace(newcomer, key=key))
+
+    def drop(self, request_id: str) -> Sequence[RequestSpec]:
+        """Hold a request no longer; what was held of it."""
+        dropped = [spec for spec in self.held if spec.request_id == request_id]
+        for spec in dropped:
+            self.held.remove(spec)
+        return dropped
+
+    def place_orphans(self) -> None:
+        """Have what nobody has any more go on somewhere, if anybody is left."""
+        if not self._members.now():
+            return
+        for orphan in self._arbiter.take_orphans():
+            snapshot = self.picture()
+            newcomer = Newcomer(
+                key=orphan.key, num_tokens=len(orphan.token_ids), priority=orphan.spec.priority
+            )
+            chosen = self._policy.dispatch(snapshot, newcomer)
+            if chosen is None:  # backpressure is for newcomers: these were let in
+                able = snapshot.working or snapshot.instances
+                chosen = min(able, key=lambda i: i.num_requests).id
+            self._arbiter.resume(orphan, str(chosen))
+            self._members.changed()
+
+    def rebalance(self) -> None:
+        """Ask how many instances there should be, what for, and which requests move."""
+        snapshot = self.picture()
+        wanted = self._policy.scale(snapshot)
+        if wanted != len(snapshot.working) and not self._is_scaling:
+            self._is_scaling = True
+            self._members.scaled_s = snapshot.time_s
+            self.on_scale(wanted)
+        if len(snapshot.instances) < 2 or not self._arbiter.has_some:
+            return
+        for instance, role in self._policy.roles(snapshot).items():
+            self._members.switch(instance, role, snapshot.time_s)
+        for move in self._policy.migrations(snapshot):
+            if self._arbiter.num_moving >= self._max_moves:
+                break
+            try:
+                self._arbiter.migrate(move.key, str(move.target))
+            except InvalidOperation as error:  # it has just ended
+                _log.debug("%s does not move: %s", move, error)
+
+    def has_scaled(self) -> None:
+        """What `on_scale` asked for is done, or cannot be: the policy may ask again."""
+        self._is_scaling = False
+        self._members.scaled_s = time.monotonic()

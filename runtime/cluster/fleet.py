@@ -1,0 +1,117 @@
+"""How many instances there are: started, drained and ended."""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...vmem.errors import InvalidConfig, InvalidOperation, VkvError
+from .instances.launcher import Launcher
+from .policies import drained_first
+from .router import Router
+from .snapshot import Role
+from .stats import Member
+
+_MEET_S = 60.0  # for an instance that is ready to say what it is
+
+_log = logging.getLogger(__name__)
+
+
+class Fleet:
+    """Starts instances and ends them, for whoever asks: users, policies, signals. For any thread.
+
+    Args:
+        launcher: starts their processes, and ends them.
+        router: gives them work.
+        order: of each instance, as of `Launcher.begin`.
+    """
+
+    def __init__(self, launcher: Launcher, router: Router, order: dict[str, Any]) -> None:
+        self._launcher = launcher
+        self._router = router
+        self._order = order
+        self._ids = itertools.count()
+        self._changing = threading.RLock()  # one change at a time, which may have parts
+        router.on_leaving = self._beside(self._leave)
+        router.decisions.on_scale = self._beside(self._rescale)
+
+    def start(self, roles: Sequence[Role]) -> None:
+        """Start an instance for each role, all at once. If one fails none of them stays."""
+        begun: list[tuple[int, Role]] = [(next(self._ids), role) for role in roles]
+        try:
+            for instance, _ in begun:
+                self._launcher.begin(instance, **self._order)
+            for instance, role in begun:
+                arrived = self._launcher.wait(instance)
+                member = Member(id=instance, role=role, pid=arrived.pid, node=arrived.node)
+                self._router.join(member, self._launcher.connect(instance))
+            self._wait_for_faces({instance for instance, _ in begun})
+        except BaseException:
+            for instance, _ in begun:
+                self._router.end(instance)
+            raise
+
+    def drain(self, instance: int, timeout_s: float | None = None) -> None:
+        """As of `Cluster.drain`."""
+        with self._changing:
+            others = [m for m in self._router.members() if m.id != instance and not m.is_draining]
+            if not others:
+                raise InvalidOperation(
+                    f"instance {instance} is the only one; close the cluster, or scale it first"
+                )
+            self._router.drain(instance, timeout_s)
+            self._router.end(instance)
+
+    def scale(self, instances: int) -> None:
+        """As of `Cluster.scale`."""
+        if instances < 1:
+            raise InvalidConfig(f"instances is {instances}; a cluster has one at least")
+        with self._changing:
+            members = [m for m in self._router.members() if not m.is_draining]
+            if len(members) < instances:
+                more: list[Role] = ["both"] * (instances - len(members))
+                self.start(more)
+                return
+            snapshot = self._router.snapshot()
+            for instance in drained_first(snapshot, len(members) - instances):
+                self.drain(instance)
+
+    def _beside(self, act: Callable[[int], None]) -> Callable[[int], None]:
+        """Does something on a thread of its own, so that the router's goes on."""
+
+        def work(number: int) -> None:
+            if not self._router.is_closed:
+                act(number)
+
+        def begin(number: int) -> None:
+            threading.Thread(target=work, args=(number,), name="vkv-scale", daemon=True).start()
+
+        return begin
+
+    def _leave(self, instance: int) -> None:
+        """Drain an instance that was told to end."""
+        try:
+            self.drain(instance)
+        except VkvError as error:  # the last one stays, and so do its requests
+            _log.warning("instance %d was told to end, and stays: %s", instance, error)
+
+    def _rescale(self, instances: int) -> None:
+        """Have as many instances as the policy wants."""
+        try:
+            self.scale(instances)
+        except VkvError as error:
+            _log.warning("there are to be %d instances, and cannot be: %s", instances, error)
+        finally:
+            self._router.scaled()
+
+    def _wait_for_faces(self, instances: set[int]) -> None:
+        deadline = time.monotonic() + _MEET_S
+        while time.monotonic() < deadline:
+            known = {m.id for m in self._router.members() if m.face is not None}
+            if instances <= known:
+                return
+            self._router.check_open()
+            time.sleep(0.01)
+        raise InvalidOperation(f"instances {sorted(instances)} have said nothing; try again")

@@ -1,0 +1,66 @@
+"""What a cluster is asked to be, checked before anything is started."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...vmem import linux
+from ...vmem.errors import InvalidConfig
+from .policies import CLUSTER_POLICIES, ClusterPolicy
+from .snapshot import Role
+
+_ROLES = ("prefill", "decode", "both")
+
+
+def instance_options(options: Mapping[str, Any], sharing: int | None) -> dict[str, Any]:
+    """Those of each instance: pages that can change hands, and where so many share this machine's
+    memory a part of that."""
+    found = dict(options)
+    if options.get("kv", "virtual") == "virtual":
+        found.setdefault("movable", True)
+    if sharing is not None:
+        half = linux.available_bytes() // 2  # the other for weights and steps
+        found.setdefault("kv_memory", half // sharing)
+    return found
+
+
+def checked_roles(roles: Sequence[Role] | None, instances: int) -> list[Role]:
+    """A role for each instance. Raises InvalidConfig."""
+    if instances < 1:
+        raise InvalidConfig(f"instances is {instances}; a cluster has one at least")
+    if roles is None:
+        return ["both"] * instances
+    unknown = [role for role in roles if role not in _ROLES]
+    if unknown:
+        raise InvalidConfig(f"roles has {unknown[0]!r}; use some of {', '.join(_ROLES)}")
+    if len(roles) != instances:
+        raise InvalidConfig(f"{len(roles)} roles for {instances} instances; name one for each")
+    for one in ("prefill", "decode"):
+        if all(role not in (one, "both") for role in roles):
+            raise InvalidConfig(f"roles {list(roles)} leave nobody to {one}; make one 'both'")
+    return list(roles)
+
+
+def checked_policy(policy: str | ClusterPolicy | None, roles: Sequence[Role]) -> ClusterPolicy:
+    """The policy that is named, or that suits the roles. Raises InvalidConfig."""
+    if policy is None:
+        policy = "llumnix" if all(role == "both" for role in roles) else "disaggregated"
+    if not isinstance(policy, str):
+        return policy
+    if policy not in CLUSTER_POLICIES:
+        raise InvalidConfig(
+            f"policy is {policy!r}; use one of {', '.join(CLUSTER_POLICIES)}, or an object"
+        )
+    return CLUSTER_POLICIES[policy]()
+
+
+def checked_model(model: str | Path | None) -> str | None:
+    """What instances load the model from. Raises InvalidConfig."""
+    if model is None:
+        return None
+    if isinstance(model, str | Path):  # a folder's name must not depend on where a process began
+        return str(Path(model).resolve()) if Path(model).exists() else str(model)
+    raise InvalidConfig(
+        f"model is a {type(model).__name__}, which cannot be sent to other processes; save it "
+        "(model.save_pretrained) and give the folder"
+    )

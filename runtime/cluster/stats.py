@@ -1,0 +1,128 @@
+"""What a cluster holds and has done, as plain data."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
+
+from ..engine.stats import EngineStats
+from ..link.face import Face
+from ..request.spec import SequenceKey
+from .snapshot import Role
+
+
+@dataclass(kw_only=True)
+class Member:
+    """An instance.
+
+    Attributes:
+        id: names it as long as the cluster exists.
+        role, home: as of `InstanceSnapshot`.
+        pid: of its process, on its node.
+        node: Ray's name of the machine that it is on.
+        is_draining: it takes nothing, and hands over what it has.
+        face: what it is; None until it has said so.
+        stats: what it last said of itself.
+        carried_bytes, handed_pages: of sequences that left it, copied and as they were, so far.
+    """
+
+    id: int
+    role: Role
+    pid: int
+    node: str = ""
+    home: Role | None = None
+    is_draining: bool = False
+    face: Face | None = None
+    stats: EngineStats | None = None
+    carried_bytes: int = 0
+    handed_pages: int = 0
+
+    @property
+    def state(self) -> str:
+        """ "loading", "working" or "draining"."""
+        if self.face is None:
+            return "loading"
+        return "draining" if self.is_draining else "working"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What instances have done so far, as they last said. Sums only grow.
+
+    Attributes:
+        num_bytes_copied, num_pages_moved: of sequences that left them: copied, and as they were.
+        num_prompt_tokens, num_output_tokens, num_preemptions: as of `EngineStats`.
+        num_died, num_drained: how many of them have ended, for want of life and by order.
+    """
+
+    num_bytes_copied: int = 0
+    num_pages_moved: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_died: int = 0
+    num_drained: int = 0
+
+    @classmethod
+    def of(cls, member: Member) -> Self:
+        """By an instance."""
+        found = cls(num_bytes_copied=member.carried_bytes, num_pages_moved=member.handed_pages)
+        if (stats := member.stats) is not None:
+            found = replace(
+                found,
+                num_prompt_tokens=stats.num_prompt_tokens,
+                num_output_tokens=stats.num_output_tokens,
+                num_preemptions=stats.num_preemptions,
+            )
+        return found
+
+    def plus(self, others: Iterable["Done"]) -> "Done":
+        """Together with others."""
+        all_of_them = [self, *others]
+        return Done(
+            **{
+                one.name: sum(getattr(done, one.name) for done in all_of_them)
+                for one in fields(self)
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveUnderWay:
+    """A sequence on its way, from one instance to another."""
+
+    key: SequenceKey
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterStats:
+    """What a cluster has done, and what its instances hold. No count gets smaller when one ends.
+
+    Attributes:
+        num_migrations: sequences that moved to another instance and went on there.
+        num_stayed: migrations that were begun and came to nothing; their sequences went on.
+        num_recomputed: sequences that were computed again, since their instance had died.
+        done: by all instances, those that have ended included.
+        instances: as each was a moment ago.
+        requests: unfinished sequences, and the instance that has each.
+        moves: under way.
+    """
+
+    num_migrations: int
+    num_stayed: int
+    num_recomputed: int
+    done: Done
+    instances: tuple[Member, ...]
+    requests: Mapping[SequenceKey, int | None] = field(default_factory=dict)
+    moves: tuple[MoveUnderWay, ...] = ()
+
+    @property
+    def num_bytes_copied(self) -> int:
+        """Of keys and values, by migrations."""
+        return self.done.num_bytes_copied
+
+    @property
+    def num_pages_moved(self) -> int:
+        """That changed hands in migrations, of which no byte was copied."""
+        return self.done.num_pages_moved

@@ -1,0 +1,211 @@
+"""What engines hold and have done, as of their last pulses."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from ...engine.stats import EngineStats, SwapStats
+from ...link.engine_link import EngineLink
+from ...link.face import Face
+
+LABELS = ("model_name", "engine")
+
+_Values = Mapping[tuple[str, ...], float]
+"""By what further labels say."""
+
+
+class Reported(NamedTuple):
+    """An engine's labels, and what it last said of itself."""
+
+    labels: tuple[str, ...]
+    stats: EngineStats
+
+
+class _Family(NamedTuple):
+    """A gauge or a counter: its name and help, further labels, and its values."""
+
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily]
+    name: str
+    what: str
+    more: tuple[str, ...]
+    values: Callable[[EngineStats], _Values]
+
+
+class EngineCollector:
+    """Of a server with one engine.
+
+    Args:
+        model_name: the label of all of it.
+    """
+
+    def __init__(self, face: Face, model_name: str, engine: EngineLink) -> None:
+        self._face = face
+        self._labels = (model_name, "0")
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by prometheus_client."""
+        labels, engine = self._labels, self._engine
+        yield _one("vkv:engine_up", "1 while the engine is there", labels, engine.is_ready)
+        yield _one("vllm:engine_sleep_state", "1 while asleep", labels, engine.is_asleep)
+        yield cache_config(("engine",), [(("0",), self._face)])
+        if self._engine.stats is not None:
+            yield from of_engines(LABELS, [Reported(self._labels, self._engine.stats)])
+
+
+def _one(name: str, what: str, labels: tuple[str, ...], value: float) -> Metric:
+    """A gauge of a single value."""
+    family = GaugeMetricFamily(name, what, labels=LABELS)
+    family.add_metric(labels, float(value))
+    return family
+
+
+def cache_config(names: tuple[str, ...], faces: Sequence[tuple[tuple[str, ...], Face]]) -> Metric:
+    """How the caches of engines were made, each under its labels."""
+    family = GaugeMetricFamily(
+        "vllm:cache_config_info",
+        "How the cache was made",
+        labels=(*names, "page_bytes", "max_model_len", "cache_dtype"),
+    )
+    for labels, face in faces:
+        values = (str(face.page_bytes), str(face.admission.max_len), face.dtype)
+        family.add_metric((*labels, *values), 1)
+    return family
+
+
+def of_engines(names: tuple[str, ...], engines: Sequence[Reported]) -> Iterator[Metric]:
+    """All that is told of engines: a family for each figure, and in it a value an engine.
+
+    Args:
+        names: of the labels that each has.
+    """
+    has_swap = any(engine.stats.swap is not None for engine in engines)
+    for family in (*_FIGURES, *(_SWAP if has_swap else ()), *_TENANTS):
+        made = family.kind(family.name, family.what, labels=(*names, *family.more))
+        for engine in engines:
+            for labels, value in family.values(engine.stats).items():
+                made.add_metric((*engine.labels, *labels), float(value))
+        yield made
+
+
+# -- the figures ---------------------------------------------------------------------------------
+
+
+def _gauge(name: str, what: str, value: Callable[[EngineStats], float]) -> _Family:
+    return _Family(GaugeMetricFamily, name, what, (), lambda stats: {(): value(stats)})
+
+
+def _counter(name: str, what: str, value: Callable[[EngineStats], float]) -> _Family:
+    return _Family(CounterMetricFamily, name, what, (), lambda stats: {(): value(stats)})
+
+
+def _used(stats: EngineStats) -> float:
+    return (stats.pages_held - stats.pages_parked) / max(1, stats.pages_limit)
+
+
+def _preemptions(stats: EngineStats) -> _Values:
+    num_copied = 0 if stats.swap is None else stats.swap.num_preempted
+    return {("recompute",): stats.num_preemptions - num_copied, ("swap",): num_copied}
+
+
+_FIGURES = (
+    _gauge("vllm:num_requests_running", "Requests with a slot", lambda s: s.num_running),
+    _gauge("vllm:num_requests_waiting", "Requests without", lambda s: s.num_waiting),
+    _gauge("vllm:kv_cache_usage_perc", "Part of the pages that live requests hold", _used),
+    _gauge("vkv:kv_virtual_bytes", "Address space of slots", lambda s: s.virtual_bytes),
+    _gauge("vkv:kv_physical_bytes", "Memory behind it", lambda s: s.physical_bytes),
+    _gauge("vkv:kv_limit_bytes", "The most there may be", lambda s: s.pages_limit * s.page_bytes),
+    _gauge("vkv:kv_parked_bytes", "Of finished requests", lambda s: s.pages_parked * s.page_bytes),
+    _gauge("vkv:kv_ahead_bytes", "Mapped ahead of tokens", lambda s: s.pages_ahead * s.page_bytes),
+    _gauge("vkv:working_bytes", "Beside weights and pages, at most", lambda s: s.working_bytes),
+    _gauge("vkv:recordings", "Recorded decode steps", lambda s: s.num_recordings),
+    _counter("vllm:num_preemptions", "Slots taken away", lambda s: s.num_preemptions),
+    _counter("vllm:prompt_tokens", "Computed of prompts", lambda s: s.num_prompt_tokens),
+    _counter("vllm:generation_tokens", "Generated", lambda s: s.num_output_tokens),
+    _counter("vllm:prompt_tokens_cached", "Found computed", lambda s: s.prefix_hit_tokens),
+    _counter("vllm:prefix_cache_hits", "Tokens found", lambda s: s.prefix_hit_tokens),
+    _counter(
+        "vllm:prefix_cache_queries",
+        "Tokens looked for",
+        lambda s: s.prefix_hit_tokens + s.num_prompt_tokens,
+    ),
+    _counter("vkv:steps", "Steps", lambda s: s.num_steps),
+    _counter("vkv:step_seconds", "Time in steps", lambda s: s.step_time_s),
+    _counter("vkv:replays", "Steps replayed", lambda s: s.num_replays),
+    _counter("vkv:failed_requests", "Ended by an error", lambda s: s.num_failed),
+    _counter("vkv:mapping_seconds", "Steps waited for memory", lambda s: s.mapping_time_s),
+    _counter("vkv:background_mapping_seconds", "Mapped meanwhile", lambda s: s.background_time_s),
+    _Family(
+        CounterMetricFamily,
+        "vkv:driver_calls",
+        "System or driver calls",
+        ("call",),
+        lambda s: {(name,): count for name, count in s.driver_calls.items()},
+    ),
+    _Family(CounterMetricFamily, "vkv:preemptions", "By kind", ("kind",), _preemptions),
+)
+
+
+def _of_swap(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    what: str,
+    value: Callable[[SwapStats], float],
+) -> _Family:
+    def values(stats: EngineStats) -> _Values:
+        return {} if stats.swap is None else {(): value(stats.swap)}
+
+    return _Family(kind, name, what, (), values)
+
+
+def _both_ways(name: str, what: str, field: str) -> _Family:
+    def values(stats: EngineStats) -> _Values:
+        if stats.swap is None:
+            return {}
+        moves = {("store",): stats.swap.stored, ("load",): stats.swap.fetched}
+        return {way: getattr(moved, field) for way, moved in moves.items()}
+
+    return _Family(CounterMetricFamily, f"vkv:swap_{name}", what, ("way",), values)
+
+
+_SWAP = (
+    _of_swap(
+        GaugeMetricFamily,
+        "vkv:swap_physical_bytes",
+        "Of copies in host memory",
+        lambda swap: swap.physical_bytes,
+    ),
+    _of_swap(
+        GaugeMetricFamily,
+        "vkv:swap_limit_bytes",
+        "The most there may be",
+        lambda swap: swap.limit_bytes,
+    ),
+    _of_swap(
+        CounterMetricFamily, "vkv:swap_stall_seconds", "Steps waited", lambda swap: swap.stall_s
+    ),
+    _both_ways("moves", "Sequences copied", "num_moves"),
+    _both_ways("bytes", "Copied", "num_bytes"),
+    _both_ways("copies", "Calls that copied", "num_copies"),
+    _both_ways("seconds", "Of copying", "time_s"),
+    _both_ways("failures", "Copies that came to nothing", "num_failed"),
+)
+
+
+def _of_tenants(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, what: str, field: str
+) -> _Family:
+    """What each tenant has and got, as long as it is remembered."""
+
+    def values(stats: EngineStats) -> _Values:
+        return {(tenant.tenant,): getattr(tenant, field) for tenant in stats.tenants}
+
+    return _Family(kind, f"vkv:tenant_{name}", what, ("tenant",), values)
+
+
+_TENANTS = (
+    _of_tenants(CounterMetricFamily, "prompt_tokens", "Computed of prompts", "prompt_tokens"),
+    _of_tenants(CounterMetricFamily, "generation_tokens", "Generated", "output_tokens"),
+    _of_tenants(GaugeMetricFamily, "requests", "That run or wait", "num_unfinished"),
+)

@@ -1,0 +1,152 @@
+"""The way to instances, which are played here: what it does of what they answer."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vkv import SamplingParams
+from vkv.runtime.cluster.policies import RoundRobin
+from vkv.runtime.cluster.router import Router
+from vkv.runtime.engine.messages import Add, Message, Resume
+from vkv.runtime.engine.migration.messages import Begin, Cancel, Cancelled, Ended, GoOn, WentOn
+from vkv.runtime.link.face import Face
+from vkv.runtime.link.messages import Outputs, Welcome, decode_to_engine, encode
+from vkv.runtime.link.wire import Frames
+from vkv.runtime.request.continuation import Continuation
+from vkv.runtime.request.spec import RequestSpec
+from vkv.runtime.request.step_output import StepOutput
+from vkv.vmem.errors import VkvError
+
+_KEY = ("a", 0)
+
+
+class _Played:
+    """An instance that says what it is told to.
+
+    Args:
+        answer: what it says to a message.
+    """
+
+    def __init__(self, path: Path, answer: Callable[[Any], Sequence[Any]]) -> None:
+        self.heard: list[Any] = []
+        self._answer = answer
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        connection, _ = self._listener.accept()
+        frames = Frames(connection)
+        connection.setblocking(True)
+        face: Any = Face(
+            name="",
+            tokenizer=None,
+            sampling_defaults={},
+            admission=None,  # type: ignore[arg-type]
+            dtype="float32",
+            device="cpu",
+            max_seqs=8,
+            page_bytes=4096,
+            token_bytes=1,
+            capacity_tokens=1000,
+        )
+        frames.write(encode(Welcome(face.pack())))
+        while True:
+            try:
+                messages = [decode_to_engine(packed) for packed in frames.read()]
+            except EOFError:
+                break
+            for message in messages:
+                self.heard.append(message)
+                for said in self._answer(message):
+                    frames.write(encode(said))
+        frames.close()
+        self._listener.close()
+
+    def join(self) -> None:
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+class _Sink:
+    def __init__(self) -> None:
+        params = SamplingParams(temperature=0, max_tokens=4)
+        self.spec = RequestSpec(request_id=_KEY[0], prompt_token_ids=[1, 2], params=params)
+        self.token_ids: list[int] = []
+        self.ended = threading.Event()
+
+    @property
+    def is_finished(self) -> bool:
+        return self.ended.is_set()
+
+    def accept(self, output: StepOutput) -> Sequence[Message]:
+        self.token_ids += output.token_ids
+        if output.finish_reason is not None:
+            self.ended.set()
+        return ()
+
+    def fail(self, error: VkvError) -> None:
+        raise error
+
+
+@pytest.fixture
+def router() -> Iterator[Router]:
+    router = Router(RoundRobin(), lambda instance: None)
+    yield router
+    router.close()
+
+
+def _output(token_id: int, epoch: int, *, ends: bool = False) -> Outputs:
+    output = StepOutput(
+        request_id=_KEY[0],
+        index=_KEY[1],
+        epoch=epoch,
+        token_ids=(token_id,),
+        finish_reason="length" if ends else None,
+    )
+    return Outputs([output])
+
+
+def test_what_neither_end_of_a_move_has_goes_on_from_its_tokens(
+    router: Router, tmp_path: Path
+) -> None:
+    """Though no instance has died, which is when such are looked for, too."""
+
+    resumed: list[Continuation] = []
+
+    def answer(message: Any) -> Sequence[Any]:
+        if isinstance(message, Add):
+            return [_output(7, 0)]
+        if isinstance(message, Begin):
+            return [Ended(message.key, message.epoch, "it is gone")]
+        if isinstance(message, GoOn):
+            return [WentOn(message.key, message.epoch, is_here=False)]
+        if isinstance(message, Cancel):
+            return [Cancelled(message.key, message.epoch)]
+        if isinstance(message, Resume):
+            resumed.append(message.continuation)
+            return [_output(8, message.continuation.epoch, ends=True)]
+        return []
+
+    played = [_Played(tmp_path / str(number), answer) for number in range(2)]
+    for number in range(2):
+        router.join(number, str(tmp_path / str(number)), role="both", pid=0)
+    sink = _Sink()
+    router.submit([sink])
+    while not sink.token_ids:
+        sink.ended.wait(0.01)
+    source = router.requests()[_KEY]
+    assert source is not None
+    router.migrate(_KEY, 1 - source)
+    assert sink.ended.wait(10), router.requests()
+    assert sink.token_ids == [7, 8]
+    assert router.counts().lost == 1
+    assert [list(one.output_token_ids) for one in resumed] == [[7]]
+    router.close()
+    for instance in played:
+        instance.join()
