@@ -8,6 +8,7 @@ pool.
 Source: Infinite-LLM, arXiv:2401.02669, section 5.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -17,6 +18,8 @@ from ...allocator.transfer import Lent, MoveStats, Segment, SegmentTier, Spans, 
 from ...vmem.errors import DriverError, OutOfPages, Shortage, TransferError
 from ..request.request import Request
 from .kv_files import KVFiles
+
+_log = logging.getLogger(__name__)
 
 
 class Creditor(Protocol):
@@ -177,7 +180,8 @@ class Segments:
         for name, creditor in list(self.creditors.items()):
             try:
                 loan = creditor.take(spans, start, num_tokens)
-            except TransferError:
+            except TransferError as error:
+                _log.warning("%s takes no more tokens in: %s", name, error)
                 del self.creditors[name]
                 continue
             if loan is not None:
