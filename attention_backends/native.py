@@ -212,8 +212,7 @@ class NativeBackend(AttentionBackend):
         """
 
         def build() -> _Sequences:
-            past = isinstance(batch, PastBatch)
-            on_host = _past_on_host(batch) if past else _on_host(batch)
+            on_host = _past_on_host(batch) if isinstance(batch, PastBatch) else _on_host(batch)
             parts = torch.tensor(first_parts, dtype=torch.int32)
             rows = torch.tensor(sum_rows, dtype=torch.int64)
             return replace(on_host, first_parts=parts, sum_rows=rows)

@@ -230,6 +230,13 @@ class MemoryTier:
         self._let_go(name)
         self._stores = [(*e[:4], e[4] and e[0] != name) for e in self._stores]
 
+    def give_way(self) -> bool:
+        """Memory is short here: what is held for anybody may go. False if nothing was held."""
+        names = list(self._kept)
+        for name in names:
+            self._let_go(name)
+        return bool(names)
+
     def _let_go(self, name: str) -> None:
         """Unpin what is there for `name`, but not what is on its way."""
         slot = self._kept.pop(name, None)

@@ -8,7 +8,8 @@ pool.
 Source: Infinite-LLM, arXiv:2401.02669, section 5.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from ...allocator.transfer import Lent, MoveStats, Segment, SegmentTier, Spans, 
 from ...vmem.errors import DriverError, OutOfPages, Shortage, TransferError
 from ..request.request import Request
 from .kv_files import KVFiles
+
+_log = logging.getLogger(__name__)
 
 
 class Creditor(Protocol):
@@ -48,6 +51,7 @@ class Segments:
         exits: how slots of `cache` are let go.
         kv_files: files that a segment may begin with.
         tier: where the beginnings go; None for nowhere.
+        make_way: has the tier let go of what it holds for requests that wait; False if nothing.
         part_tokens: what moves is a multiple of it.
         local_tokens: the most tokens that a long request has in its slot; at least two parts.
 
@@ -63,6 +67,7 @@ class Segments:
         kv_files: KVFiles,
         *,
         tier: SegmentTier | None,
+        make_way: Callable[[], bool],
         part_tokens: int,
         local_tokens: int,
     ) -> None:
@@ -74,6 +79,7 @@ class Segments:
         self._exits = exits
         self._kv_files = kv_files
         self._part_tokens = part_tokens
+        self._make_way = make_way
 
     def is_long(self, request: Request) -> bool:
         """True of one that may outgrow the pool, and whose tokens are too many for a slot now."""
@@ -95,7 +101,14 @@ class Segments:
         Returns the slot, and how many tokens to compute now, `budget` at most. `tokens` are those
         that may be found computed. Raises a Shortage or DriverError, with the request as it was.
         """
-        segment = None if self.tier is None else self._begin(self.tier, request, tokens)
+        segment = None
+        if self.tier is not None:
+            try:
+                segment = self._begin(self.tier, request, tokens)
+            except Shortage:
+                if not self._make_way():
+                    raise
+                segment = self._begin(self.tier, request, tokens)
         slot = None
         try:
             slot = self._cache.open()
@@ -160,11 +173,15 @@ class Segments:
                 return
             except Shortage as error:
                 shortage = error
+            if not self.creditors and self._make_way():
+                self._append(self.tier, request, slot, num_tokens)
+                return
         start, spans = request.slot_start, self._cache.spans(slot, 0, num_tokens)
         for name, creditor in list(self.creditors.items()):
             try:
                 loan = creditor.take(spans, start, num_tokens)
-            except TransferError:
+            except TransferError as error:
+                _log.warning("%s takes no more tokens in: %s", name, error)
                 del self.creditors[name]
                 continue
             if loan is not None:

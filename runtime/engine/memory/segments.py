@@ -53,9 +53,9 @@ def add_segments(
     except UnsupportedAttention as error:
         return str(error)
     runner.segmented = SegmentedAttention(here, {})
-    tier = None
+    tier, make_way = None, _nothing
     if tiers.swapping is not None:
-        far = tiers.swapping.tier.far
+        far, make_way = tiers.swapping.tier.far, tiers.swapping.tier.give_way
         tier = SegmentTier(cache, far, PART_TOKENS)
         runner.segmented.holders[tier.holder] = LocalHolder(far, there)
     tiers.segments = Segments(
@@ -63,6 +63,7 @@ def add_segments(
         tiers.exits,
         tiers.kv_files,
         tier=tier,
+        make_way=make_way,
         part_tokens=PART_TOKENS,
         local_tokens=local_tokens,
     )
@@ -72,7 +73,8 @@ def add_segments(
 def add_creditor(engine: "Engine", creditor: RemoteHolder, num_tokens: int) -> None:
     """Have another engine take tokens of requests that outgrow the pool, about so many.
 
-    Raises InvalidOperation, with the reason, if none can be longer than the pool here.
+    It stays the caller's to close. Raises InvalidOperation, with the reason, if no request can be
+    longer than the pool here.
     """
     segments, segmented = engine.scheduler.tiers.segments, engine.runner.segmented
     if segments is None or segmented is None:
@@ -94,6 +96,10 @@ def take_back(scheduler: Scheduler, lost: HolderLost) -> None:
         loans = [one.loan for one in request.lent if one.holder == lost.holder]
         if is_in_tier or any(lost.loans is None or loan in lost.loans for loan in loans):
             scheduler.preempt(request, keep=not is_in_tier)
+
+
+def _nothing() -> bool:
+    return False
 
 
 def longest_alone(cache: SlotCache) -> int:

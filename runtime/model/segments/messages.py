@@ -48,11 +48,15 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fi
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
-    """Take in `num_tokens` tokens of a sequence, the first at position `start`."""
+    """Take in `num_tokens` tokens of a sequence, the first at position `start`.
+
+    Attributes:
+        widths: bytes of a token in each stream, as of `TokenFormat`.
+    """
 
     start: int
     num_tokens: int
-    num_bytes: int
+    widths: tuple[int, ...]
 
 
 class GiveBack(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -61,7 +65,10 @@ class GiveBack(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unkno
     loan: int
 
 
-Request = Ask | Offer | GiveBack
+class Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whatever an owner says."""
+
+    what: Ask | Offer | GiveBack
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ from ....allocator.transfer.channels import wire
 from ....attention_backends import LayerAttention, PastBatch
 from ....vmem.errors import TransferError
 from .holders import Answer
-from .messages import Ask, AskedBatch, GiveBack, Offer, Told
+from .messages import Ask, AskedBatch, GiveBack, Offer, Said, Told
 
 
 class HolderLost(TransferError):
@@ -29,7 +29,7 @@ class HolderLost(TransferError):
 
 
 class RemoteHolder:
-    """Has a `SegmentServer` take tokens in, and asks it, over a stream socket.
+    """Has a `SegmentServer` of the same model take tokens in, and asks it, over a stream socket.
 
     One call after the other: an answer is waited for before the next ask. A holder that is silent
     for `timeout_s`, that closes or says what nobody says here is lost, at once and for good.
@@ -71,7 +71,7 @@ class RemoteHolder:
         if not self._is_open:
             raise HolderLost(self.name, "the connection was closed before")
         try:
-            wire.send_message(self._sock, ask)
+            wire.send_message(self._sock, Said(ask))
             wire.send_bytes(self._sock, [as_bytes(query.contiguous())], False)
         except TransferError as error:
             raise self._lost(error) from error
@@ -101,13 +101,13 @@ class RemoteHolder:
 
         Raises HolderLost.
         """
+        widths = tuple(sum(map(len, of_stream)) // num_tokens for of_stream in spans)
         pieces = [piece for of_stream in spans for piece in of_stream]
-        num_bytes = sum(map(len, pieces))
         if not self._is_open:
             raise HolderLost(self.name, "the connection was closed before")
         try:
-            offer = Offer(start=start, num_tokens=num_tokens, num_bytes=num_bytes)
-            wire.send_message(self._sock, offer)
+            offer = Offer(start=start, num_tokens=num_tokens, widths=widths)
+            wire.send_message(self._sock, Said(offer))
             if wire.receive_message(self._sock, Told).objection:
                 return None
             wire.send_bytes(self._sock, pieces, True)
@@ -119,7 +119,7 @@ class RemoteHolder:
         """A loan is not needed any more. Whoever is not there any more has ended it already."""
         if self._is_open:
             try:
-                wire.send_message(self._sock, GiveBack(loan=loan))
+                wire.send_message(self._sock, Said(GiveBack(loan=loan)))
             except TransferError:
                 self.close()
 

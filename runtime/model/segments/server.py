@@ -4,6 +4,7 @@ import itertools
 import logging
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from ....vmem.errors import (
     TransferError,
     VkvError,
 )
-from .messages import Ask, AskedBatch, Offer, Request, Told
+from .messages import Ask, AskedBatch, Offer, Said, Told
 from .remote import as_bytes
 
 _log = logging.getLogger(__name__)
@@ -67,6 +68,9 @@ class SegmentServer:
         layers: what each layer of the model asks of attention.
         dtype: of queries.
         limit_tokens: the most that are lent; None for as many as there is room for.
+        spare_tokens: room that stays for this engine's own requests when something is taken in.
+        pause_s: for how long nothing is taken in after a loan was called back, so that nobody moves
+            tokens to and fro.
         timeout_s: how long an owner may be silent in the middle of an ask.
 
     Attributes:
@@ -81,11 +85,16 @@ class SegmentServer:
         dtype: torch.dtype,
         *,
         limit_tokens: int | None = None,
+        spare_tokens: int = 0,
+        pause_s: float = 5.0,
         timeout_s: float = 10.0,
     ) -> None:
         self.cache = cache
         self._exits = Exits(cache)
         self._limit_tokens = limit_tokens
+        self._spare_tokens = spare_tokens
+        self._pause_s = pause_s
+        self._takes_from_s = 0.0
         self._partial = partial
         self._layers = tuple(layers)
         self._dtype = dtype
@@ -123,6 +132,7 @@ class SegmentServer:
         """Memory is short here: call the newest loan back. False if there is none."""
         loans = self.loans
         if loans:
+            self._takes_from_s = time.monotonic() + self._pause_s
             self.call_back(max(loans))
         return bool(loans)
 
@@ -163,7 +173,7 @@ class SegmentServer:
         owner = _Owner()
         try:
             while wire.wait_for_more(sock):
-                request = wire.receive_message(sock, Request)
+                request = wire.receive_message(sock, Said).what
                 if isinstance(request, Ask):
                     self._answer(sock, request, owner)
                 elif isinstance(request, Offer):
@@ -216,14 +226,22 @@ class SegmentServer:
     def _make_room(self, offer: Offer) -> Slot:
         """A slot with memory for what is offered. Raises a Shortage, DriverError or, for what never
         fits, InvalidOperation."""
-        num_bytes = offer.num_tokens * self.cache.geometry.token_format.token_bytes
-        if offer.num_tokens < 1 or offer.start < 0 or num_bytes != offer.num_bytes:
-            raise InvalidOperation(f"{offer} is not of tokens as they are here")
+        widths = self.cache.geometry.token_format.widths
+        if offer.num_tokens < 1 or offer.start < 0 or offer.widths != widths:
+            raise InvalidOperation(
+                f"{offer} is not of tokens as they are here, of {widths} bytes; engines lend to "
+                "each other that have one layers_per_range and split_kv"
+            )
         lent = sum(loan.stop - loan.start for loan in self.loans.values())
         if self._limit_tokens is not None and lent + offer.num_tokens > self._limit_tokens:
             raise OutOfPages(f"{lent} tokens are lent, of {self._limit_tokens}")
         if offer.num_tokens > self.cache.max_len:
             raise InvalidOperation(f"{offer} is longer than a slot, {self.cache.max_len} tokens")
+        if time.monotonic() < self._takes_from_s:
+            raise OutOfPages("a loan was called back just now")
+        wanted = self.cache.num_pages(offer.num_tokens) + self.cache.num_pages(self._spare_tokens)
+        if wanted > self.cache.num_obtainable():
+            raise OutOfPages(f"{wanted} pages are not to be had, those to spare included")
         slot = self.cache.open()
         try:
             self.cache.grow(slot, offer.num_tokens)

@@ -1,6 +1,7 @@
 """Attention of requests whose first tokens lie elsewhere: asked there, merged here."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -63,17 +64,16 @@ class SegmentedStep:
         """Attention over all keys, [num_tokens, num_heads, value_head_dim].
 
         The caches are those of the keys that are here; holders are asked first, and attend
-        meanwhile if they can.
+        meanwhile if they can. Raises HolderLost if one is lost; the others' answers are had first,
+        so that they can be asked again.
         """
         results = self._partial.empty(query, self._num_rows, value_cache.shape[3])
-        answers = [
-            holder.attend(layer, query[queries], past, wanted, results[rows])
-            for holder, past, rows, queries in self._asked
-        ]
-        own = results[self._own_rows]
-        self._partial.attend_own(query, key_cache, value_cache, self._batch, wanted, own)
-        for answer in answers:
-            answer.wait()
+        with ExitStack() as answers:  # leaving it waits for all of them, whatever happens
+            for holder, past, rows, queries in self._asked:
+                answer = holder.attend(layer, query[queries], past, wanted, results[rows])
+                answers.callback(answer.wait)
+            own = results[self._own_rows]
+            self._partial.attend_own(query, key_cache, value_cache, self._batch, wanted, own)
         return self._partial.merge(query, results, self._batch, wanted)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ...engine.stats import EngineStats, SwapStats
+from ...engine.stats import EngineStats, SegmentStats, SwapStats
 from ...link.engine_link import EngineLink
 from ...link.face import Face
 
@@ -81,7 +81,9 @@ def of_engines(names: tuple[str, ...], engines: Sequence[Reported]) -> Iterator[
         names: of the labels that each has.
     """
     has_swap = any(engine.stats.swap is not None for engine in engines)
-    for family in (*_FIGURES, *(_SWAP if has_swap else ()), *_TENANTS):
+    has_segments = any(engine.stats.segments is not None for engine in engines)
+    some = (*(_SWAP if has_swap else ()), *(_SEGMENTS if has_segments else ()))
+    for family in (*_FIGURES, *some, *_TENANTS):
         made = family.kind(family.name, family.what, labels=(*names, *family.more))
         for engine in engines:
             for labels, value in family.values(engine.stats).items():
@@ -192,6 +194,31 @@ _SWAP = (
     _both_ways("copies", "Calls that copied", "num_copies"),
     _both_ways("seconds", "Of copying", "time_s"),
     _both_ways("failures", "Copies that came to nothing", "num_failed"),
+)
+
+
+def _of_segments(name: str, what: str, value: Callable[[SegmentStats], float]) -> _Family:
+    def values(stats: EngineStats) -> _Values:
+        return {} if stats.segments is None else {(): value(stats.segments)}
+
+    return _Family(GaugeMetricFamily, f"vkv:long_{name}", what, (), values)
+
+
+def _moved(name: str, what: str, field: str) -> _Family:
+    def values(stats: EngineStats) -> _Values:
+        if stats.segments is None:
+            return {}
+        moves = {("tier",): stats.segments.moved, ("engines",): stats.segments.lent}
+        return {goal: getattr(moved, field) for goal, moved in moves.items()}
+
+    return _Family(CounterMetricFamily, f"vkv:long_moved_{name}", what, ("to",), values)
+
+
+_SEGMENTS = (
+    _of_segments("requests", "That outgrew the pool", lambda segments: segments.num_requests),
+    _of_segments("tokens", "Of theirs, elsewhere", lambda segments: segments.num_tokens),
+    _moved("tokens", "That moved as they grew", "num_tokens"),
+    _moved("bytes", "That moved as they grew", "num_bytes"),
 )
 
 

@@ -1,7 +1,12 @@
 """Requests longer than the pool: their first tokens lie in the tier, their tokens are the same."""
 
+import json
+import os
 import random
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +15,7 @@ from typing import Any
 
 import moved
 import pytest
+import segment_peer
 import torch
 import zoo
 from transformers import PreTrainedModel
@@ -51,9 +57,12 @@ def _specs(lengths: Sequence[int], **options: Any) -> list[RequestSpec]:
     return moved.specs(zoo.random_prompts(lengths), **options)
 
 
+def _options(**options: Any) -> dict[str, Any]:
+    return {"max_len": _LONGEST, "page_bytes": _PAGE_BYTES, "max_seqs": 8, **options}
+
+
 def _llm(model: PreTrainedModel, **options: Any) -> LLM:
-    options = {"max_len": _LONGEST, "page_bytes": _PAGE_BYTES, "max_seqs": 8, **options}
-    return LLM(model, device="cpu", **zoo.with_defaults(options))
+    return LLM(model, device="cpu", **zoo.with_defaults(_options(**options)))
 
 
 def _drive(engine: Engine, most_steps: int = 3000) -> None:
@@ -196,6 +205,27 @@ def test_a_tier_for_one_of_two(llama: PreTrainedModel) -> None:
     expected, _ = _run(llama, specs)
     tokens, _ = _run(llama, specs, kv_memory=_POOL, swap_memory=110 * _PAGE_BYTES)
     assert tokens == expected
+
+
+def test_what_the_tier_holds_for_others_gives_way(llama: PreTrainedModel) -> None:
+    """Copies of requests that wait are pinned there; a long one that runs needs the memory."""
+    specs = _specs([3000, 900, 900], max_tokens=30, mixed=False)
+    expected, _ = _run(llama, specs)
+    with _llm(llama, kv_memory=_POOL, swap_memory=100 * _PAGE_BYTES) as llm:
+        others = [llm.engine.add(spec)[0] for spec in specs[1:]]
+        while any(request.num_output_tokens < 3 for request in others):
+            llm.engine.step()
+        llm.engine.scheduler.tiers.swapping.always = True
+        (long,) = llm.engine.add(specs[0])
+        for request in others:
+            llm.engine.scheduler.preempt(request)
+        llm.engine.scheduler.waiting.remove(long)
+        llm.engine.scheduler.waiting.add_first(long)
+        tier = llm.engine.scheduler.tiers.swapping.tier
+        tier.wait()
+        assert not tier.is_storing
+        _drive(llm.engine)
+        assert [r.output_token_ids for r in (long, *others)] == list(expected.values())
 
 
 def test_prompt_logprobs_of_a_long_prompt(llama: PreTrainedModel) -> None:
@@ -519,8 +549,84 @@ def test_creditors_that_go_one_after_the_other(llama: PreTrainedModel) -> None:
             server.close()
         engines.drive()
         assert [r.output_token_ids for r in requests] == expected
-        assert len(owner.scheduler.tiers.segments.creditors) < 3
+        assert list(owner.scheduler.tiers.segments.creditors) == ["engine 2"]
         assert requests[1].num_output_tokens == 30
+
+
+# -- several processes -------------------------------------------------------------------------
+
+
+class Peer:
+    """An engine in another process, which runs a request of its own again and again."""
+
+    def __init__(self, name: str) -> None:
+        theirs, ours = socket.socketpair()
+        told = {
+            "options": _options(kv_memory=_POOL),
+            "model": {"max_position_embeddings": _LONGEST},
+            "descriptor": theirs.fileno(),
+            "length": 300,
+        }
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, segment_peer.__file__, json.dumps(told)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.path.dirname(segment_peer.__file__)},
+            )
+        self.holder = RemoteHolder(name, ours, timeout_s=10)
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def stop(self) -> dict[str, Any]:
+        """Have it end in good order."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.hear()
+
+    def close(self) -> None:
+        self.holder.close()
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+@pytest.mark.parametrize("how", [None, signal.SIGKILL, signal.SIGSTOP], ids=str)
+def test_engines_in_other_processes_lend_until_they_die(
+    llama: PreTrainedModel, how: signal.Signals | None
+) -> None:
+    specs = _specs([2900, 40], max_tokens=30, mixed=False)
+    expected = _expected(llama, specs)
+    (own,) = _expected(llama, _specs([300], max_tokens=8, mixed=False))
+    peers = [Peer(f"process {i}") for i in range(3)]
+    try:
+        assert all(peer.hear()["ready"] for peer in peers)
+        with _llm(llama, kv_memory=_POOL) as llm:
+            for peer in peers:
+                add_creditor(llm.engine, peer.holder, 2048)
+            requests = [llm.engine.add(spec)[0] for spec in specs]
+            while requests[0].num_output_tokens < 4:
+                llm.engine.step()
+            dead = requests[0].lent[0].holder
+            if how is not None:
+                next(p for p in peers if p.holder.name == dead).process.send_signal(how)
+            _drive(llm.engine)
+            assert [r.output_token_ids for r in requests] == expected
+            assert llm.engine.stats().num_preemptions == (how is not None)
+            _check_nothing_left(llm.engine)
+        for peer in peers:
+            peer.holder.close()
+        for peer in peers:
+            if how is None or peer.holder.name != dead:
+                assert peer.stop()["tokens"] == own
+    finally:
+        for peer in peers:
+            peer.close()
 
 
 # -- refusals ------------------------------------------------------------------------------------

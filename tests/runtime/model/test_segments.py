@@ -31,7 +31,7 @@ from vkv.runtime.model.segments import (
     SegmentedAttention,
     SegmentServer,
 )
-from vkv.runtime.model.segments.messages import Ask, AskedBatch, Told
+from vkv.runtime.model.segments.messages import Ask, AskedBatch, Said, Told
 from vkv.vmem import open_driver
 from vkv.vmem.errors import InvalidOperation
 
@@ -199,7 +199,7 @@ def test_tokens_are_taken_in_and_attended(pair: tuple[SegmentServer, RemoteHolde
 
 def test_who_has_no_room_says_so_and_keeps_nothing() -> None:
     with make_cache(600) as cache, make_cache() as near:
-        server = make_server(cache, limit_tokens=512)
+        server = make_server(cache, limit_tokens=512, pause_s=0.2)
         theirs, ours = socket.socketpair()
         server.serve(theirs)
         holder = RemoteHolder("far", ours)
@@ -209,6 +209,9 @@ def test_who_has_no_room_says_so_and_keeps_nothing() -> None:
         assert holder.take(near.spans(slot, 512, 1024), 512, 512) is None
         assert server.give_way()
         assert not server.give_way()
+        assert holder.take(near.spans(slot, 0, 512), 0, 512) is None  # one was called back just now
+        wait_until(lambda: holder.take(near.spans(slot, 0, 512), 0, 512) == 2)
+        server.forget()
         fill(cache, 2, 0, 300)
         assert holder.take(near.spans(slot, 0, 512), 0, 512) is None  # no memory
         assert len(server.loans) == 0
@@ -216,6 +219,19 @@ def test_who_has_no_room_says_so_and_keeps_nothing() -> None:
         server.close()
         assert cache.stats().slots_open == 1
         cache.check_invariants()
+
+
+def test_a_creditor_keeps_room_for_its_own() -> None:
+    with make_cache(600) as cache, make_cache() as near:
+        server = make_server(cache, spare_tokens=200)
+        theirs, ours = socket.socketpair()
+        server.serve(theirs)
+        holder = RemoteHolder("far", ours)
+        slot = fill(near, 1, 0, 512)
+        assert holder.take(near.spans(slot, 0, 512), 0, 512) is None
+        assert holder.take(near.spans(slot, 0, 256), 0, 256) == 1
+        holder.close()
+        server.close()
 
 
 def wait_until(is_true: Callable[[], bool]) -> None:
@@ -272,9 +288,9 @@ def test_a_server_outlives_garbage(pair: tuple[SegmentServer, RemoteHolder]) -> 
     loan = lend(server, 1, 0, 512)
     nothing = AskedBatch((1, 1), (600,), (0,), (512,), (loan,))
     for message in (
-        Ask(layer=0, num_heads=HEADS),
-        Ask(layer=9, num_heads=HEADS, batch=AskedBatch((1,), (600,), (0,), (512,), (loan,))),
-        Ask(layer=0, num_heads=HEADS, batch=nothing),
+        Said(Ask(layer=0, num_heads=HEADS)),
+        Said(Ask(layer=9, num_heads=HEADS, batch=AskedBatch((1,), (600,), (0,), (512,), (loan,)))),
+        Said(Ask(layer=0, num_heads=HEADS, batch=nothing)),
         Told(objection="no ask at all"),
     ):
         theirs, ours = socket.socketpair()

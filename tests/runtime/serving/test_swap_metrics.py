@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from vkv import LLM
 from vkv.allocator.transfer import MoveStats
-from vkv.runtime.engine.stats import SwapStats
+from vkv.runtime.engine.stats import SegmentStats, SwapStats
 from vkv.runtime.serving.metrics.engines import LABELS, Reported, of_engines
 
 
@@ -33,3 +33,23 @@ def test_copies_are_told_both_ways() -> None:
     assert told[("vkv:swap_failures_total", "store")] == 1
     assert told[("vkv:preemptions_total", "swap")] == 2
     assert told[("vkv:preemptions_total", "recompute")] == 3
+
+
+def test_requests_longer_than_the_pool_are_told() -> None:
+    segments = SegmentStats(
+        num_requests=2,
+        num_tokens=3072,
+        moved=MoveStats(num_tokens=2048, num_bytes=500),
+        lent=MoveStats(num_tokens=1024, num_bytes=250),
+    )
+    with LLM(device="cpu", max_seqs=1) as llm:
+        stats = replace(llm.stats(), segments=segments)
+    told = {
+        (sample.name, sample.labels.get("to")): sample.value
+        for metric in of_engines(LABELS, [Reported(("a model", "0"), stats)])
+        for sample in metric.samples
+    }
+    assert told[("vkv:long_requests", None)] == 2
+    assert told[("vkv:long_tokens", None)] == 3072
+    assert told[("vkv:long_moved_tokens_total", "tier")] == 2048
+    assert told[("vkv:long_moved_bytes_total", "engines")] == 250
