@@ -303,11 +303,11 @@ class Engine:
         self.cache.trim()  # last: what is being copied could not be trimmed
         if self.fingerprint is not None:
             self.fingerprint.renew()
-        if self.adapters is not None:
-            self.adapters.model_changed()
         if self.watch is not None:
             layers = self.watch.learn()
             self.runner.model_changed(layers, recordable=not self.watch.has_hooks)
+        if self.adapters is not None:
+            self.adapters.model_changed()
 
     def notice_changes(self, *, thoroughly: bool = True) -> None:
         """Look whether somebody changed the model: thoroughly where a prompt is computed next."""
