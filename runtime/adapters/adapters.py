@@ -140,8 +140,11 @@ class Adapters:
         """The adapter of a name. Raises UnknownAdapter, naming those that there are."""
         return find_adapter(self._names, name)
 
-    def check(self, key: AdapterKey) -> None:
-        """Raises UnknownAdapter unless new requests may use this adapter."""
+    def check(self, key: AdapterKey, *, goes_on: bool = False) -> None:
+        """Raises UnknownAdapter unless new requests may use this adapter; or one that goes on, as
+        long as it is not gone."""
+        if goes_on and key in self._known:
+            return
         if self.find(key.name) != key:
             raise UnknownAdapter(
                 f"the adapter {key.name!r} is another here than where it was asked for; load the "

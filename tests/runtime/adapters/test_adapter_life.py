@@ -334,12 +334,13 @@ def test_parked_memory_gives_way_to_an_adapter(
 def test_caches_under_one_limit_have_idle_adapters_give_way(
     folders: dict[str, Path], expected: dict[str | None, list[int]]
 ) -> None:
-    limit = MemoryLimit(_adapter_bytes(folders) + (200 << 10))
+    limit = MemoryLimit(_adapter_bytes(folders) + (48 << 10))
     with _llm(folders, kv_memory=limit) as one, _llm({}, kv_memory=limit) as other:
         assert _ask(one, "a")[0] == expected["a"]
         for prompt in zoo.random_prompts([220] * 3, seed=4):
             _ask(other, None, prompt)
         assert limit.taken_bytes <= limit.num_bytes
+        assert not one.stats().adapters[0].is_here
         assert _ask(one, "a")[0] == expected["a"]
 
 
