@@ -1,6 +1,7 @@
 """The adapters that an engine has: by name, and those among them that are in memory now."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ class Adapters:
         """
         _check_name(name)
         folder = Path(path)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # a `Path` raises for names that are too long
             raise BadAdapter(
                 f"there is no folder {folder}; give that of a LoRA adapter as PEFT's "
                 "save_pretrained writes it"
@@ -116,7 +117,7 @@ class Adapters:
             )
         self._install(sites, file)
         adapter = self._known.setdefault(key, _Adapter(key, file))
-        adapter.is_leaving = False
+        adapter.file, adapter.problem, adapter.is_leaving = file, None, False
         self._names[name] = key
         return key
 
@@ -139,8 +140,11 @@ class Adapters:
         """The adapter of a name. Raises UnknownAdapter, naming those that there are."""
         return find_adapter(self._names, name)
 
-    def check(self, key: AdapterKey) -> None:
-        """Raises UnknownAdapter unless new requests may use this adapter."""
+    def check(self, key: AdapterKey, *, goes_on: bool = False) -> None:
+        """Raises UnknownAdapter unless new requests may use this adapter; or one that goes on, as
+        long as it is not gone."""
+        if goes_on and key in self._known:
+            return
         if self.find(key.name) != key:
             raise UnknownAdapter(
                 f"the adapter {key.name!r} is another here than where it was asked for; load the "

@@ -52,6 +52,8 @@ _REFUSED = {
 }
 # Of `init_lora_weights`: those that leave the base model as it is.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_PATTERNS = ("rank", "alpha")
+_MOST_ALPHA = 1e30
 _SUMS = frozenset(
     {
         "alpha_pattern",
@@ -137,7 +139,7 @@ def read_config(folder: Path) -> LoraConfig:
             f"there is no {path}; give the folder of a LoRA adapter as PEFT's save_pretrained "
             "writes it"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadAdapter(f"{path} cannot be read ({error}); save the adapter again") from error
     if not isinstance(said, dict):
         raise BadAdapter(f"{path} holds {type(said).__name__}, and no fields; save it again")
@@ -154,7 +156,7 @@ def _check(path: Path, said: Mapping[str, Any]) -> None:
     if said.get("bias", "none") != "none":
         _refuse(path, "bias", said["bias"], "biases are not exchanged: train with bias='none'")
     start = said.get("init_lora_weights")
-    if isinstance(start, bool | str | None) and start not in _PLAIN_STARTS:
+    if start not in _PLAIN_STARTS:
         _refuse(
             path,
             "init_lora_weights",
@@ -178,17 +180,28 @@ def _config(path: Path, said: Mapping[str, Any]) -> LoraConfig:
     targets = said.get("target_modules")
     if not targets or not _is_names(targets):
         _refuse(path, "target_modules", targets, "give names of modules, or a regular expression")
-    layers, patterns = said.get("layers_to_transform"), said.get("layers_pattern")
+    layers = said.get("layers_to_transform")
     if isinstance(layers, int):
         layers = [layers]
-    excluded = said.get("exclude_modules")
-    rank_pattern, alpha_pattern = said.get("rank_pattern") or {}, said.get("alpha_pattern") or {}
+    are_numbers = isinstance(layers, list) and all(type(layer) is int for layer in layers)
+    if layers is not None and not are_numbers:
+        _refuse(path, "layers_to_transform", layers, "give numbers of layers")
+    patterns, excluded = said.get("layers_pattern") or (), said.get("exclude_modules") or None
+    for name, value in (("layers_pattern", patterns), ("exclude_modules", excluded)):
+        if value and not _is_names(value):
+            _refuse(path, name, value, "give names, or a regular expression")
+    rank_pattern, alpha_pattern = (_pattern(path, said, f"{what}_pattern") for what in _PATTERNS)
+    for expression in (targets, excluded, *rank_pattern, *alpha_pattern, *_as_tuple(patterns)):
+        if isinstance(expression, str) and not _compiles(expression):
+            _refuse(path, "a regular expression", expression, "it is none")
     for rank in (said.get("r"), *rank_pattern.values()):
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             _refuse(path, "r or rank_pattern", rank, "a rank is an integer of at least 1")
     for alpha in (said.get("lora_alpha"), *alpha_pattern.values()):
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            _refuse(path, "lora_alpha or alpha_pattern", alpha, "it is a finite number")
+        if not isinstance(alpha, int | float) or not abs(alpha) < _MOST_ALPHA:
+            _refuse(
+                path, "lora_alpha or alpha_pattern", alpha, f"it is a number below {_MOST_ALPHA:g}"
+            )
     return LoraConfig(
         folder=path.parent,
         rank=said["r"],
@@ -199,8 +212,27 @@ def _config(path: Path, said: Mapping[str, Any]) -> LoraConfig:
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         exclude_modules=tuple(excluded) if isinstance(excluded, list) else excluded or None,
         layers=None if layers is None else frozenset(layers),
-        layers_patterns=(patterns,) if isinstance(patterns, str) else tuple(patterns or ()),
+        layers_patterns=_as_tuple(patterns),
     )
+
+
+def _pattern(path: Path, said: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = said.get(name) or {}
+    if not isinstance(value, dict):
+        _refuse(path, name, value, "give numbers by regular expressions")
+    return value
+
+
+def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _compiles(expression: str) -> bool:
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _is_names(value: object) -> bool:

@@ -1,6 +1,7 @@
 """An adapter's folder: checked against a model when it is loaded, read when it is needed."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,8 +108,8 @@ class LoraFile:
 
 def _shapes(path: Path) -> Shapes:
     """By name, of all tensors of a file. Raises BadAdapter."""
-    if not path.exists():
-        pickled = path.with_suffix(".bin").exists()
+    if not os.path.exists(path):
+        pickled = os.path.exists(path.with_suffix(".bin"))
         remedy = "its .bin may run code when it is read: save it with safe_serialization=True"
         raise BadAdapter(
             f"there is no {path}; "

@@ -62,8 +62,13 @@ class AdapterMemory:
             try:
                 weights = file.read(self._dtype, self._allocate)
                 self._here[key] = self._products.table(num_sites, weights), num_bytes
-            except BaseException:
+            except BaseException as error:
                 self._limit.take(-num_bytes)
+                if isinstance(error, OSError | MemoryError | torch.OutOfMemoryError):
+                    raise OutOfPages(
+                        f"the system has no {num_bytes} bytes for the adapter {key.name!r} "
+                        f"({error}); lower kv_memory, or wait for others to finish"
+                    ) from error
                 raise
 
     def num_bytes(self, file: LoraFile) -> int:

@@ -49,7 +49,7 @@ def shrink_kernel(
         rank = tl.load(entry + 2)
         if block_r * BLOCK_R < rank:
             rows, here = _tile_rows(tiles_ptr, rows_ptr, tile, BLOCK_M)
-            down_ptr = tl.load(entry).to(tl.pointer_type(dtype))
+            down_ptr = tl.load(entry).to(tl.pointer_type(dtype))  # type: ignore[arg-type]
             ranks = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
             sums = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
             for first in range(0, in_features, BLOCK_K):
@@ -98,8 +98,8 @@ def expand_kernel(
     if address != 0:
         rank = tl.load(address.to(tl.pointer_type(tl.int64)) + site * FIELDS + 2)
     if rank > 0:
-        entry = address.to(tl.pointer_type(tl.int64)) + site * FIELDS
-        up_ptr = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
+        entry = address.to(tl.pointer_type(tl.int64)) + site * FIELDS  # type: ignore[union-attr]
+        up_ptr = tl.load(entry + 1).to(tl.pointer_type(DTYPE))  # type: ignore[arg-type]
         scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for first in range(0, rank, BLOCK_R):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,8 +106,10 @@ class TritonProducts:
     ) -> None:
         import triton.language as tl  # here: it is only there where it is wanted
 
-        from .triton_kernels import expand_kernel, shrink_kernel
+        from . import triton_kernels
 
+        shrink_kernel: Any = triton_kernels.shrink_kernel
+        expand_kernel: Any = triton_kernels.expand_kernel
         rows, _, input_stride = rows_of(inputs)
         same, _, output_stride = rows_of(out)
         assert same is out, "results are added to in place"

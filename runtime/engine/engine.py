@@ -134,10 +134,10 @@ class Engine:
             self.scheduler.add(request)
         return requests
 
-    def _check(self, spec: RequestSpec) -> int:
+    def _check(self, spec: RequestSpec, *, goes_on: bool = False) -> int:
         """Refuse what could never run; returns the most tokens that it may generate."""
         if spec.adapter is not None:
-            self.check_adapters().check(spec.adapter)
+            self.check_adapters().check(spec.adapter, goes_on=goes_on)
         return self.admission.check(spec.prompt_token_ids, spec.params)
 
     def check_adapters(self) -> Adapters:
@@ -184,7 +184,7 @@ class Engine:
         spec, (request_id, index) = continuation.spec, continuation.key
         if index >= spec.params.n:
             raise UsageError(f"request {request_id!r} has {spec.params.n} outputs, and no {index}")
-        max_tokens = self._check(spec)
+        max_tokens = self._check(spec, goes_on=True)
         self.admission.check_tokens(continuation.output_token_ids)
         wanted = continuation.max_tokens
         if wanted is not None and wanted > max_tokens:
@@ -306,11 +306,11 @@ class Engine:
         self.cache.trim()  # last: what is being copied could not be trimmed
         if self.fingerprint is not None:
             self.fingerprint.renew()
-        if self.adapters is not None:
-            self.adapters.model_changed()
         if self.watch is not None:
             layers = self.watch.learn()
             self.runner.model_changed(layers, recordable=not self.watch.has_hooks)
+        if self.adapters is not None:
+            self.adapters.model_changed()
 
     def notice_changes(self, *, thoroughly: bool = True) -> None:
         """Look whether somebody changed the model: thoroughly where a prompt is computed next."""
@@ -422,6 +422,8 @@ class Engine:
     def _drop_step_if_idle(self) -> None:
         if not self.has_work:
             self._under_way = None  # it computes what follows the ends of requests, for nobody
+            if self.adapters is not None:
+                self.adapters.provide(())  # others may have the memory of those that are here
 
     # -- after the model ---------------------------------------------------------------------
 

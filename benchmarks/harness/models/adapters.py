@@ -179,7 +179,7 @@ def _adapters(way: str, names: Sequence[str], load: Load) -> Names:
         return [None] * count
     if way == ONE:
         return [names[0]] * count
-    several = [names[i % len(names)] for i in range(count)]
+    several: Names = [names[i % len(names)] for i in range(count)]
     return several if way == SEVERAL else [n if i % 2 else None for i, n in enumerate(several)]
 
 

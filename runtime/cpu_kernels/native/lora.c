@@ -1,6 +1,7 @@
 /* What adapters add to a linear: out[r] += scale (x[r] downᵀ) up, for rows of several adapters.
  *
- * Rows of one adapter are taken four at a time, so that its weights are read once for four. Both
+ * Rows of one adapter are taken four at a time, so that its weights are read once for four; those
+ * that are left over one at a time. Both
  * sums of a row have one order, whatever other rows there are. Written with the compiler's vectors
  * of 16 floats, which it makes two or four of where registers are shorter.
  */
@@ -25,6 +26,9 @@ typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
             goal = *(const vec *)((const float *)(from) + (at));                               \
     } while (0)
 
+/* Unrolled, so that every sum has a register: none may be reached by an address. */
+#define FOR(i, count) _Pragma("GCC unroll 4") for (int i = 0; i < count; i++)
+
 INLINE float one(const int is_bf16, const void *from, int64_t at) {
     return is_bf16 ? from_bf16(((const uint16_t *)from)[at]) : ((const float *)from)[at];
 }
@@ -40,19 +44,22 @@ INLINE float total(const vec *lanes) {
 /* Adds to sums[r][j] the products of `count` inputs of some rows with `ranks` rows of `down`. */
 INLINE void shrink(const int rows, const int ranks, const int is_bf16, float (*x)[CHUNK],
                    const void *down, int64_t stride, int count, float (*sums)[MOST_RANK], int j) {
-    vec acc[ROWS][RANKS] = {0};
+    vec acc[ROWS][RANKS];
+    FOR(r, rows) FOR(k, ranks) acc[r][k] = (vec){0};
     int i = 0;
     for (; i + LANES <= count; i += LANES) {
         vec weight[RANKS];
-        for (int k = 0; k < ranks; k++) LOAD(weight[k], is_bf16, down, (j + k) * stride + i);
-        for (int r = 0; r < rows; r++) {
+        FOR(k, ranks) LOAD(weight[k], is_bf16, down, (j + k) * stride + i);
+        FOR(r, rows) {
             const vec input = *(const vec *)(x[r] + i);
-            for (int k = 0; k < ranks; k++) acc[r][k] += input * weight[k];
+            FOR(k, ranks) acc[r][k] += input * weight[k];
         }
     }
+    vec lanes[ROWS][RANKS];
+    FOR(r, rows) FOR(k, ranks) lanes[r][k] = acc[r][k];
     for (int r = 0; r < rows; r++)
         for (int k = 0; k < ranks; k++) {
-            float sum = total(&acc[r][k]);
+            float sum = total(&lanes[r][k]);
             for (int at = i; at < count; at++)
                 sum += x[r][at] * one(is_bf16, down, (j + k) * stride + at);
             sums[r][j + k] += sum;
@@ -78,19 +85,17 @@ INLINE void expand(const int rows, const int is_bf16, const struct vkv_lora *a, 
     const int64_t width = a->out_features, step = VECTORS * LANES;
     int64_t column = 0;
     for (; column + step <= width; column += step) {
-        vec acc[ROWS][VECTORS] = {0};
+        vec acc[ROWS][VECTORS];
+        FOR(r, rows) FOR(v, VECTORS) acc[r][v] = (vec){0};
         for (int j = 0; j < rank; j++) {
             vec weight[VECTORS];
-            for (int v = 0; v < VECTORS; v++)
-                LOAD(weight[v], is_bf16, up, j * width + column + v * LANES);
-            for (int r = 0; r < rows; r++)
-                for (int v = 0; v < VECTORS; v++) acc[r][v] += weight[v] * low[r][j];
+            FOR(v, VECTORS) LOAD(weight[v], is_bf16, up, j * width + column + v * LANES);
+            FOR(r, rows) FOR(v, VECTORS) acc[r][v] += weight[v] * low[r][j];
         }
-        for (int r = 0; r < rows; r++) {
-            float sums[VECTORS * LANES];
-            memcpy(sums, acc[r], sizeof sums);
-            put(a, at[r] * a->out_stride + column, sums, VECTORS * LANES);
-        }
+        float sums[ROWS][VECTORS * LANES];
+        FOR(r, rows) FOR(v, VECTORS) *(vec *)(sums[r] + v * LANES) = acc[r][v];
+        for (int r = 0; r < rows; r++)
+            put(a, at[r] * a->out_stride + column, sums[r], VECTORS * LANES);
     }
     if (column == width) return;
     const int left = (int)(width - column);
@@ -125,20 +130,6 @@ INLINE void some_rows(const int rows, const int is_bf16, const struct vkv_lora *
     expand(rows, is_bf16, a, entry->up, entry->rank, at, low);
 }
 
-INLINE void rows_of(int rows, const struct vkv_lora *a, const struct vkv_lora_entry *entry,
-                    const int32_t *at) {
-    switch (rows + ROWS * (a->dtype == VKV_BFLOAT16)) {
-        case 1: some_rows(1, 0, a, entry, at); break;
-        case 2: some_rows(2, 0, a, entry, at); break;
-        case 3: some_rows(3, 0, a, entry, at); break;
-        case 4: some_rows(4, 0, a, entry, at); break;
-        case 5: some_rows(1, 1, a, entry, at); break;
-        case 6: some_rows(2, 1, a, entry, at); break;
-        case 7: some_rows(3, 1, a, entry, at); break;
-        case 8: some_rows(4, 1, a, entry, at); break;
-    }
-}
-
 INLINE void lora_tiles(const void *data, int64_t first, int64_t last) {
     const struct vkv_lora *a = data;
     for (int64_t t = first; t < last; t++) {
@@ -146,9 +137,13 @@ INLINE void lora_tiles(const void *data, int64_t first, int64_t last) {
         const int32_t *rows = a->plan->rows + tile->first;
         const struct vkv_lora_entry *entry = tile->adapter ? tile->adapter + a->site : NULL;
         if (entry && entry->rank)
-            for (int done = 0; done < tile->count; done += ROWS) {
-                const int left = tile->count - done;
-                rows_of(left < ROWS ? left : ROWS, a, entry, rows + done);
+            for (int done = 0; done < tile->count;) {
+                const int is_bf16 = a->dtype == VKV_BFLOAT16, four = tile->count - done >= ROWS;
+                if (four && is_bf16) some_rows(ROWS, 1, a, entry, rows + done);
+                else if (four) some_rows(ROWS, 0, a, entry, rows + done);
+                else if (is_bf16) some_rows(1, 1, a, entry, rows + done);
+                else some_rows(1, 0, a, entry, rows + done);
+                done += four ? ROWS : 1;
             }
         else if (a->sets)
             for (int r = 0; r < tile->count; r++)

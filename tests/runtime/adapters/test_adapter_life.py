@@ -11,6 +11,7 @@ import torch
 import zoo
 from vkv import LLM, AsyncLLM, MemoryLimit, SamplingParams
 from vkv.allocator.transfer import kv_dir
+from vkv.runtime.adapters import products
 from vkv.runtime.request.spec import AdapterKey, RequestSpec
 from vkv.vmem.errors import (
     BadAdapter,
@@ -333,12 +334,13 @@ def test_parked_memory_gives_way_to_an_adapter(
 def test_caches_under_one_limit_have_idle_adapters_give_way(
     folders: dict[str, Path], expected: dict[str | None, list[int]]
 ) -> None:
-    limit = MemoryLimit(_adapter_bytes(folders) + (200 << 10))
+    limit = MemoryLimit(_adapter_bytes(folders) + (48 << 10))
     with _llm(folders, kv_memory=limit) as one, _llm({}, kv_memory=limit) as other:
         assert _ask(one, "a")[0] == expected["a"]
         for prompt in zoo.random_prompts([220] * 3, seed=4):
             _ask(other, None, prompt)
         assert limit.taken_bytes <= limit.num_bytes
+        assert not one.stats().adapters[0].is_here
         assert _ask(one, "a")[0] == expected["a"]
 
 
@@ -346,6 +348,27 @@ def test_an_adapter_that_never_fits_is_refused(folders: dict[str, Path]) -> None
     refused = pytest.raises(BadAdapter, match="raise it")
     with _llm({}, kv_memory=_adapter_bytes(folders) - 1, max_len=32) as llm, refused:
         llm.load_adapter("a", folders["a"])
+
+
+def test_one_that_the_system_has_no_memory_for_harms_nobody(
+    llm: LLM, expected: dict[str | None, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> torch.Tensor:
+        raise OSError(12, "Cannot allocate memory")
+
+    _ask(llm, "b")
+    before = _taken(llm)
+    monkeypatch.setattr(products, "empty_apart", no_memory)
+    monkeypatch.setattr(llm.loop, "_shortage_wait_s", 0.05)
+    outs = llm.generate([_PROMPT] * 3, zoo.greedy(16), adapter=["b", "a", None])
+    assert [out.error is None for out in outs] == [True, False, True]
+    assert isinstance(outs[1].error, OutOfPages)
+    assert list(outs[0].outputs[0].token_ids) == expected["b"]
+    assert list(outs[2].outputs[0].token_ids) == expected[None]
+    llm.trim()
+    monkeypatch.undo()
+    assert _taken(llm) <= before
+    assert _ask(llm, "a")[0] == expected["a"]
 
 
 def test_one_that_lacks_memory_for_long_fails_alone(folders: dict[str, Path]) -> None:

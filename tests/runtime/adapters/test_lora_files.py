@@ -101,6 +101,13 @@ def test_a_config_is_computed_as_peft_does(
         ({"a_field_of_tomorrow": "on"}, "a_field_of_tomorrow = 'on'.*not known"),
         ({"target_modules": []}, "target_modules"),
         ({"r": 0}, "rank is an integer"),
+        ({"lora_alpha": 10**400}, "below 1e"),
+        ({"target_modules": "(_proj"}, "regular expression"),
+        ({"rank_pattern": {"(": 4}}, "regular expression"),
+        ({"exclude_modules": "["}, "regular expression"),
+        ({"alpha_pattern": [["q_proj", 4]]}, "alpha_pattern"),
+        ({"exclude_modules": 5}, "exclude_modules"),
+        ({"target_modules": {"q_proj": 1}}, "target_modules"),
         ({"lora_alpha": None}, "lora_alpha"),
         ({"r": 4}, r"down_proj.*\[32, 48\] and by its config of rank 4"),
         ({"target_modules": ["q_proj"]}, "_proj, which its target_modules leave out"),
@@ -155,6 +162,8 @@ def test_weights_that_do_not_fit_are_refused(
 def test_what_is_missing_or_damaged_is_refused(llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(BadAdapter, match="there is no folder"):
         llm.load_adapter("one", tmp_path / "nothing")
+    with pytest.raises(BadAdapter, match="there is no folder"):
+        llm.load_adapter("one", "x" * 5000)
     with pytest.raises(BadAdapter, match=r"no .*adapter_config\.json"):
         llm.load_adapter("one", tmp_path)
     folder = lora.save_adapter(tmp_path / "a", zoo.tiny_model("llama"))

@@ -1,6 +1,10 @@
 """What adapters add, by each way to compute it, against plain products in float64."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,3 +139,15 @@ def test_the_output_layer_may_have_some_rows_only() -> None:
     assert out[1].any()
     with pytest.raises(ValueError, match=r"a\.linear is called for 2 rows in a step of 5"):
         step.add(_site(8, 4), x, out)
+
+
+def test_the_gpus_kernels_compile_where_there_is_none() -> None:
+    """Down to machine code, for Ampere and Hopper."""
+    pytest.importorskip("triton")
+    script = Path(__file__).parents[2] / "support" / "compile_lora.py"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.split()) == 6
