@@ -166,8 +166,8 @@ def test_every_c_file_is_in_the_library_that_a_wheel_has() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     modules = tomllib.loads(text)["tool"]["setuptools"]["ext-modules"]
     for module in modules:
-        sources, depends = set(module["sources"]), set(module.get("depends", ()))
-        folder = (ROOT / next(iter(sources))).parent
-        there = {str(path.relative_to(ROOT)) for path in folder.iterdir()}
-        assert {name for name in there if name.endswith(".c")} == sources
-        assert {name for name in there if name.endswith(".h")} == depends
+        sources, depends = module["sources"], module.get("depends", [])
+        folder = (ROOT / sources[0]).parent
+        there = sorted(str(path.relative_to(ROOT)) for path in folder.iterdir())
+        assert [name for name in there if name.endswith(".c")] == sorted(sources)
+        assert [name for name in there if name.endswith(".h")] == sorted(depends)
