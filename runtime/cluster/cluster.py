@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -232,9 +233,14 @@ class Cluster:
     def face(self) -> Face:
         """What its instances are. Raises EngineDied if there is none."""
         self.router.check_open()
-        face = self.router.members()[0].face
+        members = self.router.members()
+        face = members[0].face
         assert face is not None
-        return face
+        if any(member.longest is None for member in members):
+            return face
+        longest = min(member.longest for member in members if member.longest is not None)
+        admission = replace(face.admission, longest=longest, why_not_longer=None)
+        return replace(face, admission=admission)
 
     # -- the end -------------------------------------------------------------------------------
 

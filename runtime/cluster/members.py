@@ -116,6 +116,11 @@ class Members:
         self.switched_s = time_s
         self.changed()
 
+    def note_longest(self, instance: int, num_tokens: int) -> None:
+        """An instance takes requests of so many tokens. Without effect if it is gone."""
+        if instance in self._members:
+            self._members[instance].longest = num_tokens
+
     def changed(self) -> None:
         """Something in the next picture is another."""
         self._snapshot = None

@@ -156,6 +156,14 @@ class Router:
         """
         return self._thread.run(self._ask_all(question, *about))
 
+    def ask_one(self, instance: int, question: Question, *about: str) -> int | MemoryMap | None:
+        """As `ask`, of one instance. Raises InvalidOperation if it is not there."""
+        return self._thread.run(self._ask_one(instance, question, *about))
+
+    def note_longest(self, instance: int, num_tokens: int) -> None:
+        """An instance takes requests of so many tokens now."""
+        self._thread.post(self._members.note_longest, instance, num_tokens)
+
     def maps(self) -> dict[int, Seen]:
         """What the slots of each instance hold; of one that does not answer, what it was."""
         return self._thread.run(self._maps.look(self._members.links()))
@@ -379,6 +387,14 @@ class Router:
     async def _ask_all(self, question: Question, *about: str) -> list[int | MemoryMap | None]:
         links = [self._members.link(member.id) for member in self._members.now()]
         return list(await asyncio.gather(*(link.ask(question, *about) for link in links if link)))
+
+    async def _ask_one(
+        self, instance: int, question: Question, *about: str
+    ) -> int | MemoryMap | None:
+        self._members.of(instance)
+        link = self._members.link(instance)
+        assert link is not None
+        return await link.ask(question, *about)
 
     async def _end_one(self, instance: int) -> None:
         self._members.remove(instance)

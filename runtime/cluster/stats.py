@@ -21,6 +21,8 @@ class Member:
         node: Ray's name of the machine that it is on.
         is_draining: it takes nothing, and hands over what it has.
         face: what it is; None until it has said so.
+        longest: tokens of the longest request that it can take with what others lend it; None
+            without that.
         stats: what it last said of itself.
         carried_bytes, handed_pages: of sequences that left it, copied and as they were, so far.
     """
@@ -32,6 +34,7 @@ class Member:
     home: Role | None = None
     is_draining: bool = False
     face: Face | None = None
+    longest: int | None = None
     stats: EngineStats | None = None
     carried_bytes: int = 0
     handed_pages: int = 0

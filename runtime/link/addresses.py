@@ -3,6 +3,8 @@
 import os
 import socket
 import stat
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +43,10 @@ class Address(msgspec.Struct, frozen=True, array_like=True):
 
     def __str__(self) -> str:
         return self.path if not self.port else f"{self.host}:{self.port}"
+
+    def told(self) -> str:
+        """As a text that another process is told."""
+        return msgspec.json.encode(self).decode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +118,34 @@ class Place:
             connection.close()
             raise
         return connection
+
+
+def listen_at(path: str, place: Place, purpose: str) -> tuple[list[Listener], Address]:
+    """Listen on a Unix socket, and on a TCP port too where other nodes call; and where that is.
+
+    Raises OSError or InvalidOperation.
+    """
+    listeners: list[Listener] = [listen_near(path)]
+    address = Address(place.node, path)
+    if place.host:
+        try:
+            gate = place.open_gate(purpose)
+        except OSError:
+            close_listeners(listeners)
+            raise
+        listeners.append(gate)
+        host, port = gate.getsockname()
+        address = msgspec.structs.replace(address, host=host, port=port)
+    return listeners, address
+
+
+def close_listeners(listeners: Iterable[Listener]) -> None:
+    """Close what others accept from, in this moment perhaps."""
+    for listener in listeners:
+        if isinstance(listener, socket.socket):
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # wakes up who accepts
+        listener.close()
 
 
 def listen_near(path: str) -> socket.socket:

@@ -14,7 +14,6 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -22,7 +21,7 @@ import msgspec
 from ...allocator.transfer import Incoming, Outgoing
 from ...allocator.transfer.channels import Channel, ChannelJob, CopyChannel, PageChannel
 from ...vmem.errors import InvalidOperation, VkvError
-from .addresses import Address, Listener, Place, listen_near
+from .addresses import Address, Listener, Place, close_listeners, listen_at
 
 _TIMEOUT_S = 10.0  # that the other side may be silent
 _PURPOSE = "keys and values"
@@ -100,21 +99,12 @@ class SocketCarrier:
         """Take nothing more. Closing twice is harmless."""
         with self._lock:
             listeners, self._listeners = self._listeners, []
-        for listener in listeners:
-            if isinstance(listener, socket.socket):
-                with suppress(OSError):
-                    listener.shutdown(socket.SHUT_RDWR)  # wakes up who accepts
-            listener.close()
+        close_listeners(listeners)
         if listeners:
             Path(self._address.path).unlink(missing_ok=True)
 
     def _listen(self) -> None:
-        self._listeners.append(listen_near(self._address.path))
-        if self._place.host:
-            gate = self._place.open_gate(_PURPOSE)
-            self._listeners.append(gate)
-            host, port = gate.getsockname()
-            self._address = msgspec.structs.replace(self._address, host=host, port=port)
+        self._listeners, self._address = listen_at(self._address.path, self._place, _PURPOSE)
         for listener in self._listeners:
             threading.Thread(
                 target=self._accept, args=(listener,), name="vkv-carrier", daemon=True

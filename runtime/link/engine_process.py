@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...vmem.errors import UsageError, VkvError
+from ...vmem.errors import InvalidOperation, UsageError, VkvError
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.loop import EngineLoop, refusal
@@ -31,6 +31,7 @@ from ..request.step_output import Failure, StepOutput
 from .addresses import Listener
 from .carrier import SocketCarrier
 from .face import Face
+from .lending import Lending
 from .messages import (
     Answer,
     Ask,
@@ -95,6 +96,7 @@ class EngineServer:
     Args:
         listener: where fronts call; those that it accepts are believed.
         carrier: carries keys and values of sequences that move; None where none ever does.
+        lending: for requests longer than the pool; None where there are none.
         silence_s: a front that says nothing for so long, not even "ping", counts as gone; None
             where the system tells of every end, as within a machine.
         on_deserted: called when the last front has gone; None to wait for the next.
@@ -108,6 +110,7 @@ class EngineServer:
         *,
         idle_trim_s: float | None,
         carrier: SocketCarrier | None = None,
+        lending: Lending | None = None,
         silence_s: float | None = None,
         on_deserted: Callable[[], None] | None = None,
     ) -> None:
@@ -123,6 +126,7 @@ class EngineServer:
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, None)
         self._carrier = carrier
+        self._lending = lending
         self._is_leaving = False
         self._moves = None if carrier is None else MoveEnds(loop, carrier)
         self._movers: dict[SequenceKey, _Front] = {}  # who commands a sequence's move
@@ -319,12 +323,18 @@ class EngineServer:
             "memory_map": self._loop.memory_map,
             "load_adapter": lambda: self._loop.load_adapter(*ask.about),
             "unload_adapter": lambda: self._loop.unload_adapter(*ask.about),
+            "borrow": lambda: self._borrow(*ask.about),
         }
         try:
             self._deliver(self._loop.carry_out())
             return Answer(ask.number, calls[ask.question]())
         except VkvError as error:
             return Answer(ask.number, failure=Failure.of(error))
+
+    def _borrow(self, name: str, address: str, num_tokens: str) -> int:
+        if self._lending is None:
+            raise InvalidOperation("no request is longer than the pool here, and none is to be")
+        return self._lending.borrow(name, address, num_tokens)
 
     def _drop(self, front: _Front) -> None:
         """A front has gone: nobody waits for its requests."""

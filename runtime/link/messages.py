@@ -40,6 +40,7 @@ Question = Literal[
     "memory_map",
     "load_adapter",
     "unload_adapter",
+    "borrow",
 ]
 
 
@@ -47,7 +48,8 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
     """Something to be done between steps; an `Answer` of the same number follows.
 
     Attributes:
-        about: what it is to be done with: an adapter's name, and its folder to load it from.
+        about: what it is to be done with: an adapter's name, and its folder to load it from; whom
+            to borrow from, where that is, and how many tokens.
     """
 
     number: int

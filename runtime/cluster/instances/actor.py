@@ -23,10 +23,14 @@ from ....vmem import linux
 from ....vmem.errors import VkvError
 from ...engine.build import build_loop, load
 from ...engine.config import EngineConfig
+from ...engine.loop import EngineLoop
+from ...engine.memory.segments import segment_server
 from ...link.addresses import Address, Listener, Place, listen_near
 from ...link.carrier import SocketCarrier
 from ...link.engine_process import EngineServer
 from ...link.face import Face
+from ...link.lending import Lending
+from ...model.loading import LoadedModel
 from ...request.step_output import Failure
 
 FRONT_END = "an instance"  # what the port of an instance is for
@@ -76,6 +80,7 @@ class Arrived:
         host: of its node, as Ray names it.
         folder: with its sockets; "" if they are in one of the front end's.
         address: where front ends call it.
+        lends_at: where other instances borrow memory; None if none is lent.
     """
 
     pid: int
@@ -83,6 +88,7 @@ class Arrived:
     host: str
     folder: str = ""
     address: Address | None = None
+    lends_at: Address | None = None
     failure: Failure | None = None
 
     @property
@@ -106,9 +112,14 @@ class InstanceActor:
                 secret=order.secret,
                 silence_s=order.silence_s,
             )
-            self._server, address = self._build(order, place)
+            self._server, address, lends_at = self._build(order, place)
             self._arrived = Arrived(
-                pid=pid, born=born, host=host, folder=self._folder, address=address
+                pid=pid,
+                born=born,
+                host=host,
+                folder=self._folder,
+                address=address,
+                lends_at=lends_at,
             )
         except VkvError as error:  # Ray would make text of it
             self.clean()
@@ -145,7 +156,9 @@ class InstanceActor:
             _log.exception("the engine's thread ends, and its process with it")
             os.kill(os.getpid(), signal.SIGKILL)  # whoever waits for it sees the socket closed
 
-    def _build(self, order: InstanceOrder, place: Place) -> tuple[EngineServer, Address]:
+    def _build(
+        self, order: InstanceOrder, place: Place
+    ) -> tuple[EngineServer, Address, Address | None]:
         if order.threads is not None:
             torch.set_num_threads(order.threads)
         config = EngineConfig(**_with_memory(order))
@@ -161,16 +174,18 @@ class InstanceActor:
             self._folder = tempfile.mkdtemp(prefix="vkv-instance-")  # which is ours alone
             path = str(Path(self._folder) / "0")
         listener, address = _listen(place, path, is_near)
+        lending = _lending(loaded, loop, f"{path}.lend", place)
         server = EngineServer(
             loop,
             Face.of(loaded, loop.engine, config),
             listener,
             idle_trim_s=config.idle_trim_s,
             carrier=SocketCarrier(f"{path}.kv", place=place),
+            lending=lending,
             silence_s=None if is_near else 2 * order.silence_s,  # the front end decides first
             on_deserted=self._deserted,
         )
-        return server, address
+        return server, address, None if lending is None else lending.address
 
     def _deserted(self) -> None:
         """Nobody is to be served any more. Ray ends this process, if anybody is left to tell it."""
@@ -178,6 +193,15 @@ class InstanceActor:
         alone = threading.Timer(_GRACE_S, os.kill, (os.getpid(), signal.SIGKILL))
         alone.daemon = True
         alone.start()
+
+
+def _lending(loaded: LoadedModel, loop: EngineLoop, path: str, place: Place) -> Lending | None:
+    """For requests as long as `max_len` says, if they are longer than the pool; else None."""
+    admission = loop.engine.admission
+    if admission.longest >= admission.max_len - 1:
+        return None
+    server = segment_server(loaded, loop.engine)
+    return None if server is None else Lending(loop, server, path, place)
 
 
 def _listen(place: Place, path: str, is_near: bool) -> tuple[Listener, Address]:

@@ -257,7 +257,7 @@ class Launcher:
             return
         with suppress(Exception):  # Ray may have noticed by itself
             self._ray.kill(one.actor)
-        for path in (self.path(instance), f"{self.path(instance)}.kv"):
+        for path in (self.path(instance) + end for end in ("", ".kv", ".lend")):
             Path(path).unlink(missing_ok=True)
 
     def _neighbours(self, arrived: Arrived) -> list[Any]:

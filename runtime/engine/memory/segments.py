@@ -11,7 +11,13 @@ from ....attention_backends import AttentionBackend, create_backend, partial_att
 from ....vmem.errors import InvalidOperation, UnsupportedAttention
 from ...execution.model_runner import ModelRunner
 from ...model.loading import LoadedModel
-from ...model.segments import HolderLost, LocalHolder, RemoteHolder, SegmentedAttention
+from ...model.segments import (
+    HolderLost,
+    LocalHolder,
+    RemoteHolder,
+    SegmentedAttention,
+    SegmentServer,
+)
 from ...scheduling.scheduler import Scheduler
 from ...scheduling.segments import Segments
 from ...scheduling.tiers import Tiers
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 PART_TOKENS = 512  # what moves is a multiple of it: the grid of `native`'s sums
+SPARE_TOKENS = PART_TOKENS  # that an engine keeps for its own requests while it lends
 _SHARE = 2  # a long request has one of so many parts of the pool at most
 
 
@@ -70,6 +77,23 @@ def add_segments(
     return None if tier is not None else "without swap_memory there is no tier for its first tokens"
 
 
+def segment_server(loaded: LoadedModel, engine: "Engine") -> SegmentServer | None:
+    """What lends an engine's memory to others, and gives way where that is short; None if requests
+    of its model cannot be longer than a pool."""
+    if engine.scheduler.tiers.segments is None:
+        return None
+    backend = create_backend(engine.runner.backend.name, loaded.needs(paged=False))
+    server = SegmentServer(
+        engine.cache,
+        partial_attention(backend),
+        loaded.attention,
+        loaded.dtype,
+        spare_tokens=SPARE_TOKENS,
+    )
+    engine.scheduler.tiers.guests.append(server)
+    return server
+
+
 def add_creditor(engine: "Engine", creditor: RemoteHolder, num_tokens: int) -> None:
     """Have another engine take tokens of requests that outgrow the pool, about so many.
 
@@ -82,7 +106,12 @@ def add_creditor(engine: "Engine", creditor: RemoteHolder, num_tokens: int) -> N
             f"no request can be longer than the pool here: {engine.admission.why_not_longer}"
         )
     segments.creditors[creditor.name] = segmented.holders[creditor.name] = creditor
-    longest = min(engine.admission.longest + num_tokens, engine.cache.max_len - 1)
+    longest = engine.admission.longest
+    if engine.admission.why_not_longer is not None:  # the first tokens that lie elsewhere are these
+        longest = max(longest, segments.local_tokens + num_tokens)
+    else:
+        longest += num_tokens
+    longest = min(longest, engine.cache.max_len - 1)
     engine.admission = replace(engine.admission, longest=longest, why_not_longer=None)
 
 
