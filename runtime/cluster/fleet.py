@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from ...vmem.errors import InvalidConfig, InvalidOperation, VkvError
-from ..engine.memory.segments import SPARE_TOKENS
+from ..engine.memory.segments import PART_TOKENS, SPARE_TOKENS
 from ..link.addresses import Address
 from .instances.launcher import Launcher
 from .policies import drained_first
@@ -74,7 +74,7 @@ class Fleet:
                 face = members[lender].face
                 if face is None or not {borrower, lender} & begun:
                     continue
-                num_tokens = face.admission.longest - SPARE_TOKENS
+                num_tokens = (face.admission.longest - SPARE_TOKENS) // PART_TOKENS * PART_TOKENS
                 about = f"instance {lender}", self._lenders[lender].told(), str(num_tokens)
                 longest = self._router.ask_one(borrower, "borrow", *about)
                 assert isinstance(longest, int)

@@ -1,9 +1,9 @@
 """Requests longer than the pool: most of their tokens lie elsewhere, and are attended there.
 
 Of a request that may get more tokens than the pool holds, the slot has `local_tokens` at most. When
-it would have more, all whole parts of it move: to the end of the request's segment in the tier, or,
-where that has no room, to an engine in another process. Only what is in the slot counts against the
-pool.
+it would have more, whole parts of it move, as many as must: to the end of the request's segment in
+the tier, or, where that has no room, to engines in other processes. Only what is in the slot counts
+against the pool.
 
 Source: Infinite-LLM, arXiv:2401.02669, section 5.
 """
@@ -148,7 +148,8 @@ class Segments:
         num_local = request.num_computed - request.slot_start
         if num_local + count <= self.local_tokens or not self._may_outgrow(request):
             return count
-        num_moving = num_local // self._part_tokens * self._part_tokens
+        part, lacking = self._part_tokens, num_local + count - self.local_tokens
+        num_moving = min(num_local // part, -(-lacking // part)) * part
         if num_moving:
             fresh = split_off(self._cache, self._exits, slot, num_moving, num_local)
             try:
@@ -176,21 +177,41 @@ class Segments:
             if not self.creditors and self._make_way():
                 self._append(self.tier, request, slot, num_tokens)
                 return
-        start, spans = request.slot_start, self._cache.spans(slot, 0, num_tokens)
-        for name, creditor in list(self.creditors.items()):
-            try:
-                loan = creditor.take(spans, start, num_tokens)
-            except TransferError as error:
-                _log.warning("%s takes no more tokens in: %s", name, error)
-                del self.creditors[name]
-                continue
-            if loan is not None:
-                request.lent.append(Lent(name, loan, start, start + num_tokens))
-                self.lent.num_moves += 1
-                self.lent.num_tokens += num_tokens
-                self.lent.num_bytes += num_tokens * self._cache.geometry.token_format.token_bytes
-                return
-        raise shortage or OutOfPages(f"nobody has room for {num_tokens} tokens of {request}")
+        lent: list[Lent] = []
+        while (done := sum(one.stop - one.start for one in lent)) < num_tokens:
+            one = self._lend(request, slot, done, num_tokens)
+            if one is None:
+                self._give_back(lent)
+                raise shortage or OutOfPages(
+                    f"nobody has room for {num_tokens} tokens of {request}"
+                )
+            lent.append(one)
+        request.lent += lent
+        self.lent.num_moves += len(lent)
+        self.lent.num_tokens += num_tokens
+        self.lent.num_bytes += num_tokens * self._cache.geometry.token_format.token_bytes
+
+    def _lend(self, request: Request, slot: Slot, start: int, stop: int) -> Lent | None:
+        """Have a creditor take rows from `start` on: as many whole parts as any has room for, those
+        up to `stop` at most. None if nobody takes even one."""
+        position = request.slot_start + start
+        for end in range(stop, start, -self._part_tokens):
+            spans = self._cache.spans(slot, start, end)
+            for name, creditor in list(self.creditors.items()):
+                try:
+                    loan = creditor.take(spans, position, end - start)
+                except TransferError as error:
+                    _log.warning("%s takes no more tokens in: %s", name, error)
+                    del self.creditors[name]
+                    continue
+                if loan is not None:
+                    return Lent(name, loan, position, position + end - start)
+        return None
+
+    def _give_back(self, lent: Sequence[Lent]) -> None:
+        for one in lent:
+            if one.holder in self.creditors:
+                self.creditors[one.holder].give_back(one.loan)
 
     def _append(self, tier: SegmentTier, request: Request, slot: Slot, num_tokens: int) -> None:
         segment = request.segment or tier.begin(())
@@ -217,9 +238,7 @@ class Segments:
         if segment is not None and self.tier is not None:
             self.tier.release(segment, request.token_ids if keep else (), request.variant)
         lent, request.lent = request.lent, []
-        for one in lent:
-            if one.holder in self.creditors:
-                self.creditors[one.holder].give_back(one.loan)
+        self._give_back(lent)
 
     def settle(self) -> None:
         """Give back what could not be given back before."""
