@@ -31,7 +31,6 @@ from ..request.step_output import Failure, StepOutput
 from .addresses import Listener
 from .carrier import SocketCarrier
 from .face import Face
-from .lending import Lending
 from .messages import (
     Answer,
     Ask,
@@ -96,7 +95,8 @@ class EngineServer:
     Args:
         listener: where fronts call; those that it accepts are believed.
         carrier: carries keys and values of sequences that move; None where none ever does.
-        lending: for requests longer than the pool; None where there are none.
+        borrow: has requests outgrow the pool into another engine's, of a name, address and number
+            of tokens, and returns how long they may be now; None where none may.
         silence_s: a front that says nothing for so long, not even "ping", counts as gone; None
             where the system tells of every end, as within a machine.
         on_deserted: called when the last front has gone; None to wait for the next.
@@ -110,7 +110,7 @@ class EngineServer:
         *,
         idle_trim_s: float | None,
         carrier: SocketCarrier | None = None,
-        lending: Lending | None = None,
+        borrow: Callable[[str, str, str], int] | None = None,
         silence_s: float | None = None,
         on_deserted: Callable[[], None] | None = None,
     ) -> None:
@@ -126,7 +126,7 @@ class EngineServer:
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, None)
         self._carrier = carrier
-        self._lending = lending
+        self._borrow_from = borrow
         self._is_leaving = False
         self._moves = None if carrier is None else MoveEnds(loop, carrier)
         self._movers: dict[SequenceKey, _Front] = {}  # who commands a sequence's move
@@ -332,9 +332,9 @@ class EngineServer:
             return Answer(ask.number, failure=Failure.of(error))
 
     def _borrow(self, name: str, address: str, num_tokens: str) -> int:
-        if self._lending is None:
+        if self._borrow_from is None:
             raise InvalidOperation("no request is longer than the pool here, and none is to be")
-        return self._lending.borrow(name, address, num_tokens)
+        return self._borrow_from(name, address, num_tokens)
 
     def _drop(self, front: _Front) -> None:
         """A front has gone: nobody waits for its requests."""

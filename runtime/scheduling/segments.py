@@ -1,9 +1,9 @@
 """Requests longer than the pool: most of their tokens lie elsewhere, and are attended there.
 
 Of a request that may get more tokens than the pool holds, the slot has `local_tokens` at most. When
-it would have more, whole parts of it move, as many as must: to the end of the request's segment in
-the tier, or, where that has no room, to engines in other processes. Only what is in the slot counts
-against the pool.
+it would have more, whole parts of it move, all of them if there is room: to the end of the
+request's segment in the tier, or, where that has none, to engines in other processes. Only what is
+in the slot counts against the pool.
 
 Source: Infinite-LLM, arXiv:2401.02669, section 5.
 """
@@ -149,20 +149,31 @@ class Segments:
         if num_local + count <= self.local_tokens or not self._may_outgrow(request):
             return count
         part, lacking = self._part_tokens, num_local + count - self.local_tokens
-        num_moving = min(num_local // part, -(-lacking // part)) * part
+        num_whole = num_local // part
+        num_moving, least = num_whole * part, min(num_whole, -(-lacking // part)) * part
         if num_moving:
-            fresh = split_off(self._cache, self._exits, slot, num_moving, num_local)
             try:
-                self._move(request, slot, num_moving)
-            except (Shortage, DriverError):
-                self._exits.let_go(fresh)
-                raise
-            request.slot = fresh
-            self._exits.let_go(slot)
-            with suppress(Shortage, DriverError):  # then it asks again when it needs it
-                left = request.num_tokens - request.slot_start
-                self._cache.reserve(fresh, min(left, self.local_tokens))
+                self._shorten(request, slot, num_moving, num_local)
+            except Shortage:  # for all: each stretch costs queries of its own, so few are better
+                if num_moving == least:
+                    raise
+                num_moving = least
+                self._shorten(request, slot, num_moving, num_local)
         return min(count, self.local_tokens - (num_local - num_moving))
+
+    def _shorten(self, request: Request, slot: Slot, num_moving: int, num_local: int) -> None:
+        """Have the first rows of a slot elsewhere, and the rest in a new one."""
+        fresh = split_off(self._cache, self._exits, slot, num_moving, num_local)
+        try:
+            self._move(request, slot, num_moving)
+        except (Shortage, DriverError):
+            self._exits.let_go(fresh)
+            raise
+        request.slot = fresh
+        self._exits.let_go(slot)
+        with suppress(Shortage, DriverError):  # then it asks again when it needs it
+            left = request.num_tokens - request.slot_start
+            self._cache.reserve(fresh, min(left, self.local_tokens))
 
     def _move(self, request: Request, slot: Slot, num_tokens: int) -> None:
         """Have the first rows of a slot elsewhere: in the tier as long as it has room, and all of

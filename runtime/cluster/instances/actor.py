@@ -29,9 +29,9 @@ from ...link.addresses import Address, Listener, Place, listen_near
 from ...link.carrier import SocketCarrier
 from ...link.engine_process import EngineServer
 from ...link.face import Face
-from ...link.lending import Lending
 from ...model.loading import LoadedModel
 from ...request.step_output import Failure
+from .lending import Lending
 
 FRONT_END = "an instance"  # what the port of an instance is for
 _GRACE_S = 2.0  # for Ray to end an instance that nobody calls any more
@@ -181,7 +181,7 @@ class InstanceActor:
             listener,
             idle_trim_s=config.idle_trim_s,
             carrier=SocketCarrier(f"{path}.kv", place=place),
-            lending=lending,
+            borrow=None if lending is None else lending.borrow,
             silence_s=None if is_near else 2 * order.silence_s,  # the front end decides first
             on_deserted=self._deserted,
         )

@@ -222,8 +222,7 @@ def test_what_the_tier_holds_for_others_gives_way(llama: PreTrainedModel) -> Non
         llm.engine.scheduler.waiting.remove(long)
         llm.engine.scheduler.waiting.add_first(long)
         tier = llm.engine.scheduler.tiers.swapping.tier
-        tier.wait()
-        assert not tier.is_storing
+        wait_until(lambda: not tier.wait() and not tier.is_storing)
         _drive(llm.engine)
         assert [r.output_token_ids for r in (long, *others)] == list(expected.values())
 

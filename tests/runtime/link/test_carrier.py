@@ -51,6 +51,7 @@ class _End:
         self.cache = make_cache(KIND["ragged"], FlakyHostDriver(4096), rows=9, movable=True)
         self.transfers = Transfers(self.cache)
         self.carrier = SocketCarrier(str(folder / "kv"), place=place)
+        self._begun: list[Outgoing | Incoming] = []
 
     def begin(self) -> tuple[Outgoing, int]:
         """Something to send, and its digest."""
@@ -60,17 +61,20 @@ class _End:
             for piece in stream:
                 piece.random_(1, 255)
         outgoing = self.transfers.send(TransferKey("a/0", 1), slot, _NUM_TOKENS)
+        self._begun.append(outgoing)
         return outgoing, digest(self.cache, slot, _NUM_TOKENS)
 
     def expect(self) -> Incoming:
         tokens = list(range(_NUM_TOKENS))
         incoming = self.transfers.receive(TransferKey("a/0", 1), tokens)
+        self._begun.append(incoming)
         incoming.make_room(_NUM_TOKENS)
         return incoming
 
     def close(self) -> None:
         self.carrier.close()
-        self.transfers.abort_all()
+        for transfer in self._begun:
+            transfer.abort()  # without effect on what was committed
         self.cache.shutdown()
         self.cache.pool.driver.close()
 

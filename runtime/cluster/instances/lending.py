@@ -10,11 +10,11 @@ from pathlib import Path
 
 import msgspec
 
-from ...vmem.errors import InvalidOperation
-from ..engine.loop import EngineLoop
-from ..engine.memory.segments import add_creditor
-from ..model.segments import RemoteHolder, SegmentServer
-from .addresses import Address, Listener, Place, close_listeners, listen_at
+from ....vmem.errors import InvalidOperation
+from ...engine.loop import EngineLoop
+from ...engine.memory.segments import add_creditor
+from ...link.addresses import Address, Listener, Place, close_listeners, listen_at
+from ...model.segments import RemoteHolder, SegmentServer
 
 _PURPOSE = "segments"
 _CALL_S = 10.0  # for a lender that is ready to take a connection
