@@ -186,6 +186,8 @@ class LLM:
     def _stream(self, request: RequestText) -> Iterator[StreamDelta]:
         def take() -> StreamDelta | bool | None:
             """The next delta; True at the end; None if there is nothing yet."""
+            if request.is_aborted:  # which is no end of a text
+                return True
             return request.take_delta() or (request.is_finished or None)
 
         try:

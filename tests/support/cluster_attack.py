@@ -394,7 +394,7 @@ class Attack:
 
     def _choose(self, plan: Plan) -> SequenceKey | None:
         """Some sequence, and where it is to go; the plan is made for it."""
-        requests = self.cluster.router.requests()
+        requests = self.cluster.stats().requests
         there = [m.id for m in self.cluster.router.members_now() if not m.is_draining]
         with self._lock:
             free = [
@@ -478,7 +478,7 @@ class Attack:
     def _pictures(self) -> tuple[dict[Any, Any], dict[int, MemoryMap], dict[Any, Any]]:
         for _ in range(50):
             members = [member.id for member in self.cluster.router.members_now()]
-            before = self.cluster.router.requests()
+            before = self.cluster.stats().requests
             try:
                 maps = self.cluster.router.ask("memory_map")
             except EngineDied:
@@ -486,7 +486,7 @@ class Attack:
                 continue
             if len(maps) == len(members) and all(isinstance(one, MemoryMap) for one in maps):
                 named = dict(zip(members, maps, strict=True))
-                return before, named, self.cluster.router.requests()  # type: ignore[return-value]
+                return before, named, self.cluster.stats().requests  # type: ignore[return-value]
         raise AssertionError("instances come and go")
 
     def check_idle(self) -> None:
@@ -494,7 +494,7 @@ class Attack:
         healing = self._healing
         if healing is not None:
             healing.join(120)
-        _until(lambda: not self.cluster.router.requests(), lambda: f"left: {self.unfinished()}")
+        _until(lambda: not self.cluster.stats().requests, lambda: f"left: {self.unfinished()}")
         _until(self._hold_nothing, lambda: f"held: {self._totals()}")
         self.cluster.router.ask("trim")
         _until(

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 from allocator_model import KIND, FlakyHostDriver, make_cache
 from vkv.allocator import KVCache, Slot
-from vkv.allocator.transfer import TransferKey, Transfers
+from vkv.allocator.transfer import Incoming, Outgoing, TransferKey, Transfers
 from vkv.allocator.transfer.channels import Channel, CopyChannel, PageChannel
 
 CHANNELS: dict[str, Callable[..., Channel]] = {"copies": CopyChannel, "pages": PageChannel}
@@ -49,6 +49,7 @@ class Peer:
     ) -> None:
         self.cache = make_cache(KIND[kind], FlakyHostDriver(page_bytes), rows=9, movable=True)
         self.transfers = Transfers(self.cache)
+        self.begun: set[Outgoing | Incoming] = set()
         self.channel = CHANNELS[channel](sock, **options)
         self.base = descriptors()
         self.slots: dict[str, Slot] = {}
@@ -75,6 +76,7 @@ class Peer:
     def send(self, name: str, start: int, stop: int) -> tuple[str, int, int]:
         """Send a stage; the error, the bytes copied and the pages handed over."""
         outgoing = self.transfers.send(TransferKey(name, 0), self.slots[name], stop)
+        self.begun.add(outgoing)
         outgoing.extend(stop)
         job = self.channel.send(outgoing, start, stop)
         job.run()
@@ -86,6 +88,7 @@ class Peer:
         """Receive a stage."""
         key, tokens = TransferKey(name, 0), list(range(stop))
         incoming = self.transfers.receive(key, tokens, by_pages=self.by_pages)
+        self.begun.add(incoming)
         incoming.extend(tokens, num_reserved=num_reserved)
         job = self.channel.receive(incoming, start, stop)
         job.run()
@@ -129,7 +132,8 @@ class Peer:
         }
 
     def shutdown(self) -> None:
-        self.transfers.abort_all()
+        for transfer in self.begun:
+            transfer.abort()  # without effect on what was committed
         self.cache.shutdown()
         self.cache.pool.driver.close()
         self.channel.close()

@@ -16,6 +16,10 @@ from .fields import HARMLESS, Strict
 from .shapes import others
 from .shapes.base import described
 
+_SAID: dict[int | str, Any] = {
+    200: {"description": "What was done.", "content": {"text/plain": {}}},
+}
+
 
 class AbortRequest(Strict):
     """Requests to be ended: by their names, or all."""
@@ -148,8 +152,8 @@ def _add_adapters(routes: APIRouter, server: Server) -> None:
 
     @routes.post(
         "/v1/load_lora_adapter",
-        response_class=PlainTextResponse,
-        responses=described(None, 400, 403, body=True),
+        response_class=Response,
+        responses=_SAID | described(None, 400, 403, body=True),
     )
     async def load_lora_adapter(asked: LoadAdapterRequest) -> Response:
         """Have requests use an adapter by naming it as their model."""
@@ -166,8 +170,8 @@ def _add_adapters(routes: APIRouter, server: Server) -> None:
 
     @routes.post(
         "/v1/unload_lora_adapter",
-        response_class=PlainTextResponse,
-        responses=described(None, 403, 404, body=True),
+        response_class=Response,
+        responses=_SAID | described(None, 403, 404, body=True),
     )
     async def unload_lora_adapter(asked: UnloadAdapterRequest) -> Response:
         """Take no more requests for an adapter; those under way keep it."""

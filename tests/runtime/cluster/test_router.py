@@ -10,6 +10,7 @@ import pytest
 from vkv import SamplingParams
 from vkv.runtime.cluster.policies import RoundRobin
 from vkv.runtime.cluster.router import Router
+from vkv.runtime.cluster.stats import Member
 from vkv.runtime.engine.messages import Add, Message, Resume
 from vkv.runtime.engine.migration.messages import Begin, Cancel, Cancelled, Ended, GoOn, WentOn
 from vkv.runtime.link.face import Face
@@ -135,17 +136,19 @@ def test_what_neither_end_of_a_move_has_goes_on_from_its_tokens(
 
     played = [_Played(tmp_path / str(number), answer) for number in range(2)]
     for number in range(2):
-        router.join(number, str(tmp_path / str(number)), role="both", pid=0)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.connect(str(tmp_path / str(number)))
+        router.join(Member(id=number, role="both", pid=0), connection)
     sink = _Sink()
     router.submit([sink])
     while not sink.token_ids:
         sink.ended.wait(0.01)
-    source = router.requests()[_KEY]
+    source = router.stats().requests[_KEY]
     assert source is not None
     router.migrate(_KEY, 1 - source)
-    assert sink.ended.wait(10), router.requests()
+    assert sink.ended.wait(10), router.stats().requests
     assert sink.token_ids == [7, 8]
-    assert router.counts().lost == 1
+    assert router.stats().num_recomputed == 1
     assert [list(one.output_token_ids) for one in resumed] == [[7]]
     router.close()
     for instance in played:

@@ -24,7 +24,11 @@ LEFT_OUT = (  # what other tests rely on, and what has no end
     "/reset_prefix_cache",
     "/memory/stream",
 )
-UNKNOWN = ("/v1/models/{name}",)  # no random name is the model's
+UNKNOWN = (  # no random name is the model's, nor an adapter's or its folder
+    "/v1/models/{name}",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+)
 CHECKS = {
     "not_a_server_error",
     "status_code_conformance",

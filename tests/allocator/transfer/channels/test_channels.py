@@ -198,6 +198,7 @@ def test_jobs_run_beside_on_a_copier() -> None:
         ]
         assert all(job.wait(20) and job.error is None for pair in jobs for job in pair)
         assert far.commit_receipt("a", 100) == whole
+        outgoing.abort()
         for copier in copiers:
             copier.stop()
 

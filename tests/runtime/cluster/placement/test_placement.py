@@ -51,6 +51,7 @@ def _apart(machine: Machine, most_instances: int = 1) -> list[Placement]:
 
 def test_tables_say_what_was_published() -> None:
     assert table_names() == [
+        "llama-7b-a10",
         "opt-13b-a100-distserve",
         "opt-13b-a100-vllm",
         "opt-66b-a100-distserve",
@@ -69,7 +70,7 @@ def test_tables_say_what_was_published() -> None:
 def test_every_table_can_be_placed() -> None:
     for name in table_names():
         table = read_table(name)
-        assert "DistServe" in table.source
+        assert ("DistServe" if "distserve" in name or "vllm" in name else "A10") in table.source
         assert table.token_bytes == 4 * table.num_layers * table.hidden_size
         assert list(placements(Machine(nodes=2, gpus_per_node=8), table))
 
