@@ -49,7 +49,7 @@ def _ask(cluster: Cluster) -> None:
 
 def _move(cluster: Cluster) -> None:
     while True:
-        for (request_id, index), owner in cluster.router.requests().items():
+        for (request_id, index), owner in cluster.stats().requests.items():
             others = [m.id for m in cluster.router.members_now() if m.id != owner]
             with contextlib.suppress(InvalidOperation):  # it has just ended
                 cluster.migrate(request_id, random.choice(others), index=index)
