@@ -48,7 +48,7 @@ test-oldest: $(OLDEST)/.installed ## Run what meets transformers with the oldest
 	  tests/runtime/engine/test_engine.py $(ARGS)
 
 # The type checker sees the folders as they are once installed, in one namespace: linked, not copied.
-lint: $(INSTALLED) ## Lint, check the format and the types
+lint: $(TRITON) ## Lint, check the format and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf build/types && mkdir -p build/types/vkv
