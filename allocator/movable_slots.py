@@ -337,6 +337,7 @@ class MovableSlots(VirtualSlots):
         if loan is not None:
             held = {page for pages in slot.pages for page in pages}  # some may be given back
             self._driver.own([page for page in loan.pages if page in held])
+            self.pool.own(loan.pages)
             slot.segment = slot.segment if loan.segment is None else loan.segment
 
     def take_back(self, slot: Slot) -> None:
@@ -350,6 +351,7 @@ class MovableSlots(VirtualSlots):
         loan, slot.loan = slot.loan, None
         if loan is not None:
             self._driver.disown(loan.pages)
+            self.pool.disown(loan.pages)
 
 
 def _place(range_index: int, position: int) -> int:

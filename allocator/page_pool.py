@@ -105,6 +105,7 @@ class PagePool:
         self._references: dict[Page, int] = {}
         self._file_references: dict[Page, int] = {}
         self._recycled: set[Page] = set()  # pages that have had an owner
+        self._foreign: set[Page] = set()  # pages whose memory another process has, too
         self._num_reserved = 0
         self._num_creating = 0
         self._num_taken = 0  # pages counted against the shared limit
@@ -260,6 +261,7 @@ class PagePool:
                 )
             self._make_way(len(pages), set())
             self._references.update(dict.fromkeys(pages, 1))
+            self._foreign.update(pages)
             reservation.num_pages -= len(pages)
             self._num_reserved -= len(pages)
 
@@ -267,10 +269,21 @@ class PagePool:
         """Undo an `admit`: the pages are the other process's alone, and as many reserved again."""
         with self._lock:
             leaving = self._drop_references(pages)
+            self._foreign.difference_update(leaving)
             self._num_reserved += len(leaving)
             reservation.num_pages += len(leaving)
             if leaving:
                 self.driver.release(leaving)
+
+    def own(self, pages: Iterable[Page]) -> None:
+        """Pages that were admitted are this pool's alone: once released they are free."""
+        with self._lock:
+            self._foreign.difference_update(pages)
+
+    def disown(self, pages: Iterable[Page]) -> None:
+        """Held pages are another process's now: once released they are gone from here."""
+        with self._lock:
+            self._foreign.update(page for page in pages if page in self._references)
 
     def cancel(self, reservation: Reservation, num_pages: int | None = None) -> None:
         """Give back `num_pages` of a reservation, or all it still claims."""
@@ -308,7 +321,7 @@ class PagePool:
 
     def release(self, pages: Sequence[Page]) -> None:
         """Drop a reference to each page; pages without one are free again, or go to where they
-        belong: to their file, or, as a segment's, to the system.
+        belong: to their file, to the process that owns them or, as a segment's, to the system.
 
         A page must be unmapped before its last reference goes. Raises InvalidOperation, with
         nothing changed, if a page is not held as often as it is named.
@@ -317,11 +330,12 @@ class PagePool:
             unused = self._drop_references(pages)
             leaving: list[Page] = []
             for page in unused:
-                if is_common(page):
+                if is_common(page) and page not in self._foreign:
                     self._recycled.add(page)
                     heapq.heappush(self._free, page)
                 else:
                     self._recycled.discard(page)
+                    self._foreign.discard(page)
                     leaving.append(page)
             self._settle()
             if leaving:
@@ -439,6 +453,7 @@ class PagePool:
             free = set(self._free)
             assert len(free) == len(self._free), "a page is free twice"
             assert not free & self._references.keys(), "a page is free and held"
+            assert self._foreign <= self._references.keys(), "a page of another process is kept"
             counts = (*self._references.values(), *self._file_references.values())
             assert all(count > 0 for count in counts), "a dead reference"
             owned = not any(map(is_of_file, (*self._free, *self._references, *self._recycled)))
