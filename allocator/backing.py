@@ -237,9 +237,7 @@ class Backing(ABC):
         """
         slot.num_tokens = slot.ready_tokens = num_tokens
         try:
-            if any(len(pages) > count for pages, count in zip(slot.pages, keep, strict=True)):
-                # Work that was launched may still touch the pages; a parked slot knows its last.
-                (slot.fence or self.pool.driver.record_fence()).wait()
+            if self._comes_to_rest(slot, keep):
                 for index, count in enumerate(keep):
                     self._drop(slot, index, count)
         finally:
@@ -251,14 +249,24 @@ class Backing(ABC):
         held = max(slot.num_tokens, slot.pinned_tokens)
         promised = self.geometry.pages_per_range(max(held, slot.promised_tokens))
         self.shrink(slot, slot.num_tokens, promised)
+        needed = self.geometry.pages_per_range(held)
         try:
-            for index, keep in enumerate(self.geometry.pages_per_range(held)):
+            self._comes_to_rest(slot, needed)
+            for index, keep in enumerate(needed):
                 cut = self._cut(slot, index, keep)
                 shared = [page for page in cut if self.is_shared(page)]  # promised a copy of
                 self.pool.release(shared)
                 self.pool.restore(slot.reservation, [page for page in cut if page not in shared])
         finally:
             self._note_ready(slot)
+
+    def _comes_to_rest(self, slot: Slot, keep: Sequence[int]) -> bool:
+        """Whether `slot` has more pages than these. If so, no work that was launched still touches
+        them; a parked slot knows its last."""
+        if all(len(pages) <= count for pages, count in zip(slot.pages, keep, strict=True)):
+            return False
+        (slot.fence or self.pool.driver.record_fence()).wait()
+        return True
 
     def clear_unused(self, slot: Slot) -> None:
         """Clear all that `slot` has behind its tokens, if the pool's policy asks for it."""

@@ -6,9 +6,11 @@ mapping. Once other slots share pages of a segment, it gets no more: the slot go
 
 A page changes hands with all others of its segment, if the slot alone has them. So others first get
 copies of what they share, if that is little; if it is much, the slot's are copied instead. Where
-pages are allocations of their own (GPUs), each goes by itself.
+pages are allocations of their own (GPUs), each goes by itself, with a descriptor of its own: those
+for which there are too few are copied.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -68,6 +70,7 @@ class MovableSlots(VirtualSlots):
     def __init__(self, layout: KVLayout, pool: PagePool) -> None:
         super().__init__(layout, pool)
         self.has_segments = self._driver.has_segments
+        self.memory_name = self._driver.memory_name
 
     def allocate(self, num_slots: int) -> None:
         if self.has_segments:
@@ -115,21 +118,27 @@ class MovableSlots(VirtualSlots):
         counts = self._layout.pages_per_range(num_tokens)
         lent = [p for pages, n in zip(slot.pages, counts, strict=True) for p in pages[:n]]
         lent = [page for page in lent if page in sole]
+        if not self.has_segments:
+            lent = lent[: _most_descriptors()]
         staying = sole.difference(lent)
         descriptors, runs = self._driver.lend(lent, staying=[*staying])
-        home, homes = slot.segment, _homes(lent, runs)
-        stays = any(segment_of(page) == home for page in staying)
-        token_format = self._layout.token_format
-        parcel = Parcel(
-            page_bytes=self._page_bytes,
-            dtype=token_format.dtype,
-            streams=token_format.streams,
-            num_tokens=num_tokens,
-            num_descriptors=len(descriptors),
-            stretches=tuple(self._stretches(slot, counts, sole, runs)),
-            growing=None if stays else next((i for i, s in homes.items() if s == home), None),
-        )
-        lent_slot = Lent(parcel, descriptors, self._copied(slot, parcel), num_parted_bytes)
+        with ExitStack() as undo:
+            for descriptor in descriptors:
+                undo.callback(os.close, descriptor)
+            home, homes = slot.segment, _homes(lent, runs)
+            stays = any(segment_of(page) == home for page in staying)
+            token_format = self._layout.token_format
+            parcel = Parcel(
+                page_bytes=self._page_bytes,
+                dtype=token_format.dtype,
+                streams=token_format.streams,
+                num_tokens=num_tokens,
+                num_descriptors=len(descriptors),
+                stretches=tuple(self._stretches(slot, counts, {*lent}, runs)),
+                growing=None if stays else next((i for i, s in homes.items() if s == home), None),
+            )
+            lent_slot = Lent(parcel, descriptors, self._copied(slot, parcel), num_parted_bytes)
+            undo.pop_all()
         slot.loan, slot.segment = Loan(lent, home), None
         return lent_slot
 
@@ -207,7 +216,8 @@ class MovableSlots(VirtualSlots):
     def _stretches(
         self, slot: Slot, counts: Sequence[int], sole: set[Page], runs: Sequence[PageRun]
     ) -> Iterator[Stretch]:
-        """The first `counts[r]` pages of every range, those of `sole` as they lie in `runs`."""
+        """The first `counts[r]` pages of every range, those of `sole` (which go) as they lie in
+        `runs`."""
         lent = iter(runs)
         for index, count in enumerate(counts):
             position = 0
@@ -352,6 +362,12 @@ class MovableSlots(VirtualSlots):
         if loan is not None:
             self._driver.disown(loan.pages)
             self.pool.disown(loan.pages)
+
+
+def _most_descriptors() -> int:
+    """How many can be on their way at once: as many more are open here or there, and the kernel
+    counts them for each user."""
+    return max(0, linux.max_open_files() // 2 - _OTHER_FILES)
 
 
 def _place(range_index: int, position: int) -> int:

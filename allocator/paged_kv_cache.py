@@ -125,8 +125,10 @@ class PagedKVCache(SlotCache):
     def block_tables(self, slots: Sequence[Slot]) -> torch.Tensor | None:
         self._owner.check()
         width = max((len(slot.pages[0]) for slot in slots), default=0)
-        rows = [slot.index for slot in slots]
-        return self._blocks.tables[rows, :width].to(self._blocks.device)
+        tables = self._blocks.tables[[slot.index for slot in slots], :width]
+        if self._blocks.device.type == "cuda":  # or the copy would wait for all that was launched
+            tables = tables.pin_memory()
+        return tables.to(self._blocks.device, non_blocking=True)
 
     @property
     def virtual_bytes(self) -> int:
