@@ -5,8 +5,9 @@ The variable-length kernel takes keys and values as one flat run of rows. Given 
 order are a valid "packed" batch: start row = slot · rows per slot. Nothing is copied, and no
 package is needed.
 
-Only where each sequence has one query does the kernel read KV once for all query heads of a KV head,
-and split long contexts. So decodes that come before the chunks of a step have a call of their own.
+Only where each sequence has one query does the kernel read KV once for all query heads of a KV
+head, and split long contexts. So decodes that come before the chunks of a step have a call of
+their own.
 
 Softcap is not reachable through PyTorch's operator. Sinks are applied to the result by its
 log-sum-exp, which the kernel returns anyway.

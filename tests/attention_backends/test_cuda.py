@@ -334,11 +334,12 @@ def test_decodes_of_a_mixed_step_have_a_call_of_their_own(name, request, monkeyp
         return kernel(*args, **kwargs)
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", spy)
+    decodes, chunks_behind = ((1, 20), (1, 7)), ((5, 9), (18, 18), (1, 3))
     for chunks, expected in (
-        (((1, 20), (1, 7), (5, 9), (18, 18), (1, 3)), [([0, 1, 2], 1, 20), ([0, 5, 23, 24], 18, 18)]),
-        (((1, 20), (1, 7)), [([0, 1, 2], 1, 20)]),
-        (((5, 9), (1, 7)), [([0, 5, 6], 5, 9)]),
-    ):  # fmt: skip
+        (decodes + chunks_behind, [([0, 1, 2], 1, 20), ([0, 5, 23, 24], 18, 18)]),
+        (decodes, [([0, 1, 2], 1, 20)]),
+        (chunks_behind, [([0, 5, 23, 24], 18, 18)]),
+    ):
         calls.clear()
         problem = make_problem(Case(chunks=chunks, key_dim=8, **_shape_of_cache(backend)))
         backend.forward_lse(*problem.args)

@@ -264,17 +264,16 @@ def test_where_memory_is_short_caches_are_emptied_and_it_is_tried_once_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     card = _Card(monkeypatch)
-    shortages = [1]
+    shortages = [False, True, False, False]
 
     def run() -> torch.Tensor:
-        if len(card.calls) > 3 and shortages.pop():
+        if shortages.pop():
             raise torch.OutOfMemoryError("no")
         return torch.ones(2)
 
-    with pytest.raises(IndexError):  # the stand-in has one shortage, and the second try is the last
-        card.record(run)
-    assert card.calls == ["run", "run", "begin", "run", "end", "synchronize", "empty", "begin",
-                          "run", "end", "_cuda_endAllocateToPool", "_cuda_releasePool"]  # fmt: skip
+    card.record(run)
+    once = ["begin", "run", "end"]
+    assert card.calls == ["run", "run", *once, "synchronize", "empty", *once]
 
 
 def test_no_context_is_recorded_in_less_than_half_the_parts_that_it_wants() -> None:
@@ -305,5 +304,5 @@ def test_padded_recordings_serve_any_adapters(flash_standin: str, tmp_path: Path
                 outs = llm.generate(prompts[:count], zoo.greedy(14), adapter=names[:count])
                 tokens.append([out.outputs[0].token_ids for out in outs])
             if recorded:
-                assert {size for size, _ in _graphs(llm)._with_adapters} == {4, 7}
+                assert {size for size, _ in _graphs(llm)._with_adapters} >= {4, 7}
     assert tokens[:2] == tokens[2:]
