@@ -328,8 +328,10 @@ class Check:
 
 def _last_test(log: Path) -> str:
     """The test that was running when pytest ended; "" if none was."""
-    found = re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL)?", _text(log), re.M)
-    return found[-1][0].strip() if found and not found[-1][1] else ""
+    lines = [line for line in _text(log).splitlines() if re.match(r"tests/\S+::", line)]
+    if not lines or re.search(r" (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b", lines[-1]):
+        return ""
+    return re.split(r" *(?:\+{5}|Fatal Python error)", lines[-1])[0].strip()
 
 
 def _is_installed(name: str) -> bool:

@@ -64,7 +64,8 @@ IF_MISSING = (
 # What FlashInfer needs to compile, beside the above; installed into the scratch folder only.
 TO_COMPILE = ("requests", "urllib3", "idna", "certifi", "charset-normalizer", "ninja")
 
-# (kernel, sliding window), of the one wrapper that is used: bfloat16, int32 page numbers, head size 128.
+# (kernel, sliding window), of the one wrapper that is used: bfloat16, int32 page numbers, heads of
+# 128.
 MODULES = (("prefill", False), ("prefill", True))
 _COMPILE = """
 import sys, torch
