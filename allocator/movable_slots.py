@@ -136,6 +136,7 @@ class MovableSlots(VirtualSlots):
                 num_descriptors=len(descriptors),
                 stretches=tuple(self._stretches(slot, counts, {*lent}, runs)),
                 growing=None if stays else next((i for i, s in homes.items() if s == home), None),
+                memory=self.memory_name,
             )
             lent_slot = Lent(parcel, descriptors, self._copied(slot, parcel), num_parted_bytes)
             undo.pop_all()
@@ -256,7 +257,8 @@ class MovableSlots(VirtualSlots):
         Returns the bytes that are to be copied, in the order of the parcel's stretches. All or
         nothing.
         """
-        parcel.check(self._page_bytes, self._layout.token_format, len(descriptors))
+        token_format = self._layout.token_format
+        parcel.check(self.memory_name, self._page_bytes, token_format, len(descriptors))
         self._check_places(parcel)
         promised = max(slot.promised_tokens, parcel.num_tokens)
         coming = Counter({s.range_index: 0 for s in parcel.stretches})

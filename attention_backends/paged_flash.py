@@ -49,7 +49,7 @@ class PagedFlashBackend(TorchFlashBackend):
 def _cut(batch: AttentionBatch) -> list[Part]:
     """As `cut_batch`; keys are counted from the first of each part on."""
     parts = cut_batch(batch, _offsets(batch.seqused_k))
-    return [part._replace(offsets_k=_offsets(part.seqused_k)) for part in parts]
+    return [replace(part, offsets_k=_offsets(part.seqused_k)) for part in parts]
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ Softcap is not reachable through PyTorch's operator. Sinks are applied to the re
 log-sum-exp, which the kernel returns anyway.
 """
 
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -106,7 +107,8 @@ class TorchFlashBackend(AttentionBackend):
         return flash_forward(query, keys.rows, values.rows, parts, layer)
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Part:
     """Neighbouring sequences of a step, for one call of the operator.
 
     Attributes:

@@ -53,8 +53,9 @@ class VmemDriver(ABC):
         call_times_s: seconds spent in them, by kind.
         has_segments: whether pages are handed over by segments. Where they are not, each page is
             handed over by itself, if at all.
-        memory_name: names the memory that pages are of. They can be handed over among drivers that
-            agree in it, and on this machine.
+        memory_name: names the memory that pages are of. They can be handed over among drivers of
+            one machine that agree in it: a page of another GPU could be mapped where the two reach
+            each other, and each access would go over the bus.
     """
 
     has_segments = False

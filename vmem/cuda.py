@@ -129,9 +129,13 @@ class CudaDriver(VmemDriver):
         except _NotSupported:
             if not _is_exportable(self._properties):
                 raise
+        self._export_none()
+        return int(self._call("create", *arguments, shortage=OutOfPages))
+
+    def _export_none(self) -> None:
+        """From now on pages cannot be handed over: this system does not have it."""
         kinds = self._cuda.CUmemAllocationHandleType
         self._properties.requestedHandleTypes = kinds.CU_MEM_HANDLE_TYPE_NONE
-        return int(self._call("create", *arguments, shortage=OutOfPages))
 
     def _number(self, handles: Sequence[int]) -> list[Page]:
         pages = [Page(next(self._numbers)) for _ in handles]
@@ -157,7 +161,11 @@ class CudaDriver(VmemDriver):
         with ExitStack() as undo:
             for page in pages:
                 name = "cuMemExportToShareableHandle"
-                fd = int(self._call("lend", name, self._handles[page], self._handle_type, 0))
+                try:
+                    fd = int(self._call("lend", name, self._handles[page], self._handle_type, 0))
+                except _NotSupported:
+                    self._export_none()
+                    raise
                 descriptors.append(fd)
                 undo.callback(os.close, fd)
             undo.pop_all()
@@ -173,22 +181,8 @@ class CudaDriver(VmemDriver):
                 fd = descriptors[run.descriptor]
                 handles.append(int(self._call("borrow", name, fd, self._handle_type)))
                 undo.callback(self._call, "borrow", "cuMemRelease", handles[-1])
-                self._check_here(handles[-1])
             undo.pop_all()
         return self._number(handles)
-
-    def _check_here(self, handle: int) -> None:
-        """Raise InvalidOperation unless an allocation is this device's.
-
-        That of another one could be mapped where the two can reach each other, and each access
-        would go over the bus.
-        """
-        properties = self._call("borrow", "cuMemGetAllocationPropertiesFromHandle", handle)
-        there, here = properties.location, self._properties.location
-        if (int(there.type), there.id) != (int(here.type), here.id):
-            raise InvalidOperation(
-                f"a page came that is not memory of {self.device}; copy the tokens instead"
-            )
 
     def _note_owned(self, pages: Sequence[Page], is_owned: bool) -> None:
         pass  # memory lives as long as any process has a handle, a mapping or a descriptor of it

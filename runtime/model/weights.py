@@ -44,7 +44,7 @@ class OffloadedWeights:
         """Put the weights back on their devices; the memory on the host goes back to the system."""
         for tensor, device in zip(self._tensors, self._devices, strict=True):
             tensor.data = self._on_host.pop(0).to(device)
-        if any(device.type == "cuda" for device in self._devices):
+        if any(tensor.is_cuda for tensor in self._tensors):
             torch._C._host_emptyCache()  # or PyTorch keeps it pinned
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from allocator_model import KIND, FlakyStandInDriver, Model, make_cache, one_thread
 from vkv.runtime.engine.migration.endpoints import page_format_of
-from vkv.vmem.errors import DriverError
+from vkv.vmem.errors import DriverError, InvalidOperation
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -143,3 +143,23 @@ def test_engines_exchange_pages_only_where_their_memory_is_one(cuda_standin):
         formats.append(page_format_of(loop, SimpleNamespace(moves_pages=True, node="")))
         end(model)
     assert formats[0] == formats[2] != formats[1]
+
+
+def test_pages_of_another_gpu_are_refused_before_anything_is_mapped(cuda_standin):
+    near, far = movable(), movable()
+    request = with_request(near, 70, first=1)
+    near.cache.pin(request.slot, 70)
+    lent = near.cache.loans.lend(request.slot, 70)
+    far.cache._backing.memory_name = "GPU b"
+    slot = far.cache.open()
+    far.cache.reserve(slot, 70)
+    with pytest.raises(InvalidOperation, match="none of GPU b; copy"):
+        far.cache.loans.borrow(slot, lent.parcel, lent.descriptors)
+    assert far.cache.pool.driver.num_pages == slot.num_pages == 0
+    for fd in lent.descriptors:
+        os.close(fd)
+    near.cache.loans.take_back(request.slot)
+    near.cache.unpin(request.slot)
+    far.cache.close(slot)
+    end(near)
+    end(far)

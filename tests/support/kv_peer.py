@@ -196,6 +196,8 @@ def _serve(pipe: Any, sock: socket.socket, args: Sequence[Any], options: dict[st
     import torch
 
     torch.set_num_threads(1)
+    if options.get("device") == "standin":
+        standin.load().reset()
     peer = Peer(sock, *args, **options)
     while True:
         method, arguments, named = pipe.recv()

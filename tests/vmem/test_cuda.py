@@ -236,18 +236,20 @@ def test_where_no_memory_can_be_handed_over_there_is_memory_all_the_same(
         driver.lend(pages)
 
 
-def test_memory_of_another_gpu_is_refused(cuda_standin, standin_driver_factory):
-    near, far = standin_driver_factory(), standin_driver_factory()
-    assert near.memory_name == far.memory_name != "host"
-    fds, runs = near.lend(near.create(2))
-    cuda_standin.import_from(1)
-    with pytest.raises(InvalidOperation, match="not memory of"):
-        far.borrow(fds, runs)
-    assert far.num_pages == 0
-    for fd in fds:
-        os.close(fd)
-    near.release(list(near._map_counts))
-    assert cuda_standin.held()["memory_used"] == 0
+def test_what_turns_out_not_to_be_exported_is_not_tried_again(cuda_standin, standin_driver_factory):
+    driver = standin_driver_factory()
+    pages = driver.create(2)
+    assert driver.bundle_of(pages[0]) == pages[0]
+    cuda_standin.refuse_exportable()
+    with pytest.raises(DriverError, match="NOT_SUPPORTED"):
+        driver.lend(pages)
+    assert driver.bundle_of(pages[0]) is None
+
+
+def test_drivers_of_one_gpu_name_its_memory_alike(standin_driver_factory):
+    names = {standin_driver_factory().memory_name for _ in range(2)}
+    assert len(names) == 1
+    assert "host" not in names
 
 
 def test_a_descriptor_keeps_memory_as_long_as_it_is_open(cuda_standin, standin_driver_factory):

@@ -131,7 +131,8 @@ def test_weights_in_4_bits_leave_as_well_however_they_are_laid_out(settled: bool
     inner: Any = model.model
     for layer in inner.layers:
         codes = torch.randint(0, 16, (128, 64), dtype=torch.uint8)
-        weight = Int4Weight.from_codes(codes, torch.rand(128, 2), torch.full((128, 2), 8))
+        zeros = torch.full((128, 2), 8, dtype=torch.uint8)
+        weight = Int4Weight.from_codes(codes, torch.rand(128, 2), zeros)
         layer.mlp.up_proj = Int4Linear(weight, kernel_name="dequantize")
         if settled:
             layer.mlp.up_proj.settle(torch.float32)

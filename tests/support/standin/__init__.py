@@ -41,7 +41,6 @@ class StandIn:
         self.begin_work = _declare(library.standin_begin_work, None, address, size)
         self.end_work = _declare(library.standin_end_work, None)
         self.refuse_exportable = _declare(library.standin_refuse_exportable, None)
-        self.import_from = _declare(library.standin_import_from, None, ctypes.c_int)
         self.failure_pending = _declare(library.standin_failure_pending, ctypes.c_int)
         self.calls = _declare(library.standin_calls, ctypes.c_uint64)
         self._held = {

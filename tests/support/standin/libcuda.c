@@ -59,7 +59,7 @@ typedef struct {
     off_t offset;
     int fd; /* a file of its own, since it was exported; -1: the one of all others */
     ino_t inode; /* of that */
-    int num_handles, num_mappings, exportable, device;
+    int num_handles, num_mappings, exportable;
 } Memory;
 typedef struct { ino_t inode; size_t size; } Orphan; /* nobody's, but for descriptors */
 typedef struct { char bytes[16]; } Uuid;
@@ -81,7 +81,7 @@ static Mapping mappings[MAX_ITEMS];
 static Work works[MAX_ITEMS];
 static Event events[NUM_EVENTS];
 static size_t num_reservations, num_memories, num_mappings, num_works, num_streams, num_orphans;
-static int are_handles_refused, device_of_imports;
+static int are_handles_refused;
 static int num_retained;
 static uint64_t now, num_calls;
 static int64_t calls_to_failure = -1;
@@ -106,7 +106,7 @@ void standin_reset(size_t new_granularity, size_t new_memory_limit, size_t new_m
     memory_limit = new_memory_limit;
     mapping_limit = new_mapping_limit < MAX_ITEMS ? new_mapping_limit : MAX_ITEMS;
     num_reservations = num_memories = num_mappings = num_works = num_streams = num_orphans = 0;
-    are_handles_refused = device_of_imports = 0;
+    are_handles_refused = 0;
     memset(events, 0, sizeof events);
     memset(handles, 0, sizeof handles);
     memory_used = 0;
@@ -152,9 +152,6 @@ size_t standin_memory_used(void) {
 
 /* From here on memory that could be exported is refused, as on systems that have no such. */
 void standin_refuse_exportable(void) { are_handles_refused = 1; }
-
-/* From here on what is imported is memory of that device. */
-void standin_import_from(int device) { device_of_imports = device; }
 
 size_t standin_num_mappings(void) { return num_mappings; }
 size_t standin_num_reservations(void) { return num_reservations; }
@@ -459,6 +456,7 @@ static int cuMemExportToShareableHandle(int *fd, uint64_t handle, int type, uint
     ENTER();
     Memory *memory = memory_of(handle);
     REQUIRE(memory && type == 1 && (memory->exportable & type) && !flags, INVALID_VALUE);
+    REQUIRE(!are_handles_refused, NOT_SUPPORTED);
     REQUIRE(memory->fd >= 0 || move_out(memory) == SUCCESS, UNKNOWN);
     *fd = fcntl(memory->fd, F_DUPFD_CLOEXEC, 0);
     REQUIRE(*fd >= 0, OUT_OF_MEMORY);
@@ -489,18 +487,8 @@ static int cuMemImportFromShareableHandle(uint64_t *handle, void *fd, int type) 
             if (orphans[i].inode == status.st_ino)
                 orphans[i] = orphans[--num_orphans];
     }
-    memory->device = device_of_imports;
     *handle = new_handle(memory);
     return leave(*handle ? SUCCESS : OUT_OF_MEMORY);
-}
-
-static int cuMemGetAllocationPropertiesFromHandle(Properties *properties, uint64_t handle) {
-    ENTER();
-    Memory *memory = memory_of(handle);
-    REQUIRE(memory, INVALID_VALUE);
-    *properties = (Properties){.type = 1, .requested_handle_types = memory->exportable,
-                               .location = {1, memory->device}};
-    return leave(SUCCESS);
 }
 
 static int cuMemMap(Address start, size_t size, size_t offset, uint64_t handle, uint64_t flags) {
@@ -658,7 +646,7 @@ static int cuGetErrorString(int error, const char **text) {
 static const struct { const char *name; void *function; } entries[] = {
     ENTRY(cuInit), ENTRY(cuGetErrorString),
     ENTRY(cuDeviceGetCount), ENTRY(cuDeviceGet), ENTRY(cuDeviceGetAttribute),
-    ENTRY(cuDeviceGetUuid), ENTRY(cuMemGetAllocationPropertiesFromHandle),
+    ENTRY(cuDeviceGetUuid),
     ENTRY(cuDevicePrimaryCtxRetain), ENTRY(cuDevicePrimaryCtxRelease),
     ENTRY(cuCtxGetCurrent), ENTRY(cuCtxPushCurrent), ENTRY(cuCtxPopCurrent),
     ENTRY(cuMemGetAllocationGranularity), ENTRY(cuMemAddressReserve), ENTRY(cuMemAddressFree),
