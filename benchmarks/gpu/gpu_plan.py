@@ -47,6 +47,7 @@ def plan(device: str, backends: Sequence[str]) -> list[Step]:
         _tests("adapters", device, 60),
         _tests("4 bits", device, 90),
         _tests("random traffic", device, 90),
+        _throughput("throughput, ragged", device, 150),
         _bench("memory", device, _MEMORY[device], 90),
         Step("humming, for linear and throughput, 4 bits", ("-c", _HUMMING), 60, tries="humming"),
         _bench("linear", device, _LINEAR[device], 100, least_s=40),
@@ -112,9 +113,10 @@ _TESTS: dict[str, tuple[str, ...]] = {  # what each step of tests is
     "4 bits": ("tests/quant",),
     "random traffic": (_FIRST, "-k", "random_traffic"),
     "other tests": (
-        "tests",
-        *(f"--ignore={path}" for path in (_FIRST, _CHANNELS, _ENGINE, _MOVES, _BACKENDS)),
-        "--ignore=tests/quant",
+        "tests/vmem",
+        "tests/allocator",
+        "tests/runtime/virtual_cache",
+        f"--ignore={_CHANNELS}",
     ),
 }
 _SMALL_TESTS = {  # on a CPU: what a GPU will be asked first, and what is quick
@@ -149,14 +151,16 @@ _LINEAR = {
 # All systems of a step hold the 8B model on the card at once: three fit into 80 GB beside what
 # they work with, so transformers' generate, which pads to 64 times the longest, has its own step.
 _THROUGHPUT = {
-    "throughput": "--systems vkv,vkv-paged,transformers-continuous "
-    "--cells decode-1,decode-32,ragged-64",
+    "throughput": "--systems vkv,vkv-paged --cells decode-1,decode-32",
+    "throughput, ragged": "--systems vkv,vkv-paged,transformers-continuous --cells ragged-64 "
+    "--label ragged",
     "throughput, 4 bits": "--systems vkv --quant gptq --cells decode-1,decode-16",
     "throughput, generate": "--systems vkv,transformers --cells decode-1,ragged-64 --batch 64 "
     "--label generate",
 }
 _SMALL_THROUGHPUT = {  # on a CPU
-    "throughput": "--systems vkv,transformers-continuous --cells decode-1",
+    "throughput": "--systems vkv,vkv-paged --cells decode-1",
+    "throughput, ragged": "--systems vkv,transformers-continuous --cells decode-1 --label ragged",
     "throughput, 4 bits": "--systems vkv --quant gptq --cells decode-1",
     "throughput, generate": "--systems vkv,transformers --cells decode-1 --label generate",
 }

@@ -161,16 +161,23 @@ class _Waits(TorchDispatchMode):
         tags = getattr(func, "tags", ())
         looks = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
         result = func(*args, **(kwargs or {})) if not looks else None
-        if looks or _comes_to_the_host(args, result):
+        if looks or _waits(func, args, result):
             raise Unrecordable(f"{func} waits for the device")
         return result
 
 
-def _comes_to_the_host(args: tuple[Any, ...], result: Any) -> bool:
-    """Whether an operation copied a device's tensor to the host's memory."""
-    if not isinstance(result, torch.Tensor) or not result.is_cpu:
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+def _waits(func: Any, args: tuple[Any, ...], result: Any) -> bool:
+    """Whether an operation copied from a device to the host, or from memory there that is not
+    pinned."""
+    if not isinstance(result, torch.Tensor):
         return False
-    return any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args)
+    sources = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if result.is_cpu:
+        return any(source.is_cuda for source in sources)
+    return func in _COPIES and any(s.is_cpu and not s.is_pinned() for s in sources)
 
 
 @dataclass(frozen=True)

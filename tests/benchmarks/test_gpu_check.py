@@ -5,6 +5,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import re
 import sys
 import time
 import tomllib
@@ -198,17 +199,18 @@ def test_the_plan_s_benchmarks_are_commands_that_exist(
         if step.name.startswith(("bench linear", "bench throughput")):
             result = CliRunner().invoke(bench, step.command[3:])
             assert result.exit_code == 0, result.output
-    dense, plain, small, padded = asked
+    dense, ragged, plain, small, padded = asked
     assert (plain.device.type, dense.device.type) == (device, device)
-    assert "transformers-continuous" in dense.systems
+    assert "vkv-paged" in dense.systems
+    assert "transformers-continuous" in ragged.systems
     assert (dense.quant, small.quant) == (None, "gptq")
     assert "transformers" in padded.systems
     # No record is written over another.
-    assert len({one.label or one.quant for one in (dense, small, padded)}) == 3
+    assert len({one.label or one.quant for one in (dense, ragged, small, padded)}) == 4
     if device == "cuda":
         assert "8192x8192" in plain.layers
         assert "ragged-64" in {cell.name for cell in padded.cells} & {
-            cell.name for cell in dense.cells
+            cell.name for cell in ragged.cells
         }
         assert [cell.name for cell in small.cells] == ["decode-1", "decode-16"]
 
@@ -223,11 +225,15 @@ def test_the_plan_s_tests_are_files_that_exist(gpu_plan: ModuleType, device: str
 
 
 def test_every_test_for_a_gpu_is_in_a_step(gpu_plan: ModuleType) -> None:
-    """Those that are in none by name are among the others, which leave out what is named."""
-    others = " ".join(gpu_plan._TESTS["other tests"])
-    named = [w for k, words in gpu_plan._TESTS.items() if k != "other tests" for w in words]
-    for path in {word for word in named if word.startswith("tests/")} - {gpu_plan._ADAPTERS}:
-        assert f"--ignore={path}" in others
+    paths = {w for words in gpu_plan._TESTS.values() for w in words if w.startswith("tests/")}
+    marked = [
+        path.relative_to(ROOT)
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"mark\.gpu|vmem_driver", path.read_text()) and path != Path(__file__)
+    ]
+    assert len(marked) >= 10
+    for path in marked:
+        assert any(path.is_relative_to(covered) for covered in paths), path
     limits = [step.limit_s for step in gpu_plan.plan("cuda", [])]
     assert max(limits) <= 150  # so that one that hangs costs a fifth of a call, at most
 
