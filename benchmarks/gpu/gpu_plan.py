@@ -73,6 +73,9 @@ if device.type == "cuda":
     facts["free_and_total_bytes"] = torch.cuda.mem_get_info()
 with open_driver(device) as driver:
     facts["driver"] = {"page_bytes": driver.page_bytes, "granularity": driver.granularity}
+    facts["driver"]["memory"] = driver.memory_name
+    (page,) = driver.create(1)
+    facts["driver"]["can_be_handed_over"] = driver.bundle_of(page) is not None
 with open("facts.json", "w") as file:
     json.dump(facts, file, indent=1)
 """

@@ -139,14 +139,17 @@ def _cut(pieces: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
 @contextmanager
 def _beside(pieces: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """A buffer in pinned memory for pieces that are a GPU's. They are copied, each call until it is
-    over, on a stream that does not wait for what is computed meanwhile."""
+    over, on a stream that waits for what this thread's has now (pages may be being cleared), and
+    not for what is computed meanwhile."""
     device = next((piece.device for piece in pieces if not piece.is_cpu), None)
     if device is None:
         yield torch.empty(0, dtype=torch.uint8)
         return
     longest = max(len(piece) for piece in pieces if not piece.is_cpu)
     size = min(longest, _STAGED_BYTES)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
         yield torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 

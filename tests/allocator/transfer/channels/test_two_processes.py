@@ -58,6 +58,34 @@ def test_pages_move_there_and_back_and_outlive_who_lent_them(device: str) -> Non
         assert nothing_left(here.counts())
 
 
+@pytest.mark.parametrize(
+    "device", ["standin", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+def test_pages_that_came_one_by_one_move_on(device: str) -> None:
+    """What was imported is exported, and comes back to who made it: all of it is there."""
+    with two_processes("pages", device=device) as (here, there):
+        whole = here.fill("a", 90)
+        num_pages = here.slots["a"].num_pages
+        there.begin("receive", "a", 0, 90)
+        assert here.send("a", 0, 90) == ("''", 0, num_pages)
+        assert there.result() == ("''", 0, num_pages)
+        assert there.call("commit_receipt", "a", 90) == whole
+        here.end_sending("a", is_done=True)
+        here.close("a")
+        there.begin("send", "a", 0, 90)
+        assert here.receive("a", 0, 90) == ("''", 0, num_pages)
+        assert there.result() == ("''", 0, num_pages)
+        assert here.commit_receipt("a", 90) == whole
+        there.call("end_sending", "a", is_done=True)
+        there.call("close", "a")
+        assert nothing_left(there.call("counts"))
+        assert here.digest("a") == whole
+        here.fill("a", 150)
+        here.cache.check_invariants()
+        here.close("a")
+        assert nothing_left(here.counts())
+
+
 def test_pages_that_were_kept_stay_when_the_lender_is_killed(device: str) -> None:
     with two_processes("pages", device=device) as (here, there):
         whole = there.call("fill", "a", 120)
