@@ -116,7 +116,7 @@ def vkv_attention(
         return _natively(query, key, value, layer), None
     if layer.softcap is not None or layer.sinks is not None:
         return _eagerly(query, key, value, attention_mask, layer, is_causal, dropout), None
-    if plain and query.device.type == "cpu" and query.shape[2] == 1:
+    if plain and query.is_cpu and query.shape[2] == 1:
         return _folded(query, key, value, layer.scale), None
     if plain and query.shape[2] < key.shape[2]:  # where `sdpa` would see the first keys alone
         attention_mask = _causal(query, key)
@@ -164,7 +164,7 @@ def _native_can(
     tensors = query, key, value, *(() if layer.sinks is None else (layer.sinks,))
     return (
         _native is not None
-        and query.device.type == "cpu"
+        and query.is_cpu
         and query.dtype in DTYPES
         and query.dtype == key.dtype == value.dtype
         and key.stride(-1) == value.stride(-1) == 1
