@@ -3,11 +3,16 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import msgspec
 
 from ...vmem.errors import VkvError
+from ..engine.admission import Admission
 from ..engine.memory.lending import CreditLine, LendingOrder
+from ..request.sampling_params import SamplingParams
 from .members import Members
 from .policies import Ledger, Settlement
 from .snapshot import ClusterSnapshot
@@ -113,7 +118,45 @@ class LendingDesk:
             self._told.pop(debtor, None)
 
 
-def longest_with(debtor: Member, others: list[Member]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class LentAdmission(Admission):
+    """What a cluster takes while instances that lend come and go.
+
+    Attributes:
+        now: what it takes now.
+    """
+
+    now: Callable[[], Admission]
+
+    def check(
+        self, prompt: Sequence[int], params: SamplingParams, *, was_let_in: bool = False
+    ) -> int:
+        """As `Admission.check`, by what there is now."""
+        return self.now().check(prompt, params, was_let_in=was_let_in)
+
+    @classmethod
+    def of(cls, now: Callable[[], Admission]) -> Self:
+        """What `now` says, today and later."""
+        today = now()
+        return cls(**{one.name: getattr(today, one.name) for one in fields(Admission)}, now=now)
+
+
+def admission_of(members: Sequence[Member]) -> Admission:
+    """What each of a cluster's instances takes. One has arrived at least."""
+    there = [m for m in members if m.face is not None]
+    able = [m for m in there if not m.is_draining] or there
+    assert able[0].face is not None
+    admission = able[0].face.admission
+    if any(m.lending is None for m in able):
+        return admission
+    longest = min(longest_with(m, [one for one in able if one is not m]) for m in able)
+    longest = min(longest, admission.max_len - 1)
+    if longest <= admission.longest:
+        return admission
+    return replace(admission, longest=longest, why_not_longer=None)
+
+
+def longest_with(debtor: Member, others: Sequence[Member]) -> int:
     """Tokens of the longest request that an instance takes, with what others may lend it."""
     assert debtor.lending is not None
     able = [m.lending for m in others if m.lending is not None and not m.is_draining]

@@ -281,7 +281,8 @@ class Router:
 
     def on_pulse(self, instance: int, pulse: Pulse) -> None:
         """What it holds, or that it was told to end."""
-        self._members.note(instance, pulse)
+        if self._members.note(instance, pulse):  # told before it, or others, get work
+            self.decisions.lending.settle(self.decisions.picture())
         if pulse.is_leaving and instance not in self._leaving:
             self._leaving.add(instance)
             self.on_leaving(instance)

@@ -101,7 +101,9 @@ class Ledger:
         if not any(instance.max_lent_tokens for instance in snapshot.instances):
             return Settlement()
         needs = [
-            _Need(i, self.part_tokens) for i in snapshot.instances if i.max_local_tokens is not None
+            _Need(i, self.part_tokens)
+            for i in snapshot.instances
+            if i.max_local_tokens is not None and i.role == "both"
         ]
         books = _Books(snapshot, needs, self.part_tokens, self.eaten, snapshot.shunned | set(slow))
         running = sorted((n for n in needs if n.must), key=lambda n: (-n.oldest_s, n.id))
