@@ -42,6 +42,7 @@ class LendingDesk:
         self._members = members
         self._shunned: dict[Pair, float] = {}  # until when, on the monotonic clock
         self._told: dict[int, LendingOrder] = {}
+        self._obeyed: dict[int, LendingOrder] = {}  # what they have said that they have heard
         self._settlement = Settlement()
 
     def settle(self, snapshot: ClusterSnapshot) -> None:
@@ -61,6 +62,7 @@ class LendingDesk:
             self._tell(debtor, self._order(debtor, lenders, found))
         for gone in self._told.keys() - lenders.keys():
             del self._told[gone]
+            self._obeyed.pop(gone, None)
 
     def stats(self) -> tuple[LoanStats, ...]:
         """Who has what where, and may have. From any thread."""
@@ -77,6 +79,14 @@ class LendingDesk:
             )
             for pair in sorted(loans.keys() | credits.keys())
         )
+
+    def has_loans(self, creditor: int) -> bool:
+        """Whether an instance has, or may be about to get, tokens of others' requests."""
+        if any(loan.creditor == creditor for loan in self._members.loans()):
+            return True
+        lines = (line for order in self._obeyed.values() for line in order.lines)
+        name = f"instance {creditor}"
+        return any(line.creditor == name and line.num_tokens for line in lines)
 
     def _shun(self, lenders: dict[int, Member], now_s: float) -> None:
         """Have nothing to do with who was not reached, and again with those whose time is over."""
@@ -106,13 +116,14 @@ class LendingDesk:
             return
         self._told[debtor.id] = order
         answer = link.ask("lending", msgspec.json.encode(order).decode())
-        answer.add_done_callback(lambda future: self._answered(debtor.id, future))
+        answer.add_done_callback(lambda future: self._answered(debtor.id, order, future))
 
-    def _answered(self, debtor: int, future: "asyncio.Future[object]") -> None:
+    def _answered(self, debtor: int, order: LendingOrder, future: "asyncio.Future[object]") -> None:
         if future.cancelled():
             return
         try:
             future.result()
+            self._obeyed[debtor] = order
         except VkvError as error:  # it is gone, or refuses; it is told again
             _log.warning("instance %d was not told what it may borrow: %s", debtor, error)
             self._told.pop(debtor, None)
