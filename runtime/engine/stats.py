@@ -8,6 +8,7 @@ from typing import Any, Self
 from ...allocator import KVStats
 from ...allocator.transfer import MoveStats
 from ..adapters.adapters import AdapterStats
+from ..model.segments import SegmentServer
 from ..request.request import Request
 from ..scheduling.accounts import TenantStats
 from ..scheduling.segments import Segments
@@ -53,6 +54,52 @@ class SwapStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Borrowed:
+    """What another engine has of this one's requests.
+
+    Attributes:
+        holder: the name of who it is.
+        num_loans, num_tokens: now.
+        num_asks, sent_bytes, received_bytes, waited_s: as of `Creditor`.
+    """
+
+    holder: str
+    num_loans: int
+    num_tokens: int
+    num_asks: int
+    sent_bytes: int
+    received_bytes: int
+    waited_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lent:
+    """What an engine has of others' requests.
+
+    Attributes:
+        num_loans, num_tokens: now.
+        num_called_back: for want of memory, so far.
+        slowest_call_back_s: that giving the memory of one of them back took.
+    """
+
+    num_loans: int
+    num_tokens: int
+    num_called_back: int
+    slowest_call_back_s: float
+
+    @classmethod
+    def of(cls, server: SegmentServer) -> Self:
+        """That of an engine now."""
+        loans = server.loans.values()
+        return cls(
+            num_loans=len(loans),
+            num_tokens=sum(loan.stop - loan.start for loan in loans),
+            num_called_back=server.num_called_back,
+            slowest_call_back_s=server.slowest_call_back_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentStats:
     """Requests that are longer than the pool, of which most tokens lie elsewhere.
 
@@ -60,23 +107,53 @@ class SegmentStats:
         num_requests: that run so now.
         num_tokens: of theirs, elsewhere.
         moved, lent: what moved as they grew, so far: to the tier, and to other processes.
+        num_called_back, num_lost: loans of theirs that others ended, and that went with others, so
+            far; their tokens were computed again.
+        borrowed: from whom, those included that have nothing now.
+        given: to others; None of an engine that lends nothing.
     """
 
     num_requests: int
     num_tokens: int
     moved: MoveStats
     lent: MoveStats
+    num_called_back: int = 0
+    num_lost: int = 0
+    borrowed: tuple[Borrowed, ...] = ()
+    given: Lent | None = None
 
     @classmethod
-    def of(cls, segments: Segments, running: Iterable[Request]) -> Self:
-        """Those of an engine now."""
+    def of(
+        cls, segments: Segments, running: Sequence[Request], server: SegmentServer | None
+    ) -> Self:
+        """Those of an engine now, and of what lends its memory."""
         tokens = [request.slot_start for request in running if request.is_spread]
         return cls(
             num_requests=len(tokens),
             num_tokens=sum(tokens),
             moved=MoveStats() if segments.tier is None else replace(segments.tier.moved),
             lent=replace(segments.lent),
+            num_called_back=segments.num_called_back,
+            num_lost=segments.num_lost,
+            borrowed=_borrowed(segments, running),
+            given=None if server is None else Lent.of(server),
         )
+
+
+def _borrowed(segments: Segments, running: Iterable[Request]) -> tuple[Borrowed, ...]:
+    lent = [one for request in running for one in request.lent]
+    return tuple(
+        Borrowed(
+            holder=creditor.name,
+            num_loans=sum(one.holder == creditor.name for one in lent),
+            num_tokens=sum(one.stop - one.start for one in lent if one.holder == creditor.name),
+            num_asks=creditor.num_asks,
+            sent_bytes=creditor.sent_bytes,
+            received_bytes=creditor.received_bytes,
+            waited_s=creditor.waited_s,
+        )
+        for creditor in list(segments.creditors.values())
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +276,7 @@ class EngineStats:
 
 
 _ALIKE = frozenset(("page_bytes", "growth_tokens"))  # of engines that are put together
+_WORST = frozenset(("slowest_call_back_s",))  # of which the largest counts
 
 
 def together(all_stats: Sequence[EngineStats]) -> EngineStats:
@@ -207,15 +285,16 @@ def together(all_stats: Sequence[EngineStats]) -> EngineStats:
 
 
 def _sum(values: Sequence[Any]) -> Any:
-    """Field by field; tenants by their names."""
+    """Field by field; tenants, adapters and holders by their names."""
     first = values[0]
     if is_dataclass(first):
-        parts = {
-            one.name: getattr(first, one.name)
-            if one.name in _ALIKE
-            else _sum([getattr(value, one.name) for value in values])
-            for one in fields(first)
-        }
+        parts: dict[str, Any] = {}
+        for one in fields(first):
+            of_all = [getattr(value, one.name) for value in values]
+            is_worst = one.name in _WORST
+            parts[one.name] = max(of_all) if is_worst else _sum(of_all)
+            if one.name in _ALIKE:
+                parts[one.name] = of_all[0]
         return type(first)(**parts)
     if isinstance(first, Mapping):
         return dict(sum((Counter(value) for value in values), Counter()))
@@ -223,6 +302,8 @@ def _sum(values: Sequence[Any]) -> Any:
         several = [one for value in values for one in value]
         if several and isinstance(several[0], AdapterStats):
             return _by_adapter(several, len(values))
+        if several and isinstance(several[0], Borrowed):
+            return _by_holder(several)
         return _by_tenant(several)
     return None if first is None else sum(values)
 
@@ -249,6 +330,19 @@ def _by_adapter(adapters: Sequence[AdapterStats], num_engines: int) -> tuple[Ada
             is_leaving=len(several) < num_engines or any(one.is_leaving for one in several),
         )
         for several in found.values()
+    )
+
+
+def _by_holder(borrowed: Sequence[Borrowed]) -> tuple[Borrowed, ...]:
+    found: dict[str, list[Borrowed]] = {}
+    for one in borrowed:
+        found.setdefault(one.holder, []).append(one)
+    numbers = [one.name for one in fields(Borrowed) if one.name != "holder"]
+    return tuple(
+        Borrowed(
+            holder=holder, **{name: sum(getattr(one, name) for one in several) for name in numbers}
+        )
+        for holder, several in found.items()
     )
 
 

@@ -27,9 +27,16 @@ class Creditor(Protocol):
 
     Attributes:
         name: of whoever attends to them.
+        num_asks: layers that it was asked for, so far.
+        sent_bytes, received_bytes: for that, so far: queries and results.
+        waited_s: for results, so far.
     """
 
     name: str
+    num_asks: int
+    sent_bytes: int
+    received_bytes: int
+    waited_s: float
 
     def take(self, spans: Spans, start: int, num_tokens: int) -> int | None:
         """Copy tokens `start …` of a sequence there; returns the loan, None if there is no room.
@@ -58,6 +65,7 @@ class Segments:
     Attributes:
         creditors: who else takes tokens in, by name; the first is asked first.
         lent: what moved to them.
+        num_called_back, num_lost: loans that they ended, and that went with them, so far.
     """
 
     def __init__(
@@ -75,6 +83,7 @@ class Segments:
         self.local_tokens = local_tokens
         self.creditors: dict[str, Creditor] = {}
         self.lent = MoveStats()
+        self.num_called_back = self.num_lost = 0
         self._cache = cache
         self._exits = exits
         self._kv_files = kv_files

@@ -118,8 +118,13 @@ def add_creditor(engine: "Engine", creditor: RemoteHolder, num_tokens: int) -> N
 def take_back(scheduler: Scheduler, lost: HolderLost) -> None:
     """Have those computed again whose tokens are lost. It costs no other request anything."""
     _log.warning("%s; the tokens of its requests are computed again", lost)
-    if lost.loans is None and scheduler.tiers.segments is not None:
-        scheduler.tiers.segments.creditors.pop(lost.holder, None)
+    segments = scheduler.tiers.segments
+    if segments is not None and lost.loans is None:
+        segments.creditors.pop(lost.holder, None)
+        all_lent = [one for request in scheduler.running for one in request.lent]
+        segments.num_lost += sum(one.holder == lost.holder for one in all_lent)
+    elif segments is not None and lost.loans is not None:
+        segments.num_called_back += len(lost.loans)
     for request in scheduler.running[::-1]:  # so that they come back in their order
         is_in_tier = request.segment is not None and request.segment.holder == lost.holder
         loans = [one.loan for one in request.lent if one.holder == lost.holder]

@@ -75,6 +75,8 @@ class SegmentServer:
 
     Attributes:
         cache: as given.
+        num_called_back: loans that were ended for want of memory, so far.
+        slowest_call_back_s: that giving the memory of one of them back took.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class SegmentServer:
         timeout_s: float = 10.0,
     ) -> None:
         self.cache = cache
+        self.num_called_back = 0
+        self.slowest_call_back_s = 0.0
         self._exits = Exits(cache)
         self._limit_tokens = limit_tokens
         self._spare_tokens = spare_tokens
@@ -130,10 +134,14 @@ class SegmentServer:
 
     def give_way(self) -> bool:
         """Memory is short here: call the newest loan back. False if there is none."""
+        start_s = time.monotonic()
         loans = self.loans
         if loans:
-            self._takes_from_s = time.monotonic() + self._pause_s
+            self._takes_from_s = start_s + self._pause_s
             self.call_back(max(loans))
+            self.num_called_back += 1
+            took_s = time.monotonic() - start_s
+            self.slowest_call_back_s = max(self.slowest_call_back_s, took_s)
         return bool(loans)
 
     def forget(self) -> None:
