@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 from ...vmem.errors import InvalidOperation
+from ..engine.memory.segments import longest_together
 from ..engine.migration.arbiter import Arbiter
 from ..engine.migration.ownership import Owned
 from ..link.face import Face
@@ -121,6 +122,24 @@ class Members:
         if instance in self._members:
             self._members[instance].longest = num_tokens
 
+    def longest_without(self, instance: int) -> int:
+        """Tokens of the longest request that the others could hold, together or one of them."""
+        others = [
+            member
+            for member in self._members.values()
+            if member.id != instance and member.face is not None and not member.is_draining
+        ]
+        alone = [m.face.admission.longest for m in others if m.face is not None]
+        if any(member.longest is None for member in others):
+            return max(alone, default=0)
+        return max(
+            (
+                longest_together(one, alone[:place] + alone[place + 1 :])
+                for place, one in enumerate(alone)
+            ),
+            default=0,
+        )
+
     def changed(self) -> None:
         """Something in the next picture is another."""
         self._snapshot = None
@@ -153,6 +172,7 @@ class Members:
         begun = [s for s in sequences if s.output_token_ids]
         fresh = [s for s in sequences if not s.output_token_ids]
         num_running = len(sequences) - min(num_waiting, len(fresh))
+        long = member.long_requests
         requests = [
             RequestSnapshot(
                 sequence.key,
@@ -163,7 +183,8 @@ class Members:
                 priority=sequence.spec.priority,
                 is_waiting=place >= num_running,
                 waited_s=max(0.0, time.monotonic() - sequence.spec.arrival_time_s),
-                is_migratable=self._arbiter.handshake(sequence.key) is None,
+                is_migratable=sequence.key not in long
+                and self._arbiter.handshake(sequence.key) is None,
             )
             for place, sequence in enumerate([*begun, *fresh])
         ]

@@ -40,6 +40,12 @@ class Member:
     handed_pages: int = 0
 
     @property
+    def long_requests(self) -> frozenset[SequenceKey]:
+        """Those of which not all is in its memory: they do not move."""
+        segments = None if self.stats is None else self.stats.segments
+        return frozenset(() if segments is None else segments.keys)
+
+    @property
     def state(self) -> str:
         """ "loading", "working" or "draining"."""
         if self.face is None:
@@ -105,7 +111,8 @@ class ClusterStats:
     Attributes:
         num_migrations: sequences that moved to another instance and went on there.
         num_stayed: migrations that were begun and came to nothing; their sequences went on.
-        num_recomputed: sequences that were computed again, since their instance had died.
+        num_recomputed: sequences that were computed again, since their instance had died, or was
+            drained and they do not move.
         done: by all instances, those that have ended included.
         instances: as each was a moment ago.
         requests: unfinished sequences, and the instance that has each.

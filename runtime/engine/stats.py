@@ -10,6 +10,7 @@ from ...allocator.transfer import MoveStats
 from ..adapters.adapters import AdapterStats
 from ..model.segments import SegmentServer
 from ..request.request import Request
+from ..request.spec import SequenceKey
 from ..scheduling.accounts import TenantStats
 from ..scheduling.segments import Segments
 from ..scheduling.swapping import Swapping
@@ -111,6 +112,7 @@ class SegmentStats:
             far; their tokens were computed again.
         borrowed: from whom, those included that have nothing now.
         given: to others; None of an engine that lends nothing.
+        keys: of those requests; they do not move to another engine.
     """
 
     num_requests: int
@@ -121,22 +123,24 @@ class SegmentStats:
     num_lost: int = 0
     borrowed: tuple[Borrowed, ...] = ()
     given: Lent | None = None
+    keys: tuple[SequenceKey, ...] = ()
 
     @classmethod
     def of(
         cls, segments: Segments, running: Sequence[Request], server: SegmentServer | None
     ) -> Self:
         """Those of an engine now, and of what lends its memory."""
-        tokens = [request.slot_start for request in running if request.is_spread]
+        spread = [request for request in running if request.is_spread]
         return cls(
-            num_requests=len(tokens),
-            num_tokens=sum(tokens),
+            num_requests=len(spread),
+            num_tokens=sum(request.slot_start for request in spread),
             moved=MoveStats() if segments.tier is None else replace(segments.tier.moved),
             lent=replace(segments.lent),
             num_called_back=segments.num_called_back,
             num_lost=segments.num_lost,
             borrowed=_borrowed(segments, running),
             given=None if server is None else Lent.of(server),
+            keys=tuple(request.key for request in spread),
         )
 
 
@@ -300,6 +304,8 @@ def _sum(values: Sequence[Any]) -> Any:
         return dict(sum((Counter(value) for value in values), Counter()))
     if isinstance(first, tuple):
         several = [one for value in values for one in value]
+        if several and isinstance(several[0], tuple):
+            return tuple(several)
         if several and isinstance(several[0], AdapterStats):
             return _by_adapter(several, len(values))
         if several and isinstance(several[0], Borrowed):

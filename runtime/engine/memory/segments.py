@@ -2,6 +2,7 @@
 
 import bisect
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -134,6 +135,15 @@ def take_back(scheduler: Scheduler, lost: HolderLost) -> None:
 
 def _nothing() -> bool:
     return False
+
+
+def longest_together(alone: int, others: Sequence[int]) -> int:
+    """Tokens of the longest request that an engine takes with what others lend it.
+
+    `alone` and `others` are as of `longest_alone`, its own and theirs.
+    """
+    lent = sum(max(0, one - SPARE_TOKENS) // PART_TOKENS * PART_TOKENS for one in others)
+    return max(alone, alone // _SHARE // PART_TOKENS * PART_TOKENS + lent)
 
 
 def longest_alone(cache: SlotCache) -> int:
