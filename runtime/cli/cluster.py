@@ -53,8 +53,8 @@ def drain(
 ) -> None:
     """Move everything away from an instance and end it. Waits until that is done.
 
-    Nothing is computed again but requests that are longer than its memory. Interrupted, it drains on
-    all the same.
+    Nothing is computed again but what is longer than its memory. Interrupted, it drains on all the
+    same.
     """
 
     def progress(state: Any) -> str:
