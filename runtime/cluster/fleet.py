@@ -15,7 +15,7 @@ from .instances.launcher import Launcher
 from .policies import drained_first
 from .router import Router
 from .snapshot import Role
-from .stats import Member
+from .stats import Member, holder_name
 
 _MEET_S = 60.0  # for an instance that is ready to say what it is
 
@@ -75,7 +75,7 @@ class Fleet:
                 if face is None or not {borrower, lender} & begun:
                     continue
                 num_tokens = (face.admission.longest - SPARE_TOKENS) // PART_TOKENS * PART_TOKENS
-                about = f"instance {lender}", self._lenders[lender].told(), str(num_tokens)
+                about = holder_name(lender), self._lenders[lender].told(), str(num_tokens)
                 longest = self._router.ask_one(borrower, "borrow", *about)
                 assert isinstance(longest, int)
                 self._router.note_longest(borrower, longest)

@@ -9,6 +9,19 @@ from ..link.face import Face
 from ..request.spec import SequenceKey
 from .snapshot import Role
 
+_HOLDER = "instance "
+
+
+def holder_name(instance: int) -> str:
+    """What an instance is called by those that it lends to."""
+    return f"{_HOLDER}{instance}"
+
+
+def instance_of(holder: str) -> int | None:
+    """The instance that is called so; None if it is none."""
+    number = holder.removeprefix(_HOLDER)
+    return int(number) if number != holder and number.isdecimal() else None
+
 
 @dataclass(kw_only=True)
 class Member:
@@ -61,6 +74,7 @@ class Done:
         num_bytes_copied, num_pages_moved: of sequences that left them: copied, and as they were.
         num_prompt_tokens, num_output_tokens, num_preemptions: as of `EngineStats`.
         num_died, num_drained: how many of them have ended, for want of life and by order.
+        num_called_back, num_lost: as of `SegmentStats`.
     """
 
     num_bytes_copied: int = 0
@@ -70,6 +84,8 @@ class Done:
     num_preemptions: int = 0
     num_died: int = 0
     num_drained: int = 0
+    num_called_back: int = 0
+    num_lost: int = 0
 
     @classmethod
     def of(cls, member: Member) -> Self:
@@ -82,6 +98,12 @@ class Done:
                 num_output_tokens=stats.num_output_tokens,
                 num_preemptions=stats.num_preemptions,
             )
+            if stats.segments is not None:
+                found = replace(
+                    found,
+                    num_called_back=stats.segments.num_called_back,
+                    num_lost=stats.segments.num_lost,
+                )
         return found
 
     def plus(self, others: Iterable["Done"]) -> "Done":

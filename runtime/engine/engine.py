@@ -64,6 +64,7 @@ class Engine:
 
     Attributes:
         num_computed_tokens: tokens that went through the model so far.
+        lender: lends its memory to other engines; None if nobody does.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Engine:
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self.num_computed_tokens = 0
+        self.lender: SegmentServer | None = None
         self._num_failed = 0
         self._step_time_s = 0.0
 
@@ -517,5 +519,4 @@ class Engine:
         tiers = self.scheduler.tiers
         if tiers.segments is None:
             return None
-        server = next((g for g in tiers.guests if isinstance(g, SegmentServer)), None)
-        return SegmentStats.of(tiers.segments, self.scheduler.running, server)
+        return SegmentStats.of(tiers.segments, self.scheduler.running, self.lender)

@@ -61,13 +61,13 @@ class Borrowed:
     Attributes:
         holder: the name of who it is.
         num_loans, num_tokens: now.
-        num_asks, sent_bytes, received_bytes, waited_s: as of `Creditor`.
+        num_steps, sent_bytes, received_bytes, waited_s: as of `Creditor`.
     """
 
     holder: str
     num_loans: int
     num_tokens: int
-    num_asks: int
+    num_steps: int
     sent_bytes: int
     received_bytes: int
     waited_s: float
@@ -151,7 +151,7 @@ def _borrowed(segments: Segments, running: Iterable[Request]) -> tuple[Borrowed,
             holder=creditor.name,
             num_loans=sum(one.holder == creditor.name for one in lent),
             num_tokens=sum(one.stop - one.start for one in lent if one.holder == creditor.name),
-            num_asks=creditor.num_asks,
+            num_steps=creditor.num_steps,
             sent_bytes=creditor.sent_bytes,
             received_bytes=creditor.received_bytes,
             waited_s=creditor.waited_s,

@@ -27,13 +27,13 @@ class Creditor(Protocol):
 
     Attributes:
         name: of whoever attends to them.
-        num_asks: layers that it was asked for, so far.
+        num_steps: in which it was asked, so far.
         sent_bytes, received_bytes: for that, so far: queries and results.
         waited_s: for results, so far.
     """
 
     name: str
-    num_asks: int
+    num_steps: int
     sent_bytes: int
     received_bytes: int
     waited_s: float

@@ -92,6 +92,7 @@ def segment_server(loaded: LoadedModel, engine: "Engine") -> SegmentServer | Non
         spare_tokens=SPARE_TOKENS,
     )
     engine.scheduler.tiers.guests.append(server)
+    engine.lender = server
     return server
 
 
