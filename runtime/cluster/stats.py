@@ -127,6 +127,39 @@ class MoveUnderWay:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Loans:
+    """What an instance has of another's requests, which are longer than that one's memory.
+
+    Attributes:
+        debtor, creditor: the instances.
+        num_loans, num_tokens: now.
+        bytes_a_step: of queries and results, in the mean of all steps that asked there.
+    """
+
+    debtor: int
+    creditor: int
+    num_loans: int
+    num_tokens: int
+    bytes_a_step: float
+
+    @classmethod
+    def of(cls, member: Member) -> "list[Self]":
+        """What an instance borrows, or has borrowed."""
+        segments = None if member.stats is None else member.stats.segments
+        return [
+            cls(
+                debtor=member.id,
+                creditor=creditor,
+                num_loans=one.num_loans,
+                num_tokens=one.num_tokens,
+                bytes_a_step=(one.sent_bytes + one.received_bytes) / max(1, one.num_steps),
+            )
+            for one in (() if segments is None else segments.borrowed)
+            if (creditor := instance_of(one.holder)) is not None
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterStats:
     """What a cluster has done, and what its instances hold. No count gets smaller when one ends.
 
@@ -148,6 +181,11 @@ class ClusterStats:
     instances: tuple[Member, ...]
     requests: Mapping[SequenceKey, int | None] = field(default_factory=dict)
     moves: tuple[MoveUnderWay, ...] = ()
+
+    @property
+    def loans(self) -> tuple[Loans, ...]:
+        """Between instances; those that could lend and have lent nothing included."""
+        return tuple(one for member in self.instances for one in Loans.of(member))
 
     @property
     def num_bytes_copied(self) -> int:
