@@ -20,9 +20,9 @@ def until(is_so: Callable[[], bool], why: Any, within_s: float = 30.0) -> None:
 
 
 def holds_nothing(picture: MemoryMap) -> bool:
-    """Whether all that an engine holds is parked."""
+    """Whether all that an engine holds is parked, and nothing is lent."""
     totals = picture.totals
-    held = totals.held or totals.ahead or totals.promised
+    held = totals.held or totals.ahead or totals.promised or picture.lent
     return not held and all(strip.state == "parked" for strip in picture.strips)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import left_over
 import zoo
+from transformers import PreTrainedModel
 from vkv import LLM, SamplingParams
 from vkv.runtime.cluster.cluster import Cluster
 from vkv.runtime.cluster.policies.simple import RoundRobin
@@ -51,13 +52,14 @@ FAULTS = (
 )
 
 
-def save_model(folder: Path) -> None:
-    """A model as tiny as possible, with its tokenizer."""
+def save_model(folder: Path) -> PreTrainedModel:
+    """A model as tiny as possible, saved with its tokenizer."""
     model = zoo.tiny_model(
         "llama", eos_token_id=zoo.VOCAB_SIZE - 1, max_position_embeddings=MAX_LEN
     )
     model.save_pretrained(folder)
     zoo.letter_tokenizer().save_pretrained(folder)
+    return model
 
 
 @dataclass(frozen=True)
@@ -412,13 +414,7 @@ def _num_elsewhere(item: Item) -> int:
 
 def _loans(stats: ClusterStats) -> list[tuple[int, int]]:
     """Who borrows from whom."""
-    return [
-        (member.id, int(one.holder.rpartition(" ")[2]))
-        for member in stats.instances
-        if member.stats is not None and member.stats.segments is not None
-        for one in member.stats.segments.borrowed
-        if one.num_tokens
-    ]
+    return [(one.debtor, one.creditor) for one in stats.loans if one.num_tokens]
 
 
 @contextmanager
