@@ -26,6 +26,7 @@ from vkv.runtime.cluster.policies.simple import RoundRobin
 from vkv.runtime.cluster.snapshot import ClusterSnapshot, Newcomer
 from vkv.runtime.cluster.stats import ClusterStats, Member
 from vkv.runtime.engine.memory.memory_map import MemoryMap
+from vkv.runtime.engine.stats import Lent
 from vkv.vmem.errors import EngineDied, OutOfPages, VkvError
 
 PAGE_BYTES = 8192  # 32 tokens of the tiny llama
@@ -181,12 +182,14 @@ class Run:
         fault: one of `FAULTS`.
         moment: "loans" if the victim lent or borrowed when it was struck, else "none".
         waits_s: how long the streams that were open stood still, at most.
+        num_called_back: loans that lenders ended for want of memory.
         errors: that requests ended with.
     """
 
     fault: str
     moment: str = ""
     waits_s: float = 0.0
+    num_called_back: int = 0
     errors: list[str] = field(default_factory=list)
 
 
@@ -216,7 +219,7 @@ class LendingAttack:
         self.held: dict[int, list[tuple[int, int]]] = {}
         self.num_dead = 0
         self._policy = policy
-        self._stopped: list[int] = []
+        self._num_called_back: dict[int, int] = {}
 
     # -- a run -----------------------------------------------------------------------------------
 
@@ -358,13 +361,14 @@ class LendingAttack:
         raise AssertionError("instances come and go")
 
     def _count(self, run: Run) -> None:
-        for member in self.cluster.router.members_now():
-            if member.stats is not None and member.stats.segments is not None:
-                given = member.stats.segments.given
-                if given is not None:
-                    self.slowest_call_back_s = max(
-                        self.slowest_call_back_s, given.slowest_call_back_s
-                    )
+        all_given = self._given()
+        run.num_called_back = sum(
+            given.num_called_back - self._num_called_back.get(number, 0)
+            for number, given in all_given.items()
+        )
+        self._num_called_back = {n: given.num_called_back for n, given in all_given.items()}
+        slowest = [given.slowest_call_back_s for given in all_given.values()]
+        self.slowest_call_back_s = max([self.slowest_call_back_s, *slowest])
         pids = [os.getpid(), *(m.pid for m in self.cluster.router.members_now())]
         for pid in pids:
             counts = self.held.setdefault(pid, [])
@@ -375,6 +379,16 @@ class LendingAttack:
             self.wrong.append(f"{run}: zombies {zombies}")
         if strange := left_over.strange_sockets(self.cluster, self._ids()):
             self.wrong.append(f"{run}: sockets are left: {strange}")
+
+    def _given(self) -> dict[int, Lent]:
+        """What each instance has lent, by its last pulse."""
+        return {
+            member.id: member.stats.segments.given
+            for member in self.cluster.router.members_now()
+            if member.stats is not None
+            and member.stats.segments is not None
+            and member.stats.segments.given is not None
+        }
 
     # -- what came of it -------------------------------------------------------------------------
 
@@ -397,7 +411,11 @@ class LendingAttack:
                     f"{sorted(first_s)[len(first_s) // 2]:.3f} s in the median, {max(first_s):.3f}"
                 )
                 lines.append(f"first token of what fills a pool whose memory is {kind}: {told} s")
-        lines.append(f"slowest memory called back, in an engine: {self.slowest_call_back_s:.4f} s")
+        num_called_back = sum(run.num_called_back for run in self.runs)
+        lines.append(
+            f"loans called back: {num_called_back}; until the memory of one was there, in its "
+            f"engine: {self.slowest_call_back_s:.4f} s at most"
+        )
         errors = Counter(error for run in self.runs for error in run.errors)
         lines.append(f"errors: {dict(errors) or 'none'}")
         for pid, counts in self.held.items():
