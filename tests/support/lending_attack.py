@@ -44,6 +44,7 @@ _SAFE_TOKENS = 1024  # that each lends, whatever short requests it has
 _LOCAL_TOKENS = 1024
 _MOST_OPEN = 12  # descriptors beyond the first count and what each neighbour takes
 _ENDS_S = 90.0
+_CALL_BACK_S = 1.0  # within which a lender has its memory again; milliseconds, really
 
 FAULTS = (
     *("kill creditor", "kill debtor", "kill both"),
@@ -369,6 +370,8 @@ class LendingAttack:
         self._num_called_back = {n: given.num_called_back for n, given in all_given.items()}
         slowest = [given.slowest_call_back_s for given in all_given.values()]
         self.slowest_call_back_s = max([self.slowest_call_back_s, *slowest])
+        if self.slowest_call_back_s > _CALL_BACK_S:
+            self.wrong.append(f"{run}: memory took {self.slowest_call_back_s} s to call back")
         pids = [os.getpid(), *(m.pid for m in self.cluster.router.members_now())]
         for pid in pids:
             counts = self.held.setdefault(pid, [])
