@@ -1,6 +1,6 @@
 """Instances that lend each other memory are killed, stopped and told to leave: no wrong token.
 
-    python tests/attacks/lending_faults.py [--runs 200] [--seed 0] [--minutes 600] [--instances 4]
+    python tests/attacks/lending_faults.py [--runs 200] [--seed 0] [--minutes 600] [--instances 5]
                                            [--only FAULT …]
 
 In each run one or two requests that are longer than an instance's memory, and short neighbours, run
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=600.0, help="at most")
-    parser.add_argument("--instances", type=int, default=4)
+    parser.add_argument("--instances", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=lending_attack.FAULTS)
     given = parser.parse_args()
     faulthandler.register(signal.SIGUSR1)  # says where it is

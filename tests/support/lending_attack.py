@@ -135,7 +135,7 @@ class Stream:
     def __init__(self, cluster: Cluster, item: Item) -> None:
         self.item = item
         self.tokens: list[int] = []
-        self.came_s: list[float] = []
+        self.came_s: list[float] = []  # tokens, and then the end
         self.error: VkvError | None = None
         self.begun_s = time.monotonic()
         self._cluster = cluster
@@ -151,6 +151,7 @@ class Stream:
                 self.came_s += [time.monotonic()] * len(delta.token_ids)
         except VkvError as error:
             self.error = error
+        self.came_s.append(time.monotonic())
 
     def ends(self, within_s: float) -> bool:
         """Wait for its end."""
@@ -172,7 +173,7 @@ class Stream:
     @property
     def first_s(self) -> float:
         """Until the first token."""
-        return self.came_s[0] - self.begun_s if self.came_s else float("inf")
+        return self.came_s[0] - self.begun_s
 
 
 @dataclass
@@ -227,8 +228,7 @@ class LendingAttack:
     def run(self, fault: str) -> Run:
         """Long requests and their neighbours, and one fault at a random moment."""
         run = Run(fault)
-        needs = 3 if fault.startswith("kill both") else 2
-        if len(self._working()) <= needs:
+        if len(self._working()) < (5 if fault == "kill both" else 4):  # one long request fits then
             self.cluster.scale(self.size)
         streams = self._begin(fault)
         time.sleep(self.draw.uniform(0.0, 1.2))
@@ -440,7 +440,7 @@ def _loans(stats: ClusterStats) -> list[tuple[int, int]]:
 
 @contextmanager
 def attacked(
-    folder: Path, pool: Pool, *, seed: int, size: int = 4, **options: Any
+    folder: Path, pool: Pool, *, seed: int, size: int = 5, **options: Any
 ) -> Iterator[LendingAttack]:
     """A cluster of instances that lend."""
     policy = Directed()

@@ -38,7 +38,15 @@ _SEGMENTS = SegmentStats(
     borrowed=(_BORROWED,),
     given=Lent(num_loans=1, num_tokens=1, num_called_back=0, slowest_call_back_s=0.0),
 )
-_ADAPTER = AdapterStats("odd", "1", "", 100, is_here=True, num_requests=2, is_leaving=False)
+_ADAPTER = AdapterStats(
+    name="odd",
+    digest="1",
+    path="",
+    num_bytes=100,
+    is_here=True,
+    num_requests=2,
+    is_leaving=False,
+)
 
 
 class _Engine:

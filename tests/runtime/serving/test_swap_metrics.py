@@ -90,7 +90,15 @@ def test_requests_longer_than_the_pool_are_told() -> None:
 
 
 def test_adapters_are_told_by_name() -> None:
-    one = AdapterStats("odd", "1", "folder", 100, is_here=True, num_requests=2, is_leaving=False)
+    one = AdapterStats(
+        name="odd",
+        digest="1",
+        path="folder",
+        num_bytes=100,
+        is_here=True,
+        num_requests=2,
+        is_leaving=False,
+    )
     before = replace(one, digest="0", is_here=False, num_requests=1, is_leaving=True)
     with LLM(device="cpu", max_seqs=1) as llm:
         stats = replace(llm.stats(), adapters=(before, one))
