@@ -222,8 +222,9 @@ class Cluster:
     def drain(self, instance: int, *, timeout_s: float | None = None) -> None:
         """Move everything away from an instance, without computing a token again, and end it.
 
-        What fits nowhere else ends where it is. Raises InvalidOperation if it is the only one, or
-        if something is left after `timeout_s`.
+        Requests that are longer than its memory do not move: when all else has, they go on
+        elsewhere, computed again. What fits nowhere else ends where it is. Raises InvalidOperation
+        if it is the only one, or if something is left after `timeout_s`.
         """
         self._fleet.drain(instance, timeout_s)
 

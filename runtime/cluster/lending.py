@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -12,11 +12,12 @@ import msgspec
 from ...vmem.errors import VkvError
 from ..engine.admission import Admission
 from ..engine.memory.lending import CreditLine, LendingOrder
+from ..engine.stats import Borrowed
 from ..request.sampling_params import SamplingParams
 from .members import Members
 from .policies import Ledger, Settlement
 from .snapshot import ClusterSnapshot
-from .stats import LoanStats, Member
+from .stats import LoanStats, Member, holder_name, instance_of
 
 _SHUN_S = 60.0  # for which nobody borrows from one that was slow, or could not be reached
 
@@ -68,16 +69,19 @@ class LendingDesk:
         """Who has what where, and may have. From any thread."""
         credits = {(c.debtor, c.creditor): c.num_tokens for c in self._settlement.credits}
         loans = {(loan.debtor, loan.creditor): loan for loan in self._members.loans()}
+        borrowed = _borrowed(self._members.now())
         return tuple(
             LoanStats(
                 debtor=pair[0],
                 creditor=pair[1],
+                num_loans=borrowed[pair].num_loans if pair in borrowed else 0,
                 num_tokens=loans[pair].num_tokens if pair in loans else 0,
+                bytes_a_step=_bytes_a_step(borrowed[pair]) if pair in borrowed else 0.0,
                 credit_tokens=credits.get(pair, 0),
                 answer_s=loans[pair].answer_s if pair in loans else None,
                 is_shunned=pair in self._shunned,
             )
-            for pair in sorted(loans.keys() | credits.keys())
+            for pair in sorted(loans.keys() | credits.keys() | borrowed.keys())
         )
 
     def has_loans(self, creditor: int) -> bool:
@@ -85,7 +89,7 @@ class LendingDesk:
         if any(loan.creditor == creditor for loan in self._members.loans()):
             return True
         lines = (line for order in self._obeyed.values() for line in order.lines)
-        name = f"instance {creditor}"
+        name = holder_name(creditor)
         return any(line.creditor == name and line.num_tokens for line in lines)
 
     def _shun(self, lenders: dict[int, Member], now_s: float) -> None:
@@ -129,6 +133,21 @@ class LendingDesk:
             self._told.pop(debtor, None)
 
 
+def _borrowed(members: Iterable[Member]) -> dict[Pair, Borrowed]:
+    """What debtors said of each creditor, those included that have nothing now."""
+    return {
+        (member.id, creditor): one
+        for member in members
+        if member.stats is not None and member.stats.segments is not None
+        for one in member.stats.segments.borrowed
+        if (creditor := instance_of(one.holder)) is not None
+    }
+
+
+def _bytes_a_step(borrowed: Borrowed) -> float:
+    return (borrowed.sent_bytes + borrowed.received_bytes) / max(1, borrowed.num_steps)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LentAdmission(Admission):
     """What a cluster takes while instances that lend come and go.
@@ -165,6 +184,20 @@ def admission_of(members: Sequence[Member]) -> Admission:
     if longest <= admission.longest:
         return admission
     return replace(admission, longest=longest, why_not_longer=None)
+
+
+def longest_of(members: Sequence[Member]) -> int:
+    """Tokens of the longest request that some instances take, together or one of them."""
+    return max(
+        (
+            one.face.admission.longest
+            if one.lending is None
+            else longest_with(one, [m for m in members if m is not one])
+            for one in members
+            if one.face is not None
+        ),
+        default=0,
+    )
 
 
 def longest_with(debtor: Member, others: Sequence[Member]) -> int:

@@ -168,7 +168,7 @@ class Members:
     ) -> InstanceSnapshot:
         """One instance. It is known of a request that its prompt is computed by its first token."""
         stats, face, lending = member.stats, member.face, member.lending
-        spread = frozenset(() if lending is None else lending.spread)
+        spread = member.long_requests
         elsewhere = sum(loan.num_tokens for loan in loans if loan.debtor == member.id)
         lent = sum(loan.num_tokens for loan in loans if loan.creditor == member.id)
         num_waiting = 0 if stats is None else stats.num_waiting

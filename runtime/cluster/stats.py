@@ -11,6 +11,19 @@ from ..link.face import Face
 from ..request.spec import SequenceKey
 from .snapshot import Role
 
+_HOLDER = "instance "
+
+
+def holder_name(instance: int) -> str:
+    """What an instance is called by those that it lends to."""
+    return f"{_HOLDER}{instance}"
+
+
+def instance_of(holder: str) -> int | None:
+    """The instance that is called so; None if it is none."""
+    number = holder.removeprefix(_HOLDER)
+    return int(number) if number != holder and number.isdecimal() else None
+
 
 @dataclass(kw_only=True)
 class Member:
@@ -46,6 +59,7 @@ class Member:
     handed_pages: int = 0
 
     @property
+    @property
     def has_arrived(self) -> bool:
         """Whether it has said all that must be known to give it work."""
         has_terms = self.lends_at is None or self.longest is not None
@@ -54,7 +68,14 @@ class Member:
     @property
     def name(self) -> str:
         """What those that borrow from it call it."""
-        return f"instance {self.id}"
+        return holder_name(self.id)
+
+    @property
+    def long_requests(self) -> frozenset[SequenceKey]:
+        """Those of which not all is in its memory: they do not move."""
+        segments = None if self.stats is None else self.stats.segments
+        told = () if segments is None else segments.keys
+        return frozenset(told if self.lending is None else (*told, *self.lending.spread))
 
     @property
     def state(self) -> str:
@@ -73,7 +94,7 @@ class Done:
         num_prompt_tokens, num_output_tokens, num_preemptions: as of `EngineStats`.
         lent_tokens, moved_on_tokens, came_home_tokens: that others took in, that moved from one of
             them to another, and that came back.
-        num_called, num_lost: loans that left since they were called back, and that were lost.
+        num_called, num_called_back, num_lost: as of `SegmentStats`.
         num_died, num_drained: how many of them have ended, for want of life and by order.
     """
 
@@ -86,6 +107,7 @@ class Done:
     moved_on_tokens: int = 0
     came_home_tokens: int = 0
     num_called: int = 0
+    num_called_back: int = 0
     num_lost: int = 0
     num_died: int = 0
     num_drained: int = 0
@@ -108,6 +130,7 @@ class Done:
                 moved_on_tokens=segments.moved_on.num_tokens,
                 came_home_tokens=segments.came_home.num_tokens,
                 num_called=segments.num_called,
+                num_called_back=segments.num_called_back,
                 num_lost=segments.num_lost,
             )
         return found
@@ -137,16 +160,20 @@ class LoanStats:
     """What one instance has of another's requests, and may have.
 
     Attributes:
-        num_tokens: that are there.
+        debtor, creditor: the instances.
+        num_loans, num_tokens: that are there.
         credit_tokens: that may be there.
+        bytes_a_step: of queries and results, in the mean of all steps that asked there.
         answer_s: for how long the debtor waits for an answer in a layer, by the median.
         is_shunned: it is not asked for a while, as it was slow or could not be reached.
     """
 
     debtor: int
     creditor: int
-    num_tokens: int
-    credit_tokens: int
+    num_loans: int = 0
+    num_tokens: int = 0
+    credit_tokens: int = 0
+    bytes_a_step: float = 0.0
     answer_s: float | None = None
     is_shunned: bool = False
 
@@ -158,7 +185,8 @@ class ClusterStats:
     Attributes:
         num_migrations: sequences that moved to another instance and went on there.
         num_stayed: migrations that were begun and came to nothing; their sequences went on.
-        num_recomputed: sequences that were computed again, since their instance had died.
+        num_recomputed: sequences that were computed again, since their instance had died, or was
+            drained and they do not move.
         done: by all instances, those that have ended included.
         instances: as each was a moment ago.
         requests: unfinished sequences, and the instance that has each.

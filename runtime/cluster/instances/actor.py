@@ -34,6 +34,7 @@ from ...request.step_output import Failure
 from .lending import Lending
 
 FRONT_END = "an instance"  # what the port of an instance is for
+_LENDER_S = 10.0  # that a lender may be silent; less where who waits for it would be taken for dead
 _GRACE_S = 2.0  # for Ray to end an instance that nobody calls any more
 
 _log = logging.getLogger(__name__)
@@ -176,7 +177,8 @@ class InstanceActor:
             self._folder = tempfile.mkdtemp(prefix="vkv-instance-")  # which is ours alone
             path = str(Path(self._folder) / "0")
         listener, address = _listen(place, path, is_near)
-        lending = _lending(loaded, loop, order.lends, f"{path}.lend", place)
+        timeout_s = min(_LENDER_S, order.silence_s / 3)
+        lending = _lending(loaded, loop, order.lends, f"{path}.lend", place, timeout_s)
         server = EngineServer(
             loop,
             Face.of(loaded, loop.engine, config),
@@ -198,14 +200,19 @@ class InstanceActor:
 
 
 def _lending(
-    loaded: LoadedModel, loop: EngineLoop, lends: bool | None, path: str, place: Place
+    loaded: LoadedModel,
+    loop: EngineLoop,
+    lends: bool | None,
+    path: str,
+    place: Place,
+    timeout_s: float,
 ) -> Lending | None:
     """If it `lends`; if nobody said so, where requests may be longer than the pool."""
     admission = loop.engine.admission
     if not (admission.longest < admission.max_len - 1 if lends is None else lends):
         return None
     server = segment_server(loaded, loop.engine)
-    return None if server is None else Lending(loop, server, path, place)
+    return None if server is None else Lending(loop, server, path, place, timeout_s=timeout_s)
 
 
 def _listen(place: Place, path: str, is_near: bool) -> tuple[Listener, Address]:

@@ -96,6 +96,7 @@ def segment_server(loaded: LoadedModel, engine: "Engine") -> SegmentServer | Non
         notice_s=NOTICE_S,
     )
     engine.scheduler.tiers.lenders.append(server)
+    engine.lender = server
     return server
 
 
@@ -131,14 +132,17 @@ def add_creditor(engine: "Engine", creditor: RemoteHolder, num_tokens: int) -> N
 def take_back(scheduler: Scheduler, lost: HolderLost) -> None:
     """Have those computed again whose tokens are lost. It costs no other request anything."""
     _log.warning("%s; the tokens of its requests are computed again", lost)
-    if lost.loans is None and scheduler.tiers.segments is not None:
-        scheduler.tiers.segments.loans.creditors.pop(lost.holder, None)
+    segments = scheduler.tiers.segments
+    if lost.loans is None and segments is not None:
+        segments.loans.creditors.pop(lost.holder, None)
     for request in scheduler.running[::-1]:  # so that they come back in their order
         is_in_tier = request.segment is not None and request.segment.holder == lost.holder
         loans = [one.loan for one in request.lent if one.holder == lost.holder]
         gone = [loan for loan in loans if lost.loans is None or loan in lost.loans]
-        if scheduler.tiers.segments is not None:
-            scheduler.tiers.segments.loans.num_lost += len(gone)
+        if segments is not None and lost.loans is None:
+            segments.loans.num_lost += len(gone)
+        elif segments is not None:
+            segments.loans.num_called_back += len(gone)
         if is_in_tier or gone:
             scheduler.preempt(request, keep=not is_in_tier)
 

@@ -45,6 +45,7 @@ class RemoteHolder:
         timeout_s: how long the other side may be silent.
 
     Attributes:
+        num_steps: in which it was asked, so far.
         sent_bytes, received_bytes: of queries and of results, so far.
         waited_s: for answers that were not there when they were wanted, so far.
         wanted: loans whose memory the other side needs soon, as it said last.
@@ -53,7 +54,7 @@ class RemoteHolder:
     def __init__(self, name: str, sock: socket.socket, *, timeout_s: float = 10.0) -> None:
         wire.prepare(sock, timeout_s)
         self.name = name
-        self.sent_bytes = self.received_bytes = 0
+        self.num_steps = self.sent_bytes = self.received_bytes = 0
         self.waited_s = 0.0
         self.wanted: tuple[int, ...] = ()
         self._waits_s: deque[float] = deque(maxlen=_REMEMBERED)
@@ -84,6 +85,7 @@ class RemoteHolder:
         except TransferError as error:
             raise self._lost(error) from error
         self._told = weakref.ref(batch)
+        self.num_steps += not is_known
         self.sent_bytes += query.nbytes
         return _Coming(self, results)
 

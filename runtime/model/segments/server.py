@@ -77,6 +77,8 @@ class SegmentServer:
 
     Attributes:
         cache: as given.
+        num_called_back: loans that left or were ended for want of memory, so far.
+        slowest_call_back_s: that giving the memory of one of them back took.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class SegmentServer:
         timeout_s: float = 10.0,
     ) -> None:
         self.cache = cache
+        self.num_called_back = 0
+        self.slowest_call_back_s = 0.0
         self._exits = Exits(cache)
         self._limit_tokens = limit_tokens
         self._spare_tokens = spare_tokens
@@ -100,6 +104,7 @@ class SegmentServer:
         self._notice_s = notice_s
         self._takes_from_s = 0.0
         self._called: int | None = None  # the loan that its owner has to take away
+        self._called_s = 0.0  # since when
         self._notice_until_s = 0.0
         self._partial = partial
         self._layers = tuple(layers)
@@ -136,19 +141,27 @@ class SegmentServer:
         has time to take it away still (`is_leaving`)."""
         loans, now_s, called = self.loans, time.monotonic(), self._called
         if called is not None and called not in loans:
-            self._called = None
-            return True  # it has just left
+            self._note_called_back()  # it has just left
+            return True
         if not loans:
             return False
         if now_s >= self._takes_from_s:  # else it is the same shortage
             self._notice_until_s = now_s + self._notice_s
         self._takes_from_s = now_s + self._pause_s
-        called = self._called = max(loans) if called is None else called
+        if called is None:
+            called, self._called_s = max(loans), now_s
+            self._called = called
         if now_s < self._notice_until_s:
             return False
-        self._called = None
         self.call_back(called)
+        self._note_called_back()
         return True
+
+    def _note_called_back(self) -> None:
+        self._called = None
+        self.num_called_back += 1
+        took_s = time.monotonic() - self._called_s
+        self.slowest_call_back_s = max(self.slowest_call_back_s, took_s)
 
     @property
     def is_leaving(self) -> bool:

@@ -29,10 +29,17 @@ class Creditor(Protocol):
     Attributes:
         name: of whoever attends to them.
         wanted: loans whose memory it needs soon.
+        num_steps: in which it was asked, so far.
+        sent_bytes, received_bytes: for that, so far: queries and results.
+        waited_s: for results, so far.
     """
 
     name: str
     wanted: tuple[int, ...]
+    num_steps: int
+    sent_bytes: int
+    received_bytes: int
+    waited_s: float
 
     @property
     def answer_s(self) -> float | None:
@@ -73,7 +80,9 @@ class Loans:
         called: creditors from which what is beyond the limit leaves at once.
         has_to_give_up: requests that are longer than the pool are to make room for others'.
         lent, moved_on, came_home: what moved there, from one to another, and back.
-        num_called, num_lost: loans that left since they were called, and that were lost.
+        num_called: loans that left since they were called.
+        num_called_back, num_lost: loans that others ended, and that went with others; their tokens
+            are computed again.
     """
 
     def __init__(self, cache: SlotCache, exits: Exits, part_tokens: int) -> None:
@@ -83,7 +92,7 @@ class Loans:
         self.has_to_give_up = False
         self._has_lenders = False
         self.lent, self.moved_on, self.came_home = MoveStats(), MoveStats(), MoveStats()
-        self.num_called = self.num_lost = 0
+        self.num_called = self.num_called_back = self.num_lost = 0
         self._cache = cache
         self._exits = exits
         self._part_tokens = part_tokens

@@ -123,6 +123,36 @@ def test_a_lender_that_drains_has_its_loans_move_on(four: Cluster, large: LLM) -
     assert four.face.admission.longest == longest
 
 
+def _owner_of_a_long_one(cluster: Cluster) -> int:
+    """Which instance borrows, as soon as one does."""
+    while True:
+        for member in cluster.stats().instances:
+            if member.long_requests:
+                return member.id
+        time.sleep(0.01)
+
+
+def test_who_drains_has_its_long_request_computed_again_elsewhere(
+    four: Cluster, large: LLM
+) -> None:
+    four.scale(4)
+    (prompt,) = zoo.random_prompts([2300], seed=13)
+    params = zoo.greedy(600)
+    outputs: list[RequestOutput] = []
+    thread = threading.Thread(target=lambda: outputs.extend(four.generate([prompt], params)))
+    before = four.stats()
+    thread.start()
+    owner = _owner_of_a_long_one(four)
+    four.drain(owner, timeout_s=60)
+    assert thread.is_alive()  # the end was not waited for
+    thread.join(120)
+    after = four.stats()
+    assert after.num_recomputed == before.num_recomputed + 1
+    assert after.num_stayed - before.num_stayed <= 2  # nobody tries in vain again and again
+    assert owner not in {member.id for member in after.instances}
+    assert _tokens(outputs) == _tokens(large.generate([prompt], params))
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=str)
 def test_a_lender_that_dies_costs_computing(four: Cluster, large: LLM, how: signal.Signals) -> None:
     four.scale(4)
