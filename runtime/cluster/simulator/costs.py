@@ -180,3 +180,34 @@ class TransferCost(msgspec.Struct, frozen=True, kw_only=True):
     def num_bytes(self, num_tokens: int) -> int:
         """Bytes that are copied for so many tokens."""
         return 0 if self.bytes_per_s is None else num_tokens * self.token_bytes
+
+
+class LoanCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What tokens that lie at creditors add to the steps of their owner, beside attending to them.
+
+    Attributes:
+        step_s: of any step that asks creditors.
+        holder_s: of each that is asked, all layers together.
+        byte_s: of a byte of queries and results.
+        query_bytes: queries and results of a token and a segment that it attends to, all layers
+            together.
+        move_bytes_per_s: keys and values that move there, once; the owner's steps wait for it.
+    """
+
+    step_s: float = 0.0
+    holder_s: float = 0.0
+    byte_s: float = 0.0
+    query_bytes: float = 0.0
+    move_bytes_per_s: float = math.inf
+
+    def __post_init__(self) -> None:
+        least = min(self.step_s, self.holder_s, self.byte_s, self.query_bytes)
+        if least < 0 or self.move_bytes_per_s <= 0:
+            raise InvalidConfig(f"{self}: costs are not negative, and rates are above 0")
+
+    def asking_s(self, num_holders: int, num_queries: int) -> float:
+        """Of a step that asks so many creditors, with so many tokens times their segments."""
+        if not num_holders:
+            return 0.0
+        num_bytes = self.query_bytes * num_queries
+        return self.step_s + self.holder_s * num_holders + self.byte_s * num_bytes
