@@ -1,13 +1,20 @@
 """`vkv bench long`: each part with tiny settings, and what is made of what it found."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
-from vkv.bench.cluster.long import context, decode
+from vkv.bench.cluster.long import context, decode, lending, simulated
+from vkv.bench.cluster.long.costs import Costs, recorded_costs
 from vkv.bench.cluster.long.decode import FILE, HOME, HOST, LENDERS, Cell, Decoded
+from vkv.bench.cluster.long.lending import Pairs, Served
 from vkv.bench.cluster.long.options import LongOptions
+from vkv.bench.load.workloads import lengths
 from vkv.bench.models.checkpoints import Checkpoints, save_checkpoints
+from vkv.runtime.cluster.simulator.costs import DecodeCost, LoanCost, PromptCost, StepCost
 from vkv.vmem.errors import InvalidConfig
 
 
@@ -46,6 +53,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         ({"creditors": (1, 2), "segments": (1,)}, "1 segments do not go evenly to 2"),
         ({"batches": (0,)}, "1 or more"),
         ({"links": ()}, "need one each"),
+        ({"parts": ("simulated", "decode")}, "takes what lending measures"),
+        ({"link": "carrier"}, "use one of unix, tcp"),
+        ({"most_tokens": 4096}, "without lending none of these could run"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], said: str) -> None:
@@ -119,3 +129,79 @@ def test_costs_of_a_link_are_found_again() -> None:
     assert decode.link_cost(found, "tcp") is None
     assert cost.asking_s(0, 5) == 0
     assert cost.asking_s(2, 6) == pytest.approx(2e-4 + 6e-4 + 6000 * 5e-8)
+
+
+# -- lending -------------------------------------------------------------------------------------
+
+
+def _served(tokens_per_s: float, num_whole: int = 96) -> Served:
+    return Served(
+        tokens_per_s=tokens_per_s,
+        duration_s=10.0,
+        num_whole=num_whole,
+        num_preemptions=2,
+        lent_tokens=512,
+        ttft_s=0.5,
+        e2e_s=2.0,
+    )
+
+
+def test_runs_are_compared_in_pairs() -> None:
+    pairs = Pairs(
+        without=[_served(100), _served(200), _served(100, num_whole=95)],
+        lending=[_served(150), _served(200), _served(120)],
+    )
+    assert pairs.ratios == [1.5, 1.0, 1.2]
+    options = _options()
+    table = lending.real_table(lending.Lent(runs={"least_loaded": pairs}), options)
+    assert table.rows[0][-1] == "1.20 (1.00–1.50)"
+    assert table.notes[-1] == "least_loaded, without: 95 of 96 requests were whole."
+
+
+def test_a_few_are_long_and_many_short() -> None:
+    found = lengths("skewed", 160, seed=1)
+    long = [prompt for prompt, _ in found if prompt > 3388]
+    assert len(long) == 10
+    tokens = sum(prompt + output for prompt, output in found)
+    assert sum(long) / tokens == pytest.approx(0.49, abs=0.05)
+    assert len(lengths("skewed", 7)) == 7
+
+
+# -- simulated instances -------------------------------------------------------------------------
+
+
+def _costs() -> Costs:
+    step = StepCost(
+        prompt=PromptCost(step_s=0.01, token_s=1e-4, pair_s=1e-8),
+        decode=(DecodeCost(step_s=0.01, request_s=1e-4, context_s=1e-7),),
+    )
+    loan = LoanCost(holder_s=1e-4, byte_s=1e-10, query_bytes=1000, move_bytes_per_s=1e9)
+    return Costs(step, loan, token_bytes=1024)
+
+
+def test_simulated_instances_serve_the_same_requests_both_ways(tmp_path: Path) -> None:
+    options = _options(num_requests=24, simulated=8, lenders=4, seeds=(0, 1))
+    runs: dict[str, Pairs] = {}
+    for _ in simulated.measure(options, _costs(), runs):
+        pass
+    (pairs,) = runs.values()
+    assert [run.num_whole for run in (*pairs.without, *pairs.lending)] == [48] * 4
+    assert all(run.lent_tokens == 0 for run in pairs.without)
+    assert len(pairs.ratios) == 2
+    assert simulated.table(runs, options).rows[0][0] == "least_loaded"
+
+
+def test_costs_are_those_of_a_record(tmp_path: Path) -> None:
+    costs, path = _costs(), tmp_path / "long.json"
+    results = {
+        "token_bytes": costs.token_bytes,
+        "loan_costs": {"unix": {**msgspec.to_builtins(costs.loan), "error": 0.1}},
+        "lending": {"step_cost": msgspec.to_builtins(costs.step)},
+    }
+    path.write_text(json.dumps({"results": results}))
+    assert recorded_costs(path, "unix") == costs
+    with pytest.raises(InvalidConfig, match="no costs of tcp"):
+        recorded_costs(path, "tcp")
+    path.write_text(json.dumps({"results": {}}))
+    with pytest.raises(InvalidConfig, match="part lending"):
+        recorded_costs(path, "unix")

@@ -1,7 +1,9 @@
 """`vkv bench long`: contexts beyond one pool, and what it brings that instances lend memory.
 
-In parts, each of which can be left out: the longest context over so many instances (`context.py`),
-decode steps where first tokens lie elsewhere (`decode.py`).
+In parts, each of which can be left out: the longest context over so many instances
+(`context.py`), decode steps where first tokens lie elsewhere (`decode.py`), tokens a second with
+lending and without, on real instances (`lending.py`) and on simulated ones that have the costs just
+measured (`simulated.py`).
 
 Source: Infinite-LLM, arXiv:2401.02669, sections 5 to 7.
 """
@@ -17,10 +19,12 @@ import msgspec
 import torch
 
 from ....runtime.frontend.progress import counted
+from ....vmem.errors import InvalidConfig
 from ...limits import LimitsProbe
 from ...models.checkpoints import Checkpoints, save_checkpoints
 from ...record import Findings, Record, Table, record_name
-from . import context, decode
+from . import context, decode, lending, simulated
+from .costs import Costs, recorded_costs
 from .options import LongOptions
 
 
@@ -62,15 +66,20 @@ class _Found:
         self._saved: Checkpoints | None = None
         self.contexts: dict[int, context.Longest] = {}
         self.decodes: decode.Decodes = {}
+        self.lent = lending.Lent()
+        self.simulated: dict[str, lending.Pairs] = {}
 
     @property
     def num_steps(self) -> int:
         """Of all parts."""
+        options = self._options
         counts = {
-            "context": len(self._options.counts),
-            "decode": len(decode.cells(self._options)) * self._options.repeats,
+            "context": len(options.counts),
+            "decode": len(decode.cells(options)) * options.repeats,
+            "lending": options.pairs * len(options.policies),
+            "simulated": len(options.seeds) * len(options.policies),
         }
-        return sum(counts[part] for part in self._options.parts)
+        return sum(counts[part] for part in options.parts)
 
     def save(self, scratch: Path) -> Checkpoints:
         """The model that all parts run."""
@@ -89,10 +98,25 @@ class _Found:
         """A part; yields after each of its steps."""
         if part == "context":
             return context.measure(self._options, saved, self.contexts)
-        return decode.measure(self._options, saved, self.decodes)
+        if part == "decode":
+            return decode.measure(self._options, saved, self.decodes)
+        if part == "lending":
+            return lending.measure(self._options, saved, self.lent)
+        return simulated.measure(self._options, self._costs(saved), self.simulated)
+
+    def _costs(self, saved: Checkpoints) -> Costs:
+        """That simulated instances have: of a record, or of this run."""
+        options = self._options
+        if options.record is not None:
+            return recorded_costs(options.record, options.link)
+        fit = decode.link_cost(self.decodes, options.link)
+        if fit is None or self.lent.step_cost is None:
+            raise InvalidConfig(f"nothing was measured over {options.link}: give it in links")
+        return Costs(self.lent.step_cost, fit[0], saved.kv_bytes_per_token)
 
     def results(self) -> dict[str, Any]:
         """Raw samples, for the record."""
+        assert self._saved is not None
         costs = {link: decode.link_cost(self.decodes, link) for link in self._options.links}
         return {
             "context": {str(count): asdict(one) for count, one in self.contexts.items()},
@@ -102,6 +126,9 @@ class _Found:
                 for link, fit in costs.items()
                 if fit is not None
             },
+            "token_bytes": self._saved.kv_bytes_per_token,
+            "lending": lending.results(self.lent),
+            "simulated": lending.runs_of(self.simulated),
         }
 
     def tables(self) -> list[Table]:
@@ -112,6 +139,10 @@ class _Found:
             tables.append(context.table(self.contexts, self._options))
         if self.decodes:
             tables += [decode.table(self.decodes, self._saved), decode.fitted(self.decodes)]
+        if self.lent.runs:
+            tables.append(lending.real_table(self.lent, self._options))
+        if self.simulated:
+            tables.append(simulated.table(self.simulated, self._options))
         return [table for table in tables if table is not None]
 
 

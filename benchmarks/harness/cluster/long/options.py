@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .....runtime.cli.options import option
-from .....vmem.errors import InvalidConfig
+from ....runtime.cli.options import option
+from ....vmem.errors import InvalidConfig
 from ...options import (
     dtype_option,
     label_option,
@@ -34,7 +34,12 @@ class LongOptions:
         creditors: how many engines have a request's first tokens, in `segments` segments.
         segments: of those tokens, at one creditor; the first is what `creditors` share.
         elsewhere_tokens: that lie elsewhere, of `elsewhere_tokens + at_home_tokens`.
-        record: of this bench, whose link costs the simulator takes; None for this run's own.
+        workload, scale, most_tokens: of the requests that are served with lending and without; all
+            of them fit into one pool.
+        policies: that give them to instances.
+        rate: of requests, more than can be served: what counts is how soon all have ended.
+        record: of this bench, whose costs of steps and links the simulator takes; None for this
+            run's own.
     """
 
     parts: tuple[str, ...] = option(
@@ -62,9 +67,28 @@ class LongOptions:
     at_home_tokens: int = option(256, least=1, help="And the rest of it.")
     num_steps: int = option(48, least=4, help="Decode steps of each cell.")
     repeats: int = option(1, least=1, help="Rounds of all cells of decodes.")
+    lenders: int = option(4, least=2, help="Instances that serve with lending and without.")
     max_seqs: int = max_seqs_option(32)
+    max_batch_tokens: int = option(512, least=1, help="Tokens of a step.")
+    policies: tuple[str, ...] = option(
+        "least_loaded",
+        names=("--policy", "--policies"),
+        parse=words,
+        help="That give requests to instances, as of `vkv bench cluster`; with commas.",
+    )
+    workload: str = option("skewed", help="As of `vkv bench serve`, and skewed: a few long ones.")
+    num_requests: int = option(96, least=8, help="Of each run.")
+    scale: float = option(0.125, help="Multiplies all lengths.")
+    most_tokens: int = option(2048, least=2, help="Of a prompt with its output, which is cut.")
+    rate: float = option(32.0, help="Requests a second.")
+    pairs: int = option(3, least=1, help="Runs with lending and without, in turns.")
+    simulated: int = option(32, least=2, help="Simulated instances; requests and rate grow alike.")
+    seeds: tuple[int, ...] = option(
+        "0,1,2", parse=whole_numbers, help="Of simulated traces; with commas."
+    )
+    link: str = option("unix", help="Whose measured costs simulated instances have.")
     record: Path | None = option(
-        None, help="A record of this bench with decodes, for the simulator's link costs."
+        None, help="A record of this bench, for the simulator's costs in place of this run's."
     )
     seed: int = seed_option()
     label: str = label_option()
@@ -73,8 +97,27 @@ class LongOptions:
         for name, given, known in (("parts", self.parts, PARTS), ("links", self.links, LINKS)):
             if unknown := [word for word in given if word not in known]:
                 raise InvalidConfig(f"{name} has {unknown[0]!r}; use some of {', '.join(known)}")
-        if not all((self.parts, self.counts, self.segments, self.batches, self.links)):
-            raise InvalidConfig("parts, instances, segments, batches and links need one each")
+        lists = (self.parts, self.counts, self.segments, self.batches, self.links, self.policies)
+        if not all((*lists, self.seeds)):
+            raise InvalidConfig(
+                "parts, instances, segments, batches, links, policies and seeds need one each"
+            )
+        if self.link not in LINKS or min(self.scale, self.rate) <= 0:
+            raise InvalidConfig(
+                f"link {self.link!r}, scale {self.scale} and rate {self.rate}: use one of "
+                f"{', '.join(LINKS)}, and numbers above 0"
+            )
+        lacking = [part for part in ("decode", "lending") if part not in self.parts]
+        if "simulated" in self.parts and self.record is None and lacking:
+            raise InvalidConfig(
+                f"the part simulated takes what {lacking[0]} measures: run it too, or give a "
+                "record that has it"
+            )
+        if self.most_tokens > self.pool_tokens:
+            raise InvalidConfig(
+                f"most_tokens is {self.most_tokens}, and a pool holds {self.pool_tokens}: without "
+                "lending none of these could run; use less"
+            )
         if min(*self.counts, *self.creditors, *self.segments, *self.batches) < 1:
             raise InvalidConfig("instances, creditors, segments and batches are 1 or more")
         for count in self.segments:
