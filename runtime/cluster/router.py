@@ -160,10 +160,6 @@ class Router:
         """As `ask`, of one instance. Raises InvalidOperation if it is not there."""
         return self._thread.run(self._ask_one(instance, question, *about))
 
-    def note_longest(self, instance: int, num_tokens: int) -> None:
-        """An instance takes requests of so many tokens now."""
-        self._thread.post(self._members.note_longest, instance, num_tokens)
-
     def maps(self) -> dict[int, Seen]:
         """What the slots of each instance hold; of one that does not answer, what it was."""
         return self._thread.run(self._maps.look(self._members.links()))
@@ -194,6 +190,7 @@ class Router:
             num_recomputed=counts.orphaned,
             done=done,
             instances=tuple(members),
+            loans=self.decisions.lending.stats(),
         )
 
     def close(self) -> None:

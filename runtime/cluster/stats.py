@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
+from ..engine.memory.lending import LendingReport
 from ..engine.stats import EngineStats
+from ..link.addresses import Address
 from ..link.face import Face
 from ..request.spec import SequenceKey
 from .snapshot import Role
@@ -21,8 +23,10 @@ class Member:
         node: Ray's name of the machine that it is on.
         is_draining: it takes nothing, and hands over what it has.
         face: what it is; None until it has said so.
-        longest: tokens of the longest request that it can take with what others lend it; None
-            without that.
+        lends_at: where others borrow from it; None if it lends nothing.
+        lending: what it last said of its loans; None until then, and where it has none.
+        longest: tokens of the longest request that it takes with what others lend it; None without
+            that.
         stats: what it last said of itself.
         carried_bytes, handed_pages: of sequences that left it, copied and as they were, so far.
     """
@@ -34,10 +38,23 @@ class Member:
     home: Role | None = None
     is_draining: bool = False
     face: Face | None = None
+    lends_at: Address | None = None
+    lending: LendingReport | None = None
     longest: int | None = None
     stats: EngineStats | None = None
     carried_bytes: int = 0
     handed_pages: int = 0
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether it has said all that must be known to give it work."""
+        has_terms = self.lends_at is None or self.longest is not None
+        return self.face is not None and has_terms
+
+    @property
+    def name(self) -> str:
+        """What those that borrow from it call it."""
+        return f"instance {self.id}"
 
     @property
     def state(self) -> str:
@@ -54,6 +71,9 @@ class Done:
     Attributes:
         num_bytes_copied, num_pages_moved: of sequences that left them: copied, and as they were.
         num_prompt_tokens, num_output_tokens, num_preemptions: as of `EngineStats`.
+        lent_tokens, moved_on_tokens, came_home_tokens: that others took in, that moved from one of
+            them to another, and that came back.
+        num_called, num_lost: loans that left since they were called back, and that were lost.
         num_died, num_drained: how many of them have ended, for want of life and by order.
     """
 
@@ -62,6 +82,11 @@ class Done:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    lent_tokens: int = 0
+    moved_on_tokens: int = 0
+    came_home_tokens: int = 0
+    num_called: int = 0
+    num_lost: int = 0
     num_died: int = 0
     num_drained: int = 0
 
@@ -75,6 +100,15 @@ class Done:
                 num_prompt_tokens=stats.num_prompt_tokens,
                 num_output_tokens=stats.num_output_tokens,
                 num_preemptions=stats.num_preemptions,
+            )
+        if stats is not None and (segments := stats.segments) is not None:
+            found = replace(
+                found,
+                lent_tokens=segments.lent.num_tokens,
+                moved_on_tokens=segments.moved_on.num_tokens,
+                came_home_tokens=segments.came_home.num_tokens,
+                num_called=segments.num_called,
+                num_lost=segments.num_lost,
             )
         return found
 
@@ -99,6 +133,25 @@ class MoveUnderWay:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoanStats:
+    """What one instance has of another's requests, and may have.
+
+    Attributes:
+        num_tokens: that are there.
+        credit_tokens: that may be there.
+        answer_s: for how long the debtor waits for an answer in a layer, by the median.
+        is_shunned: it is not asked for a while, as it was slow or could not be reached.
+    """
+
+    debtor: int
+    creditor: int
+    num_tokens: int
+    credit_tokens: int
+    answer_s: float | None = None
+    is_shunned: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterStats:
     """What a cluster has done, and what its instances hold. No count gets smaller when one ends.
 
@@ -110,6 +163,7 @@ class ClusterStats:
         instances: as each was a moment ago.
         requests: unfinished sequences, and the instance that has each.
         moves: under way.
+        loans: of memory, one a debtor and creditor.
     """
 
     num_migrations: int
@@ -119,6 +173,7 @@ class ClusterStats:
     instances: tuple[Member, ...]
     requests: Mapping[SequenceKey, int | None] = field(default_factory=dict)
     moves: tuple[MoveUnderWay, ...] = ()
+    loans: tuple[LoanStats, ...] = ()
 
     @property
     def num_bytes_copied(self) -> int:

@@ -138,7 +138,7 @@ class Engine:
         """Refuse what could never run; returns the most tokens that it may generate."""
         if spec.adapter is not None:
             self.check_adapters().check(spec.adapter, goes_on=goes_on)
-        return self.admission.check(spec.prompt_token_ids, spec.params)
+        return self.admission.check(spec.prompt_token_ids, spec.params, was_let_in=goes_on)
 
     def check_adapters(self) -> Adapters:
         """The engine's adapters. Raises InvalidConfig if it takes none."""
@@ -483,6 +483,12 @@ class Engine:
         self._drop_step_if_idle()
 
     # -- what it holds -----------------------------------------------------------------------
+
+    @property
+    def loans_are_placed(self) -> bool:
+        """Whether somebody decides what may be lent, so that who waits for it gets it in time."""
+        segments = self.scheduler.tiers.segments
+        return segments is not None and segments.loans.limits is not None
 
     def stats(self, kv: KVStats | None = None) -> EngineStats:
         """Memory and work, from counters; `kv`, if the cache has been asked already."""

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Self
 
 from ...allocator import KVStats
@@ -60,12 +60,18 @@ class SegmentStats:
         num_requests: that run so now.
         num_tokens: of theirs, elsewhere.
         moved, lent: what moved as they grew, so far: to the tier, and to other processes.
+        moved_on, came_home: of what was lent, to another process, and back.
+        num_called, num_lost: loans that left since they were called back, and that were lost.
     """
 
     num_requests: int
     num_tokens: int
     moved: MoveStats
     lent: MoveStats
+    moved_on: MoveStats = field(default_factory=MoveStats)
+    came_home: MoveStats = field(default_factory=MoveStats)
+    num_called: int = 0
+    num_lost: int = 0
 
     @classmethod
     def of(cls, segments: Segments, running: Iterable[Request]) -> Self:
@@ -75,7 +81,11 @@ class SegmentStats:
             num_requests=len(tokens),
             num_tokens=sum(tokens),
             moved=MoveStats() if segments.tier is None else replace(segments.tier.moved),
-            lent=replace(segments.lent),
+            lent=replace(segments.loans.lent),
+            moved_on=replace(segments.loans.moved_on),
+            came_home=replace(segments.loans.came_home),
+            num_called=segments.loans.num_called,
+            num_lost=segments.loans.num_lost,
         )
 
 

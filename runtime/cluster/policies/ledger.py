@@ -350,7 +350,7 @@ class _Books:
         return tuple(found)
 
     def _is_called(self, loan: Loan, num_tokens: int) -> bool:
-        """Whether what is beyond a credit has to leave: the creditor, or an older debtor, needs it."""
+        """Whether what is beyond has to leave: the creditor, or an older debtor, needs it."""
         if num_tokens >= loan.num_tokens:
             return False
         return loan.debtor in self.given_up or self._old[loan.creditor] < (

@@ -122,7 +122,7 @@ def test_nobody_gives_up_in_vain() -> None:
 # -- back ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("own", "stays"), [(20, 80), (30, 60), (50, 40), (100, 0)])
+@pytest.mark.parametrize(("own", "stays"), [(10, 80), (20, 70), (50, 40), (100, 0)])
 def test_a_creditor_calls_once_it_needs_the_memory(own: int, stays: int) -> None:
     long = _request("a", 130)
     loan = Loan(0, 1, 80)
@@ -130,7 +130,7 @@ def test_a_creditor_calls_once_it_needs_the_memory(own: int, stays: int) -> None
     found = ledger.settle(_cluster(*instances, loans=(loan,)))
     assert _credit(found, 0, 1).num_tokens == stays
     assert _credit(found, 0, 1).is_called == (stays < 80)
-    assert sum(_of(found, 0).values()) >= 130 + PART - LOCAL  # it goes to another
+    assert sum(_of(found, 0).values()) >= min(90, 80 + stays)  # it goes to another
 
 
 def test_what_a_draining_creditor_has_goes_elsewhere() -> None:
@@ -156,7 +156,7 @@ def test_loans_come_home_once_there_is_room_and_not_before() -> None:
 
 
 def test_a_slow_creditor_is_not_asked_and_what_it_has_leaves() -> None:
-    instances = _instance(0, _request("a", 130), layer_s=0.001), _instance(1), _instance(2)
+    instances = _instance(0, _request("a", 120), layer_s=0.001), _instance(1), _instance(2)
     slow = Loan(0, 1, 40, answer_s=0.1), Loan(0, 2, 40, answer_s=0.002)
     found = ledger.settle(_cluster(*instances, loans=slow))
     assert found.slow == ((0, 1),)
