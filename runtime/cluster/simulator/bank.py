@@ -12,6 +12,7 @@ class Bank:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._loans: dict[int, tuple[SimulatedInstance, Loans]] = {}
+        self._gone: list[tuple[SimulatedInstance, Loans]] = []
 
     def join(self, instance: SimulatedInstance) -> None:
         """An instance is there. One that neither borrows nor lends is passed over."""
@@ -24,49 +25,50 @@ class Bank:
 
     def leave(self, instance: SimulatedInstance) -> None:
         """An instance ends, which has nothing of others'."""
-        if self._loans.pop(instance.id, None) is not None:
+        if (gone := self._loans.pop(instance.id, None)) is not None:
+            self._gone.append(gone)
             for _, others in self._loans.values():
                 others.part(instance.id)
 
     def loans(self) -> tuple[Loan, ...]:
         """Of all pairs."""
         return tuple(
-            Loan(debtor, account.creditor, account.num_tokens)
+            Loan(debtor, int(name), num_tokens)
             for debtor, (_, loans) in self._loans.items()
-            for account in loans.accounts.values()
-            if account.num_tokens
+            for name in loans.segments.loans.creditors
+            if (num_tokens := loans.segments.loans.num_lent(name))
         )
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest request that all together hold; its owner has a part of its own."""
-        if not self._loans:
-            return 0
-        most = [loans.max_lent_tokens for _, loans in self._loans.values()]
-        local = min(loans.max_local_tokens for _, loans in self._loans.values())
-        return local + sum(most) - max(most)
+    def longest(self, instance: SimulatedInstance) -> int:
+        """Tokens of the longest request that an instance takes, with what others may lend it."""
+        alone, loans = instance.cache.capacity_tokens, instance.loans
+        if not isinstance(loans, Loans):
+            return alone
+        others = [
+            other.max_lent_tokens
+            for debtor, other in self._loans.values()
+            if debtor is not instance and not debtor.is_draining
+        ]
+        return max(alone, loans.max_local_tokens + sum(others)) if others else alone
 
-    @property
-    def num_lost(self) -> int:
-        """Loans whose requests were computed again."""
-        return sum(loans.num_lost for _, loans in self._loans.values())
-
-    @property
-    def lent_tokens(self) -> int:
-        """Tokens that went to creditors, so far."""
-        return sum(loans.segments.lent.num_tokens for _, loans in self._loans.values())
+    def counts(self) -> dict[str, int]:
+        """Of a `Report`: what was lent, and what ended against the will of who had it."""
+        every = [loans.segments.loans for _, loans in (*self._loans.values(), *self._gone)]
+        return {
+            "lent_tokens": sum(one.lent.num_tokens for one in every),
+            "num_loans_lost": sum(one.num_lost for one in every),
+        }
 
     def settle(self, snapshot: ClusterSnapshot) -> None:
         """Ask the ledger, and have instances do as it says."""
         if not self._loans:
             return
-        by_debtor: dict[int, list[Credit]] = {debtor: [] for debtor in self._loans}
         settlement = self._ledger.settle(snapshot)
+        by_debtor: dict[int, list[Credit]] = {debtor: [] for debtor in self._loans}
         for credit in settlement.credits:
             by_debtor[credit.debtor].append(credit)
-        for debtor in settlement.give_up:
-            self._loans[debtor][1].give_up()
         for debtor, credits in by_debtor.items():
             instance, loans = self._loans[debtor]
-            if loans.take_credits(credits):
+            longest, gives_up = self.longest(instance), debtor in settlement.give_up
+            if loans.place(credits, longest=longest, gives_up=gives_up):
                 instance.others_change()

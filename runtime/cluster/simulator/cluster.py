@@ -234,7 +234,7 @@ class _Simulation:
         self._num_dispatched += 1
         longest = target.cache.capacity_tokens
         if self._bank is not None:
-            longest = max(longest, self._bank.longest)
+            longest = self._bank.longest(target)
         if trace.prompt_tokens + trace.output_tokens - 1 > longest:
             self._served[number].failure = "it could never fit into the memory of an instance"
             self._one_less()
@@ -463,6 +463,5 @@ class _Simulation:
             most_instances=self._most,
             busy={id: i.pipeline.busy_s / life_s for id, i in sorted(every.items())},
             most_used={id: i.most_used for id, i in sorted(every.items())},
-            lent_tokens=0 if self._bank is None else self._bank.lent_tokens,
-            num_loans_lost=0 if self._bank is None else self._bank.num_lost,
+            **({} if self._bank is None else self._bank.counts()),
         )

@@ -119,7 +119,7 @@ class SimulatedInstance:
             assert isinstance(self.cache, SegmentedCache)
             context_s = config.cost.decode[0].context_s
             self.loans = Loans(
-                config.loans, self.cache, self.scheduler, context_s, self.others_change
+                config.loans, self.cache, self.scheduler, context_s, clock, self.others_change
             )
         self.pipeline = Pipeline(config.cost, slowdown)
         self.held: dict[Request, Held] = {}
@@ -343,6 +343,8 @@ class SimulatedInstance:
             self.pipeline.foresee(items, work, num_steps, self._clock())
         else:
             self.pipeline.begin(items, work, self._clock())
+        if self.config.loans is not None:
+            self.loans.note_step(self.config.cost.step_s(work))
 
     def _num_foreseen(self, items: Items) -> int:
         """Steps, this one included, in which nothing changes but that each request grows by one.

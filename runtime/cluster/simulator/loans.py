@@ -7,7 +7,7 @@ at a creditor, loans that are called, and what both sides' steps take longer for
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
@@ -22,6 +22,8 @@ from .costs import LoanCost
 from .counting_cache import CountedSlot, CountingCache
 from .pipeline import Items
 
+_SPARED = 16  # an instance keeps one of so many parts of its memory for its own requests at least
+
 
 class LoanConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How instances lend each other memory.
@@ -33,6 +35,7 @@ class LoanConfig(msgspec.Struct, frozen=True, kw_only=True):
         part_tokens: what is lent is a multiple of it.
         spare_tokens: room that a creditor keeps for its own requests.
         share: of its memory that an instance keeps of a request that may outgrow it, at most.
+        num_layers: of the model.
         wait_s: until a request fails that memory is too short for.
     """
 
@@ -42,13 +45,15 @@ class LoanConfig(msgspec.Struct, frozen=True, kw_only=True):
     part_tokens: int = 512
     spare_tokens: int = 512
     share: float = 0.5
+    num_layers: int = 1
     wait_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if min(self.most_tokens, self.part_tokens) < 1 or not 0 < self.share <= 1:
+        if min(self.most_tokens, self.part_tokens, self.num_layers) < 1 or not 0 < self.share <= 1:
             raise InvalidConfig(
-                f"most_tokens {self.most_tokens}, part_tokens {self.part_tokens} and share "
-                f"{self.share}: use a token at least, and a share above 0 and at most 1"
+                f"most_tokens {self.most_tokens}, part_tokens {self.part_tokens}, num_layers "
+                f"{self.num_layers} and share {self.share}: use one at least, and a share above 0 "
+                "and at most 1"
             )
         if self.spare_tokens < 0 or self.wait_s < 0:
             raise InvalidConfig(
@@ -71,6 +76,15 @@ class _Pool(NamedTuple):
     driver: _Driver
 
 
+class _TokenFormat(NamedTuple):
+    token_bytes: int
+    widths: tuple[int, ...] = ()
+
+
+class _Geometry(NamedTuple):
+    token_format: _TokenFormat
+
+
 class SegmentedCache(CountingCache):
     """A cache that counts, of which `Segments` can move tokens that are not there.
 
@@ -81,17 +95,7 @@ class SegmentedCache(CountingCache):
     def __init__(self, capacity_tokens: int, *, token_bytes: int, **options: Any) -> None:
         super().__init__(capacity_tokens, **options)
         self.pool = _Pool(self.capacity_pages, _Driver())
-        self.token_bytes = token_bytes
-
-    @property
-    def geometry(self) -> Self:
-        """As of `SlotCache`: here it is enough that its `token_format` has `token_bytes`."""
-        return self
-
-    @property
-    def token_format(self) -> Self:
-        """As of `geometry`."""
-        return self
+        self.geometry = _Geometry(_TokenFormat(token_bytes))
 
     def spans(self, slot: CountedSlot, start: int, stop: int) -> Spans:
         """As of `SlotCache`: no bytes."""
@@ -99,12 +103,17 @@ class SegmentedCache(CountingCache):
 
 
 class Lender:
-    """What an instance has for others: a `Guest` of its scheduler.
+    """What an instance has for others: a `Lender` of its scheduler's tiers.
+
+    Owners are asked at once to take away what is called back, and the time that the runtime gives
+    them for that is not waited for.
 
     Args:
         spare_tokens: as of `LoanConfig`.
         on_change: called before room is taken, and after it is given back.
     """
+
+    is_leaving = False
 
     def __init__(
         self, cache: CountingCache, spare_tokens: int, on_change: Callable[[], None]
@@ -115,6 +124,10 @@ class Lender:
         self._numbers = itertools.count(1)
         self._loans: dict[int, tuple[CountedSlot, Account]] = {}
         self.num_tokens = 0  # of all
+
+    def has(self, number: int) -> bool:
+        """Whether a loan has not ended."""
+        return number in self._loans
 
     def take(self, account: "Account", num_tokens: int) -> int | None:
         """As of `Creditor`."""
@@ -130,66 +143,58 @@ class Lender:
         self.num_tokens += num_tokens
         return number
 
-    def give_back(self, number: int) -> int:
-        """End a loan; returns its tokens. Without effect, and 0, on one that has ended."""
-        slot, _ = self._loans.pop(number, (None, None))
-        if slot is None:
-            return 0
-        num_tokens = slot.num_tokens
+    def give_back(self, number: int) -> None:
+        """End a loan."""
+        slot, _ = self._loans.pop(number)
+        self.num_tokens -= slot.num_tokens
         self._cache.close(slot)
-        self.num_tokens -= num_tokens
         self._on_change()
-        return num_tokens
 
     def give_way(self) -> bool:
-        """As of `Guest`: memory is short here, so the newest loan ends, and with it the place of
-        the request that it is of."""
+        """As of `tiers.Lender`: the newest loan leaves."""
         if not self._loans:
             return False
         number = max(self._loans)
-        _, account = self._loans[number]
-        account.lost(number)
+        self._loans[number][1].call_back(number)
         return True
 
     def forget(self) -> None:
-        """As of `Guest`: no model changes here."""
+        """As of `tiers.Lender`: no model changes here."""
 
 
 class Account:
-    """What a debtor has at a creditor: a `Creditor` of its `Segments`.
+    """What a debtor has at a creditor: a `Creditor` of its engine's loans.
 
     Args:
-        on_lost: called with a loan that is to end against the debtor's will.
-
-    Attributes:
-        limit_tokens: its credit.
-        num_tokens: that are lent to it there.
+        answer_s: as of `Creditor`.
+        on_call: called with a loan that is to leave.
     """
 
-    def __init__(self, creditor: int, lender: Lender, on_lost: Callable[[int, int], None]) -> None:
-        self.creditor = creditor
+    def __init__(
+        self, creditor: int, lender: Lender, answer_s: float, on_call: Callable[[str, int], None]
+    ) -> None:
         self.name = str(creditor)
-        self.limit_tokens = 0
-        self.num_tokens = 0
-        self._lender = lender
-        self._on_lost = on_lost
+        self.wanted: tuple[int, ...] = ()
+        self.answer_s: float | None = answer_s
+        self.lender = lender
+        self._on_call = on_call
 
     def take(self, spans: Spans, start: int, num_tokens: int) -> int | None:
-        """As of `Creditor`: within the credit."""
-        if self.num_tokens + num_tokens > self.limit_tokens:
-            return None
-        number = self._lender.take(self, num_tokens)
-        self.num_tokens += num_tokens if number is not None else 0
-        return number
+        """As of `Creditor`."""
+        return self.lender.take(self, num_tokens)
+
+    def fetch(self, spans: Spans, loan: int, start: int, num_tokens: int) -> None:
+        """As of `Creditor`: no bytes."""
 
     def give_back(self, loan: int) -> None:
         """As of `Creditor`."""
-        self.num_tokens -= self._lender.give_back(loan)
+        self.lender.give_back(loan)
 
-    def lost(self, loan: int) -> None:
+    def call_back(self, loan: int) -> None:
         """The creditor needs its memory."""
-        self._on_lost(self.creditor, loan)
-        self.give_back(loan)  # if nobody has yet
+        self.wanted = (loan,)
+        self._on_call(self.name, loan)
+        self.wanted = ()
 
 
 class NoLoans:
@@ -207,17 +212,21 @@ class NoLoans:
         """As of `Loans`."""
         return 0.0
 
+    def note_step(self, time_s: float) -> None:
+        """As of `Loans`."""
+
 
 class Loans:
     """What one instance borrows and lends.
 
     Args:
         context_s: what a step takes for a token that it attends to.
+        clock: the time now.
         on_change: called before something changes here that was not the instance's own doing.
 
     Attributes:
+        segments: of the engine, which decide what leaves.
         lender: what it has for others.
-        num_lost: loans that ended against its will.
     """
 
     def __init__(
@@ -226,16 +235,16 @@ class Loans:
         cache: SegmentedCache,
         scheduler: Scheduler,
         context_s: float,
+        clock: Callable[[], float],
         on_change: Callable[[], None],
     ) -> None:
         self.config = config
         self.lender = Lender(cache, config.spare_tokens, on_change)
-        self.accounts: dict[int, Account] = {}
-        self.num_lost = 0
         self._cache = cache
         self._scheduler = scheduler
         self._context_s = context_s
         self._on_change = on_change
+        self._is_settling = False
         self._num_charged = 0  # moved tokens that a step has waited for
         tiers, part = scheduler.tiers, config.part_tokens
         kept = int(cache.capacity_tokens * config.share) // part * part
@@ -247,8 +256,10 @@ class Loans:
             make_way=lambda: False,
             part_tokens=part,
             local_tokens=max(part, kept),
+            num_layers=config.num_layers,
+            clock=clock,
         )
-        tiers.guests.append(self.lender)
+        tiers.lenders.append(self.lender)
 
     @property
     def num_lent_here(self) -> int:
@@ -263,87 +274,59 @@ class Loans:
     @property
     def max_lent_tokens(self) -> int:
         """The most that it may hold for others."""
-        part = self.config.part_tokens
-        return max(0, self._cache.capacity_tokens - self.config.spare_tokens) // part * part
+        part, capacity = self.config.part_tokens, self._cache.capacity_tokens
+        spare = max(self.config.spare_tokens, capacity // _SPARED)
+        return max(0, capacity - spare) // part * part
 
     def meet(self, creditor: int, lender: Lender) -> None:
         """Another instance may have tokens of this one's requests, once there is a credit."""
-        account = Account(creditor, lender, self._lost)
-        self.accounts[creditor] = self.segments.creditors[account.name] = account
+        cost = self.config.cost
+        answer_s = (cost.holder_s + cost.byte_s * cost.query_bytes) / self.config.num_layers
+        account = Account(creditor, lender, answer_s, self._call)
+        self.segments.loans.creditors[account.name] = account
 
     def part(self, creditor: int) -> None:
         """It is there no more, and has nothing."""
-        account = self.accounts.pop(creditor)
-        self.segments.creditors.pop(account.name, None)
+        self.segments.loans.creditors.pop(str(creditor), None)
 
-    def take_credits(self, credits: Sequence[Credit]) -> bool:
-        """What this instance may have where from now on, in the order in which it asks; what is
-        called leaves. True if it may have more than before somewhere."""
-        limits = {credit.creditor: credit.num_tokens for credit in credits}
-        has_more = False
-        for creditor, account in self.accounts.items():
-            limit = limits.get(creditor, 0)
-            has_more |= limit > account.limit_tokens
-            account.limit_tokens = limit
-        in_order = [*limits, *(creditor for creditor in self.accounts if creditor not in limits)]
-        known = [self.accounts[creditor] for creditor in in_order if creditor in self.accounts]
-        self.segments.creditors = {account.name: account for account in known}
-        for credit in credits:
-            if credit.is_called and credit.creditor in self.accounts:
-                self._leave(self.accounts[credit.creditor])
-        return has_more
+    def place(self, credits: Sequence[Credit], *, longest: int, gives_up: bool) -> bool:
+        """What this instance may have where from now on, in the order in which it asks; requests
+        of `longest` tokens may be there. True if that changes anything."""
+        loans = self.segments.loans
+        limits = {str(credit.creditor): credit.num_tokens for credit in credits}
+        called = {str(credit.creditor) for credit in credits if credit.is_called}
+        before = loans.limits, loans.called
+        loans.place(
+            limits,
+            called,
+            has_lenders=longest > self._cache.capacity_tokens,
+            has_to_give_up=gives_up,
+        )
+        self._is_settling = gives_up or self._is_beyond()
+        return before != (limits, called) or gives_up
 
-    def give_up(self) -> None:
-        """Have requests that are longer than the memory computed again, so that others go on."""
-        for request in self._scheduler.running[::-1]:
-            if request.lent or self.segments.is_long(request):
-                self._on_change()
-                self._scheduler.preempt(request)
-
-    def _leave(self, account: Account) -> None:
-        """Have what is beyond a credit elsewhere; where nobody has room, its request is computed
-        again. The newest loans go first."""
-        while account.num_tokens > account.limit_tokens:
-            loans = [
-                (one.loan, place, request)
-                for request in self._scheduler.running
-                for place, one in enumerate(request.lent)
-                if one.holder == account.name
-            ]
-            _, place, request = max(loans, key=lambda found: found[0])
-            self._on_change()
-            if not self._forward(request, place):
-                self.num_lost += 1
-                self._scheduler.preempt(request)
-
-    def _forward(self, request: Request, place: int) -> bool:
-        """Move one of a request's loans to another creditor; False if none has room."""
-        one = request.lent[place]
-        for account in self.accounts.values():
-            if account.name == one.holder:
-                continue
-            loan = account.take([], one.start, one.stop - one.start)
-            if loan is not None:
-                request.lent[place] = one._replace(holder=account.name, loan=loan)
-                self.segments.lent.num_tokens += one.stop - one.start
-                self.segments.creditors[one.holder].give_back(one.loan)
-                return True
-        return False
+    def _is_beyond(self) -> bool:
+        loans = self.segments.loans
+        limits = loans.limits or {}
+        return any(loans.num_lent(name) > limits.get(name, 0) for name in loans.creditors)
 
     # -- steps -------------------------------------------------------------------------------
 
     def have_room(self, items: Items, num_steps: int) -> bool:
-        """Whether nothing has to go elsewhere in so many steps of decodes, the first of which is
+        """Whether nothing has to move in so many steps of decodes, the first of which is
         scheduled."""
+        if self._is_settling:
+            self._is_settling = self._is_beyond()
+            return False
         return all(
             end + num_steps - 1 - request.slot_start <= self.segments.local_tokens
             for request, end in items
-            if request.is_spread or self.segments.is_long(request)
+            if self.segments.is_long(request)
         )
 
     def step_s(self, items: Items, counts: Mapping[Request, int] | None = None) -> float:
-        """What a step takes longer: its creditors are asked, what it moved to them is copied, and
-        this instance attends for debtors.
+        """What a step takes longer: its creditors are asked, what has moved is copied, and this
+        instance attends for debtors.
 
         `counts` are tokens of each request in the step; None for one each.
         """
@@ -352,19 +335,31 @@ class Loans:
             if request.lent:
                 num_queries += len(request.lent) * (counts[request] if counts is not None else 1)
                 holders.update(one.holder for one in request.lent)
-        moved = self.segments.lent.num_tokens - self._num_charged
+        loans, cost = self.segments.loans, self.config.cost
+        every = (loans.lent, loans.moved_on, loans.came_home)
+        moved = sum(stats.num_tokens for stats in every) - self._num_charged
         self._num_charged += moved
-        moving_s = moved * self.config.token_bytes / self.config.cost.move_bytes_per_s
+        moving_s = moved * self.config.token_bytes / cost.move_bytes_per_s
         attending_s = self._context_s * self.lender.num_tokens
-        return self.config.cost.asking_s(len(holders), num_queries) + moving_s + attending_s
+        return cost.asking_s(len(holders), num_queries) + moving_s + attending_s
+
+    def note_step(self, time_s: float) -> None:
+        """A step takes so long."""
+        self.segments.loans.note_step(time_s)
 
     # -- ends --------------------------------------------------------------------------------
 
-    def _lost(self, creditor: int, loan: int) -> None:
-        """The request that it is of is computed again."""
+    def _call(self, creditor: str, loan: int) -> None:
+        """A loan is to leave: for elsewhere, or with its request's place."""
         self._on_change()
-        self.num_lost += 1
-        name = str(creditor)
-        for request in self._scheduler.running[::-1]:
-            if any((one.holder, one.loan) == (name, loan) for one in request.lent):
-                self._scheduler.preempt(request)
+        running = self._scheduler.running
+        for request in self.segments.recall(running):
+            self._scheduler.preempt(request)
+        owners = [
+            request
+            for request in running
+            if any((one.holder, one.loan) == (creditor, loan) for one in request.lent)
+        ]
+        for request in owners:
+            self.segments.loans.num_lost += 1
+            self._scheduler.preempt(request)

@@ -1,5 +1,6 @@
 """`vkv bench long`: each part with tiny settings, and what is made of what it found."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ def _options(**changes: Any) -> LongOptions:
     tiny: dict[str, Any] = {
         "shape": "llama-tiny",
         "pool_tokens": 2048,
-        "counts": (1, 2),
+        "counts": (2,),
         "creditors": (1, 2),
         "segments": (2, 1),
         "batches": (1, 2),
         "links": ("unix", "tcp"),
-        "elsewhere_tokens": 1024,
+        "elsewhere_tokens": 2048,
         "at_home_tokens": 32,
         "num_steps": 4,
         "output_tokens": 4,
@@ -71,13 +72,13 @@ def test_two_instances_run_what_one_cannot(saved: Checkpoints) -> None:
     options, found = _options(), {}
     for _ in context.measure(options, saved, found):
         pass
-    assert [one.same_tokens for one in found.values()] == [True, True]
-    assert [one.logprob_difference for one in found.values()] == [0.0, 0.0]
-    assert found[1].num_tokens == 2049  # the last one is never computed
-    assert found[1].lent_tokens == 0
-    assert found[2].num_tokens > 2049 + 256
+    assert found[2].same_tokens
+    assert found[2].logprob_difference == 0
+    assert found[2].num_tokens > options.pool_tokens + 256
     assert found[2].lent_tokens >= found[2].num_tokens - 1024 - 512
-    table = context.table(found, options)
+    assert not found[2].refused
+    alone = dataclasses.replace(found[2], num_tokens=2049, lent_tokens=0)
+    table = context.table({1: alone, **found}, options)
     assert [row[2] for row in table.rows] == ["1.00", f"{found[2].num_tokens / 2049:.2f}"]
 
 
@@ -92,7 +93,7 @@ def test_queries_and_results_travel_and_never_a_key(saved: Checkpoints) -> None:
     for cell, one in found.items():
         assert len(one.step_s) == options.num_steps
         assert one.segments == cell.segments * cell.batch
-        assert one.elsewhere_tokens == (0 if cell.where == HOME else 1024 * cell.batch)
+        assert one.elsewhere_tokens == (0 if cell.where == HOME else 2048 * cell.batch)
         if cell.where != LENDERS:
             assert one.link_bytes == one.moved_bytes == 0
             continue

@@ -84,13 +84,13 @@ class _Found:
     def save(self, scratch: Path) -> Checkpoints:
         """The model that all parts run."""
         options = self._options
+        most = (
+            context.most_positions(options),
+            decode.num_tokens(options),
+            options.most_tokens + 1,
+        )
         self._saved = save_checkpoints(
-            options.shape,
-            None,
-            options.dtype,
-            None,
-            scratch,
-            max_position_embeddings=context.most_positions(options),
+            options.shape, None, options.dtype, None, scratch, max_position_embeddings=max(most)
         )
         return self._saved
 

@@ -127,6 +127,16 @@ def measure(options: LongOptions, saved: Checkpoints, found: Decodes) -> Iterato
                 yield
 
 
+def num_tokens(options: LongOptions) -> int:
+    """Of a request, prompt and output."""
+    return options.elsewhere_tokens + options.at_home_tokens + _num_outputs(options)
+
+
+def _num_outputs(options: LongOptions) -> int:
+    """Tokens of an answer: more than are timed, so that it outgrows the pool for sure."""
+    return _WARM_STEPS + options.num_steps + options.at_home_tokens
+
+
 class _Site:
     """What cells have in common."""
 
@@ -153,9 +163,7 @@ class _Site:
             driver = SpreadDriver(llm)
             if cell.where == FILE:
                 llm.open_session(self._session)
-            stripes = [
-                stack.enter_context(closing(stripe)) for stripe in self._borrow(driver, cell)
-            ]
+            stripes = self._borrow(driver, cell, stack)
             if cell.where != HOME:
                 driver.keep(options.elsewhere_tokens // cell.segments)
             self._decode(driver, cell, stripes, found)
@@ -166,29 +174,19 @@ class _Site:
         pool_tokens = options.elsewhere_tokens + options.at_home_tokens // 2
         more: dict[str, Any] = {}
         if where == HOME:
-            pool_tokens = batch * (self._num_tokens + _SPARE_TOKENS)
+            pool_tokens = batch * (num_tokens(self._options) + _SPARE_TOKENS)
         elif where in (HOST, FILE):
-            held = batch * (self._num_tokens + _SPARE_TOKENS)
+            held = batch * (num_tokens(self._options) + _SPARE_TOKENS)
             more["swap_memory"] = held * self._saved.kv_bytes_per_token
         return LLM(
             self._saved.dense,
             device="cpu",
             dtype=options.dtype,
-            max_len=self._num_tokens,
+            max_len=num_tokens(self._options),
             max_seqs=max(options.batches),
             kv_memory=pool_tokens * self._saved.kv_bytes_per_token,
             **more,
         )
-
-    @property
-    def _num_outputs(self) -> int:
-        """Tokens of an answer: more than are timed, so that it outgrows the pool for sure."""
-        return _WARM_STEPS + self._options.num_steps + self._options.at_home_tokens
-
-    @property
-    def _num_tokens(self) -> int:
-        options = self._options
-        return options.elsewhere_tokens + options.at_home_tokens + self._num_outputs
 
     def _prompts(self, cell: Cell) -> list[list[int]]:
         """Random; those with a file begin alike, as it is of one beginning."""
@@ -200,16 +198,17 @@ class _Site:
             prompts[:, : options.elsewhere_tokens] = prompts[0, : options.elsewhere_tokens]
         return prompts.tolist()
 
-    def _borrow(self, driver: SpreadDriver, cell: Cell) -> list[Stripe]:
-        """Connections to the lenders of a cell, each for its part of every request."""
+    def _borrow(self, driver: SpreadDriver, cell: Cell, stack: ExitStack) -> list[Stripe]:
+        """Connections to the lenders of a cell, each for its part of every request; closed with
+        `stack`."""
         stripes = []
         for number, one in enumerate(self._lenders[: cell.creditors]):
             width = self._options.elsewhere_tokens // cell.creditors
             stripe = Stripe(
                 f"lender {number}", one.call(cell.link), number * width, (number + 1) * width
             )
+            stripes.append(stack.enter_context(closing(stripe)))
             driver.borrow(stripe, cell.batch * width)
-            stripes.append(stripe)
         return stripes
 
     def _decode(
@@ -217,7 +216,7 @@ class _Site:
     ) -> None:
         options = self._options
         for number, prompt in enumerate(self._prompts(cell)):
-            driver.submit(f"{number}", prompt, self._num_outputs)
+            driver.submit(f"{number}", prompt, _num_outputs(options))
         while not _all_decode(driver, cell.batch):
             driver.step()
         for _ in range(_WARM_STEPS):

@@ -123,7 +123,8 @@ def load_of(options: LongOptions, seed: int) -> Load:
 def measure(options: LongOptions, saved: Checkpoints, found: Lent) -> Iterator[None]:
     """Serve all traces; yields after each pair of runs."""
     exchange, switch = Exchange(), Switch()
-    with _cluster(options, saved, exchange, switch) as cluster:
+    with _cluster(options, saved, exchange) as cluster:
+        cluster.router.decisions.lending.ledger = switch
         switch.is_on = False
         _fit(cluster, exchange, options, saved, found)
         number = 0
@@ -148,20 +149,18 @@ def measure(options: LongOptions, saved: Checkpoints, found: Lent) -> Iterator[N
 
 
 @contextmanager
-def _cluster(
-    options: LongOptions, saved: Checkpoints, exchange: Exchange, ledger: Ledger
-) -> Iterator[Cluster]:
+def _cluster(options: LongOptions, saved: Checkpoints, exchange: Exchange) -> Iterator[Cluster]:
     with Cluster(
         saved.dense,
         instances=options.lenders,
         policy=exchange,
-        ledger=ledger,
+        lending=True,
         threads=1,
         liveness_s=_LIVENESS_S,
         device="cpu",
         dtype=str(options.dtype).removeprefix("torch."),
         max_seqs=options.max_seqs,
-        max_len=2 * options.pool_tokens,  # more than a pool holds, so that memory is lent at all
+        max_len=options.most_tokens + 1,
         max_batch_tokens=options.max_batch_tokens,
         kv_memory=options.pool_tokens * saved.kv_bytes_per_token,
     ) as cluster:

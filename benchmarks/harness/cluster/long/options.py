@@ -63,7 +63,7 @@ class LongOptions:
     )
     batches: tuple[int, ...] = option("1,4", parse=whole_numbers, help="Requests that decode.")
     links: tuple[str, ...] = option("unix,tcp", parse=words, help=f"Of {', '.join(LINKS)}.")
-    elsewhere_tokens: int = option(3072, least=PART_TOKENS, help="Of a context, elsewhere.")
+    elsewhere_tokens: int = option(3072, least=4 * PART_TOKENS, help="Of a context, elsewhere.")
     at_home_tokens: int = option(256, least=1, help="And the rest of it.")
     num_steps: int = option(48, least=4, help="Decode steps of each cell.")
     repeats: int = option(1, least=1, help="Rounds of all cells of decodes.")
