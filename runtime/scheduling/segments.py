@@ -9,6 +9,7 @@ Source: Infinite-LLM, arXiv:2401.02669, section 5.
 """
 
 import bisect
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -32,6 +33,7 @@ class Segments:
         part_tokens: what moves is a multiple of it.
         local_tokens: the most tokens that a long request has in its slot; at least two parts.
         num_layers: of the model.
+        clock: as of `Loans`.
 
     Attributes:
         loans: what other engines have of requests.
@@ -48,10 +50,11 @@ class Segments:
         part_tokens: int,
         local_tokens: int,
         num_layers: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tier = tier
         self.local_tokens = local_tokens
-        self.loans = Loans(cache, exits, part_tokens)
+        self.loans = Loans(cache, exits, part_tokens, clock)
         self._cache = cache
         self._exits = exits
         self._kv_files = kv_files

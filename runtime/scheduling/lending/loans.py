@@ -72,6 +72,7 @@ class Loans:
         cache: where the slots are.
         exits: how slots of `cache` are let go.
         part_tokens: what is lent is a multiple of it.
+        clock: seconds, which only go forward.
 
     Attributes:
         creditors: by name; the first is asked first.
@@ -85,7 +86,13 @@ class Loans:
             are computed again.
     """
 
-    def __init__(self, cache: SlotCache, exits: Exits, part_tokens: int) -> None:
+    def __init__(
+        self,
+        cache: SlotCache,
+        exits: Exits,
+        part_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.creditors: dict[str, Creditor] = {}
         self.limits: Mapping[str, int] | None = None
         self.called: Collection[str] = ()
@@ -96,6 +103,7 @@ class Loans:
         self._cache = cache
         self._exits = exits
         self._part_tokens = part_tokens
+        self._clock = clock
         self._num_lent: Counter[str] = Counter()
         self._retry_at_s = 0.0
         self._steps_s: deque[float] = deque(maxlen=_STEPS)
@@ -237,10 +245,10 @@ class Loans:
         if not self._num_lent.total():
             return []
         stuck = []
-        until_s = time.monotonic() + _BUDGET_S
+        until_s = self._clock() + _BUDGET_S
         for request in running[::-1]:
             for one in request.lent[::-1]:
-                if time.monotonic() > until_s:
+                if self._clock() > until_s:
                     return stuck
                 is_wanted = one.holder in self.creditors and (
                     one.loan in self.creditors[one.holder].wanted
@@ -254,7 +262,7 @@ class Loans:
                     stuck.append(request)
                     break
                 else:
-                    self._retry_at_s = time.monotonic() + _RETRY_S
+                    self._retry_at_s = self._clock() + _RETRY_S
         return stuck
 
     def _is_beyond(self, name: str) -> bool:
@@ -262,7 +270,7 @@ class Loans:
 
     def _may_leave(self, name: str) -> bool:
         """Whether something of a creditor is to leave when that is possible."""
-        return self._is_beyond(name) and time.monotonic() >= self._retry_at_s
+        return self._is_beyond(name) and self._clock() >= self._retry_at_s
 
     def _move(self, request: Request, one: Lent, room_at_home: int) -> bool:
         num_tokens = one.stop - one.start
