@@ -10,6 +10,7 @@ import msgspec
 from ...vmem.errors import InvalidOperation
 from ..engine.migration.arbiter import Arbiter
 from ..request.spec import RequestSpec
+from .lending import LendingDesk
 from .members import Members
 from .policies import ClusterPolicy
 from .snapshot import ClusterSnapshot, Newcomer
@@ -27,6 +28,7 @@ class Decisions:
 
     Attributes:
         held: requests that no instance takes yet, in order.
+        lending: what instances lend each other.
         on_scale: called with how many instances the policy wants; `has_scaled` answers it.
     """
 
@@ -39,6 +41,7 @@ class Decisions:
         self._arbiter = arbiter
         self._members = members
         self._max_moves = max_moves
+        self.lending = LendingDesk(members)
         self._num_dispatched = 0
         self._is_scaling = True  # until the first instances are there
 
@@ -99,6 +102,7 @@ class Decisions:
     def rebalance(self) -> None:
         """Ask how many instances there should be, what for, and which requests move."""
         snapshot = self.picture()
+        self.lending.settle(snapshot)
         wanted = self._policy.scale(snapshot)
         if wanted != len(snapshot.working) and not self._is_scaling:
             self._is_scaling = True

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ...vmem.errors import InvalidOperation
@@ -10,7 +11,7 @@ from ..engine.migration.ownership import Owned
 from ..link.face import Face
 from ..link.messages import Pulse
 from .instances.instance_link import InstanceLink
-from .snapshot import ClusterSnapshot, InstanceSnapshot, Newcomer, RequestSnapshot, Role
+from .snapshot import ClusterSnapshot, InstanceSnapshot, Loan, Newcomer, RequestSnapshot, Role
 from .stats import Done, Member
 
 
@@ -92,13 +93,16 @@ class Members:
             self._members[instance].face = face
             self.changed()
 
-    def note(self, instance: int, pulse: Pulse) -> None:
-        """An instance has said what it holds."""
+    def note(self, instance: int, pulse: Pulse) -> bool:
+        """An instance has said what it holds. Returns whether it can lend, as was not known."""
         member = self._members.get(instance)
+        is_new = member is not None and member.lending is None and pulse.lending is not None
         if member is not None:
             member.stats = pulse.stats
             member.carried_bytes, member.handed_pages = pulse.carried_bytes, pulse.handed_pages
+            member.lending = pulse.lending
             self.changed()
+        return is_new
 
     def gave(self, instance: int, newcomer: Newcomer) -> None:
         """An instance was given a newcomer. Others' pictures stay, or many that come at once would
@@ -116,10 +120,21 @@ class Members:
         self.switched_s = time_s
         self.changed()
 
-    def note_longest(self, instance: int, num_tokens: int) -> None:
-        """An instance takes requests of so many tokens. Without effect if it is gone."""
-        if instance in self._members:
-            self._members[instance].longest = num_tokens
+    def named(self, name: str) -> int | None:
+        """The instance that borrowers call so; None if it is gone."""
+        return next((m.id for m in self.now() if m.name == name), None)
+
+    def loans(self) -> tuple[Loan, ...]:
+        """What instances have of each other's requests; from any thread."""
+        members = self.now()
+        ids = {member.name: member.id for member in members}
+        return tuple(
+            Loan(member.id, ids[held.creditor], held.num_tokens, held.answer_s)
+            for member in members
+            if member.lending is not None
+            for held in member.lending.loans
+            if held.creditor in ids
+        )
 
     def changed(self) -> None:
         """Something in the next picture is another."""
@@ -127,13 +142,14 @@ class Members:
 
     def snapshot(self, *, num_dispatched: int) -> ClusterSnapshot:
         """The cluster now: what instances said last, and what was given to them since."""
+        loans = self.loans()
         if self._snapshot is None:
             by_owner: dict[str, list[Owned]] = {}
             for sequence in self._arbiter.unfinished:
                 if sequence.owner is not None:
                     by_owner.setdefault(sequence.owner, []).append(sequence)
             self._snapshot = tuple(
-                self._picture(member, by_owner.get(str(member.id), []))
+                self._picture(member, by_owner.get(str(member.id), []), loans)
                 for member in self._members.values()
             )
         faces = [member.face for member in self._members.values() if member.face is not None]
@@ -144,11 +160,17 @@ class Members:
             num_dispatched=num_dispatched,
             scaled_s=self.scaled_s,
             switched_s=self.switched_s,
+            loans=loans,
         )
 
-    def _picture(self, member: Member, sequences: list[Owned]) -> InstanceSnapshot:
+    def _picture(
+        self, member: Member, sequences: list[Owned], loans: Sequence[Loan]
+    ) -> InstanceSnapshot:
         """One instance. It is known of a request that its prompt is computed by its first token."""
-        stats, face = member.stats, member.face
+        stats, face, lending = member.stats, member.face, member.lending
+        spread = member.long_requests
+        elsewhere = sum(loan.num_tokens for loan in loans if loan.debtor == member.id)
+        lent = sum(loan.num_tokens for loan in loans if loan.creditor == member.id)
         num_waiting = 0 if stats is None else stats.num_waiting
         begun = [s for s in sequences if s.output_token_ids]
         fresh = [s for s in sequences if not s.output_token_ids]
@@ -163,7 +185,9 @@ class Members:
                 priority=sequence.spec.priority,
                 is_waiting=place >= num_running,
                 waited_s=max(0.0, time.monotonic() - sequence.spec.arrival_time_s),
-                is_migratable=self._arbiter.handshake(sequence.key) is None,
+                is_migratable=sequence.key not in spread
+                and self._arbiter.handshake(sequence.key) is None,
+                most_tokens=_most_tokens(sequence),
             )
             for place, sequence in enumerate([*begun, *fresh])
         ]
@@ -175,11 +199,21 @@ class Members:
             home=member.home,
             is_alive=face is not None,
             is_draining=member.is_draining,
-            used_tokens=sum(r.num_tokens for r in requests if not r.is_waiting),
+            used_tokens=max(0, sum(r.num_tokens for r in requests if not r.is_waiting) - elsewhere)
+            + lent,
             parked_tokens=0 if stats is None else stats.kv.tokens_parked,
             num_running=num_running,
             num_waiting=len(sequences) - num_running,
             max_running=None if face is None else face.max_seqs,
             queued_tokens=sum(len(s.spec.prompt_token_ids) for s in fresh),
             requests=tuple(requests),
+            max_lent_tokens=0 if lending is None else lending.max_lent_tokens,
+            max_local_tokens=None if lending is None else lending.max_local_tokens,
+            layer_s=None if lending is None else lending.layer_s,
         )
+
+
+def _most_tokens(sequence: Owned) -> int:
+    """Those that a sequence may have in the end; 0 if that is not known."""
+    most = sequence.spec.params.max_tokens
+    return 0 if most is None else len(sequence.spec.prompt_token_ids) + most

@@ -20,7 +20,9 @@ class RequestSnapshot(msgspec.Struct, frozen=True, gc=False):
         priority: the lower, the earlier.
         is_waiting: it has no slot, and so no keys and values that would have to move with it.
         waited_s: since it came.
-        is_migratable: it may be moved now; not so while it is being moved already.
+        is_migratable: it may be moved now; not so while it is being moved already, or while others
+            have some of its tokens.
+        most_tokens: those that it may have in the end; 0 if that is not known.
     """
 
     key: SequenceKey
@@ -30,6 +32,7 @@ class RequestSnapshot(msgspec.Struct, frozen=True, gc=False):
     is_waiting: bool = False
     waited_s: float = 0.0
     is_migratable: bool = True
+    most_tokens: int = 0
 
     @property
     def has_prompt(self) -> bool:
@@ -62,12 +65,17 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         is_draining: it is to end, takes nothing, and hands over what it has.
         node: names the machine that it is on.
         capacity_tokens: tokens whose keys and values it can hold.
-        used_tokens: of live requests, those included for which room is kept while they come.
+        used_tokens: of live requests, those included for which room is kept while they come, and
+            what it holds for others' requests; without what others hold for its own.
         parked_tokens: of finished requests; they give way to live ones.
         num_running, num_waiting: live requests with a slot, and without.
         max_running: slots that it has; None for no limit.
         queued_tokens: prompt tokens that it has still to compute.
         requests: running ones in the order of admission, then those that wait, in line.
+        max_lent_tokens: the most that it may hold for others' requests; 0 where it lends nothing.
+        max_local_tokens: the most that it has itself of a request that may outgrow its memory;
+            None where no request may.
+        layer_s: what a layer of its steps takes, by the median; None if that is not known.
     """
 
     id: int
@@ -84,6 +92,9 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int | None = None
     queued_tokens: int = 0
     requests: tuple[RequestSnapshot, ...] = ()
+    max_lent_tokens: int = 0
+    max_local_tokens: int | None = None
+    layer_s: float | None = None
 
     @property
     def takes_work(self) -> bool:
@@ -165,6 +176,21 @@ class Link(msgspec.Struct, frozen=True):
         return self.latency_s + copying_s
 
 
+class Loan(msgspec.Struct, frozen=True, gc=False):
+    """Tokens of one instance's requests that another has in its memory, all together.
+
+    Attributes:
+        debtor, creditor: whose they are, and who has them.
+        answer_s: for how long the debtor waits for an answer about them in a layer, by the median;
+            None if that is not known.
+    """
+
+    debtor: int
+    creditor: int
+    num_tokens: int
+    answer_s: float | None = None
+
+
 class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """What there is to decide on.
 
@@ -176,6 +202,9 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         num_dispatched: requests that were given to instances so far.
         scaled_s: when the number of instances was last changed, or began to.
         switched_s: when an instance last got another role.
+        loans: what instances hold for each other, one a pair.
+        shunned: debtors and creditors that have nothing to do with each other for a while, since
+            one was slow or could not be reached.
     """
 
     time_s: float
@@ -185,6 +214,8 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_dispatched: int = 0
     scaled_s: float | None = None
     switched_s: float | None = None
+    loans: tuple[Loan, ...] = ()
+    shunned: frozenset[tuple[int, int]] = frozenset()
 
     def is_copied(self, source: InstanceSnapshot, target: InstanceSnapshot) -> bool:
         """Whether moving a request between two instances takes bytes, and not just its pages."""

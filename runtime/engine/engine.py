@@ -22,7 +22,7 @@ from ..execution.launched_step import LaunchedStep
 from ..execution.model_runner import ModelRunner
 from ..execution.sampler import NO_TOKEN, SampledToken
 from ..model.fingerprint import ModelFingerprint
-from ..model.segments import HolderLost
+from ..model.segments import HolderLost, SegmentServer
 from ..model.weights import ModelWatch
 from ..request.continuation import Continuation
 from ..request.outputs import FinishReason
@@ -64,6 +64,7 @@ class Engine:
 
     Attributes:
         num_computed_tokens: tokens that went through the model so far.
+        lender: lends its memory to other engines; None if nobody does.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Engine:
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self.num_computed_tokens = 0
+        self.lender: SegmentServer | None = None
         self._num_failed = 0
         self._step_time_s = 0.0
 
@@ -138,7 +140,7 @@ class Engine:
         """Refuse what could never run; returns the most tokens that it may generate."""
         if spec.adapter is not None:
             self.check_adapters().check(spec.adapter, goes_on=goes_on)
-        return self.admission.check(spec.prompt_token_ids, spec.params)
+        return self.admission.check(spec.prompt_token_ids, spec.params, was_let_in=goes_on)
 
     def check_adapters(self) -> Adapters:
         """The engine's adapters. Raises InvalidConfig if it takes none."""
@@ -484,10 +486,16 @@ class Engine:
 
     # -- what it holds -----------------------------------------------------------------------
 
+    @property
+    def loans_are_placed(self) -> bool:
+        """Whether somebody decides what may be lent, so that who waits for it gets it in time."""
+        segments = self.scheduler.tiers.segments
+        return segments is not None and segments.loans.limits is not None
+
     def stats(self, kv: KVStats | None = None) -> EngineStats:
         """Memory and work, from counters; `kv`, if the cache has been asked already."""
         recordings, tiers = self.runner.recordings, self.scheduler.tiers
-        swapping, segments = tiers.swapping, tiers.segments
+        swapping = tiers.swapping
         speculation = self.scheduler.speculation
         return EngineStats(
             kv=self.cache.stats() if kv is None else kv,
@@ -508,7 +516,13 @@ class Engine:
             num_drafted=speculation.num_drafted if speculation else 0,
             num_accepted=speculation.num_accepted if speculation else 0,
             swap=SwapStats.of(swapping) if swapping is not None else None,
-            segments=SegmentStats.of(segments, self.scheduler.running) if segments else None,
+            segments=self._segment_stats(),
             tenants=self.scheduler.accounts.stats(),
             adapters=self.adapters.stats() if self.adapters is not None else (),
         )
+
+    def _segment_stats(self) -> SegmentStats | None:
+        tiers = self.scheduler.tiers
+        if tiers.segments is None:
+            return None
+        return SegmentStats.of(tiers.segments, self.scheduler.running, self.lender)

@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ...vmem.errors import InvalidOperation, UsageError, VkvError
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.loop import EngineLoop, refusal
+from ..engine.memory.lending import LendingReport
 from ..engine.messages import Abort, Add, Finish, Resume, SetPriority
 from ..engine.migration.messages import Answer as MoveAnswer
 from ..engine.migration.messages import Cancel, Command, Commit, GoOn, Release, WentOn
@@ -72,6 +73,18 @@ class EngineOrder:
     listener: int
 
 
+class Lending(Protocol):
+    """What an engine has with others."""
+
+    def obey(self, order: str) -> None:
+        """Have no more with them than a `LendingOrder` says, which is JSON."""
+        ...
+
+    def report(self) -> LendingReport | None:
+        """What it has with them now."""
+        ...
+
+
 @dataclass(eq=False)
 class _Front:
     """A front process that has called.
@@ -95,8 +108,7 @@ class EngineServer:
     Args:
         listener: where fronts call; those that it accepts are believed.
         carrier: carries keys and values of sequences that move; None where none ever does.
-        borrow: has requests outgrow the pool into another engine's, of a name, address and number
-            of tokens, and returns how long they may be now; None where none may.
+        lending: what this engine has with others; None for nothing.
         silence_s: a front that says nothing for so long, not even "ping", counts as gone; None
             where the system tells of every end, as within a machine.
         on_deserted: called when the last front has gone; None to wait for the next.
@@ -110,7 +122,7 @@ class EngineServer:
         *,
         idle_trim_s: float | None,
         carrier: SocketCarrier | None = None,
-        borrow: Callable[[str, str, str], int] | None = None,
+        lending: Lending | None = None,
         silence_s: float | None = None,
         on_deserted: Callable[[], None] | None = None,
     ) -> None:
@@ -126,7 +138,7 @@ class EngineServer:
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, None)
         self._carrier = carrier
-        self._borrow_from = borrow
+        self._lending = lending
         self._is_leaving = False
         self._moves = None if carrier is None else MoveEnds(loop, carrier)
         self._movers: dict[SequenceKey, _Front] = {}  # who commands a sequence's move
@@ -323,7 +335,7 @@ class EngineServer:
             "memory_map": self._loop.memory_map,
             "load_adapter": lambda: self._loop.load_adapter(*ask.about),
             "unload_adapter": lambda: self._loop.unload_adapter(*ask.about),
-            "borrow": lambda: self._borrow(*ask.about),
+            "lending": lambda: self._obey(*ask.about),
         }
         try:
             self._deliver(self._loop.carry_out())
@@ -331,10 +343,10 @@ class EngineServer:
         except VkvError as error:
             return Answer(ask.number, failure=Failure.of(error))
 
-    def _borrow(self, name: str, address: str, num_tokens: str) -> int:
-        if self._borrow_from is None:
-            raise InvalidOperation("no request is longer than the pool here, and none is to be")
-        return self._borrow_from(name, address, num_tokens)
+    def _obey(self, order: str) -> None:
+        if self._lending is None:
+            raise InvalidOperation("nothing is lent here, and nothing borrowed")
+        self._lending.obey(order)
 
     def _drop(self, front: _Front) -> None:
         """A front has gone: nobody waits for its requests."""
@@ -392,7 +404,13 @@ class EngineServer:
         stats, carrier = self._loop.stats(fresh=True), self._carrier
         if carrier is None:
             return Pulse(stats, self._loop.is_asleep)
-        return Pulse(stats, self._loop.is_asleep, *carrier.num_carried, is_leaving=self._is_leaving)
+        return Pulse(
+            stats,
+            self._loop.is_asleep,
+            *carrier.num_carried,
+            is_leaving=self._is_leaving,
+            lending=None if self._lending is None else self._lending.report(),
+        )
 
     def ask_to_leave(self) -> None:
         """Tell all fronts that the process is to end; from any thread, or a signal's handler."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ...allocator import Slot, SlotCache
-from ...vmem.errors import DriverError, OutOfPages, Shortage
+from ...vmem.errors import DriverError, OutOfLoans, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
 from ..speculation import Speculation
@@ -156,13 +156,18 @@ class Scheduler:
         held: set[Request] = set()
         num_before = self.num_preemptions
         short: tuple[Request, Refusal] | None = None
+        aside: tuple[Request, Refusal] | None = None  # long, and lacks what others lend
         while True:
             num_given_up = self.num_preemptions - num_before + len(held)
             snapshot = self._snapshot(granted, short[0] if short else None, held, num_given_up)
             missed = self._apply(self.policy.plan(snapshot), granted)
             if missed is None:
                 break
-            if self.tiers.give_way():
+            if isinstance(missed[1], OutOfLoans):  # no memory of this engine would help
+                is_aside = self._goes_aside(missed[0], granted, held)
+                short, aside = (None, missed) if is_aside else (missed, aside)
+                continue
+            if self.tiers.give_way() or self._lend_out(missed[0]):
                 continue
             if self.tiers.is_leaving:
                 # What it lacks is being copied out: it stands aside for this step, and nobody gives
@@ -173,6 +178,7 @@ class Scheduler:
                 short = None
                 continue
             short = missed
+        short = short or aside
         is_lasting = short and not granted and not self.tiers.is_moving(self.running)
         self.shortage = short if is_lasting else None
         batch = [ScheduledRequest(request, count) for request, count in granted.items()]
@@ -209,6 +215,33 @@ class Scheduler:
         for request in self.running:
             if request.num_computed >= request.num_prompt_tokens:
                 self.waiting.let_in(request.key)
+
+        for request in self.tiers.recall(self.running):
+            self.preempt(request)
+
+    def _goes_aside(
+        self, request: Request, granted: dict[Request, int], held: set[Request]
+    ) -> bool:
+        """Of those that others have tokens of, the last admitted gives way to a running one that
+        lacks more of that; itself the last, it stands aside for a step. False for one that waits.
+        """
+        if request not in self.running:
+            return False
+        later = self.running[self.running.index(request) + 1 :]
+        loser = next((other for other in reversed(later) if other.lent), None)
+        if loser is None:
+            held.add(request)
+        else:
+            granted.pop(loser, None)
+            self.preempt(loser)
+        return True
+
+    def _lend_out(self, request: Request) -> bool:
+        """Have others take tokens in, so that a request gets memory. False if that cannot be."""
+        wanted = self.cache.growth_tokens
+        if request.slot is None:
+            wanted = _tokens_to_admit(request, bool(self.running), wanted)
+        return self.tiers.lend_out(self.running, request, wanted)
 
     # -- deciding ----------------------------------------------------------------------------
 

@@ -109,7 +109,9 @@ class CacheOptions:
         help="Batch x tokens of context, with commas.",
     )
     kinds: tuple[str, ...] = option(
-        "virtual,dynamic,static", parse=words, help="Which caches to compare, separated by commas."
+        "virtual,virtual-vkv,dynamic,static",
+        parse=words,
+        help="Which caches to compare, separated by commas; virtual-vkv is with our attention.",
     )
     steps: int = option(24, least=1, help="Tokens to decode and time.")
     max_prefill: int = option(1024, help="Prompts up to so many tokens go through the model, too.")

@@ -3,6 +3,7 @@
 from .disaggregated import Disaggregated, Switching
 from .draining import drained_first
 from .freeness import Freeness
+from .ledger import Credit, Ledger, Settlement
 from .llumnix import Llumnix
 from .policy import ClusterPolicy, Move, Reason
 from .scaling import Scaling
@@ -15,14 +16,17 @@ CLUSTER_POLICIES: dict[str, type[ClusterPolicy]] = {
 __all__ = [
     "CLUSTER_POLICIES",
     "ClusterPolicy",
+    "Credit",
     "Disaggregated",
     "Freeness",
     "LeastLoaded",
+    "Ledger",
     "Llumnix",
     "Move",
     "Reason",
     "RoundRobin",
     "Scaling",
+    "Settlement",
     "Switching",
     "drained_first",
 ]

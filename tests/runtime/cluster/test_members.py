@@ -1,10 +1,12 @@
 """Counts and maps of several engines, put together."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import msgspec
 import pytest
 from vkv import LLM, SamplingParams
+from vkv.allocator.transfer import MoveStats
 from vkv.runtime.cluster.decisions import Decisions
 from vkv.runtime.cluster.instances.instance_link import InstanceLink
 from vkv.runtime.cluster.members import Members
@@ -14,8 +16,9 @@ from vkv.runtime.cluster.stats import Member
 from vkv.runtime.engine.admission import Admission
 from vkv.runtime.engine.memory.memory_map import side_by_side
 from vkv.runtime.engine.migration.arbiter import Arbiter
-from vkv.runtime.engine.stats import together
+from vkv.runtime.engine.stats import SegmentStats, together
 from vkv.runtime.link.face import Face
+from vkv.runtime.link.messages import Pulse
 from vkv.runtime.request.spec import RequestSpec
 
 
@@ -108,6 +111,46 @@ _FACE = Face(
 class _NoLink:
     def close(self) -> None:
         """Nothing to hang up."""
+
+
+def _admission(longest: int) -> Admission:
+    return Admission(
+        vocab_size=9,
+        max_len=90_000,
+        limit_pages=1,
+        longest=longest,
+        why_not_longer="",
+        num_pages=lambda tokens: tokens,
+    )
+
+
+def test_what_the_others_hold_together_and_what_does_not_move() -> None:
+    arbiter = Arbiter()
+    members = Members(arbiter)
+    for id, longest in enumerate((2080, 2080, 4100)):
+        link: Any = _NoLink()
+        members.add(Member(id=id, role="both", pid=0), link)
+        members.meet(id, replace(_FACE, admission=_admission(longest)))
+    assert members.longest_without(2) == 2080  # nobody lends
+    for id in range(3):
+        members.note_longest(id, 9000)
+    assert members.longest_without(1) == 1024 + 3584  # half of its own, and a part less of others'
+    assert members.longest_without(2) == 1024 + 1536
+    members.of(0).is_draining = True
+    assert members.longest_without(2) == 2080
+    specs = _specs(2)
+    for spec in specs:
+        arbiter.add(spec, "1")
+    long = specs[1].request_id, 1
+    segments = SegmentStats(
+        num_requests=1, num_tokens=9, moved=MoveStats(), lent=MoveStats(), keys=(long,)
+    )
+    with LLM(device="cpu", max_seqs=2) as llm:
+        members.note(1, Pulse(replace(llm.loop.stats(), segments=segments)))
+    pictures = {
+        r.key: r for one in members.snapshot(num_dispatched=0).instances for r in one.requests
+    }
+    assert [key for key, one in pictures.items() if not one.is_migratable] == [long]
 
 
 def test_who_did_both_while_others_were_missing_remembers_its_role() -> None:
