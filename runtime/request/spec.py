@@ -37,7 +37,8 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
         variant: what the caller says that prefixes are shared within: a tenant's salt.
         adapter: what is computed with beside the model; None for the model alone.
         priority: the lower, the earlier, where requests are scheduled by priority.
-        tenant: whose service it counts as. It has no part in `variant`: tenants may share prefixes.
+        tenant: whose service it counts as. It has no part in `variant`: tenants may share prefixes,
+            but not what else is in memory (`owner`).
         seed: what chance goes by where `params.seed` is None; None for the engine to draw one.
             Whoever sets it can have the request go on elsewhere (`Continuation`) with the tokens it
             would have had.
@@ -65,3 +66,8 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
             adapter = self.adapter
             return f"{_MARK}A{adapter.digest}{_MARK}{adapter.name}{_MARK}{self.variant}"
         return f"{_MARK}N{self.variant}" if self.variant.startswith(_MARK) else self.variant
+
+    @property
+    def owner(self) -> str | tuple[str, str]:
+        """Whose memory it uses: what it leaves there is cleared for others (`SlotCache.open`)."""
+        return (self.tenant, self.kv_variant) if self.tenant else self.kv_variant

@@ -43,6 +43,7 @@ _OPERATIONS = {
 
 
 _VARIANTS = ["", "", "", "adapter"]
+_OWNERS = [None, None, "ann", "bob"]
 
 
 class Fuzz:
@@ -73,7 +74,7 @@ class Fuzz:
 
     def adopt(self) -> None:
         tokens = self.random.choice(self.stems)[: self.random.randint(0, MAX_LEN)]
-        self.model.adopt(tokens, self.random.choice(_VARIANTS))
+        self.model.adopt(tokens, self.random.choice(_VARIANTS), self.random.choice(_OWNERS))
 
     def park(self) -> None:
         if request := self._request():
@@ -85,7 +86,8 @@ class Fuzz:
 
     def fork(self) -> None:
         if request := self._request():
-            self.model.fork(request, self._up_to(len(request.tokens)))
+            owner = self.random.choice(_OWNERS)
+            self.model.fork(request, self._up_to(len(request.tokens)), owner)
 
     def reserve(self) -> None:
         if request := self._request():
@@ -96,7 +98,7 @@ class Fuzz:
             self.model.close(request)
 
     def open(self) -> None:
-        self.model.open(self.random.choice(_VARIANTS))
+        self.model.open(self.random.choice(_VARIANTS), self.random.choice(_OWNERS))
 
     def look_ahead(self) -> None:
         if request := self._request():
@@ -124,7 +126,7 @@ class Fuzz:
 
 def run(model: Model, seed: int, num_operations: int, *, failures: float = 0.0) -> None:
     fuzz = Fuzz(model, seed, failures=failures)
-    isolated = model.cache.pool.sanitize == "zero"
+    isolated = model.cache.pool.sanitize != "never"
     for number in range(num_operations):
         try:
             fuzz.step()
@@ -160,10 +162,12 @@ def test_contiguous_with_failing_calls(name):
         assert (driver.num_pages, driver.reserved_bytes) == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["tiles", "split"])
-def test_contiguous_and_isolated(name):
+@pytest.mark.parametrize(
+    ("name", "sanitize"), [("tiles", "zero"), ("split", "zero"), ("tiles", "tenants")]
+)
+def test_contiguous_and_isolated(name, sanitize):
     with FlakyHostDriver() as driver:
-        run(Model(make_cache(KIND[name], driver, sanitize="zero")), 3, 6000, failures=0.02)
+        run(Model(make_cache(KIND[name], driver, sanitize=sanitize)), 3, 6000, failures=0.02)
 
 
 def test_contiguous_with_few_mappings():
@@ -178,7 +182,9 @@ def test_contiguous_on_the_standin(cuda_standin, name):
         assert (driver.num_pages, driver.reserved_bytes) == (0, 0)
 
 
-@pytest.mark.parametrize(("sanitize", "num_operations"), [("never", 20_000), ("zero", 6000)])
+@pytest.mark.parametrize(
+    ("sanitize", "num_operations"), [("never", 20_000), ("zero", 6000), ("tenants", 6000)]
+)
 def test_paged(sanitize, num_operations):
     run(Model(make_paged(sanitize=sanitize)), 6, num_operations)
 
