@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from ...allocator import MemoryLimit
 from ...vmem.errors import BadAdapter, OutOfPages, UnknownAdapter, UsageError, VkvError
 from ..request.spec import AdapterKey
-from .lora_file import LoraFile
+from .lora_file import Digests, LoraFile
 from .memory import AdapterMemory
 from .sites import Sites
 from .steps import AdapterStep, Products, Table
@@ -82,12 +83,19 @@ class Adapters:
         self._model = model
         self._dtype = dtype
         self._memory = AdapterMemory(limit, products, dtype)
+        self._digests = Digests()
         self._sites: Sites | None = None  # None until an adapter was loaded
         self._names: dict[str, AdapterKey] = {}
         self._known: dict[AdapterKey, _Adapter] = {}
         self.num_installs = 0
 
     # -- by name -----------------------------------------------------------------------------
+
+    def prepare(self, path: str | Path) -> None:
+        """Read a folder that is about to be loaded, so that `load` need not: from any thread, while
+        steps run. What is wrong with it `load` says."""
+        with suppress(BadAdapter, ValueError):
+            self._digests.of(Path(path))
 
     def load(self, name: str, path: str | Path) -> AdapterKey:
         """Have requests use the adapter in a folder by `name`; its weights come later.
@@ -103,7 +111,7 @@ class Adapters:
                 "save_pretrained writes it"
             )
         sites = self._sites = self._sites or Sites(self._model, self._dtype)
-        file = LoraFile(folder, sites, self.products.most_rank)
+        file = LoraFile(folder, sites, self.products.most_rank, self._digests)
         key = AdapterKey(name, file.digest)
         if self._names.get(name, key) != key:
             raise UsageError(
@@ -229,7 +237,8 @@ class Adapters:
         self._sites = Sites(self._model, self._dtype)
         for adapter in self._known.values():
             try:
-                file = LoraFile(adapter.file.folder, self._sites, self.products.most_rank)
+                folder, most_rank = adapter.file.folder, self.products.most_rank
+                file = LoraFile(folder, self._sites, most_rank, self._digests)
                 if file.digest != adapter.key.digest:
                     raise BadAdapter(
                         f"{file.folder} has changed since it was loaded; unload the adapter, and "
