@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class AdapterStats:
         path: the folder that it is read from.
         num_bytes: what its weights take while they are in memory.
         is_here: whether they are.
+        load_s: that reading them took, the last time; 0 before.
         num_requests: unfinished ones that use it.
         is_leaving: it was unloaded, and stays until those have ended.
     """
@@ -43,6 +45,12 @@ class AdapterStats:
     is_here: bool
     num_requests: int
     is_leaving: bool
+    load_s: float = 0.0
+
+    @property
+    def key(self) -> AdapterKey:
+        """What it is called by."""
+        return AdapterKey(self.name, self.digest)
 
 
 class _Adapter:
@@ -53,6 +61,7 @@ class _Adapter:
         self.file = file
         self.num_requests = 0
         self.is_leaving = False
+        self.load_s = 0.0
         self.problem: VkvError | None = None  # why it does not fit the model any more
 
 
@@ -203,7 +212,12 @@ class Adapters:
         if adapter.problem is not None:
             raise adapter.problem
         assert self._sites is not None, "something was loaded"
+        if key in self._memory:
+            self._memory.bring(key, adapter.file, len(self._sites))
+            return
+        begin_s = time.perf_counter()
         self._memory.bring(key, adapter.file, len(self._sites))
+        adapter.load_s = time.perf_counter() - begin_s
 
     def step(
         self, num_rows: int, num_kept: int | None = None, *, is_recorded: bool = False
@@ -261,6 +275,7 @@ class Adapters:
                 is_here=one.key in self._memory,
                 num_requests=one.num_requests,
                 is_leaving=one.is_leaving,
+                load_s=one.load_s,
             )
             for one in self._known.values()
         )

@@ -22,6 +22,11 @@ class AdapterKey(msgspec.Struct, frozen=True):
     name: str
     digest: str
 
+    @property
+    def resident(self) -> str:
+        """What it is called among all that instances of a cluster have in memory."""
+        return f"adapter {self.digest} {self.name}"
+
 
 _MARK = "\x1f"  # of variants that are no caller's text
 

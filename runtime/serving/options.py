@@ -38,8 +38,8 @@ class ServeOptions:
         max_instances: with more than `instances`, as many are started as are needed, and ended when
             they are not; with the policy llumnix alone.
         roles: what each instance is for: prefill, decode or both, with commas.
-        cluster_policy: round_robin, least_loaded, llumnix or disaggregated; by default llumnix, or
-            where there are roles disaggregated.
+        cluster_policy: round_robin, least_loaded, least_time, llumnix or disaggregated; by default
+            llumnix, or where there are roles disaggregated.
         ray_address: of a Ray cluster to join, auto for the one that this machine is a node of; its
             nodes share the instances out. By default one is started, on this machine alone.
         max_num_queued_reqs: requests that may wait for a place beside those that run; more get 503.

@@ -3,13 +3,14 @@
 from .disaggregated import Disaggregated, Switching
 from .draining import drained_first
 from .freeness import Freeness
+from .least_time import LeastTime, Way
 from .llumnix import Llumnix
 from .policy import ClusterPolicy, Move, Reason
 from .scaling import Scaling
 from .simple import LeastLoaded, RoundRobin
 
 CLUSTER_POLICIES: dict[str, type[ClusterPolicy]] = {
-    policy.name: policy for policy in (RoundRobin, LeastLoaded, Llumnix, Disaggregated)
+    policy.name: policy for policy in (RoundRobin, LeastLoaded, LeastTime, Llumnix, Disaggregated)
 }
 
 __all__ = [
@@ -18,11 +19,13 @@ __all__ = [
     "Disaggregated",
     "Freeness",
     "LeastLoaded",
+    "LeastTime",
     "Llumnix",
     "Move",
     "Reason",
     "RoundRobin",
     "Scaling",
     "Switching",
+    "Way",
     "drained_first",
 ]

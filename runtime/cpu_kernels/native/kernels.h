@@ -152,6 +152,8 @@ struct vkv_lora {
     vkv_parallel parallel;
 };
 int64_t vkv_lora(const struct vkv_lora *args);
+void vkv_lora_rows_avx512(const struct vkv_lora *args, const struct vkv_lora_entry *entry,
+                          const int32_t *rows, int count); /* bfloat16, with AVX512-BF16 */
 
 /* A call of a kernel, of this library or another, that returns 0 when it is done, or the bytes of
  * workspace that it lacks. */

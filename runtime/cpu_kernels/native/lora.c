@@ -1,9 +1,10 @@
 /* What adapters add to a linear: out[r] += scale (x[r] downᵀ) up, for rows of several adapters.
  *
  * Rows of one adapter are taken four at a time, so that its weights are read once for four; those
- * that are left over one at a time. Both
- * sums of a row have one order, whatever other rows there are. Written with the compiler's vectors
- * of 16 floats, which it makes two or four of where registers are shorter.
+ * that are left over one at a time. Both sums of a row have one order, whatever other rows there
+ * are. Written with the compiler's vectors of 16 floats, which it makes two or four of where
+ * registers are shorter; there are fewer sums at a time then, so that each has a register. For
+ * bfloat16 with AVX512-BF16 there is `lora_avx512.c`.
  */
 #include "kernels.h"
 #include "rows.h"
@@ -80,22 +81,22 @@ INLINE void put(const struct vkv_lora *a, int64_t at, const float *sums, int cou
     }
 }
 
-INLINE void expand(const int rows, const int is_bf16, const struct vkv_lora *a, const void *up,
-                   int rank, const int32_t *at, float (*low)[MOST_RANK]) {
-    const int64_t width = a->out_features, step = VECTORS * LANES;
+INLINE void expand(const int rows, const int vectors, const int is_bf16, const struct vkv_lora *a,
+                   const void *up, int rank, const int32_t *at, float (*low)[MOST_RANK]) {
+    const int64_t width = a->out_features, step = vectors * LANES;
     int64_t column = 0;
     for (; column + step <= width; column += step) {
         vec acc[ROWS][VECTORS];
-        FOR(r, rows) FOR(v, VECTORS) acc[r][v] = (vec){0};
+        FOR(r, rows) FOR(v, vectors) acc[r][v] = (vec){0};
         for (int j = 0; j < rank; j++) {
             vec weight[VECTORS];
-            FOR(v, VECTORS) LOAD(weight[v], is_bf16, up, j * width + column + v * LANES);
-            FOR(r, rows) FOR(v, VECTORS) acc[r][v] += weight[v] * low[r][j];
+            FOR(v, vectors) LOAD(weight[v], is_bf16, up, j * width + column + v * LANES);
+            FOR(r, rows) FOR(v, vectors) acc[r][v] += weight[v] * low[r][j];
         }
         float sums[ROWS][VECTORS * LANES];
-        FOR(r, rows) FOR(v, VECTORS) *(vec *)(sums[r] + v * LANES) = acc[r][v];
+        FOR(r, rows) FOR(v, vectors) *(vec *)(sums[r] + v * LANES) = acc[r][v];
         for (int r = 0; r < rows; r++)
-            put(a, at[r] * a->out_stride + column, sums[r], VECTORS * LANES);
+            put(a, at[r] * a->out_stride + column, sums[r], vectors * LANES);
     }
     if (column == width) return;
     const int left = (int)(width - column);
@@ -108,9 +109,10 @@ INLINE void expand(const int rows, const int is_bf16, const struct vkv_lora *a, 
     }
 }
 
-/* Rows `at` of one adapter. */
-INLINE void some_rows(const int rows, const int is_bf16, const struct vkv_lora *a,
-                      const struct vkv_lora_entry *entry, const int32_t *at) {
+/* Rows `at` of one adapter; with `is_wide` there are registers for 16 sums of 16 floats. */
+INLINE void some_rows(const int rows, const int is_wide, const int is_bf16,
+                      const struct vkv_lora *a, const struct vkv_lora_entry *entry,
+                      const int32_t *at) {
     float x[ROWS][CHUNK], low[ROWS][MOST_RANK];
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < entry->rank; j++) low[r][j] = 0;
@@ -120,42 +122,64 @@ INLINE void some_rows(const int rows, const int is_bf16, const struct vkv_lora *
             take(a->inputs, at[r] * a->input_stride + first, count, a->dtype, x[r]);
         const void *down = (const char *)entry->down + (is_bf16 ? 2 : 4) * first;
         int j = 0;
-        for (; j + RANKS <= entry->rank; j += RANKS)
+        for (; is_wide && j + RANKS <= entry->rank; j += RANKS)
             shrink(rows, RANKS, is_bf16, x, down, a->in_features, count, low, j);
         for (; j < entry->rank; j++)
             shrink(rows, 1, is_bf16, x, down, a->in_features, count, low, j);
     }
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < entry->rank; j++) low[r][j] *= entry->scale;
-    expand(rows, is_bf16, a, entry->up, entry->rank, at, low);
+    expand(rows, is_wide ? VECTORS : 1, is_bf16, a, entry->up, entry->rank, at, low);
 }
 
-INLINE void lora_tiles(const void *data, int64_t first, int64_t last) {
+INLINE void rows_of(const int is_wide, const int is_bf16, const struct vkv_lora *a,
+                    const struct vkv_lora_entry *entry, const int32_t *at, int count) {
+    for (; count >= ROWS; count -= ROWS, at += ROWS) some_rows(ROWS, is_wide, is_bf16, a, entry, at);
+    for (; count; count--, at++) some_rows(1, is_wide, is_bf16, a, entry, at);
+}
+
+INLINE void tiles(const int is_wide, const int has_dots, const void *data, int64_t first,
+                  int64_t last) {
     const struct vkv_lora *a = data;
     for (int64_t t = first; t < last; t++) {
         const struct vkv_lora_tile *tile = a->plan->tiles + t;
         const int32_t *rows = a->plan->rows + tile->first;
         const struct vkv_lora_entry *entry = tile->adapter ? tile->adapter + a->site : NULL;
-        if (entry && entry->rank)
-            for (int done = 0; done < tile->count;) {
-                const int is_bf16 = a->dtype == VKV_BFLOAT16, four = tile->count - done >= ROWS;
-                if (four && is_bf16) some_rows(ROWS, 1, a, entry, rows + done);
-                else if (four) some_rows(ROWS, 0, a, entry, rows + done);
-                else if (is_bf16) some_rows(1, 1, a, entry, rows + done);
-                else some_rows(1, 0, a, entry, rows + done);
-                done += four ? ROWS : 1;
-            }
-        else if (a->sets)
+        if (entry && entry->rank) {
+            if (has_dots) vkv_lora_rows_avx512(a, entry, rows, tile->count);
+            else if (a->dtype == VKV_BFLOAT16) rows_of(is_wide, 1, a, entry, rows, tile->count);
+            else rows_of(is_wide, 0, a, entry, rows, tile->count);
+        } else if (a->sets) {
             for (int r = 0; r < tile->count; r++)
                 memset((float *)a->out + rows[r] * a->out_stride, 0, 4 * (size_t)a->out_features);
+        }
     }
 }
 
-VERSIONS(lora_tiles)
+INLINE void narrow(const void *data, int64_t first, int64_t last) { tiles(0, 0, data, first, last); }
+
+VERSION(narrow, plain, )
+#if defined(__x86_64__)
+INLINE void wide(const void *data, int64_t first, int64_t last) { tiles(1, 0, data, first, last); }
+INLINE void dots(const void *data, int64_t first, int64_t last) { tiles(0, 1, data, first, last); }
+VERSION(wide, avx512, __attribute__((target("avx512f"))))
+VERSION(narrow, avx2, __attribute__((target("avx2,fma"))))
+VERSION(dots, plain, )
+
+static rows_kernel best(int32_t dtype) {
+    __builtin_cpu_init();
+    if (dtype == VKV_BFLOAT16 && vkv_has_panel(VKV_PANEL_AVX512, dtype)) return dots_plain;
+    if (__builtin_cpu_supports("avx512f")) return wide_avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return narrow_avx2;
+    return narrow_plain;
+}
+#else
+static rows_kernel best(int32_t dtype) { return (void)dtype, narrow_plain; }
+#endif
 
 int64_t vkv_lora(const struct vkv_lora *args) {
     const int64_t elements = 16 * ((int64_t)args->in_features + args->out_features);
-    run(best_lora_tiles(), args, args->plan->num_tiles, elements, args->num_threads,
+    run(best(args->dtype), args, args->plan->num_tiles, elements, args->num_threads,
         args->parallel);
     return 0;
 }
