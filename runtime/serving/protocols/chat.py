@@ -164,7 +164,7 @@ class ChatJob:
             asked.messages,
             params,
             self._options(),
-            asked.cache_salt or "",
+            self.server.salt(standing.tenant, asked.cache_salt),
             standing,
             self.server.adapter(asked.model),
         )

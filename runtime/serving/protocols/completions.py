@@ -116,7 +116,8 @@ class CompletionJob:
             prompt_logprobs=asked.logprobs if asked.echo else asked.prompt_logprobs,
             structured_outputs=structure or None,
         )
-        given: dict[str, Any] = {"cache_salt": asked.cache_salt}
+        salt = self.server.salt(self.standing.tenant, asked.cache_salt)
+        given: dict[str, Any] = {"cache_salt": salt or None}
         if isinstance(prompt, str) and asked.add_special_tokens is False and front_end.tokenizer:
             given["prompt_token_ids"] = encode(
                 front_end.tokenizer, prompt, what="the prompt", add_special_tokens=False
