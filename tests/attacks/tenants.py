@@ -2,6 +2,7 @@
 could see what is another's.
 
     python tests/attacks/tenants.py [--count 4000]
+    python tests/attacks/tenants.py --cost    # what it takes to clear memory between them
 
 By salts, adapters and names, and by every way that keys and values take: prefixes, donors, parked
 slots, host memory, files, preemption, guesses, the paged baseline. Some minutes.
@@ -9,6 +10,7 @@ slots, host memory, files, preemption, guesses, the paged baseline. Some minutes
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -18,7 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import tenants
+import torch
 import zoo
+from transformers import LlamaConfig, LlamaForCausalLM
 from vkv import LLM
 from vkv.allocator.transfer import kv_dir
 
@@ -43,7 +47,12 @@ _CASES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=4000, help="requests in all")
-    count = parser.parse_args().count // len(_CASES)
+    parser.add_argument("--cost", action="store_true", help="measure clearing instead")
+    asked = parser.parse_args()
+    if asked.cost:
+        measure()
+        return
+    count = asked.count // len(_CASES)
     kv_dir._LEAST_TOKENS = 20
     with tempfile.TemporaryDirectory() as home:
         adapters = tenants.save_adapters(Path(home))
@@ -61,6 +70,42 @@ def main() -> None:
                 f"{label}: {found.num_requests} requests alike, {found.num_found} prompt tokens "
                 f"found, nobody else's, {time.perf_counter() - start:.0f} s\n"
             )
+
+
+def measure() -> None:
+    """Prompts that map and take over most of their memory, of one tenant and of as many as there
+    are prompts, with and without clearing: in turns, medians over `never`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        max_position_embeddings=1024,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    prompts = zoo.random_prompts([256] * 24, seed=3)
+    times: dict[tuple[str, str], list[float]] = {}
+    for _ in range(5):
+        for sanitize in ("never", "tenants", "zero"):
+            options: dict[str, Any] = {"kv_memory": "96MiB", "max_seqs": 4, "max_len": 512}
+            with LLM(model, device="cpu", sanitize=sanitize, **options) as llm:
+                for label, num_tenants in (("one tenant", 1), ("each its own", 24)):
+                    salted: list[Any] = [
+                        {"prompt_token_ids": one, "cache_salt": f"s{number % num_tenants}"}
+                        for number, one in enumerate(prompts)
+                    ]
+                    llm.generate(salted[:8], zoo.greedy(1), progress=False)
+                    start = time.process_time()
+                    llm.generate(salted, zoo.greedy(4), progress=False)
+                    times.setdefault((label, sanitize), []).append(time.process_time() - start)
+    for (label, sanitize), found in times.items():
+        ratio = statistics.median(found) / statistics.median(times[label, "never"])
+        sys.stdout.write(
+            f"{label}, {sanitize}: {min(found):.3f} s at least, {ratio:.3f} of never\n"
+        )
 
 
 if __name__ == "__main__":
