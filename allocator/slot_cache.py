@@ -85,22 +85,15 @@ class SlotCache(KernelView):
     # -- slots -----------------------------------------------------------------------------
 
     def open(self, owner: Owner = "") -> Slot:
-        """A slot without pages. Raises OutOfSlots if every slot is a live request's.
-
-        With `sanitize="tenants"` it will show zeros where others than `owner` left something.
-        """
+        """A slot without pages, to show nothing that others than `owner` left, if the pool clears
+        memory between tenants. Raises OutOfSlots if every slot is a live request's."""
         with self._working:
             if not self._finalizer.alive:
                 raise InvalidOperation("the cache has been shut down; create another")
             return self._table.open(owner)
 
     def adopt(
-        self,
-        tokens: Sequence[int],
-        variant: str = "",
-        *,
-        owner: Owner | None = None,
-        recycle: bool = True,
+        self, tokens: Sequence[int], variant: str = "", *, owner: Owner = None, recycle: bool = True
     ) -> tuple[Slot, int]:
         """A slot for a request that begins with `tokens`, and how many it already holds.
 
@@ -195,7 +188,7 @@ class SlotCache(KernelView):
             slot.promised_tokens = num_tokens
             self._backing.shrink(slot, num_tokens, self._geometry.pages_per_range(num_tokens))
 
-    def fork(self, slot: Slot, num_tokens: int, owner: Owner | None = None) -> Slot:
+    def fork(self, slot: Slot, num_tokens: int, owner: Owner = None) -> Slot:
         """A new slot that starts with the first `num_tokens` tokens of `slot`.
 
         Pages that hold nothing else are shared, the rest of the last ones is copied. `owner` is as

@@ -11,7 +11,7 @@ from ..engine.migration.ownership import Owned
 from ..engine.stats import EngineStats
 from ..link.face import Face
 from ..link.messages import Pulse
-from ..request.spec import RequestSpec
+from ..request.spec import AdapterKey, RequestSpec
 from .instances.instance_link import InstanceLink
 from .snapshot import (
     ClusterSnapshot,
@@ -148,7 +148,7 @@ class Members:
             for one in member.stats.adapters
             if one.key == key
         )
-        return {key.resident: next(sizes, 1)}
+        return {resident_name(key): next(sizes, 1)}
 
     def _costs(self) -> Costs:
         """Of what instances have done so far."""
@@ -228,4 +228,9 @@ def _residents(stats: EngineStats | None, sequences: Sequence[Owned]) -> frozens
     """What is in an instance's memory beside the model, or comes there for its requests."""
     here = [] if stats is None else [one.key for one in stats.adapters if one.is_here]
     used = [s.spec.adapter for s in sequences if s.spec.adapter is not None]
-    return frozenset(key.resident for key in (*here, *used))
+    return frozenset(map(resident_name, (*here, *used)))
+
+
+def resident_name(adapter: AdapterKey) -> str:
+    """What it is called among all that an instance has in memory."""
+    return f"adapter {adapter.digest} {adapter.name}"

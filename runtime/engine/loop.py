@@ -172,10 +172,6 @@ class EngineLoop:
         self._publish()
         return num_bytes
 
-    def prepare_adapter(self, path: str) -> None:
-        """As `Adapters.prepare`, from any thread."""
-        self.engine.check_adapters().prepare(path)
-
     def load_adapter(self, name: str, path: str) -> None:
         """As `Adapters.load`. Raises InvalidOperation while asleep."""
         self._sleep.check_awake()

@@ -279,9 +279,8 @@ class EngineServer:
     def _take(self, front: _Front, message: ToEngine) -> None:
         if isinstance(message, Ask):
             if message.question == "load_adapter":  # its folder is read first, beside the loop
-                _, path = message.about
-                work = functools.partial(self._loop.prepare_adapter, path)
-                self._preparing.do(work, functools.partial(self._do, front, message))
+                act = functools.partial(self._do, front, message)
+                self._preparing.do(lambda: self._read_adapter(*message.about), act)
             else:
                 self._do(front, message)
             return
@@ -303,6 +302,9 @@ class EngineServer:
             self._deliver(_aborted(add))
             return
         self._loop.post(message)
+
+    def _read_adapter(self, name: str, path: str) -> None:
+        self._loop.engine.check_adapters().prepare(path)
 
     def _do(self, front: _Front, ask: Ask) -> None:
         if front not in self._all_fronts:  # it has gone meanwhile

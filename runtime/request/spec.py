@@ -22,11 +22,6 @@ class AdapterKey(msgspec.Struct, frozen=True):
     name: str
     digest: str
 
-    @property
-    def resident(self) -> str:
-        """What it is called among all that instances of a cluster have in memory."""
-        return f"adapter {self.digest} {self.name}"
-
 
 _MARK = "\x1f"  # of variants that are no caller's text
 
@@ -42,8 +37,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
         variant: what the caller says that prefixes are shared within: a tenant's salt.
         adapter: what is computed with beside the model; None for the model alone.
         priority: the lower, the earlier, where requests are scheduled by priority.
-        tenant: whose service it counts as. It has no part in `variant`: tenants may share prefixes,
-            but not what else is in memory (`owner`).
+        tenant: whose service it counts as. It has no part in `variant`: tenants may share prefixes.
         seed: what chance goes by where `params.seed` is None; None for the engine to draw one.
             Whoever sets it can have the request go on elsewhere (`Continuation`) with the tokens it
             would have had.

@@ -126,6 +126,7 @@ int64_t vkv_draw(const struct vkv_draw *args);
 
 /* What adapters add to the results of a linear, some rows for each of several adapters. */
 enum { VKV_LORA_MOST_RANK = 512 };
+enum { VKV_LORA_PLAIN, VKV_LORA_AVX2, VKV_LORA_AVX512, VKV_LORA_AVX512_BF16 };
 struct vkv_lora_entry { /* of one adapter, at one place in the model */
     const void *down; /* [rank, in_features], of the inputs' dtype */
     const void *up;   /* [rank, out_features] */
@@ -148,6 +149,7 @@ struct vkv_lora {
     int64_t input_stride, out_stride;
     int32_t site, in_features, out_features, dtype;
     int32_t sets; /* rows become the addends, zeros where there are none; or these are added */
+    int32_t most; /* the last of VKV_LORA_… that may be taken, if the processor has it */
     int32_t num_threads;
     vkv_parallel parallel;
 };

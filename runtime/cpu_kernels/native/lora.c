@@ -166,20 +166,24 @@ VERSION(wide, avx512, __attribute__((target("avx512f"))))
 VERSION(narrow, avx2, __attribute__((target("avx2,fma"))))
 VERSION(dots, plain, )
 
-static rows_kernel best(int32_t dtype) {
+static rows_kernel best(int32_t dtype, int32_t most) {
     __builtin_cpu_init();
-    if (dtype == VKV_BFLOAT16 && vkv_has_panel(VKV_PANEL_AVX512, dtype)) return dots_plain;
-    if (__builtin_cpu_supports("avx512f")) return wide_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return narrow_avx2;
+    const int is_bf16 = dtype == VKV_BFLOAT16 && vkv_has_panel(VKV_PANEL_AVX512, dtype);
+    if (most >= VKV_LORA_AVX512_BF16 && is_bf16) return dots_plain;
+    if (most >= VKV_LORA_AVX512 && __builtin_cpu_supports("avx512f")) return wide_avx512;
+    if (most >= VKV_LORA_AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return narrow_avx2;
     return narrow_plain;
 }
 #else
-static rows_kernel best(int32_t dtype) { return (void)dtype, narrow_plain; }
+static rows_kernel best(int32_t dtype, int32_t most) {
+    return (void)dtype, (void)most, narrow_plain;
+}
 #endif
 
 int64_t vkv_lora(const struct vkv_lora *args) {
     const int64_t elements = 16 * ((int64_t)args->in_features + args->out_features);
-    run(best(args->dtype), args, args->plan->num_tiles, elements, args->num_threads,
+    run(best(args->dtype, args->most), args, args->plan->num_tiles, elements, args->num_threads,
         args->parallel);
     return 0;
 }

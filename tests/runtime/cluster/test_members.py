@@ -10,7 +10,7 @@ import zoo
 from vkv import LLM, SamplingParams
 from vkv.runtime.cluster.decisions import Decisions
 from vkv.runtime.cluster.instances.instance_link import InstanceLink
-from vkv.runtime.cluster.members import Members
+from vkv.runtime.cluster.members import Members, resident_name
 from vkv.runtime.cluster.policies import CLUSTER_POLICIES, Disaggregated
 from vkv.runtime.cluster.snapshot import InstanceSnapshot, Role
 from vkv.runtime.cluster.stats import Member
@@ -154,10 +154,11 @@ def test_requests_go_where_their_adapter_is_or_comes(tmp_path: Path) -> None:
         llm.generate([[1, 2, 3]], zoo.greedy(2), adapter="b")
         after = llm.stats()
     a, b = (one.key for one in after.adapters)
+    names = {key: resident_name(key) for key in (a, b)}
     members.note(0, Pulse(before))
     members.note(1, Pulse(after))
     first, second = members.snapshot(num_dispatched=0).instances
-    assert (first.residents, second.residents) == (set(), {b.resident})
+    assert (first.residents, second.residents) == (set(), {names[b]})
     costs = members.snapshot(num_dispatched=0).costs
     assert costs.tokens_per_s > 0
     assert costs.load_bytes_per_s > 0
@@ -167,11 +168,11 @@ def test_requests_go_where_their_adapter_is_or_comes(tmp_path: Path) -> None:
         spec = RequestSpec(
             request_id=str(number), prompt_token_ids=[1], params=params, adapter=adapter
         )
-        assert members.needs(spec) == {adapter.resident: before.adapters[0].num_bytes}
+        assert members.needs(spec) == {names[adapter]: before.adapters[0].num_bytes}
         decisions.held.append(spec)
     decisions.dispatch(lambda request_id: True)
     owners = {s.spec.request_id: s.owner for s in arbiter.unfinished}
     assert owners == {"0": "1", "1": "0", "2": "1", "3": "0"}
     members.changed()
     first, second = members.snapshot(num_dispatched=4).instances
-    assert (first.residents, second.residents) == ({a.resident}, {b.resident})
+    assert (first.residents, second.residents) == ({names[a]}, {names[b]})
