@@ -61,8 +61,8 @@ INLINE void shrink(const int rows, const int ranks, const int is_bf16, float (*x
     for (int r = 0; r < rows; r++)
         for (int k = 0; k < ranks; k++) {
             float sum = total(&lanes[r][k]);
-            for (int at = i; at < count; at++)
-                sum += x[r][at] * one(is_bf16, down, (j + k) * stride + at);
+            for (int at = i; at < count; at++) /* as one operation, or compilers choose */
+                sum = __builtin_fmaf(x[r][at], one(is_bf16, down, (j + k) * stride + at), sum);
             sums[r][j + k] += sum;
         }
 }
@@ -104,7 +104,7 @@ INLINE void expand(const int rows, const int vectors, const int is_bf16, const s
         float sums[VECTORS * LANES] = {0};
         for (int j = 0; j < rank; j++)
             for (int i = 0; i < left; i++)
-                sums[i] += one(is_bf16, up, j * width + column + i) * low[r][j];
+                sums[i] = __builtin_fmaf(one(is_bf16, up, j * width + column + i), low[r][j], sums[i]);
         put(a, at[r] * a->out_stride + column, sums, left);
     }
 }
