@@ -194,7 +194,13 @@ def test_snapshots_are_data() -> None:
 
 
 def test_policies_go_by_name() -> None:
-    assert set(CLUSTER_POLICIES) == {"round_robin", "least_loaded", "llumnix", "disaggregated"}
+    assert set(CLUSTER_POLICIES) == {
+        "round_robin",
+        "least_loaded",
+        "least_time",
+        "llumnix",
+        "disaggregated",
+    }
     assert all(CLUSTER_POLICIES[name]().name == name for name in CLUSTER_POLICIES)
 
 
