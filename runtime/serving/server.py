@@ -172,18 +172,6 @@ class Server:
         key: int | None = request.state.key
         return "" if key is None else self.options.tenants[key]
 
-    def salt(self, tenant: str, asked: str | None) -> str:
-        """What a request's keys and values are found within: its own salt, and where there are
-        several tenants, its tenant. No two pairs have the same."""
-        if not self.options.has_tenants or self.options.tenants_share_prefixes:
-            return asked or ""
-        return f"{len(tenant)} {tenant} {asked or ''}"
-
-    def check_may_change(self, what: str) -> None:
-        """Raises ApiError 403 where one tenant would change what others use."""
-        if self.options.has_tenants:
-            raise ApiError(403, f"several tenants share this server, and {what}", "not_allowed")
-
     def params(self, base: SamplingParams, fields: Sampling, **more: object) -> SamplingParams:
         """What a request asks over what the model's authors say. Raises InvalidSamplingParams."""
         if (fields.n or 1) > self.options.max_n:

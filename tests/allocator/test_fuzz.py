@@ -43,7 +43,6 @@ _OPERATIONS = {
 
 
 _VARIANTS = ["", "", "", "adapter"]
-_OWNERS = [None, None, "ann", "bob"]
 
 
 class Fuzz:
@@ -74,7 +73,7 @@ class Fuzz:
 
     def adopt(self) -> None:
         tokens = self.random.choice(self.stems)[: self.random.randint(0, MAX_LEN)]
-        self.model.adopt(tokens, self.random.choice(_VARIANTS), self.random.choice(_OWNERS))
+        self.model.adopt(tokens, self.random.choice(_VARIANTS), self._owner())
 
     def park(self) -> None:
         if request := self._request():
@@ -86,8 +85,7 @@ class Fuzz:
 
     def fork(self) -> None:
         if request := self._request():
-            owner = self.random.choice(_OWNERS)
-            self.model.fork(request, self._up_to(len(request.tokens)), owner)
+            self.model.fork(request, self._up_to(len(request.tokens)), self._owner())
 
     def reserve(self) -> None:
         if request := self._request():
@@ -98,7 +96,7 @@ class Fuzz:
             self.model.close(request)
 
     def open(self) -> None:
-        self.model.open(self.random.choice(_VARIANTS), self.random.choice(_OWNERS))
+        self.model.open(self.random.choice(_VARIANTS), self._owner())
 
     def look_ahead(self) -> None:
         if request := self._request():
@@ -115,6 +113,10 @@ class Fuzz:
         if self.saved:
             saved = self.random.choice(self.saved)
             self.model.attach(saved, self._up_to(len(saved.tokens)))
+
+    def _owner(self) -> str | None:
+        by_owner = self.model.cache.pool.sanitize == "tenants"
+        return self.random.choice(["ann", "bob", None, None]) if by_owner else None
 
     def _request(self):
         return self.random.choice(self.model.live) if self.model.live else None

@@ -2,9 +2,8 @@
  *
  * Rows of one adapter are taken four at a time, so that its weights are read once for four; those
  * that are left over one at a time. Both sums of a row have one order, whatever other rows there
- * are. Written with the compiler's vectors of 16 floats, which it makes two or four of where
- * registers are shorter; there are fewer sums at a time then, so that each has a register. For
- * bfloat16 with AVX512-BF16 there is `lora_avx512.c`.
+ * are. Written with the compiler's vectors (`lora_rows.h`), as many sums at a time as have a
+ * register each. For bfloat16 with AVX512-BF16 there is `lora_avx512.c`.
  */
 #include "kernels.h"
 #include "rows.h"
@@ -12,20 +11,7 @@
 
 #include <stddef.h>
 
-enum { ROWS = 4, RANKS = 4, VECTORS = 4, LANES = 16, CHUNK = 512, MOST_RANK = VKV_LORA_MOST_RANK };
-
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
-
-#define LOAD(goal, is_bf16, from, at)                                                          \
-    do {                                                                                       \
-        if (is_bf16)                                                                           \
-            goal = (vec)(__builtin_convertvector(*(const halves *)((const uint16_t *)(from) + (at)), \
-                                                 words) << 16);                                \
-        else                                                                                   \
-            goal = *(const vec *)((const float *)(from) + (at));                               \
-    } while (0)
+enum { ROWS = 4, CHUNK = 512, MOST_RANK = VKV_LORA_MOST_RANK, MOST_COLUMNS = 64 };
 
 /* Unrolled, so that every sum has a register: none may be reached by an address. */
 #define FOR(i, count) _Pragma("GCC unroll 4") for (int i = 0; i < count; i++)
@@ -34,41 +20,8 @@ INLINE float one(const int is_bf16, const void *from, int64_t at) {
     return is_bf16 ? from_bf16(((const uint16_t *)from)[at]) : ((const float *)from)[at];
 }
 
-INLINE float total(const vec *lanes) {
-    float sums[LANES];
-    memcpy(sums, lanes, sizeof sums);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) sums[i] += sums[i + width];
-    return sums[0];
-}
-
-/* Adds to sums[r][j] the products of `count` inputs of some rows with `ranks` rows of `down`. */
-INLINE void shrink(const int rows, const int ranks, const int is_bf16, float (*x)[CHUNK],
-                   const void *down, int64_t stride, int count, float (*sums)[MOST_RANK], int j) {
-    vec acc[ROWS][RANKS];
-    FOR(r, rows) FOR(k, ranks) acc[r][k] = (vec){0};
-    int i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        vec weight[RANKS];
-        FOR(k, ranks) LOAD(weight[k], is_bf16, down, (j + k) * stride + i);
-        FOR(r, rows) {
-            const vec input = *(const vec *)(x[r] + i);
-            FOR(k, ranks) acc[r][k] += input * weight[k];
-        }
-    }
-    vec lanes[ROWS][RANKS];
-    FOR(r, rows) FOR(k, ranks) lanes[r][k] = acc[r][k];
-    for (int r = 0; r < rows; r++)
-        for (int k = 0; k < ranks; k++) {
-            float sum = total(&lanes[r][k]);
-            for (int at = i; at < count; at++) /* as one operation, or compilers choose */
-                sum = __builtin_fmaf(x[r][at], one(is_bf16, down, (j + k) * stride + at), sum);
-            sums[r][j + k] += sum;
-        }
-}
-
 INLINE void put(const struct vkv_lora *a, int64_t at, const float *sums, int count) {
-    float old[VECTORS * LANES];
+    float old[MOST_COLUMNS];
     if (a->sets) {
         memcpy((float *)a->out + at, sums, 4 * (size_t)count);
     } else if (a->dtype == VKV_BFLOAT16) {
@@ -81,62 +34,21 @@ INLINE void put(const struct vkv_lora *a, int64_t at, const float *sums, int cou
     }
 }
 
-INLINE void expand(const int rows, const int vectors, const int is_bf16, const struct vkv_lora *a,
-                   const void *up, int rank, const int32_t *at, float (*low)[MOST_RANK]) {
-    const int64_t width = a->out_features, step = vectors * LANES;
-    int64_t column = 0;
-    for (; column + step <= width; column += step) {
-        vec acc[ROWS][VECTORS];
-        FOR(r, rows) FOR(v, vectors) acc[r][v] = (vec){0};
-        for (int j = 0; j < rank; j++) {
-            vec weight[VECTORS];
-            FOR(v, vectors) LOAD(weight[v], is_bf16, up, j * width + column + v * LANES);
-            FOR(r, rows) FOR(v, vectors) acc[r][v] += weight[v] * low[r][j];
-        }
-        float sums[ROWS][VECTORS * LANES];
-        FOR(r, rows) FOR(v, vectors) *(vec *)(sums[r] + v * LANES) = acc[r][v];
-        for (int r = 0; r < rows; r++)
-            put(a, at[r] * a->out_stride + column, sums[r], vectors * LANES);
-    }
-    if (column == width) return;
-    const int left = (int)(width - column);
-    for (int r = 0; r < rows; r++) {
-        float sums[VECTORS * LANES] = {0};
-        for (int j = 0; j < rank; j++)
-            for (int i = 0; i < left; i++)
-                sums[i] = __builtin_fmaf(one(is_bf16, up, j * width + column + i), low[r][j], sums[i]);
-        put(a, at[r] * a->out_stride + column, sums, left);
-    }
-}
+#define LANES 16
+#define RANKS 4
+#define VECTORS 4
+#define NAME(name) name##_16
+#include "lora_rows.h"
+#undef LANES
+#undef RANKS
+#undef VECTORS
+#undef NAME
 
-/* Rows `at` of one adapter; with `is_wide` there are registers for 16 sums of 16 floats. */
-INLINE void some_rows(const int rows, const int is_wide, const int is_bf16,
-                      const struct vkv_lora *a, const struct vkv_lora_entry *entry,
-                      const int32_t *at) {
-    float x[ROWS][CHUNK], low[ROWS][MOST_RANK];
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < entry->rank; j++) low[r][j] = 0;
-    for (int first = 0; first < a->in_features; first += CHUNK) {
-        const int left = a->in_features - first, count = left < CHUNK ? left : CHUNK;
-        for (int r = 0; r < rows; r++)
-            take(a->inputs, at[r] * a->input_stride + first, count, a->dtype, x[r]);
-        const void *down = (const char *)entry->down + (is_bf16 ? 2 : 4) * first;
-        int j = 0;
-        for (; is_wide && j + RANKS <= entry->rank; j += RANKS)
-            shrink(rows, RANKS, is_bf16, x, down, a->in_features, count, low, j);
-        for (; j < entry->rank; j++)
-            shrink(rows, 1, is_bf16, x, down, a->in_features, count, low, j);
-    }
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < entry->rank; j++) low[r][j] *= entry->scale;
-    expand(rows, is_wide ? VECTORS : 1, is_bf16, a, entry->up, entry->rank, at, low);
-}
-
-INLINE void rows_of(const int is_wide, const int is_bf16, const struct vkv_lora *a,
-                    const struct vkv_lora_entry *entry, const int32_t *at, int count) {
-    for (; count >= ROWS; count -= ROWS, at += ROWS) some_rows(ROWS, is_wide, is_bf16, a, entry, at);
-    for (; count; count--, at++) some_rows(1, is_wide, is_bf16, a, entry, at);
-}
+#define LANES 8
+#define RANKS 2
+#define VECTORS 2
+#define NAME(name) name##_8
+#include "lora_rows.h"
 
 INLINE void tiles(const int is_wide, const int has_dots, const void *data, int64_t first,
                   int64_t last) {
@@ -147,8 +59,10 @@ INLINE void tiles(const int is_wide, const int has_dots, const void *data, int64
         const struct vkv_lora_entry *entry = tile->adapter ? tile->adapter + a->site : NULL;
         if (entry && entry->rank) {
             if (has_dots) vkv_lora_rows_avx512(a, entry, rows, tile->count);
-            else if (a->dtype == VKV_BFLOAT16) rows_of(is_wide, 1, a, entry, rows, tile->count);
-            else rows_of(is_wide, 0, a, entry, rows, tile->count);
+            else if (is_wide && a->dtype == VKV_BFLOAT16) rows_16(1, a, entry, rows, tile->count);
+            else if (is_wide) rows_16(0, a, entry, rows, tile->count);
+            else if (a->dtype == VKV_BFLOAT16) rows_8(1, a, entry, rows, tile->count);
+            else rows_8(0, a, entry, rows, tile->count);
         } else if (a->sets) {
             for (int r = 0; r < tile->count; r++)
                 memset((float *)a->out + rows[r] * a->out_stride, 0, 4 * (size_t)a->out_features);

@@ -13,6 +13,7 @@ from ....vmem.errors import UnknownAdapter
 from ..http.errors import ApiError
 from ..http.streams import json_response
 from ..server import Server
+from ..tenants import check_may_change
 from .fields import HARMLESS, Strict
 from .shapes import others
 from .shapes.base import described
@@ -113,14 +114,14 @@ def _add_orders(routes: APIRouter, server: Server) -> None:
     @routes.post("/sleep", response_model=None, responses=described(others.Freed, 400, 403))
     async def sleep(level: int = Query(1, ge=1, le=2)) -> Response:
         """Give memory back: of keys and values (1), and of weights that can be read again (2)."""
-        server.check_may_change(stays)
+        check_may_change(server.options, stays)
         freed = await server.engine.ask("sleep" if level == 1 else "sleep_weights")
         return json_response({"freed_bytes": freed})
 
     @routes.post("/wake_up", response_model=None, responses=described(others.Status, 403))
     async def wake_up() -> Response:
         """End a sleep."""
-        server.check_may_change(stays)
+        check_may_change(server.options, stays)
         await server.engine.ask("wake")
         return json_response({"status": "awake"})
 
@@ -132,7 +133,7 @@ def _add_orders(routes: APIRouter, server: Server) -> None:
     @routes.post("/reset_prefix_cache", response_model=None, responses=described(others.Freed, 403))
     async def reset_prefix_cache() -> Response:
         """Forget keys and values of finished requests."""
-        server.check_may_change(stays)
+        check_may_change(server.options, stays)
         return json_response({"freed_bytes": await server.engine.ask("trim")})
 
     @routes.post(
@@ -165,7 +166,7 @@ def _add_adapters(routes: APIRouter, server: Server) -> None:
     )
     async def load_lora_adapter(asked: LoadAdapterRequest) -> Response:
         """Have requests use an adapter by naming it as their model."""
-        server.check_may_change(given)
+        check_may_change(server.options, given)
         if asked.lora_name in server.names:
             raise ApiError(
                 400,
@@ -183,7 +184,7 @@ def _add_adapters(routes: APIRouter, server: Server) -> None:
     )
     async def unload_lora_adapter(asked: UnloadAdapterRequest) -> Response:
         """Take no more requests for an adapter; those under way keep it."""
-        server.check_may_change(given)
+        check_may_change(server.options, given)
         try:
             await server.engine.ask("unload_adapter", asked.lora_name)
         except UnknownAdapter as error:
