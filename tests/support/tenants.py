@@ -9,10 +9,11 @@ from typing import Any
 import lora
 import zoo
 from vkv import LLM
-from vkv.allocator import KVCache, common_prefix
+from vkv.allocator import KVCache
 from vkv.runtime.engine.messages import Add
 from vkv.runtime.request.request import Request
 from vkv.runtime.request.spec import RequestSpec
+from vkv.runtime.scheduling.tiers import common_prefix
 
 ADAPTERS = ("french", "german")
 

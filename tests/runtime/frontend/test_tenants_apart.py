@@ -11,7 +11,10 @@ import torch
 import zoo
 from vkv import LLM, SamplingParams
 from vkv.allocator.transfer import kv_dir
+from vkv.runtime.request.request import Request
+from vkv.runtime.request.sampling_state import SamplingState
 from vkv.runtime.request.spec import AdapterKey, RequestSpec
+from vkv.runtime.speculation import PromptLookup
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def _ask(llm: LLM, tenant: tenants.Tenant, prompt: list[int]) -> tuple[list[int]
 
 def test_one_tenant_clears_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever becomes of its memory: recycled, taken over, preempted."""
-    with _llm(**_LITTLE) as llm:
+    with _llm(kv_memory="160KiB", max_parked=3) as llm:
         backing: Any = llm.engine.cache._backing
         cleared: list[Any] = []
         for name in ("_clear_pages", "_clear_behind"):
@@ -112,12 +115,18 @@ def test_one_tenant_clears_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_guesses_are_made_of_a_requests_own_tokens() -> None:
     """What one tenant's text said again and again, another's is not guessed to say."""
     stem = zoo.random_prompts([12], seed=5)[0]
-    with _llm(speculative="ngram") as llm:
-        llm.generate([stem * 4], zoo.greedy(24))
-        before = llm.stats().num_drafted
-        assert before > 0
-        llm.generate([{"prompt_token_ids": stem, "cache_salt": "bob"}], zoo.greedy(2))
-        assert llm.stats().num_drafted == before
+    params, lookup = zoo.greedy(8), PromptLookup()
+    says, begins = (
+        Request(
+            RequestSpec(request_id=name, prompt_token_ids=tokens, params=params, variant=name),
+            max_tokens=8,
+            sampling=SamplingState(params, tokens),
+        )
+        for name, tokens in (("ann", stem * 4), ("bob", stem))
+    )
+    for _ in range(2):
+        drafts = lookup.draft({says: 4, begins: 4})
+        assert (drafts[says], drafts[begins]) == (stem[:4], [])
 
 
 def test_owners_are_never_the_same() -> None:
