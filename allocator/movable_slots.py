@@ -31,7 +31,7 @@ from ..vmem import (
 )
 from ..vmem.errors import InvalidConfig, InvalidOperation, Shortage, TransferError
 from .layout import KVLayout
-from .page_pool import PagePool
+from .page_pool import UNKNOWN, PagePool
 from .parcel import Parcel, Stretch
 from .slot import Loan, Slot
 from .virtual_slots import VirtualSlots
@@ -325,7 +325,7 @@ class MovableSlots(VirtualSlots):
             self.pool.restore(slot.reservation, pages)
             raise
         self._add(slot, index, pages)
-        if self.pool.needs_zero(pages):
+        if self.pool.needs_zero(pages, slot.owner):
             self._clear_pages(slot, index, stretch.position)
 
     def _turn_out(self, slot: Slot, lent: Sequence[Page]) -> None:
@@ -339,7 +339,8 @@ class MovableSlots(VirtualSlots):
             cut = self._cut(slot, index, 0)
             borrowed = set(lent).intersection(cut)
             self.pool.dismiss(slot.reservation, [page for page in cut if page in borrowed])
-            self.pool.restore(slot.reservation, [page for page in cut if page not in borrowed])
+            ours = [page for page in cut if page not in borrowed]
+            self.pool.restore(slot.reservation, ours, UNKNOWN)
 
     # -- the end of a loan -------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ def split_off(cache: SlotCache, exits: Exits, slot: Slot, start: int, stop: int)
     Pages that others share, or a file has, are left to them. Raises a Shortage or DriverError, with
     nothing changed.
     """
-    fresh = cache.open()
+    fresh = cache.open(slot.owner)
     if start == stop:
         return fresh
     try:

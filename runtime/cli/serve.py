@@ -128,6 +128,7 @@ _OTHERS = (
     "max_num_queued_reqs",
     "max_num_queued_tokens",
     "key_share",
+    "tenants_share_prefixes",
     "max_body_bytes",
     "max_n",
     "shutdown_timeout",

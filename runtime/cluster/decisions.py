@@ -65,6 +65,7 @@ class Decisions:
                 num_tokens=len(spec.prompt_token_ids),
                 priority=spec.priority,
                 tenant=spec.tenant,
+                needs=self._members.needs(spec),
             )
             chosen = self._policy.dispatch(self.picture(), newcomer)
             if chosen is None:
@@ -90,7 +91,10 @@ class Decisions:
         for orphan in self._arbiter.take_orphans():
             snapshot = self.picture()
             newcomer = Newcomer(
-                key=orphan.key, num_tokens=len(orphan.token_ids), priority=orphan.spec.priority
+                key=orphan.key,
+                num_tokens=len(orphan.token_ids),
+                priority=orphan.spec.priority,
+                needs=self._members.needs(orphan.spec),
             )
             chosen = self._policy.dispatch(snapshot, newcomer)
             if chosen is None:  # backpressure is for newcomers: these were let in

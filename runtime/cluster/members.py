@@ -2,16 +2,26 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ...vmem.errors import InvalidOperation
 from ..engine.migration.arbiter import Arbiter
 from ..engine.migration.ownership import Owned
+from ..engine.stats import EngineStats
 from ..link.face import Face
 from ..link.messages import Pulse
+from ..request.spec import AdapterKey, RequestSpec
 from .instances.instance_link import InstanceLink
-from .snapshot import ClusterSnapshot, InstanceSnapshot, Loan, Newcomer, RequestSnapshot, Role
+from .snapshot import (
+    ClusterSnapshot,
+    Costs,
+    InstanceSnapshot,
+    Loan,
+    Newcomer,
+    RequestSnapshot,
+    Role,
+)
 from .stats import Done, Member
 
 
@@ -34,6 +44,7 @@ class Members:
         self.scaled_s: float | None = None
         self.switched_s: float | None = None
         self._snapshot: tuple[InstanceSnapshot, ...] | None = None
+        self._measured = Costs()
 
     def add(self, member: Member, link: InstanceLink) -> None:
         """An instance is connected."""
@@ -140,6 +151,31 @@ class Members:
         """Something in the next picture is another."""
         self._snapshot = None
 
+    def needs(self, spec: RequestSpec) -> Mapping[str, int]:
+        """As of `Newcomer`: what a request computes with beside the model."""
+        key = spec.adapter
+        if key is None:
+            return {}
+        sizes = (
+            one.num_bytes
+            for member in self._members.values()
+            if member.stats is not None
+            for one in member.stats.adapters
+            if one.key == key
+        )
+        return {resident_name(key): next(sizes, 1)}
+
+    def _costs(self) -> Costs:
+        """Of what instances have done so far."""
+        stats = [m.stats for m in self._members.values() if m.stats is not None]
+        read = [one for s in stats for one in s.adapters if one.load_s]
+        step_s, load_s = sum(s.step_time_s for s in stats), sum(one.load_s for one in read)
+        num_tokens = sum(s.num_computed_tokens for s in stats)
+        return Costs(
+            tokens_per_s=num_tokens / step_s if step_s else 0.0,
+            load_bytes_per_s=sum(one.num_bytes for one in read) / load_s if load_s else 0.0,
+        )
+
     def snapshot(self, *, num_dispatched: int) -> ClusterSnapshot:
         """The cluster now: what instances said last, and what was given to them since."""
         loans = self.loans()
@@ -152,6 +188,7 @@ class Members:
                 self._picture(member, by_owner.get(str(member.id), []), loans)
                 for member in self._members.values()
             )
+            self._measured = self._costs()
         faces = [member.face for member in self._members.values() if member.face is not None]
         return ClusterSnapshot(
             time_s=time.monotonic(),
@@ -161,6 +198,7 @@ class Members:
             scaled_s=self.scaled_s,
             switched_s=self.switched_s,
             loans=loans,
+            costs=self._measured,
         )
 
     def _picture(
@@ -206,6 +244,7 @@ class Members:
             num_waiting=len(sequences) - num_running,
             max_running=None if face is None else face.max_seqs,
             queued_tokens=sum(len(s.spec.prompt_token_ids) for s in fresh),
+            residents=_residents(stats, sequences),
             requests=tuple(requests),
             max_lent_tokens=0 if lending is None else lending.max_lent_tokens,
             max_local_tokens=None if lending is None else lending.max_local_tokens,
@@ -217,3 +256,15 @@ def _most_tokens(sequence: Owned) -> int:
     """Those that a sequence may have in the end; 0 if that is not known."""
     most = sequence.spec.params.max_tokens
     return 0 if most is None else len(sequence.spec.prompt_token_ids) + most
+
+
+def _residents(stats: EngineStats | None, sequences: Sequence[Owned]) -> frozenset[str]:
+    """What is in an instance's memory beside the model, or comes there for its requests."""
+    here = [] if stats is None else [one.key for one in stats.adapters if one.is_here]
+    used = [s.spec.adapter for s in sequences if s.spec.adapter is not None]
+    return frozenset(map(resident_name, (*here, *used)))
+
+
+def resident_name(adapter: AdapterKey) -> str:
+    """What it is called among all that an instance has in memory."""
+    return f"adapter {adapter.digest} {adapter.name}"

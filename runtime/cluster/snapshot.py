@@ -46,6 +46,8 @@ class Newcomer(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         num_tokens: of its prompt.
         prefixes: of instances that hold a beginning of it, how many tokens.
+        needs: what it computes with beside the model, by name, and how many bytes of memory that
+            takes: an adapter, the blocks of a chain.
     """
 
     key: SequenceKey
@@ -53,6 +55,7 @@ class Newcomer(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     tenant: str = ""
     prefixes: Mapping[int, int] = {}
+    needs: Mapping[str, int] = {}
 
 
 class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +74,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         num_running, num_waiting: live requests with a slot, and without.
         max_running: slots that it has; None for no limit.
         queued_tokens: prompt tokens that it has still to compute.
+        residents: what is in its memory beside the model, or will be for what it was given.
         requests: running ones in the order of admission, then those that wait, in line.
         max_lent_tokens: the most that it may hold for others' requests; 0 where it lends nothing.
         max_local_tokens: the most that it has itself of a request that may outgrow its memory;
@@ -91,6 +95,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting: int = 0
     max_running: int | None = None
     queued_tokens: int = 0
+    residents: frozenset[str] = frozenset()
     requests: tuple[RequestSnapshot, ...] = ()
     max_lent_tokens: int = 0
     max_local_tokens: int | None = None
@@ -131,6 +136,11 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         """Whether requests that generate are for it."""
         return self.takes_work and self.role != "prefill"
 
+    def missing_bytes(self, newcomer: Newcomer) -> int:
+        """Of what a newcomer needs, what would have to be loaded here."""
+        needs = newcomer.needs.items()
+        return sum(size for name, size in needs if name not in self.residents)
+
     def with_given(self, newcomer: Newcomer) -> Self:
         """The same once it was given a newcomer: in line if others are, else taken to run."""
         if self.num_waiting:
@@ -143,6 +153,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
             num_running=self.num_running + 1,
             used_tokens=self.used_tokens + newcomer.num_tokens,
             queued_tokens=self.queued_tokens + newcomer.num_tokens,
+            residents=self.residents.union(newcomer.needs),
             requests=(*self.requests, request),
         )
 
@@ -155,8 +166,31 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
             self,
             num_waiting=self.num_waiting + 1,
             queued_tokens=self.queued_tokens + newcomer.num_tokens,
+            residents=self.residents.union(newcomer.needs),
             requests=(*self.requests, request),
         )
+
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True):
+    """What things take on an instance, as measured lately; 0 for what was not.
+
+    Attributes:
+        tokens_per_s: that a busy instance computes.
+        load_bytes_per_s: of residents, from where they are kept.
+        request_s: that a request keeps its slot.
+    """
+
+    tokens_per_s: float = 0.0
+    load_bytes_per_s: float = 0.0
+    request_s: float = 0.0
+
+    def computing_s(self, num_tokens: int) -> float:
+        """Until so many tokens are computed."""
+        return num_tokens / self.tokens_per_s if self.tokens_per_s else 0.0
+
+    def loading_s(self, num_bytes: int) -> float:
+        """Until so many bytes are loaded."""
+        return num_bytes / self.load_bytes_per_s if self.load_bytes_per_s else 0.0
 
 
 class Link(msgspec.Struct, frozen=True):
@@ -205,6 +239,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         loans: what instances hold for each other, one a pair.
         shunned: debtors and creditors that have nothing to do with each other for a while, since
             one was slow or could not be reached.
+        costs: of work, where it was measured.
     """
 
     time_s: float
@@ -216,6 +251,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     switched_s: float | None = None
     loans: tuple[Loan, ...] = ()
     shunned: frozenset[tuple[int, int]] = frozenset()
+    costs: Costs = Costs()
 
     def is_copied(self, source: InstanceSnapshot, target: InstanceSnapshot) -> bool:
         """Whether moving a request between two instances takes bytes, and not just its pages."""

@@ -67,7 +67,10 @@ class EngineConfig:
         generation_config: where sampling parameters come from if a call gives none: "auto" for the
             model's own generation config, "vllm" for the defaults of `SamplingParams`, or a folder
             or file that has one, whose end tokens count, too.
-        sanitize: "zero" clears recycled memory before another request may see it.
+        sanitize: "tenants" clears memory that goes from one owner to another, before who comes next
+            may see it: from one `cache_salt`, adapter or `tenant` to another. So it costs nothing
+            where there is one. "zero" clears it for each request, "never" for none. No kernel
+            reads what it did not write, cleared or not.
         record_decodes: record decode steps and replay them, as CUDA graphs (`recordings`) or on
             a CPU as a list of calls (`tape`); None does so where the attention backend and the
             model can be recorded.
@@ -113,7 +116,7 @@ class EngineConfig:
     repeatable: bool = False
     lm_head_bits: int | None = None
     generation_config: str | Path = "auto"
-    sanitize: Sanitize = "never"
+    sanitize: Sanitize = "tenants"
     record_decodes: bool | None = None
     overlap: bool | None = None
     speculative: SpeculativeName | None = None

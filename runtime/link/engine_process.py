@@ -4,6 +4,7 @@ It is told by its standard input what to load (`EngineOrder`). That pipe is its 
 it ends, the parent is gone, and so is this process, whatever it is doing.
 """
 
+import functools
 import gc
 import logging
 import os
@@ -289,10 +290,11 @@ class EngineServer:
 
     def _take(self, front: _Front, message: ToEngine) -> None:
         if isinstance(message, Ask):
-            answer = encode(self._answer(message))
-            if message.question not in ("memory_map", "ping"):  # which change nothing
-                self._pulse()  # first: who has the answer sees what came of it
-            self._send(front, answer)
+            if message.question == "load_adapter":  # its folder is read first, beside the loop
+                act = functools.partial(self._do, front, message)
+                self._preparing.do(lambda: self._read_adapter(*message.about), act)
+            else:
+                self._do(front, message)
             return
         if isinstance(message, Add):
             for index in range(message.spec.params.n):
@@ -313,8 +315,20 @@ class EngineServer:
             return
         self._loop.post(message)
 
+    def _read_adapter(self, name: str, path: str) -> None:
+        self._loop.engine.check_adapters().prepare(path)
+
+    def _do(self, front: _Front, ask: Ask) -> None:
+        if front not in self._all_fronts:  # it has gone meanwhile
+            return
+        answer = encode(self._answer(ask))
+        if ask.question not in ("memory_map", "ping"):  # which change nothing
+            self._pulse()  # first: who has the answer sees what came of it
+        self._send(front, answer)
+
     def _take_prepared(self) -> None:
-        """Hand requests to the engine whose grammar is compiled, and refuse the others."""
+        """Hand requests to the engine whose grammar is compiled, and refuse the others; do what
+        else is prepared."""
         if self._is_leaving:
             self._pulse()
         for add, error in self._preparing.take():
@@ -322,6 +336,8 @@ class EngineServer:
                 self._loop.post(add)
             else:
                 self._deliver(refusal(add.spec, error))
+        for act in self._preparing.take_finished():
+            act()
 
     def _answer(self, ask: Ask) -> Answer:
         if ask.question == "ping":

@@ -413,10 +413,10 @@ class Scheduler:
         if donor is not None and num_shared > num_parked:
             assert donor.slot is not None
             try:
-                return self.cache.fork(donor.slot, num_shared), num_shared
+                return self.cache.fork(donor.slot, num_shared, request.spec.owner), num_shared
             except Shortage:
                 pass  # then with what is parked
-        return self.cache.adopt(tokens, request.variant)
+        return self.cache.adopt(tokens, request.variant, owner=request.spec.owner)
 
 
 def _look_ahead(

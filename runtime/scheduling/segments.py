@@ -93,7 +93,7 @@ class Segments:
                 segment = self._begin(self.tier, request, tokens)
         slot = None
         try:
-            slot = self._cache.open()
+            slot = self._cache.open(request.spec.owner)
             num_there = 0 if segment is None else segment.num_tokens
             left = min(request.num_tokens - num_there, self.local_tokens)
             count = min(left, budget)

@@ -143,7 +143,9 @@ class Tiers:
         if not self.kv_files.may_have_some:
             return None
         least = num_near + self._cache.growth_tokens
-        return self.kv_files.open_slot(self._cache, tokens, request.variant, least=least)
+        return self.kv_files.open_slot(
+            self._cache, tokens, request.variant, owner=request.spec.owner, least=least
+        )
 
     def fetch(
         self, request: Request, tokens: Sequence[int], num_near: int, num_reserved: int

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import zoo
@@ -160,7 +161,7 @@ def check_idle(loop: EngineLoop) -> None:
 
 @contextmanager
 def rig(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Path,
     num_instances: int = 2,
     *,
     channel: Channel | None = None,

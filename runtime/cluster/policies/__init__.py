@@ -3,6 +3,7 @@
 from .disaggregated import Disaggregated, Switching
 from .draining import drained_first
 from .freeness import Freeness
+from .least_time import LeastTime, Way
 from .ledger import Credit, Ledger, Settlement
 from .llumnix import Llumnix
 from .policy import ClusterPolicy, Move, Reason
@@ -10,7 +11,7 @@ from .scaling import Scaling
 from .simple import LeastLoaded, RoundRobin
 
 CLUSTER_POLICIES: dict[str, type[ClusterPolicy]] = {
-    policy.name: policy for policy in (RoundRobin, LeastLoaded, Llumnix, Disaggregated)
+    policy.name: policy for policy in (RoundRobin, LeastLoaded, LeastTime, Llumnix, Disaggregated)
 }
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Disaggregated",
     "Freeness",
     "LeastLoaded",
+    "LeastTime",
     "Ledger",
     "Llumnix",
     "Move",
@@ -28,5 +30,6 @@ __all__ = [
     "Scaling",
     "Settlement",
     "Switching",
+    "Way",
     "drained_first",
 ]

@@ -15,6 +15,7 @@ from ..http.errors import ApiError
 from ..http.streams import DONE, event, last_words
 from ..parsing import MessageDelta, MessageParser, ToolCallDelta, tool_grammar
 from ..server import Server
+from ..tenants import salt_of
 from .fields import Sampling, Strict
 from .logprobs import chat_logprobs, prompt_logprobs
 from .responding import respond
@@ -164,7 +165,7 @@ class ChatJob:
             asked.messages,
             params,
             self._options(),
-            asked.cache_salt or "",
+            salt_of(self.server.options, standing.tenant, asked.cache_salt),
             standing,
             self.server.adapter(asked.model),
         )

@@ -1,15 +1,18 @@
 """Counts and maps of several engines, put together."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
+import lora
 import msgspec
 import pytest
+import zoo
 from vkv import LLM, SamplingParams
 from vkv.allocator.transfer import MoveStats
 from vkv.runtime.cluster.decisions import Decisions
 from vkv.runtime.cluster.instances.instance_link import InstanceLink
-from vkv.runtime.cluster.members import Members
+from vkv.runtime.cluster.members import Members, resident_name
 from vkv.runtime.cluster.policies import CLUSTER_POLICIES, Disaggregated
 from vkv.runtime.cluster.snapshot import InstanceSnapshot, Role
 from vkv.runtime.cluster.stats import Member
@@ -176,3 +179,42 @@ def _switch(members: Members) -> dict[int, Role]:
     for id, role in changes.items():
         members.switch(id, role, 1.0)
     return changes
+
+
+def test_requests_go_where_their_adapter_is_or_comes(tmp_path: Path) -> None:
+    """The picture has what instances said, and what they were given since."""
+    arbiter = Arbiter()
+    members = Members(arbiter)
+    for number in range(2):
+        members.add(Member(id=number, role="both", pid=number), cast(InstanceLink, _NoLink()))
+        members.meet(number, _FACE)
+    with LLM(zoo.tiny_model("llama"), device="cpu", **zoo.with_defaults({})) as llm:
+        for name in "ab":
+            folder = lora.save_adapter(tmp_path / name, zoo.tiny_model("llama"), seed=ord(name))
+            llm.load_adapter(name, folder)
+        before = llm.stats()
+        llm.generate([[1, 2, 3]], zoo.greedy(2), adapter="b")
+        after = llm.stats()
+    a, b = (one.key for one in after.adapters)
+    names = {key: resident_name(key) for key in (a, b)}
+    members.note(0, Pulse(before))
+    members.note(1, Pulse(after))
+    first, second = members.snapshot(num_dispatched=0).instances
+    assert (first.residents, second.residents) == (set(), {names[b]})
+    costs = members.snapshot(num_dispatched=0).costs
+    assert costs.tokens_per_s > 0
+    assert costs.load_bytes_per_s > 0
+    decisions = Decisions(CLUSTER_POLICIES["least_loaded"](), arbiter, members, max_moves=1)
+    for number, adapter in enumerate([b, a, b, a]):
+        params = SamplingParams(max_tokens=4)
+        spec = RequestSpec(
+            request_id=str(number), prompt_token_ids=[1], params=params, adapter=adapter
+        )
+        assert members.needs(spec) == {names[adapter]: before.adapters[0].num_bytes}
+        decisions.held.append(spec)
+    decisions.dispatch(lambda request_id: True)
+    owners = {s.spec.request_id: s.owner for s in arbiter.unfinished}
+    assert owners == {"0": "1", "1": "0", "2": "1", "3": "0"}
+    members.changed()
+    first, second = members.snapshot(num_dispatched=4).instances
+    assert (first.residents, second.residents) == ({names[a]}, {names[b]})
