@@ -3,16 +3,20 @@
 import random
 from collections.abc import Mapping, Sequence
 
-from vkv import LLM
-from vkv.runtime.request.request import Request
-from vkv.runtime.speculation import Speculation
+from vkv import LLM, SamplingParams
+from vkv.runtime.request.request import Request, ScheduledRequest
+from vkv.runtime.request.sampling_state import SamplingState
+from vkv.runtime.request.spec import RequestSpec
+from vkv.runtime.speculation import Drafter, Speculation
 
 Answers = Mapping[tuple[tuple[int, ...], int], Sequence[int]]
 """Output tokens by prompt and index."""
 
 
-class KnowingDrafter:
+class KnowingDrafter(Drafter):
     """Guesses from outputs that are known already; each token is wrong with `error_rate`."""
+
+    kind = "knowing"
 
     def __init__(self, answers: Answers, *, error_rate: float, vocab_size: int) -> None:
         self._answers = answers
@@ -43,3 +47,13 @@ def guess(llm: LLM, drafter: KnowingDrafter, *, max_tokens: int = 7, max_rows: i
     llm.engine.scheduler.speculation = Speculation(
         drafter, max_tokens=max_tokens, max_rows=max_rows
     )
+
+
+def decoding(name: str, *, max_tokens: int = 1000) -> ScheduledRequest:
+    """A request of which one token is to be computed, as a step has it."""
+    params = SamplingParams(max_tokens=max_tokens)
+    spec = RequestSpec(request_id=name, prompt_token_ids=(1, 2, 3), params=params)
+    request = Request(spec, max_tokens=max_tokens, sampling=SamplingState(params, (1, 2, 3)))
+    request.token_ids.append(4)
+    request.num_computed = 3
+    return ScheduledRequest(request, 1)
