@@ -59,10 +59,11 @@ class Speculation:
         drafter: guesses.
         max_tokens: tokens of a guess.
         max_rows: tokens that a step may sample or verify.
+        pace: how much is guessed; None for what suits the drafter.
         clock: seconds.
 
     Attributes:
-        pace: how much is guessed.
+        drafter, pace: as given.
         num_drafted, num_accepted: tokens that were guessed, and those among them that came.
     """
 
@@ -72,14 +73,14 @@ class Speculation:
         *,
         max_tokens: int,
         max_rows: int,
+        pace: Pace | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.drafter = drafter
         self.max_tokens = max_tokens
         self.max_rows = max_rows
         self.num_drafts = self.num_drafted = self.num_accepted = 0
-        self._worth = Worth(max_tokens) if drafter.takes_time else None
-        self.pace: Pace = self._worth or Luck(max_tokens)
+        self.pace = pace or (Worth(max_tokens) if drafter.takes_time else Luck(max_tokens))
         self._clock = clock
         self._draft_time_s = 0.0
         self._draft_s = self._drafted_at_s = 0.0  # of this step
@@ -135,7 +136,7 @@ class Speculation:
         items have been computed, guesses aside.
         """
         lengths = [len(item.draft) for item in items]
-        if self._worth is not None:
+        if isinstance(self.pace, Worth):
             num_decodes = sum(map(_decodes, items))
             times = StepTimes(
                 num_decodes=num_decodes,
@@ -146,7 +147,7 @@ class Speculation:
                 draft_s=self._draft_s,
                 step_s=self._clock() - self._drafted_at_s,
             )
-            self._worth.note_step(times)
+            self.pace.note_step(times)
         for item in items:
             if item.draft:
                 num_accepted = num_tokens[item.request] - 1

@@ -62,7 +62,7 @@ def test_guesses_that_are_never_right_cost_next_to_nothing(
 ) -> None:
     speed, speculation = _run(0.0, draft_s=draft_s, num_requests=num_requests)
     assert 0.97 < speed < 1
-    assert 0 < speculation.num_drafted < 1000  # it goes on to try, rarely
+    assert 0 < speculation.num_drafted < 1000 * num_requests  # it goes on to try, rarely
 
 
 @pytest.mark.parametrize(
