@@ -8,7 +8,7 @@ import lora
 import migrating
 import pytest
 import zoo
-from guessing import PROMPTS, everything, guess_restlessly, results
+from guessing import PROMPTS, Restless, everything, guess_restlessly, results
 from transformers import PreTrainedModel
 from vkv import LLM, MemoryLimit, SamplingParams
 from vkv.runtime.speculation import DraftModel, Surrogate
@@ -80,12 +80,12 @@ def test_all_kinds_of_requests_get_the_same(guesser: str, options: dict[str, Any
             assert results(guessing, params) == expected
         stats = guessing.stats()
         assert stats.speculation is not None
-        assert stats.num_drafted == stats.speculation.num_drafted > 50
-        if guesser == "the same" and "kv_memory" not in options:
-            # Whatever is drawn, it draws it too: of all kinds, and by the same chance.
-            assert stats.num_accepted > 0.95 * stats.num_drafted
-        else:
-            assert 0 < stats.num_accepted < stats.num_drafted
+        assert stats.num_drafted == stats.speculation.num_drafted
+        if "kv_memory" not in options:  # else there may be none for a draft model
+            assert stats.num_drafted > 50
+            assert stats.num_accepted > 0
+        if guesser == "the same":  # whatever is drawn, it draws it too, by the same chance
+            assert stats.num_accepted >= 0.95 * stats.num_drafted
         _check_nothing_left(guessing)
 
 
@@ -139,7 +139,7 @@ def test_requests_that_move_between_engines(guesser: str) -> None:
         for loop in rig.loops.values():
             speculation = loop.engine.scheduler.speculation
             assert speculation is not None
-            speculation.pace = guess_restlessly.__globals__["Restless"](6)
+            speculation.pace = Restless(6)
             drafters.append(speculation)
         rig.add(specs)
         while rig.unfinished:
