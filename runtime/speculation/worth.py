@@ -6,7 +6,6 @@ and takes as long as a plain one, `k` steps of whoever guesses and what more the
 Source: Leviathan et al., arXiv:2211.17192, section 3, with all times measured.
 """
 
-import statistics
 from collections import deque
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -15,8 +14,10 @@ from ..request.request import Request
 
 _ALLOWANCE = 0.02  # of all time: what trials may cost where guessing does not pay
 _LEAST_GAIN = 1.03  # tokens a second, as a multiple, for which it does
-_NUM_PLAIN = 3  # steps without guesses from which their time is known
-_NUM_KEPT = 7  # times, of which the median counts: one that was disturbed does not
+_NUM_KNOWN = 5  # times from which it is known how long something takes
+_NUM_KEPT = (
+    7  # the last, whose lower quartile counts: not what was recorded just then, or disturbed
+)
 _PLAIN_EVERY = 128  # steps with guesses: then one without, to see how long that takes now
 _FORGET = 0.95  # of what is known of a request's luck, for each further guess
 _FEW_UNSEEN = 32  # tokens, which a guess is charged for as if they were none
@@ -49,7 +50,7 @@ class StepTimes:
 
 @dataclass
 class _Times:
-    """The last few of something's times; their median."""
+    """The last few of something's times; what it takes as a rule."""
 
     kept: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
     num_seen: int = 0
@@ -59,8 +60,8 @@ class _Times:
         self.num_seen += 1
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.kept)
+    def usual(self) -> float:
+        return sorted(self.kept)[len(self.kept) // 4]
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Worth:
     def length(self, request: Request, num_decodes: int, num_unseen: int) -> int:
         """As of `Pace`."""
         plain = self._plain_s.get(num_decodes)
-        if plain is None or plain.num_seen < _NUM_PLAIN or self._num_since_plain >= _PLAIN_EVERY:
+        if plain is None or plain.num_seen < _NUM_KNOWN or self._num_since_plain >= _PLAIN_EVERY:
             return 0
         chance = self._chance(request)
         length = max(range(1, self._max_tokens + 1), key=lambda k: self._gain(chance, k))
@@ -133,8 +134,8 @@ class Worth:
                 self._num_since_plain = 0
             elif plain.kept:
                 self._num_since_plain += 1
-                extra_s = max(0.0, times.step_s - plain.median)
-                self._extra.setdefault(times.longest, _Times()).add(extra_s / plain.median)
+                extra_s = max(0.0, times.step_s - plain.usual)
+                self._extra.setdefault(times.longest, _Times()).add(extra_s / plain.usual)
                 cost_s += extra_s
             self._note_draft(times, plain)
         self._credit_s += _ALLOWANCE * times.step_s - trials * cost_s
@@ -146,7 +147,7 @@ class Worth:
         if times.num_caught_up > _FEW_UNSEEN:
             self._unseen_s.add(times.draft_s / times.num_caught_up)
         elif times.longest:
-            self._draft.add(times.draft_s / times.longest / plain.median)
+            self._draft.add(times.draft_s / times.longest / plain.usual)
 
     def _chance(self, request: Request) -> float:
         """That a guess of a request is right: by its own luck, and at first by everyone's."""
@@ -157,7 +158,7 @@ class Worth:
     def _gain(self, chance: float, length: int) -> float:
         """Tokens a second with guesses of some length, as a multiple of without."""
         tokens = sum(chance**k for k in range(length + 1))
-        draft = self._draft.median if self._draft.num_seen >= _NUM_PLAIN else _HOPED_DRAFT
+        draft = self._draft.usual if self._draft.num_seen >= _NUM_KNOWN else _HOPED_DRAFT
         return tokens / (1 + draft * length + self._extra_of(length))
 
     def _extra_of(self, length: int) -> float:
@@ -165,12 +166,12 @@ class Worth:
         if not self._extra:
             return _HOPED_EXTRA * length
         nearest = min(self._extra, key=lambda known: abs(known - length))
-        return self._extra[nearest].median * max(1, length / nearest)
+        return self._extra[nearest].usual * max(1, length / nearest)
 
     def _repays(self, request: Request, num_unseen: int, gain: float, num_decodes: int) -> bool:
         """Whether what is to be computed before the first guess comes in again."""
         if num_unseen <= _FEW_UNSEEN or not self._unseen_s.kept:
             return True
         left = request.max_tokens - request.num_output_tokens
-        saved_s = self._plain_s[num_decodes].median / num_decodes * left * (1 - 1 / gain)
-        return saved_s > num_unseen * self._unseen_s.median
+        saved_s = self._plain_s[num_decodes].usual / num_decodes * left * (1 - 1 / gain)
+        return saved_s > num_unseen * self._unseen_s.usual
