@@ -15,9 +15,8 @@ from ..request.request import Request
 _ALLOWANCE = 0.02  # of all time: what trials may cost where guessing does not pay
 _LEAST_GAIN = 1.03  # tokens a second, as a multiple, for which it does
 _NUM_KNOWN = 5  # times from which it is known how long something takes
-_NUM_KEPT = (
-    7  # the last, whose lower quartile counts: not what was recorded just then, or disturbed
-)
+# Of the last few the lower quartile counts: so not steps that were recorded, or disturbed.
+_NUM_KEPT = 7
 _PLAIN_EVERY = 128  # steps with guesses: then one without, to see how long that takes now
 _FORGET = 0.95  # of what is known of a request's luck, for each further guess
 _FEW_UNSEEN = 32  # tokens, which a guess is charged for as if they were none
