@@ -232,9 +232,7 @@ class EngineConfig:
             raise InvalidConfig(f"speculative is {given!r}; {_GUESSES}")
         is_word = isinstance(given, str) and given != "ngram" and self.surrogate_share is None
         if is_word and not ("/" in given or Path(given).exists()):
-            raise InvalidConfig(
-                f"speculative is {given!r}, and there is no such folder; {_GUESSES}"
-            )
+            raise InvalidConfig(f"speculative is {given!r}, which is no folder; {_GUESSES}")
         if given is not None and self.overlap:
             raise InvalidConfig(
                 "overlap is True, but a step that verifies guesses must be over before the next "
