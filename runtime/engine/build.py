@@ -111,12 +111,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             config,
             cache,
             draft,
-            RunnerMakers(
-                same=lambda forward: _build_runner(
-                    loaded, config, backend, cache, driver, profile, forward=forward
-                ),
-                alone=lambda draft, own: _build_alone(draft, own, profile),
-            ),
+            _runner_makers(loaded, config, backend, cache, driver, profile),
             config.max_batch_tokens or profile.max_batch_tokens,
         )
         tiers = build_tiers(loaded, config, cache, runner, fingerprint)
@@ -251,6 +246,23 @@ def _build_runner(
         recorder=recorder,
         max_seqs=config.max_seqs,
         adapters=adapters,
+    )
+
+
+def _runner_makers(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    backend: AttentionBackend,
+    cache: SlotCache,
+    driver: VmemDriver | None,
+    profile: DeviceProfile,
+) -> RunnerMakers:
+    """How what guesses is run."""
+    return RunnerMakers(
+        same=lambda forward: _build_runner(
+            loaded, config, backend, cache, driver, profile, forward=forward
+        ),
+        alone=lambda draft, own: _build_alone(draft, own, profile),
     )
 
 

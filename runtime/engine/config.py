@@ -230,9 +230,9 @@ class EngineConfig:
         given = self.speculative
         if given is not None and not isinstance(given, str | Path | nn.Module):
             raise InvalidConfig(f"speculative is {given!r}; {_GUESSES}")
-        is_word = isinstance(given, str) and given != "ngram" and self.surrogate_share is None
-        if is_word and not ("/" in given or Path(given).exists()):
-            raise InvalidConfig(f"speculative is {given!r}, which is no folder; {_GUESSES}")
+        if isinstance(given, str) and given != "ngram" and self.surrogate_share is None:
+            if "/" not in given and not Path(given).exists():
+                raise InvalidConfig(f"speculative is {given!r}, which is no folder; {_GUESSES}")
         if given is not None and self.overlap:
             raise InvalidConfig(
                 "overlap is True, but a step that verifies guesses must be over before the next "

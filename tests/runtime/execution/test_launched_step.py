@@ -46,11 +46,9 @@ def test_both_tokens_follow_their_distributions(temperature: float) -> None:
         assert ((count - expected) ** 2 / expected).sum() < _CHI_SQUARE_7
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_guesses_by_the_same_chance_change_no_distribution_and_are_right_often(
-    temperature: float,
-) -> None:
+def test_guesses_by_the_same_chance_change_no_distribution_and_are_right_often() -> None:
     """A model that guesses adds the same noise to other logits, so its guess knows of the draw."""
+    temperature = 0.8
     params = SamplingParams(temperature=temperature)
     logits = torch.tensor([[0.3, 0.1, 1.5, -0.4, 0.9, 0.0, -1.0, 0.5], [0.0] * 6 + [1.0, 1.5]])
     thought = torch.tensor([[0.5, -0.2, 1.1, -0.1, 0.6, 0.3, -1.3, 0.9]])
