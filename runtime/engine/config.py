@@ -230,9 +230,8 @@ class EngineConfig:
         given = self.speculative
         if given is not None and not isinstance(given, str | Path | nn.Module):
             raise InvalidConfig(f"speculative is {given!r}; {_GUESSES}")
-        if isinstance(given, str) and given != "ngram" and self.surrogate_share is None:
-            if "/" not in given and not Path(given).exists():
-                raise InvalidConfig(f"speculative is {given!r}, which is no folder; {_GUESSES}")
+        if isinstance(given, str) and self.has_draft_model and not _may_be_model(given):
+            raise InvalidConfig(f"speculative is {given!r}, which is no folder; {_GUESSES}")
         if given is not None and self.overlap:
             raise InvalidConfig(
                 "overlap is True, but a step that verifies guesses must be over before the next "
@@ -270,3 +269,8 @@ class EngineConfig:
 def _check_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise InvalidConfig(f"{name} is {value!r}; use a finite number of seconds, or None")
+
+
+def _may_be_model(place: str) -> bool:
+    """Whether it reads like a hub id, or is a path that is there."""
+    return "/" in place or Path(place).exists()
