@@ -36,11 +36,11 @@ FLOORS = (
     "frontend",
     "engine",
     "scheduling",
+    "speculation",
     "execution",
     "adapters",
     "model",
     "cpu_kernels",
-    "speculation",
     "request",
     "virtual_cache",
 )

@@ -288,6 +288,8 @@ class Engine:
     def trim(self) -> int:
         """Give what no live request needs back to the system; returns the bytes."""
         num_bytes = self.scheduler.tiers.trim() + self.cache.trim()
+        if self.scheduler.speculation is not None:
+            num_bytes += self.scheduler.speculation.drafter.trim()
         if self.adapters is not None and not self.has_work:
             num_bytes += self.adapters.forget()
         return num_bytes
@@ -310,7 +312,10 @@ class Engine:
             self.fingerprint.renew()
         if self.watch is not None:
             layers = self.watch.learn()
-            self.runner.model_changed(layers, recordable=not self.watch.has_hooks)
+            recordable = not self.watch.has_hooks
+            self.runner.model_changed(layers, recordable=recordable)
+            if self.scheduler.speculation is not None:
+                self.scheduler.speculation.drafter.model_changed(layers, recordable=recordable)
         if self.adapters is not None:
             self.adapters.model_changed()
 
@@ -408,7 +413,7 @@ class Engine:
             self._num_prompt_tokens += min(item.num_tokens, prompt_left)
             request.num_computed += item.num_tokens
             self.num_computed_tokens += item.num_rows
-        if self.scheduler.speculation is not None and any(item.draft for item in batch.items):
+        if self.scheduler.speculation is not None:
             self.scheduler.speculation.note_step(batch.items, launched.num_tokens())
         for index, request in enumerate(launched.requests):
             request.num_pending += 1
@@ -424,6 +429,8 @@ class Engine:
     def _drop_step_if_idle(self) -> None:
         if not self.has_work:
             self._under_way = None  # it computes what follows the ends of requests, for nobody
+            if self.scheduler.speculation is not None:
+                self.scheduler.speculation.drafter.let_go()
             if self.adapters is not None:
                 self.adapters.provide(())  # others may have the memory of those that are here
 
@@ -515,6 +522,7 @@ class Engine:
             step_time_s=self._step_time_s,
             num_drafted=speculation.num_drafted if speculation else 0,
             num_accepted=speculation.num_accepted if speculation else 0,
+            speculation=speculation.stats() if speculation else None,
             swap=SwapStats.of(swapping) if swapping is not None else None,
             segments=self._segment_stats(),
             tenants=self.scheduler.accounts.stats(),

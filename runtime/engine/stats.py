@@ -14,6 +14,7 @@ from ..request.spec import SequenceKey
 from ..scheduling.accounts import TenantStats
 from ..scheduling.segments import Segments
 from ..scheduling.swapping import Swapping
+from ..speculation import SpeculationStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,7 @@ class EngineStats:
         num_computed_tokens: tokens that went through the model, those computed again included.
         step_time_s: time of all steps together.
         num_drafted, num_accepted: tokens that were guessed ahead, and those that proved right.
+        speculation: more of that, and who guesses; None if nobody does.
         swap: of the tier behind the cache; None without one.
         segments: of requests that are longer than the pool; None where there can be none.
         tenants: what each got, those without a request included as long as they are remembered;
@@ -211,6 +213,7 @@ class EngineStats:
     step_time_s: float
     num_drafted: int = 0
     num_accepted: int = 0
+    speculation: SpeculationStats | None = None
     swap: SwapStats | None = None
     segments: SegmentStats | None = None
     tenants: tuple[TenantStats, ...] = ()
@@ -287,7 +290,8 @@ class EngineStats:
         return self.kv.driver_calls
 
 
-_ALIKE = frozenset(("page_bytes", "growth_tokens"))  # of engines that are put together
+# Of engines that are put together.
+_ALIKE = frozenset(("page_bytes", "growth_tokens", "drafter"))
 _WORST = frozenset(("slowest_call_back_s",))  # of which the largest counts
 
 

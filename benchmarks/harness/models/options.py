@@ -146,6 +146,15 @@ class SpeculateOptions:
     """What `vkv bench speculate` runs."""
 
     shape: str = option("llama-455m", help="A Llama's shape, or llama-tiny.")
+    drafter: str = option("ngram", help="Who guesses: ngram, draft or surrogate.")
+    draft_shape: str = option("llama-28m", help="The shape of the draft model.")
+    acceptance: float = option(
+        0.8, least=0, help="The part of the draft model's guesses that is right."
+    )
+    layers: float = option(0.5, least=0, help="The part of its layers that a surrogate runs.")
+    random: bool = option(
+        False, help="Models whose weights are random say what they do: no guess is right."
+    )
     dtype: str = dtype_name_option("bfloat16")
     threads: int = threads_option("Threads. Default: the usable cores.")
     texts: tuple[str, ...] = option(
@@ -168,6 +177,10 @@ class SpeculateOptions:
         for text in self.texts:
             if text not in SCRIPTS:
                 raise InvalidConfig(f"texts has {text!r}; use some of {', '.join(SCRIPTS)}")
+        if self.drafter not in ("ngram", "draft", "surrogate"):
+            raise InvalidConfig(f"drafter is {self.drafter!r}; use ngram, draft or surrogate")
+        if self.acceptance > 1:
+            raise InvalidConfig(f"acceptance is {self.acceptance}; use 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from ...adapters.adapters import AdapterStats
 from ...engine.stats import Borrowed, EngineStats, Lent, SegmentStats, SwapStats
 from ...link.engine_link import EngineLink
 from ...link.face import Face
+from ...speculation import SpeculationStats
 
 LABELS = ("model_name", "engine")
 
@@ -83,7 +84,12 @@ def of_engines(names: tuple[str, ...], engines: Sequence[Reported]) -> Iterator[
     """
     has_swap = any(engine.stats.swap is not None for engine in engines)
     has_segments = any(engine.stats.segments is not None for engine in engines)
-    some = (*(_SWAP if has_swap else ()), *(_SEGMENTS if has_segments else ()))
+    guesses = any(engine.stats.speculation is not None for engine in engines)
+    some = (
+        *(_SWAP if has_swap else ()),
+        *(_SEGMENTS if has_segments else ()),
+        *(_SPECULATION if guesses else ()),
+    )
     for family in (*_FIGURES, *some, *_TENANTS, *_ADAPTERS):
         made = family.kind(family.name, family.what, labels=(*names, *family.more))
         for engine in engines:
@@ -195,6 +201,28 @@ _SWAP = (
     _both_ways("copies", "Calls that copied", "num_copies"),
     _both_ways("seconds", "Of copying", "time_s"),
     _both_ways("failures", "Copies that came to nothing", "num_failed"),
+)
+
+
+def _of_speculation(
+    name: str, what: str, value: Callable[[SpeculationStats], float], *, sums: bool = True
+) -> _Family:
+    def values(stats: EngineStats) -> _Values:
+        found = stats.speculation
+        return {} if found is None else {(found.drafter,): value(found)}
+
+    kind = CounterMetricFamily if sums else GaugeMetricFamily
+    return _Family(kind, name, what, ("drafter",), values)
+
+
+_SPECULATION = (
+    _of_speculation("vllm:spec_decode_num_drafts", "Guesses", lambda s: s.num_drafts),
+    _of_speculation("vkv:drafted_tokens", "Guessed ahead", lambda s: s.num_drafted),
+    _of_speculation("vkv:draft_accepted_tokens", "Guessed right", lambda s: s.num_accepted),
+    _of_speculation("vkv:draft_seconds", "Steps waited for guesses", lambda s: s.draft_time_s),
+    _of_speculation(
+        "vkv:draft_kv_bytes", "KV of a model that guesses", lambda s: s.kv_bytes, sums=False
+    ),
 )
 
 
