@@ -38,6 +38,7 @@ FLOORS = (
     "scheduling",
     "execution",
     "adapters",
+    "blocks",
     "model",
     "cpu_kernels",
     "speculation",
