@@ -1,4 +1,4 @@
-"""A model of a zoo: its blocks in the order of computing, and its tensors, mapped from their files."""
+"""A model of a zoo: its blocks in order, and its tensors mapped from their files."""
 
 import hashlib
 import json
@@ -77,9 +77,8 @@ class Block:
     @property
     def place(self) -> str:
         """Where in a model it is, in words: "attention of layer 3"."""
-        return self.kind.replace("_", "-") + (
-            "" if self.layer is None else f" of layer {self.layer}"
-        )
+        kind = self.kind.replace("_", "-")
+        return kind if self.layer is None else f"{kind} of layer {self.layer}"
 
     @property
     def relative_names(self) -> tuple[str, ...]:
@@ -165,10 +164,8 @@ class Chain:
         places = dict(self._places()), dict(other._places())
         for place in {**places[0], **places[1]}:
             one, two = places[0].get(place), places[1].get(place)
+            tensors = _layout(one), _layout(two)
             where = (one or two).place  # type: ignore[union-attr]
-            tensors = [
-                dict(zip(b.relative_names, b.layout, strict=True)) if b else {} for b in (one, two)
-            ]
             for name in {**tensors[0], **tensors[1]}:
                 yield f"{name} in the {where}", tensors[0].get(name), tensors[1].get(name)
         yield "the vocabulary", _vocabulary(self), _vocabulary(other)
@@ -185,6 +182,10 @@ class Chain:
     @property
     def _store(self) -> Store:
         return Store(self.folder.parent.parent)
+
+
+def _layout(block: Block | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return dict(zip(block.relative_names, block.layout, strict=True)) if block else {}
 
 
 def _settled(chain: Chain) -> dict[str, Any]:

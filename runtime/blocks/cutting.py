@@ -36,7 +36,7 @@ class Cut:
     Attributes:
         layer: counted from 0; None outside of layers.
         names: in the checkpoint, in order.
-        prefix: what all of them begin with, and the block leaves out; ends with a point or is empty.
+        prefix: what all of them begin with, and the block leaves out: "" or up to a point.
     """
 
     kind: Kind
