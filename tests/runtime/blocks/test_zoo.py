@@ -215,7 +215,7 @@ def test_what_cannot_be_cut_is_refused_and_leaves_nothing(tmp_path: Path) -> Non
     (missing,) = base.glob("*-00002-*")
     kept = missing.read_bytes()
     missing.write_bytes(kept[: len(kept) // 2])
-    with pytest.raises(BadCheckpoint, match="00002.*would lie in bytes"):
+    with pytest.raises(BadCheckpoint, match=r"00002.*would lie in bytes"):
         zoo.add(base)
     missing.unlink()
     with pytest.raises(BadCheckpoint, match="lacks 1 of 2 shards"):
@@ -301,7 +301,7 @@ def test_a_kill_at_any_moment_leaves_nothing_half(tmp_path: Path, step: int) -> 
     assert os.WIFSIGNALED(status), "it was to be killed in the middle"
     assert zoo.models == ()
     assert zoo.verify() == []
-    whole = [path for path in (zoo.path / "blocks").glob("*.safetensors")]
+    whole = list((zoo.path / "blocks").glob("*.safetensors"))
     expected = {block.digest for block in zoo.draft(base).blocks}
     assert {path.stem for path in whole} <= expected
     zoo.add(base)  # goes on from what is whole, and takes the rest away
