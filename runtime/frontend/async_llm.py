@@ -71,12 +71,9 @@ class AsyncLLM:
         if max_unfinished < 1:
             raise InvalidConfig(f"max_unfinished is {max_unfinished}; it must be at least 1")
         self.config = EngineConfig(**options)
+        model = pick(source, model)
         self.loaded = loaded = load(
-            pick(source, model),
-            tokenizer=own(tokenizer),
-            device=device,
-            dtype=dtype,
-            config=self.config,
+            model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         loop = build_loop(loaded, self.config)
         self.engine = loop.engine

@@ -77,12 +77,9 @@ class LLM:
         **options: Any,
     ) -> None:
         self.config = EngineConfig(**options)
+        model = pick(source, model)
         self.loaded = load(
-            pick(source, model),
-            tokenizer=own(tokenizer),
-            device=device,
-            dtype=dtype,
-            config=self.config,
+            model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         self.loop = build_loop(self.loaded, self.config)
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)

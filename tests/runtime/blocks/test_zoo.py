@@ -1,5 +1,6 @@
 """A zoo keeps what it is given, each block once, whatever happens to whoever adds to it."""
 
+import asyncio
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import pytest
 import quantized
 import tenants
 import zoo as tiny
-from vkv import LLM
+from served import Served
+from vkv import LLM, AsyncLLM, SamplingParams
 from vkv.runtime.blocks.chain import MANIFEST
 from vkv.runtime.blocks.zoo import BlockZoo
 from vkv.vmem.errors import BadCheckpoint, BadZoo, InvalidConfig, UnknownModel, UnsupportedModel
@@ -95,6 +97,48 @@ def test_weights_are_mapped_and_not_copied(tmp_path: Path) -> None:
         for name, parameter in llm.loaded.model.named_parameters():
             where = [file for place, file in files.items() if parameter.data_ptr() in place]
             assert len(where) == 1, f"{name} is a copy"
+        llm.generate(tiny.random_prompts((20, 30)), tiny.greedy(5))
+        assert _private_bytes(zoo.path) == 0, "and nobody has written to them"
+
+
+def _private_bytes(folder: Path) -> int:
+    """What this process has of files in a folder for itself alone, since it wrote there."""
+    num_kib, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            counts = str(folder) in line
+        elif counts and first in ("Private_Dirty:", "Anonymous:"):
+            num_kib += int(rest[0])
+    return num_kib << 10
+
+
+def test_tasks_use_a_model_of_a_zoo(tmp_path: Path) -> None:
+    folder = tenants.save_model(tmp_path / "model")
+    zoo = BlockZoo.create(tmp_path / "zoo")
+    zoo.add(folder, "one")
+
+    async def answer(*source: Any, **options: Any) -> list[int]:
+        async with AsyncLLM(*source, **options, kv_memory="8MiB", max_len=64) as llm:
+            outputs = [output async for output in llm.generate([1, 2, 3], tiny.greedy(6))]
+            return list(outputs[-1].outputs[0].token_ids)
+
+    expected = asyncio.run(answer(folder))
+    assert asyncio.run(answer(zoo, model="one")) == expected
+
+
+def test_a_server_has_the_name_of_its_model(tmp_path: Path) -> None:
+    zoo = BlockZoo.create(tmp_path / "zoo")
+    zoo.add(tenants.save_model(tmp_path / "model"), "one")
+    arguments = (str(zoo.path), "--model", "one", "--kv-memory", "8MiB", "--max-model-len", "64")
+    with Served(*arguments, log=tmp_path / "log") as server:
+        (model,) = server.client.get("/v1/models").json()["data"]
+        assert model["id"] == "one"
+        asked = {"model": "one", "prompt": "hello", "max_tokens": 4, "temperature": 0}
+        answer = server.client.post("/v1/completions", json=asked).json()
+        with LLM(zoo, kv_memory="8MiB", max_len=64) as llm:
+            (expected,) = llm.generate("hello", SamplingParams(temperature=0, max_tokens=4))
+        assert answer["choices"][0]["text"] == expected.outputs[0].text
 
 
 def test_a_folder_of_the_zoo_is_a_model_by_itself(tmp_path: Path) -> None:
