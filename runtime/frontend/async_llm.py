@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...vmem import janitor
 from ...vmem.errors import InvalidConfig
-from ..blocks.places import Source, pick
-from ..blocks.zoo import BlockZoo
+from ..blocks.places import Source
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.memory.memory_map import MemoryMap
@@ -58,8 +57,7 @@ class AsyncLLM:
 
     def __init__(
         self,
-        source: Source | BlockZoo = None,
-        /,
+        source: Source = None,
         *,
         model: Source = None,
         max_unfinished: int = 256,
@@ -71,9 +69,8 @@ class AsyncLLM:
         if max_unfinished < 1:
             raise InvalidConfig(f"max_unfinished is {max_unfinished}; it must be at least 1")
         self.config = EngineConfig(**options)
-        model = pick(source, model)
         self.loaded = loaded = load(
-            model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
+            source, model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         loop = build_loop(loaded, self.config)
         self.engine = loop.engine

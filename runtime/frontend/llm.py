@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...vmem import janitor
 from ...vmem.errors import InvalidConfig, InvalidOperation
-from ..blocks.places import Source, pick
-from ..blocks.zoo import BlockZoo
+from ..blocks.places import Source
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.engine import Engine
@@ -42,8 +41,8 @@ class LLM:
 
     Args:
         source: a checkpoint folder, a hub id, a `transformers` model built elsewhere, or None for
-            the built-in tiny chat model; may also be given as `model`. Or a zoo of blocks.
-        model: with a zoo, the name of a model in it.
+            the built-in tiny chat model; may also be given as `model`. Or a zoo of blocks, and as
+            `model` a name in it.
         tokenizer: a tokenizer, which is copied, or its folder, if it is not with the model.
         device: "auto", "cpu" or "cuda".
         dtype: of weights and KV: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
@@ -67,8 +66,7 @@ class LLM:
 
     def __init__(
         self,
-        source: Source | BlockZoo = None,
-        /,
+        source: Source = None,
         *,
         model: Source = None,
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
@@ -77,9 +75,8 @@ class LLM:
         **options: Any,
     ) -> None:
         self.config = EngineConfig(**options)
-        model = pick(source, model)
         self.loaded = load(
-            model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
+            source, model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         self.loop = build_loop(self.loaded, self.config)
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)

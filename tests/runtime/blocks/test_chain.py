@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fine_tunes
 import pytest
 import quantized
-import tenants
 from vkv.runtime.blocks.zoo import BlockZoo
 from vkv.vmem.errors import ChainMismatch
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tenants.save_model(tmp_path_factory.mktemp("models") / "base")
+    return fine_tunes.save_model(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,14 @@ def zoo(base: Path, tmp_path_factory: pytest.TempPathFactory) -> BlockZoo:
 
 
 def _changed(base: Path, folder: Path, file: str, **changes: Any) -> Path:
-    tenants.save_tenant(base, folder)
+    fine_tunes.save_tuned(base, folder)
     said = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(said | changes))
     return folder
 
 
 def test_equal_blocks_are_told_place_by_place(base: Path, zoo: BlockZoo, tmp_path: Path) -> None:
-    own = tenants.save_tenant(base, tmp_path / "own", layers=[1], only="mlp", also="lm_head")
+    own = fine_tunes.save_tuned(base, tmp_path / "own", layers=[1], only="mlp", also="lm_head")
     mine, theirs = zoo.chain("base"), zoo.add(own).chain
     assert [block.place for block in mine.blocks] == [
         "embedding",
@@ -47,7 +47,7 @@ def test_equal_blocks_are_told_place_by_place(base: Path, zoo: BlockZoo, tmp_pat
 
 
 def test_a_chain_is_known_by_what_it_computes(base: Path, zoo: BlockZoo, tmp_path: Path) -> None:
-    again = tenants.save_tenant(base, tmp_path / "again")
+    again = fine_tunes.save_tuned(base, tmp_path / "again")
     assert zoo.draft(again).digest == zoo.chain("base").digest
     other = _changed(base, tmp_path / "other", "config.json", rms_norm_eps=0.5)
     assert zoo.draft(other).digest != zoo.chain("base").digest
@@ -89,9 +89,9 @@ def test_shapes_and_quantisation_keep_chains_apart(
     int4, _ = quantized.quantize_folder(base, tmp_path, "gptq")
     with pytest.raises(ChainMismatch, match="quantization_config"):
         zoo.chain("base").check_fits(zoo.draft(int4))
-    other = tenants.save_tenant(base, tmp_path / "other")
-    tensors = tenants.load_file(other / "model.safetensors")
+    other = fine_tunes.save_tuned(base, tmp_path / "other")
+    tensors = fine_tunes.load_file(other / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
-    tenants.save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    fine_tunes.save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ChainMismatch, match=r"weight in the norm is .*F32.* and .*BF16"):
         zoo.chain("base").check_fits(zoo.draft(other))

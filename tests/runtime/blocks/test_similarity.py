@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
+import fine_tunes
 import pytest
-import tenants
 import torch
 import zoo as tiny
 from vkv import LLM
@@ -17,7 +17,7 @@ _PROMPTS = tiny.random_prompts((9, 17, 30))
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> BlockZoo:
-    base = tenants.save_model(tmp_path / "base")
+    base = fine_tunes.save_model(tmp_path / "base")
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(base)
     return zoo
@@ -25,11 +25,11 @@ def zoo(tmp_path: Path) -> BlockZoo:
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3_moe", "glm4"])
 def test_blocks_are_as_alike_as_their_outputs(tmp_path: Path, model_type: str) -> None:
-    base = tenants.save_model(tmp_path / "base", model_type)
+    base = fine_tunes.save_model(tmp_path / "base", model_type)
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(base)
-    zoo.add(tenants.save_tenant(base, tmp_path / "near", layers=[1], noise=0.01, only="mlp"))
-    far = tenants.save_tenant(
+    zoo.add(fine_tunes.save_tuned(base, tmp_path / "near", layers=[1], noise=0.01, only="mlp"))
+    far = fine_tunes.save_tuned(
         base, tmp_path / "far", layers=[0], noise=9.0, only="attn", also="lm_head"
     )
     zoo.add(far)
@@ -52,7 +52,7 @@ def test_blocks_are_as_alike_as_their_outputs(tmp_path: Path, model_type: str) -
 
 def test_a_block_is_measured_on_the_inputs_of_its_place(zoo: BlockZoo, tmp_path: Path) -> None:
     """By hand: layer 1's own part of the stream, with that one block exchanged."""
-    own = tenants.save_tenant(tmp_path / "base", tmp_path / "own", layers=[0, 1], noise=0.2)
+    own = fine_tunes.save_tuned(tmp_path / "base", tmp_path / "own", layers=[0, 1], noise=0.2)
     zoo.add(own)
     one, other = zoo.chain("base"), zoo.chain("own")
     found = dict(zip(one.places, compare(one, other, _PROMPTS[:1]).blocks, strict=True))
@@ -76,10 +76,10 @@ def test_a_block_is_measured_on_the_inputs_of_its_place(zoo: BlockZoo, tmp_path:
 def test_similar_blocks_stand_in_and_say_so(
     zoo: BlockZoo, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own = tenants.save_tenant(tmp_path / "base", tmp_path / "near", layers=[1], noise=0.01)
-    tensors = tenants.load_file(own / "model.safetensors")
+    own = fine_tunes.save_tuned(tmp_path / "base", tmp_path / "near", layers=[1], noise=0.01)
+    tensors = fine_tunes.load_file(own / "model.safetensors")
     tensors["lm_head.weight"] = torch.randn_like(tensors["lm_head.weight"])
-    tenants.save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+    fine_tunes.save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
     draft = zoo.draft(own)
     similar = stand_ins(zoo, draft, _PROMPTS, 0.98)
     assert [draft.blocks[index].place for index in sorted(similar.instead)] == [
@@ -111,7 +111,7 @@ def test_similar_blocks_stand_in_and_say_so(
 
 
 def test_nothing_is_taken_for_equal_unless_asked(zoo: BlockZoo, tmp_path: Path) -> None:
-    own = tenants.save_tenant(tmp_path / "base", tmp_path / "near", layers=[1], noise=1e-4)
+    own = fine_tunes.save_tuned(tmp_path / "base", tmp_path / "near", layers=[1], noise=1e-4)
     assert stand_ins(zoo, zoo.draft(own), _PROMPTS, 1.0).instead == {}
     assert zoo.add(own).num_new == 2
     assert all(block.approximated is None for block in zoo.chain("near").blocks)

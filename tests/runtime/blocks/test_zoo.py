@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fine_tunes
 import pytest
 import quantized
-import tenants
 import zoo as tiny
 from served import Served
 from vkv import LLM, AsyncLLM, SamplingParams
@@ -46,14 +46,14 @@ def _check_same_tokens(folder: Path, zoo: BlockZoo, name: str) -> None:
 
 @pytest.mark.parametrize("model_type", _MODELS)
 def test_what_goes_in_comes_out_to_the_bit(tmp_path: Path, model_type: str) -> None:
-    folder = tenants.save_model(tmp_path / "model", model_type, **_MODELS[model_type])
+    folder = fine_tunes.save_model(tmp_path / "model", model_type, **_MODELS[model_type])
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "top_k": 7}))
-    expected = tenants.contents(folder)
+    expected = fine_tunes.contents(folder)
     if model_type == "llama":
-        tenants.shard(folder, 3)
+        fine_tunes.shard(folder, 3)
     zoo = BlockZoo.create(tmp_path / "zoo")
     added = zoo.add(folder, "one")
-    assert tenants.contents_in(zoo, "one") == expected
+    assert fine_tunes.contents_in(zoo, "one") == expected
     assert added.chain.num_bytes == added.new_bytes == sum(len(c[2]) for c in expected.values())
     read = zoo.chain("one").tensors()
     assert {name: (tensor.shape) for name, tensor in read.items()} == {
@@ -64,19 +64,19 @@ def test_what_goes_in_comes_out_to_the_bit(tmp_path: Path, model_type: str) -> N
 
 @pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors"])
 def test_four_bits_stay_as_they_are(tmp_path: Path, kind: str) -> None:
-    dense = tenants.save_model(tmp_path / "dense", "llama")
+    dense = fine_tunes.save_model(tmp_path / "dense", "llama")
     folder, _ = quantized.quantize_folder(dense, tmp_path, kind)
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(folder, "int4")
-    assert tenants.contents_in(zoo, "int4") == tenants.contents(folder)
-    other = tenants.save_tenant(folder, tmp_path / "other", layers=[1], only="scale")
+    assert fine_tunes.contents_in(zoo, "int4") == fine_tunes.contents(folder)
+    other = fine_tunes.save_tuned(folder, tmp_path / "other", layers=[1], only="scale")
     added = zoo.add(other, "other")
     assert added.num_new == 2, "attention and feed-forward of a layer"
     _check_same_tokens(other, zoo, "other")
 
 
 def test_experts_in_four_bits(tmp_path: Path) -> None:
-    dense = tenants.save_model(tmp_path / "dense", "qwen3_moe")
+    dense = fine_tunes.save_model(tmp_path / "dense", "qwen3_moe")
     folder, _ = quantized.quantize_folder(dense, tmp_path, "gptq", group_size=8)
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(folder, "int4")
@@ -84,7 +84,7 @@ def test_experts_in_four_bits(tmp_path: Path) -> None:
 
 
 def test_weights_are_mapped_and_not_copied(tmp_path: Path) -> None:
-    folder = tenants.save_model(tmp_path / "model")
+    folder = fine_tunes.save_model(tmp_path / "model")
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(folder, "one")
     with LLM(zoo, model="one", kv_memory="8MiB", max_len=64, pack_weights=False) as llm:
@@ -114,7 +114,7 @@ def _private_bytes(folder: Path) -> int:
 
 
 def test_tasks_use_a_model_of_a_zoo(tmp_path: Path) -> None:
-    folder = tenants.save_model(tmp_path / "model")
+    folder = fine_tunes.save_model(tmp_path / "model")
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(folder, "one")
 
@@ -129,7 +129,7 @@ def test_tasks_use_a_model_of_a_zoo(tmp_path: Path) -> None:
 
 def test_a_server_has_the_name_of_its_model(tmp_path: Path) -> None:
     zoo = BlockZoo.create(tmp_path / "zoo")
-    zoo.add(tenants.save_model(tmp_path / "model"), "one")
+    zoo.add(fine_tunes.save_model(tmp_path / "model"), "one")
     arguments = (str(zoo.path), "--model", "one", "--kv-memory", "8MiB", "--max-model-len", "64")
     with Served(*arguments, log=tmp_path / "log") as server:
         (model,) = server.client.get("/v1/models").json()["data"]
@@ -142,7 +142,7 @@ def test_a_server_has_the_name_of_its_model(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_zoo_is_a_model_by_itself(tmp_path: Path) -> None:
-    folder = tenants.save_model(tmp_path / "model")
+    folder = fine_tunes.save_model(tmp_path / "model")
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(folder, "one")
     with LLM(str(zoo.path / "models" / "one"), kv_memory="8MiB", max_len=64) as llm:
@@ -158,13 +158,13 @@ def test_a_folder_of_the_zoo_is_a_model_by_itself(tmp_path: Path) -> None:
 
 def test_fine_tunes_take_their_own_bytes_alone(tmp_path: Path) -> None:
     sizes = {"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 128}
-    base = tenants.save_model(tmp_path / "base", "llama", **sizes)
+    base = fine_tunes.save_model(tmp_path / "base", "llama", **sizes)
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(base)
     for index in range(10):
         layers = [index, index + 5, index + 9, 23]
         own = tmp_path / f"tenant-{index}"
-        tenants.save_tenant(base, own, layers=layers, also="lm_head", seed=index)
+        fine_tunes.save_tuned(base, own, layers=layers, also="lm_head", seed=index)
         added = zoo.add(own)
         changed = [b for b in added.chain.blocks if b.layer in layers or b.kind == "head"]
         assert (added.num_new, added.new_bytes) == (9, sum(b.num_bytes for b in changed))
@@ -180,11 +180,11 @@ def test_fine_tunes_take_their_own_bytes_alone(tmp_path: Path) -> None:
 
 
 def test_equal_layers_of_one_model_are_one(tmp_path: Path) -> None:
-    base = tenants.save_model(tmp_path / "base")
-    tensors = tenants.load_file(base / "model.safetensors")
+    base = fine_tunes.save_model(tmp_path / "base")
+    tensors = fine_tunes.load_file(base / "model.safetensors")
     for name in [name for name in tensors if ".layers.0." in name]:
         tensors[name.replace(".0.", ".1.")] = tensors[name].clone()
-    tenants.save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    fine_tunes.save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(base, "twice")
     digests = {(b.kind, b.layer): b.digest for b in zoo.chain("twice").blocks}
@@ -194,8 +194,8 @@ def test_equal_layers_of_one_model_are_one(tmp_path: Path) -> None:
 
 
 def test_what_a_removed_model_had_alone_goes(tmp_path: Path) -> None:
-    base = tenants.save_model(tmp_path / "base")
-    own = tenants.save_tenant(base, tmp_path / "own", layers=[1])
+    base = fine_tunes.save_model(tmp_path / "base")
+    own = fine_tunes.save_tuned(base, tmp_path / "own", layers=[1])
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(base)
     before = _files(zoo)
@@ -226,8 +226,8 @@ def _files(zoo: BlockZoo) -> dict[str, bytes]:
 
 
 def test_names_that_are_not_there_or_taken(tmp_path: Path) -> None:
-    base = tenants.save_model(tmp_path / "base")
-    own = tenants.save_tenant(base, tmp_path / "own", layers=[0])
+    base = fine_tunes.save_model(tmp_path / "base")
+    own = fine_tunes.save_tuned(base, tmp_path / "own", layers=[0])
     zoo = BlockZoo.create(tmp_path / "zoo")
     with pytest.raises(InvalidConfig, match="without models"):
         LLM(zoo)
@@ -254,8 +254,8 @@ def test_names_that_are_not_there_or_taken(tmp_path: Path) -> None:
 
 def test_what_cannot_be_cut_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     zoo = BlockZoo.create(tmp_path / "zoo")
-    base = tenants.save_model(tmp_path / "base")
-    tenants.shard(base, 2)
+    base = fine_tunes.save_model(tmp_path / "base")
+    fine_tunes.shard(base, 2)
     (missing,) = base.glob("*-00002-*")
     kept = missing.read_bytes()
     missing.write_bytes(kept[: len(kept) // 2])
@@ -280,7 +280,7 @@ def test_what_cannot_be_cut_is_refused_and_leaves_nothing(tmp_path: Path) -> Non
 
 
 def test_damage_is_found_and_named(tmp_path: Path) -> None:
-    base = tenants.save_model(tmp_path / "base")
+    base = fine_tunes.save_model(tmp_path / "base")
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(base)
     chain = zoo.chain("base")
@@ -324,7 +324,7 @@ def _in_child(do: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize("step", [1, 2, 7, 12, 13])
 def test_a_kill_at_any_moment_leaves_nothing_half(tmp_path: Path, step: int) -> None:
-    base = tenants.save_model(tmp_path / "base")
+    base = fine_tunes.save_model(tmp_path / "base")
     zoo = BlockZoo.create(tmp_path / "zoo")
 
     def add_and_die() -> None:
@@ -349,18 +349,18 @@ def test_a_kill_at_any_moment_leaves_nothing_half(tmp_path: Path, step: int) -> 
     expected = {block.digest for block in zoo.draft(base).blocks}
     assert {path.stem for path in whole} <= expected
     zoo.add(base)  # goes on from what is whole, and takes the rest away
-    assert tenants.contents_in(zoo, "base") == tenants.contents(base)
+    assert fine_tunes.contents_in(zoo, "base") == fine_tunes.contents(base)
     assert zoo.verify() == []
     assert {path.stem for path in (zoo.path / "blocks").iterdir()} == expected
     assert [path.name for path in (zoo.path / "models").iterdir()] == ["base"]
 
 
 def test_many_may_add_and_remove_at_once(tmp_path: Path) -> None:
-    base = tenants.save_model(tmp_path / "base")
+    base = fine_tunes.save_model(tmp_path / "base")
     folders = [base]
     for index in range(3):
         own = tmp_path / f"own-{index}"
-        folders.append(tenants.save_tenant(base, own, layers=[index % 2], seed=index))
+        folders.append(fine_tunes.save_tuned(base, own, layers=[index % 2], seed=index))
     zoo = BlockZoo.create(tmp_path / "zoo")
 
     def work(folder: Path) -> None:
@@ -374,18 +374,18 @@ def test_many_may_add_and_remove_at_once(tmp_path: Path) -> None:
     assert zoo.models == ("base", "own-0", "own-1", "own-2")
     assert zoo.verify() == []
     for folder in folders:
-        assert tenants.contents_in(zoo, folder.name) == tenants.contents(folder)
+        assert fine_tunes.contents_in(zoo, folder.name) == fine_tunes.contents(folder)
     used = {block.digest for chain in zoo.chains() for block in chain.blocks}
     assert {path.stem for path in (zoo.path / "blocks").iterdir()} == used
 
 
 def test_several_that_add_one_model_have_it_once(tmp_path: Path) -> None:
-    base = tenants.save_model(tmp_path / "base")
+    base = fine_tunes.save_model(tmp_path / "base")
     zoo = BlockZoo.create(tmp_path / "zoo")
     children = [_in_child(lambda: assert_added(zoo, base)) for _ in range(4)]
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
     assert zoo.models == ("base",)
-    assert tenants.contents_in(zoo, "base") == tenants.contents(base)
+    assert fine_tunes.contents_in(zoo, "base") == fine_tunes.contents(base)
 
 
 def assert_added(zoo: BlockZoo, folder: Path) -> None:

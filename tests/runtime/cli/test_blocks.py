@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fine_tunes
 import pytest
-import tenants
 from typer.testing import CliRunner
 from vkv.runtime.blocks.zoo import BlockZoo
 from vkv.runtime.cli import main as cli
@@ -27,8 +27,8 @@ def _json(*arguments: str | Path, status: int = 0) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("models")
-    base = tenants.save_model(home / "base")
-    own = tenants.save_tenant(base, home / "own", layers=[1], noise=0.01, also="lm_head")
+    base = fine_tunes.save_model(home / "base")
+    own = fine_tunes.save_tuned(base, home / "own", layers=[1], noise=0.01, also="lm_head")
     return {"base": base, "own": own}
 
 

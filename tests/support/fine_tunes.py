@@ -22,7 +22,7 @@ def save_model(folder: Path, model_type: str = "llama", **changes: Any) -> Path:
     return folder
 
 
-def save_tenant(
+def save_tuned(
     base: Path,
     folder: Path,
     *,
