@@ -309,6 +309,9 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"layer": 0', '"layer": 1', 1))
     with pytest.raises(BadZoo, match="was changed since it was added"):
         zoo.chain("base")
+    zoo.remove("base")
+    assert zoo.verify() == []
+    assert _files(zoo) == {}
 
 
 def _in_child(do: Callable[[], None]) -> int:
