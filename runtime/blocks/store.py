@@ -109,10 +109,6 @@ class Store:
         """Where the block of this digest is, or would be."""
         return self.blocks / f"{name}{_SUFFIX}"
 
-    def has_block(self, name: str) -> bool:
-        """Whether the block of this digest is there."""
-        return self.block_path(name).is_file()
-
     def file_path(self, name: str) -> Path:
         """Where the file of this digest is, or would be."""
         return self.files / name
@@ -123,9 +119,10 @@ class Store:
         A block that is there is believed: `verify` is who reads it again.
         """
         name = digest(tensors)
-        if self.has_block(name):
+        path = self.block_path(name)
+        if path.is_file():
             return name, False
-        self._place(self.block_path(name), lambda file: write(tensors, file))
+        self._place(path, lambda file: write(tensors, file))
         return name, True
 
     def add_file(self, source: Path) -> str:

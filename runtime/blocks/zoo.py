@@ -262,7 +262,7 @@ class BlockZoo:
     def _keep(self, cutting: Cutting, index: int, other: StandIn | None) -> tuple[Block, bool]:
         """The block of the zoo that is to compute a part of a model, and whether it is new."""
         tensors = cutting.tensors(index)
-        if other is None or not self._store.has_block(other.digest):
+        if other is None or not self._store.block_path(other.digest).is_file():
             found, is_new = self._store.add_block(tensors)
             return cutting.block(index, found), is_new
         own = digest(tensors)

@@ -150,9 +150,7 @@ def load_model(
         model.set_attn_implementation(ATTENTION_NAME)
     else:
         home = resolve(source)
-        files = model_files(home)  # as they are before they are read
-        model = read_checkpoint(home, wanted_dtype, device, read_tensors)
-        files = files or model_files(home, model.config)  # of a hub id, known by now
+        model, files = _with_files(home, wanted_dtype, device, read_tensors)
     if wanted_dtype is not None:
         model = model.to(wanted_dtype)  # type: ignore[arg-type]
     model = model.to(device).eval()  # type: ignore[arg-type]
@@ -216,6 +214,18 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
+def _with_files(
+    home: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    read_tensors: ReadTensors | None,
+) -> tuple[PreTrainedModel, tuple[FileMark, ...]]:
+    """A model, and the files that it is, as they were before they were read."""
+    files = model_files(home)
+    model = read_checkpoint(home, dtype, device, read_tensors)
+    return model, files or model_files(home, model.config)  # of a hub id, known by now
+
+
 def read_checkpoint(
     home: str | Path,
     dtype: torch.dtype | None,
@@ -236,7 +246,8 @@ def read_checkpoint(
     )
     config = writing_part(config)
     auto = auto_class(config)
-    _check_architecture(config, auto._model_mapping[type(config)])  # type: ignore[arg-type]
+    model_class: Any = auto._model_mapping[type(config)]  # type: ignore[index]
+    _check_architecture(config, model_class)
     tensors = None if read_tensors is None else dict(read_tensors())
     quantized = reading("quantisation", home, lambda: adopt(config, device, tensors))
     if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
@@ -244,8 +255,8 @@ def read_checkpoint(
     loaded: Any = reading(
         "weights",
         home,
-        lambda: auto.from_pretrained(
-            home if tensors is None else None,
+        lambda: (auto if tensors is None else model_class).from_pretrained(
+            home if tensors is None else None,  # which takes tensors in place of a folder
             trust_remote_code=False,
             config=config,
             dtype=dtype or "auto",
