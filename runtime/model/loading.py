@@ -151,9 +151,7 @@ def load_model(
     else:
         home = resolve(source)
         model, files = _with_files(home, wanted_dtype, device, read_tensors)
-    if wanted_dtype is not None:
-        model = model.to(wanted_dtype)  # type: ignore[arg-type]
-    model = model.to(device).eval()  # type: ignore[arg-type]
+    model = model.to(device, wanted_dtype).eval()  # type: ignore[arg-type]
     text_config = model.config.get_text_config()
     _check_interface(model)
     probed = probe_attention(model)
