@@ -25,7 +25,6 @@ from .chain import MANIFEST, Chain, Place
 from .cutting import block_modules, layer_names
 from .zoo import BlockZoo, StandIn
 
-DEFAULT_THRESHOLD = 0.98
 Prompts = Sequence[Sequence[int]]
 
 
