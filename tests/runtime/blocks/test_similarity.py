@@ -117,3 +117,14 @@ def test_nothing_is_taken_for_equal_unless_asked(zoo: BlockZoo, tmp_path: Path) 
     assert all(block.approximated is None for block in zoo.chain("near").blocks)
     with pytest.raises(InvalidPrompt):
         compare(zoo.chain("base"), zoo.chain("near"), [[1]])
+
+
+def test_an_embedding_stands_in_only_if_all_rows_are_alike(zoo: BlockZoo, tmp_path: Path) -> None:
+    own = fine_tunes.save_tuned(tmp_path / "base", tmp_path / "own", also="embed", noise=0.01)
+    alike = stand_ins(zoo, zoo.draft(own), _PROMPTS, 0.98)
+    assert list(alike.instead) == [0]
+    tensors = fine_tunes.load_file(own / "model.safetensors")
+    unseen = min(set(range(tiny.VOCAB_SIZE)) - {token for one in _PROMPTS for token in one})
+    tensors["model.embed_tokens.weight"][unseen] *= -1
+    fine_tunes.save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+    assert stand_ins(zoo, zoo.draft(own), _PROMPTS, 0.98).instead == {}
