@@ -3,9 +3,9 @@
 Equal bytes are found by digest and need no measuring. Of the others, a model runs on real prompts,
 and each block of the other model is put in its place for a moment, with the inputs that came there.
 What a layer adds to the residual stream, or a module outside of layers gives, is compared token by
-token, by the cosine of the angle between the two; of a head, the probabilities of tokens; of an embedding
-all of its rows, for a prompt has few of them. At the end so are the probabilities that the two
-whole models give.
+token, by the cosine of the angle between the two; of a head, the probabilities of tokens; of an
+embedding all of its rows, for prompts have few of them. At the end so are the probabilities that
+the two whole models give.
 
 Source: equivalence among blocks in BlockLLM, arXiv:2404.18322, section 4.2. There a cosine of 0.98
 counts as equivalent.
