@@ -190,7 +190,7 @@ class _Cosines:
 
     def add(self, one: torch.Tensor, other: torch.Tensor) -> None:
         """Two tensors of vectors, [..., size]."""
-        one, other = one.float().flatten(0, -2), other.float().flatten(0, -2)
+        one, other = (vectors.double().flatten(0, -2) for vectors in (one, other))
         found = torch.cosine_similarity(one, other, dim=-1)
         found[(one == other).all(-1)] = 1.0  # also where both are zero
         self._found.append(found)
