@@ -39,6 +39,7 @@ FLOORS = (
     "speculation",
     "execution",
     "adapters",
+    "blocks",
     "model",
     "cpu_kernels",
     "request",

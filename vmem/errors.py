@@ -8,6 +8,9 @@ VkvError
 │   ├── RequestTooLong             prompt and output exceed the slot
 │   ├── RequestTooLarge            the page pool could never hold it
 │   ├── BadCheckpoint              a model folder that cannot be loaded
+│   ├── BadZoo                     a folder that is no zoo of blocks, or what is wrong in it
+│   ├── UnknownModel               a name that no model of a zoo has
+│   ├── ChainMismatch              two models of a zoo that cannot run together, and why
 │   ├── UnsupportedModel           an architecture that cannot run here, and why
 │   ├── BadAdapter                 a LoRA folder that is not read here, or of another base
 │   ├── UnknownAdapter             a name or a digest that no loaded adapter has
@@ -65,6 +68,18 @@ class RequestTooLarge(UsageError):
 
 class BadCheckpoint(UsageError):
     """A model folder is missing something or cannot be read."""
+
+
+class BadZoo(UsageError):
+    """A zoo of blocks that is none, cannot be written to, or is damaged; the message says which."""
+
+
+class UnknownModel(UsageError):
+    """A name that no model of the zoo has; the message names those that there are."""
+
+
+class ChainMismatch(UsageError):
+    """Two models of a zoo cannot run together; the message says what differs."""
 
 
 class UnsupportedModel(UsageError):

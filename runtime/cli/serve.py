@@ -1,7 +1,7 @@
 """`vkv serve`: what it can be told, and what it starts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -25,7 +25,10 @@ class Served:
     model: str | None = option(
         None,
         is_argument=True,
-        help="A model folder, GGUF file or hub id. Default: the built-in tiny model.",
+        help="A model folder, GGUF file, hub id or zoo. Default: the built-in tiny model.",
+    )
+    name: str | None = option(
+        None, names=("--model",), help="With a zoo of blocks, the name of a model in it."
     )
     device: str = option("auto", help="auto, cpu or cuda.")
     dtype: str = option("auto", help="auto (the checkpoint's), float32, bfloat16 or float16.")
@@ -140,9 +143,12 @@ _OTHERS = (
 
 
 def _serve(served: Served, options: "ServeOptions", engine: dict[str, Any]) -> None:
+    from ..blocks.places import pick
     from ..serving.processes.run import serve
 
-    status = serve(
-        options, model=served.model, device=served.device, dtype=served.dtype, engine=engine
-    )
+    model = served.model
+    if served.name is not None:
+        model = str(pick(served.model, served.name))
+        options = replace(options, served_model_name=options.served_model_name or (served.name,))
+    status = serve(options, model=model, device=served.device, dtype=served.dtype, engine=engine)
     raise typer.Exit(status)

@@ -4,12 +4,12 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from ...vmem import janitor
 from ..adapters.adapters import known_names
+from ..blocks.places import Source, pick
 from ..engine.admission import Admission
 from ..engine.config import EngineConfig
 from ..engine.migration.handshake import Stages
@@ -43,7 +43,9 @@ class Cluster:
     its requests go on elsewhere, computed again from what they had.
 
     Args:
-        model: a checkpoint folder, a hub id, or None for the built-in model.
+        source: a checkpoint folder, a hub id, or None for the built-in model; may also be given as
+            `model`. Or a zoo of blocks, which all nodes must have in the same place.
+        model: with a zoo, the name of a model in it.
         instances: how many.
         roles: "prefill", "decode" or "both", one an instance; None for all of them "both".
         policy: a name of `CLUSTER_POLICIES`, or an object of your own; None for "llumnix", or where
@@ -74,8 +76,9 @@ class Cluster:
 
     def __init__(
         self,
-        model: str | Path | None = None,
+        source: Source = None,
         *,
+        model: Source = None,
         instances: int = 2,
         roles: Sequence[Role] | None = None,
         policy: str | ClusterPolicy | None = None,
@@ -92,7 +95,7 @@ class Cluster:
         EngineConfig(**options)  # to refuse it here, and not in every process
         self.policy = checked_policy(policy, roles)
         order: dict[str, Any] = {
-            "model": checked_model(model),
+            "model": checked_model(pick(source, model)),
             "device": device,
             "dtype": dtype,
             "lends": lending,

@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...vmem import janitor
 from ...vmem.errors import InvalidConfig
+from ..blocks.places import Source
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.memory.memory_map import MemoryMap
@@ -44,7 +45,7 @@ class AsyncLLM:
     Several event loops may use one object.
 
     Args:
-        model: as of `LLM`.
+        source, model: as of `LLM`.
         max_unfinished: requests in the engine at once, running or queued there.
         options: the other arguments of `LLM`.
 
@@ -56,8 +57,9 @@ class AsyncLLM:
 
     def __init__(
         self,
-        model: str | Path | PreTrainedModel | None = None,
+        source: Source = None,
         *,
+        model: Source = None,
         max_unfinished: int = 256,
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         device: str | torch.device = "auto",
@@ -68,7 +70,7 @@ class AsyncLLM:
             raise InvalidConfig(f"max_unfinished is {max_unfinished}; it must be at least 1")
         self.config = EngineConfig(**options)
         self.loaded = loaded = load(
-            model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
+            source, model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         loop = build_loop(loaded, self.config)
         self.engine = loop.engine

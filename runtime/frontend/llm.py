@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...vmem import janitor
 from ...vmem.errors import InvalidConfig, InvalidOperation
+from ..blocks.places import Source
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.engine import Engine
@@ -39,8 +40,9 @@ class LLM:
     """A causal language model over virtual-memory KV. Several threads may use it at once.
 
     Args:
-        model: a checkpoint folder, a hub id, a `transformers` model built elsewhere, or None for
-            the built-in tiny chat model.
+        source: a checkpoint folder, a hub id, a `transformers` model built elsewhere, or None for
+            the built-in tiny chat model; may also be given as `model`. Or a zoo of blocks, and as
+            `model` a name in it.
         tokenizer: a tokenizer, which is copied, or its folder, if it is not with the model.
         device: "auto", "cpu" or "cuda".
         dtype: of weights and KV: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
@@ -64,8 +66,9 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | PreTrainedModel | None = None,
+        source: Source = None,
         *,
+        model: Source = None,
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
@@ -73,7 +76,7 @@ class LLM:
     ) -> None:
         self.config = EngineConfig(**options)
         self.loaded = load(
-            model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
+            source, model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         self.loop = build_loop(self.loaded, self.config)
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)
