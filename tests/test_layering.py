@@ -37,6 +37,7 @@ FLOORS = (
     "engine",
     "scheduling",
     "execution",
+    "chains",
     "adapters",
     "blocks",
     "model",

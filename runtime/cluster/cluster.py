@@ -119,10 +119,11 @@ class Cluster:
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
         adapter: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """As `LLM.generate`; a request that goes wrong has an `error` in its output."""
         requests = self._front_end.batch(
-            prompts, params, priority=priority, tenant=tenant, adapter=adapter
+            prompts, params, priority=priority, tenant=tenant, adapter=adapter, model=model
         )
         return self._run(requests, progress)
 
@@ -135,11 +136,18 @@ class Cluster:
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
         adapter: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str | None] | None = None,
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """As `LLM.chat`."""
         requests = self._front_end.chats(
-            messages, params, options, priority=priority, tenant=tenant, adapter=adapter
+            messages,
+            params,
+            options,
+            priority=priority,
+            tenant=tenant,
+            adapter=adapter,
+            model=model,
         )
         return self._run(requests, progress)
 
@@ -151,11 +159,12 @@ class Cluster:
         priority: int = 0,
         tenant: str = "",
         adapter: str | None = None,
+        model: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> Iterator[StreamDelta]:
         """As `LLM.stream`: it goes on whichever instance the request is on."""
         request = self._front_end.stream(
-            prompt, params, options, priority=priority, tenant=tenant, adapter=adapter
+            prompt, params, options, priority=priority, tenant=tenant, adapter=adapter, model=model
         )
         return self._stream(request)
 
@@ -281,4 +290,4 @@ def _front_end(face: Face, adapters: Callable[[], Mapping[str, AdapterKey]]) -> 
     grammars = None
     if face.tokenizer is not None:
         grammars = Grammars(face.tokenizer, face.admission.vocab_size)
-    return FrontEnd(face, face.admission, grammars, adapters)
+    return FrontEnd(face, face.admission, grammars, adapters, face.voices)

@@ -24,6 +24,7 @@ from ...attention_backends import AttentionBackend, choose_backend, create_backe
 from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import InvalidConfig
 from ..adapters.adapters import Adapters
+from ..chains.chains import Chains
 from ..execution.grammars import Grammars
 from ..execution.model_runner import ModelRunner
 from ..execution.recordings import Recorder
@@ -98,12 +99,14 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     cache, driver = _build_cache(loaded, config, backend, profile)
     engine: Engine | None = None
     adapters: Adapters | None = None
+    chains: Chains | None = None
     fingerprint = ModelFingerprint(
         loaded.model, loaded.files, (loaded.dtype, config.lm_head_bits, config.repeatable)
     )
     try:
         adapters = _build_adapters(loaded, config, cache, profile)
-        runner = _build_runner(loaded, config, backend, cache, driver, profile, adapters)
+        chains = _build_chains(loaded, config, cache)
+        runner = _build_runner(loaded, config, backend, cache, driver, profile, adapters, chains)
         tiers = build_tiers(loaded, config, cache, runner, fingerprint)
         why_not_longer = add_segments(
             loaded, backend, cache, runner, tiers, shares_attention=profile.shares_attention
@@ -118,6 +121,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             watch=ModelWatch(loaded),
             fingerprint=fingerprint,
             adapters=adapters,
+            chains=chains,
             overlap=_overlaps(loaded, config, profile),
             step_bytes=step_bytes(
                 loaded,
@@ -128,9 +132,9 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
         for index in range(len(loaded.geometry)):
             backend.check_cache(*cache.layer(index))
     except BaseException:
-        _closer(engine, cache, driver, adapters)()
+        _closer(engine, cache, driver, adapters, chains)()
         raise
-    close = _closer(engine, cache, driver, adapters)
+    close = _closer(engine, cache, driver, adapters, chains)
     return EngineLoop(engine, close, shortage_wait_s=config.shortage_wait_s)
 
 
@@ -139,6 +143,7 @@ def _closer(
     cache: SlotCache,
     driver: VmemDriver | None,
     adapters: Adapters | None,
+    chains: Chains | None,
 ) -> Callable[[], None]:
     """Gives back all memory and address space; the paged baseline has no driver."""
 
@@ -150,6 +155,8 @@ def _closer(
             engine.scheduler.tiers.close()
         if adapters is not None:
             adapters.close()
+        if chains is not None:
+            chains.close()
         cache.shutdown()
         if driver is not None:
             driver.close()
@@ -228,6 +235,7 @@ def _build_runner(
     driver: VmemDriver | None,
     profile: DeviceProfile,
     adapters: Adapters,
+    chains: Chains | None,
 ) -> ModelRunner:
     forward = Forward(loaded.model)
     if loaded.keeps_state:
@@ -254,6 +262,7 @@ def _build_runner(
         recorder=recorder,
         max_seqs=config.max_seqs,
         adapters=adapters,
+        chains=chains,
     )
 
 
@@ -262,11 +271,11 @@ def _build_adapters(
 ) -> Adapters:
     """None of them in memory yet. The paged baseline, which has all of its pages, counts them
     beside it."""
-    limit = cache.pool.shared_limit
-    if limit is None:
-        limit = MemoryLimit(cache.pool.limit_pages * cache.pool.driver.page_bytes)
     adapters = Adapters(
-        loaded.model, dtype=loaded.dtype, limit=limit, products=profile.products(loaded.dtype)
+        loaded.model,
+        dtype=loaded.dtype,
+        limit=_limit_of(cache),
+        products=profile.products(loaded.dtype),
     )
     try:
         for name, path in (config.adapters or {}).items():
@@ -275,6 +284,28 @@ def _build_adapters(
         adapters.close()
         raise
     return adapters
+
+
+def _limit_of(cache: SlotCache) -> MemoryLimit:
+    """What further weights count under."""
+    limit = cache.pool.shared_limit
+    return limit or MemoryLimit(cache.pool.limit_pages * cache.pool.driver.page_bytes)
+
+
+def _build_chains(loaded: LoadedModel, config: EngineConfig, cache: SlotCache) -> Chains | None:
+    """The models of the same zoo that run beside this one; none of them in memory yet."""
+    if not config.models:
+        return None
+    chain, others = neighbours(loaded.name, config.models)
+    return Chains(
+        loaded,
+        chain,
+        others,
+        limit=_limit_of(cache),
+        repeatable=config.repeatable,
+        lm_head_bits=config.lm_head_bits,
+        generation_config=config.generation_config,
+    )
 
 
 def _build_scheduler(

@@ -26,7 +26,7 @@ from .driving.port import EnginePort
 from .driving.thread import EngineThread
 from .front_end import FrontEnd
 from .prompts import Message as ChatMessage
-from .prompts import Prompt, Standing
+from .prompts import Maker, Prompt, Standing
 from .sessions.session import Session
 from .sessions.sessions import Saved, Sessions
 from .tokenizer import own
@@ -74,7 +74,11 @@ class AsyncLLM:
         self.engine = loop.engine
         engine = loop.engine
         front_end = FrontEnd(
-            loaded, engine.admission, engine.grammars, lambda: engine.check_adapters().names
+            loaded,
+            engine.admission,
+            engine.grammars,
+            lambda: engine.check_adapters().names,
+            engine.voices,
         )
         # The thread knows the driver, not this object, which can so be dropped without `close`.
         self._thread = EngineThread(loop, idle_trim_s=self.config.idle_trim_s)
@@ -97,12 +101,13 @@ class AsyncLLM:
         priority: int = 0,
         tenant: str = "",
         adapter: str | None = None,
+        model: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> AsyncIterator[RequestOutput]:
         """Complete a prompt or a conversation; yields all that there is so far.
 
-        Prompts, `priority`, `tenant` and `adapter` are as of `LLM.generate`, conversations and
-        `options` as of `LLM.chat`. Those beyond `max_unfinished` wait in the order of their coming.
+        Prompts, `priority`, `tenant`, `adapter` and `model` are as of `LLM.generate`, conversations
+        and `options` as of `LLM.chat`. Those beyond `max_unfinished` wait in the order of their coming.
         Each output holds the whole of text and tokens up to then; the last has `finished`. The
         name is known to `abort` from now on, also while the request waits for its place.
 
@@ -110,7 +115,8 @@ class AsyncLLM:
         meanwhile, and the request's own error if it goes wrong.
         """
         standing = Standing(priority=priority, tenant=tenant)
-        return self._requests.generate(prompt, params, request_id, options, standing, adapter)
+        by = Maker(adapter, model)
+        return self._requests.generate(prompt, params, request_id, options, standing, by)
 
     async def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
         """As `LLM.load_adapter`."""

@@ -79,7 +79,11 @@ class LLM:
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)
         engine = self.loop.engine
         self._front_end = FrontEnd(
-            self.loaded, engine.admission, engine.grammars, lambda: engine.check_adapters().names
+            self.loaded,
+            engine.admission,
+            engine.grammars,
+            lambda: engine.check_adapters().names,
+            engine.voices,
         )
         self._sessions = Sessions(
             self.loaded,
@@ -103,6 +107,7 @@ class LLM:
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
         adapter: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts together; outputs come in the order of the prompts.
 
@@ -123,13 +128,15 @@ class LLM:
                 tenants all the same; a `cache_salt` keeps them apart.
             adapter: a name of `load_adapter`, or None for the model alone; for all prompts, or one
                 for each. Any mix runs in one batch.
+            model: of a zoo, which model completes it, by name; None for the one that was opened;
+                for all prompts, or one for each. Any mix runs in one batch.
 
         Raises a `UsageError` before anything runs if a prompt or parameter is refused. On an
         exception, Ctrl-C included, the requests' pages are given back.
         """
         self._driver.check_ready()
         requests = self._front_end.batch(
-            prompts, params, priority=priority, tenant=tenant, adapter=adapter
+            prompts, params, priority=priority, tenant=tenant, adapter=adapter, model=model
         )
         return self._run(requests, progress, on_error)
 
@@ -143,6 +150,7 @@ class LLM:
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
         adapter: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str | None] | None = None,
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """Answer one conversation or several.
@@ -151,13 +159,19 @@ class LLM:
         `tool_calls` may do without. `options` are those of `ChatOptions`: `tools`, `chat_template`,
         `chat_template_kwargs`, `add_generation_prompt` and `continue_final_message`. Without
         `params` an answer is as long as the model or its generation config makes it. `on_error`,
-        `priority`, `tenant` and `adapter` are as of `generate`.
+        `priority`, `tenant`, `adapter` and `model` are as of `generate`.
 
         Raises InvalidPrompt if there is no chat template, or if it does not know what it is told.
         """
         self._driver.check_ready()
         requests = self._front_end.chats(
-            messages, params, options, priority=priority, tenant=tenant, adapter=adapter
+            messages,
+            params,
+            options,
+            priority=priority,
+            tenant=tenant,
+            adapter=adapter,
+            model=model,
         )
         return self._run(requests, progress, on_error)
 
@@ -169,6 +183,7 @@ class LLM:
         priority: int = 0,
         tenant: str = "",
         adapter: str | None = None,
+        model: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> Iterator[StreamDelta]:
         """Generate for one prompt or conversation, and yield what comes; `options` as of `chat`.
@@ -179,7 +194,7 @@ class LLM:
         """
         self._driver.check_ready()
         request = self._front_end.stream(
-            prompt, params, options, priority=priority, tenant=tenant, adapter=adapter
+            prompt, params, options, priority=priority, tenant=tenant, adapter=adapter, model=model
         )
         return self._stream(request)
 

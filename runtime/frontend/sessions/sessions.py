@@ -21,7 +21,7 @@ from ...request.outputs import RequestOutput
 from ...request.sampling_params import SamplingParams
 from ..driving.driver import LoopDriver
 from ..front_end import FrontEnd
-from ..prompts import Message, Prompt
+from ..prompts import Maker, Message, Prompt
 from ..text_stream import RequestText
 from .session import Session
 
@@ -99,7 +99,7 @@ class Sessions:
             tokens = [*what.prompt_token_ids, *itertools.chain(*outputs)]
             # A slot that is full has no room for what a request must put out.
             what = tokens[: self._engine.cache.max_len - 1]
-        request = self._front_end.request(what, _ONE_TOKEN, adapter=adapter)
+        request = self._front_end.request(what, _ONE_TOKEN, by=Maker(adapter))
         num_tokens, cache = len(request.spec.prompt_token_ids), self._engine.cache
         if cache.num_pages(num_tokens) > cache.pool.limit_pages:
             raise RequestTooLarge(

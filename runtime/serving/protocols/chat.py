@@ -152,8 +152,9 @@ class ChatJob:
 
     def _prepare(self, standing: Standing) -> RequestText:
         asked, front_end = self.asked, self.server.requests.front_end
+        by = self.server.maker(asked.model)
         params = self.server.params(
-            front_end.chat_params,
+            front_end.chat_defaults(by.model),
             asked,
             max_tokens=asked.max_completion_tokens or asked.max_tokens,
             logprobs=asked.num_logprobs(),
@@ -166,7 +167,7 @@ class ChatJob:
             self._options(),
             asked.cache_salt or "",
             standing,
-            self.server.adapter(asked.model),
+            by,
         )
 
     def _structure(self) -> dict[str, Any] | None:
