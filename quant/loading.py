@@ -9,7 +9,7 @@ experts of a layer makes way likewise (`stored_experts`).
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -76,8 +76,14 @@ def described_in(config: PretrainedConfig) -> Any:
     return own or getattr(config.get_text_config(decoder=True), "quantization_config", None)
 
 
-def adopt(config: PretrainedConfig, device: torch.device) -> bool:
+def adopt(
+    config: PretrainedConfig,
+    device: torch.device,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> bool:
     """Have `from_pretrained` read the checkpoint of this config with vkv's readers.
+
+    `tensors` are the checkpoint's, where it is given them (`state_dict`) and not its files.
 
     Returns False, with nothing changed, if its weights are not quantised or another quantiser of
     `transformers` reads them: on a GPU also that of `fp8`, which has kernels there. That of MXFP4
@@ -105,7 +111,9 @@ def adopt(config: PretrainedConfig, device: torch.device) -> bool:
             )
         return False
     _register()
-    config.quantization_config = {"quant_method": _METHOD, "described": described}  # type: ignore[attr-defined]
+    header = {name: (one.dtype, tuple(one.shape)) for name, one in (tensors or {}).items()}
+    said = {"quant_method": _METHOD, "described": described, "header": header}
+    config.quantization_config = said  # type: ignore[attr-defined]
     return True
 
 
@@ -150,9 +158,14 @@ class _StoredLinear(nn.Module):
 
 
 class _Int4Config(QuantizationConfigMixin):
-    def __init__(self, *, described: dict[str, Any], **_: Any) -> None:
+    """What `adopt` has to say: the checkpoint's own words, and its tensors if not in files."""
+
+    def __init__(
+        self, *, described: dict[str, Any], header: _Header | None = None, **_: Any
+    ) -> None:
         self.quant_method = _METHOD  # type: ignore[assignment]
         self.described = described
+        self.header = header or {}
 
 
 class _Int4Quantizer(HfQuantizer):
@@ -161,6 +174,7 @@ class _Int4Quantizer(HfQuantizer):
         scheme = parse_config(quantization_config.described)
         assert scheme is not None, "adopt() has seen to it"
         self.scheme = scheme
+        self.given, quantization_config.header = quantization_config.header, {}
         self.of_experts: set[tuple[str, str]] = set()  # renamings of their `weight`
 
     @property
@@ -183,7 +197,7 @@ class _Int4Quantizer(HfQuantizer):
     ) -> PreTrainedModel:
         required, optional = tensor_names(self.scheme.format)
         names = ModelNames(model, (*required, *optional))
-        stored = _read_headers(checkpoint_files or ())
+        stored = self.given or _read_headers(checkpoint_files or ())
         kind = self.scheme.format
         in_files = {names(renamed(name, kind)): name for name in stored}
         header = {name: stored[in_file] for name, in_file in in_files.items()}

@@ -1,7 +1,8 @@
-"""A model of a zoo: its blocks in the order of computing, and its tensors, mapped from their files."""
+"""A model of a zoo: its blocks in order, and its tensors mapped from their files."""
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from .cutting import Kind
 from .store import Store
 from .tensor_file import map_tensors
 
+Place = tuple[Kind, int | None, int]  # kind, layer, and which of these
 MANIFEST = "chain.json"  # in a model's folder, in place of its *.safetensors
 _FORMAT = "vkv chain 1"
 # What a config says beside how to compute, and which may so differ between models of one batch.
@@ -77,9 +79,8 @@ class Block:
     @property
     def place(self) -> str:
         """Where in a model it is, in words: "attention of layer 3"."""
-        return self.kind.replace("_", "-") + (
-            "" if self.layer is None else f" of layer {self.layer}"
-        )
+        kind = self.kind.replace("_", "-")
+        return kind if self.layer is None else f"{kind} of layer {self.layer}"
 
     @property
     def relative_names(self) -> tuple[str, ...]:
@@ -117,6 +118,16 @@ class Chain:
         """Of all its blocks, those it shares and those that it has several times included."""
         return sum(block.num_bytes for block in self.blocks)
 
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Where each block is, by which those of two models are set beside each other."""
+        seen: Counter[tuple[Kind, int | None]] = Counter()
+        found = []
+        for block in self.blocks:
+            found.append((block.kind, block.layer, seen[block.kind, block.layer]))
+            seen[block.kind, block.layer] += 1
+        return tuple(found)
+
     def read(self, block: Block) -> dict[str, torch.Tensor]:
         """The tensors of a block by the checkpoint's names, mapped from disk and not copied.
 
@@ -137,10 +148,10 @@ class Chain:
 
     def same_as(self, other: "Chain") -> tuple[bool, ...]:
         """For each of this chain's blocks, whether `other` has an equal one in that place."""
-        theirs = dict(other._places())
+        theirs = dict(zip(other.places, other.blocks, strict=True))
         return tuple(
             place in theirs and theirs[place].digest == block.digest
-            for place, block in self._places()
+            for place, block in zip(self.places, self.blocks, strict=True)
         )
 
     def check_fits(self, other: "Chain") -> None:
@@ -162,29 +173,23 @@ class Chain:
         yield "model_type", mine.get("model_type"), theirs.get("model_type")
         for name in ("quantization_config", *sorted(mine.keys() | theirs.keys())):
             yield f"{name} in config.json", mine.get(name), theirs.get(name)
-        places = dict(self._places()), dict(other._places())
-        for place in {**places[0], **places[1]}:
-            one, two = places[0].get(place), places[1].get(place)
+        here = dict(zip(self.places, self.blocks, strict=True))
+        there = dict(zip(other.places, other.blocks, strict=True))
+        for place in {**here, **there}:
+            one, two = here.get(place), there.get(place)
+            tensors = _layout(one), _layout(two)
             where = (one or two).place  # type: ignore[union-attr]
-            tensors = [
-                dict(zip(b.relative_names, b.layout, strict=True)) if b else {} for b in (one, two)
-            ]
             for name in {**tensors[0], **tensors[1]}:
                 yield f"{name} in the {where}", tensors[0].get(name), tensors[1].get(name)
         yield "the vocabulary", _vocabulary(self), _vocabulary(other)
 
-    def _places(self) -> Iterator[tuple[tuple[Kind, int | None, int], Block]]:
-        """Blocks by kind, layer, and how many of these came before."""
-        seen: dict[tuple[Kind, int | None], int] = {}
-        for block in self.blocks:
-            key = block.kind, block.layer
-            count = seen.get(key, 0)
-            seen[key] = count + 1
-            yield (*key, count), block
-
     @property
     def _store(self) -> Store:
         return Store(self.folder.parent.parent)
+
+
+def _layout(block: Block | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return dict(zip(block.relative_names, block.layout, strict=True)) if block else {}
 
 
 def _settled(chain: Chain) -> dict[str, Any]:

@@ -14,12 +14,8 @@ from .tensor_file import Stored, read_header
 
 _INDEX = "model.safetensors.index.json"
 _OTHERS = (
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "additional_chat_templates/*.jinja",
+    *("*.json", "*.txt", "*.model", "*.tiktoken"),
+    *("*.jinja", "additional_chat_templates/*.jinja"),
 )
 _OWN = ("config.json", "generation_config.json")  # small, and each model's own
 
@@ -65,7 +61,7 @@ class Checkpoint:
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors by name: those of the index, or else of the one file that `transformers` reads."""
+    """All tensors by name: those of the one file, or of the shards."""
     found: dict[str, Stored] = {}
     for file, names in _shards(folder).items():
         header = read_header(file)

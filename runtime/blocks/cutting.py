@@ -10,7 +10,8 @@ of those between, unless the layer norms only what comes out of its parts.
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ class Cut:
     Attributes:
         layer: counted from 0; None outside of layers.
         names: in the checkpoint, in order.
-        prefix: what all of them begin with, and the block leaves out; ends with a point or is empty.
+        prefix: what all of them begin with, and the block leaves out: "" or up to a point.
     """
 
     kind: Kind
@@ -220,3 +221,31 @@ def _is_norm(module: nn.Module) -> bool:
     """A few numbers for each channel, and no matrix."""
     parameters = list(module.parameters())
     return bool(parameters) and all(p.dim() <= 1 for p in parameters)
+
+
+BlockModules = Mapping[tuple[Kind, int | None, int], Sequence[str]]
+
+
+def block_modules(model: PreTrainedModel) -> BlockModules:
+    """The modules that a model's blocks are made of, by kind, layer, and which of these.
+
+    Among those of a layer is the layer itself, for its own parameters alone.
+    """
+    found: dict[_Place, list[str]] = {}
+    for name, place in _roots(model):
+        found.setdefault(place, []).append(name)
+    seen: Counter[tuple[Kind, int | None]] = Counter()
+    numbered = {}
+    for kind, layer, name in sorted(found, key=lambda place: (place[0], place[1] or 0, place[2])):
+        numbered[kind, layer, seen[kind, layer]] = tuple(found[kind, layer, name])
+        seen[kind, layer] += 1
+    return numbered
+
+
+def layer_names(modules: BlockModules) -> dict[int, str]:
+    """What the layers themselves are called."""
+    found: dict[int, str] = {}
+    for (_, layer, _), names in modules.items():
+        if layer is not None:
+            found[layer] = min((*names, found.get(layer, names[0])), key=len)
+    return found

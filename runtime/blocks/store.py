@@ -218,10 +218,15 @@ class Store:
         """The same of a file."""
         path = self.file_path(name)
         try:
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            found = sha256(path)
         except OSError as error:
             return f"{path}: {error.strerror}"
         return None if found == name else f"{path} holds other bytes than were written"
+
+
+def sha256(path: Path) -> str:
+    """The digest that a file is kept by."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_through(path: Path, data: bytes) -> None:

@@ -3,16 +3,16 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...vmem.errors import BadZoo, InvalidConfig, UnknownModel
 from .chain import MANIFEST, Approximated, Block, Chain, manifest, read_manifest
 from .checkpoint import Checkpoint
 from .cutting import Cut, cut
-from .store import Store, write_through
+from .store import Store, sha256, write_through
 from .tensor_file import Stored, digest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -47,6 +47,41 @@ class StandIn:
     digest: str
     of: str
     similarity: float
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """A checkpoint, and where it is cut."""
+
+    name: str
+    checkpoint: Checkpoint
+    cuts: tuple[Cut, ...]
+
+    def tensors(self, index: int) -> dict[str, Stored]:
+        """Those of a block, by the names that its file has for them."""
+        one = self.cuts[index]
+        found = self.checkpoint.tensors
+        return {name.removeprefix(one.prefix): found[name] for name in one.names}
+
+    def block(self, index: int, name: str) -> Block:
+        """What is to be known of a block with this digest."""
+        one, tensors = self.cuts[index], self.tensors(index).values()
+        return Block(
+            kind=one.kind,
+            layer=one.layer,
+            digest=name,
+            num_bytes=sum(stored.num_bytes for stored in tensors),
+            tensors=one.names,
+            prefix=one.prefix,
+            layout=tuple((stored.dtype, stored.shape) for stored in tensors),
+        )
+
+    def chain(self, folder: Path, blocks: Sequence[Block], files: Mapping[str, str]) -> Chain:
+        """The model of these blocks."""
+        config = json.loads((self.checkpoint.folder / "config.json").read_bytes())
+        return Chain(
+            name=self.name, folder=folder, config=config, blocks=tuple(blocks), files=files
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +192,33 @@ class BlockZoo:
         Raises BadCheckpoint or UnsupportedModel if it cannot be cut, InvalidConfig if the name is
         another model's or cannot be a folder's, BadZoo if the zoo cannot be written to.
         """
+        cutting = self._cutting(model, name)
+        try:
+            with self._store.adding():
+                return self._add(cutting, instead or {}, progress)
+        except OSError as error:
+            raise BadZoo(
+                f"cannot write {cutting.name} to {self.path}: {error}; nothing was added"
+            ) from error
+        finally:
+            self._tidy()
+
+    def draft(self, model: str | Path | None, name: str | None = None) -> Chain:
+        """What `add` would make of a checkpoint, with nothing written.
+
+        Its folder is the checkpoint's, so that it has no blocks to read. Raises as `add`.
+        """
+        cutting = self._cutting(model, name)
+        tensors = map(cutting.tensors, range(len(cutting.cuts)))
+        with _threads() as pool:
+            digests = list(pool.map(digest, tensors))
+        return cutting.chain(
+            cutting.checkpoint.folder,
+            [cutting.block(index, found) for index, found in enumerate(digests)],
+            {name: sha256(path) for name, path in cutting.checkpoint.other_files()},
+        )
+
+    def _cutting(self, model: str | Path | None, name: str | None) -> Cutting:
         checkpoint = Checkpoint(model)
         name = name if name is not None else checkpoint.folder.resolve().name
         if not _NAME.fullmatch(name):
@@ -164,76 +226,47 @@ class BlockZoo:
                 f"{name!r} cannot name a model; use letters, digits, points, - and _, and begin "
                 "with a letter or digit"
             )
-        cuts = cut(checkpoint.config, checkpoint.tensors)
-        try:
-            with self._store.adding():
-                return self._add(checkpoint, name, cuts, instead or {}, progress)
-        except OSError as error:
-            raise BadZoo(
-                f"cannot write {name} to {self.path}: {error}; nothing was added"
-            ) from error
-        finally:
-            self._tidy()
+        return Cutting(name, checkpoint, cut(checkpoint.config, checkpoint.tensors))
 
     def _add(
-        self,
-        checkpoint: Checkpoint,
-        name: str,
-        cuts: tuple[Cut, ...],
-        instead: Mapping[int, StandIn],
-        progress: Progress | None,
+        self, cutting: Cutting, instead: Mapping[int, StandIn], progress: Progress | None
     ) -> Added:
         def store(index: int) -> tuple[Block, bool]:
-            one = cuts[index]
-            tensors = {n.removeprefix(one.prefix): checkpoint.tensors[n] for n in one.names}
-            found, is_new = self._keep(one, tensors, instead.get(index))
+            found, is_new = self._keep(cutting, index, instead.get(index))
             if progress is not None:
                 progress(found.num_bytes)
             return found, is_new
 
-        with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
-            stored = list(pool.map(store, range(len(cuts))))
-        chain = Chain(
-            name=name,
-            folder=self._store.models / name,
-            config=json.loads((checkpoint.folder / "config.json").read_bytes()),
-            blocks=tuple(found for found, _ in stored),
-            files={n: self._store.add_file(path) for n, path in checkpoint.other_files()},
+        with _threads() as pool:
+            stored = list(pool.map(store, range(len(cutting.cuts))))
+        chain = cutting.chain(
+            self._store.models / cutting.name,
+            [found for found, _ in stored],
+            {n: self._store.add_file(path) for n, path in cutting.checkpoint.other_files()},
         )
         try:
-            self._publish(checkpoint, chain)
+            self._publish(cutting.checkpoint, chain)
         except FileExistsError:
-            there = self.chain(name)
+            there = self.chain(chain.name)
             if (there.digest, dict(there.files)) != (chain.digest, dict(chain.files)):
                 raise InvalidConfig(
-                    f"{self.path} has another model {name!r}; remove that first, or add this one "
-                    "as MODEL=NAME"
+                    f"{self.path} has another model {chain.name!r}; remove that first, or add this "
+                    "one as MODEL=NAME"
                 ) from None
         new = {found.digest: found.num_bytes for found, is_new in stored if is_new}
         return Added(chain=chain, num_new=len(new), new_bytes=sum(new.values()))
 
-    def _keep(
-        self, one: Cut, tensors: Mapping[str, Stored], other: StandIn | None
-    ) -> tuple[Block, bool]:
-        """A block of the zoo that computes a part of a model, and whether it is new."""
-        approximated, is_new = None, False
+    def _keep(self, cutting: Cutting, index: int, other: StandIn | None) -> tuple[Block, bool]:
+        """The block of the zoo that is to compute a part of a model, and whether it is new."""
+        tensors = cutting.tensors(index)
         if other is None:
-            used, is_new = self._store.add_block(tensors)
-        else:
-            used, own = other.digest, digest(tensors)
-            if used != own:
-                approximated = Approximated(digest=own, of=other.of, similarity=other.similarity)
-        found = Block(
-            kind=one.kind,
-            layer=one.layer,
-            digest=used,
-            num_bytes=sum(stored.num_bytes for stored in tensors.values()),
-            tensors=one.names,
-            prefix=one.prefix,
-            layout=tuple((stored.dtype, stored.shape) for stored in tensors.values()),
-            approximated=approximated,
-        )
-        return found, is_new
+            found, is_new = self._store.add_block(tensors)
+            return cutting.block(index, found), is_new
+        own = digest(tensors)
+        if own == other.digest:
+            return cutting.block(index, own), False
+        behind = Approximated(digest=own, of=other.of, similarity=other.similarity)
+        return replace(cutting.block(index, other.digest), approximated=behind), False
 
     def _publish(self, checkpoint: Checkpoint, chain: Chain) -> None:
         """Make the model's folder. Raises FileExistsError if the name is taken."""
@@ -281,7 +314,7 @@ class BlockZoo:
                 progress(block.num_bytes)
             return what and f"{what} ({self._users(block.digest, chains)})"
 
-        with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        with _threads() as pool:
             found += filter(None, pool.map(damage, blocks.values()))
         found += filter(None, map(self._store.damage_of_file, files))
         return found
@@ -309,3 +342,8 @@ class BlockZoo:
             return 0
         blocks = {block.digest for chain in chains for block in chain.blocks}
         return self._store.sweep(blocks, {n for chain in chains for n in chain.files.values()})
+
+
+def _threads() -> ThreadPoolExecutor:
+    """To hash on, which lets go of the interpreter."""
+    return ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))))

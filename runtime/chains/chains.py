@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -334,21 +334,6 @@ def find_voice(voices: Mapping[str, Voice | None], name: str) -> Voice | None:
         return voices[name]
     there = f"there are {', '.join(sorted(voices))}" if voices else "there is one, without a name"
     raise UnknownModel(f"there is no model {name!r} here; {there}")
-
-
-def foundation(chains: Collection[Chain]) -> Chain:
-    """The one that shares most bytes with the others; of several the first."""
-
-    def shared_bytes(one: Chain) -> int:
-        return sum(
-            block.num_bytes
-            for other in chains
-            if other is not one
-            for block, is_same in zip(other.blocks, other.same_as(one), strict=True)
-            if is_same
-        )
-
-    return max(chains, key=shared_bytes)
 
 
 def _place(block: Block) -> _Place:

@@ -52,8 +52,10 @@ class Model:
     model: str | None = option(
         None,
         names=("--model", "-m"),
-        help="A model folder, GGUF file or hub id. Default: the built-in tiny model.",
+        help="A model folder, GGUF file or hub id, or with --zoo a name in that. Default: the "
+        "built-in tiny model.",
     )
+    zoo: str | None = option(None, help="A zoo of blocks that has the model (see `vkv blocks`).")
     device: str = option("auto", help=_DEVICE)
     dtype: str = option("auto", help=_DTYPE)
 
@@ -167,7 +169,7 @@ def _chat(place: Model, own: Chat, typed: dict[str, Any], config: "EngineConfig"
 
     tolerate_bytes()
     alone = vars(replace(config, max_seqs=1))
-    with LLM(place.model, device=place.device, dtype=place.dtype, **alone) as llm:
+    with LLM(place.zoo, model=place.model, device=place.device, dtype=place.dtype, **alone) as llm:
         run_chat(llm, _params(llm, typed), system=own.system, path=own.session)
 
 
@@ -177,7 +179,9 @@ def _generate(own: Generate, place: Model, typed: dict[str, Any], config: "Engin
 
     tolerate_bytes()
     texts = read_prompts(own.prompts)
-    with LLM(place.model, device=place.device, dtype=place.dtype, **vars(config)) as llm:
+    with LLM(
+        place.zoo, model=place.model, device=place.device, dtype=place.dtype, **vars(config)
+    ) as llm:
         params = _params(llm, typed)
         run_generate(llm, texts, params, as_chat=own.as_chat, as_json=own.as_json)
 

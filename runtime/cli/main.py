@@ -8,6 +8,7 @@ import typer
 
 from ...bench.cli import bench, place, simulate
 from ...vmem.errors import VkvError
+from .blocks.commands import blocks
 from .cluster import cluster
 from .lazy import LazyCommand
 
@@ -62,6 +63,7 @@ def info() -> Command:
     return info_command()
 
 
+app.add_typer(blocks, name="blocks")
 app.add_typer(cluster, name="cluster")
 app.command(cls=LazyCommand)(simulate)
 app.command(cls=LazyCommand)(place)

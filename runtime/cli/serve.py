@@ -1,7 +1,8 @@
 """`vkv serve`: what it can be told, and what it starts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -24,7 +25,10 @@ class Served:
     model: str | None = option(
         None,
         is_argument=True,
-        help="A model folder, GGUF file or hub id. Default: the built-in tiny model.",
+        help="A model folder, GGUF file, hub id or zoo. Default: the built-in tiny model.",
+    )
+    name: str | None = option(
+        None, names=("--model",), help="With a zoo of blocks, the name of a model in it."
     )
     device: str = option("auto", help="auto, cpu or cuda.")
     dtype: str = option("auto", help="auto (the checkpoint's), float32, bfloat16 or float16.")
@@ -144,9 +148,13 @@ _OTHERS = (
 
 
 def _serve(served: Served, options: "ServeOptions", engine: dict[str, Any]) -> None:
+    from ..chains.family import gather
     from ..serving.processes.run import serve
 
-    status = serve(
-        options, model=served.model, device=served.device, dtype=served.dtype, engine=engine
-    )
+    model, beside = gather(served.model, served.name)
+    engine = {"models": beside} | engine
+    if beside or served.name is not None:
+        own = served.name or Path(str(model)).name
+        options = replace(options, served_model_name=options.served_model_name or (own,))
+    status = serve(options, model=model, device=served.device, dtype=served.dtype, engine=engine)
     raise typer.Exit(status)

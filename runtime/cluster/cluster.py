@@ -10,6 +10,8 @@ from typing import Any, Self, Unpack
 
 from ...vmem import janitor
 from ..adapters.adapters import known_names
+from ..blocks.zoo import BlockZoo
+from ..chains.family import gather
 from ..engine.config import EngineConfig
 from ..engine.migration.handshake import Stages
 from ..engine.stats import together
@@ -41,7 +43,9 @@ class Cluster:
     its requests go on elsewhere, computed again from what they had.
 
     Args:
-        model: a checkpoint folder, a hub id, or None for the built-in model.
+        source: a checkpoint folder, a hub id, or None for the built-in model; may also be given as
+            `model`. Or a zoo of blocks, which all nodes must have in the same place.
+        model: with a zoo, the name of a model in it.
         instances: how many.
         roles: "prefill", "decode" or "both", one an instance; None for all of them "both".
         policy: a name of `CLUSTER_POLICIES`, or an object of your own; None for "llumnix", or where
@@ -70,8 +74,10 @@ class Cluster:
 
     def __init__(
         self,
-        model: str | Path | None = None,
+        source: str | Path | BlockZoo | None = None,
+        /,
         *,
+        model: str | Path | None = None,
         instances: int = 2,
         roles: Sequence[Role] | None = None,
         policy: str | ClusterPolicy | None = None,
@@ -84,10 +90,12 @@ class Cluster:
         **options: Any,
     ) -> None:
         roles = checked_roles(roles, instances)
+        chosen, beside = gather(source, model)
+        options = {"models": beside} | options
         EngineConfig(**options)  # to refuse it here, and not in every process
         self.policy = checked_policy(policy, roles)
         order: dict[str, Any] = {
-            "model": checked_model(model),
+            "model": checked_model(chosen),
             "device": device,
             "dtype": dtype,
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...vmem import linux
 from ...vmem.errors import InvalidConfig
+from ..blocks.places import Source
 from .policies import CLUSTER_POLICIES, ClusterPolicy
 from .snapshot import Role
 
@@ -57,7 +58,7 @@ def checked_policy(policy: str | ClusterPolicy | None, roles: Sequence[Role]) ->
     return CLUSTER_POLICIES[policy]()
 
 
-def checked_model(model: str | Path | None) -> str | None:
+def checked_model(model: Source) -> str | None:
     """What instances load the model from. Raises InvalidConfig."""
     if model is None:
         return None

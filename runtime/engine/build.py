@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...allocator import (
     KVCache,
@@ -24,7 +24,9 @@ from ...attention_backends import AttentionBackend, choose_backend, create_backe
 from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import InvalidConfig
 from ..adapters.adapters import Adapters
+from ..blocks.places import Source, locate
 from ..chains.chains import Chains
+from ..chains.family import neighbours
 from ..execution.grammars import Grammars
 from ..execution.model_runner import ModelRunner
 from ..execution.recordings import Recorder
@@ -56,7 +58,7 @@ READY_GROWTHS = 2  # as many growth steps' pages are kept created, so that few w
 
 
 def load(
-    model: str | Path | PreTrainedModel | None,
+    model: Source,
     *,
     tokenizer: PreTrainedTokenizerBase | str | Path | None,
     device: str | torch.device,
@@ -65,14 +67,16 @@ def load(
 ) -> LoadedModel:
     """The model that an engine of this `config` runs; arguments as of `LLM`."""
     generation = read_generation_config(config.generation_config)
+    source, read_tensors = locate(model)
     loaded = load_model(
-        model,
+        source,
         tokenizer=tokenizer,
         device=resolve_device(device),
         dtype=dtype,
         pack_weights=config.pack_weights,
         repeatable=config.repeatable,
         lm_head_bits=config.lm_head_bits,
+        read_tensors=read_tensors,
     )
     if config.generation_config == "auto":
         generation = getattr(loaded.model, "generation_config", None)

@@ -10,10 +10,13 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...vmem import janitor
 from ...vmem.errors import InvalidConfig
+from ..blocks.places import Source
+from ..blocks.zoo import BlockZoo
+from ..chains.family import gather
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.memory.memory_map import MemoryMap
@@ -25,8 +28,8 @@ from .chat_template import ChatOptions
 from .driving.port import EnginePort
 from .driving.thread import EngineThread
 from .front_end import FrontEnd
-from .prompts import Message as ChatMessage
 from .prompts import Maker, Prompt, Standing
+from .prompts import Message as ChatMessage
 from .sessions.session import Session
 from .sessions.sessions import Saved, Sessions
 from .tokenizer import own
@@ -44,7 +47,7 @@ class AsyncLLM:
     Several event loops may use one object.
 
     Args:
-        model: as of `LLM`.
+        source, model: as of `LLM`.
         max_unfinished: requests in the engine at once, running or queued there.
         options: the other arguments of `LLM`.
 
@@ -56,8 +59,10 @@ class AsyncLLM:
 
     def __init__(
         self,
-        model: str | Path | PreTrainedModel | None = None,
+        source: Source | BlockZoo = None,
+        /,
         *,
+        model: Source = None,
         max_unfinished: int = 256,
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         device: str | torch.device = "auto",
@@ -66,9 +71,14 @@ class AsyncLLM:
     ) -> None:
         if max_unfinished < 1:
             raise InvalidConfig(f"max_unfinished is {max_unfinished}; it must be at least 1")
-        self.config = EngineConfig(**options)
+        chosen, beside = gather(source, model)
+        self.config = EngineConfig(**{"models": beside} | options)
         self.loaded = loaded = load(
-            model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
+            chosen,
+            tokenizer=own(tokenizer),
+            device=device,
+            dtype=dtype,
+            config=self.config,
         )
         loop = build_loop(loaded, self.config)
         self.engine = loop.engine

@@ -9,10 +9,13 @@ from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...vmem import janitor
 from ...vmem.errors import InvalidConfig, InvalidOperation
+from ..blocks.places import Source
+from ..blocks.zoo import BlockZoo
+from ..chains.family import gather
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.engine import Engine
@@ -39,8 +42,10 @@ class LLM:
     """A causal language model over virtual-memory KV. Several threads may use it at once.
 
     Args:
-        model: a checkpoint folder, a hub id, a `transformers` model built elsewhere, or None for
-            the built-in tiny chat model.
+        source: a checkpoint folder, a hub id, a `transformers` model built elsewhere, or None for
+            the built-in tiny chat model; may also be given as `model`. Or a zoo of blocks.
+        model: with a zoo, the name of a model in it; by default the one that shares most with the
+            others. Those of the zoo that can run beside it do, and prompts name them (`generate`).
         tokenizer: a tokenizer, which is copied, or its folder, if it is not with the model.
         device: "auto", "cpu" or "cuda".
         dtype: of weights and KV: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
@@ -64,16 +69,23 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | PreTrainedModel | None = None,
+        source: Source | BlockZoo = None,
+        /,
         *,
+        model: Source = None,
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         **options: Any,
     ) -> None:
-        self.config = EngineConfig(**options)
+        chosen, beside = gather(source, model)
+        self.config = EngineConfig(**{"models": beside} | options)
         self.loaded = load(
-            model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
+            chosen,
+            tokenizer=own(tokenizer),
+            device=device,
+            dtype=dtype,
+            config=self.config,
         )
         self.loop = build_loop(self.loaded, self.config)
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)

@@ -19,6 +19,7 @@ from ..cpu_kernels.packing import PackedExperts, PackedGatedLayer, PackedLinear,
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _CONFIGS = ("config.json", "quantize_config.json", "quant_config.json")
+_CHAIN = "chain.json"  # which has the digests of weights that are in other folders
 _PART_BYTES = 32 << 20  # of a file, that one thread reads at a time
 _MOST_THREADS = 4
 _OF_NO_ACCOUNT = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash")
@@ -47,7 +48,7 @@ def model_files(home: str | Path, config: PretrainedConfig | None = None) -> tup
         if not isinstance(found, str):
             return ()
         path = Path(found).parent
-    names = {file for pattern in (*_CONFIGS, *_WEIGHTS) for file in path.glob(pattern)}
+    names = {file for pattern in (*_CONFIGS, _CHAIN, *_WEIGHTS) for file in path.glob(pattern)}
     return tuple(_mark(file) for file in sorted(names))
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,6 +38,8 @@ from .recurrent_state import STATE_LAYER_TYPES, keeps_state
 
 _KNOWN_LAYER_TYPES = {"full_attention", "attention", "sliding_attention"}
 _WITHOUT_MEMORY = {"moe", "mlp"}  # layers in their own right in some hybrids
+# The tensors of a checkpoint by name, for a folder that has all but these.
+ReadTensors = Callable[[], Mapping[str, torch.Tensor]]
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -124,6 +127,7 @@ def load_model(
     pack_weights: bool | None = None,
     repeatable: bool = False,
     lm_head_bits: int | None = None,
+    read_tensors: ReadTensors | None = None,
 ) -> LoadedModel:
     """Load a causal language model and prepare it for contiguous slots.
 
@@ -137,6 +141,7 @@ def load_model(
         repeatable: lay them out, in any case, for kernels of which a row's result depends on no
             other row.
         lm_head_bits: 4 or 8 to quantise the output layer, of a model loaded here.
+        read_tensors: where `source` is a folder without weights, what reads them.
 
     Raises BadCheckpoint if the folder cannot be read, UnsupportedModel if the architecture cannot
     run here, with the reason.
@@ -150,7 +155,9 @@ def load_model(
         model.set_attn_implementation(ATTENTION_NAME)
     else:
         home = resolve(source)
-        model, files = _with_files(home, wanted_dtype, device)
+        files = model_files(home)  # as they are before they are read
+        model = read_checkpoint(home, wanted_dtype, device, read_tensors)
+        files = files or model_files(home, model.config)  # of a hub id, known by now
     if wanted_dtype is not None:
         model = model.to(wanted_dtype)  # type: ignore[arg-type]
     model = model.to(device).eval()  # type: ignore[arg-type]
@@ -214,43 +221,52 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
-def _with_files(
-    home: str | Path, dtype: torch.dtype | None, device: torch.device
-) -> tuple[PreTrainedModel, tuple[FileMark, ...]]:
-    """A model, and the files that it is, as they were before they were read."""
-    files = model_files(home)
-    model = _from_checkpoint(home, dtype, device)
-    return model, files or model_files(home, model.config)  # of a hub id, known by now
-
-
-def _from_checkpoint(
-    home: str | Path, dtype: torch.dtype | None, device: torch.device
+def read_checkpoint(
+    home: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    read_tensors: ReadTensors | None = None,
+    *,
+    attention: str = ATTENTION_NAME,
 ) -> PreTrainedModel:
+    """A model as `transformers` loads it, on the CPU; arguments as of `load_model`.
+
+    Args:
+        attention: as `transformers` names it.
+    """
     if is_gguf(home):
-        return reading("weights", home, lambda: load_gguf(Path(home), dtype, ATTENTION_NAME))
+        return reading("weights", home, lambda: load_gguf(Path(home), dtype, attention))
     config: PretrainedConfig = reading(
         "config", home, lambda: AutoConfig.from_pretrained(home, trust_remote_code=False)
     )
     config = writing_part(config)
     auto = auto_class(config)
     _check_architecture(config, auto._model_mapping[type(config)])  # type: ignore[arg-type]
-    quantized = reading("quantisation", home, lambda: adopt(config, device))
+    tensors = None if read_tensors is None else dict(read_tensors())
+    quantized = reading("quantisation", home, lambda: adopt(config, device, tensors))
     if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
         dtype = torch.bfloat16  # the checkpoint's float16 is a GPU's; a CPU has no kernels for it
     loaded: Any = reading(
         "weights",
         home,
         lambda: auto.from_pretrained(
-            home,
+            home if tensors is None else None,
             trust_remote_code=False,
             config=config,
             dtype=dtype or "auto",
-            attn_implementation=ATTENTION_NAME,
+            attn_implementation=attention,
             output_loading_info=True,
+            state_dict=tensors,
         ),
     )
     model, report = loaded
     check_report(home, model, report)
+    if tensors is not None:  # of which `transformers` does not know the folder
+        model.config.name_or_path = str(home)
+        if (Path(home) / "generation_config.json").is_file():
+            model.generation_config = reading(
+                "generation config", home, lambda: GenerationConfig.from_pretrained(home)
+            )
     return model
 
 

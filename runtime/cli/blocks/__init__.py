@@ -1,0 +1,1 @@
+"""`vkv blocks`: models in a zoo, stored once where they are equal."""
