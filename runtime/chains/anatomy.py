@@ -136,9 +136,9 @@ class Anatomy:
                 return True
             for child, module in holder.named_children():
                 full = f"{parent}.{child}" if parent else child
-                if full in self.calls and full not in self.attending and not _is_norm(module):
-                    if not self.is_behind(full):
-                        return False
+                counts = full in self.calls and full not in self.attending
+                if counts and not _is_norm(module) and not self.is_behind(full):
+                    return False
             name = parent
         return False
 

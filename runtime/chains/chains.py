@@ -96,6 +96,8 @@ class Chains:
         repeatable, lm_head_bits, generation_config: as of `EngineConfig`.
 
     Attributes:
+        num_gone: times that a block's memory was given back, so that what was recorded with it does
+            not hold.
         voices: of the models, by name; None for the engine's own.
 
     Raises ChainMismatch if some cannot run together, InvalidConfig for models that none can.
@@ -124,6 +126,7 @@ class Chains:
         self._sites = Sites(loaded.model)
         self._chain = chain
         self._memory: KeptWeights[_Place, BlockCopy] = KeptWeights(limit, self._gone)
+        self.num_gone = 0
         self._calls: Counter[_Place] = Counter()
         self._rows: Counter[_Place] = Counter()
         own_kv = self._kv_digest(chain)
@@ -221,6 +224,7 @@ class Chains:
         return copy, copy.num_bytes
 
     def _gone(self, place: _Place) -> None:
+        self.num_gone += 1
         for relative in self._relatives.values():
             if place in relative.own:
                 relative.modules = None
@@ -242,14 +246,18 @@ class Chains:
         rows: Sequence[tuple[ChainKey | None, int]],
         kept: Sequence[tuple[ChainKey | None, int]] | None,
         device: torch.device,
+        *,
+        is_recorded: bool = False,
     ) -> ChainStep:
         """For a step of so many rows of each model in turn, all of which are in memory."""
-        self._count(rows)
-        return ChainStep(
+        step = ChainStep(
             [self._run(*run) for run in rows],
             None if kept is None else [self._run(*run) for run in kept],
             device,
         )
+        if is_recorded:
+            step.prepare(self._sites.names)
+        return step
 
     def _run(self, key: ChainKey | None, count: int) -> Run:
         if key is None:
@@ -258,7 +266,8 @@ class Chains:
         assert modules is not None, "a model of the step is not in memory"
         return modules, count
 
-    def _count(self, rows: Sequence[tuple[ChainKey | None, int]]) -> None:
+    def count(self, rows: Sequence[tuple[ChainKey | None, int]]) -> None:
+        """Note that a step of these rows is computed."""
         by_place: Counter[_Place] = Counter()
         for key, count in rows:
             if key is not None:

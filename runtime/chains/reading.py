@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from ...quant import Int4Linear
 from ...quant.formats.table import parse_config, tensor_names
@@ -107,11 +108,18 @@ def _reader(model: nn.Module, missing: set[str]) -> Callable[[nn.Module], bool |
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep `transformers` from telling that most of the model is missing."""
+    """Keep `transformers` from telling that most of the model is missing, and from a bar."""
     log = logging.getLogger("transformers.modeling_utils")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    shows_bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    log.addFilter(_is_error)
     try:
         yield
     finally:
-        log.setLevel(level)
+        log.removeFilter(_is_error)
+        if shows_bars:
+            hf_logging.enable_progress_bar()
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

@@ -1,6 +1,6 @@
 """Where a model's modules make way for those of its relatives, row by row."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -33,6 +33,11 @@ class Sites:
             if name not in self._overlays:
                 module = self._model.get_submodule(name)
                 self._overlays[name] = _Parting(module, name, self.anatomy.calls[name])
+
+    @property
+    def names(self) -> Collection[str]:
+        """Where rows part ways by now."""
+        return self._overlays.keys()
 
     def uninstall(self) -> None:
         """Leave the model as it was."""

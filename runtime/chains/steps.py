@@ -5,7 +5,7 @@ of a step's models agree it is called once, for all rows; elsewhere once for eac
 agree, whosever they are.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -60,7 +60,8 @@ class ChainStep:
         kwargs: Mapping[str, Any],
     ) -> Any:
         """What the module `name` of the model, `own`, and those in its place make of all rows."""
-        assert call.in_axes is not None and call.out_axes is not None, "it takes rows"
+        assert call.in_axes is not None, "it takes rows"
+        assert call.out_axes is not None, "it takes rows"
         leaves, layout = tree_flatten((args, kwargs))
         groups = self._groups(name, _num_rows(name, leaves, call.in_axes))
         if len(groups) == 1:
@@ -74,6 +75,12 @@ class ChainStep:
             some_args, some_kwargs = tree_unflatten(part, layout)
             outs.append((group.compute or own)(*some_args, **some_kwargs))
         return _join(outs, groups, call.out_axes)
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Find the groups at these modules now; a recording must not see how."""
+        for name in names:
+            self._runs.groups(name)
+            self._kept.groups(name)
 
     def _groups(self, name: str, num_rows: int) -> Sequence[Group]:
         for runs in (self._runs, self._kept):

@@ -68,7 +68,7 @@ class ModelRunner:
         self.recordings: DecodeRecordings | None = None
         if recorder is not None:
             self.recordings = DecodeRecordings(
-                self.logits, cache, recorder, device, max_seqs, adapters
+                self.logits, cache, recorder, device, max_seqs, adapters, chains
             )
 
     @property
@@ -150,7 +150,6 @@ class ModelRunner:
         Replayed if all of the batch is decodes of requests whose slots have all their tokens.
         """
         is_plain = all(not item.request.is_spread for item in batch.items)
-        is_plain = is_plain and all(item.request.chain is None for item in batch.items)
         if self.recordings is not None and is_plain and len(batch) == ends[-1] == len(positions):
             logits = self.recordings.run(batch, last_tokens)
             if logits is not None:
@@ -202,6 +201,7 @@ class ModelRunner:
         keys = [item.request.chain for item in items]
         counts, num_kept = _row_counts(items, keep)
         rows, kept = (list(zip(keys, some, strict=True)) for some in (counts, num_kept))
+        self.chains.count(rows)
         return self.chains.step(rows, kept, self.device)
 
     def _inputs(

@@ -117,9 +117,9 @@ class AsyncLLM:
         """Complete a prompt or a conversation; yields all that there is so far.
 
         Prompts, `priority`, `tenant`, `adapter` and `model` are as of `LLM.generate`, conversations
-        and `options` as of `LLM.chat`. Those beyond `max_unfinished` wait in the order of their coming.
-        Each output holds the whole of text and tokens up to then; the last has `finished`. The
-        name is known to `abort` from now on, also while the request waits for its place.
+        and `options` as of `LLM.chat`. Those beyond `max_unfinished` wait in the order of their
+        coming. Each output holds the whole of text and tokens up to then; the last has `finished`.
+        The name is known to `abort` from now on, also while the request waits for its place.
 
         Raises a `UsageError` if the request is refused, InvalidOperation if this object is closed
         meanwhile, and the request's own error if it goes wrong.

@@ -248,8 +248,8 @@ class FrontEnd:
         self.admission.check_priority(standing.priority)
         if by.adapter is not None and speech.chain is not None:
             raise InvalidPrompt(
-                f"the adapter {by.adapter!r} is of the first model, and {by.model!r} was asked for, "
-                "too; leave one of them out"
+                f"the adapter {by.adapter!r} is of the first model, and {by.model!r} was asked "
+                "for, too; leave one of them out"
             )
         tokens = self._truncate(self._tokenise(prompt, speech), params, speech)
         self.check(tokens, params)

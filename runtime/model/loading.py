@@ -241,7 +241,8 @@ def read_checkpoint(
     )
     config = writing_part(config)
     auto = auto_class(config)
-    _check_architecture(config, auto._model_mapping[type(config)])  # type: ignore[arg-type]
+    kind: Any = auto._model_mapping[type(config)]  # type: ignore[index]
+    _check_architecture(config, kind)
     tensors = None if read_tensors is None else dict(read_tensors())
     quantized = reading("quantisation", home, lambda: adopt(config, device, tensors))
     if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
@@ -249,7 +250,7 @@ def read_checkpoint(
     loaded: Any = reading(
         "weights",
         home,
-        lambda: auto.from_pretrained(
+        lambda: (auto if tensors is None else kind).from_pretrained(
             home if tensors is None else None,
             trust_remote_code=False,
             config=config,
