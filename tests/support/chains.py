@@ -8,6 +8,7 @@ from typing import Any
 import quantized
 import torch
 import zoo
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from vkv import LLM, RequestOutput
 from vkv.runtime.blocks.zoo import BlockZoo
 
@@ -64,6 +65,11 @@ def make_zoo(home: Path, folders: Mapping[str, Path]) -> BlockZoo:
     return made
 
 
+def reference(folder: Path) -> PreTrainedModel:
+    """A model as `transformers` runs it."""
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
 class Alone:
     """What each model gives run alone."""
 
@@ -78,6 +84,9 @@ class Alone:
         (out,) = self._llms[name].generate([list(prompt)], zoo.greedy(count))
         self._llms[name].trim()
         return list(out.outputs[0].token_ids)
+
+    def folder(self, name: str) -> Path:
+        return self._folders[name]
 
     def close(self) -> None:
         for llm in self._llms.values():
