@@ -3,7 +3,7 @@
 import torch
 
 from ...allocator import MemoryLimit
-from ..model.kept_weights import KeptWeights
+from ..model.extras.kept_weights import KeptWeights
 from ..request.spec import AdapterKey
 from .lora_file import LoraFile
 from .steps import Products, Table

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ...vmem.errors import BadAdapter
 from ..cpu_kernels.packing import PackedGatedLayer
 from ..cpu_kernels.shared_inputs import single_homes
-from ..model.overlays import Overlay, overlays_of
+from ..model.extras.overlays import Overlay, overlays_of
 from ..model.probing import probe_outputs
 from .steps import current_step
 

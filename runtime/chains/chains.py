@@ -12,7 +12,7 @@ from ...allocator import MemoryLimit
 from ...quant.names import ModelNames
 from ...vmem.errors import InvalidConfig, OutOfPages, UnknownModel, UsageError, VkvError
 from ..blocks.chain import Block, Chain
-from ..model.kept_weights import KeptWeights
+from ..model.extras.kept_weights import KeptWeights
 from ..model.loading import LoadedModel
 from ..request.spec import ChainKey
 from .copies import BlockCopy, Layout, copy_block

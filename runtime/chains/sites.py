@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...vmem.errors import ChainMismatch
-from ..model.overlays import Overlay
+from ..model.extras.overlays import Overlay
 from .anatomy import Anatomy, Call
 from .steps import current_step
 

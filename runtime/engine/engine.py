@@ -37,7 +37,7 @@ from ..request.token_grammar import TokenGrammar
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
 from .endings import End, end_of, told_end, told_token, typed
-from .extra_weights import chain_stats, check_chain, provided
+from .memory.extra_weights import chain_stats, check_chain, provided
 from .memory.segments import take_back
 from .stats import EngineStats, SegmentStats, SwapStats
 

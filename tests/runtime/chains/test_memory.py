@@ -14,7 +14,7 @@ import zoo
 from vkv import LLM, AsyncLLM, MemoryLimit
 from vkv.runtime.blocks.zoo import BlockZoo
 from vkv.runtime.chains import copies
-from vkv.runtime.model.overlays import overlays_of
+from vkv.runtime.model.extras.overlays import overlays_of
 from vkv.vmem.errors import (
     BadCheckpoint,
     ChainMismatch,

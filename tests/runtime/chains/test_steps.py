@@ -8,8 +8,8 @@ import zoo
 from torch import nn
 from vkv.runtime.chains.anatomy import Anatomy, Call
 from vkv.runtime.chains.steps import ChainStep, chaining, current_step
+from vkv.runtime.model.extras.overlays import Overlay, overlays_of
 from vkv.runtime.model.loading import load_model
-from vkv.runtime.model.overlays import Overlay, overlays_of
 from vkv.vmem.errors import UnsupportedModel
 
 _CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ...allocator import MemoryLimit
-from ...vmem.errors import OutOfPages
+from ....allocator import MemoryLimit
+from ....vmem.errors import OutOfPages
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...vmem.errors import InvalidConfig, UsageError, VkvError
-from ..adapters.adapters import Adapters
-from ..chains.chains import BlockStats, Chains, ChainStats
-from ..request.request import Batch, Request, ScheduledRequest
-from ..request.spec import RequestSpec
+from ....vmem.errors import InvalidConfig, UsageError, VkvError
+from ...adapters.adapters import Adapters
+from ...chains.chains import BlockStats, Chains, ChainStats
+from ...request.request import Batch, Request, ScheduledRequest
+from ...request.spec import RequestSpec
 
 Lacking = list[tuple[Request, VkvError]]
 
