@@ -185,9 +185,12 @@ class AsyncLLM:
         *,
         extra: bytes = b"",
         adapter: str | None = None,
+        model: str | None = None,
     ) -> Session:
         """As `LLM.save_session`."""
-        return await asyncio.to_thread(self._sessions.save, path, what, extra, adapter)
+        return await asyncio.to_thread(
+            self._sessions.save, path, what, extra, Maker(adapter, model)
+        )
 
     async def open_session(self, path: str | os.PathLike[str]) -> Session:
         """As `LLM.open_session`."""

@@ -27,7 +27,7 @@ from .chat_template import ChatOptions
 from .driving.driver import LoopDriver
 from .front_end import FrontEnd
 from .progress import BatchProgress
-from .prompts import Message, Prompt
+from .prompts import Maker, Message, Prompt
 from .sessions.session import Session
 from .sessions.sessions import Saved, Sessions
 from .text_stream import RequestText, StreamDelta
@@ -271,6 +271,7 @@ class LLM:
         *,
         extra: bytes = b"",
         adapter: str | None = None,
+        model: str | None = None,
     ) -> Session:
         """Save the keys and values of `what` in a file, from which any process goes on at once.
 
@@ -281,13 +282,14 @@ class LLM:
                 its first output. What is not held of it any more is computed first. With a
                 `cache_salt`, prompts of that salt alone will find it.
             extra: bytes of your own to keep with it.
-            adapter: which `what` is computed with; prompts of that one alone will find it.
+            adapter, model: which `what` is computed with, as of `generate`; prompts of that one
+                alone will find it, and of models whose keys and values are the same.
 
         Other requests wait while it is written, but not for the disk. Raises a `UsageError` if the
         prompt is refused or the model keeps recurrent state, KVFileError if the system refuses the
         file.
         """
-        return self._sessions.save(path, what, extra, adapter)
+        return self._sessions.save(path, what, extra, Maker(adapter, model))
 
     def open_session(self, path: str | os.PathLike[str]) -> Session:
         """Let prompts that begin with the tokens of a file find their keys and values.

@@ -94,6 +94,12 @@ def test_files_and_swapped_memory_are_for_one_kind(
     with _llm(tenants, kv_dir=tmp_path) as llm:
         assert [_ask(llm, name, alone) for name in (chains.BASE, "early")] == [0, 0]
         assert _ask(llm, "kin", alone) > 0
+    with _llm(tenants) as llm:
+        llm.save_session(tmp_path / "one.kv", _PROMPT, model="early")
+    with _llm(tenants) as llm:
+        assert llm.open_session(tmp_path / "one.kv").is_usable
+        assert [_ask(llm, name, alone) for name in (chains.BASE, "words")] == [0, 0]
+        assert _ask(llm, "early", alone) > 0
     with _llm(tenants, swap_memory="8MiB", max_parked=1) as llm:
         for name in ("early", "middle", chains.BASE, "words", "early", "kin", "head"):
             _ask(llm, name, alone)
