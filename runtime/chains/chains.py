@@ -98,6 +98,7 @@ class Chains:
     Attributes:
         num_gone: times that a block's memory was given back, so that what was recorded with it does
             not hold.
+        is_their_turn: of a batch with adapters, too, requests of other models are computed next.
         voices: of the models, by name; None for the engine's own.
 
     Raises ChainMismatch if some cannot run together, InvalidConfig for models that none can.
@@ -127,6 +128,7 @@ class Chains:
         self._chain = chain
         self._memory: KeptWeights[_Place, BlockCopy] = KeptWeights(limit, self._gone)
         self.num_gone = 0
+        self.is_their_turn = True
         self._calls: Counter[_Place] = Counter()
         self._rows: Counter[_Place] = Counter()
         own_kv = self._kv_digest(chain)

@@ -38,7 +38,7 @@ def provided(
     """
     lacking: Lacking = []
     if chains is not None:
-        batch = _in_turn(batch)
+        batch = _in_turn(batch, chains)
         batch = _here(batch, "chain", chains, lacking)
         if any(item.request.chain is not None for item in batch.items):
             order = sorted(batch.items, key=lambda item: chains.order(item.request.chain))
@@ -48,23 +48,20 @@ def provided(
     return batch, lacking
 
 
-def _in_turn(batch: Batch) -> Batch:
-    """The batch without those with adapters, or without those of other models, if it has both: the
-    one that was least computed so far goes."""
-    adapted = [item for item in batch.items if item.request.adapter is not None]
-    chained = [item for item in batch.items if item.request.chain is not None]
-    if not adapted or not chained:
+def _in_turn(batch: Batch, chains: Chains) -> Batch:
+    """The batch without those with adapters, or without those of other models, if it has both."""
+    kinds = {_kind(item) for item in batch.items}
+    if not {"adapter", "chain"} <= kinds:
         return batch
-    aside = adapted if _is_behind(chained, adapted) else chained
-    return Batch(tuple(item for item in batch.items if item not in aside))
+    aside = "adapter" if chains.is_their_turn else "chain"
+    chains.is_their_turn = not chains.is_their_turn
+    return Batch(tuple(item for item in batch.items if _kind(item) != aside))
 
 
-def _is_behind(some: Sequence[ScheduledRequest], others: Sequence[ScheduledRequest]) -> bool:
-    return min(map(_progress, some)) < min(map(_progress, others))
-
-
-def _progress(item: ScheduledRequest) -> tuple[int, float]:
-    return item.request.num_output_tokens, item.request.queued_time_s
+def _kind(item: ScheduledRequest) -> str:
+    if item.request.adapter is not None:
+        return "adapter"
+    return "plain" if item.request.chain is None else "chain"
 
 
 def _here(batch: Batch, name: str, weights: Any, lacking: Lacking) -> Batch:
