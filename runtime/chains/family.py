@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -17,9 +18,10 @@ from ..model.recurrent_state import keeps_state
 _log = logging.getLogger(__name__)
 
 
-def gather(source: Source | BlockZoo, model: Source) -> tuple[Source, tuple[str, ...]]:
-    """What `LLM(source, model=model)` loads, and the models of that zoo that run beside it.
+def gather(source: Source | BlockZoo, model: Source) -> tuple[Source, dict[str, Any]]:
+    """What `LLM(source, model=model)` loads, and options of `EngineConfig` that follow from it.
 
+    These name the models of a zoo that run beside it; memory is cleared between their requests.
     Of a zoo without a name for `model` the one is loaded that shares most with the others. Those
     that cannot run beside it are left out, and a warning says why. Raises as `pick`.
     """
@@ -28,13 +30,14 @@ def gather(source: Source | BlockZoo, model: Source) -> tuple[Source, tuple[str,
     if isinstance(source, str | os.PathLike) and BlockZoo.is_zoo(source):
         source = BlockZoo(source)
     if not isinstance(source, BlockZoo) or not source.models:
-        return pick(source, model), ()
+        return pick(source, model), {}
     if model is None:
         model = foundation(list(source.chains())).name
     folder = pick(source, model)
     base = source.chain(str(model))
     others = [one for one in source.chains() if one.name != base.name]
-    return folder, tuple(_able(base, others))
+    beside = tuple(_able(base, others))
+    return folder, {"models": beside, "sanitize": "zero"} if beside else {}
 
 
 def _able(base: Chain, others: Iterable[Chain]) -> Iterator[str]:

@@ -151,9 +151,9 @@ def _serve(served: Served, options: "ServeOptions", engine: dict[str, Any]) -> N
     from ..chains.family import gather
     from ..serving.processes.run import serve
 
-    model, beside = gather(served.model, served.name)
-    engine = {"models": beside} | engine
-    if beside or served.name is not None:
+    model, following = gather(served.model, served.name)
+    engine = following | engine
+    if following or served.name is not None:
         own = served.name or Path(str(model)).name
         options = replace(options, served_model_name=options.served_model_name or (own,))
     status = serve(options, model=model, device=served.device, dtype=served.dtype, engine=engine)

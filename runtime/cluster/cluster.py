@@ -90,8 +90,8 @@ class Cluster:
         **options: Any,
     ) -> None:
         roles = checked_roles(roles, instances)
-        chosen, beside = gather(source, model)
-        options = {"models": beside} | options
+        chosen, following = gather(source, model)
+        options = following | options
         EngineConfig(**options)  # to refuse it here, and not in every process
         self.policy = checked_policy(policy, roles)
         order: dict[str, Any] = {

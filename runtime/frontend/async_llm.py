@@ -71,8 +71,8 @@ class AsyncLLM:
     ) -> None:
         if max_unfinished < 1:
             raise InvalidConfig(f"max_unfinished is {max_unfinished}; it must be at least 1")
-        chosen, beside = gather(source, model)
-        self.config = EngineConfig(**{"models": beside} | options)
+        chosen, following = gather(source, model)
+        self.config = EngineConfig(**following | options)
         self.loaded = loaded = load(
             chosen,
             tokenizer=own(tokenizer),

@@ -78,8 +78,8 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         **options: Any,
     ) -> None:
-        chosen, beside = gather(source, model)
-        self.config = EngineConfig(**{"models": beside} | options)
+        chosen, following = gather(source, model)
+        self.config = EngineConfig(**following | options)
         self.loaded = load(
             chosen,
             tokenizer=own(tokenizer),
