@@ -152,8 +152,15 @@ class Chains:
         return voice.eos_token_ids
 
     def check(self, key: ChainKey) -> None:
-        """Raises UnknownModel unless requests may be computed by this model here."""
+        """Raises UnknownModel unless requests may be computed by this model here, InvalidConfig if
+        memory will never have room for it."""
         if key in self._relatives:
+            own_bytes, limit_bytes = self._relatives[key].own_bytes, self._memory.limit_bytes
+            if own_bytes > limit_bytes:
+                raise InvalidConfig(
+                    f"{key.name!r} has {own_bytes} bytes of its own, and kv_memory, which they "
+                    f"count under, is {limit_bytes}; raise it"
+                )
             return
         find_voice(self.voices, key.name)
         raise UnknownModel(

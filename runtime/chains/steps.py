@@ -64,6 +64,8 @@ class ChainStep:
         assert call.out_axes is not None, "it takes rows"
         leaves, layout = tree_flatten((args, kwargs))
         groups = self._groups(name, _num_rows(name, leaves, call.in_axes))
+        if not groups:  # nobody's logits are wanted
+            return own(*args, **kwargs)
         if len(groups) == 1:
             return (groups[0].compute or own)(*args, **kwargs)
         outs = []

@@ -90,10 +90,10 @@ def test_models_that_do_not_fit_together_take_turns(tenants: BlockZoo, alone: ch
 
 
 def test_one_that_never_fits_fails_alone(tenants: BlockZoo, alone: chains.Alone) -> None:
-    with _llm(tenants, kv_memory=30_000, shortage_wait_s=0.0, max_parked=0) as llm:
+    with _llm(tenants, kv_memory=50_000, max_parked=0) as llm:
         outs = _ask(llm, "kin", chains.BASE)
-        assert isinstance(outs[0].error, OutOfPages)
-        assert "of 'kin' needs" in str(outs[0].error)
+        assert isinstance(outs[0].error, InvalidConfig)
+        assert "'kin' has 61" in str(outs[0].error)
         chains.check_alone(outs[1:], [chains.BASE], alone)
         zoo.assert_idle(llm)
 

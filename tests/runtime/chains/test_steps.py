@@ -54,6 +54,8 @@ def test_kept_rows_and_any_others() -> None:
     step = ChainStep([({}, 4), ({"head": two}, 5)], [({}, 1), ({"head": two}, 2)], _CPU)
     out = step.call("head", _call(1), own, (torch.ones(1, 3, 2),), {})
     assert out[0, :, 0].tolist() == [1, 2, 2]
+    step = ChainStep([({}, 4), ({"head": two}, 5)], [({}, 0), ({"head": two}, 0)], _CPU)
+    assert step.call("head", _call(1), own, (torch.ones(1, 0, 2),), {}).shape == (1, 0, 2)
     with pytest.raises(UnsupportedModel, match="7 rows in a step of 9 tokens"):
         step.call("head", _call(1), own, (torch.ones(1, 7, 2),), {})
 
@@ -88,7 +90,6 @@ def test_what_a_run_tells_of_a_model() -> None:
     for name in (f"{layer}.mlp", f"{layer}.self_attn.q_norm", "lm_head", "model.embed_tokens"):
         assert anatomy.can_stand_alone(name), name
     assert not anatomy.can_stand_alone(f"{layer}.self_attn")
-    assert not anatomy.can_stand_alone("model.rotary_emb")
     assert anatomy.is_behind("model.norm")
     assert anatomy.is_behind(f"{layer}.mlp")
     assert not anatomy.is_behind("model.layers.0.mlp")

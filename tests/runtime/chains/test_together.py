@@ -14,10 +14,16 @@ _NAMES = [chains.BASE, *chains.LLAMA]
 _TIED = {"head": ("model.norm",), "words": ("embed_tokens",), "early": ("layers.0.self_attn",)}
 _SOME = {"early": ("layers.0.self_attn",), "late": ("layers.1.mlp", "lm_head")}
 _GPT2 = {"early": ("h.0.attn",), "late": ("h.1.",), "words": ("wte",)}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 32,
+}
 _FAMILIES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "tied": ("llama", _TIED, {"tie_word_embeddings": True}),
     "experts": ("mixtral", _SOME, {}),
-    "shared experts": ("qwen2_moe", _SOME, {}),
+    "shared experts": ("qwen2_moe", _SOME, _EXPERTS),
     "norms of heads": ("qwen3", _SOME, {}),
     "scaled words": ("gemma2", {**_SOME, "words": ("embed_tokens",)}, {}),
     "transposed": ("gpt2", _GPT2, {}),
@@ -121,7 +127,7 @@ def test_preempted_and_swapped_requests_keep_their_models(
 ) -> None:
     names = _NAMES + _NAMES[:3]
     for more in ({}, {"swap_memory": "8MiB"}):
-        options = zoo.with_defaults({"max_seqs": 8, "kv_memory": "480KiB", "max_parked": 2, **more})
+        options = zoo.with_defaults({"max_seqs": 8, "kv_memory": "320KiB", "max_parked": 2, **more})
         with LLM(tenants, model=chains.BASE, **options) as llm:
             outs = _ask(llm, names, [40] * len(names), [60] * len(names))
             chains.check_alone(outs, names, alone)
