@@ -27,10 +27,13 @@ from ..model.reading import reading
 class _Partial:
     """Mixed into a model's class: what was not read is left as it is."""
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Only what a module has beside weights that were read, such as an embedding's scale."""
-        if any(getattr(one, "_is_hf_initialized", False) for one in module.parameters(False)):
-            super()._init_weights(module)  # type: ignore[misc]
+    def initialize_weights(self) -> None:
+        """Only what modules have beside weights that were read, such as an embedding's scale."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            own = module.parameters(recurse=False)
+            if not any(getattr(one, "_is_hf_initialized", False) for one in own):
+                module._is_hf_initialized = True
+        super().initialize_weights()  # type: ignore[misc]
 
 
 def read_block(
