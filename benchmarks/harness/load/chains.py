@@ -79,7 +79,7 @@ def run(options: ChainsOptions, folder: Path, command: str) -> tuple[Path, list[
             zoo = _save_zoo(options, Path(scratch))
             size = zoo.size()
             sizes.update(models=size.model_bytes, kept=size.kept_bytes)
-            work, arrivals = _requests(options, list(zoo.models))
+            work, arrivals = _requests(options, zoo)
             with counted("runs", options.repeats * len(_WAYS)) as advance:
                 for repeat in range(options.repeats):
                     probe.measure()
@@ -145,14 +145,15 @@ def _tuned(model: PreTrainedModel, options: ChainsOptions, number: int) -> Itera
 # -- the runs ------------------------------------------------------------------------------------
 
 
-def _requests(options: ChainsOptions, names: Sequence[str]) -> tuple[list[WorkItem], list[float]]:
+def _requests(options: ChainsOptions, zoo: BlockZoo) -> tuple[list[WorkItem], list[float]]:
     """All requests in the order of arrival, for the models in turn."""
+    names = zoo.models
     lengths = (options.prompt_len, options.prompt_len), (options.output_len, options.output_len)
     work = ragged(
         options.requests,
         prompt_lens=lengths[0],
         output_lens=lengths[1],
-        vocab_size=1000,
+        vocab_size=zoo.chain(BASE).config["vocab_size"],
         seed=options.seed,
     )
     arrivals = gamma_arrivals(options.requests, rate=options.rate, seed=options.seed)
