@@ -1,19 +1,20 @@
 """Where a checkpoint is cut: which tensors belong together, by the model's own structure.
 
 The model is built without memory, on PyTorch's meta device. Its layers are the largest list of as
-many modules as the config has layers. In a layer, what attends is the child that calls
-`transformers`' attention interface, or else the one that has a place in the cache (`layer_idx`).
-All other children are the feed-forward's, but for norms: those that the layer's `forward` names
-before what attends are its own, those after the feed-forward belong to that, and so does the last
-of those between, unless the layer norms only what comes out of its parts.
+many modules as the config has layers. In a layer, what attends is the child whose `forward` takes
+the cache. All other children are the feed-forward's, but for norms: those that the layer's
+`forward` calls ahead of attention belong to that, those behind the feed-forward to this, and so
+does the last of those between, unless the layer norms only what comes out of its parts.
 """
 
+import ast
 import inspect
 import math
+import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from ..model.loading import auto_class
 
 Kind = Literal["embedding", "attention", "feed_forward", "layer", "norm", "head", "other"]
 _RANKS = ("embedding", "other", "layer", "norm", "head")  # the order of computing
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params"}  # as arguments
 _Place = tuple[Kind, int | None, str]  # kind, layer, and the module for what is in no layer
 
 
@@ -173,14 +174,13 @@ def _parts(layer: nn.Module) -> dict[str, Kind]:
     kinds: dict[str, Kind] = {
         name: "attention" if name in attends else "feed_forward" for name in children
     }
-    called = _in_order_of_use(layer, children)
+    called = _in_order_of_calls(layer, children)
     first, last = _ends(called, attends)
     rest = [name for name in called if kinds[name] == "feed_forward" and name not in norms]
     begin, end = _ends(called, rest) if rest else (len(called), len(called))
-    before = [name for name in norms if called.index(name) < first]
-    between = [name for name in norms if last < called.index(name) < begin]
-    after = [name for name in norms if called.index(name) > end]
-    if len(between) == 1 and (not before and after):  # it norms what comes out of attention
+    before = [name for name in called[:first] if name in norms]
+    between = [name for name in called[last + 1 : begin] if name in norms]
+    if len(between) == 1 and not before and end + 1 < len(called):  # it norms what comes out
         kinds[between[0]] = "attention"
     for name in (*before, *between[:-1]):
         kinds[name] = "attention"
@@ -192,29 +192,35 @@ def _ends(called: list[str], names: Iterable[str]) -> tuple[int, int]:
     return min(places), max(places)
 
 
-def _in_order_of_use(layer: nn.Module, children: dict[str, nn.Module]) -> list[str]:
-    """A layer's children as its `forward` names them; those that it does not, at the end."""
-    used = [name for name in _names_used(layer) if name in children]
-    return [*used, *(name for name in children if name not in used)]
+def _in_order_of_calls(layer: nn.Module, children: Collection[str]) -> list[str]:
+    """A layer's children as its `forward` calls them; those that it does not name, at the end."""
+    try:
+        text = inspect.getsource(inspect.unwrap(type(layer).forward))
+    except (OSError, TypeError):  # which Python has no source of
+        return list(children)
+    used = dict.fromkeys(_attributes(ast.parse(textwrap.dedent(text))))
+    return list(dict.fromkeys([*(name for name in used if name in children), *children]))
 
 
-def _names_used(module: nn.Module) -> tuple[str, ...]:
-    """The names in the code of a module's `forward`, by their first use."""
-    forward: Any = inspect.unwrap(type(module).forward)
-    code = getattr(forward, "__code__", None)
-    return code.co_names if code is not None else ()
+def _attributes(node: ast.AST) -> Iterator[str]:
+    """Names of attributes in the order of computing: a call's arguments come ahead of it."""
+    inner = list(ast.iter_child_nodes(node))
+    if isinstance(node, ast.Call):
+        inner = [*inner[1:], inner[0]]
+    for one in inner:
+        yield from _attributes(one)
+    if isinstance(node, ast.Attribute):
+        yield node.attr
 
 
 def _attending(layer: nn.Module) -> set[str]:
     """The children of a layer that attend, or keep what else there is to keep of a token."""
-    children = dict(layer.named_children())
-    calling = {n for n, child in children.items() if any(map(_calls_interface, child.modules()))}
-    in_cache = {n for n, child in children.items() if hasattr(child, "layer_idx")}
-    return calling or in_cache
+    return {n for n, child in layer.named_children() if any(map(_takes_cache, child.modules()))}
 
 
-def _calls_interface(module: nn.Module) -> bool:
-    return _INTERFACE in _names_used(module)
+def _takes_cache(module: nn.Module) -> bool:
+    forward = inspect.unwrap(type(module).forward)
+    return not _CACHES.isdisjoint(inspect.signature(forward).parameters)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -13,10 +13,10 @@ from .zoo import BlockZoo
 
 _log = logging.getLogger(__name__)
 
-Source = str | Path | PreTrainedModel | None
+Source = str | Path | PreTrainedModel | BlockZoo | None
 
 
-def pick(source: Source | BlockZoo, model: Source) -> Source:
+def pick(source: Source, model: Source = None) -> str | Path | PreTrainedModel | None:
     """One name for what `LLM(source, model=model)` is to load.
 
     Either alone is that itself. Both together are a zoo and the name of a model in it, and become
@@ -56,16 +56,21 @@ def _only(zoo: BlockZoo) -> Path:
     return zoo.chain(zoo.models[0]).folder
 
 
-def locate(model: Source | BlockZoo) -> tuple[Source, ReadTensors | None]:
-    """What to load a model from, and what reads its weights if they are not in that folder."""
-    source = pick(model, None)
-    if isinstance(source, str | Path):
-        folder = Path(source).expanduser()
+def locate(
+    source: Source, model: Source = None
+) -> tuple[str | Path | PreTrainedModel | None, ReadTensors | None]:
+    """What to load a model from, and what reads its weights if they are not in that folder.
+
+    Arguments and errors are those of `pick`.
+    """
+    found = pick(source, model)
+    if isinstance(found, str | Path):
+        folder = Path(found).expanduser()
         if (folder / MANIFEST).is_file():
             chain = read_manifest(folder.resolve())
             _warn_of_others(chain)
             return folder, chain.tensors
-    return source, None
+    return found, None
 
 
 def _warn_of_others(chain: Chain) -> None:

@@ -3,8 +3,9 @@
 Equal bytes are found by digest and need no measuring. Of the others, a model runs on real prompts,
 and each block of the other model is put in its place for a moment, with the inputs that came there.
 What a layer adds to the residual stream, or a module outside of layers gives, is compared token by
-token, by the cosine of the angle between the two; of a head, the probabilities of tokens. At the
-end so are the probabilities that the two whole models give.
+token, by the cosine of the angle between the two; of a head, the probabilities of tokens; of an
+embedding all of its rows, for prompts have few of them. At the end so are the probabilities that
+the two whole models give.
 
 Source: equivalence among blocks in BlockLLM, arXiv:2404.18322, section 4.2. There a cosine of 0.98
 counts as equivalent.
@@ -25,7 +26,6 @@ from .chain import MANIFEST, Chain, Place
 from .cutting import block_modules, layer_names
 from .zoo import BlockZoo, StandIn
 
-DEFAULT_THRESHOLD = 0.98
 Prompts = Sequence[Sequence[int]]
 
 
@@ -131,11 +131,13 @@ def stand_ins(
             continue
         theirs = dict(zip(chain.places, chain.blocks, strict=True))
         for index, found in enumerate(compared.blocks):
-            if found is None or found.mean < threshold or draft.blocks[index].digest in have:
+            if found is None or draft.blocks[index].digest in have:
                 continue
-            if index not in instead or instead[index].similarity < found.mean:
+            # Of an embedding every row: one that differs is a token that means something else.
+            alike = found.lowest if draft.blocks[index].kind == "embedding" else found.mean
+            if alike >= threshold and (index not in instead or instead[index].similarity < alike):
                 used = theirs[draft.places[index]].digest
-                instead[index] = StandIn(digest=used, of=chain.name, similarity=found.mean)
+                instead[index] = StandIn(digest=used, of=chain.name, similarity=alike)
     return Similar(
         instead=instead,
         vocabulary=_with_all(zoo, draft, instead, prompts) if instead else None,
@@ -188,7 +190,7 @@ class _Cosines:
 
     def add(self, one: torch.Tensor, other: torch.Tensor) -> None:
         """Two tensors of vectors, [..., size]."""
-        one, other = one.float().flatten(0, -2), other.float().flatten(0, -2)
+        one, other = (vectors.double().flatten(0, -2) for vectors in (one, other))
         found = torch.cosine_similarity(one, other, dim=-1)
         found[(one == other).all(-1)] = 1.0  # also where both are zero
         self._found.append(found)
@@ -220,7 +222,14 @@ class _Beside:
         for place in places:
             if place[1] is None and place in modules:
                 (name,) = modules[place]
-                self._hook(mine, name, self._module_hook(theirs.get_submodule(name), place))
+                self._outside_of_layers(mine, theirs.get_submodule(name), name, place)
+
+    def _outside_of_layers(self, model: Any, other: Any, name: str, place: Place) -> None:
+        if place[0] == "embedding":
+            self.found[place] = _Cosines()
+            self.found[place].add(model.get_submodule(name).weight, other.weight)
+        else:
+            self._hook(model, name, self._module_hook(other, place))
 
     def _hook(self, model: nn.Module, name: str, hook: Callable[..., None]) -> None:
         handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)

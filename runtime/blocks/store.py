@@ -58,7 +58,9 @@ class Store:
             return self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if {path.name for path in self.path.iterdir()} - {"blocks", "files", "models", _MARK}:
+            own = {"blocks", "files", "models", _MARK}
+            names = {path.name for path in self.path.iterdir()} - own
+            if any(not name.startswith(_UNFINISHED) for name in names):
                 raise BadZoo(f"{self.path} holds other things; give a new folder, or a zoo")
             for folder in (self.blocks, self.files, self.models):
                 folder.mkdir(exist_ok=True)
@@ -191,7 +193,8 @@ class Store:
                 path.unlink()
         for path in self.models.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
-        (self.path / _UNFINISHED).unlink(missing_ok=True)
+        for path in self.path.glob(f"{_UNFINISHED}*"):
+            path.unlink(missing_ok=True)
         return num_bytes
 
     # -- reading ---------------------------------------------------------------------------------

@@ -146,11 +146,14 @@ class BlockZoo:
 
     def chain(self, name: str) -> Chain:
         """A model. Raises UnknownModel, which names those that there are."""
+        self._check_name(name)
+        return read_manifest(self._store.models / name)
+
+    def _check_name(self, name: str) -> None:
         if name not in self.models:
             raise UnknownModel(
                 f"{self.path} has no model {name!r}; it has {', '.join(self.models) or 'none yet'}"
             )
-        return read_manifest(self._store.models / name)
 
     def chains(self) -> Iterator[Chain]:
         """All models."""
@@ -186,7 +189,7 @@ class BlockZoo:
             model: a folder with *.safetensors, dense or quantised; None for the built-in model.
             name: in the zoo; by default the folder's.
             instead: blocks of the zoo to be used in place of this model's own, by the place of
-                these among its blocks (`similarity.stand_ins`).
+                these among its blocks (`similarity.stand_ins`). One that is gone by now is not.
             progress: told the bytes of each block that is done.
 
         Raises BadCheckpoint or UnsupportedModel if it cannot be cut, InvalidConfig if the name is
@@ -259,7 +262,7 @@ class BlockZoo:
     def _keep(self, cutting: Cutting, index: int, other: StandIn | None) -> tuple[Block, bool]:
         """The block of the zoo that is to compute a part of a model, and whether it is new."""
         tensors = cutting.tensors(index)
-        if other is None:
+        if other is None or not self._store.block_path(other.digest).is_file():
             found, is_new = self._store.add_block(tensors)
             return cutting.block(index, found), is_new
         own = digest(tensors)
@@ -288,10 +291,13 @@ class BlockZoo:
         """
         with self._store.alone():
             for name in names:
-                self.chain(name)
-            for name in names:
-                self._store.remove_model(name)
-            return self._sweep()
+                self._check_name(name)
+            try:
+                for name in dict.fromkeys(names):
+                    self._store.remove_model(name)
+                return self._sweep()
+            except OSError as error:
+                raise BadZoo(f"cannot remove from {self.path}: {error}") from error
 
     def verify(self, *, progress: Progress | None = None) -> list[str]:
         """Read every block and file again; returns what is wrong, in words.

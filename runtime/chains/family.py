@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ...vmem.errors import ChainMismatch, InvalidConfig, UnknownModel
 from ..blocks.chain import MANIFEST, Chain, read_manifest
@@ -15,10 +15,12 @@ from ..blocks.zoo import BlockZoo
 from ..model.reading import reading
 from ..model.recurrent_state import keeps_state
 
+Place = str | Path | PreTrainedModel | None  # of a model, without a name beside it
+
 _log = logging.getLogger(__name__)
 
 
-def gather(source: Source | BlockZoo, model: Source) -> tuple[Source, dict[str, Any]]:
+def gather(source: Source, model: Source) -> tuple[Place, dict[str, Any]]:
     """What `LLM(source, model=model)` loads, and options of `EngineConfig` that follow from it.
 
     These name the models of a zoo that run beside it; memory is cleared between their requests.

@@ -4,13 +4,12 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from ...vmem import janitor
 from ..adapters.adapters import known_names
-from ..blocks.zoo import BlockZoo
+from ..blocks.places import Source
 from ..chains.family import gather
 from ..engine.config import EngineConfig
 from ..engine.migration.handshake import Stages
@@ -74,10 +73,9 @@ class Cluster:
 
     def __init__(
         self,
-        source: str | Path | BlockZoo | None = None,
-        /,
+        source: Source = None,
         *,
-        model: str | Path | None = None,
+        model: Source = None,
         instances: int = 2,
         roles: Sequence[Role] | None = None,
         policy: str | ClusterPolicy | None = None,

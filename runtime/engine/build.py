@@ -58,7 +58,8 @@ READY_GROWTHS = 2  # as many growth steps' pages are kept created, so that few w
 
 
 def load(
-    model: Source,
+    source: Source,
+    model: Source = None,
     *,
     tokenizer: PreTrainedTokenizerBase | str | Path | None,
     device: str | torch.device,
@@ -67,9 +68,9 @@ def load(
 ) -> LoadedModel:
     """The model that an engine of this `config` runs; arguments as of `LLM`."""
     generation = read_generation_config(config.generation_config)
-    source, read_tensors = locate(model)
+    place, read_tensors = locate(source, model)
     loaded = load_model(
-        source,
+        place,
         tokenizer=tokenizer,
         device=resolve_device(device),
         dtype=dtype,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         PagePool,
         Slot,
     )
+    from .runtime.blocks.zoo import BlockZoo
     from .runtime.cluster.cluster import Cluster
     from .runtime.engine.config import EngineConfig
     from .runtime.engine.stats import EngineStats
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AsyncLLM": ".runtime.frontend.async_llm",
+    "BlockZoo": ".runtime.blocks.zoo",
     "Cluster": ".runtime.cluster.cluster",
     "LLM": ".runtime.frontend.llm",
     "Session": ".runtime.frontend.sessions.session",
@@ -63,6 +65,7 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BlockZoo",
     "Cluster",
     "CompletionOutput",
     "EngineConfig",

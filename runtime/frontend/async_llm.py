@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from ...vmem import janitor
 from ...vmem.errors import InvalidConfig
 from ..blocks.places import Source
-from ..blocks.zoo import BlockZoo
 from ..chains.family import gather
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
@@ -59,8 +58,7 @@ class AsyncLLM:
 
     def __init__(
         self,
-        source: Source | BlockZoo = None,
-        /,
+        source: Source = None,
         *,
         model: Source = None,
         max_unfinished: int = 256,
@@ -74,11 +72,7 @@ class AsyncLLM:
         chosen, following = gather(source, model)
         self.config = EngineConfig(**following | options)
         self.loaded = loaded = load(
-            chosen,
-            tokenizer=own(tokenizer),
-            device=device,
-            dtype=dtype,
-            config=self.config,
+            chosen, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         loop = build_loop(loaded, self.config)
         self.engine = loop.engine

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from ...vmem import janitor
 from ...vmem.errors import InvalidConfig, InvalidOperation
 from ..blocks.places import Source
-from ..blocks.zoo import BlockZoo
 from ..chains.family import gather
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
@@ -69,8 +68,7 @@ class LLM:
 
     def __init__(
         self,
-        source: Source | BlockZoo = None,
-        /,
+        source: Source = None,
         *,
         model: Source = None,
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
@@ -81,11 +79,7 @@ class LLM:
         chosen, following = gather(source, model)
         self.config = EngineConfig(**following | options)
         self.loaded = load(
-            chosen,
-            tokenizer=own(tokenizer),
-            device=device,
-            dtype=dtype,
-            config=self.config,
+            chosen, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         self.loop = build_loop(self.loaded, self.config)
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)

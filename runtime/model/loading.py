@@ -155,12 +155,8 @@ def load_model(
         model.set_attn_implementation(ATTENTION_NAME)
     else:
         home = resolve(source)
-        files = model_files(home)  # as they are before they are read
-        model = read_checkpoint(home, wanted_dtype, device, read_tensors)
-        files = files or model_files(home, model.config)  # of a hub id, known by now
-    if wanted_dtype is not None:
-        model = model.to(wanted_dtype)  # type: ignore[arg-type]
-    model = model.to(device).eval()  # type: ignore[arg-type]
+        model, files = _with_files(home, wanted_dtype, device, read_tensors)
+    model = model.to(device, wanted_dtype).eval()  # type: ignore[arg-type]
     text_config = model.config.get_text_config()
     _check_interface(model)
     probed = probe_attention(model)
@@ -221,6 +217,18 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
+def _with_files(
+    home: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    read_tensors: ReadTensors | None,
+) -> tuple[PreTrainedModel, tuple[FileMark, ...]]:
+    """A model, and the files that it is, as they were before they were read."""
+    files = model_files(home)
+    model = read_checkpoint(home, dtype, device, read_tensors)
+    return model, files or model_files(home, model.config)  # of a hub id, known by now
+
+
 def read_checkpoint(
     home: str | Path,
     dtype: torch.dtype | None,
@@ -241,8 +249,8 @@ def read_checkpoint(
     )
     config = writing_part(config)
     auto = auto_class(config)
-    kind: Any = auto._model_mapping[type(config)]  # type: ignore[index]
-    _check_architecture(config, kind)
+    model_class: Any = auto._model_mapping[type(config)]  # type: ignore[index]
+    _check_architecture(config, model_class)
     tensors = None if read_tensors is None else dict(read_tensors())
     quantized = reading("quantisation", home, lambda: adopt(config, device, tensors))
     if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
@@ -250,8 +258,8 @@ def read_checkpoint(
     loaded: Any = reading(
         "weights",
         home,
-        lambda: (auto if tensors is None else kind).from_pretrained(
-            home if tensors is None else None,
+        lambda: (auto if tensors is None else model_class).from_pretrained(
+            home if tensors is None else None,  # which takes tensors in place of a folder
             trust_remote_code=False,
             config=config,
             dtype=dtype or "auto",
