@@ -122,6 +122,7 @@ Runs = tuple[tuple[ChainKey | None, int], ...]
 """Models, and how many rows of a step in turn are theirs; empty for a step of one alone."""
 _Key = tuple[int, int, Runs]  # of a recording: requests, the longest of them, whose they are
 _MOST_OF_CHAINS = 32  # recordings of steps of several models
+_LEAST_ALIKE = 6  # of these in turn, before the next is recorded: it takes as long as several
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ class DecodeRecordings:
         max_seqs: the largest batch.
         adapters: of the batches' requests. Steps with adapters have recordings of their own, which
             any of them are played for; None for a model alone.
-        chains: of the batches' requests. A step of several models is recorded when it comes the
-            second time in turn with as many requests of each; None for one alone.
+        chains: of the batches' requests. A step of several models is recorded once it has come
+            several times in turn with as many requests of each; None for one alone.
 
     Attributes:
         refused: why the model cannot be recorded, once that was seen; then nothing is recorded.
@@ -164,6 +165,7 @@ class DecodeRecordings:
         self._chains = chains
         self._num_gone = 0
         self._last_runs: Runs = ()
+        self._num_alike = 0
         self._adapters = adapters
         self._num_installs = 0
         self._cache = cache
@@ -242,9 +244,10 @@ class DecodeRecordings:
         if self._num_gone != self._chains.num_gone:
             self._num_gone = self._chains.num_gone
             self._of_chains.clear()
-        is_again, self._last_runs = runs == self._last_runs, runs
+        self._num_alike = self._num_alike + 1 if runs == self._last_runs else 1
+        self._last_runs = runs
         is_known = any(runs == key[2] for key in self._of_chains)
-        return (is_again or is_known) and not self._refused_chains
+        return (is_known or self._num_alike > _LEAST_ALIKE) and not self._refused_chains
 
     def _records_adapters(self) -> bool:
         """Whether steps with adapters are recorded; those of before other modules had any go."""
