@@ -38,6 +38,7 @@ FLOORS = (
     "scheduling",
     "speculation",
     "execution",
+    "chains",
     "adapters",
     "blocks",
     "model",

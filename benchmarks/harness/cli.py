@@ -181,6 +181,17 @@ def tenants() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def chains() -> Command:
+    """Fine-tunes that share blocks in one engine, beside one process a model, and the base alone.
+
+    On the CPU: tokens a second, latency and memory of the same requests at the same times.
+    """
+    from .load.options import ChainsOptions
+
+    return _measuring(ChainsOptions, ".load.chains")
+
+
+@bench.command(cls=LazyCommand)
 def tiers() -> Command:
     """What host memory and a folder behind the cache cost while they are not needed.
 

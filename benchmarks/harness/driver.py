@@ -61,8 +61,10 @@ class Driver:
         *,
         priority: int = 0,
         tenant: str = "",
+        model: str | None = None,
     ) -> None:
-        """Queue a request that runs greedily to its full length."""
+        """Queue a request that runs greedily to its full length, by a model of the engine's."""
+        voice = None if model is None else self._engine.voices[model]
         params = SamplingParams(temperature=0, max_tokens=num_output_tokens, ignore_eos=True)
         spec = RequestSpec(
             request_id=request_id,
@@ -70,6 +72,7 @@ class Driver:
             params=params,
             priority=priority,
             tenant=tenant,
+            chain=None if voice is None else voice.key,
         )
         self._loop.post(Add(spec))
 

@@ -126,7 +126,7 @@ class Adapters:
             raise UsageError(
                 f"another adapter has the name {name!r}; unload that first, or use another name"
             )
-        num_bytes = self._memory.num_bytes(file)
+        num_bytes = self._memory.bytes_of(file)
         if num_bytes > self._memory.limit_bytes:
             raise BadAdapter(
                 f"{folder} takes {num_bytes} bytes, and kv_memory, which adapters count under, is "
@@ -213,10 +213,10 @@ class Adapters:
             raise adapter.problem
         assert self._sites is not None, "something was loaded"
         if key in self._memory:
-            self._memory.bring(key, adapter.file, len(self._sites))
+            self._memory.load(key, adapter.file, len(self._sites))
             return
         begin_s = time.perf_counter()
-        self._memory.bring(key, adapter.file, len(self._sites))
+        self._memory.load(key, adapter.file, len(self._sites))
         adapter.load_s = time.perf_counter() - begin_s
 
     def step(
@@ -227,7 +227,7 @@ class Adapters:
 
     def table(self, key: AdapterKey | None) -> Table | None:
         """What a step is filled with for a row of an adapter that is in memory; None for none."""
-        return None if key is None else self._memory.table(key)
+        return None if key is None else self._memory[key]
 
     def forget(self) -> int:
         """Give the memory of all adapters back, until a step needs them; returns the bytes."""
@@ -271,7 +271,7 @@ class Adapters:
                 name=one.key.name,
                 digest=one.key.digest,
                 path=str(one.file.folder),
-                num_bytes=self._memory.num_bytes(one.file),
+                num_bytes=self._memory.bytes_of(one.file),
                 is_here=one.key in self._memory,
                 num_requests=one.num_requests,
                 is_leaving=one.is_leaving,

@@ -6,7 +6,7 @@ Gate and up of a feed-forward layer may have become one product with the gate bu
 (`cpu_kernels`): there the addends go in ahead of the gate.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ...vmem.errors import BadAdapter
 from ..cpu_kernels.packing import PackedGatedLayer
 from ..cpu_kernels.shared_inputs import single_homes
+from ..model.extras.overlays import Overlay, overlays_of
 from ..model.probing import probe_outputs
 from .steps import current_step
 
@@ -57,7 +58,7 @@ class Sites:
         self._dtype = dtype
         self._by_name = {site.name: site for site in _sites(model)}
         self._installed: set[str] = set()
-        self._undo: list[Callable[[], None]] = []
+        self._overlays: list[Overlay] = []
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -100,57 +101,49 @@ class Sites:
         return True
 
     def _adapt(self, module: nn.Module) -> None:
-        if isinstance(vars(module).get("forward"), _Adapted | _AdaptedGates):
+        if any(isinstance(one, _Adapted | _AdaptedGates) for one in overlays_of(module)):
             return  # for its other part
         sites = [site for site in self if site.module is module]
-        before = vars(module).get("forward")
-        gates = isinstance(module, PackedGatedLayer)
-        own: Any = _AdaptedGates(module, sites) if gates else _Adapted(module, sites[0])
-        module.forward = own
-
-        def undo() -> None:
-            if vars(module).get("forward") is own:
-                del module.forward
-                if before is not None:
-                    module.forward = before
-
-        self._undo.append(undo)
+        if isinstance(module, PackedGatedLayer):
+            self._overlays.append(_AdaptedGates(module, sites))
+        else:
+            self._overlays.append(_Adapted(module, sites[0]))
 
     def uninstall(self) -> None:
         """Leave the model as it was."""
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
+        for overlay in self._overlays:
+            overlay.take_off()
+        self._overlays.clear()
         self._installed.clear()
 
 
-class _Adapted:
+class _Adapted(Overlay):
     """A linear's `forward`, and what adapters add to it."""
 
     def __init__(self, module: nn.Module, site: Site) -> None:
-        self._forward = module.forward
+        super().__init__(module)
         self._site = site
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        out = self._forward(inputs)
+        out = self.inner(inputs)
         step = current_step()
         if step is not None:
             step.add(self._site, inputs, out)
         return out
 
 
-class _AdaptedGates:
+class _AdaptedGates(Overlay):
     """The `forward` of a layer that has gate and up in one product."""
 
     def __init__(self, layer: PackedGatedLayer, sites: Sequence[Site]) -> None:
-        self._forward = layer.forward
+        super().__init__(layer)
         self._layer = layer
         self._sites = sites
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         step = current_step()
         if step is None:
-            return self._forward(inputs)
+            return self.inner(inputs)
         addend = step.addend(self._sites, inputs)
         return self._layer.down_proj(self._layer.product.gated(inputs, addend))
 

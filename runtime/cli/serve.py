@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -143,12 +144,13 @@ _OTHERS = (
 
 
 def _serve(served: Served, options: "ServeOptions", engine: dict[str, Any]) -> None:
-    from ..blocks.places import pick
+    from ..chains.family import gather
     from ..serving.processes.run import serve
 
-    model = served.model
-    if served.name is not None:
-        model = str(pick(served.model, served.name))
-        options = replace(options, served_model_name=options.served_model_name or (served.name,))
+    model, following = gather(served.model, served.name)
+    engine = following | engine
+    if following or served.name is not None:
+        own = served.name or Path(str(model)).name
+        options = replace(options, served_model_name=options.served_model_name or (own,))
     status = serve(options, model=model, device=served.device, dtype=served.dtype, engine=engine)
     raise typer.Exit(status)

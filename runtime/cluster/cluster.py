@@ -9,7 +9,8 @@ from typing import Any, Self, Unpack
 
 from ...vmem import janitor
 from ..adapters.adapters import known_names
-from ..blocks.places import Source, pick
+from ..blocks.places import Source
+from ..chains.family import gather
 from ..engine.admission import Admission
 from ..engine.config import EngineConfig
 from ..engine.migration.handshake import Stages
@@ -92,10 +93,12 @@ class Cluster:
         **options: Any,
     ) -> None:
         roles = checked_roles(roles, instances)
+        chosen, following = gather(source, model)
+        options = following | options
         EngineConfig(**options)  # to refuse it here, and not in every process
         self.policy = checked_policy(policy, roles)
         order: dict[str, Any] = {
-            "model": checked_model(pick(source, model)),
+            "model": checked_model(chosen),
             "device": device,
             "dtype": dtype,
             "lends": lending,
@@ -128,10 +131,11 @@ class Cluster:
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
         adapter: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """As `LLM.generate`; a request that goes wrong has an `error` in its output."""
         requests = self._front_end.batch(
-            prompts, params, priority=priority, tenant=tenant, adapter=adapter
+            prompts, params, priority=priority, tenant=tenant, adapter=adapter, model=model
         )
         return self._run(requests, progress)
 
@@ -144,11 +148,18 @@ class Cluster:
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
         adapter: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str | None] | None = None,
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """As `LLM.chat`."""
         requests = self._front_end.chats(
-            messages, params, options, priority=priority, tenant=tenant, adapter=adapter
+            messages,
+            params,
+            options,
+            priority=priority,
+            tenant=tenant,
+            adapter=adapter,
+            model=model,
         )
         return self._run(requests, progress)
 
@@ -160,11 +171,12 @@ class Cluster:
         priority: int = 0,
         tenant: str = "",
         adapter: str | None = None,
+        model: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> Iterator[StreamDelta]:
         """As `LLM.stream`: it goes on whichever instance the request is on."""
         request = self._front_end.stream(
-            prompt, params, options, priority=priority, tenant=tenant, adapter=adapter
+            prompt, params, options, priority=priority, tenant=tenant, adapter=adapter, model=model
         )
         return self._stream(request)
 
@@ -297,4 +309,4 @@ def _front_end(face: Face, adapters: Callable[[], Mapping[str, AdapterKey]]) -> 
     grammars = None
     if face.tokenizer is not None:
         grammars = Grammars(face.tokenizer, face.admission.vocab_size)
-    return FrontEnd(face, face.admission, grammars, adapters)
+    return FrontEnd(face, face.admission, grammars, adapters, face.voices)

@@ -25,6 +25,8 @@ from ...vmem import VmemDriver, open_driver
 from ...vmem.errors import InvalidConfig
 from ..adapters.adapters import Adapters
 from ..blocks.places import Source, locate
+from ..chains.chains import Chains
+from ..chains.family import neighbours
 from ..execution.grammars import Grammars
 from ..execution.model_runner import ModelRunner
 from ..execution.recordings import Recorder
@@ -103,13 +105,15 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     cache, driver = _build_cache(loaded, config, backend, profile)
     engine: Engine | None = None
     adapters: Adapters | None = None
+    chains: Chains | None = None
     speculation: Speculation | None = None
     fingerprint = ModelFingerprint(
         loaded.model, loaded.files, (loaded.dtype, config.lm_head_bits, config.repeatable)
     )
     try:
         adapters = _build_adapters(loaded, config, cache, profile)
-        runner = _build_runner(loaded, config, backend, cache, driver, profile, adapters)
+        chains = _build_chains(loaded, config, cache)
+        runner = _build_runner(loaded, config, backend, cache, driver, profile, adapters, chains)
         speculation = build_speculation(
             loaded,
             config,
@@ -132,6 +136,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             watch=ModelWatch(loaded),
             fingerprint=fingerprint,
             adapters=adapters,
+            chains=chains,
             overlap=_overlaps(loaded, config, profile),
             step_bytes=step_bytes(
                 loaded,
@@ -142,9 +147,9 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
         for index in range(len(loaded.geometry)):
             backend.check_cache(*cache.layer(index))
     except BaseException:
-        _closer(engine, cache, driver, adapters, speculation)()
+        _closer(engine, cache, driver, adapters, chains, speculation)()
         raise
-    close = _closer(engine, cache, driver, adapters, speculation)
+    close = _closer(engine, cache, driver, adapters, chains, speculation)
     return EngineLoop(engine, close, shortage_wait_s=config.shortage_wait_s)
 
 
@@ -153,6 +158,7 @@ def _closer(
     cache: SlotCache,
     driver: VmemDriver | None,
     adapters: Adapters | None,
+    chains: Chains | None,
     speculation: Speculation | None,
 ) -> Callable[[], None]:
     """Gives back all memory and address space; the paged baseline has no driver."""
@@ -167,6 +173,8 @@ def _closer(
             speculation.drafter.close()
         if adapters is not None:
             adapters.close()
+        if chains is not None:
+            chains.close()
         cache.shutdown()
         if driver is not None:
             driver.close()
@@ -222,6 +230,7 @@ def _build_runner(
     driver: VmemDriver | None,
     profile: DeviceProfile,
     adapters: Adapters | None = None,
+    chains: Chains | None = None,
     forward: Forward | None = None,
 ) -> ModelRunner:
     """A runner of a model, or of what of it `forward` runs."""
@@ -250,6 +259,7 @@ def _build_runner(
         recorder=recorder,
         max_seqs=config.max_seqs,
         adapters=adapters,
+        chains=chains,
     )
 
 
@@ -276,7 +286,7 @@ def _build_alone(
     """A runner of another model with a cache of its own, and what closes that."""
     backend = choose_backend(loaded.needs(paged=False))
     cache, driver = _build_cache(loaded, config, backend, profile)
-    close = _closer(None, cache, driver, None, None)
+    close = _closer(None, cache, driver, None, None, None)
     try:
         runner = _build_runner(loaded, config, backend, cache, driver, profile)
         for index in range(len(loaded.geometry)):
@@ -292,11 +302,11 @@ def _build_adapters(
 ) -> Adapters:
     """None of them in memory yet. The paged baseline, which has all of its pages, counts them
     beside it."""
-    limit = cache.pool.shared_limit
-    if limit is None:
-        limit = MemoryLimit(cache.pool.limit_pages * cache.pool.driver.page_bytes)
     adapters = Adapters(
-        loaded.model, dtype=loaded.dtype, limit=limit, products=profile.products(loaded.dtype)
+        loaded.model,
+        dtype=loaded.dtype,
+        limit=_limit_of(cache),
+        products=profile.products(loaded.dtype),
     )
     try:
         for name, path in (config.adapters or {}).items():
@@ -305,6 +315,28 @@ def _build_adapters(
         adapters.close()
         raise
     return adapters
+
+
+def _limit_of(cache: SlotCache) -> MemoryLimit:
+    """What further weights count under."""
+    limit = cache.pool.shared_limit
+    return limit or MemoryLimit(cache.pool.limit_pages * cache.pool.driver.page_bytes)
+
+
+def _build_chains(loaded: LoadedModel, config: EngineConfig, cache: SlotCache) -> Chains | None:
+    """The models of the same zoo that run beside this one; none of them in memory yet."""
+    if not config.models:
+        return None
+    chain, others = neighbours(loaded.name, config.models)
+    return Chains(
+        loaded,
+        chain,
+        others,
+        limit=_limit_of(cache),
+        repeatable=config.repeatable,
+        lm_head_bits=config.lm_head_bits,
+        generation_config=config.generation_config,
+    )
 
 
 def _build_scheduler(

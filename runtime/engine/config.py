@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -95,6 +95,8 @@ class EngineConfig:
             twice as much.
         movable: give each slot pages of its own, which can be handed to an engine in another
             process, so that its requests move there without a byte being copied.
+        models: of a zoo that has the model, others that run beside it, by name: requests name the
+            one that they are for. `LLM` takes all that can, if it is given the zoo.
         adapters: LoRA adapters to begin with, by name the folder of each (`LLM.load_adapter`).
         idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
             back by itself; None for never.
@@ -132,6 +134,7 @@ class EngineConfig:
     priority_aging_s: float | None = 60.0
     tenant_weights: Mapping[str, float] | None = None
     movable: bool = False
+    models: Sequence[str] = ()
     adapters: Mapping[str, str | Path] | None = None
     idle_trim_s: float | None = None
     shortage_wait_s: float = 5.0
@@ -189,6 +192,8 @@ class EngineConfig:
                 )
         elif self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
+        if isinstance(self.models, str) or not isinstance(self.models, Sequence):
+            raise InvalidConfig(f"models is {self.models!r}; use a list of names in the zoo")
         if self.adapters is not None and not isinstance(self.adapters, Mapping):
             raise InvalidConfig(
                 f"adapters is {self.adapters!r}; use a dictionary of names and folders"

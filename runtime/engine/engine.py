@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from ...vmem.errors import (
 )
 from ...vmem.native_function import workspace_bytes
 from ..adapters.adapters import Adapters
+from ..chains.chains import Chains
+from ..chains.voices import Voice
 from ..execution.grammars import Grammars, check_grammars
 from ..execution.launched_step import LaunchedStep
 from ..execution.model_runner import ModelRunner
@@ -29,12 +31,13 @@ from ..request.outputs import FinishReason
 from ..request.request import Batch, Request
 from ..request.sampling_params import SamplingParams
 from ..request.sampling_state import SamplingState
-from ..request.spec import RequestSpec, SequenceKey
+from ..request.spec import ChainKey, RequestSpec, SequenceKey
 from ..request.step_output import Failure, StepOutput
 from ..request.token_grammar import TokenGrammar
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
 from .endings import End, end_of, told_end, told_token, typed
+from .memory.extra_weights import chain_stats, check_chain, provided
 from .memory.segments import take_back
 from .stats import EngineStats, SegmentStats, SwapStats
 
@@ -59,6 +62,7 @@ class Engine:
         watch: notices that somebody changed the model; None to look for nothing.
         fingerprint: what files of keys and values know the model by; None to have none.
         adapters: that requests may name; None for a model alone.
+        chains: models that run beside this one, and that requests may name; None for none.
         overlap: prepare a step while the device computes the one before. Not for hybrids.
         step_bytes: the most that tensors of a step take; for `stats`.
 
@@ -79,6 +83,7 @@ class Engine:
         watch: ModelWatch | None = None,
         fingerprint: ModelFingerprint | None = None,
         adapters: Adapters | None = None,
+        chains: Chains | None = None,
         overlap: bool = False,
         step_bytes: int = 0,
     ) -> None:
@@ -90,6 +95,7 @@ class Engine:
         self.watch = watch
         self.fingerprint = fingerprint
         self.adapters = adapters
+        self.chains = chains
         self.overlap = overlap
         self._step_bytes = step_bytes
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -140,7 +146,20 @@ class Engine:
         """Refuse what could never run; returns the most tokens that it may generate."""
         if spec.adapter is not None:
             self.check_adapters().check(spec.adapter, goes_on=goes_on)
+        if spec.chain is not None:
+            check_chain(self.chains, spec)
         return self.admission.check(spec.prompt_token_ids, spec.params, was_let_in=goes_on)
+
+    def _ends(self, chain: ChainKey | None) -> Collection[int]:
+        """Tokens that end a text of a model."""
+        if chain is None or self.chains is None:
+            return self._eos_token_ids
+        return self.chains.eos_token_ids(chain)
+
+    @property
+    def voices(self) -> Mapping[str, Voice | None]:
+        """Of the models that run beside this one, by name, and None under its own."""
+        return {} if self.chains is None else self.chains.voices
 
     def check_adapters(self) -> Adapters:
         """The engine's adapters. Raises InvalidConfig if it takes none."""
@@ -157,7 +176,7 @@ class Engine:
                 spec.params,
                 spec.prompt_token_ids,
                 index=index,
-                eos_token_ids=() if spec.params.ignore_eos else self._eos_token_ids,
+                eos_token_ids=() if spec.params.ignore_eos else self._ends(spec.chain),
                 bad_words=spec.bad_words,
                 grammar=self._grammar(spec.params),
                 seed=spec.seed,
@@ -221,7 +240,7 @@ class Engine:
         request.num_computed = num_computed
         self.scheduler.put_in(request, slot)
         if request.num_output_tokens:
-            end = end_of(request, self._eos_token_ids)
+            end = end_of(request, self._ends(request.chain))
             if end.reason is not None:
                 self._outputs.append(told_end(request, end))
                 self._leave(request, keep=True)
@@ -292,6 +311,8 @@ class Engine:
             num_bytes += self.scheduler.speculation.drafter.trim()
         if self.adapters is not None and not self.has_work:
             num_bytes += self.adapters.forget()
+        if self.chains is not None and not self.has_work:
+            num_bytes += self.chains.forget()
         return num_bytes
 
     def weights_changed(self) -> None:
@@ -318,6 +339,8 @@ class Engine:
                 self.scheduler.speculation.drafter.model_changed(layers, recordable=recordable)
         if self.adapters is not None:
             self.adapters.model_changed()
+        if self.chains is not None:
+            self.chains.model_changed()
 
     def notice_changes(self, *, thoroughly: bool = True) -> None:
         """Look whether somebody changed the model: thoroughly where a prompt is computed next."""
@@ -334,7 +357,7 @@ class Engine:
                 self.fail(request, error)
 
     def _plain_step(self) -> None:
-        batch = self._with_adapters(self.scheduler.schedule())
+        batch = self._with_weights(self.scheduler.schedule())
         if not batch.items:
             self.scheduler.tiers.wait(self.scheduler.running, _MOVE_WAIT_S)
         elif launched := self._launch(batch, None, wait=True):
@@ -347,7 +370,7 @@ class Engine:
         """
         if not all(request.can_run_ahead for request in self.scheduler.running):
             self.catch_up()
-        batch = self._with_adapters(self.scheduler.schedule())
+        batch = self._with_weights(self.scheduler.schedule())
         if not batch.items:  # all wait for their last token, or for memory that an end may bring
             if self._under_way is not None:
                 self.catch_up()
@@ -362,29 +385,21 @@ class Engine:
         if wait:
             self.catch_up()
 
-    def _with_adapters(self, batch: Batch) -> Batch:
-        """The batch, without requests whose adapter cannot be in memory now: they stand aside for
-        a step, or end if it never will be.
+    def _with_weights(self, batch: Batch) -> Batch:
+        """The batch, without requests whose weights cannot be in memory now: they stand aside for a
+        step, or end if they never will be.
         """
-        keys = [item.request.adapter for item in batch.items if item.request.adapter is not None]
-        if not keys or self.adapters is None:
-            return batch
-        lacking = self.adapters.provide(keys)
+        batch, lacking = provided(batch, self.adapters, self.chains)
         if not lacking:
             return batch
-        here, aside = [], []
-        for item in batch.items:
-            error = None if item.request.adapter is None else lacking.get(item.request.adapter)
-            if error is None:
-                here.append(item)
-            elif isinstance(error, Shortage):
-                aside.append((item.request, error))
-            else:
+        for request, error in lacking:
+            if not isinstance(error, Shortage):
                 self.catch_up()
-                self.fail(item.request, error)
-        if not here and aside:
+                self.fail(request, error)
+        aside = [(request, error) for request, error in lacking if isinstance(error, Shortage)]
+        if not batch.items and aside:
             self.scheduler.shortage = aside[0]
-        return Batch(tuple(item for item in here if not item.request.is_finished))
+        return Batch(tuple(item for item in batch.items if not item.request.is_finished))
 
     def _launch(
         self, batch: Batch, last_tokens: Tensor | None, *, wait: bool
@@ -433,6 +448,8 @@ class Engine:
                 self.scheduler.speculation.drafter.let_go()
             if self.adapters is not None:
                 self.adapters.provide(())  # others may have the memory of those that are here
+            if self.chains is not None:
+                self.chains.provide(())
 
     # -- after the model ---------------------------------------------------------------------
 
@@ -460,7 +477,7 @@ class Engine:
         request.token_ids.append(token.token_id)
         self._num_output_tokens += 1
         self.scheduler.accounts.generated(request)
-        end = end_of(request, self._eos_token_ids)
+        end = end_of(request, self._ends(request.chain))
         self._outputs.append(told_token(request, token, end))
         if end.reason is not None:
             self._leave(request, keep=True)
@@ -504,6 +521,7 @@ class Engine:
         recordings, tiers = self.runner.recordings, self.scheduler.tiers
         swapping = tiers.swapping
         speculation = self.scheduler.speculation
+        models, blocks = chain_stats(self.chains, self._requests)
         return EngineStats(
             kv=self.cache.stats() if kv is None else kv,
             state_bytes=self.runner.state_bytes,
@@ -527,6 +545,8 @@ class Engine:
             segments=self._segment_stats(),
             tenants=self.scheduler.accounts.stats(),
             adapters=self.adapters.stats() if self.adapters is not None else (),
+            models=models,
+            blocks=blocks,
         )
 
     def _segment_stats(self) -> SegmentStats | None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 from ...allocator import KVStats
 from ...allocator.transfer import MoveStats
 from ..adapters.adapters import AdapterStats
+from ..chains.chains import BlockStats, ChainStats
 from ..model.segments import SegmentServer
 from ..request.request import Request
 from ..request.spec import SequenceKey
@@ -194,6 +195,8 @@ class EngineStats:
         tenants: what each got, those without a request included as long as they are remembered;
             two hundred or so at most.
         adapters: those that were loaded.
+        models, blocks: those that run beside the engine's own model, and what they have of their
+            own.
     """
 
     kv: KVStats
@@ -218,6 +221,8 @@ class EngineStats:
     segments: SegmentStats | None = None
     tenants: tuple[TenantStats, ...] = ()
     adapters: tuple[AdapterStats, ...] = ()
+    models: tuple[ChainStats, ...] = ()
+    blocks: tuple[BlockStats, ...] = ()
 
     @property
     def virtual_bytes(self) -> int:
@@ -322,6 +327,10 @@ def _sum(values: Sequence[Any]) -> Any:
             return _by_adapter(several, len(values))
         if several and isinstance(several[0], Borrowed):
             return _by_holder(several)
+        if several and isinstance(several[0], ChainStats):
+            return _alike(several, "name", "digest")
+        if several and isinstance(several[0], BlockStats):
+            return _alike(several, "place", "digest")
         return _by_tenant(several)
     return None if first is None else sum(values)
 
@@ -362,6 +371,22 @@ def _by_holder(borrowed: Sequence[Borrowed]) -> tuple[Borrowed, ...]:
         )
         for holder, several in found.items()
     )
+
+
+def _alike(several: Sequence[Any], *names: str) -> tuple[Any, ...]:
+    """Put together what has the same under these names: numbers added, what is stored once."""
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for one in several:
+        found.setdefault(tuple(getattr(one, name) for name in names), []).append(one)
+    return tuple(_summed(group) for group in found.values())
+
+
+def _summed(group: Sequence[Any]) -> Any:
+    counted = [one.name for one in fields(group[0]) if one.name.startswith("num_")]
+    sums = {name: sum(getattr(one, name) for one in group) for name in counted}
+    if isinstance(group[0], ChainStats):
+        sums["is_here"] = any(one.is_here for one in group)
+    return replace(group[0], **sums)
 
 
 def _added(before: TenantStats, one: TenantStats) -> TenantStats:

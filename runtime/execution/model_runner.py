@@ -11,6 +11,8 @@ from ...allocator import SlotCache
 from ...attention_backends import AttentionBackend, AttentionBatch, LayerAttention
 from ..adapters.adapters import Adapters
 from ..adapters.steps import AdapterStep, adapting
+from ..chains.chains import Chains
+from ..chains.steps import ChainStep, chaining
 from ..model.attention_hook import CacheStep
 from ..model.forward import Forward
 from ..model.segments import Place, SegmentedAttention, SegmentedStep
@@ -36,6 +38,7 @@ class ModelRunner:
         recorder: records decode steps, which are then replayed (`recordings`); None for never.
         max_seqs: the largest batch of decodes.
         adapters: those of the batch's requests, which are in memory; None for a model alone.
+        chains: the models of the batch's requests, which are in memory, too; None for one alone.
 
     Attributes:
         segmented: how requests are attended whose first tokens lie in the tier; None if none do.
@@ -52,6 +55,7 @@ class ModelRunner:
         recorder: Recorder | None = None,
         max_seqs: int = 1,
         adapters: Adapters | None = None,
+        chains: Chains | None = None,
     ) -> None:
         self.forward = forward
         self.cache = cache
@@ -59,11 +63,12 @@ class ModelRunner:
         self.device = device
         self._layers = tuple(layers)
         self.adapters = adapters
+        self.chains = chains
         self.segmented: SegmentedAttention | None = None
         self.recordings: DecodeRecordings | None = None
         if recorder is not None:
             self.recordings = DecodeRecordings(
-                self.logits, cache, recorder, device, max_seqs, adapters
+                self.logits, cache, recorder, device, max_seqs, adapters, chains
             )
 
     @property
@@ -161,7 +166,8 @@ class ModelRunner:
         """The same, kernel by kernel."""
         inputs, attention = self._inputs(items, positions, last_tokens)
         segmented = self._segmented_step(items, attention)
-        with adapting(self._adapter_step(items, positions)):
+        adapters, chains = self._adapter_step(items, positions), self._chain_step(items, positions)
+        with adapting(adapters), chaining(chains):
             return self.logits(inputs.ids, inputs.positions, attention, inputs.keep, segmented)
 
     def _segmented_step(
@@ -181,12 +187,22 @@ class ModelRunner:
         if self.adapters is None or all(item.request.adapter is None for item in items):
             return None
         tables = [self.adapters.table(item.request.adapter) for item in items]
-        counts = [item.num_rows for item in items]
-        until = [bisect_left(keep, end) for end in accumulate(counts)]  # kept up to each end
-        num_kept = [last - first for first, last in pairwise([0, *until])]
+        counts, num_kept = _row_counts(items, keep)
         step = self.adapters.step(sum(counts), len(keep))
         step.fill(list(zip(tables, counts, strict=True)), list(zip(tables, num_kept, strict=True)))
         return step
+
+    def _chain_step(
+        self, items: Sequence[ScheduledRequest], keep: Sequence[int]
+    ) -> ChainStep | None:
+        """Which model computes each flat token, and each of those kept; None if one does all."""
+        if self.chains is None or all(item.request.chain is None for item in items):
+            return None
+        keys = [item.request.chain for item in items]
+        counts, num_kept = _row_counts(items, keep)
+        rows, kept = (list(zip(keys, some, strict=True)) for some in (counts, num_kept))
+        self.chains.count(rows)
+        return self.chains.step(rows, kept, self.device)
 
     def _inputs(
         self,
@@ -216,6 +232,15 @@ class ModelRunner:
         inputs.fill(values, last_tokens)
         tables = self.cache.block_tables(slots)
         return inputs, inputs.batch(values.query_lens, values.kv_lens, values.slots, tables)
+
+
+def _row_counts(
+    items: Sequence[ScheduledRequest], keep: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Flat tokens of each item, and those among them that are in `keep`."""
+    counts = [item.num_rows for item in items]
+    until = [bisect_left(keep, end) for end in accumulate(counts)]  # kept up to each end
+    return counts, [last - first for first, last in pairwise([0, *until])]
 
 
 def _places(request: Request) -> list[Place]:

@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +29,10 @@ from ...allocator import Slot, SlotCache
 from ...attention_backends import AttentionBatch
 from ..adapters.adapters import Adapters
 from ..adapters.steps import AdapterStep, adapting
+from ..chains.chains import Chains
+from ..chains.steps import ChainStep, chaining
 from ..request.request import Batch, Padding, ScheduledRequest
+from ..request.spec import ChainKey
 from .step_inputs import StepInputs, StepValues
 
 _SHORTEST = 1024  # tokens of context of the first recordings
@@ -180,6 +184,13 @@ def _waits(func: Any, args: tuple[Any, ...], result: Any) -> bool:
     return func in _COPIES and any(s.is_cpu and not s.is_pinned() for s in sources)
 
 
+Runs = tuple[tuple[ChainKey | None, int], ...]
+"""Models, and how many rows of a step in turn are theirs; empty for a step of one alone."""
+_Key = tuple[int, int, Runs]  # of a recording: requests, the longest of them, whose they are
+_MOST_OF_CHAINS = 32  # recordings of steps of several models
+_LEAST_ALIKE = 6  # of these in turn, before the next is recorded: it takes as long as several
+
+
 @dataclass(frozen=True)
 class _Recording:
     inputs: StepInputs
@@ -197,6 +208,8 @@ class DecodeRecordings:
         max_seqs: the largest batch.
         adapters: of the batches' requests. Steps with adapters have recordings of their own, which
             any of them are played for; None for a model alone.
+        chains: of the batches' requests. A step of several models is recorded once it has come
+            several times in turn with as many requests of each; None for one alone.
 
     Attributes:
         refused: why the model cannot be recorded, once that was seen; then nothing is recorded.
@@ -212,8 +225,13 @@ class DecodeRecordings:
         device: torch.device,
         max_seqs: int,
         adapters: Adapters | None = None,
+        chains: Chains | None = None,
     ) -> None:
         self._forward = forward
+        self._chains = chains
+        self._num_gone = 0
+        self._last_runs: Runs = ()
+        self._num_alike = 0
         self._adapters = adapters
         self._num_installs = 0
         self._cache = cache
@@ -224,14 +242,16 @@ class DecodeRecordings:
         if recorder.pads:
             self._batch_sizes = _steps(1, 2, max_seqs)
             self._lengths = _lengths(cache.max_len)
-        self._recordings: dict[tuple[int, int], _Recording] = {}
-        self._with_adapters: dict[tuple[int, int], _Recording] = {}
+        self._recordings: dict[_Key, _Recording] = {}
+        self._with_adapters: dict[_Key, _Recording] = {}
+        self._of_chains: dict[_Key, _Recording] = {}  # the one used longest ago first
         self.refused: str | None = None
+        self._refused_chains = False
         self.num_replays = 0
 
     @property
     def num_recordings(self) -> int:
-        return len(self._recordings) + len(self._with_adapters)
+        return len(self._recordings) + len(self._with_adapters) + len(self._of_chains)
 
     def run(self, batch: Batch, last_tokens: torch.Tensor | None = None) -> torch.Tensor | None:
         """Logits [len(batch), vocab] of requests that compute one token each.
@@ -239,17 +259,16 @@ class DecodeRecordings:
         `last_tokens` has the pending ones among these tokens, as in `StepInputs.fill`.
         They are overwritten by the next call. None if the model cannot be recorded.
         """
-        adapted = any(item.request.adapter is not None for item in batch.items)
-        if self.refused is not None or (adapted and not self._records_adapters()):
+        known = self._known(batch)
+        if known is None:
             return None
+        runs = _runs(batch)
         size = _at_least(self._batch_sizes, len(batch))
         values = self._values(batch, size)
-        key = size, _at_least(self._lengths, max(values.kv_lens))
-        known = self._with_adapters if adapted else self._recordings
+        key = size, _at_least(self._lengths, max(values.kv_lens)), runs
         recording = known.get(key)
         if recording is None:
-            step = self._adapter_step(batch, size) if adapted else None
-            recording = self._record(values, last_tokens, *key, step)
+            recording = self._record(values, last_tokens, key, self._adapter_step(batch, size))
             if recording is None:
                 return None
             known[key] = recording
@@ -259,7 +278,12 @@ class DecodeRecordings:
         try:
             logits = recording.replay()
         except RuntimeError as error:
-            return self._refuse(error)
+            return self._refuse(error, runs)
+        if runs and self._chains is not None:
+            self._chains.count(runs)
+            known[key] = known.pop(key)
+            if len(known) > _MOST_OF_CHAINS:
+                del known[next(iter(known))]
         self.num_replays += 1
         return logits[: len(batch)]
 
@@ -267,7 +291,29 @@ class DecodeRecordings:
         """Drop all recordings: addresses that they hold, of weights for one, will change."""
         self._recordings.clear()
         self._with_adapters.clear()
+        self._of_chains.clear()
         self.recorder.forget()
+
+    def _known(self, batch: Batch) -> dict[_Key, _Recording] | None:
+        """The recordings for batches of this kind; None if it is not recorded."""
+        if self.refused is not None:
+            return None
+        if any(item.request.adapter is not None for item in batch.items):
+            return self._with_adapters if self._records_adapters() else None
+        if runs := _runs(batch):
+            return self._of_chains if self._records_chains(runs) else None
+        return self._recordings
+
+    def _records_chains(self, runs: Runs) -> bool:
+        """Whether a step of these models is recorded; those of blocks that are gone go."""
+        assert self._chains is not None, "a request is of another model"
+        if self._num_gone != self._chains.num_gone:
+            self._num_gone = self._chains.num_gone
+            self._of_chains.clear()
+        self._num_alike = self._num_alike + 1 if runs == self._last_runs else 1
+        self._last_runs = runs
+        is_known = any(runs == key[2] for key in self._of_chains)
+        return (is_known or self._num_alike > _LEAST_ALIKE) and not self._refused_chains
 
     def _records_adapters(self) -> bool:
         """Whether steps with adapters are recorded; those of before other modules had any go."""
@@ -284,7 +330,9 @@ class DecodeRecordings:
             tables = [self._adapters.table(item.request.adapter) for item in batch.items]
             step.fill([*((table, 1) for table in tables), (None, size - len(batch))])
 
-    def _adapter_step(self, batch: Batch, size: int) -> AdapterStep:
+    def _adapter_step(self, batch: Batch, size: int) -> AdapterStep | None:
+        if all(item.request.adapter is None for item in batch.items):
+            return None
         assert self._adapters is not None, "a request has an adapter"
         step = self._adapters.step(size, is_recorded=True)
         self._fill(step, batch, size)
@@ -294,10 +342,11 @@ class DecodeRecordings:
         self,
         values: StepValues,
         last_tokens: torch.Tensor | None,
-        size: int,
-        length: int,
+        key: _Key,
         step: AdapterStep | None,
     ) -> _Recording | None:
+        size, length, runs = key
+        chain_step = self._chain_step(runs, size)
         inputs = StepInputs(size, size, self._device)
         inputs.fill(values, last_tokens)
 
@@ -305,17 +354,29 @@ class DecodeRecordings:
             # A batch of its own for each run, for backends keep by its identity what they derive
             # from it, and a recording must contain how that is derived.
             bounds = inputs.batch([1] * size, [length] * size, [0] * size)
-            with adapting(step):
+            with adapting(step), chaining(chain_step):
                 return self._forward(inputs.ids, inputs.positions, bounds)
 
         try:
             return _Recording(inputs, self.recorder.record(run), step)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            return self._refuse(error)
+            return self._refuse(error, runs)
 
-    def _refuse(self, error: Exception) -> None:
-        self.refused = str(error)
-        self.forget()
+    def _chain_step(self, runs: Runs, size: int) -> ChainStep | None:
+        """For rows of several models, and padding, which is nobody's; ready to be recorded."""
+        if not runs:
+            return None
+        assert self._chains is not None, "a request is of another model"
+        missing = size - sum(count for _, count in runs)
+        return self._chains.step([*runs, (None, missing)], None, self._device, is_recorded=True)
+
+    def _refuse(self, error: Exception, runs: Runs = ()) -> None:
+        if runs:
+            self._refused_chains = True
+            self._of_chains.clear()
+        else:
+            self.refused = str(error)
+            self.forget()
         _log.log(
             self.recorder.refusal_level,
             "decode steps are not recorded and run one kernel at a time: %s",
@@ -355,6 +416,14 @@ def _repeated(batch: Batch) -> tuple[Padding, int]:
     shortest = min(batch.items, key=lambda item: item.start)
     (token,) = shortest.request.ids(shortest.start, shortest.start + 1)
     return Padding(_slot(shortest), shortest.start, token), shortest.start
+
+
+def _runs(batch: Batch) -> Runs:
+    """Whose the rows are, in their order; nothing if all are the model's own."""
+    if all(item.request.chain is None for item in batch.items):
+        return ()
+    grouped = groupby(batch.items, key=lambda item: item.request.chain)
+    return tuple((chain, len(list(items))) for chain, items in grouped)
 
 
 def _slot(item: ScheduledRequest) -> Slot:

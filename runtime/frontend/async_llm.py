@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ...vmem import janitor
 from ...vmem.errors import InvalidConfig
 from ..blocks.places import Source
+from ..chains.family import gather
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.memory.memory_map import MemoryMap
@@ -26,8 +27,8 @@ from .chat_template import ChatOptions
 from .driving.port import EnginePort
 from .driving.thread import EngineThread
 from .front_end import FrontEnd
+from .prompts import Maker, Prompt, Standing
 from .prompts import Message as ChatMessage
-from .prompts import Prompt, Standing
 from .sessions.session import Session
 from .sessions.sessions import Saved, Sessions
 from .tokenizer import own
@@ -68,15 +69,20 @@ class AsyncLLM:
     ) -> None:
         if max_unfinished < 1:
             raise InvalidConfig(f"max_unfinished is {max_unfinished}; it must be at least 1")
-        self.config = EngineConfig(**options)
+        chosen, following = gather(source, model)
+        self.config = EngineConfig(**following | options)
         self.loaded = loaded = load(
-            source, model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
+            chosen, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         loop = build_loop(loaded, self.config)
         self.engine = loop.engine
         engine = loop.engine
         front_end = FrontEnd(
-            loaded, engine.admission, engine.grammars, lambda: engine.check_adapters().names
+            loaded,
+            engine.admission,
+            engine.grammars,
+            lambda: engine.check_adapters().names,
+            engine.voices,
         )
         # The thread knows the driver, not this object, which can so be dropped without `close`.
         self._thread = EngineThread(loop, idle_trim_s=self.config.idle_trim_s)
@@ -99,20 +105,22 @@ class AsyncLLM:
         priority: int = 0,
         tenant: str = "",
         adapter: str | None = None,
+        model: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> AsyncIterator[RequestOutput]:
         """Complete a prompt or a conversation; yields all that there is so far.
 
-        Prompts, `priority`, `tenant` and `adapter` are as of `LLM.generate`, conversations and
-        `options` as of `LLM.chat`. Those beyond `max_unfinished` wait in the order of their coming.
-        Each output holds the whole of text and tokens up to then; the last has `finished`. The
-        name is known to `abort` from now on, also while the request waits for its place.
+        Prompts, `priority`, `tenant`, `adapter` and `model` are as of `LLM.generate`, conversations
+        and `options` as of `LLM.chat`. Those beyond `max_unfinished` wait in the order of their
+        coming. Each output holds the whole of text and tokens up to then; the last has `finished`.
+        The name is known to `abort` from now on, also while the request waits for its place.
 
         Raises a `UsageError` if the request is refused, InvalidOperation if this object is closed
         meanwhile, and the request's own error if it goes wrong.
         """
         standing = Standing(priority=priority, tenant=tenant)
-        return self._requests.generate(prompt, params, request_id, options, standing, adapter)
+        by = Maker(adapter, model)
+        return self._requests.generate(prompt, params, request_id, options, standing, by)
 
     async def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
         """As `LLM.load_adapter`."""
@@ -171,9 +179,12 @@ class AsyncLLM:
         *,
         extra: bytes = b"",
         adapter: str | None = None,
+        model: str | None = None,
     ) -> Session:
         """As `LLM.save_session`."""
-        return await asyncio.to_thread(self._sessions.save, path, what, extra, adapter)
+        return await asyncio.to_thread(
+            self._sessions.save, path, what, extra, Maker(adapter, model)
+        )
 
     async def open_session(self, path: str | os.PathLike[str]) -> Session:
         """As `LLM.open_session`."""

@@ -20,7 +20,7 @@ from .driving.places import Place, Places
 from .driving.port import EnginePort
 from .driving.sinks import give
 from .front_end import FrontEnd
-from .prompts import DEFAULT_STANDING, Prompt, Standing
+from .prompts import DEFAULT_STANDING, ITSELF, Maker, Prompt, Standing
 from .prompts import Message as ChatMessage
 from .text_stream import RequestText
 
@@ -62,11 +62,11 @@ class AsyncRequests:
         request_id: str | None = None,
         options: ChatOptions | None = None,
         standing: Standing = DEFAULT_STANDING,
-        adapter: str | None = None,
+        by: Maker = ITSELF,
     ) -> AsyncIterator[RequestOutput]:
         """As `AsyncLLM.generate`."""
         self._port.check_open()
-        request = self.front_end.request(prompt, params, options, standing, adapter)
+        request = self.front_end.request(prompt, params, options, standing, by)
         return self._outputs(self._stream(request, request_id))
 
     def run(self, request: RequestText, request_id: str | None = None) -> AsyncGenerator[None]:

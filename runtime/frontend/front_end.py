@@ -11,23 +11,27 @@ from transformers import PreTrainedTokenizerBase
 
 from ...vmem.errors import InvalidPrompt, InvalidSamplingParams
 from ..adapters.adapters import find_adapter
+from ..chains.chains import find_voice
+from ..chains.voices import Voice
 from ..engine.admission import Admission
 from ..execution.grammars import Grammars, check_grammars
 from ..request.sampling_params import SamplingParams
-from ..request.spec import AdapterKey, RequestSpec
+from ..request.spec import AdapterKey, ChainKey, RequestSpec
 from .chat_template import ChatOptions, ChatTemplate, check_names
 from .prompts import (
     DEFAULT_STANDING,
+    ITSELF,
+    Maker,
     Message,
     PlainPrompt,
     Prompt,
     Standing,
-    adapters_for_each,
     are_conversations,
     as_batch,
     as_plain,
     check_params,
     is_conversation,
+    makers_for_each,
     params_for_each,
     refuse_conversation,
     standings,
@@ -47,6 +51,25 @@ class ModelFace(Protocol):
     def sampling_defaults(self) -> Mapping[str, Any]: ...
 
 
+class _Speech:
+    """What prompts of one model are made with."""
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        defaults: Mapping[str, Any],
+        chain: ChainKey | None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chain = chain
+        self.default_params = SamplingParams(**defaults)
+        self.chat_params = SamplingParams(**{"max_tokens": None, **defaults})
+        if tokenizer is not None:
+            settle(tokenizer)
+        self.chat_template = ChatTemplate(tokenizer, name)
+
+
 class FrontEnd:
     """Makes requests of prompts. Any number of threads may use it.
 
@@ -56,6 +79,7 @@ class FrontEnd:
         grammars: what `structured_outputs` are compiled by, before a request is posted: the
             engine's own if it is in this process. None without a tokenizer.
         adapters: asked for those that there are now, by name.
+        voices: of the models that run beside this one, by name, and None under its own.
 
     Attributes:
         default_params, chat_params: for prompts and conversations that come without parameters:
@@ -68,17 +92,18 @@ class FrontEnd:
         admission: Admission,
         grammars: Grammars | None,
         adapters: Callable[[], Mapping[str, AdapterKey]] = dict,
+        voices: Mapping[str, Voice | None] | None = None,
     ) -> None:
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer
+        self.voices = voices or {}
+        self._own = _Speech(loaded.name, loaded.tokenizer, loaded.sampling_defaults, None)
+        self._speeches: dict[str, _Speech] = {}
         self.admission = admission
         self.grammars = grammars
         self._adapters = adapters
-        self.default_params = SamplingParams(**loaded.sampling_defaults)
-        self.chat_params = SamplingParams(**{"max_tokens": None, **loaded.sampling_defaults})
-        if self.tokenizer is not None:
-            settle(self.tokenizer)
-        self._chat_template = ChatTemplate(self.tokenizer, self.name)
+        self.default_params = self._own.default_params
+        self.chat_params = self._own.chat_params
         self._ids = itertools.count()
         self._prefix = f"{os.getpid()}-{id(self):x}"  # apart from other front ends' of an engine
 
@@ -86,6 +111,14 @@ class FrontEnd:
     def callers_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """A tokenizer for callers to use and change; prompts are not touched by that."""
         return None if self.tokenizer is None else own_copy(self.tokenizer)
+
+    def defaults(self, model: str | None = None) -> SamplingParams:
+        """For prompts of a model that come without parameters; None for the engine's own."""
+        return self._speech(model).default_params
+
+    def chat_defaults(self, model: str | None = None) -> SamplingParams:
+        """The same for conversations."""
+        return self._speech(model).chat_params
 
     # -- as callers give them: one or several, all of them right or none ------------------------
 
@@ -97,6 +130,7 @@ class FrontEnd:
         priority: int | Sequence[int],
         tenant: str | Sequence[str],
         adapter: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str | None] | None = None,
     ) -> list[RequestText]:
         """Requests for prompts, arguments as of `LLM.generate`. Raises a `UsageError`."""
         each_prompt = as_batch(prompts)
@@ -104,10 +138,10 @@ class FrontEnd:
             refuse_conversation(prompt)
         each = params_for_each(params, len(each_prompt))
         where = standings(priority, tenant, len(each_prompt))
-        adapters = adapters_for_each(adapter, len(each_prompt))
+        by = makers_for_each(adapter, model, len(each_prompt))
         return [
-            self.request(prompt, one, standing=standing, adapter=name)
-            for prompt, one, standing, name in zip(each_prompt, each, where, adapters, strict=True)
+            self.request(prompt, one, standing=standing, by=maker)
+            for prompt, one, standing, maker in zip(each_prompt, each, where, by, strict=True)
         ]
 
     def chats(
@@ -119,15 +153,16 @@ class FrontEnd:
         priority: int | Sequence[int],
         tenant: str | Sequence[str],
         adapter: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str | None] | None = None,
     ) -> list[RequestText]:
         """Requests for conversations, arguments as of `LLM.chat`. Raises a `UsageError`."""
         conversations: Any = messages if are_conversations(messages) else [messages]
         each = params_for_each(params, len(conversations))
         where = standings(priority, tenant, len(conversations))
-        adapters = adapters_for_each(adapter, len(conversations))
+        by = makers_for_each(adapter, model, len(conversations))
         return [
-            self.chat_request(talk, one, options, standing=standing, adapter=name)
-            for talk, one, standing, name in zip(conversations, each, where, adapters, strict=True)
+            self.chat_request(talk, one, options, standing=standing, by=maker)
+            for talk, one, standing, maker in zip(conversations, each, where, by, strict=True)
         ]
 
     def stream(
@@ -139,10 +174,11 @@ class FrontEnd:
         priority: int,
         tenant: str,
         adapter: str | None = None,
+        model: str | None = None,
     ) -> RequestText:
         """A request of one output, arguments as of `LLM.stream`. Raises a `UsageError`."""
         standing = Standing(priority=priority, tenant=tenant)
-        request = self.request(prompt, params, options, standing, adapter)
+        request = self.request(prompt, params, options, standing, Maker(adapter, model))
         if request.spec.params.n != 1:
             raise InvalidSamplingParams(
                 f"n = {request.spec.params.n}: a stream has one output; use generate"
@@ -157,25 +193,23 @@ class FrontEnd:
         params: SamplingParams | None = None,
         options: ChatOptions | None = None,
         standing: Standing = DEFAULT_STANDING,
-        adapter: str | None = None,
+        by: Maker = ITSELF,
     ) -> RequestText:
-        """A request for a prompt or a conversation; `adapter` names one that was loaded.
+        """A request for a prompt or a conversation, to be computed `by` a model or an adapter.
 
         Raises a `UsageError` that names what cannot be.
         """
         if is_conversation(prompt):
             conversation: Any = prompt
-            return self.chat_request(
-                conversation, params, options or {}, standing=standing, adapter=adapter
-            )
+            return self.chat_request(conversation, params, options or {}, standing=standing, by=by)
         if options:
             check_names(options)
             raise InvalidPrompt(
                 f"{', '.join(options)} is for conversations, and the prompt is none; leave it out"
             )
-        plain = as_plain(prompt)  # type: ignore[arg-type]
-        params = self.default_params if params is None else params
-        return self._request(plain, params, standing, adapter)
+        plain, speech = as_plain(prompt), self._speech(by.model)  # type: ignore[arg-type]
+        params = speech.default_params if params is None else params
+        return self._request(plain, params, standing, by, speech)
 
     def chat_request(
         self,
@@ -184,31 +218,53 @@ class FrontEnd:
         options: ChatOptions,
         salt: str = "",
         standing: Standing = DEFAULT_STANDING,
-        adapter: str | None = None,
+        by: Maker = ITSELF,
     ) -> RequestText:
         """A request for the answer to a conversation; prefixes are shared within one `salt`."""
-        prompt = replace(self._chat_template.render(messages, options), salt=salt)
-        params = self.chat_params if params is None else params
-        return self._request(prompt, params, standing, adapter)
+        speech = self._speech(by.model)
+        prompt = replace(speech.chat_template.render(messages, options), salt=salt)
+        params = speech.chat_params if params is None else params
+        return self._request(prompt, params, standing, by, speech)
+
+    def _speech(self, model: str | None) -> _Speech:
+        """That of a model by its name, None for the engine's own. Raises UnknownModel."""
+        voice = None if model is None else find_voice(self.voices, model)
+        if model is None or voice is None:
+            return self._own
+        if model not in self._speeches:
+            tokenizer = voice.tokenizer or self.tokenizer
+            self._speeches[model] = _Speech(model, tokenizer, voice.sampling_defaults, voice.key)
+        return self._speeches[model]
 
     def _request(
-        self, prompt: PlainPrompt, params: SamplingParams, standing: Standing, adapter: str | None
+        self,
+        prompt: PlainPrompt,
+        params: SamplingParams,
+        standing: Standing,
+        by: Maker,
+        speech: _Speech,
     ) -> RequestText:
         check_params(params)
         self.admission.check_priority(standing.priority)
-        tokens = self._truncate(self._tokenise(prompt), params)
+        if by.adapter is not None and speech.chain is not None:
+            raise InvalidPrompt(
+                f"the adapter {by.adapter!r} is of the first model, and {by.model!r} was asked "
+                "for, too; leave one of them out"
+            )
+        tokens = self._truncate(self._tokenise(prompt, speech), params, speech)
         self.check(tokens, params)
         spec = RequestSpec(
             request_id=f"{self._prefix}-{next(self._ids)}",
             prompt_token_ids=tokens,
             params=params,
-            bad_words=self._bad_words(params),
+            bad_words=_bad_words(params, speech),
             variant=prompt.salt,
-            adapter=None if adapter is None else find_adapter(self._adapters(), adapter),
+            adapter=None if by.adapter is None else find_adapter(self._adapters(), by.adapter),
+            chain=speech.chain,
             priority=standing.priority,
             tenant=standing.tenant,
         )
-        return RequestText(spec, prompt.text, self.tokenizer if params.detokenize else None)
+        return RequestText(spec, prompt.text, speech.tokenizer if params.detokenize else None)
 
     def check(self, tokens: Sequence[int], params: SamplingParams) -> int:
         """Refuse what could never run; returns the most tokens that may be generated.
@@ -228,20 +284,20 @@ class FrontEnd:
 
     def render_chat(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins."""
-        return self._chat_template.render(messages, options).token_ids or []
+        return self._own.chat_template.render(messages, options).token_ids or []
 
-    def _tokenise(self, prompt: PlainPrompt) -> list[int]:
+    def _tokenise(self, prompt: PlainPrompt, speech: _Speech) -> list[int]:
         if prompt.token_ids is not None:
             return prompt.token_ids
-        if self.tokenizer is None:
+        if speech.tokenizer is None:
             raise InvalidPrompt(
                 f"{self.name} has no tokenizer; give prompts as lists of token ids, or pass "
                 "tokenizer="
             )
         assert prompt.text is not None
-        return encode(self.tokenizer, prompt.text, what="the prompt")
+        return encode(speech.tokenizer, prompt.text, what="the prompt")
 
-    def _truncate(self, tokens: list[int], params: SamplingParams) -> list[int]:
+    def _truncate(self, tokens: list[int], params: SamplingParams, speech: _Speech) -> list[int]:
         """The last tokens, as many as `truncate_prompt_tokens` says; the first stays if it is the
         tokenizer's begin-of-sequence token."""
         most = params.truncate_prompt_tokens
@@ -249,13 +305,14 @@ class FrontEnd:
             most = max(1, self.admission.max_len - (params.max_tokens or 1))
         if most is None or len(tokens) <= most:
             return tokens
-        begin = None if self.tokenizer is None else self.tokenizer.bos_token_id
+        begin = None if speech.tokenizer is None else speech.tokenizer.bos_token_id
         head = tokens[:1] if tokens[0] == begin and most > 1 else []
         return head + tokens[len(tokens) - most + len(head) :]
 
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        spelt: set[tuple[int, ...]] = set()
-        for word in params.bad_words or ():
-            assert self.tokenizer is not None, "checked"
-            spelt |= spell(self.tokenizer, word)
-        return tuple(sorted(spelt))
+
+def _bad_words(params: SamplingParams, speech: _Speech) -> tuple[tuple[int, ...], ...]:
+    spelt: set[tuple[int, ...]] = set()
+    for word in params.bad_words or ():
+        assert speech.tokenizer is not None, "checked"
+        spelt |= spell(speech.tokenizer, word)
+    return tuple(sorted(spelt))

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ...vmem import janitor
 from ...vmem.errors import InvalidConfig, InvalidOperation
 from ..blocks.places import Source
+from ..chains.family import gather
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.engine import Engine
@@ -25,7 +26,7 @@ from .chat_template import ChatOptions
 from .driving.driver import LoopDriver
 from .front_end import FrontEnd
 from .progress import BatchProgress
-from .prompts import Message, Prompt
+from .prompts import Maker, Message, Prompt
 from .sessions.session import Session
 from .sessions.sessions import Saved, Sessions
 from .text_stream import RequestText, StreamDelta
@@ -41,8 +42,9 @@ class LLM:
 
     Args:
         source: a checkpoint folder, a hub id, a `transformers` model built elsewhere, or None for
-            the built-in tiny chat model; may also be given as `model`. Or a zoo of blocks, and as
-            `model` a name in it.
+            the built-in tiny chat model; may also be given as `model`. Or a zoo of blocks.
+        model: with a zoo, the name of a model in it; by default the one that shares most with the
+            others. Those of the zoo that can run beside it do, and prompts name them (`generate`).
         tokenizer: a tokenizer, which is copied, or its folder, if it is not with the model.
         device: "auto", "cpu" or "cuda".
         dtype: of weights and KV: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
@@ -74,15 +76,20 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         **options: Any,
     ) -> None:
-        self.config = EngineConfig(**options)
+        chosen, following = gather(source, model)
+        self.config = EngineConfig(**following | options)
         self.loaded = load(
-            source, model, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
+            chosen, tokenizer=own(tokenizer), device=device, dtype=dtype, config=self.config
         )
         self.loop = build_loop(self.loaded, self.config)
         self._driver = LoopDriver(self.loop, idle_trim_s=self.config.idle_trim_s)
         engine = self.loop.engine
         self._front_end = FrontEnd(
-            self.loaded, engine.admission, engine.grammars, lambda: engine.check_adapters().names
+            self.loaded,
+            engine.admission,
+            engine.grammars,
+            lambda: engine.check_adapters().names,
+            engine.voices,
         )
         self._sessions = Sessions(
             self.loaded,
@@ -106,6 +113,7 @@ class LLM:
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
         adapter: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts together; outputs come in the order of the prompts.
 
@@ -126,13 +134,15 @@ class LLM:
                 tenants all the same; a `cache_salt` keeps them apart.
             adapter: a name of `load_adapter`, or None for the model alone; for all prompts, or one
                 for each. Any mix runs in one batch.
+            model: of a zoo, which model completes it, by name; None for the one that was opened;
+                for all prompts, or one for each. Any mix runs in one batch.
 
         Raises a `UsageError` before anything runs if a prompt or parameter is refused. On an
         exception, Ctrl-C included, the requests' pages are given back.
         """
         self._driver.check_ready()
         requests = self._front_end.batch(
-            prompts, params, priority=priority, tenant=tenant, adapter=adapter
+            prompts, params, priority=priority, tenant=tenant, adapter=adapter, model=model
         )
         return self._run(requests, progress, on_error)
 
@@ -146,6 +156,7 @@ class LLM:
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
         adapter: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str | None] | None = None,
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """Answer one conversation or several.
@@ -154,13 +165,19 @@ class LLM:
         `tool_calls` may do without. `options` are those of `ChatOptions`: `tools`, `chat_template`,
         `chat_template_kwargs`, `add_generation_prompt` and `continue_final_message`. Without
         `params` an answer is as long as the model or its generation config makes it. `on_error`,
-        `priority`, `tenant` and `adapter` are as of `generate`.
+        `priority`, `tenant`, `adapter` and `model` are as of `generate`.
 
         Raises InvalidPrompt if there is no chat template, or if it does not know what it is told.
         """
         self._driver.check_ready()
         requests = self._front_end.chats(
-            messages, params, options, priority=priority, tenant=tenant, adapter=adapter
+            messages,
+            params,
+            options,
+            priority=priority,
+            tenant=tenant,
+            adapter=adapter,
+            model=model,
         )
         return self._run(requests, progress, on_error)
 
@@ -172,6 +189,7 @@ class LLM:
         priority: int = 0,
         tenant: str = "",
         adapter: str | None = None,
+        model: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> Iterator[StreamDelta]:
         """Generate for one prompt or conversation, and yield what comes; `options` as of `chat`.
@@ -182,7 +200,7 @@ class LLM:
         """
         self._driver.check_ready()
         request = self._front_end.stream(
-            prompt, params, options, priority=priority, tenant=tenant, adapter=adapter
+            prompt, params, options, priority=priority, tenant=tenant, adapter=adapter, model=model
         )
         return self._stream(request)
 
@@ -247,6 +265,7 @@ class LLM:
         *,
         extra: bytes = b"",
         adapter: str | None = None,
+        model: str | None = None,
     ) -> Session:
         """Save the keys and values of `what` in a file, from which any process goes on at once.
 
@@ -257,13 +276,14 @@ class LLM:
                 its first output. What is not held of it any more is computed first. With a
                 `cache_salt`, prompts of that salt alone will find it.
             extra: bytes of your own to keep with it.
-            adapter: which `what` is computed with; prompts of that one alone will find it.
+            adapter, model: which `what` is computed with, as of `generate`; prompts of that one
+                alone will find it, and of models whose keys and values are the same.
 
         Other requests wait while it is written, but not for the disk. Raises a `UsageError` if the
         prompt is refused or the model keeps recurrent state, KVFileError if the system refuses the
         file.
         """
-        return self._sessions.save(path, what, extra, adapter)
+        return self._sessions.save(path, what, extra, Maker(adapter, model))
 
     def open_session(self, path: str | os.PathLike[str]) -> Session:
         """Let prompts that begin with the tokens of a file find their keys and values.

@@ -72,12 +72,24 @@ def standings(priority: Any, tenant: Any, count: int) -> list[Standing]:
     ]
 
 
-def adapters_for_each(adapter: Any, count: int) -> list[str | None]:
-    """Adapters' names for each of `count` prompts: one or None for all, or one for each.
+@dataclass(frozen=True)
+class Maker:
+    """Whom a prompt is completed by: an adapter or a model beside the engine's own, by name."""
+
+    adapter: str | None = None
+    model: str | None = None
+
+
+ITSELF = Maker()
+
+
+def makers_for_each(adapter: Any, model: Any, count: int) -> list[Maker]:
+    """Names of adapters and models for each of `count` prompts: one or None for all, or one each.
 
     Raises InvalidSamplingParams for another number of them.
     """
-    return _for_each("adapter", "adapters", adapter, count)
+    adapters = _for_each("adapter", "adapters", adapter, count)
+    return list(map(Maker, adapters, _for_each("model", "models", model, count)))
 
 
 def _for_each(name: str, plural: str, given: Any, count: int) -> list[Any]:

@@ -2,11 +2,12 @@
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..chains.voices import Voice
 from ..engine.admission import Admission
 from ..engine.config import EngineConfig
 from ..engine.engine import Engine
@@ -27,6 +28,7 @@ class Face:
         page_bytes: of a physical page.
         token_bytes: keys and values of a token.
         capacity_tokens: tokens whose keys and values it can hold, all slots together.
+        voices: of the models that run beside it, by name, and None under its own.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Face:
     page_bytes: int
     token_bytes: int
     capacity_tokens: int
+    voices: Mapping[str, Voice | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, loaded: LoadedModel, engine: Engine, config: EngineConfig) -> "Face":
@@ -56,6 +59,7 @@ class Face:
             page_bytes=kv.page_bytes,
             token_bytes=engine.cache.geometry.token_format.token_bytes,
             capacity_tokens=kv.pages_limit // growth_pages * kv.growth_tokens,
+            voices=engine.voices,
         )
 
     def pack(self) -> bytes:

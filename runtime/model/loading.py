@@ -95,10 +95,8 @@ class LoadedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of parameters, tied ones counted once, of packed weights and of 4-bit ones."""
-        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        int4 = sum(linear.num_bytes for _, linear in int4_linears(self.model))
-        return parameters + packed_bytes(self.model) + int4
+        """As of the function of that name."""
+        return weight_bytes(self.model)
 
     def needs(self, *, paged: bool) -> AttentionNeeds:
         """What the attention backend must offer."""
@@ -111,6 +109,13 @@ class LoadedModel:
             sinks=any(layer.sinks is not None for layer in self.attention),
             paged=paged,
         )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters, tied ones counted once, of packed weights and of 4-bit ones."""
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    int4 = sum(linear.num_bytes for _, linear in int4_linears(model))
+    return parameters + packed_bytes(model) + int4
 
 
 def load_model(

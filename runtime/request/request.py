@@ -41,7 +41,7 @@ class Request:
         segment, lent: its first tokens, if they lie in another cache; those behind them that other
             processes have. The slot has the rest.
         prompt_logprobs: entries of the prompt's tokens that are known, where they are asked.
-        variant: as of `RequestSpec.kv_variant`; adapter: as of `RequestSpec`.
+        variant: as of `RequestSpec.kv_variant`; adapter, chain: as of `RequestSpec`.
         priority, tenant: as of `RequestSpec`; the priority may change (`SetPriority`).
         num_served: prompt tokens that were computed for it, or found, at one time or another.
         queued_time_s, scheduled_time_s: when it came, and when it first had a slot (`StepOutput`).
@@ -63,6 +63,7 @@ class Request:
         self.params: SamplingParams = spec.params
         self.variant = spec.kv_variant
         self.adapter = spec.adapter
+        self.chain = spec.chain
         self.priority = spec.priority
         self.tenant = spec.tenant
         self.max_tokens = max_tokens

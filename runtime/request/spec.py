@@ -23,6 +23,21 @@ class AdapterKey(msgspec.Struct, frozen=True):
     digest: str
 
 
+class ChainKey(msgspec.Struct, frozen=True):
+    """Names a model among several that share blocks, and that one engine runs together.
+
+    Attributes:
+        name: what callers call it.
+        digest: of all that it computes by.
+        kv: of those of its blocks that keys and values depend on; "" where these are all of the
+            engine's own model, with which it then shares them.
+    """
+
+    name: str
+    digest: str
+    kv: str = ""
+
+
 _MARK = "\x1f"  # of variants that are no caller's text
 
 
@@ -36,6 +51,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
         bad_words: what `params.bad_words` are in tokens: sequences that must not be completed.
         variant: what the caller says that prefixes are shared within: a tenant's salt.
         adapter: what is computed with beside the model; None for the model alone.
+        chain: which model computes it, of several that share blocks; None for the engine's own.
         priority: the lower, the earlier, where requests are scheduled by priority.
         tenant: whose service it counts as. It has no part in `variant`: tenants may share prefixes.
         seed: what chance goes by where `params.seed` is None; None for the engine to draw one.
@@ -50,6 +66,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     bad_words: tuple[tuple[int, ...], ...] = ()
     variant: str = ""
     adapter: AdapterKey | None = None
+    chain: ChainKey | None = None
     priority: int = 0
     tenant: str = ""
     seed: int | None = None
@@ -59,8 +76,11 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     def kv_variant(self) -> str:
         """What keys and values depend on besides the tokens: they are shared within it alone.
 
-        No two pairs of `variant` and `adapter` have the same, whatever a caller's text is like.
+        No two have the same whose `variant`, `adapter` or `chain.kv` differ, whatever a caller's
+        text is like. An adapter is of the engine's own model.
         """
+        if self.chain is not None and self.chain.kv:
+            return f"{_MARK}C{self.chain.kv}{_MARK}{self.variant}"
         if self.adapter is not None:
             adapter = self.adapter
             return f"{_MARK}A{adapter.digest}{_MARK}{adapter.name}{_MARK}{self.variant}"

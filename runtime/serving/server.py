@@ -15,6 +15,7 @@ from ..adapters.adapters import AdapterStats, known_names
 from ..execution.grammars import Grammars
 from ..frontend.async_requests import AsyncRequests
 from ..frontend.front_end import FrontEnd
+from ..frontend.prompts import ITSELF, Maker
 from ..frontend.text_stream import RequestText
 from ..link.engine_link import EngineLink
 from ..link.face import Face
@@ -74,7 +75,8 @@ class Server:
         )
         if grammars is None and face.tokenizer is not None:  # to refuse before anything is sent
             grammars = Grammars(face.tokenizer, face.admission.vocab_size)
-        front_end = FrontEnd(face, face.admission, grammars, lambda: known_names(self.adapters))
+        adapters = lambda: known_names(self.adapters)  # noqa: E731
+        front_end = FrontEnd(face, face.admission, grammars, adapters, face.voices)
         self._requests = AsyncRequests(
             front_end,
             self.engine,
@@ -126,7 +128,13 @@ class Server:
     @property
     def names(self) -> tuple[str, ...]:
         """The model's, as requests may call it."""
-        return tuple(self.options.served_model_name) or (self.face.name,)
+        own = [name for name, voice in self.face.voices.items() if voice is None]
+        return tuple(self.options.served_model_name) or (*own, self.face.name)[:1]
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The models that run beside it, by name."""
+        return tuple(name for name in self.face.voices if name not in self.names)
 
     @property
     def adapters(self) -> tuple[AdapterStats, ...]:
@@ -151,7 +159,8 @@ class Server:
 
     def model_name(self, asked: str | None) -> str:
         """The name for the answer. Raises ApiError 404 for a model that is not here."""
-        names = (*self.names, *(adapter.name for adapter in self.adapters))
+        adapters = (adapter.name for adapter in self.adapters)
+        names = (*self.names, *self.others, *adapters)
         if asked is None or asked in names:
             return asked or names[0]
         raise ApiError(
@@ -161,9 +170,11 @@ class Server:
             "model",
         )
 
-    def adapter(self, asked: str | None) -> str | None:
-        """The adapter that a request's `model` names; None for the model itself."""
-        return None if asked is None or asked in self.names else asked
+    def maker(self, asked: str | None) -> Maker:
+        """The model or the adapter that a request's `model` names."""
+        if asked is None or asked in self.names:
+            return ITSELF
+        return Maker(model=asked) if asked in self.others else Maker(adapter=asked)
 
     # -- requests ------------------------------------------------------------------------------
 

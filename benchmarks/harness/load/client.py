@@ -93,7 +93,13 @@ def drive(
             item = work[index]
             trace.requests.append(RequestTrace(len(item.prompt), due.popleft()))
             of_request[str(index)] = trace.requests[-1]
-            driver.submit(str(index), item.prompt, item.num_output_tokens, tenant=item.tenant)
+            driver.submit(
+                str(index),
+                item.prompt,
+                item.num_output_tokens,
+                tenant=item.tenant,
+                model=item.model,
+            )
         if not driver.has_work:
             sleep(due[0] - now)
             continue

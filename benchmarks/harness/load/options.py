@@ -9,6 +9,7 @@ from ...vmem.errors import InvalidConfig
 from ..options import (
     decimals,
     device_option,
+    dtype_name_option,
     dtype_option,
     interpreters,
     label_option,
@@ -219,6 +220,33 @@ class TenantsOptions:
     def __post_init__(self) -> None:
         if min(self.rate, self.scale) <= 0:
             raise InvalidConfig(f"rate {self.rate} and scale {self.scale} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainsOptions:
+    """What `vkv bench chains` runs.
+
+    Attributes:
+        layers: of each fine-tune, that differ from the base's; its head differs, too.
+
+    Raises InvalidConfig for a number that is not positive.
+    """
+
+    shape: str = shape_option("llama-455m")
+    dtype: str = dtype_name_option("bfloat16")
+    tenants: int = option(4, least=1, help="Fine-tunes beside the base.")
+    layers: int = option(4, least=0, help="Layers of each that are its own; its head is, too.")
+    requests: int = option(30, least=1, help="Of all models together, in turn.")
+    rate: float = option(1.0, help="Requests a second of all together (Poisson).")
+    prompt_len: int = option(64, least=1, help="Tokens of each prompt.")
+    output_len: int = option(32, least=1, help="Tokens that each generates.")
+    repeats: int = option(2, least=1, help="Turns of all ways.")
+    label: str = label_option()
+    seed: int = seed_option()
+
+    def __post_init__(self) -> None:
+        if self.rate <= 0:
+            raise InvalidConfig(f"rate is {self.rate}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,12 @@ from ...vmem.errors import InvalidConfig
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A prompt, how many tokens it generates, and whose it is."""
+    """A prompt, how many tokens it generates, whose it is, and which model's of several."""
 
     prompt: tuple[int, ...]
     num_output_tokens: int
     tenant: str = ""
+    model: str | None = None
 
     @property
     def num_tokens(self) -> int:

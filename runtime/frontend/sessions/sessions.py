@@ -21,7 +21,7 @@ from ...request.outputs import RequestOutput
 from ...request.sampling_params import SamplingParams
 from ..driving.driver import LoopDriver
 from ..front_end import FrontEnd
-from ..prompts import Message, Prompt
+from ..prompts import ITSELF, Maker, Message, Prompt
 from ..text_stream import RequestText
 from .session import Session
 
@@ -67,7 +67,7 @@ class Sessions:
         path: str | os.PathLike[str],
         what: Saved,
         extra: bytes = b"",
-        adapter: str | None = None,
+        by: Maker = ITSELF,
     ) -> Session:
         """As `LLM.save_session`."""
         self._check()
@@ -77,7 +77,7 @@ class Sessions:
             )
         self._fingerprint()  # which may take seconds, while others go on
         for _ in range(_MOST_TRIES):
-            request = self._request(what, adapter)
+            request = self._request(what, by)
             if (writer := self._compute_and_write(request, path, extra)) is not None:
                 with writer:
                     writer.commit()
@@ -92,14 +92,14 @@ class Sessions:
             "times; raise kv_memory or max_parked, or save when fewer run"
         )
 
-    def _request(self, what: Saved, adapter: str | None) -> RequestText:
+    def _request(self, what: Saved, by: Maker) -> RequestText:
         """Computes what is not computed of the tokens, and one more that nobody wants."""
         if isinstance(what, RequestOutput):
             outputs = [output.token_ids for output in what.outputs[:1]]
             tokens = [*what.prompt_token_ids, *itertools.chain(*outputs)]
             # A slot that is full has no room for what a request must put out.
             what = tokens[: self._engine.cache.max_len - 1]
-        request = self._front_end.request(what, _ONE_TOKEN, adapter=adapter)
+        request = self._front_end.request(what, _ONE_TOKEN, by=by)
         num_tokens, cache = len(request.spec.prompt_token_ids), self._engine.cache
         if cache.num_pages(num_tokens) > cache.pool.limit_pages:
             raise RequestTooLarge(

@@ -153,8 +153,9 @@ class ChatJob:
 
     def _prepare(self, standing: Standing) -> RequestText:
         asked, front_end = self.asked, self.server.requests.front_end
+        by = self.server.maker(asked.model)
         params = self.server.params(
-            front_end.chat_params,
+            front_end.chat_defaults(by.model),
             asked,
             max_tokens=asked.max_completion_tokens or asked.max_tokens,
             logprobs=asked.num_logprobs(),
@@ -167,7 +168,7 @@ class ChatJob:
             self._options(),
             salt_of(self.server.options, standing.tenant, asked.cache_salt),
             standing,
-            self.server.adapter(asked.model),
+            by,
         )
 
     def _structure(self) -> dict[str, Any] | None:

@@ -127,8 +127,8 @@ class CompletionJob:
             given["prompt"] = prompt
         else:
             given["prompt_token_ids"] = prompt
-        adapter = self.server.adapter(asked.model)
-        return front_end.request(given, params, standing=self.standing, adapter=adapter)
+        by = self.server.maker(asked.model)
+        return front_end.request(given, params, standing=self.standing, by=by)
 
     def last_words(self, error: ApiError) -> bytes:
         """How the stream ends by an error."""

@@ -88,8 +88,9 @@ def _add_health(routes: APIRouter, server: Server) -> None:
 def _add_models(routes: APIRouter, server: Server) -> None:
     @routes.get("/v1/models", response_model=None, responses=described(others.Models))
     async def models() -> Response:
-        """The model under each of its names, and its adapters."""
-        names = [*server.names, *(adapter.name for adapter in server.adapters)]
+        """The model under each of its names, those that run beside it, and adapters."""
+        adapters = (adapter.name for adapter in server.adapters)
+        names = [*server.names, *server.others, *adapters]
         return json_response({"object": "list", "data": [_card(server, n) for n in names]})
 
     @routes.get(

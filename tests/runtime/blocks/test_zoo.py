@@ -17,6 +17,7 @@ import zoo as tiny
 from served import Served
 from vkv import LLM, AsyncLLM, SamplingParams
 from vkv.runtime.blocks.chain import MANIFEST
+from vkv.runtime.blocks.places import pick
 from vkv.runtime.blocks.zoo import BlockZoo
 from vkv.vmem.errors import BadCheckpoint, BadZoo, InvalidConfig, UnknownModel, UnsupportedModel
 
@@ -243,7 +244,7 @@ def test_names_that_are_not_there_or_taken(tmp_path: Path) -> None:
     with pytest.raises(UnknownModel, match=r"no model 'abc'; it has base, own"):
         LLM(zoo.path, model="abc")
     with pytest.raises(InvalidConfig, match=r"a zoo of 2 models, base, own; say which"):
-        LLM(zoo.path)
+        pick(zoo.path)
     with pytest.raises(BadZoo, match="is no zoo of blocks"):
         LLM(base, model="own")
     with pytest.raises(InvalidConfig, match="give one of them"):

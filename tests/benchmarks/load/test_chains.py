@@ -1,0 +1,37 @@
+"""`vkv bench chains`: that all ways serve the same requests, and that blocks are shared."""
+
+import json
+from pathlib import Path
+
+import pytest
+from vkv.bench.load.chains import ALONE, APART, TOGETHER, run
+from vkv.bench.load.options import ChainsOptions
+
+pytestmark = pytest.mark.usefixtures("quick_limits")
+
+
+def test_all_ways_answer_all_requests(tmp_path: Path) -> None:
+    options = ChainsOptions(
+        shape="llama-tiny",
+        dtype="float32",
+        tenants=2,
+        layers=1,
+        requests=6,
+        rate=50.0,
+        prompt_len=12,
+        output_len=6,
+        repeats=1,
+    )
+    path, tables = run(options, tmp_path, "vkv bench chains")
+    results = json.loads(path.read_text())["results"]
+    cells = {cell["way"]: cell for cell in results["cells"]}
+    assert cells.keys() == {TOGETHER, APART, ALONE}
+    for cell in cells.values():
+        assert len(cell["e2es_s"]) == 6
+        assert cell["num_tokens"] == 6 * 18
+        assert cell["pss_bytes"] > 0
+    assert cells[TOGETHER]["block_bytes"] > 0
+    assert cells[TOGETHER]["rows_per_call"] >= 1
+    assert cells[APART]["block_bytes"] == cells[ALONE]["block_bytes"] == 0
+    assert results["bytes"]["kept"] < results["bytes"]["models"]
+    assert [row[0] for row in tables[0].rows] == [TOGETHER, APART, ALONE]

@@ -1,0 +1,77 @@
+"""A zoo served: all of its models are listed, and a request names the one that it is for."""
+
+import asyncio
+from pathlib import Path
+
+import chains
+import httpx
+import pytest
+import zoo
+from served import Served
+from vkv import AsyncLLM
+from vkv.runtime.blocks.zoo import BlockZoo
+from vkv.runtime.serving.local import app_of
+
+_ASKED = {"prompt": "hello there", "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+_PARTS = {"early": ("layers.0.self_attn",), "late": ("layers.1.mlp", "lm_head")}
+
+
+@pytest.fixture(scope="module")
+def tenants(tmp_path_factory: pytest.TempPathFactory) -> BlockZoo:
+    home = tmp_path_factory.mktemp("tenants")
+    family = chains.save_family(home, "llama", _PARTS)
+    for name, folder in family.items():
+        tokenizer = zoo.letter_tokenizer()
+        tokenizer.chat_template = f"{name}:" + "{{ messages[-1]['content'] }}"
+        tokenizer.save_pretrained(folder)
+    return chains.make_zoo(home, family)
+
+
+@pytest.fixture(scope="module")
+def texts(tenants: BlockZoo) -> dict[str, str]:
+    """What each model says alone."""
+
+    async def say(name: str) -> str:
+        folder = tenants.chain(name).folder
+        async with AsyncLLM(folder, **zoo.with_defaults({})) as llm:
+            async for out in llm.generate("hello there", zoo.greedy(8)):
+                text = out.outputs[0].text
+            return text
+
+    return {name: asyncio.run(say(name)) for name in tenants.models}
+
+
+def test_a_zoo_in_one_process(tenants: BlockZoo, texts: dict[str, str]) -> None:
+    async def visit() -> None:
+        async with AsyncLLM(tenants, model="base", **zoo.with_defaults({})) as llm:
+            transport = httpx.ASGITransport(app=app_of(llm))
+            async with httpx.AsyncClient(transport=transport, base_url="http://local") as client:
+                listed = (await client.get("/v1/models")).json()["data"]
+                assert [one["id"] for one in listed] == ["base", "early", "late"]
+                names = [*texts] * 2
+                asked = [client.post("/v1/completions", json={**_ASKED, "model": n}) for n in names]
+                for name, answer in zip(names, await asyncio.gather(*asked), strict=True):
+                    assert answer.json()["model"] == name
+                    assert answer.json()["choices"][0]["text"] == texts[name]
+                plain = await client.post("/v1/completions", json=_ASKED)
+                assert plain.json()["model"] == "base"
+                assert plain.json()["choices"][0]["text"] == texts["base"]
+                said = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+                for name in texts:  # each by its own template
+                    answer = await client.post("/v1/chat/completions", json={**said, "model": name})
+                    assert answer.json()["usage"]["prompt_tokens"] == len(f"{name}:hi")
+                refused = await client.post("/v1/completions", json={**_ASKED, "model": "x"})
+                assert refused.status_code == 404
+                assert "'late'" in refused.json()["error"]["message"]
+
+    asyncio.run(visit())
+
+
+def test_a_server_of_a_zoo(tenants: BlockZoo, texts: dict[str, str], tmp_path: Path) -> None:
+    with Served(str(tenants.path), "--model", "early", log=tmp_path / "log") as server:
+        listed = server.client.get("/v1/models").json()["data"]
+        assert [one["id"] for one in listed] == ["early", "base", "late"]
+        for name, text in texts.items():
+            answer = server.client.post("/v1/completions", json={**_ASKED, "model": name})
+            assert answer.json()["choices"][0]["text"] == text
+        assert "Traceback" not in server.log(), server.log()
