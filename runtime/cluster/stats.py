@@ -59,7 +59,6 @@ class Member:
     handed_pages: int = 0
 
     @property
-    @property
     def has_arrived(self) -> bool:
         """Whether it has said all that must be known to give it work."""
         has_terms = self.lends_at is None or self.longest is not None
