@@ -103,8 +103,7 @@ def test_the_oldest_has_first_and_the_youngest_gives_up() -> None:
     found = ledger.settle(_cluster(*instances, loans=loans))
     assert found.give_up == (1,)
     assert _credit(found, 1, 2) == Credit(1, 2, 0, is_called=True)
-    assert _of(found, 0)[2] == 80
-    assert _of(found, 0)[1] == 30
+    assert _of(found, 0) == {2: 80, 1: 80}
     later = _instance(1, msgspec.structs.replace(young, is_waiting=True))
     found = ledger.settle(_cluster(instances[0], later, instances[2], loans=loans[:1]))
     assert _of(found, 0) == {1: 80, 2: 80}
