@@ -254,7 +254,7 @@ def test_those_that_outgrow_what_there_is_give_way(llama: PreTrainedModel) -> No
     specs = _specs([1530, 1530, 50], 600)
     expected = _expected(llama, specs)
     with Lent(llama) as lent:
-        lent.place(at_1=512, at_2=512)
+        lent.place(at_1=1024, at_2=512)
         engine = lent.engines[0]
         requests = [engine.add(spec)[0] for spec in specs]
         lent.drive()
