@@ -108,16 +108,20 @@ def test_who_was_not_told_is_told_again() -> None:
 def test_who_cannot_be_reached_is_not_asked() -> None:
     async def told() -> None:
         members, links = _members()
-        report = msgspec.structs.replace(
-            REPORT, unreachable=("instance 1",), loans=(HeldLoan("instance 2", 512),)
-        )
-        members.of(0).lending = report
         desk = LendingDesk(members)
         desk.settle(_with_a_long_one(members))
-        assert [line.creditor for line in links[0].orders[0].lines] == ["instance 2"]
-        shunned = [(s.debtor, s.creditor, s.is_shunned) for s in desk.stats()]
-        assert shunned == [(0, 2, False)]
-        assert desk.stats()[0].num_tokens == 512
+        assert links[0].orders[0].lines[0].creditor == "instance 1"
+        members.of(0).lending = msgspec.structs.replace(
+            REPORT, unreachable=("instance 1",), loans=(HeldLoan("instance 2", 512),)
+        )
+        links[0].answers[0].set_result(None)
+        await asyncio.sleep(0)
+        desk.settle(_with_a_long_one(members))
+        assert [line.creditor for line in links[0].orders[1].lines] == ["instance 2"]
+        (one,) = desk.stats()
+        assert (one.debtor, one.creditor, one.num_tokens, one.is_shunned) == (0, 2, 512, False)
+        desk.settle(_with_a_long_one(members))
+        assert len(links[0].orders) == 2
 
     asyncio.run(told())
 
