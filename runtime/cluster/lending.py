@@ -12,6 +12,7 @@ import msgspec
 from ...vmem.errors import VkvError
 from ..engine.admission import Admission
 from ..engine.memory.lending import CreditLine, LendingOrder
+from ..engine.memory.memory_map import MemoryMap
 from ..request.sampling_params import SamplingParams
 from .members import Members
 from .policies import Ledger, Settlement
@@ -116,7 +117,7 @@ class LendingDesk:
         answer.add_done_callback(lambda future: self._answered(debtor, order, future))
 
     def _answered(
-        self, debtor: Member, order: LendingOrder, future: "asyncio.Future[object]"
+        self, debtor: Member, order: LendingOrder, future: "asyncio.Future[int | MemoryMap | None]"
     ) -> None:
         if future.cancelled():
             return
