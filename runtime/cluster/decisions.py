@@ -11,7 +11,7 @@ from ...vmem.errors import InvalidOperation
 from ..engine.migration.arbiter import Arbiter
 from ..request.spec import RequestSpec
 from .lending import LendingDesk
-from .members import Members
+from .members import Members, most_tokens
 from .policies import ClusterPolicy
 from .snapshot import ClusterSnapshot, Newcomer
 
@@ -66,6 +66,7 @@ class Decisions:
                 priority=spec.priority,
                 tenant=spec.tenant,
                 needs=self._members.needs(spec),
+                most_tokens=most_tokens(spec),
             )
             chosen = self._policy.dispatch(self.picture(), newcomer)
             if chosen is None:

@@ -12,6 +12,7 @@ import msgspec
 from ...vmem.errors import VkvError
 from ..engine.admission import Admission
 from ..engine.memory.lending import CreditLine, LendingOrder
+from ..engine.memory.memory_map import MemoryMap
 from ..engine.stats import Borrowed
 from ..request.sampling_params import SamplingParams
 from .members import Members
@@ -52,7 +53,8 @@ class LendingDesk:
         if not lenders:
             return
         now_s = time.monotonic()
-        self._shun(lenders, now_s)
+        self._shunned = {pair: until for pair, until in self._shunned.items() if until > now_s}
+        self._shun_lost(lenders, now_s)
         shunned = frozenset(self._shunned)
         found = self.ledger.settle(msgspec.structs.replace(snapshot, shunned=shunned))
         for pair in found.slow:
@@ -92,15 +94,17 @@ class LendingDesk:
         name = holder_name(creditor)
         return any(line.creditor == name and line.num_tokens for line in lines)
 
-    def _shun(self, lenders: dict[int, Member], now_s: float) -> None:
-        """Have nothing to do with who was not reached, and again with those whose time is over."""
-        self._shunned = {pair: until for pair, until in self._shunned.items() if until > now_s}
+    def _shun_lost(self, lenders: dict[int, Member], now_s: float) -> None:
+        """Have nobody borrow from whom somebody has lost, or did not reach."""
         for debtor in lenders.values():
             assert debtor.lending is not None
             for name in debtor.lending.unreachable:
                 creditor = self._members.named(name)
                 if creditor is not None:
-                    self._shunned.setdefault((debtor.id, creditor), now_s + _SHUN_S)
+                    pairs = ((one, creditor) for one in lenders if one != creditor)
+                    self._shunned |= {
+                        pair: now_s + _SHUN_S for pair in pairs if pair not in self._shunned
+                    }
 
     def _order(self, debtor: Member, lenders: dict[int, Member], found: Settlement) -> LendingOrder:
         lines = []
@@ -120,17 +124,19 @@ class LendingDesk:
             return
         self._told[debtor.id] = order
         answer = link.ask("lending", msgspec.json.encode(order).decode())
-        answer.add_done_callback(lambda future: self._answered(debtor.id, order, future))
+        answer.add_done_callback(lambda future: self._answered(debtor, order, future))
 
-    def _answered(self, debtor: int, order: LendingOrder, future: "asyncio.Future[object]") -> None:
+    def _answered(
+        self, debtor: Member, order: LendingOrder, future: "asyncio.Future[int | MemoryMap | None]"
+    ) -> None:
         if future.cancelled():
             return
         try:
             future.result()
-            self._obeyed[debtor] = order
+            self._obeyed[debtor.id] = order
         except VkvError as error:  # it is gone, or refuses; it is told again
-            _log.warning("instance %d was not told what it may borrow: %s", debtor, error)
-            self._told.pop(debtor, None)
+            _log.warning("instance %d was not told what it may borrow: %s", debtor.id, error)
+            self._told.pop(debtor.id, None)
 
 
 def _borrowed(members: Iterable[Member]) -> dict[Pair, Borrowed]:

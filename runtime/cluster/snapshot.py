@@ -46,6 +46,7 @@ class Newcomer(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         num_tokens: of its prompt.
         prefixes: of instances that hold a beginning of it, how many tokens.
+        most_tokens: as of `RequestSnapshot`.
         needs: what it computes with beside the model, by name, and how many bytes of memory that
             takes: an adapter, the blocks of a chain.
     """
@@ -54,8 +55,20 @@ class Newcomer(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     priority: int = 0
     tenant: str = ""
+    most_tokens: int = 0
     prefixes: Mapping[int, int] = {}
     needs: Mapping[str, int] = {}
+
+    def as_request(self, *, is_waiting: bool) -> RequestSnapshot:
+        """As an instance that was given it has it."""
+        return RequestSnapshot(
+            self.key,
+            num_tokens=self.num_tokens,
+            num_uncomputed=self.num_tokens,
+            priority=self.priority,
+            is_waiting=is_waiting,
+            most_tokens=self.most_tokens,
+        )
 
 
 class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,9 +158,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         """The same once it was given a newcomer: in line if others are, else taken to run."""
         if self.num_waiting:
             return self.with_newcomer(newcomer)
-        request = RequestSnapshot(
-            newcomer.key, newcomer.num_tokens, newcomer.num_tokens, newcomer.priority
-        )
+        request = newcomer.as_request(is_waiting=False)
         return msgspec.structs.replace(
             self,
             num_running=self.num_running + 1,
@@ -159,9 +170,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     def with_newcomer(self, newcomer: Newcomer) -> Self:
         """The same with a newcomer in line, until it reports it itself."""
-        request = RequestSnapshot(
-            newcomer.key, newcomer.num_tokens, newcomer.num_tokens, newcomer.priority, True
-        )
+        request = newcomer.as_request(is_waiting=True)
         return msgspec.structs.replace(
             self,
             num_waiting=self.num_waiting + 1,

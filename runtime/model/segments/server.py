@@ -111,6 +111,7 @@ class SegmentServer:
         self._dtype = dtype
         self._timeout_s = timeout_s
         self._loans: dict[int, Loan] = {}
+        self._read: set[int] = set()  # that are on their way to their owners
         self._numbers = itertools.count(1)
         self._attending = threading.Lock()  # held while loans are read
         self._connections: list[tuple[socket.socket, threading.Thread]] = []
@@ -133,7 +134,8 @@ class SegmentServer:
         """End a loan: once nobody attends to it. Without effect on one that has ended."""
         with self._attending:
             loan = self._loans.pop(number, None)
-        if loan is not None:
+            is_read = number in self._read  # then who reads it ends it
+        if loan is not None and not is_read:
             self._unpin(loan)
 
     def give_way(self) -> bool:
@@ -250,21 +252,23 @@ class SegmentServer:
             wire.receive_bytes(sock, [piece for stream in spans for piece in stream], True)
             number = self.lend(slot, offer.start, offer.num_tokens)
             owner.taken.append(number)
+            self._exits.let_go(slot)  # the loan keeps what it needs
+            slot = None
             wire.send_message(sock, Told(loan=number))
         except (Shortage, DriverError, InvalidOperation) as error:
             if slot is not None:
                 raise TransferError(f"tokens were not taken in: {error}") from error
             wire.send_message(sock, Told(objection=str(error)))
         finally:
-            if slot is not None:  # a loan keeps what it needs
+            if slot is not None:
                 self._exits.let_go(slot)
 
     def _give(self, sock: socket.socket, asked: Fetch, owner: "_Owner") -> None:
-        """Send what is lent here to its owner. It is read outside of the lock, and so pinned."""
+        """Send what is lent here to its owner. Others are attended to meanwhile."""
         with self._attending:
             loan = self._loans.get(asked.loan) if asked.loan in owner.taken else None
             if loan is not None:
-                self.cache.pin(loan.slot, loan.stop - loan.start)
+                self._read.add(asked.loan)
         if loan is None:
             why = f"loan {asked.loan} was called back"
             wire.send_message(sock, Told(objection=why, called_back=(asked.loan,)))
@@ -277,7 +281,11 @@ class SegmentServer:
             spans = self.cache.spans(loan.slot, asked.start, stop)
             wire.send_bytes(sock, [piece for stream in spans for piece in stream], True)
         finally:
-            self._unpin(loan)
+            with self._attending:
+                self._read.remove(asked.loan)
+                has_ended = asked.loan not in self._loans
+            if has_ended:
+                self._unpin(loan)
 
     def _unpin(self, loan: Loan) -> None:
         try:

@@ -194,9 +194,8 @@ class Loans:
             one = self._lend_some(spans, position, done, num_tokens, but)
             if one is None:
                 self.give_back(lent)
-                raise OutOfLoans(
-                    f"nobody has room for {num_tokens} tokens, {self._room_in_words()}"
-                )
+                names = ", ".join(self.creditors) or "none of those that lent"
+                raise OutOfLoans(f"nobody takes {num_tokens} tokens in; asked were {names}")
             lent.append(one)
             done += one.stop - one.start
         return lent
@@ -254,9 +253,9 @@ class Loans:
                     one.loan in self.creditors[one.holder].wanted
                 )
                 has_to = is_wanted or (one.holder in self.called and self._is_beyond(one.holder))
-                if not has_to and not self._may_leave(one.holder):
+                if request.num_pending or not (has_to or self._may_leave(one.holder)):
                     continue
-                if request.num_pending or self._move(request, one, room_at_home(request)):
+                if self._move(request, one, room_at_home(request)):
                     self.num_called += has_to
                 elif has_to:
                     stuck.append(request)
@@ -344,10 +343,3 @@ class Loans:
         stats.num_moves += num_moves
         stats.num_tokens += num_tokens
         stats.num_bytes += num_tokens * self._cache.geometry.token_format.token_bytes
-
-    def _room_in_words(self) -> str:
-        if not self.creditors:
-            return "as there is nobody any more"
-        if self.limits is None:
-            return f"of {', '.join(self.creditors)}"
-        return f"and {self.room()} may be lent now"
