@@ -88,7 +88,9 @@ def test_requests_longer_than_the_pool_are_told() -> None:
     )
     assert [(one.holder, one.num_tokens) for one in both.borrowed] == [("instance 2", 2048)]
     lends_nothing = replace(stats, segments=replace(segments, given=None))
-    assert together([lends_nothing, stats]).segments.given == segments.given
+    both = together([lends_nothing, stats]).segments
+    assert both is not None
+    assert both.given == segments.given
     assert together([replace(stats, segments=None), stats]).segments == segments
 
 
