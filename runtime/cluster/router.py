@@ -395,6 +395,8 @@ class Router:
     def _take_long_away(self, instance: int, others_first_until_s: float) -> None:
         """Have what does not move from an instance that drains go on elsewhere, computed again, if
         there may be room for it: once all else has moved, unless that takes long."""
+        if self._members.link(instance) is None:  # it has died meanwhile
+            return
         left = set(self._arbiter.sequences_of(str(instance)))
         long = left & self._members.of(instance).long_requests
         if not long or (left - long and time.monotonic() < others_first_until_s):

@@ -306,33 +306,39 @@ def together(all_stats: Sequence[EngineStats]) -> EngineStats:
 
 
 def _sum(values: Sequence[Any]) -> Any:
-    """Field by field; tenants, adapters and holders by their names."""
+    """Field by field, of those that have any; tenants, adapters and holders by their names."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return None
     first = values[0]
     if is_dataclass(first):
         parts: dict[str, Any] = {}
         for one in fields(first):
             of_all = [getattr(value, one.name) for value in values]
-            is_worst = one.name in _WORST
-            parts[one.name] = max(of_all) if is_worst else _sum(of_all)
             if one.name in _ALIKE:
                 parts[one.name] = of_all[0]
+            else:
+                parts[one.name] = max(of_all) if one.name in _WORST else _sum(of_all)
         return type(first)(**parts)
     if isinstance(first, Mapping):
         return dict(sum((Counter(value) for value in values), Counter()))
     if isinstance(first, tuple):
-        several = [one for value in values for one in value]
-        if several and isinstance(several[0], tuple):
-            return tuple(several)
-        if several and isinstance(several[0], AdapterStats):
-            return _by_adapter(several, len(values))
-        if several and isinstance(several[0], Borrowed):
-            return _by_holder(several)
-        if several and isinstance(several[0], ChainStats):
-            return _alike(several, "name", "digest")
-        if several and isinstance(several[0], BlockStats):
-            return _alike(several, "place", "digest")
-        return _by_tenant(several)
+        return _together([one for value in values for one in value], len(values))
     return None if first is None else sum(values)
+
+
+def _together(several: Sequence[Any], num_engines: int) -> tuple[Any, ...]:
+    if several and isinstance(several[0], tuple):  # names of requests
+        return tuple(several)
+    if several and isinstance(several[0], AdapterStats):
+        return _by_adapter(several, num_engines)
+    if several and isinstance(several[0], Borrowed):
+        return _by_holder(several)
+    if several and isinstance(several[0], ChainStats):
+        return _alike(several, "name", "digest")
+    if several and isinstance(several[0], BlockStats):
+        return _alike(several, "place", "digest")
+    return _by_tenant(several)
 
 
 def _by_tenant(all_tenants: Sequence[TenantStats]) -> tuple[TenantStats, ...]:

@@ -78,7 +78,7 @@ def picture_of_loans(count: int, *, dark: bool, path: Path) -> None:
             folder,
             instances=count,
             threads=1,
-            kv_memory=lending_attack.POOL,
+            kv_memory=3 * lending_attack.POOL,
             adapters=adapters,
             **lending_attack.OPTIONS,
         ) as cluster:
@@ -91,9 +91,11 @@ def picture_of_loans(count: int, *, dark: bool, path: Path) -> None:
 
 def ask_long(cluster: Cluster) -> None:
     """One request longer than an instance's memory, and short ones with adapters."""
-    prompts = [{"prompt_token_ids": p} for p in zoo.random_prompts([3300, 200, 150, 90, 300])]
+    prompts = [{"prompt_token_ids": p} for p in zoo.random_prompts([4000, 200, 150, 90, 300])]
     params = [
-        SamplingParams(temperature=1, seed=number, max_tokens=4000 if number == 0 else 900)
+        SamplingParams(
+            temperature=1, seed=number, max_tokens=900 if number else 4900, ignore_eos=True
+        )
         for number in range(len(prompts))
     ]
     cluster.generate(prompts, params, adapter=[None, "formal", "pirate", "formal", None])

@@ -50,7 +50,7 @@ FAULTS = (
     *("kill creditor", "kill debtor", "kill both"),
     *("stop creditor", "stop debtor"),
     *("pause creditor", "pause debtor"),
-    *("leave creditor", "recall"),
+    *("leave creditor", "leave debtor", "recall"),
 )
 
 

@@ -87,6 +87,11 @@ def test_requests_longer_than_the_pool_are_told() -> None:
         num_loans=8, num_tokens=1024, num_called_back=12, slowest_call_back_s=0.25
     )
     assert [(one.holder, one.num_tokens) for one in both.borrowed] == [("instance 2", 2048)]
+    lends_nothing = replace(stats, segments=replace(segments, given=None))
+    both = together([lends_nothing, stats]).segments
+    assert both is not None
+    assert both.given == segments.given
+    assert together([replace(stats, segments=None), stats]).segments == segments
 
 
 def test_adapters_are_told_by_name() -> None:
