@@ -3,11 +3,16 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import msgspec
 
 from ...vmem.errors import VkvError
+from ..engine.admission import Admission
 from ..engine.memory.lending import CreditLine, LendingOrder
+from ..request.sampling_params import SamplingParams
 from .members import Members
 from .policies import Ledger, Settlement
 from .snapshot import ClusterSnapshot
@@ -37,6 +42,7 @@ class LendingDesk:
         self._members = members
         self._shunned: dict[Pair, float] = {}  # until when, on the monotonic clock
         self._told: dict[int, LendingOrder] = {}
+        self._obeyed: dict[int, LendingOrder] = {}  # what they have said that they have heard
         self._settlement = Settlement()
 
     def settle(self, snapshot: ClusterSnapshot) -> None:
@@ -56,6 +62,7 @@ class LendingDesk:
             self._tell(debtor, self._order(debtor, lenders, found))
         for gone in self._told.keys() - lenders.keys():
             del self._told[gone]
+            self._obeyed.pop(gone, None)
 
     def stats(self) -> tuple[LoanStats, ...]:
         """Who has what where, and may have. From any thread."""
@@ -72,6 +79,14 @@ class LendingDesk:
             )
             for pair in sorted(loans.keys() | credits.keys())
         )
+
+    def has_loans(self, creditor: int) -> bool:
+        """Whether an instance has, or may be about to get, tokens of others' requests."""
+        if any(loan.creditor == creditor for loan in self._members.loans()):
+            return True
+        lines = (line for order in self._obeyed.values() for line in order.lines)
+        name = f"instance {creditor}"
+        return any(line.creditor == name and line.num_tokens for line in lines)
 
     def _shun(self, lenders: dict[int, Member], now_s: float) -> None:
         """Have nothing to do with who was not reached, and again with those whose time is over."""
@@ -101,19 +116,58 @@ class LendingDesk:
             return
         self._told[debtor.id] = order
         answer = link.ask("lending", msgspec.json.encode(order).decode())
-        answer.add_done_callback(lambda future: self._answered(debtor.id, future))
+        answer.add_done_callback(lambda future: self._answered(debtor.id, order, future))
 
-    def _answered(self, debtor: int, future: "asyncio.Future[object]") -> None:
+    def _answered(self, debtor: int, order: LendingOrder, future: "asyncio.Future[object]") -> None:
         if future.cancelled():
             return
         try:
             future.result()
+            self._obeyed[debtor] = order
         except VkvError as error:  # it is gone, or refuses; it is told again
             _log.warning("instance %d was not told what it may borrow: %s", debtor, error)
             self._told.pop(debtor, None)
 
 
-def longest_with(debtor: Member, others: list[Member]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class LentAdmission(Admission):
+    """What a cluster takes while instances that lend come and go.
+
+    Attributes:
+        now: what it takes now.
+    """
+
+    now: Callable[[], Admission]
+
+    def check(
+        self, prompt: Sequence[int], params: SamplingParams, *, was_let_in: bool = False
+    ) -> int:
+        """As `Admission.check`, by what there is now."""
+        return self.now().check(prompt, params, was_let_in=was_let_in)
+
+    @classmethod
+    def of(cls, now: Callable[[], Admission]) -> Self:
+        """What `now` says, today and later."""
+        today = now()
+        return cls(**{one.name: getattr(today, one.name) for one in fields(Admission)}, now=now)
+
+
+def admission_of(members: Sequence[Member]) -> Admission:
+    """What each of a cluster's instances takes. One has arrived at least."""
+    there = [m for m in members if m.face is not None]
+    able = [m for m in there if not m.is_draining] or there
+    assert able[0].face is not None
+    admission = able[0].face.admission
+    if any(m.lending is None for m in able):
+        return admission
+    longest = min(longest_with(m, [one for one in able if one is not m]) for m in able)
+    longest = min(longest, admission.max_len - 1)
+    if longest <= admission.longest:
+        return admission
+    return replace(admission, longest=longest, why_not_longer=None)
+
+
+def longest_with(debtor: Member, others: Sequence[Member]) -> int:
     """Tokens of the longest request that an instance takes, with what others may lend it."""
     assert debtor.lending is not None
     able = [m.lending for m in others if m.lending is not None and not m.is_draining]

@@ -93,14 +93,16 @@ class Members:
             self._members[instance].face = face
             self.changed()
 
-    def note(self, instance: int, pulse: Pulse) -> None:
-        """An instance has said what it holds."""
+    def note(self, instance: int, pulse: Pulse) -> bool:
+        """An instance has said what it holds. Returns whether it can lend, as was not known."""
         member = self._members.get(instance)
+        is_new = member is not None and member.lending is None and pulse.lending is not None
         if member is not None:
             member.stats = pulse.stats
             member.carried_bytes, member.handed_pages = pulse.carried_bytes, pulse.handed_pages
             member.lending = pulse.lending
             self.changed()
+        return is_new
 
     def gave(self, instance: int, newcomer: Newcomer) -> None:
         """An instance was given a newcomer. Others' pictures stay, or many that come at once would

@@ -34,6 +34,7 @@ from .snapshot import ClusterSnapshot
 from .stats import ClusterStats, Member, MoveUnderWay
 
 _TICK_S = 0.02  # between looks at moves under way
+_LOANS_LEAVE_S = 10.0  # for what an instance that drains has of others' requests
 _DECIDE_S = 0.1  # between questions to the policy
 
 
@@ -281,7 +282,8 @@ class Router:
 
     def on_pulse(self, instance: int, pulse: Pulse) -> None:
         """What it holds, or that it was told to end."""
-        self._members.note(instance, pulse)
+        if self._members.note(instance, pulse):  # told before it, or others, get work
+            self.decisions.lending.settle(self.decisions.picture())
         if pulse.is_leaving and instance not in self._leaving:
             self._leaving.add(instance)
             self.on_leaving(instance)
@@ -372,7 +374,11 @@ class Router:
         self._members.of(instance).is_draining = True
         self._members.changed()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._arbiter.involves(str(instance)):
+        self.decisions.lending.settle(self.decisions.picture())  # what it has of others leaves
+        leaves_until_s = time.monotonic() + _LOANS_LEAVE_S
+        while self._arbiter.involves(str(instance)) or (
+            self.decisions.lending.has_loans(instance) and time.monotonic() < leaves_until_s
+        ):
             if deadline is not None and time.monotonic() > deadline:
                 num_left = len(self._arbiter.sequences_of(str(instance)))
                 raise InvalidOperation(

@@ -145,10 +145,10 @@ class EngineLoop:
         if self._short_since is None or self._short_since[0] is not request:
             self._short_since = request, now
         wait_s = self._shortage_wait_s
-        if isinstance(error, OutOfLoans) and self.engine.loans_are_placed:
+        if self.engine.loans_are_placed:
             most = self.engine.admission.longest
             if request.num_tokens <= most:
-                wait_s = math.inf  # its turn comes
+                wait_s = math.inf if isinstance(error, OutOfLoans) else wait_s  # its turn comes
             else:
                 error = OutOfLoans(
                     f"the request has {request.num_tokens} tokens by now, and all that lend to "

@@ -167,7 +167,7 @@ class Scheduler:
                 is_aside = self._goes_aside(missed[0], granted, held)
                 short, aside = (None, missed) if is_aside else (missed, aside)
                 continue
-            if self.tiers.give_way() or self._lend_out(missed[0]):
+            if self.tiers.give_way() or self._lend_out(missed[0], granted):
                 continue
             if self.tiers.is_leaving:
                 # What it lacks is being copied out: it stands aside for this step, and nobody gives
@@ -236,12 +236,21 @@ class Scheduler:
             self.preempt(loser)
         return True
 
-    def _lend_out(self, request: Request) -> bool:
+    def _lend_out(self, request: Request, granted: dict[Request, int]) -> bool:
         """Have others take tokens in, so that a request gets memory. False if that cannot be."""
         wanted = self.cache.growth_tokens
         if request.slot is None:
             wanted = _tokens_to_admit(request, bool(self.running), wanted)
-        return self.tiers.lend_out(self.running, request, wanted)
+        chosen = self.tiers.lend_out(self.running, request, wanted)
+        if chosen is None:
+            return False
+        if count := granted.get(chosen):  # its slot is another
+            assert chosen.slot is not None
+            try:
+                self.cache.grow(chosen.slot, chosen.num_computed - chosen.slot_start + count)
+            except (Shortage, DriverError):
+                del granted[chosen]
+        return True
 
     # -- deciding ----------------------------------------------------------------------------
 

@@ -210,30 +210,37 @@ class Segments:
 
     # -- more requests at once -------------------------------------------------------------------
 
-    def lend_out(self, running: Sequence[Request], refused: Request, wanted_tokens: int) -> bool:
+    def lend_out(
+        self, running: Sequence[Request], refused: Request, wanted_tokens: int
+    ) -> Request | None:
         """Memory is short for `refused`: have others take old tokens of the running request that
-        has most. False if nobody does, if it does not help, or if it costs more than it brings."""
+        has most, which is returned, with another slot.
+
+        None if nobody does, if it does not help, or if it costs more than it brings.
+        """
         room = self.loans.room() if self.loans.limits is not None else 0
         if not room or not self.loans.pays(self.num_layers, len(running)):
-            return False
+            return None
         movable = {r: self._num_movable(r, room) for r in running}
         chosen = max(movable, key=movable.__getitem__, default=None)
         if chosen is None or chosen.slot is None or not movable[chosen]:
-            return False
+            return None
         freed = min(room, sum(movable.values()))
         lacking = self._cache.num_pages(wanted_tokens) - self._cache.num_obtainable()
         if refused.slot is None and lacking > self._cache.num_pages(freed):
-            return False  # it would not run for that
+            return None  # it would not run for that
         num_local = chosen.num_computed - chosen.slot_start
         try:
             self._shorten(chosen, chosen.slot, movable[chosen], num_local, is_long=False)
         except (Shortage, DriverError):
-            return False
-        return True
+            return None
+        return chosen
 
     def _num_movable(self, request: Request, room: int) -> int:
         """Tokens that could leave a slot for others now; what stays is copied, and so must fit."""
         if request.slot is None or request.num_pending or request.segment is not None:
+            return 0
+        if request.slot.num_pins:  # it is on its way to another engine, or is saved
             return 0
         num_local = request.num_computed - request.slot_start
         count = min(num_local, room) // self._part_tokens * self._part_tokens
@@ -246,7 +253,7 @@ class Segments:
         stuck = self.loans.settle(running, self._room_at_home)
         if self.loans.has_to_give_up:
             self.loans.has_to_give_up = False
-            stuck += [r for r in running[::-1] if self._may_outgrow(r) and r not in stuck]
+            stuck += [r for r in running[::-1] if self.is_long(r) and r not in stuck]
         return [request for request in stuck if request.slot is not None]
 
     def _room_at_home(self, request: Request) -> int:

@@ -107,10 +107,12 @@ class Tiers:
         gave_way = [self.kv_files.give_way(), *(guest.give_way() for guest in self.guests)]
         return any(gave_way)
 
-    def lend_out(self, running: Sequence[Request], refused: Request, wanted_tokens: int) -> bool:
+    def lend_out(
+        self, running: Sequence[Request], refused: Request, wanted_tokens: int
+    ) -> Request | None:
         """As of `Segments`."""
         if self.segments is None:
-            return False
+            return None
         return self.segments.lend_out(running, refused, wanted_tokens)
 
     def recall(self, running: Sequence[Request]) -> list[Request]:

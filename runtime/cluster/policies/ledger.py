@@ -101,7 +101,9 @@ class Ledger:
         if not any(instance.max_lent_tokens for instance in snapshot.instances):
             return Settlement()
         needs = [
-            _Need(i, self.part_tokens) for i in snapshot.instances if i.max_local_tokens is not None
+            _Need(i, self.part_tokens)
+            for i in snapshot.instances
+            if i.max_local_tokens is not None and i.role == "both"
         ]
         books = _Books(snapshot, needs, self.part_tokens, self.eaten, snapshot.shunned | set(slow))
         running = sorted((n for n in needs if n.must), key=lambda n: (-n.oldest_s, n.id))
@@ -116,11 +118,9 @@ class Ledger:
                 books.give_up(need.id, lacking, running[:place:-1])
         for need in needs:
             books.keep(need.id, self._may_stay(need, books.num_lent(need.id)))
-        is_blocked = False
-        for need in sorted(needs, key=lambda n: (-n.waited_s, n.id)):
-            is_blocked |= not books.let_in(need)
-        if not is_blocked:
-            for need in sorted(needs, key=lambda n: (-n.waited_s, n.id)):
+        in_line = sorted(needs, key=lambda n: (-n.waited_s, n.id))
+        if all(map(books.let_in, in_line)):  # nobody passes the first that there is not enough for
+            for need in in_line:
                 books.grow(need.id, need.wish - books.num_granted(need.id))
         return Settlement(books.credits(), slow, tuple(sorted(books.given_up)))
 
@@ -239,14 +239,21 @@ class _Books:
             self._unsettled[loan.creditor] += loan.num_tokens
         self._old: dict[int, int] = {}  # room for what is there already
         self._new: dict[int, int] = {}  # room for more
-        for one in snapshot.instances:
-            here = self._here.get(one.id, one.capacity_tokens)
-            most = one.max_lent_tokens if one.takes_work and one.role == "both" else 0
-            spare = int((one.capacity_tokens - one.max_lent_tokens) * (1 - eaten))
-            self._new[one.id] = max(0, most - here)
-            self._old[one.id] = min(most, max(0, one.capacity_tokens - here - spare))
         self._granted: dict[Pair, int] = {}
         self._settled: dict[Pair, int] = defaultdict(int)  # of a loan, what may stay
+        self._eaten = eaten
+        for instance in self._instances:
+            self._measure(instance)
+
+    def _measure(self, creditor: int) -> None:
+        """What room an instance has, beside what its own requests hold and what it has granted."""
+        one = self._instances[creditor]
+        here = self._here.get(creditor, one.capacity_tokens)
+        most = one.max_lent_tokens if one.takes_work and one.role == "both" else 0
+        spare = int((one.capacity_tokens - one.max_lent_tokens) * (1 - self._eaten))
+        given = sum(count for pair, count in self._granted.items() if pair[1] == creditor)
+        self._new[creditor] = max(0, most - here - given)
+        self._old[creditor] = max(0, min(most, one.capacity_tokens - here - spare) - given)
 
     # -- giving ------------------------------------------------------------------------------
 
@@ -295,18 +302,21 @@ class _Books:
             there = sum(one.num_tokens for one in self._by_debtor[need.id])
             here = min(need.long_here, self._instances[need.id].max_lent_tokens)
             if there + here:
-                victims.append(need.id)
+                victims.append(need)
                 found += there + here
         if found < lacking:
             return
-        for victim in victims:
-            self.given_up.add(victim)
-            for one in self._by_debtor[victim]:
+        for need in victims:
+            self.given_up.add(need.id)
+            for one in self._by_debtor[need.id]:
                 self._unsettled[one.creditor] -= one.num_tokens
+            self._here[need.id] -= need.long_here
+            self._measure(need.id)
         self.grow(debtor, lacking)
 
     def let_in(self, need: _Need) -> bool:
-        """Let a debtor's first in line run, if it is a long one; False if there is not enough."""
+        """Let a debtor's first in line run, if it is a long one that has room for its part at home;
+        False if others have not got enough for it."""
         request = need.first
         if request is None:
             return True
@@ -315,11 +325,12 @@ class _Books:
         room = sum(self._free(creditor) // self._part * self._part for _, creditor in others)
         lent = sum(count for (_, creditor), count in self._granted.items() if creditor == need.id)
         fits = self._here[need.id] + lent + here <= self._instances[need.id].capacity_tokens
-        if need.id in self.given_up or room < elsewhere or not fits:
+        if need.id in self.given_up or not fits:
+            return True
+        if room < elsewhere:
             return False
         self._here[need.id] += here
-        self._new[need.id] = max(0, self._new[need.id] - here)
-        self._old[need.id] = max(0, self._old[need.id] - here)
+        self._measure(need.id)
         self.grow(need.id, elsewhere)
         return True
 

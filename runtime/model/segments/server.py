@@ -237,13 +237,15 @@ class SegmentServer:
             wire.receive_bytes(sock, [piece for stream in spans for piece in stream], True)
             number = self.lend(slot, offer.start, offer.num_tokens)
             owner.taken.append(number)
+            self._exits.let_go(slot)  # the loan keeps what it needs
+            slot = None
             wire.send_message(sock, Told(loan=number))
         except (Shortage, DriverError, InvalidOperation) as error:
             if slot is not None:
                 raise TransferError(f"tokens were not taken in: {error}") from error
             wire.send_message(sock, Told(objection=str(error)))
         finally:
-            if slot is not None:  # a loan keeps what it needs
+            if slot is not None:
                 self._exits.let_go(slot)
 
     def _give(self, sock: socket.socket, asked: Fetch, owner: "_Owner") -> None:

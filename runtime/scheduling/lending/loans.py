@@ -245,9 +245,9 @@ class Loans:
                     one.loan in self.creditors[one.holder].wanted
                 )
                 has_to = is_wanted or (one.holder in self.called and self._is_beyond(one.holder))
-                if not has_to and not self._may_leave(one.holder):
+                if request.num_pending or not (has_to or self._may_leave(one.holder)):
                     continue
-                if request.num_pending or self._move(request, one, room_at_home(request)):
+                if self._move(request, one, room_at_home(request)):
                     self.num_called += has_to
                 elif has_to:
                     stuck.append(request)
