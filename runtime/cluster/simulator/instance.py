@@ -350,14 +350,14 @@ class SimulatedInstance:
         """Steps, this one included, in which nothing changes but that each request grows by one.
 
         Who waits by arrival is admitted when somebody has ended, and not before: the first in line
-        lacks a slot, or memory, of which others only take more. By other orders it may be somebody
-        else's turn meanwhile.
+        lacks a slot, or memory, of which others only take more, unless creditors take some of it
+        in. By other orders it may be somebody else's turn meanwhile.
         """
         scheduler = self.scheduler
         is_alone = len(items) == len(scheduler.running) and not len(self.pipeline)
         if not (self._foresees and is_alone) or self._leaving or self.role == "prefill":
             return 1
-        if len(scheduler.waiting) and not self._is_by_arrival:
+        if len(scheduler.waiting) and (not self._is_by_arrival or self.loans.may_lend):
             return 1
         left = min(request.max_tokens - request.num_output_tokens for request, _ in items)
         if left > 1 and not self._has_room(items, left):

@@ -200,6 +200,7 @@ class Account:
 class NoLoans:
     """Of an instance that neither borrows nor lends: `Loans` that make no difference."""
 
+    may_lend = False
     num_lent_here = 0
     max_lent_tokens = 0
     max_local_tokens = None
@@ -305,6 +306,11 @@ class Loans:
         self._is_settling = gives_up or self._is_beyond()
         return before != (limits, called) or gives_up
 
+    @property
+    def may_lend(self) -> bool:
+        """Whether others would take tokens in now, so that one that waits may run."""
+        return self.segments.loans.room() > 0
+
     def _is_beyond(self) -> bool:
         loans = self.segments.loans
         limits = loans.limits or {}
@@ -316,7 +322,6 @@ class Loans:
         """Whether nothing has to move in so many steps of decodes, the first of which is
         scheduled."""
         if self._is_settling:
-            self._is_settling = self._is_beyond()
             return False
         return all(
             end + num_steps - 1 - request.slot_start <= self.segments.local_tokens
@@ -328,8 +333,10 @@ class Loans:
         """What a step takes longer: its creditors are asked, what has moved is copied, and this
         instance attends for debtors.
 
-        `counts` are tokens of each request in the step; None for one each.
+        `counts` are tokens of each request in a step that the scheduler gave; None for one each.
         """
+        if counts is not None:  # the scheduler was asked, and what had to leave has left
+            self._is_settling = self._is_settling and self._is_beyond()
         num_queries, holders = 0, set[str]()
         for request, _ in items:
             if request.lent:
