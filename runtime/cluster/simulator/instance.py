@@ -12,7 +12,7 @@ from ...scheduling.plan import Order
 from ...scheduling.policies import POLICIES, Fair, Fcfs, Priority
 from ...scheduling.scheduler import Scheduler
 from ..snapshot import InstanceSnapshot, RequestSnapshot, Role
-from .costs import StepCost, StepWork, pairs
+from .costs import DecodeRun, StepCost, StepWork, pairs
 from .counting_cache import CountedSlot, CountingCache
 from .loans import LoanConfig, Loans, NoLoans, SegmentedCache
 from .pipeline import Flight, Items, Pipeline
@@ -343,8 +343,6 @@ class SimulatedInstance:
             self.pipeline.foresee(items, work, num_steps, self._clock())
         else:
             self.pipeline.begin(items, work, self._clock())
-        if self.config.loans is not None:
-            self.loans.note_step(self.config.cost.step_s(work))
 
     def _num_foreseen(self, items: Items) -> int:
         """Steps, this one included, in which nothing changes but that each request grows by one.
@@ -382,6 +380,7 @@ class SimulatedInstance:
         """Steps are over: requests have their tokens, and some end."""
         run = flight.run
         if run is None:
+            self.loans.note_steps(DecodeRun(flight.ends_s - flight.starts_s, 0.0), 1)
             for request, end in flight.items:
                 if request in self._computing:
                     self._computing[request] = end
@@ -391,6 +390,7 @@ class SimulatedInstance:
                 if not request.is_finished and end == request.num_tokens:
                     self._note_token(request, flight.ends_s)
             return
+        self.loans.note_steps(run, num_steps)
         first_s = flight.starts_s + run.first_s
         last_s = flight.starts_s + run.time_s(num_steps)
         gap_s = run.first_s + run.more_s * (num_steps - 1) if num_steps > 1 else 0.0

@@ -18,11 +18,13 @@ from ...request.request import Request
 from ...scheduling.scheduler import Scheduler
 from ...scheduling.segments import Segments
 from ..policies.ledger import Credit
-from .costs import LoanCost
+from .costs import DecodeRun, LoanCost
 from .counting_cache import CountedSlot, CountingCache
 from .pipeline import Items
 
 _SPARED = 16  # an instance keeps one of so many parts of its memory for its own requests at least
+
+_REMEMBERED = 64  # steps, of which the engine's loans take the median
 
 
 class LoanConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,7 +215,7 @@ class NoLoans:
         """As of `Loans`."""
         return 0.0
 
-    def note_step(self, time_s: float) -> None:
+    def note_steps(self, run: DecodeRun, num_steps: int) -> None:
         """As of `Loans`."""
 
 
@@ -350,9 +352,10 @@ class Loans:
         attending_s = self._context_s * self.lender.num_tokens
         return cost.asking_s(len(holders), num_queries) + moving_s + attending_s
 
-    def note_step(self, time_s: float) -> None:
-        """A step takes so long."""
-        self.segments.loans.note_step(time_s)
+    def note_steps(self, run: DecodeRun, num_steps: int) -> None:
+        """Steps are over."""
+        for number in range(max(0, num_steps - _REMEMBERED), num_steps):
+            self.segments.loans.note_step(run.first_s + run.more_s * number)
 
     # -- ends --------------------------------------------------------------------------------
 
