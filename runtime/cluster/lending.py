@@ -51,7 +51,7 @@ class LendingDesk:
         if not lenders:
             return
         now_s = time.monotonic()
-        self._shun(lenders, now_s)
+        self._shunned = {pair: until for pair, until in self._shunned.items() if until > now_s}
         shunned = frozenset(self._shunned)
         found = self.ledger.settle(msgspec.structs.replace(snapshot, shunned=shunned))
         for pair in found.slow:
@@ -88,15 +88,12 @@ class LendingDesk:
         name = f"instance {creditor}"
         return any(line.creditor == name and line.num_tokens for line in lines)
 
-    def _shun(self, lenders: dict[int, Member], now_s: float) -> None:
-        """Have nothing to do with who was not reached, and again with those whose time is over."""
-        self._shunned = {pair: until for pair, until in self._shunned.items() if until > now_s}
-        for debtor in lenders.values():
-            assert debtor.lending is not None
-            for name in debtor.lending.unreachable:
-                creditor = self._members.named(name)
-                if creditor is not None:
-                    self._shunned.setdefault((debtor.id, creditor), now_s + _SHUN_S)
+    def _shun_unreachable(self, debtor: Member) -> None:
+        """Have nothing to do with those that a debtor did not reach."""
+        for name in () if debtor.lending is None else debtor.lending.unreachable:
+            creditor = self._members.named(name)
+            if creditor is not None:
+                self._shunned[debtor.id, creditor] = time.monotonic() + _SHUN_S
 
     def _order(self, debtor: Member, lenders: dict[int, Member], found: Settlement) -> LendingOrder:
         lines = []
@@ -116,17 +113,20 @@ class LendingDesk:
             return
         self._told[debtor.id] = order
         answer = link.ask("lending", msgspec.json.encode(order).decode())
-        answer.add_done_callback(lambda future: self._answered(debtor.id, order, future))
+        answer.add_done_callback(lambda future: self._answered(debtor, order, future))
 
-    def _answered(self, debtor: int, order: LendingOrder, future: "asyncio.Future[object]") -> None:
+    def _answered(
+        self, debtor: Member, order: LendingOrder, future: "asyncio.Future[object]"
+    ) -> None:
         if future.cancelled():
             return
         try:
             future.result()
-            self._obeyed[debtor] = order
+            self._obeyed[debtor.id] = order
+            self._shun_unreachable(debtor)  # what it reports came before its answer
         except VkvError as error:  # it is gone, or refuses; it is told again
-            _log.warning("instance %d was not told what it may borrow: %s", debtor, error)
-            self._told.pop(debtor, None)
+            _log.warning("instance %d was not told what it may borrow: %s", debtor.id, error)
+            self._told.pop(debtor.id, None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,10 +183,13 @@ class _Need:
         self.here = running_here + short_line
         self.num_long_tokens = sum(r.num_tokens for r in long)
         spare = instance.capacity_tokens - instance.max_lent_tokens
-        self.must = sum(map(self.part_elsewhere, long))
+        self.must = sum(self.part_elsewhere(r, 1) for r in long)
         self.must += _up(max(0, running_here - instance.capacity_tokens), part_tokens)
         self.excess = self.here + spare - instance.capacity_tokens
-        self.wish = sum(r.num_tokens // part_tokens * part_tokens for r in long)
+        self.wish = sum(
+            max(r.num_tokens // part_tokens * part_tokens, self.part_elsewhere(r, part_tokens))
+            for r in long
+        )
         if waiting or running_here > instance.capacity_tokens - spare // 2:
             self.wish += _up(self.excess, part_tokens)
         self.wish = max(self.wish, self.must)
@@ -204,10 +207,12 @@ class _Need:
             return request.num_tokens
         return min(request.num_tokens, local)
 
-    def part_elsewhere(self, request: RequestSnapshot) -> int:
-        """Tokens of a long request that others have to hold, and a part for it to grow into."""
-        local = self._instance.max_local_tokens or 0
-        return _up(max(0, request.num_tokens + self._part - local), self._part)
+    def part_elsewhere(self, request: RequestSnapshot, ahead: int = 0) -> int:
+        """Tokens of a long request that others have to hold, once it has so many more."""
+        most = request.num_tokens + ahead
+        if request.most_tokens:
+            most = min(most, max(request.num_tokens, request.most_tokens - 1))
+        return _up(most - (self._instance.max_local_tokens or 0), self._part)
 
 
 class _Books:

@@ -84,13 +84,14 @@ def report_of(engine: "Engine", unreachable: tuple[str, ...] = ()) -> LendingRep
     if segments is None:
         return None
     loans, cache = segments.loans, engine.cache
-    alone = longest_alone(cache)
-    spare = max(SPARE_TOKENS, alone // _SPARED)
+    growth_tokens = cache.growth_tokens
+    most = cache.pool.limit_pages // cache.num_pages(growth_tokens) * growth_tokens
+    spare = max(SPARE_TOKENS, most // _SPARED)
     step_s = loans.step_s
     return LendingReport(
-        longest_alone=alone,
+        longest_alone=longest_alone(cache),
         max_local_tokens=segments.local_tokens,
-        max_lent_tokens=max(0, alone - spare) // PART_TOKENS * PART_TOKENS,
+        max_lent_tokens=max(0, most - spare) // PART_TOKENS * PART_TOKENS,
         layer_s=None if step_s is None else step_s / segments.num_layers,
         loans=tuple(
             HeldLoan(name, loans.num_lent(name), creditor.answer_s)
