@@ -23,7 +23,6 @@ from .counting_cache import CountedSlot, CountingCache
 from .pipeline import Items
 
 _SPARED = 16  # an instance keeps one of so many parts of its memory for its own requests at least
-
 _REMEMBERED = 64  # steps, of which the engine's loans take the median
 
 
@@ -37,7 +36,6 @@ class LoanConfig(msgspec.Struct, frozen=True, kw_only=True):
         part_tokens: what is lent is a multiple of it.
         spare_tokens: room that a creditor keeps for its own requests.
         share: of its memory that an instance keeps of a request that may outgrow it, at most.
-        num_layers: of the model.
         wait_s: until a request fails that memory is too short for.
     """
 
@@ -47,15 +45,13 @@ class LoanConfig(msgspec.Struct, frozen=True, kw_only=True):
     part_tokens: int = 512
     spare_tokens: int = 512
     share: float = 0.5
-    num_layers: int = 1
     wait_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if min(self.most_tokens, self.part_tokens, self.num_layers) < 1 or not 0 < self.share <= 1:
+        if min(self.most_tokens, self.part_tokens) < 1 or not 0 < self.share <= 1:
             raise InvalidConfig(
-                f"most_tokens {self.most_tokens}, part_tokens {self.part_tokens}, num_layers "
-                f"{self.num_layers} and share {self.share}: use one at least, and a share above 0 "
-                "and at most 1"
+                f"most_tokens {self.most_tokens}, part_tokens {self.part_tokens} and share "
+                f"{self.share}: use a token at least, and a share above 0 and at most 1"
             )
         if self.spare_tokens < 0 or self.wait_s < 0:
             raise InvalidConfig(
@@ -259,7 +255,7 @@ class Loans:
             make_way=lambda: False,
             part_tokens=part,
             local_tokens=max(part, kept),
-            num_layers=config.num_layers,
+            num_layers=1,  # an answer here is that of all layers together
             clock=clock,
         )
         tiers.lenders.append(self.lender)
@@ -284,7 +280,7 @@ class Loans:
     def meet(self, creditor: int, lender: Lender) -> None:
         """Another instance may have tokens of this one's requests, once there is a credit."""
         cost = self.config.cost
-        answer_s = (cost.holder_s + cost.byte_s * cost.query_bytes) / self.config.num_layers
+        answer_s = cost.holder_s + cost.byte_s * cost.query_bytes
         account = Account(creditor, lender, answer_s, self._call)
         self.segments.loans.creditors[account.name] = account
 
