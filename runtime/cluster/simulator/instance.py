@@ -355,6 +355,8 @@ class SimulatedInstance:
         is_alone = len(items) == len(scheduler.running) and not len(self.pipeline)
         if not (self._foresees and is_alone) or self._leaving or self.role == "prefill":
             return 1
+        if self.loans.has_moved:
+            return 1
         if len(scheduler.waiting) and (not self._is_by_arrival or self.loans.may_lend):
             return 1
         left = min(request.max_tokens - request.num_output_tokens for request, _ in items)

@@ -198,7 +198,7 @@ class Account:
 class NoLoans:
     """Of an instance that neither borrows nor lends: `Loans` that make no difference."""
 
-    may_lend = False
+    has_moved = may_lend = False
     num_lent_here = 0
     max_lent_tokens = 0
     max_local_tokens = None
@@ -226,6 +226,7 @@ class Loans:
     Attributes:
         segments: of the engine, which decide what leaves.
         lender: what it has for others.
+        has_moved: the last step waits for what has moved, and those after it do not.
     """
 
     def __init__(
@@ -243,6 +244,7 @@ class Loans:
         self._scheduler = scheduler
         self._context_s = context_s
         self._on_change = on_change
+        self.has_moved = False
         self._is_settling = False
         self._num_charged = 0  # moved tokens that a step has waited for
         tiers, part = scheduler.tiers, config.part_tokens
@@ -344,6 +346,7 @@ class Loans:
         every = (loans.lent, loans.moved_on, loans.came_home)
         moved = sum(stats.num_tokens for stats in every) - self._num_charged
         self._num_charged += moved
+        self.has_moved = moved > 0
         moving_s = moved * self.config.token_bytes / cost.move_bytes_per_s
         attending_s = self._context_s * self.lender.num_tokens
         return cost.asking_s(len(holders), num_queries) + moving_s + attending_s
