@@ -22,6 +22,7 @@ class Bank:
             others.meet(instance.id, instance.loans.lender)
             instance.loans.meet(id, others.lender)
         self._loans[instance.id] = instance, instance.loans
+        instance.loans.place((), longest=0, gives_up=False)  # until the ledger is asked
 
     def leave(self, instance: SimulatedInstance) -> None:
         """An instance ends, which has nothing of others'."""

@@ -163,6 +163,8 @@ class _Simulation:
     def run(self) -> Report:
         """All of it."""
         self._come()
+        if self._bank is not None:
+            self._bank.settle(self._snapshot())
         self._ask_round(self._config.round_s)
         while self._num_left:
             if not self._events:

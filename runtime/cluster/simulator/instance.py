@@ -12,7 +12,7 @@ from ...scheduling.plan import Order
 from ...scheduling.policies import POLICIES, Fair, Fcfs, Priority
 from ...scheduling.scheduler import Scheduler
 from ..snapshot import InstanceSnapshot, RequestSnapshot, Role
-from .costs import StepCost, StepWork, pairs
+from .costs import DecodeRun, StepCost, StepWork, pairs
 from .counting_cache import CountedSlot, CountingCache
 from .loans import LoanConfig, Loans, NoLoans, SegmentedCache
 from .pipeline import Flight, Items, Pipeline
@@ -343,21 +343,21 @@ class SimulatedInstance:
             self.pipeline.foresee(items, work, num_steps, self._clock())
         else:
             self.pipeline.begin(items, work, self._clock())
-        if self.config.loans is not None:
-            self.loans.note_step(self.config.cost.step_s(work))
 
     def _num_foreseen(self, items: Items) -> int:
         """Steps, this one included, in which nothing changes but that each request grows by one.
 
         Who waits by arrival is admitted when somebody has ended, and not before: the first in line
-        lacks a slot, or memory, of which others only take more. By other orders it may be somebody
-        else's turn meanwhile.
+        lacks a slot, or memory, of which others only take more, unless creditors take some of it
+        in. By other orders it may be somebody else's turn meanwhile.
         """
         scheduler = self.scheduler
         is_alone = len(items) == len(scheduler.running) and not len(self.pipeline)
         if not (self._foresees and is_alone) or self._leaving or self.role == "prefill":
             return 1
-        if len(scheduler.waiting) and not self._is_by_arrival:
+        if self.loans.has_moved:
+            return 1
+        if len(scheduler.waiting) and (not self._is_by_arrival or self.loans.may_lend):
             return 1
         left = min(request.max_tokens - request.num_output_tokens for request, _ in items)
         if left > 1 and not self._has_room(items, left):
@@ -382,6 +382,7 @@ class SimulatedInstance:
         """Steps are over: requests have their tokens, and some end."""
         run = flight.run
         if run is None:
+            self.loans.note_steps(DecodeRun(flight.ends_s - flight.starts_s, 0.0), 1)
             for request, end in flight.items:
                 if request in self._computing:
                     self._computing[request] = end
@@ -391,6 +392,7 @@ class SimulatedInstance:
                 if not request.is_finished and end == request.num_tokens:
                     self._note_token(request, flight.ends_s)
             return
+        self.loans.note_steps(run, num_steps)
         first_s = flight.starts_s + run.first_s
         last_s = flight.starts_s + run.time_s(num_steps)
         gap_s = run.first_s + run.more_s * (num_steps - 1) if num_steps > 1 else 0.0

@@ -18,11 +18,12 @@ from ...request.request import Request
 from ...scheduling.scheduler import Scheduler
 from ...scheduling.segments import Segments
 from ..policies.ledger import Credit
-from .costs import LoanCost
+from .costs import DecodeRun, LoanCost
 from .counting_cache import CountedSlot, CountingCache
 from .pipeline import Items
 
 _SPARED = 16  # an instance keeps one of so many parts of its memory for its own requests at least
+_REMEMBERED = 64  # steps, of which the engine's loans take the median
 
 
 class LoanConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +36,6 @@ class LoanConfig(msgspec.Struct, frozen=True, kw_only=True):
         part_tokens: what is lent is a multiple of it.
         spare_tokens: room that a creditor keeps for its own requests.
         share: of its memory that an instance keeps of a request that may outgrow it, at most.
-        num_layers: of the model.
         wait_s: until a request fails that memory is too short for.
     """
 
@@ -45,15 +45,13 @@ class LoanConfig(msgspec.Struct, frozen=True, kw_only=True):
     part_tokens: int = 512
     spare_tokens: int = 512
     share: float = 0.5
-    num_layers: int = 1
     wait_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if min(self.most_tokens, self.part_tokens, self.num_layers) < 1 or not 0 < self.share <= 1:
+        if min(self.most_tokens, self.part_tokens) < 1 or not 0 < self.share <= 1:
             raise InvalidConfig(
-                f"most_tokens {self.most_tokens}, part_tokens {self.part_tokens}, num_layers "
-                f"{self.num_layers} and share {self.share}: use one at least, and a share above 0 "
-                "and at most 1"
+                f"most_tokens {self.most_tokens}, part_tokens {self.part_tokens} and share "
+                f"{self.share}: use a token at least, and a share above 0 and at most 1"
             )
         if self.spare_tokens < 0 or self.wait_s < 0:
             raise InvalidConfig(
@@ -200,6 +198,7 @@ class Account:
 class NoLoans:
     """Of an instance that neither borrows nor lends: `Loans` that make no difference."""
 
+    has_moved = may_lend = False
     num_lent_here = 0
     max_lent_tokens = 0
     max_local_tokens = None
@@ -212,7 +211,7 @@ class NoLoans:
         """As of `Loans`."""
         return 0.0
 
-    def note_step(self, time_s: float) -> None:
+    def note_steps(self, run: DecodeRun, num_steps: int) -> None:
         """As of `Loans`."""
 
 
@@ -227,6 +226,7 @@ class Loans:
     Attributes:
         segments: of the engine, which decide what leaves.
         lender: what it has for others.
+        has_moved: the last step waits for what has moved, and those after it do not.
     """
 
     def __init__(
@@ -244,6 +244,7 @@ class Loans:
         self._scheduler = scheduler
         self._context_s = context_s
         self._on_change = on_change
+        self.has_moved = False
         self._is_settling = False
         self._num_charged = 0  # moved tokens that a step has waited for
         tiers, part = scheduler.tiers, config.part_tokens
@@ -256,7 +257,7 @@ class Loans:
             make_way=lambda: False,
             part_tokens=part,
             local_tokens=max(part, kept),
-            num_layers=config.num_layers,
+            num_layers=1,  # an answer here is that of all layers together
             clock=clock,
         )
         tiers.lenders.append(self.lender)
@@ -281,7 +282,7 @@ class Loans:
     def meet(self, creditor: int, lender: Lender) -> None:
         """Another instance may have tokens of this one's requests, once there is a credit."""
         cost = self.config.cost
-        answer_s = (cost.holder_s + cost.byte_s * cost.query_bytes) / self.config.num_layers
+        answer_s = cost.holder_s + cost.byte_s * cost.query_bytes
         account = Account(creditor, lender, answer_s, self._call)
         self.segments.loans.creditors[account.name] = account
 
@@ -305,6 +306,11 @@ class Loans:
         self._is_settling = gives_up or self._is_beyond()
         return before != (limits, called) or gives_up
 
+    @property
+    def may_lend(self) -> bool:
+        """Whether others would take tokens in now, so that one that waits may run."""
+        return self.segments.loans.room() > 0
+
     def _is_beyond(self) -> bool:
         loans = self.segments.loans
         limits = loans.limits or {}
@@ -316,7 +322,6 @@ class Loans:
         """Whether nothing has to move in so many steps of decodes, the first of which is
         scheduled."""
         if self._is_settling:
-            self._is_settling = self._is_beyond()
             return False
         return all(
             end + num_steps - 1 - request.slot_start <= self.segments.local_tokens
@@ -328,8 +333,10 @@ class Loans:
         """What a step takes longer: its creditors are asked, what has moved is copied, and this
         instance attends for debtors.
 
-        `counts` are tokens of each request in the step; None for one each.
+        `counts` are tokens of each request in a step that the scheduler gave; None for one each.
         """
+        if counts is not None:  # the scheduler was asked, and what had to leave has left
+            self._is_settling = self._is_settling and self._is_beyond()
         num_queries, holders = 0, set[str]()
         for request, _ in items:
             if request.lent:
@@ -339,13 +346,15 @@ class Loans:
         every = (loans.lent, loans.moved_on, loans.came_home)
         moved = sum(stats.num_tokens for stats in every) - self._num_charged
         self._num_charged += moved
+        self.has_moved = moved > 0
         moving_s = moved * self.config.token_bytes / cost.move_bytes_per_s
         attending_s = self._context_s * self.lender.num_tokens
         return cost.asking_s(len(holders), num_queries) + moving_s + attending_s
 
-    def note_step(self, time_s: float) -> None:
-        """A step takes so long."""
-        self.segments.loans.note_step(time_s)
+    def note_steps(self, run: DecodeRun, num_steps: int) -> None:
+        """Steps are over."""
+        for number in range(max(0, num_steps - _REMEMBERED), num_steps):
+            self.segments.loans.note_step(run.first_s + run.more_s * number)
 
     # -- ends --------------------------------------------------------------------------------
 

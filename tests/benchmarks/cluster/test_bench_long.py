@@ -15,7 +15,13 @@ from vkv.bench.cluster.long.lending import Pairs, Served
 from vkv.bench.cluster.long.options import LongOptions
 from vkv.bench.load.workloads import lengths
 from vkv.bench.models.checkpoints import Checkpoints, save_checkpoints
-from vkv.runtime.cluster.simulator.costs import DecodeCost, LoanCost, PromptCost, StepCost
+from vkv.runtime.cluster.simulator.costs import (
+    DecodeCost,
+    LoanCost,
+    PromptCost,
+    StepCost,
+    StepWork,
+)
 from vkv.vmem.errors import InvalidConfig
 
 
@@ -86,7 +92,7 @@ def test_two_instances_run_what_one_cannot(saved: Checkpoints) -> None:
 
 
 def test_queries_and_results_travel_and_never_a_key(saved: Checkpoints) -> None:
-    options, found = _options(), {}
+    options, found = _options(creditors=(2,), segments=(4,), batches=(2,)), {}
     for _ in decode.measure(options, saved, found):
         pass
     assert list(found) == decode.cells(options)
@@ -166,6 +172,20 @@ def test_a_few_are_long_and_many_short() -> None:
     tokens = sum(prompt + output for prompt, output in found)
     assert sum(long) / tokens == pytest.approx(0.49, abs=0.05)
     assert len(lengths("skewed", 7)) == 7
+
+
+def test_a_cluster_serves_the_same_requests_with_lending_and_without(saved: Checkpoints) -> None:
+    pytest.importorskip("ray", reason="instances are actors of Ray: pip install 'vkv[cluster]'")
+    options = _options(lenders=2, num_requests=16, pairs=1, rate=1000.0, max_batch_tokens=256)
+    found = lending.Lent()
+    for _ in lending.measure(options, saved, found):
+        pass
+    (pairs,) = found.runs.values()
+    assert [run.num_whole for run in (*pairs.without, *pairs.lending)] == [16, 16]
+    assert pairs.without[0].lent_tokens == 0
+    assert found.step_cost is not None
+    assert found.step_cost.step_s(StepWork(prompt_tokens=100, prompt_pairs=5000.0)) > 0
+    assert lending.results(found)["step_cost"]["decode"]
 
 
 # -- simulated instances -------------------------------------------------------------------------

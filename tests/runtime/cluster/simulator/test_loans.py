@@ -75,7 +75,8 @@ def _check_nothing_left(born: list[SimulatedInstance]) -> None:
         assert instance.cache.live_tokens == 0
         assert isinstance(instance.loans, Loans)
         assert instance.loans.num_lent_here == 0
-        assert all(account.num_tokens == 0 for account in instance.loans.accounts.values())
+        loans = instance.loans.segments.loans
+        assert [loans.num_lent(name) for name in loans.creditors] == [0] * len(loans.creditors)
 
 
 def test_a_request_longer_than_an_instances_memory_runs_on_the_others(
