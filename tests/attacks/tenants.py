@@ -28,7 +28,7 @@ from vkv.allocator.transfer import kv_dir
 
 _CASES: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "little memory": {"kv_memory": "224KiB", "max_parked": 4},
+    "little memory": {"kv_memory": "192KiB", "max_parked": 4},
     "none parked": {"max_parked": 0},
     "host memory": {"kv_memory": "320KiB", "max_parked": 2, "swap_memory": "8MiB"},
     "files": {"kv_memory": "512KiB", "max_parked": 2, "kv_dir": True},

@@ -120,7 +120,8 @@ class Watch:
         )
 
     def _rows(self, request: Request) -> tuple[list[bytes], list[bytes]]:
-        """Those of its tokens, and those behind them."""
+        """Those of its tokens, and those behind them; not the next, which a recorded step may have
+        written in its name (`Padding`)."""
         slot, cache = request.slot, self._cache
         assert slot is not None
         assert isinstance(cache, KVCache)
@@ -128,7 +129,7 @@ class Watch:
         num_own = min(request.num_computed - request.slot_start, slot.num_tokens)
         keys, _ = cache.layer(len(cache.layout.layers) - 1)
         rows = [row.numpy().tobytes() for row in keys[slot.index, :num_backed].clone()]
-        return rows[:num_own], rows[num_own:]
+        return rows[:num_own], rows[num_own + 1 :]
 
 
 class _Crowd:
@@ -155,7 +156,7 @@ class _Crowd:
         spec = RequestSpec(
             request_id=f"{self._round}-{len(self.asked) + len(self.ended)}",
             prompt_token_ids=stem[: draw.randint(4, len(stem))],
-            params=zoo.greedy(draw.randint(2, 24)),
+            params=zoo.greedy(draw.randint(2, 40)),
             variant=tenant.salt,
             adapter=None if tenant.adapter is None else names[tenant.adapter],
             tenant=tenant.name,

@@ -32,7 +32,7 @@ def _llm(adapters: dict[str, Path] | None = None, **options: Any) -> LLM:
     return LLM(zoo.tiny_model("llama"), device="cpu", adapters=adapters, **options)
 
 
-_LITTLE = {"kv_memory": "224KiB", "max_parked": 3}
+_LITTLE = {"kv_memory": "192KiB", "max_parked": 3}
 
 
 @pytest.mark.parametrize(
