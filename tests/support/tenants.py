@@ -109,6 +109,7 @@ class Watch:
         """
         if not isinstance(self._cache, KVCache):
             return 0
+        self._cache._look_ahead.drain()  # or pages may be there that are being cleared
         rows = {request: self._rows(request) for request in running if request.slot is not None}
         for request, (own, _) in rows.items():
             for row in own:
