@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-import tenants
+import planted
 import torch
 import zoo
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -55,8 +55,8 @@ def main() -> None:
     count = asked.count // len(_CASES)
     kv_dir._LEAST_TOKENS = 20
     with tempfile.TemporaryDirectory() as home:
-        adapters = tenants.save_adapters(Path(home))
-        alone = tenants.Alone(adapters)
+        adapters = planted.save_adapters(Path(home))
+        alone = planted.Alone(adapters)
         for seed, (label, options) in enumerate(_CASES.items()):
             if options.get("kv_dir"):
                 options = {**options, "kv_dir": Path(home) / "kept"}
@@ -64,7 +64,7 @@ def main() -> None:
             options = zoo.with_defaults({"max_seqs": 8, **options})
             model = zoo.tiny_model("llama")
             with LLM(model, device="cpu", adapters=adapters, **options) as llm:
-                found = tenants.run(llm, alone, count=count, seed=seed)
+                found = planted.run(llm, alone, count=count, seed=seed)
             assert found.num_foreign_rows == 0, (label, found)
             sys.stdout.write(
                 f"{label}: {found.num_requests} requests alike, {found.num_found} prompt tokens "
