@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-import tenants
+import planted
 import torch
 import zoo
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,7 +28,7 @@ from vkv.allocator.transfer import kv_dir
 
 _CASES: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "little memory": {"kv_memory": "224KiB", "max_parked": 4},
+    "little memory": {"kv_memory": "192KiB", "max_parked": 4},
     "none parked": {"max_parked": 0},
     "host memory": {"kv_memory": "320KiB", "max_parked": 2, "swap_memory": "8MiB"},
     "files": {"kv_memory": "512KiB", "max_parked": 2, "kv_dir": True},
@@ -55,8 +55,8 @@ def main() -> None:
     count = asked.count // len(_CASES)
     kv_dir._LEAST_TOKENS = 20
     with tempfile.TemporaryDirectory() as home:
-        adapters = tenants.save_adapters(Path(home))
-        alone = tenants.Alone(adapters)
+        adapters = planted.save_adapters(Path(home))
+        alone = planted.Alone(adapters)
         for seed, (label, options) in enumerate(_CASES.items()):
             if options.get("kv_dir"):
                 options = {**options, "kv_dir": Path(home) / "kept"}
@@ -64,7 +64,7 @@ def main() -> None:
             options = zoo.with_defaults({"max_seqs": 8, **options})
             model = zoo.tiny_model("llama")
             with LLM(model, device="cpu", adapters=adapters, **options) as llm:
-                found = tenants.run(llm, alone, count=count, seed=seed)
+                found = planted.run(llm, alone, count=count, seed=seed)
             assert found.num_foreign_rows == 0, (label, found)
             sys.stdout.write(
                 f"{label}: {found.num_requests} requests alike, {found.num_found} prompt tokens "

@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import planted
 import pytest
-import tenants
 import torch
 import zoo
 from vkv import LLM, SamplingParams
@@ -19,12 +19,12 @@ from vkv.runtime.speculation import PromptLookup
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tenants.save_adapters(tmp_path_factory.mktemp("adapters"))
+    return planted.save_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
-def alone(adapters: dict[str, Path]) -> tenants.Alone:
-    return tenants.Alone(adapters)
+def alone(adapters: dict[str, Path]) -> planted.Alone:
+    return planted.Alone(adapters)
 
 
 def _llm(adapters: dict[str, Path] | None = None, **options: Any) -> LLM:
@@ -32,7 +32,7 @@ def _llm(adapters: dict[str, Path] | None = None, **options: Any) -> LLM:
     return LLM(zoo.tiny_model("llama"), device="cpu", adapters=adapters, **options)
 
 
-_LITTLE = {"kv_memory": "224KiB", "max_parked": 3}
+_LITTLE = {"kv_memory": "192KiB", "max_parked": 3}
 
 
 @pytest.mark.parametrize(
@@ -47,47 +47,47 @@ _LITTLE = {"kv_memory": "224KiB", "max_parked": 3}
     ids=["as it is", "little memory", "host memory", "movable", "paged"],
 )
 def test_equal_prompts_of_several_tenants(
-    adapters: dict[str, Path], alone: tenants.Alone, options: dict[str, Any]
+    adapters: dict[str, Path], alone: planted.Alone, options: dict[str, Any]
 ) -> None:
     with _llm(adapters, **options) as llm:
-        found = tenants.run(llm, alone, count=60)
+        found = planted.run(llm, alone, count=60)
         assert found.num_found > 0
         assert found.num_foreign_rows == 0
         if options is _LITTLE:
             assert llm.stats().num_preemptions > 0
 
 
-def test_without_clearing_others_rows_show(adapters: dict[str, Path], alone: tenants.Alone) -> None:
+def test_without_clearing_others_rows_show(adapters: dict[str, Path], alone: planted.Alone) -> None:
     """The test above can fail: this is what it looks for."""
     with _llm(adapters, **_LITTLE, sanitize="never") as llm:
-        assert tenants.run(llm, alone, count=60).num_foreign_rows > 0
+        assert planted.run(llm, alone, count=60).num_foreign_rows > 0
 
 
 def test_files_are_their_tenants(
     adapters: dict[str, Path],
-    alone: tenants.Alone,
+    alone: planted.Alone,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A second engine finds what the first saved, each tenant its own."""
     monkeypatch.setattr(kv_dir, "_LEAST_TOKENS", 20)
     prompt = zoo.random_prompts([64], seed=1)[0]
-    planted = [tenants.Tenant(salt="ann"), tenants.Tenant(adapter="french")]
+    saved = [planted.Tenant(salt="ann"), planted.Tenant(adapter="french")]
     with _llm(adapters, kv_dir=tmp_path) as llm:
-        for tenant in planted:
+        for tenant in saved:
             _ask(llm, tenant, prompt)
     with _llm(adapters, kv_dir=tmp_path) as llm:
-        for tenant in tenants.TENANTS:
+        for tenant in planted.TENANTS:
             tokens, num_found = _ask(llm, tenant, prompt)
             assert tokens == alone.tokens(tenant.adapter, prompt, 4)
-            own = tenants.Tenant(tenant.salt, tenant.adapter)
-            assert (num_found > 0) == (own in planted), tenant
+            own = planted.Tenant(tenant.salt, tenant.adapter)
+            assert (num_found > 0) == (own in saved), tenant
             if tenant.name:
                 llm.trim()
-            planted.append(own)
+            saved.append(own)
 
 
-def _ask(llm: LLM, tenant: tenants.Tenant, prompt: list[int]) -> tuple[list[int], int]:
+def _ask(llm: LLM, tenant: planted.Tenant, prompt: list[int]) -> tuple[list[int], int]:
     given: Any = {"prompt_token_ids": prompt, "cache_salt": tenant.salt or None}
     (out,) = llm.generate([given], zoo.greedy(4), adapter=tenant.adapter, tenant=tenant.name)
     assert out.error is None, out.error

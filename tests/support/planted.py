@@ -79,8 +79,8 @@ class Findings:
     Attributes:
         num_requests: that ended.
         num_found: prompt tokens that were found computed.
-        num_foreign_rows: rows of keys that a request could see behind its own, and that another
-            tenant's request had left.
+        num_foreign_rows: rows of keys that a request could see behind its own, and that none of its
+            owner's requests had computed: one counts for each step.
     """
 
     num_requests: int = 0
@@ -96,31 +96,41 @@ class _Asked:
 
 
 class Watch:
-    """Knows who computed what, and looks at all memory that a live request's slot shows."""
+    """Knows what each row of keys is of, and looks at all memory that a live request's slot shows.
 
-    def __init__(self, llm: LLM) -> None:
+    Args:
+        had: by owner, the tokens of all its requests, as they grow.
+    """
+
+    def __init__(self, llm: LLM, had: Mapping[Any, list[list[int]]]) -> None:
         self._cache = llm.engine.cache
-        self._known: dict[bytes, set[Any]] = {}  # a row of keys, and whose requests had it
+        self._had = had
+        self._known: dict[bytes, list[int]] = {}  # a row of keys, and the tokens up to it
 
     def foreign_rows(self, running: Sequence[Request]) -> int:
-        """Rows behind the tokens of running requests that are other tenants' alone.
+        """Rows behind the tokens of running requests that no request of their owner computed.
 
         Of the last layer: those of the first are the same for a token at a position.
         """
         if not isinstance(self._cache, KVCache):
             return 0
+        self._cache._look_ahead.drain()  # or pages may be there that are being cleared
         rows = {request: self._rows(request) for request in running if request.slot is not None}
         for request, (own, _) in rows.items():
-            for row in own:
-                self._known.setdefault(row, set()).add(request.spec.owner)
+            for position, row in enumerate(own, start=request.slot_start):
+                self._known.setdefault(row, request.token_ids[: position + 1])
         return sum(
-            request.spec.owner not in self._known.get(row, {request.spec.owner})
+            row in self._known and not self._is_of(request.spec.owner, self._known[row])
             for request, (_, behind) in rows.items()
             for row in behind
         )
 
+    def _is_of(self, owner: Any, tokens: list[int]) -> bool:
+        return any(had[: len(tokens)] == tokens for had in self._had[owner])
+
     def _rows(self, request: Request) -> tuple[list[bytes], list[bytes]]:
-        """Those of its tokens, and those behind them."""
+        """Those of its tokens, and those behind them; not the next, which a recorded step may have
+        written in its name (`Padding`)."""
         slot, cache = request.slot, self._cache
         assert slot is not None
         assert isinstance(cache, KVCache)
@@ -128,7 +138,7 @@ class Watch:
         num_own = min(request.num_computed - request.slot_start, slot.num_tokens)
         keys, _ = cache.layer(len(cache.layout.layers) - 1)
         rows = [row.numpy().tobytes() for row in keys[slot.index, :num_backed].clone()]
-        return rows[:num_own], rows[num_own:]
+        return rows[:num_own], rows[num_own + 1 :]
 
 
 class _Crowd:
@@ -142,6 +152,7 @@ class _Crowd:
         secrets = zoo.random_prompts([90] * len(tenants), seed=2)
         self._secrets = dict(zip(tenants, secrets, strict=True))
         self._had: dict[str, list[list[int]]] = {}  # by variant, what requests held or hold
+        self.had: dict[Any, list[list[int]]] = {}  # the same by owner
         self._round = seed
         self.asked: dict[str, _Asked] = {}
         self.ended: list[_Asked] = []
@@ -155,13 +166,14 @@ class _Crowd:
         spec = RequestSpec(
             request_id=f"{self._round}-{len(self.asked) + len(self.ended)}",
             prompt_token_ids=stem[: draw.randint(4, len(stem))],
-            params=zoo.greedy(draw.randint(2, 24)),
+            params=zoo.greedy(draw.randint(2, 40)),
             variant=tenant.salt,
             adapter=None if tenant.adapter is None else names[tenant.adapter],
             tenant=tenant.name,
         )
         asked = _Asked(tenant, spec, list(spec.prompt_token_ids))
         self._had.setdefault(spec.kv_variant, []).append(asked.tokens)
+        self.had.setdefault(spec.owner, []).append(asked.tokens)
         self.asked[spec.request_id] = asked
         self._llm.loop.post(Add(spec))
 
@@ -191,7 +203,8 @@ def run(
     AssertionError if one of them got other tokens than it gets alone, or began with what none of
     its own variant had computed. The engine is to have `ADAPTERS`, and no requests.
     """
-    crowd, watch, findings = _Crowd(llm, tenants, seed), Watch(llm), Findings()
+    crowd, findings = _Crowd(llm, tenants, seed), Findings()
+    watch = Watch(llm, crowd.had)
     draw = random.Random(seed)
     num_come = 0
     while num_come < count or crowd.asked:
