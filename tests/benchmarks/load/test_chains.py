@@ -14,7 +14,7 @@ def test_all_ways_answer_all_requests(tmp_path: Path) -> None:
     options = ChainsOptions(
         shape="llama-tiny",
         dtype="float32",
-        tenants=2,
+        tenants=1,
         layers=1,
         requests=6,
         rate=50.0,
