@@ -10,6 +10,7 @@ from typing import Any
 import standin
 import xxhash
 from allocator_model import KIND, FlakyHostDriver, FlakyStandInDriver, make_cache
+from standin import StandInCudaDriver
 from vkv.allocator import KVCache, Slot
 from vkv.allocator.transfer import Incoming, Outgoing, TransferKey, Transfers
 from vkv.allocator.transfer.channels import Channel, CopyChannel, PageChannel
@@ -142,9 +143,15 @@ class Peer:
             "pages": driver.num_pages,
             "held": self.cache.pool.num_held,
             "reserved": stats.pages_reserved,
-            # PyTorch and CUDA open files when they first need them.
-            "descriptors": 0 if driver.device.type == "cuda" else descriptors() - self.base,
+            "descriptors": self._new_descriptors(),
         }
+
+    def _new_descriptors(self) -> int:
+        if isinstance(self.driver, StandInCudaDriver):
+            return descriptors() - self.base - standin.load().num_files()
+        if self.driver.device.type == "cuda":
+            return 0  # PyTorch and CUDA open files when they first need them
+        return descriptors() - self.base
 
     def shutdown(self) -> None:
         for transfer in self.begun:
