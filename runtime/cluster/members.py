@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ...vmem.errors import InvalidOperation
@@ -165,17 +165,6 @@ class Members:
         )
         return {resident_name(key): next(sizes, 1)}
 
-    def _costs(self) -> Costs:
-        """Of what instances have done so far."""
-        stats = [m.stats for m in self._members.values() if m.stats is not None]
-        read = [one for s in stats for one in s.adapters if one.load_s]
-        step_s, load_s = sum(s.step_time_s for s in stats), sum(one.load_s for one in read)
-        num_tokens = sum(s.num_computed_tokens for s in stats)
-        return Costs(
-            tokens_per_s=num_tokens / step_s if step_s else 0.0,
-            load_bytes_per_s=sum(one.num_bytes for one in read) / load_s if load_s else 0.0,
-        )
-
     def snapshot(self, *, num_dispatched: int) -> ClusterSnapshot:
         """The cluster now: what instances said last, and what was given to them since."""
         loans = self.loans()
@@ -188,7 +177,7 @@ class Members:
                 self._picture(member, by_owner.get(str(member.id), []), loans)
                 for member in self._members.values()
             )
-            self._measured = self._costs()
+            self._measured = _costs(self._members.values())
         faces = [member.face for member in self._members.values() if member.face is not None]
         return ClusterSnapshot(
             time_s=time.monotonic(),
@@ -250,6 +239,18 @@ class Members:
             max_local_tokens=None if lending is None else lending.max_local_tokens,
             layer_s=None if lending is None else lending.layer_s,
         )
+
+
+def _costs(members: Iterable[Member]) -> Costs:
+    """Of what instances have done so far."""
+    stats = [member.stats for member in members if member.stats is not None]
+    read = [one for s in stats for one in s.adapters if one.load_s]
+    step_s, load_s = sum(s.step_time_s for s in stats), sum(one.load_s for one in read)
+    num_tokens = sum(s.num_computed_tokens for s in stats)
+    return Costs(
+        tokens_per_s=num_tokens / step_s if step_s else 0.0,
+        load_bytes_per_s=sum(one.num_bytes for one in read) / load_s if load_s else 0.0,
+    )
 
 
 def most_tokens(spec: RequestSpec) -> int:

@@ -93,11 +93,7 @@ def load(
 def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     """Put an engine together. Raises InvalidConfig or UnsupportedAttention by name."""
     profile = device_profile(loaded.device)
-    needs = loaded.needs(paged=config.kv == "paged")
-    if config.attention == "auto":
-        backend = choose_backend(needs)
-    else:
-        backend = create_backend(config.attention, needs)
+    backend = _build_backend(loaded, config)
     draft = load_draft(loaded, config)
     # Which may refuse, before memory is taken.
     why_not_recorded(loaded, config, backend)
@@ -151,6 +147,13 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
         raise
     close = _closer(engine, cache, driver, adapters, chains, speculation)
     return EngineLoop(engine, close, shortage_wait_s=config.shortage_wait_s)
+
+
+def _build_backend(loaded: LoadedModel, config: EngineConfig) -> AttentionBackend:
+    needs = loaded.needs(paged=config.kv == "paged")
+    if config.attention == "auto":
+        return choose_backend(needs)
+    return create_backend(config.attention, needs)
 
 
 def _closer(
