@@ -215,7 +215,6 @@ def test_what_comes_back_is_what_was_taken(pair: tuple[SegmentServer, RemoteHold
         assert holder.take(near.spans(slot, 0, 512), 0, 512) is not None  # both are in step
         with pytest.raises(HolderLost):
             holder.fetch(near.spans(back, 0, 300), loan + 1, 400, 300)  # beyond its end
-        assert not server.cache.stats().pages_held or server.loans
 
 
 def test_an_owner_has_time_to_take_away_what_is_called_back() -> None:
