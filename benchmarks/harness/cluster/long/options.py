@@ -60,7 +60,7 @@ class LongOptions:
     segments: tuple[int, ...] = option(
         "6,1,2,3", parse=whole_numbers, help="Segments of them at one engine; the first at several."
     )
-    batches: tuple[int, ...] = option("1,4", parse=whole_numbers, help="Requests that decode.")
+    batches: tuple[int, ...] = option("1,2", parse=whole_numbers, help="Requests that decode.")
     links: tuple[str, ...] = option("unix,tcp", parse=words, help=f"Of {', '.join(LINKS)}.")
     elsewhere_tokens: int = option(3072, least=4 * PART_TOKENS, help="Of a context, elsewhere.")
     at_home_tokens: int = option(256, least=1, help="And the rest of it.")
