@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 
+from ...attention_backends import LayerAttention
 from ..model.forward import Forward
 from ..model.probes.attention_probe import AttentionProbe, refusing
 
@@ -57,9 +58,16 @@ class _Probe(AttentionProbe):
 
     notes: "_Notes" = field(kw_only=True)
 
-    def attend(self, layer: int, *args: Any) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        wanted: LayerAttention,
+    ) -> torch.Tensor:
         self.notes.attends()
-        return super().attend(layer, *args)
+        return super().attend(layer, query, key, value, wanted)
 
 
 class _Notes:
