@@ -15,7 +15,7 @@ from ..vmem import Page, segment_of
 from ..vmem.errors import OutOfMappings
 from .layout import PageGeometry
 from .ledger import Ledger
-from .page_pool import PagePool
+from .page_pool import UNKNOWN, Owner, PagePool
 from .slot import Slot
 
 
@@ -93,14 +93,17 @@ class Backing(ABC):
         slot.num_tokens = num_tokens
         self.ledger.settle(slot)
         self._note_ready(slot)
-        self.pool.release(replaced)
+        self.pool.release(replaced, slot.owner)
 
-    def extend(self, slot: Slot, num_tokens: int) -> None:
-        """Attach pages of the slot's reservation that back `num_tokens` tokens. All or nothing."""
+    def extend(self, slot: Slot, num_tokens: int) -> bool:
+        """Attach pages of the slot's reservation that back `num_tokens` tokens. All or nothing.
+
+        True if some of them had to be cleared.
+        """
         targets = self.geometry.pages_per_range(num_tokens)
         missing = [max(0, t - len(p)) for t, p in zip(targets, slot.pages, strict=True)]
         if not any(missing):
-            return
+            return False
         stretches = ((i, len(slot.pages[i]), count) for i, count in enumerate(missing))
         named = self._names(slot, stretches)
         pages = self.pool.commit(slot.reservation, sum(missing), named)
@@ -113,12 +116,15 @@ class Backing(ABC):
                     undo.callback(self._retract, slot, index, len(slot.pages[index]))
                     self._add(slot, index, run)
                     del pages[:count]
+            clears = False
             for index, count in enumerate(missing):
                 first = len(slot.pages[index]) - count
-                if self.pool.needs_zero(slot.pages[index][first:]):
+                if self.pool.needs_zero(slot.pages[index][first:], slot.owner):
                     self._clear_pages(slot, index, first)
+                    clears = True
             undo.pop_all()
         self._note_ready(slot)
+        return clears
 
     def map_ahead(self, slot: Slot, num_tokens: int) -> None:
         """Extend `slot` from memory that nobody was promised. All or nothing."""
@@ -126,8 +132,7 @@ class Backing(ABC):
         try:
             if extra > 0:
                 self.pool.reserve(extra, into=slot.reservation)
-            self.extend(slot, num_tokens)
-            if self.pool.sanitize == "zero":
+            if self.extend(slot, num_tokens):
                 # Cleared on this thread's stream; the requests' work may be on another.
                 self.pool.driver.record_fence().wait()
         finally:
@@ -214,7 +219,7 @@ class Backing(ABC):
         try:
             self._replace(slot, range_index, position, page)
         except BaseException:
-            self.pool.restore(slot.reservation, [page])
+            self.pool.restore(slot.reservation, [page], UNKNOWN)
             raise
         self._put(slot, range_index, position, page)
         undo.callback(self._disown, slot, range_index, position, shared)
@@ -225,7 +230,7 @@ class Backing(ABC):
         page = slot.pages[range_index][position]
         self._exchange(slot, range_index, position, shared)
         self._put(slot, range_index, position, shared)
-        self.pool.restore(slot.reservation, [page])
+        self.pool.restore(slot.reservation, [page], slot.owner)
 
     # -- shrinking -------------------------------------------------------------------------
 
@@ -237,9 +242,7 @@ class Backing(ABC):
         """
         slot.num_tokens = slot.ready_tokens = num_tokens
         try:
-            if any(len(pages) > count for pages, count in zip(slot.pages, keep, strict=True)):
-                # Work that was launched may still touch the pages; a parked slot knows its last.
-                (slot.fence or self.pool.driver.record_fence()).wait()
+            if self._comes_to_rest(slot, keep):
                 for index, count in enumerate(keep):
                     self._drop(slot, index, count)
         finally:
@@ -251,22 +254,36 @@ class Backing(ABC):
         held = max(slot.num_tokens, slot.pinned_tokens)
         promised = self.geometry.pages_per_range(max(held, slot.promised_tokens))
         self.shrink(slot, slot.num_tokens, promised)
+        needed = self.geometry.pages_per_range(held)
         try:
-            for index, keep in enumerate(self.geometry.pages_per_range(held)):
+            self._comes_to_rest(slot, needed)
+            for index, keep in enumerate(needed):
                 cut = self._cut(slot, index, keep)
                 shared = [page for page in cut if self.is_shared(page)]  # promised a copy of
-                self.pool.release(shared)
-                self.pool.restore(slot.reservation, [page for page in cut if page not in shared])
+                self.pool.release(shared, slot.owner)
+                spare = [page for page in cut if page not in shared]
+                self.pool.restore(slot.reservation, spare, slot.owner)
         finally:
             self._note_ready(slot)
 
-    def clear_unused(self, slot: Slot) -> None:
-        """Clear all that `slot` has behind its tokens, if the pool's policy asks for it."""
-        if self.pool.sanitize == "zero":
+    def _comes_to_rest(self, slot: Slot, keep: Sequence[int]) -> bool:
+        """Whether `slot` has more pages than these. If so, no work that was launched still touches
+        them; a parked slot knows its last."""
+        if all(len(pages) <= count for pages, count in zip(slot.pages, keep, strict=True)):
+            return False
+        (slot.fence or self.pool.driver.record_fence()).wait()
+        return True
+
+    def clear_for(self, owner: Owner, slot: Slot, num_tokens: int) -> None:
+        """Clear all that a parked `slot` has behind its tokens, if `owner`, who takes it over, must
+        not see it. What is of no use for `num_tokens` tokens goes back, uncleared."""
+        if self.pool.hides(slot.owner, owner):
+            counts = zip(self.geometry.pages_per_range(num_tokens), slot.pages, strict=True)
+            self.shrink(slot, slot.num_tokens, [min(count, len(pages)) for count, pages in counts])
             self._clear_behind(slot, slot.num_tokens)
 
     def _drop(self, slot: Slot, range_index: int, keep: int) -> None:
-        self.pool.release(self._cut(slot, range_index, keep))
+        self.pool.release(self._cut(slot, range_index, keep), slot.owner)
 
     def _cut(self, slot: Slot, range_index: int, keep: int) -> list[Page]:
         """Detach and return all but the first `keep` pages of a range."""

@@ -42,6 +42,12 @@ class Loans:
         """Whether the cache's pages can change hands."""
         return isinstance(self._backing, MovableSlots)
 
+    @property
+    def memory_name(self) -> str:
+        """The memory that its pages are of; caches on one machine that agree in it can exchange
+        pages. Empty where they cannot change hands."""
+        return self._backing.memory_name if isinstance(self._backing, MovableSlots) else ""
+
     def lend(self, slot: Slot, num_tokens: int) -> Lent:
         """Let another process have the first `num_tokens` tokens of a slot that was pinned for it.
 

@@ -6,9 +6,11 @@ mapping. Once other slots share pages of a segment, it gets no more: the slot go
 
 A page changes hands with all others of its segment, if the slot alone has them. So others first get
 copies of what they share, if that is little; if it is much, the slot's are copied instead. Where
-pages are allocations of their own (GPUs), each goes by itself.
+pages are allocations of their own (GPUs), each goes by itself, with a descriptor of its own: those
+for which there are too few are copied.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -29,7 +31,7 @@ from ..vmem import (
 )
 from ..vmem.errors import InvalidConfig, InvalidOperation, Shortage, TransferError
 from .layout import KVLayout
-from .page_pool import PagePool
+from .page_pool import UNKNOWN, PagePool
 from .parcel import Parcel, Stretch
 from .slot import Loan, Slot
 from .virtual_slots import VirtualSlots
@@ -68,6 +70,7 @@ class MovableSlots(VirtualSlots):
     def __init__(self, layout: KVLayout, pool: PagePool) -> None:
         super().__init__(layout, pool)
         self.has_segments = self._driver.has_segments
+        self.memory_name = self._driver.memory_name
 
     def allocate(self, num_slots: int) -> None:
         if self.has_segments:
@@ -115,21 +118,28 @@ class MovableSlots(VirtualSlots):
         counts = self._layout.pages_per_range(num_tokens)
         lent = [p for pages, n in zip(slot.pages, counts, strict=True) for p in pages[:n]]
         lent = [page for page in lent if page in sole]
+        if not self.has_segments:
+            lent = lent[: _most_descriptors()]
         staying = sole.difference(lent)
         descriptors, runs = self._driver.lend(lent, staying=[*staying])
-        home, homes = slot.segment, _homes(lent, runs)
-        stays = any(segment_of(page) == home for page in staying)
-        token_format = self._layout.token_format
-        parcel = Parcel(
-            page_bytes=self._page_bytes,
-            dtype=token_format.dtype,
-            streams=token_format.streams,
-            num_tokens=num_tokens,
-            num_descriptors=len(descriptors),
-            stretches=tuple(self._stretches(slot, counts, sole, runs)),
-            growing=None if stays else next((i for i, s in homes.items() if s == home), None),
-        )
-        lent_slot = Lent(parcel, descriptors, self._copied(slot, parcel), num_parted_bytes)
+        with ExitStack() as undo:
+            for descriptor in descriptors:
+                undo.callback(os.close, descriptor)
+            home, homes = slot.segment, _homes(lent, runs)
+            stays = any(segment_of(page) == home for page in staying)
+            token_format = self._layout.token_format
+            parcel = Parcel(
+                page_bytes=self._page_bytes,
+                dtype=token_format.dtype,
+                streams=token_format.streams,
+                num_tokens=num_tokens,
+                num_descriptors=len(descriptors),
+                stretches=tuple(self._stretches(slot, counts, {*lent}, runs)),
+                growing=None if stays else next((i for i, s in homes.items() if s == home), None),
+                memory=self.memory_name,
+            )
+            lent_slot = Lent(parcel, descriptors, self._copied(slot, parcel), num_parted_bytes)
+            undo.pop_all()
         slot.loan, slot.segment = Loan(lent, home), None
         return lent_slot
 
@@ -207,7 +217,8 @@ class MovableSlots(VirtualSlots):
     def _stretches(
         self, slot: Slot, counts: Sequence[int], sole: set[Page], runs: Sequence[PageRun]
     ) -> Iterator[Stretch]:
-        """The first `counts[r]` pages of every range, those of `sole` as they lie in `runs`."""
+        """The first `counts[r]` pages of every range, those of `sole` (which go) as they lie in
+        `runs`."""
         lent = iter(runs)
         for index, count in enumerate(counts):
             position = 0
@@ -246,7 +257,8 @@ class MovableSlots(VirtualSlots):
         Returns the bytes that are to be copied, in the order of the parcel's stretches. All or
         nothing.
         """
-        parcel.check(self._page_bytes, self._layout.token_format, len(descriptors))
+        token_format = self._layout.token_format
+        parcel.check(self.memory_name, self._page_bytes, token_format, len(descriptors))
         self._check_places(parcel)
         promised = max(slot.promised_tokens, parcel.num_tokens)
         coming = Counter({s.range_index: 0 for s in parcel.stretches})
@@ -313,7 +325,7 @@ class MovableSlots(VirtualSlots):
             self.pool.restore(slot.reservation, pages)
             raise
         self._add(slot, index, pages)
-        if self.pool.needs_zero(pages):
+        if self.pool.needs_zero(pages, slot.owner):
             self._clear_pages(slot, index, stretch.position)
 
     def _turn_out(self, slot: Slot, lent: Sequence[Page]) -> None:
@@ -327,7 +339,8 @@ class MovableSlots(VirtualSlots):
             cut = self._cut(slot, index, 0)
             borrowed = set(lent).intersection(cut)
             self.pool.dismiss(slot.reservation, [page for page in cut if page in borrowed])
-            self.pool.restore(slot.reservation, [page for page in cut if page not in borrowed])
+            ours = [page for page in cut if page not in borrowed]
+            self.pool.restore(slot.reservation, ours, UNKNOWN)
 
     # -- the end of a loan -------------------------------------------------------------------
 
@@ -337,6 +350,7 @@ class MovableSlots(VirtualSlots):
         if loan is not None:
             held = {page for pages in slot.pages for page in pages}  # some may be given back
             self._driver.own([page for page in loan.pages if page in held])
+            self.pool.own(loan.pages)
             slot.segment = slot.segment if loan.segment is None else loan.segment
 
     def take_back(self, slot: Slot) -> None:
@@ -350,6 +364,13 @@ class MovableSlots(VirtualSlots):
         loan, slot.loan = slot.loan, None
         if loan is not None:
             self._driver.disown(loan.pages)
+            self.pool.disown(loan.pages)
+
+
+def _most_descriptors() -> int:
+    """How many can be on their way at once: as many more are open here or there, and the kernel
+    counts them for each user."""
+    return max(0, linux.max_open_files() // 2 - _OTHER_FILES)
 
 
 def _place(range_index: int, position: int) -> int:

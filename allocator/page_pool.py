@@ -3,7 +3,7 @@
 import heapq
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Hashable, Iterable, Sequence, Set
 from typing import Literal, Protocol
 
 from ..vmem import (
@@ -19,7 +19,13 @@ from ..vmem import (
 from ..vmem.errors import InvalidConfig, InvalidOperation, OutOfPages
 from .memory_limit import MemoryLimit
 
-Sanitize = Literal["never", "zero"]
+Sanitize = Literal["never", "tenants", "zero"]
+
+Owner = Hashable
+"""Names whose bytes a page may hold: equal ones may see what each other left there."""
+
+UNKNOWN: Owner = object()
+"""The owner of bytes of which nobody can say whose they are: others than whoever comes next."""
 
 
 class PageSource(Protocol):
@@ -67,7 +73,8 @@ class PagePool:
             several pools may hold together.
         most_bytes: the most that this one may hold, if that is less.
         low_watermark: free pages that `refill` keeps ready.
-        sanitize: "zero" asks whoever maps a recycled page to clear it first (`needs_zero`).
+        sanitize: whether whoever maps a page that has had an owner must clear it first
+            (`needs_zero`): "never", "tenants" if that was another than the next, "zero" always.
 
     All methods may be called from several threads, none from a forked child (ForkedProcess). They
     are many because eight of them are counts.
@@ -93,8 +100,8 @@ class PagePool:
                 f"a pool of {limit_bytes} bytes holds no page of {driver.page_bytes} bytes; "
                 "give it more memory or choose smaller pages"
             )
-        if sanitize not in ("never", "zero"):
-            raise InvalidConfig(f"sanitize is {sanitize!r}; use 'never' or 'zero'")
+        if sanitize not in ("never", "tenants", "zero"):
+            raise InvalidConfig(f"sanitize is {sanitize!r}; use 'never', 'tenants' or 'zero'")
         if low_watermark < 0:
             raise InvalidConfig(f"low_watermark is {low_watermark} pages; use 0 or more")
         self.low_watermark = min(low_watermark, self.limit_pages)
@@ -104,7 +111,8 @@ class PagePool:
         self._free: list[Page] = []  # a heap: low numbers first, so that runs stay adjacent
         self._references: dict[Page, int] = {}
         self._file_references: dict[Page, int] = {}
-        self._recycled: set[Page] = set()  # pages that have had an owner
+        self._owners: dict[Page, Owner] = {}  # of pages that have had one: the last
+        self._foreign: set[Page] = set()  # pages whose memory another process has, too
         self._num_reserved = 0
         self._num_creating = 0
         self._num_taken = 0  # pages counted against the shared limit
@@ -236,14 +244,18 @@ class PagePool:
         if surplus > 0:
             self._drop_free([page for page in self._free if page not in keep][:surplus])
 
-    def restore(self, reservation: Reservation, pages: Sequence[Page]) -> None:
+    def restore(
+        self, reservation: Reservation, pages: Sequence[Page], owner: Owner | None = None
+    ) -> None:
         """Undo a `commit`: the pages are free again, and the reservation claims them as before.
 
-        It makes no call that could fail.
+        `owner` is whose bytes they hold now; None if they were not written to. It makes no call
+        that could fail.
         """
         with self._lock:
             unused = self._drop_references(pages)
-            self._recycled.update(unused)
+            for page in unused:
+                self._owners[page] = self._owners.get(page, UNKNOWN) if owner is None else owner
             self._add_free(unused)
             self._num_reserved += len(pages)
             reservation.num_pages += len(pages)
@@ -260,6 +272,7 @@ class PagePool:
                 )
             self._make_way(len(pages), set())
             self._references.update(dict.fromkeys(pages, 1))
+            self._foreign.update(pages)
             reservation.num_pages -= len(pages)
             self._num_reserved -= len(pages)
 
@@ -267,10 +280,21 @@ class PagePool:
         """Undo an `admit`: the pages are the other process's alone, and as many reserved again."""
         with self._lock:
             leaving = self._drop_references(pages)
+            self._foreign.difference_update(leaving)
             self._num_reserved += len(leaving)
             reservation.num_pages += len(leaving)
             if leaving:
                 self.driver.release(leaving)
+
+    def own(self, pages: Iterable[Page]) -> None:
+        """Pages that were admitted are this pool's alone: once released they are free."""
+        with self._lock:
+            self._foreign.difference_update(pages)
+
+    def disown(self, pages: Iterable[Page]) -> None:
+        """Held pages are another process's now: once released they are gone from here."""
+        with self._lock:
+            self._foreign.update(page for page in pages if page in self._references)
 
     def cancel(self, reservation: Reservation, num_pages: int | None = None) -> None:
         """Give back `num_pages` of a reservation, or all it still claims."""
@@ -306,22 +330,26 @@ class PagePool:
             for page in pages:
                 self._counts_of(page)[page] += 1
 
-    def release(self, pages: Sequence[Page]) -> None:
-        """Drop a reference to each page; pages without one are free again, or go to where they
-        belong: to their file, or, as a segment's, to the system.
+    def release(self, pages: Sequence[Page], owner: Owner = UNKNOWN) -> None:
+        """Drop a reference to each page; pages without one are free again, with `owner`'s bytes, or
+        go to where they belong: to their file, to the process that owns them or, as a segment's, to
+        the system.
 
-        A page must be unmapped before its last reference goes. Raises InvalidOperation, with
+
+        Who has a page last is the only one who may have written to it while it was not shared. A
+        page must be unmapped before its last reference goes. Raises InvalidOperation, with
         nothing changed, if a page is not held as often as it is named.
         """
         with self._lock:
             unused = self._drop_references(pages)
             leaving: list[Page] = []
             for page in unused:
-                if is_common(page):
-                    self._recycled.add(page)
+                if is_common(page) and page not in self._foreign:
+                    self._owners[page] = owner
                     heapq.heappush(self._free, page)
                 else:
-                    self._recycled.discard(page)
+                    self._owners.pop(page, None)
+                    self._foreign.discard(page)
                     leaving.append(page)
             self._settle()
             if leaving:
@@ -344,9 +372,19 @@ class PagePool:
     def _counts_of(self, page: Page) -> dict[Page, int]:
         return self._file_references if is_of_file(page) else self._references
 
-    def needs_zero(self, pages: Iterable[Page]) -> bool:
-        """True if a page among `pages` must be cleared before a new owner may see it."""
-        return self.sanitize == "zero" and any(page in self._recycled for page in pages)
+    def needs_zero(self, pages: Iterable[Page], owner: Owner = UNKNOWN) -> bool:
+        """True if a page among `pages`, which were just taken, must be cleared before `owner` may
+        see it."""
+        if self.sanitize == "never" or not self._owners:
+            return False
+        known = self._owners
+        return any(page in known and self.hides(known[page], owner) for page in pages)
+
+    def hides(self, before: Owner, owner: Owner) -> bool:
+        """True if `owner` must not see what `before` left."""
+        if self.sanitize == "tenants":
+            return before is UNKNOWN or before != owner
+        return self.sanitize == "zero"
 
     # -- elasticity ------------------------------------------------------------------------
 
@@ -406,7 +444,8 @@ class PagePool:
         gone = set(leaving)
         self._free = [page for page in self._free if page not in gone]
         heapq.heapify(self._free)
-        self._recycled -= gone
+        for page in gone:
+            self._owners.pop(page, None)
         try:
             self.driver.release(leaving)
         finally:
@@ -439,9 +478,10 @@ class PagePool:
             free = set(self._free)
             assert len(free) == len(self._free), "a page is free twice"
             assert not free & self._references.keys(), "a page is free and held"
+            assert self._foreign <= self._references.keys(), "a page of another process is kept"
             counts = (*self._references.values(), *self._file_references.values())
             assert all(count > 0 for count in counts), "a dead reference"
-            owned = not any(map(is_of_file, (*self._free, *self._references, *self._recycled)))
+            owned = not any(map(is_of_file, (*self._free, *self._references, *self._owners)))
             assert owned, "a page of a file is taken for the pool's"
             assert self.num_created <= self.limit_pages, "the limit is exceeded"
             assert self._num_reserved >= 0, "negative reservation"

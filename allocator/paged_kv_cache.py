@@ -91,7 +91,7 @@ class PagedKVCache(SlotCache):
         num_slots: requests that can be open or parked at once.
         max_parked: parked slots kept; half of the slots by default.
         device: where the pool is.
-        sanitize: "zero" clears a recycled block before its next owner sees it.
+        sanitize: as of `PagePool`.
         seed: of the shuffle of the blocks.
     """
 
@@ -125,8 +125,10 @@ class PagedKVCache(SlotCache):
     def block_tables(self, slots: Sequence[Slot]) -> torch.Tensor | None:
         self._owner.check()
         width = max((len(slot.pages[0]) for slot in slots), default=0)
-        rows = [slot.index for slot in slots]
-        return self._blocks.tables[rows, :width].to(self._blocks.device)
+        tables = self._blocks.tables[[slot.index for slot in slots], :width]
+        if self._blocks.device.type == "cuda":  # or the copy would wait for all that was launched
+            tables = tables.pin_memory()
+        return tables.to(self._blocks.device, non_blocking=True)
 
     @property
     def virtual_bytes(self) -> int:
@@ -235,7 +237,7 @@ class ScatteredBlocks(Backing):
         used = max(0, slot.num_tokens - position * self._block_tokens)
         for tensor in self._tensors():
             tensor[new, :used] = tensor[old, :used]
-            if self.pool.needs_zero([page]):
+            if self.pool.needs_zero([page], slot.owner):
                 tensor[new, used:] = 0
         self._exchange(slot, range_index, position, page)
 

@@ -32,6 +32,7 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The first tokens of a slot, as pages: plain data, for any wire.
 
     Attributes:
+        memory: whose pages they are (`VmemDriver.memory_name`).
         page_bytes: size of a page.
         dtype, streams: the token format.
         num_tokens: tokens that move.
@@ -47,6 +48,7 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     num_descriptors: int
     stretches: tuple[Stretch, ...]
     growing: int | None = None
+    memory: str = "host"
 
     @property
     def num_lent_pages(self) -> int:
@@ -59,9 +61,15 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         stop = min(start + stretch.num_pages * self.page_bytes, self.num_tokens * width)
         return start, stop
 
-    def check(self, page_bytes: int, token_format: TokenFormat, num_descriptors: int) -> None:
+    def check(
+        self, memory: str, page_bytes: int, token_format: TokenFormat, num_descriptors: int
+    ) -> None:
         """Raise InvalidOperation unless the pages can be a slot's of this format, TransferError if
         the parcel contradicts itself."""
+        if self.memory != memory:
+            raise InvalidOperation(
+                f"pages of {self.memory} are none of {memory}; copy the tokens instead"
+            )
         theirs = TokenFormat(self.dtype, self.streams)
         if self.page_bytes != page_bytes or theirs != token_format:
             raise InvalidOperation(

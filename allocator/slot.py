@@ -6,7 +6,7 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 from ..vmem import Fence, Page, Segment, is_of_file
-from .page_pool import Reservation
+from .page_pool import Owner, Reservation
 
 ENDLESS = sys.maxsize
 Borders = tuple[int, int, int, int]
@@ -51,6 +51,7 @@ class Slot:
         segment: where its next pages come to lie, if slots have segments. All pages there are this
             slot's alone: once others share one, what follows lies in another.
         loan: those of its pages that are changing hands.
+        owner: whose bytes it holds, and who alone may see what they leave behind.
     """
 
     __slots__ = (
@@ -61,6 +62,7 @@ class Slot:
         "loan",
         "num_pins",
         "num_tokens",
+        "owner",
         "pages",
         "pinned_tokens",
         "promised_tokens",
@@ -71,8 +73,9 @@ class Slot:
         "state",
     )
 
-    def __init__(self, index: int, num_ranges: int) -> None:
+    def __init__(self, index: int, num_ranges: int, owner: Owner = "") -> None:
         self.index = index
+        self.owner = owner
         self.num_tokens = 0
         self.promised_tokens = 0
         self.ahead_tokens = 0
@@ -87,12 +90,12 @@ class Slot:
         self.segment: Segment | None = None
         self.loan: Loan | None = None
 
-    def hand_over(self) -> "Slot":
+    def hand_over(self, owner: Owner) -> "Slot":
         """A new handle for the same rows, open; this one is spent.
 
         Whoever parked the slot keeps the old handle, and must not reach the new owner's rows.
         """
-        heir = Slot(self.index, 0)
+        heir = Slot(self.index, 0, owner)
         heir.pages, self.pages = self.pages, [[] for _ in self.pages]
         heir.borders = self.borders
         heir.segment, self.segment = self.segment, None

@@ -26,6 +26,7 @@ from .kernel_view import KernelView
 from .loans import Loans
 from .look_ahead import LookAhead
 from .page_map import PageMap
+from .page_pool import Owner
 from .parking import PrefixMatch
 from .slot import Slot, SlotState
 from .slot_table import SlotTable
@@ -83,20 +84,21 @@ class SlotCache(KernelView):
 
     # -- slots -----------------------------------------------------------------------------
 
-    def open(self) -> Slot:
-        """A slot without pages. Raises OutOfSlots if every slot is a live request's."""
+    def open(self, owner: Owner = "") -> Slot:
+        """A slot without pages, to show nothing that others than `owner` left, if the pool clears
+        memory between tenants. Raises OutOfSlots if every slot is a live request's."""
         with self._working:
             if not self._finalizer.alive:
                 raise InvalidOperation("the cache has been shut down; create another")
-            return self._table.open()
+            return self._table.open(owner)
 
     def adopt(
-        self, tokens: Sequence[int], variant: str = "", *, recycle: bool = True
+        self, tokens: Sequence[int], variant: str = "", *, owner: Owner = None, recycle: bool = True
     ) -> tuple[Slot, int]:
         """A slot for a request that begins with `tokens`, and how many it already holds.
 
         Only the KV of the same `variant` is found: what was parked under another was computed
-        otherwise, or for somebody else.
+        otherwise, or for somebody else. `owner` is as of `open`; the variant, where it is None.
 
         A parked slot with the longest common prefix is taken over whole; if most of its tokens
         would be lost by that, it stays parked and the prefix is aliased. Without a common
@@ -106,21 +108,22 @@ class SlotCache(KernelView):
         """
         with self._working:
             table = self._table
+            owner = variant if owner is None else owner
             match = table.parked.best_prefix(tokens, variant)
             if match is not None:
                 is_pinned = match.slot.num_pins > 0
                 if (is_pinned or 2 * match.num_tokens < match.num_parked_tokens) and table.free:
                     try:
-                        return self.fork(match.slot, match.num_tokens), match.num_tokens
+                        return self.fork(match.slot, match.num_tokens, owner), match.num_tokens
                     except Shortage:
                         pass  # then the parked slot itself is the memory that is left
                 if not is_pinned:
-                    return table.take_over(match.slot, match.num_tokens)
+                    return table.take_over(match.slot, match.num_tokens, owner, len(tokens))
             elif recycle and self._is_tight(len(tokens)):
                 largest = table.parked.largest()
                 if largest is not None:
-                    return table.take_over(largest, 0)
-            return self.open(), 0
+                    return table.take_over(largest, 0, owner, len(tokens))
+            return self.open(owner), 0
 
     def reserve(self, slot: Slot, num_tokens: int) -> None:
         """Promise memory for the first `num_tokens` tokens of `slot`, without mapping any.
@@ -185,10 +188,11 @@ class SlotCache(KernelView):
             slot.promised_tokens = num_tokens
             self._backing.shrink(slot, num_tokens, self._geometry.pages_per_range(num_tokens))
 
-    def fork(self, slot: Slot, num_tokens: int) -> Slot:
+    def fork(self, slot: Slot, num_tokens: int, owner: Owner = None) -> Slot:
         """A new slot that starts with the first `num_tokens` tokens of `slot`.
 
-        Pages that hold nothing else are shared, the rest of the last ones is copied. Raises
+        Pages that hold nothing else are shared, the rest of the last ones is copied. `owner` is as
+        of `open`; that of `slot`, where it is None. Raises
         OutOfSlots, another Shortage or DriverError with nothing changed.
         """
         with self._working, ExitStack() as undo:
@@ -200,7 +204,7 @@ class SlotCache(KernelView):
             # `open` may have to reclaim a parked slot: never the one that is being forked.
             if not self._table.free and slot.state is SlotState.PARKED:
                 raise OutOfSlots(f"no free slot to fork {slot} into")
-            child = self.open()
+            child = self.open(slot.owner if owner is None else owner)
             undo.callback(self._table.discard, child)
             child.num_tokens = child.promised_tokens = num_tokens
             self._ledger.settle(child)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ..vmem import Fence
 from ..vmem.errors import DriverError, InvalidOperation, OutOfSlots, Shortage
 from .backing import Backing
+from .page_pool import Owner
 from .parking import ParkingLot
 from .slot import Slot, SlotState
 
@@ -38,7 +39,7 @@ class SlotTable:
         if self.live.get(slot.index) is not slot and not (allow_parked and slot in self.parked):
             raise InvalidOperation(f"{slot} is not open in this cache")
 
-    def open(self) -> Slot:
+    def open(self, owner: Owner) -> Slot:
         """A slot without pages, in the place of the oldest parked one if need be.
 
         Raises OutOfSlots if every slot is a live request's.
@@ -48,7 +49,7 @@ class SlotTable:
             if oldest is None:
                 raise OutOfSlots(f"all {self.num_slots} slots are in use; close one first")
             self.close_parked(oldest)
-        slot = Slot(heapq.heappop(self.free), self._num_ranges)
+        slot = Slot(heapq.heappop(self.free), self._num_ranges, owner)
         self.live[slot.index] = slot
         return slot
 
@@ -104,15 +105,20 @@ class SlotTable:
         while len(self.parked) + count > self.max_parked and (oldest := self.parked.oldest()):
             self.close_parked(oldest)
 
-    def take_over(self, parked: Slot, num_tokens: int) -> tuple[Slot, int]:
-        """Open a parked slot again, of which `num_tokens` tokens are of use; fewer may be left."""
+    def take_over(
+        self, parked: Slot, num_tokens: int, owner: Owner, num_wanted: int
+    ) -> tuple[Slot, int]:
+        """Open a parked slot again, of which `num_tokens` tokens are of use; fewer may be left.
+
+        Its next `owner` begins with `num_wanted` tokens.
+        """
         num_tokens, keep = self._backing.usable(parked, num_tokens)
         self.parked.shorten(parked, num_tokens)
         self._backing.shrink(parked, num_tokens, keep)
         self.set_fence(parked, None)
-        self._backing.clear_unused(parked)
+        self._backing.clear_for(owner, parked, num_wanted)
         self.parked.remove(parked)
-        slot = parked.hand_over()
+        slot = parked.hand_over(owner)
         self._backing.ledger.settle(slot)
         self.live[slot.index] = slot
         return slot, num_tokens

@@ -92,7 +92,7 @@ class VirtualSlots(Backing):
         used = slot.num_tokens * self._layout.ranges[range_index].token_bytes  # no page beyond
         content = self._bytes(slot, range_index, start, used).clone()
         self._exchange(slot, range_index, position, page)
-        if self.pool.needs_zero([page]):
+        if self.pool.needs_zero([page], slot.owner):
             self._bytes(slot, range_index, start, start + self._page_bytes).zero_()
         self._bytes(slot, range_index, start, used).copy_(content)
 

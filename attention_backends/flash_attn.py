@@ -69,6 +69,7 @@ class _Run(NamedTuple):
     queries: slice  # of the flat ones
     sequences: slice
     query_len: int
+    max_len: int  # tokens of the longest of them
 
 
 class FlashAttnBackend(_FlashAttnPackage):
@@ -103,15 +104,14 @@ class FlashAttnBackend(_FlashAttnPackage):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.empty_like(query)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-        for run in self._runs.get(batch, None, lambda: _equal_runs(batch.query_lens)):
+        for run in self._runs.get(batch, None, lambda: _equal_runs(batch)):
             part, part_lse = self._kernel(
                 query[run.queries].unflatten(
                     0, (-1, run.query_len)
                 ),  # [run, query_len, heads, dim]
-                key_cache,
-                value_cache,
+                *self._cut(key_cache, value_cache, run.max_len),
                 cache_seqlens=batch.seqused_k[run.sequences],
-                **self._places(batch, run.sequences),
+                **self._places(batch, run),
                 softmax_scale=layer.scale,
                 causal=True,
                 window_size=_window_size(layer),
@@ -124,9 +124,16 @@ class FlashAttnBackend(_FlashAttnPackage):
             )  # from [run, heads, query_len]
         return out, lse
 
-    def _places(self, batch: AttentionBatch, sequences: slice) -> dict[str, torch.Tensor]:
+    def _cut(
+        self, key_cache: torch.Tensor, value_cache: torch.Tensor, max_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots as long as the longest sequence: into how many parts a context is split goes by how
+        much a slot could hold."""
+        return key_cache[:, :max_len], value_cache[:, :max_len]
+
+    def _places(self, batch: AttentionBatch, run: _Run) -> dict[str, torch.Tensor]:
         """Where the keys of some sequences are, as the kernel is told."""
-        return {"cache_batch_idx": batch.slot_ids[sequences]}
+        return {"cache_batch_idx": batch.slot_ids[run.sequences]}
 
 
 class PagedFlashAttnBackend(FlashAttnBackend):
@@ -140,9 +147,15 @@ class PagedFlashAttnBackend(FlashAttnBackend):
     def check_cache(self, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
         check_block_size(self.name, key_cache, self.capabilities.block_multiple)
 
-    def _places(self, batch: AttentionBatch, sequences: slice) -> dict[str, torch.Tensor]:
+    def _cut(
+        self, key_cache: torch.Tensor, value_cache: torch.Tensor, max_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks are all there; a step's tables are as long as its longest sequence."""
+        return key_cache, value_cache
+
+    def _places(self, batch: AttentionBatch, run: _Run) -> dict[str, torch.Tensor]:
         assert batch.block_tables is not None, "a paged backend reads block tables"
-        return {"block_table": batch.block_tables[sequences]}
+        return {"block_table": batch.block_tables[run.sequences]}
 
 
 class FlashAttn3Backend(_FlashAttnPackage):
@@ -179,8 +192,9 @@ class FlashAttn3Backend(_FlashAttnPackage):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, *_ = self._kernel(
             query,
-            key_cache,
-            value_cache,
+            # Into how many parts a context is split goes by how much a slot could hold.
+            key_cache[:, : batch.max_seqlen_k],
+            value_cache[:, : batch.max_seqlen_k],
             cache_seqlens=batch.seqused_k,
             cache_batch_idx=batch.slot_ids,
             cu_seqlens_q=batch.cu_seqlens_q,
@@ -199,14 +213,17 @@ def _window_size(layer: LayerAttention) -> tuple[int, int]:
     return (-1, -1) if layer.window is None else (layer.window - 1, 0)
 
 
-def _equal_runs(query_lens: tuple[int, ...]) -> list[_Run]:
-    runs = []
+def _equal_runs(batch: AttentionBatch) -> list[_Run]:
+    runs, query_lens = [], batch.query_lens
     start = first = 0  # of the run: its first query, its first sequence
     for index, query_len in enumerate(query_lens):
         is_last = index + 1 == len(query_lens)
         if is_last or query_lens[index + 1] != query_len:
             stop = start + (index + 1 - first) * query_len
-            runs.append(_Run(slice(start, stop), slice(first, index + 1), query_len))
+            sequences = slice(first, index + 1)
+            runs.append(
+                _Run(slice(start, stop), sequences, query_len, max(batch.kv_lens[sequences]))
+            )
             start = stop
             first = index + 1
     return runs

@@ -22,7 +22,7 @@ from .base import AttentionBackend, AttentionBatch, Capabilities, LayerAttention
 from .cuda import missing_gpu, missing_package
 from .sinks import apply_sinks, sinks_lse
 
-WORKSPACE_BYTES = 128 * 2**20  # what FlashInfer recommends for split contexts
+_PROCESSORS = 132  # of a device that is not asked: an H100's
 PAGE_SIZES = (128, 64, 32, 16)  # no larger: contexts are split in whole pages
 MAX_STRIDE = 2**32  # the kernels keep strides as uint32 elements
 
@@ -75,7 +75,7 @@ class FlashInferBackend(AttentionBackend):
         self._wrapper_class: Any = import_module("flashinfer").BatchPrefillWithPagedKVCacheWrapper
         self._wrappers: dict[_PlanKey, _Planned] = {}  # a few: one for each kind of layer
         self._planned: PerStep[Any] = PerStep()
-        self._workspace: torch.Tensor | None = None
+        self._workspace: torch.Tensor | None = None  # the largest so far
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
@@ -197,12 +197,29 @@ class FlashInferBackend(AttentionBackend):
 
     def _wrapper(self, key: _PlanKey, device: torch.device) -> _Planned:
         """A wrapper keeps its own plan; the scratch of a running kernel can be shared by all."""
-        if self._workspace is None:
-            self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         if key not in self._wrappers:
+            needed = workspace_bytes(key.num_heads, key.num_kv_heads, key.head_dim, device)
+            if self._workspace is None or self._workspace.numel() < needed:
+                self._workspace = torch.empty(needed, dtype=torch.uint8, device=device)
             wrapper = self._wrapper_class(self._workspace, "NHD", backend="fa2")
             self._wrappers[key] = _Planned(wrapper, device)
         return self._wrappers[key]
+
+
+def workspace_bytes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> int:
+    """What the parts of split contexts can take: a plan that needs more than it has raises.
+
+    Contexts are split while that makes no more than two blocks of work a processor, and each block
+    leaves a float32 tile of outputs and their log-sum-exps, of each query head of its KV head.
+    Source: FlashInfer's `PrefillPlan` (include/flashinfer/attention/scheduler.cuh).
+    """
+    processors = _PROCESSORS
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    tile = 128 if head_dim < 256 else 64  # rows, at most
+    blocks = max(1, 2 * processors // num_kv_heads)
+    parts = num_heads * blocks * tile
+    return parts * head_dim * 4 + parts * 4 + 2 * 16  # two arrays, each aligned
 
 
 def paged_view(

@@ -11,7 +11,7 @@ import torch
 from .base import AttentionBatch, LayerAttention, PerStep
 from .cuda import missing_gpu
 from .paged import check_block_size
-from .torch_flash import TorchFlashBackend, flash_forward
+from .torch_flash import Part, TorchFlashBackend, cut_batch, flash_forward
 
 
 class PagedFlashBackend(TorchFlashBackend):
@@ -21,7 +21,7 @@ class PagedFlashBackend(TorchFlashBackend):
     )
 
     def __init__(self) -> None:
-        self._offsets: PerStep[torch.Tensor] = PerStep()
+        self._parts: PerStep[list[Part]] = PerStep()
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
@@ -42,10 +42,14 @@ class PagedFlashBackend(TorchFlashBackend):
         layer: LayerAttention,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert batch.block_tables is not None, "a paged backend reads block tables"
-        offsets = self._offsets.get(batch, None, lambda: _offsets(batch.seqused_k))
-        return flash_forward(
-            query, key_cache, value_cache, offsets, batch, layer, block_table=batch.block_tables
-        )
+        parts = self._parts.get(batch, None, lambda: _cut(batch))
+        return flash_forward(query, key_cache, value_cache, parts, layer)
+
+
+def _cut(batch: AttentionBatch) -> list[Part]:
+    """As `cut_batch`; keys are counted from the first of each part on."""
+    parts = cut_batch(batch, _offsets(batch.seqused_k))
+    return [replace(part, offsets_k=_offsets(part.seqused_k)) for part in parts]
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,16 @@ The variable-length kernel takes keys and values as one flat run of rows. Given 
 order are a valid "packed" batch: start row = slot · rows per slot. Nothing is copied, and no
 package is needed.
 
+Only where each sequence has one query does the kernel read KV once for all query heads of a KV
+head, and split long contexts. So decodes that come before the chunks of a step have a call of
+their own.
+
 Softcap is not reachable through PyTorch's operator. Sinks are applied to the result by its
 log-sum-exp, which the kernel returns anyway.
 """
 
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -41,7 +47,7 @@ class TorchFlashBackend(AttentionBackend):
     )
 
     def __init__(self) -> None:
-        self._start_rows: PerStep[torch.Tensor] = PerStep()
+        self._parts: PerStep[list[Part]] = PerStep()
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
@@ -93,42 +99,110 @@ class TorchFlashBackend(AttentionBackend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [num_tokens, num_heads, head_dim], LSE [num_tokens, num_heads], no sinks."""
         keys, values = flat_kv(key_cache), flat_kv(value_cache)
-        starts = self._start_rows.get(
-            batch, keys.rows_per_slot, lambda: _start_rows(batch, keys.rows_per_slot)
+        parts = self._parts.get(
+            batch,
+            keys.rows_per_slot,
+            lambda: cut_batch(batch, _start_rows(batch, keys.rows_per_slot)),
         )
-        return flash_forward(query, keys.rows, values.rows, starts, batch, layer)
+        return flash_forward(query, keys.rows, values.rows, parts, layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Neighbouring sequences of a step, for one call of the operator.
+
+    Attributes:
+        queries: of the flat ones.
+        cu_seqlens_q: int32 [num_seqs + 1], from 0 on.
+        offsets_k: int32 [num_seqs + 1], first row of each sequence.
+        seqused_k: int32 [num_seqs].
+        max_seqlen_q, max_seqlen_k: of these sequences.
+        paging: `block_table`, for an operator that takes one.
+    """
+
+    queries: slice
+    cu_seqlens_q: torch.Tensor
+    offsets_k: torch.Tensor
+    seqused_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    paging: dict[str, torch.Tensor]
+
+
+def cut_batch(batch: AttentionBatch, offsets_k: torch.Tensor) -> list[Part]:
+    """The decodes that a step begins with, and what comes after them; one part if it is all alike.
+
+    A recorded step is one of decodes alone, and goes by nothing but its tensors and bounds.
+    """
+    num_decodes = sum(1 for _ in takewhile((1).__eq__, batch.query_lens))
+    if num_decodes in (0, batch.num_seqs):
+        return [_part(batch, offsets_k, 0, batch.num_seqs)]
+    return [
+        _part(batch, offsets_k, 0, num_decodes),
+        _part(batch, offsets_k, num_decodes, batch.num_seqs),
+    ]
+
+
+def _part(batch: AttentionBatch, offsets_k: torch.Tensor, first: int, stop: int) -> Part:
+    """Sequences `first … stop`, before which there are decodes alone."""
+    is_all = (first, stop) == (0, batch.num_seqs)
+    lens = batch.query_lens[first:stop]
+    offsets_q = batch.cu_seqlens_q if is_all else batch.cu_seqlens_q[first : stop + 1]
+    tables = batch.block_tables
+    return Part(
+        queries=slice(first, first + sum(lens)),
+        cu_seqlens_q=offsets_q - first if first else offsets_q,
+        offsets_k=offsets_k if is_all else offsets_k[first : stop + 1],
+        seqused_k=batch.seqused_k if is_all else batch.seqused_k[first:stop],
+        max_seqlen_q=max(lens),
+        max_seqlen_k=max(batch.kv_lens[first:stop]),
+        paging={} if tables is None else {"block_table": tables[first:stop]},
+    )
 
 
 def flash_forward(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    offsets_k: torch.Tensor,
-    batch: AttentionBatch,
+    parts: list[Part],
     layer: LayerAttention,
-    **paging: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PyTorch's operator: output [num_tokens, num_heads, head_dim], LSE [num_tokens, num_heads].
 
     Args:
-        keys, values: rows [num_rows, num_kv_heads, head_dim], or blocks where `paging` is given.
-        offsets_k: int32 [num_seqs + 1], first row of each sequence.
-        paging: `block_table`, for an operator that takes one.
+        keys, values: rows [num_rows, num_kv_heads, head_dim], or blocks where there are tables.
+        parts: of the step, as they follow one another; each is a call.
     """
+    if len(parts) == 1:
+        out, lse = _call(query, keys, values, parts[0], layer)
+        return out, lse.T  # the kernel's is [num_heads, num_tokens]
+    done = [_call(query[part.queries], keys, values, part, layer) for part in parts]
+    outs, lses = zip(*done, strict=True)
+    return torch.cat(outs), torch.cat(lses, dim=1).T
+
+
+def _call(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    part: Part,
+    layer: LayerAttention,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [num_tokens, num_heads, head_dim], LSE [num_heads, num_tokens]."""
     assert layer.softcap is None, "refused at load: capabilities.softcap is False"
     # A window no sequence has outgrown hides nothing, and only without one does the kernel
     # fold GQA groups and split long contexts at decode.
     window = layer.window
-    if window is not None and window >= batch.max_seqlen_k:
+    if window is not None and window >= part.max_seqlen_k:
         window = None
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         query,
         keys,
         values,
-        batch.cu_seqlens_q,
-        offsets_k,
-        batch.max_seqlen_q,
-        batch.max_seqlen_k,
+        part.cu_seqlens_q,
+        part.offsets_k,
+        part.max_seqlen_q,
+        part.max_seqlen_k,
         0.0,  # dropout
         True,  # causal, aligned to the last key of each sequence
         False,  # debug mask
@@ -136,10 +210,10 @@ def flash_forward(
         # The kernel counts the keys left of a query's own.
         window_size_left=None if window is None else window - 1,
         window_size_right=None if window is None else 0,
-        seqused_k=batch.seqused_k,
-        **paging,
+        seqused_k=part.seqused_k,
+        **part.paging,
     )
-    return out, lse.T  # the kernel's is [num_heads, num_tokens]
+    return out, lse
 
 
 def flat_kv(cache: torch.Tensor) -> FlatKV:

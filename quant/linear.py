@@ -1,6 +1,6 @@
 """A linear layer with a 4-bit weight, or an 8-bit one of two such halves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +67,12 @@ class Int4Linear(nn.Module):
             total += self._weight.num_bytes
         return total + sum(buffer.nbytes for buffer in self.buffers())
 
+    def weight_tensors(self) -> Iterator[torch.Tensor]:
+        """The very tensors of its layouts and of the canonical weight, which no buffer holds; one
+        may come twice."""
+        for part in (self._weight, *self._layouts.values()):
+            yield from _tensors_of(part)
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         rows = inputs.reshape(-1, self.in_features)
         if self.permutation is not None:
@@ -130,3 +136,14 @@ class Int4Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bits={self.bits}, group_size={self._outline.group_size}"
         )
+
+
+def _tensors_of(part: Any) -> Iterator[torch.Tensor]:
+    """Those of a layout, which is a tensor, a weight, or gives its parts when it is iterated."""
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, Int4Weight):
+        yield from _tensors_of((part.packed, part.scales, part.zeros))
+    elif part is not None:
+        for one in part:
+            yield from _tensors_of(one)

@@ -53,9 +53,13 @@ class VmemDriver(ABC):
         call_times_s: seconds spent in them, by kind.
         has_segments: whether pages are handed over by segments. Where they are not, each page is
             handed over by itself, if at all.
+        memory_name: names the memory that pages are of. They can be handed over among drivers of
+            one machine that agree in it: a page of another GPU could be mapped where the two reach
+            each other, and each access would go over the bus.
     """
 
     has_segments = False
+    memory_name = "host"
 
     def __init__(self, *, device: torch.device, granularity: int, page_bytes: int) -> None:
         if page_bytes <= 0 or page_bytes % granularity:

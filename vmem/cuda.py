@@ -4,6 +4,7 @@ Importing this module needs neither a GPU nor `cuda-python`; building a `CudaDri
 The driver works in the device's primary context, the one PyTorch uses.
 """
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,8 @@ from .process import OwnedLock, ProcessOwner
 class CudaDriver(VmemDriver):
     """Pinned device memory as pages, each an allocation of its own, mapped one by one.
 
-    A mapping, in the sense of `num_mappings`, is one page at one address. One class, since its
+    A mapping, in the sense of `num_mappings`, is one page at one address. Pages are numbered as
+    they come: CUDA uses the values of handles again, and gives an import any. One class, since its
     methods are the calls that the contract names.
     """
 
@@ -50,6 +52,7 @@ class CudaDriver(VmemDriver):
         self._device = _open_device(cuda, device_index)
         self._properties = _page_properties(cuda, self._device, device_index)
         self._access = _access_descriptor(cuda, device_index)
+        self.memory_name = f"GPU {bytes(_check(cuda, 'cuDeviceGetUuid', self._device).bytes).hex()}"
         flag = cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         granularity = _check(cuda, "cuMemGetAllocationGranularity", self._properties, flag)
         super().__init__(
@@ -58,15 +61,20 @@ class CudaDriver(VmemDriver):
             page_bytes=granularity if page_bytes is None else page_bytes,
         )
         self._max_mappings = max_mappings
+        self._numbers = itertools.count()
+        self._handles: dict[Page, int] = {}  # of live pages
         self._unwritten: set[Page] = set()  # created, never mapped, so not zeroed yet
         self._events: set[Any] = set()  # of fences not waited for yet
         with ExitStack() as undo:
             self._context = _check(cuda, "cuDevicePrimaryCtxRetain", self._device)
             undo.callback(_check, cuda, "cuDevicePrimaryCtxRelease", self._device)
             with self._current_context():
-                # A stream of our own, so that zeroing waits for no kernel and none for it.
+                # A stream of our own, so that zeroing waits for no kernel and none for it; and
+                # before whatever is queued, since a step waits for it, under the driver's lock.
                 non_blocking = cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
-                self._stream = _check(cuda, "cuStreamCreate", non_blocking)
+                _, greatest = _check_all(cuda, "cuCtxGetStreamPriorityRange")
+                name = "cuStreamCreateWithPriority"
+                self._stream = _check(cuda, name, non_blocking, greatest)
             undo.pop_all()
 
     @property
@@ -103,33 +111,47 @@ class CudaDriver(VmemDriver):
     # -- physical pages --------------------------------------------------------------------
 
     def _create(self, num_pages: int) -> list[Page]:
-        pages: list[Page] = []
+        handles: list[int] = []
         with self._current_context(), ExitStack() as undo:
             for _ in range(num_pages):
-                handle = self._call(
-                    "create",
-                    "cuMemCreate",
-                    self.page_bytes,
-                    self._properties,
-                    0,
-                    shortage=OutOfPages,
-                )
-                pages.append(Page(int(handle)))
-                undo.callback(self._call, "create", "cuMemRelease", int(handle))
+                handles.append(self._create_one())
+                undo.callback(self._call, "create", "cuMemRelease", handles[-1])
             undo.pop_all()
+        pages = self._number(handles)
         self._unwritten.update(pages)
+        return pages
+
+    def _create_one(self) -> int:
+        """A new allocation; one that cannot be handed over where the other kind is refused."""
+        arguments = "cuMemCreate", self.page_bytes, self._properties, 0
+        try:
+            return int(self._call("create", *arguments, shortage=OutOfPages))
+        except _NotSupported:
+            if not _is_exportable(self._properties):
+                raise
+        self._export_none()
+        return int(self._call("create", *arguments, shortage=OutOfPages))
+
+    def _export_none(self) -> None:
+        """From now on pages cannot be handed over: this system does not have it."""
+        kinds = self._cuda.CUmemAllocationHandleType
+        self._properties.requestedHandleTypes = kinds.CU_MEM_HANDLE_TYPE_NONE
+
+    def _number(self, handles: Sequence[int]) -> list[Page]:
+        pages = [Page(next(self._numbers)) for _ in handles]
+        self._handles.update(zip(pages, handles, strict=True))
         return pages
 
     def _release(self, pages: Sequence[Page]) -> None:
         self._unwritten.difference_update(pages)
         with ExitStack() as remaining:  # one refusal does not keep the others
             for page in pages:
-                remaining.callback(self._call, "release", "cuMemRelease", page)
+                remaining.callback(self._call, "release", "cuMemRelease", self._handles.pop(page))
 
     # -- pages that change hands: each an allocation of its own, so each by itself -------------
 
     def _bundle_of(self, page: Page) -> int | None:
-        return page if int(self._properties.requestedHandleTypes) else None
+        return page if _is_exportable(self._properties) else None
 
     def _bundle_size(self, bundle: int) -> int:
         return 1
@@ -139,7 +161,11 @@ class CudaDriver(VmemDriver):
         with ExitStack() as undo:
             for page in pages:
                 name = "cuMemExportToShareableHandle"
-                fd = int(self._call("lend", name, page, self._handle_type, 0))
+                try:
+                    fd = int(self._call("lend", name, self._handles[page], self._handle_type, 0))
+                except _NotSupported:
+                    self._export_none()
+                    raise
                 descriptors.append(fd)
                 undo.callback(os.close, fd)
             undo.pop_all()
@@ -148,18 +174,18 @@ class CudaDriver(VmemDriver):
     def _borrow(self, descriptors: Sequence[int], runs: Sequence[PageRun]) -> list[Page]:
         if any(run[1:] != (0, 1) for run in runs):
             raise InvalidOperation("on a GPU each descriptor is one page; these are of a host")
-        pages: list[Page] = []
+        handles: list[int] = []
         with ExitStack() as undo:
             for run in runs:
                 name = "cuMemImportFromShareableHandle"
-                handle = self._call("borrow", name, descriptors[run.descriptor], self._handle_type)
-                pages.append(Page(int(handle)))
-                undo.callback(self._call, "borrow", "cuMemRelease", int(handle))
+                fd = descriptors[run.descriptor]
+                handles.append(int(self._call("borrow", name, fd, self._handle_type)))
+                undo.callback(self._call, "borrow", "cuMemRelease", handles[-1])
             undo.pop_all()
-        return pages
+        return self._number(handles)
 
     def _note_owned(self, pages: Sequence[Page], is_owned: bool) -> None:
-        pass  # memory lives as long as any process has a handle of it
+        pass  # memory lives as long as any process has a handle, a mapping or a descriptor of it
 
     @property
     def _handle_type(self) -> Any:
@@ -181,7 +207,8 @@ class CudaDriver(VmemDriver):
         with ExitStack() as undo:
             for index, page in enumerate(pages):
                 position = address + index * size
-                self._call("map", "cuMemMap", position, size, 0, page, 0, shortage=OutOfMappings)
+                arguments = position, size, 0, self._handles[page], 0
+                self._call("map", "cuMemMap", *arguments, shortage=OutOfMappings)
                 undo.callback(self._call, "unmap", "cuMemUnmap", position, size)
             # The dearest call of all, so once for the run and not once a page.
             self._call(
@@ -240,9 +267,12 @@ class CudaDriver(VmemDriver):
         return torch.cuda.current_stream(self.device).cuda_stream
 
     def _wait(self, event: Any) -> None:
-        """Wait for `event`, without the lock, so that other threads may map meanwhile."""
+        """Wait for `event`, without the lock, so that other threads may map meanwhile.
+
+        Once for each: what CUDA records next may have the same handle.
+        """
         with self._current_context():
-            if event in self._events:
+            if event in self._events:  # or the driver is closed
                 self._call("wait", "cuEventSynchronize", event)
                 self._events.remove(event)
                 self._call("wait", "cuEventDestroy", event)
@@ -287,16 +317,23 @@ class CudaDriver(VmemDriver):
             self._count(kind, start_s)
 
 
+class _NotSupported(DriverError):
+    """What was asked for is not to be had on this system, however often."""
+
+
 class _EventFence:
     def __init__(self, driver: CudaDriver, event: Any) -> None:
         self._driver = driver
         self._event = event
+        self._is_over = False
         # A second waiter finds the event gone, not half-destroyed.
         self._lock = OwnedLock(ProcessOwner("this fence"))
 
     def wait(self) -> None:
         with self._lock:
-            self._driver._wait(self._event)
+            if not self._is_over:
+                self._driver._wait(self._event)
+                self._is_over = True
 
 
 def _load_bindings() -> ModuleType:
@@ -344,6 +381,10 @@ def _page_properties(cuda: ModuleType, device: Any, index: int) -> Any:
     return properties
 
 
+def _is_exportable(properties: Any) -> bool:
+    return bool(int(properties.requestedHandleTypes))
+
+
 def _access_descriptor(cuda: ModuleType, index: int) -> Any:
     access = cuda.CUmemAccessDesc()
     access.location = _location(cuda, index)
@@ -360,11 +401,22 @@ def _location(cuda: ModuleType, index: int) -> Any:
 
 def _check(cuda: ModuleType, name: str, *args: Any, shortage: type[Exception] = DriverError) -> Any:
     """Call the driver function `name`; return its one result, if any, or raise for its status."""
+    results = _check_all(cuda, name, *args, shortage=shortage)
+    return results[0] if results else None
+
+
+def _check_all(
+    cuda: ModuleType, name: str, *args: Any, shortage: type[Exception] = DriverError
+) -> list[Any]:
+    """The same for a function of several results."""
     status, *results = getattr(cuda, name)(*args)
     if status == cuda.CUresult.CUDA_SUCCESS:
-        return results[0] if results else None
+        return results
     _, text = cuda.cuGetErrorString(status)
     message = f"{name} failed: {status.name}, {text.decode() if text else 'no description'}"
     if status == cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
         raise shortage(message)
+    refusals = cuda.CUresult.CUDA_ERROR_NOT_SUPPORTED, cuda.CUresult.CUDA_ERROR_NOT_PERMITTED
+    if status in refusals:
+        raise _NotSupported(message)
     raise DriverError(message)

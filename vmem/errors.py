@@ -24,6 +24,7 @@ VkvError
 ├── TransferError (RuntimeError)   KV could not be moved: the other side, and what it did
 ├── Shortage (RuntimeError)        nothing was changed; it may succeed later
 │   ├── OutOfPages                 the pool's limit is reached
+│   │   └── OutOfLoans             nobody lends what a request lacks
 │   ├── OutOfSlots                 every slot is taken
 │   └── OutOfMappings              the budget of mappings is spent
 ├── DriverError (RuntimeError)     a system or driver call failed: which, and its status
@@ -131,6 +132,10 @@ class Shortage(VkvError, RuntimeError):
 
 class OutOfPages(Shortage):
     """The page pool cannot supply the pages asked for within its limit."""
+
+
+class OutOfLoans(OutOfPages):
+    """No other engine has room for tokens that cannot stay here."""
 
 
 class OutOfSlots(Shortage):

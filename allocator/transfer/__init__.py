@@ -3,7 +3,15 @@
 from .copier import Copier, CopyJob
 from .kv_dir import KVDir
 from .memory_tier import Fetch, MemoryTier, MoveStats, Store
-from .segment_tier import Lent, Segment, SegmentTier, split_off
+from .segment_tier import (
+    Lent,
+    Segment,
+    SegmentTier,
+    part_of,
+    put_before,
+    split_off,
+    staging,
+)
 from .transfers import Incoming, Outgoing, Spans, TransferKey, Transfers, TransferState
 
 __all__ = [
@@ -23,5 +31,8 @@ __all__ = [
     "TransferKey",
     "TransferState",
     "Transfers",
+    "part_of",
+    "put_before",
     "split_off",
+    "staging",
 ]

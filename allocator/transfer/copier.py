@@ -64,12 +64,14 @@ class CopyJob:
         try:
             self._after.wait()
             start_s = time.perf_counter()
-            for source, target in self._pairs:
-                if self._is_cancelled:
-                    raise InvalidOperation("the copy was cancelled")
-                _copy(source, target, stream)
-            if stream is not None:
-                stream.synchronize()
+            try:
+                for source, target in self._pairs:
+                    if self._is_cancelled:
+                        raise InvalidOperation("the copy was cancelled")
+                    _copy(source, target, stream)
+            finally:  # what was launched before an error is under way, and touches memory
+                if stream is not None:
+                    stream.synchronize()
             self.time_s = time.perf_counter() - start_s
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
             self.error = error
@@ -161,11 +163,11 @@ def _work(jobs: "SimpleQueue[Job | None]", stream: "torch.cuda.Stream | None") -
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor, stream: "torch.cuda.Stream | None") -> None:
-    if stream is None:  # by one thread, and without the interpreter's lock
+    if source.is_cpu and target.is_cpu:  # by one thread, and without the interpreter's lock
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
         return
-    with torch.cuda.stream(stream):
-        target.copy_(source, non_blocking=True)
+    with torch.cuda.stream(stream):  # None: the current one, and the call waits
+        target.copy_(source, non_blocking=stream is not None)
 
 
 def _pairs(source: Spans, target: Spans) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

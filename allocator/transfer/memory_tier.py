@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ...vmem.errors import DriverError, InvalidOperation, Shortage
 from ..exits import Exits
+from ..page_pool import Owner
 from ..slot import Slot
 from ..slot_cache import SlotCache
 from .copier import Copier, CopyJob
@@ -153,12 +154,19 @@ class MemoryTier:
         return self.far.prefix_length(tokens, variant)
 
     def fetch(
-        self, name: str, tokens: Sequence[int], variant: str = "", *, num_reserved: int = 0
+        self,
+        name: str,
+        tokens: Sequence[int],
+        variant: str = "",
+        *,
+        owner: Owner | None = None,
+        num_reserved: int = 0,
     ) -> Fetch | None:
         """Begin to copy the longest prefix of `tokens` that the tier has into a near slot.
 
         The slot has memory for all that is copied, and a promise of it for `num_reserved` tokens.
         What is parked in the near cache already is not copied. None if the tier has nothing.
+        `owner` is as of `SlotCache.adopt`.
         Raises a Shortage or DriverError, with nothing changed, if the near cache has no memory.
         """
         match = self.far.find(tokens, variant)
@@ -168,7 +176,11 @@ class MemoryTier:
         outgoing = self._outgoing[1].send(key, match.slot, match.num_tokens)
         try:
             incoming = self._incoming[1].receive(
-                key, tokens[: match.num_tokens], variant, num_reserved=num_reserved
+                key,
+                tokens[: match.num_tokens],
+                variant,
+                owner=owner,
+                num_reserved=num_reserved,
             )
         except (Shortage, DriverError):
             outgoing.abort()

@@ -6,12 +6,14 @@
 Unlike what a `MemoryTier` keeps, they do not come back: they are attended where they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...vmem.errors import DriverError, InvalidOperation, Shortage
+import torch
+
+from ...vmem.errors import DriverError, InvalidOperation, Shortage, VkvError
 from ..exits import Exits
 from ..slot import Slot
 from ..slot_cache import SlotCache
@@ -135,7 +137,7 @@ def split_off(cache: SlotCache, exits: Exits, slot: Slot, start: int, stop: int)
     Pages that others share, or a file has, are left to them. Raises a Shortage or DriverError, with
     nothing changed.
     """
-    fresh = cache.open()
+    fresh = cache.open(slot.owner)
     if start == stop:
         return fresh
     try:
@@ -145,6 +147,47 @@ def split_off(cache: SlotCache, exits: Exits, slot: Slot, start: int, stop: int)
         exits.let_go(fresh)
         raise
     return fresh
+
+
+def put_before(
+    cache: SlotCache,
+    exits: Exits,
+    slot: Slot,
+    num_rows: int,
+    num_before: int,
+    fill: Callable[[Spans], None],
+) -> Slot:
+    """A new slot with `num_before` rows that `fill` fills, and then the first `num_rows` of
+    another, which stays as it is.
+
+    Raises a Shortage, DriverError or what `fill` raises, with nothing changed.
+    """
+    fresh = cache.open()
+    try:
+        cache.grow(fresh, num_before + num_rows)
+        fill(cache.spans(fresh, 0, num_before))
+        if num_rows:
+            target = cache.spans(fresh, num_before, num_before + num_rows)
+            _copy(cache, cache.spans(slot, 0, num_rows), target)
+    except VkvError:
+        exits.let_go(fresh)
+        raise
+    return fresh
+
+
+def staging(cache: SlotCache, num_tokens: int) -> Spans:
+    """Memory beside a cache for so many of its tokens, on their way through this process."""
+    widths = cache.geometry.token_format.widths
+    return [[torch.empty(num_tokens * width, dtype=torch.uint8)] for width in widths]
+
+
+def part_of(staged: Spans, num_tokens: int, start: int, stop: int) -> Spans:
+    """Tokens `start … stop` of what is staged, of `num_tokens`."""
+    parts = []
+    for (piece,) in staged:
+        width = len(piece) // num_tokens
+        parts.append([piece[start * width : stop * width]])
+    return parts
 
 
 def _copy(owner: SlotCache, source: Spans, target: Spans) -> CopyJob:

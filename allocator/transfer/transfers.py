@@ -38,6 +38,7 @@ from ...vmem import Fence
 from ...vmem.errors import DriverError, InvalidOperation, Shortage
 from ..exits import Exits
 from ..movable_slots import Lent
+from ..page_pool import Owner
 from ..parcel import Parcel
 from ..slot import Slot
 from ..slot_cache import SlotCache
@@ -328,6 +329,7 @@ class Transfers:
         tokens: Sequence[int],
         variant: str = "",
         *,
+        owner: Owner | None = None,
         num_reserved: int = 0,
         recycle: bool = True,
         by_pages: bool = False,
@@ -337,14 +339,14 @@ class Transfers:
         memory is promised only: it comes with the pages.
 
         Raises a Shortage or DriverError, with nothing changed, or InvalidOperation if the epoch
-        was overtaken. `recycle` is as of `SlotCache.adopt`.
+        was overtaken. `owner` and `recycle` are as of `SlotCache.adopt`.
         """
 
         def begin() -> Incoming:
             if by_pages:
-                slot, num_held = self.cache.open(), 0
+                slot, num_held = self.cache.open(variant if owner is None else owner), 0
             else:
-                slot, num_held = self.cache.adopt(tokens, variant, recycle=recycle)
+                slot, num_held = self.cache.adopt(tokens, variant, owner=owner, recycle=recycle)
             incoming = Incoming(
                 self.cache, self.exits, key, slot, tokens, variant, num_held, by_pages
             )

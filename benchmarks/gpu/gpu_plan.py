@@ -1,7 +1,12 @@
-"""What `gpu_check.py` runs on a machine with a GPU, and in small on a CPU; the best comes first."""
+"""What `gpu_check.py` runs on a machine with a GPU, and in small on a CPU; the best comes first.
+
+What each step is expected to show is in `README.md`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+MOST_OF_A_TEST_S = 60
 
 
 @dataclass(frozen=True)
@@ -27,27 +32,32 @@ class Step:
 
 def plan(device: str, backends: Sequence[str]) -> list[Step]:
     """All steps, best first. `backends` are the attention backends that can run here."""
-    first = "tests/runtime/engine/test_gpu_memory.py"
-    rest = ["tests", f"--ignore={first}"]
-    if device == "cpu":  # what a GPU will be asked, and the drivers' contract
-        rest = ["tests/vmem/test_contract.py", "tests/attention_backends/test_cuda.py"]
-    steps = [
-        Step("facts", ("-c", _FACTS), 60),
-        _pytest("first tests", device, [first, "-k", "not random_traffic"], 150),
-        _pytest("random traffic", device, [first, "-k", "random_traffic"], 200),
-        _bench("vmm", device, _VMM[device], 90),
-        _bench("stall", device, _STALL[device], 120),
-        *(_attention(name, device, backends) for name in ("llama-8b decode", "llama-8b chunks")),
-        _pytest("all tests", device, rest, 300),
-        _bench("memory", device, _MEMORY[device], 120),
-        _throughput("throughput", device, 240),
-        Step("humming, for linear and throughput, 4 bits", ("-c", _HUMMING), 90, tries="humming"),
-        _bench("linear", device, _LINEAR[device], 120, least_s=40),
-        _throughput("throughput, 4 bits", device, 240),
-        _throughput("throughput, generate", device, 180),
-        *(_attention(name, device, backends) for name in ("yi-6b decode", "long chunks")),
+    return [
+        Step("facts", ("-c", _FACTS), 40),
+        _tests("memory", device, 100),
+        _tests("pages between processes", device, 90),
+        _tests("engine", device, 150),
+        _bench("vmm", device, _VMM[device], 60),
+        _bench("stall", device, _STALL[device], 90),
+        _attention("llama-8b decode", device, backends),
+        _tests("moves", device, 120),
+        _throughput("throughput", device, 150),
+        _attention("llama-8b chunks", device, backends),
+        _tests("backends", device, 90),
+        _tests("adapters", device, 60),
+        _tests("4 bits", device, 90),
+        _tests("random traffic", device, 90),
+        _throughput("throughput, ragged", device, 150),
+        _bench("memory", device, _MEMORY[device], 90),
+        Step("humming, for linear and throughput, 4 bits", ("-c", _HUMMING), 60, tries="humming"),
+        _bench("linear", device, _LINEAR[device], 100, least_s=40),
+        _throughput("throughput, 4 bits", device, 150),
+        _tests("other tests", device, 120),
+        _bench("switch", device, _SWITCH[device], 100),
+        _throughput("throughput, generate", device, 150),
+        _attention("yi-6b decode", device, backends),
+        _attention("long chunks", device, backends),
     ]
-    return [step for step in steps if step is not None]
 
 
 _FACTS = """
@@ -63,6 +73,9 @@ if device.type == "cuda":
     facts["free_and_total_bytes"] = torch.cuda.mem_get_info()
 with open_driver(device) as driver:
     facts["driver"] = {"page_bytes": driver.page_bytes, "granularity": driver.granularity}
+    facts["driver"]["memory"] = driver.memory_name
+    (page,) = driver.create(1)
+    facts["driver"]["can_be_handed_over"] = driver.bundle_of(page) is not None
 with open("facts.json", "w") as file:
     json.dump(facts, file, indent=1)
 """
@@ -87,6 +100,35 @@ for rows in (1, 64):
     assert error < 1e-2
 """
 
+_FIRST = "tests/runtime/engine/test_gpu_memory.py"
+_CHANNELS = "tests/allocator/transfer/channels/test_two_processes.py"
+_ENGINE = "tests/runtime/engine/test_engine_cuda.py"
+_MOVES = "tests/runtime/engine/test_moves_cuda.py"
+_BACKENDS = "tests/attention_backends/test_cuda.py"
+_ADAPTERS = "tests/runtime/adapters/test_lora_kernel.py"
+_TESTS: dict[str, tuple[str, ...]] = {  # what each step of tests is
+    "memory": (_FIRST, "-k", "not random_traffic"),
+    "pages between processes": (_CHANNELS, "-k", "cuda"),
+    "engine": (_ENGINE,),
+    "moves": (_MOVES,),
+    "backends": (_BACKENDS,),
+    "adapters": (_ADAPTERS,),
+    "4 bits": ("tests/quant",),
+    "random traffic": (_FIRST, "-k", "random_traffic"),
+    "other tests": (
+        "tests/vmem",
+        "tests/allocator",
+        "tests/runtime/virtual_cache",
+        f"--ignore={_CHANNELS}",
+    ),
+}
+_SMALL_TESTS = {  # on a CPU: what a GPU will be asked first, and what is quick
+    "pages between processes": (_CHANNELS, "-k", "standin and dies"),
+    "4 bits": ("tests/quant/test_humming.py",),
+    "other tests": ("tests/vmem/test_contract.py",),
+}
+_EVERYWHERE = {"adapters"}  # tests that go by what machine they find, and have no mark
+
 _VMM = {
     "cuda": "--max-memory 4GiB --repeats 7",
     "cpu": "--pages 2MiB --runs 1,8 --repeats 2 --max-memory 64MiB",
@@ -99,6 +141,12 @@ _MEMORY = {
     "cuda": "--shape llama3-8b --dtype bfloat16 --num-requests 32 --kinds virtual,paged",
     "cpu": "--shape llama-tiny --num-requests 4 --kinds virtual,paged --idle-s 0.2",
 }
+_SWITCH = {
+    "cuda": "--shape llama-455m --dtype bfloat16 --num-conversations 16 --rate 4 --pause-s 0.5 "
+    "--kv-memory 64MiB --systems recompute,blocks,beside-reuse --changes random",
+    "cpu": "--num-conversations 3 --rate 5 --pause-s 0.05 --scale 0.05 --max-len 128 "
+    "--kv-memory 1MiB --swap-memory 64MiB --systems recompute,beside-reuse --changes random",
+}
 _LINEAR = {
     "cuda": "--layers 8192x8192,llama3-8b --kernels all --max-memory 1GiB",
     "cpu": "--layers llama-455m --rows 1 --repeats 1 --max-memory 32MiB",
@@ -106,23 +154,25 @@ _LINEAR = {
 # All systems of a step hold the 8B model on the card at once: three fit into 80 GB beside what
 # they work with, so transformers' generate, which pads to 64 times the longest, has its own step.
 _THROUGHPUT = {
-    "throughput": "--systems vkv,vkv-paged,transformers-continuous "
-    "--cells decode-1,decode-32,ragged-64",
+    "throughput": "--systems vkv,vkv-paged --cells decode-1,decode-32",
+    "throughput, ragged": "--systems vkv,vkv-paged,transformers-continuous --cells ragged-64 "
+    "--label ragged",
     "throughput, 4 bits": "--systems vkv --quant gptq --cells decode-1,decode-16",
     "throughput, generate": "--systems vkv,transformers --cells decode-1,ragged-64 --batch 64 "
     "--label generate",
 }
 _SMALL_THROUGHPUT = {  # on a CPU
-    "throughput": "--systems vkv,transformers-continuous --cells decode-1",
+    "throughput": "--systems vkv,vkv-paged --cells decode-1",
+    "throughput, ragged": "--systems vkv,transformers-continuous --cells decode-1 --label ragged",
     "throughput, 4 bits": "--systems vkv --quant gptq --cells decode-1",
     "throughput, generate": "--systems vkv,transformers --cells decode-1 --label generate",
 }
 _ATTENTION = {  # heads, batches, contexts, chunk, memory, limit
     "cuda": {
-        "llama-8b decode": ("32:8x128", "1,8,64", "1024,8192,32768,131072", 0, "8GiB", 150),
-        "llama-8b chunks": ("32:8x128", "1", "16384,65536,131072,196608", 2048, "8GiB", 120),
-        "yi-6b decode": ("32:4x128", "1,8,64", "1024,16384,131072", 0, "8GiB", 120),
-        "long chunks": ("32:4x128", "1", "16384,65536,131072,196608", 8192, "8GiB", 120),
+        "llama-8b decode": ("32:8x128", "1,8,64", "1024,8192,32768,131072", 0, "8GiB", 100),
+        "llama-8b chunks": ("32:8x128", "1", "16384,65536,131072,196608", 2048, "8GiB", 90),
+        "yi-6b decode": ("32:4x128", "1,8,64", "1024,16384,131072", 0, "8GiB", 100),
+        "long chunks": ("32:4x128", "1", "16384,65536,131072,196608", 8192, "8GiB", 90),
     },
     "cpu": {
         "llama-8b decode": ("32:8x128", "1,2", "1024", 0, "64MiB", 60),
@@ -170,11 +220,21 @@ def _bench(
     return Step(f"bench {name}", ("-c", entry, *words), limit_s, least_s)
 
 
-def _pytest(name: str, device: str, arguments: Sequence[str], limit_s: float) -> Step:
-    marks = ("-m", "gpu") if device == "cuda" else ()
+def _tests(name: str, device: str, limit_s: float) -> Step:
+    arguments = _TESTS[name]
+    if device == "cpu":
+        arguments = _SMALL_TESTS.get(name, arguments)
+    marks = ("-m", "gpu") if device == "cuda" and name not in _EVERYWHERE else ()
+    return pytest_step(name, (*marks, *arguments), limit_s)
+
+
+def pytest_step(name: str, arguments: Sequence[str], limit_s: float) -> Step:
+    """A run of pytest. A test that hangs ends it, and is named at the end of the log."""
     # Another machine's plugins and packages warn of what they like.
-    options = ("-q", "-W", "default", "-p", "no:cacheprovider", "-o", "junit_family=xunit1")
+    options = ("-v", "-W", "default", "-p", "no:cacheprovider", "-o", "junit_family=xunit1")
     report = f"--junitxml=RECORDS/{name.replace(' ', '-')}.xml"
-    others = ("--continue-on-collection-errors", "--durations=15")
-    command = ("-m", "pytest", *options, *others, report, *marks, *arguments)
+    most_s = min(MOST_OF_A_TEST_S, limit_s / 2)
+    limits = (f"--timeout={most_s:.0f}", "--timeout-method=thread")
+    others = ("--continue-on-collection-errors", "--durations=15", "--tb=short")
+    command = ("-m", "pytest", *options, *limits, *others, report, *arguments)
     return Step(name, command, limit_s, is_test=True)

@@ -229,6 +229,18 @@ def cluster() -> Command:
 
 
 @bench.command(cls=LazyCommand)
+def long() -> Command:
+    """Contexts beyond one pool: how long, what a token then takes, what lending memory brings.
+
+    The longest context over 1, 2, 4 and 8 instances, compared with one engine's; decode steps
+    where first tokens lie at creditors, in host memory or in a file, with the bytes of each link.
+    """
+    from .cluster.long.options import LongOptions
+
+    return _measuring(LongOptions, ".cluster.long.bench")
+
+
+@bench.command(cls=LazyCommand)
 def schedule() -> Command:
     """What a request costs the scheduler, from a hundred requests in line to a hundred thousand."""
     from .load.options import ScheduleOptions

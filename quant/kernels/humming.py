@@ -40,7 +40,8 @@ class HummingLayout:
         if self._weight is not None:
             yield self._weight
         if self._layer is not None:
-            yield from self._layer.state_dict().values()
+            yield from self._layer.parameters()
+            yield from self._layer.buffers()
 
     def layer(self, dtype: torch.dtype) -> Any:
         """The package's layer, for inputs of `dtype`; always the same one."""

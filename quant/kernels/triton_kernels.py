@@ -48,7 +48,7 @@ def _zeros(zeros_ptr, offsets, HAS_ZEROS: tl.constexpr):
     return tl.full(offsets.shape, 8, tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # or batches of other sizes compile it again
 def multiply_kernel(
     inputs_ptr,  # [num_rows, num_columns] of 16 bits
     words_ptr,  # int32 [num_units, padded_n, 32]

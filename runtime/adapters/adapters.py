@@ -2,7 +2,9 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from transformers import PreTrainedModel
 from ...allocator import MemoryLimit
 from ...vmem.errors import BadAdapter, OutOfPages, UnknownAdapter, UsageError, VkvError
 from ..request.spec import AdapterKey
-from .lora_file import LoraFile
+from .lora_file import Digests, LoraFile
 from .memory import AdapterMemory
 from .sites import Sites
 from .steps import AdapterStep, Products, Table
@@ -31,6 +33,7 @@ class AdapterStats:
         path: the folder that it is read from.
         num_bytes: what its weights take while they are in memory.
         is_here: whether they are.
+        load_s: that reading them took, the last time; 0 before.
         num_requests: unfinished ones that use it.
         is_leaving: it was unloaded, and stays until those have ended.
     """
@@ -42,6 +45,12 @@ class AdapterStats:
     is_here: bool
     num_requests: int
     is_leaving: bool
+    load_s: float = 0.0
+
+    @property
+    def key(self) -> AdapterKey:
+        """What it is called by."""
+        return AdapterKey(self.name, self.digest)
 
 
 class _Adapter:
@@ -52,6 +61,7 @@ class _Adapter:
         self.file = file
         self.num_requests = 0
         self.is_leaving = False
+        self.load_s = 0.0
         self.problem: VkvError | None = None  # why it does not fit the model any more
 
 
@@ -82,12 +92,19 @@ class Adapters:
         self._model = model
         self._dtype = dtype
         self._memory = AdapterMemory(limit, products, dtype)
+        self._digests = Digests()
         self._sites: Sites | None = None  # None until an adapter was loaded
         self._names: dict[str, AdapterKey] = {}
         self._known: dict[AdapterKey, _Adapter] = {}
         self.num_installs = 0
 
     # -- by name -----------------------------------------------------------------------------
+
+    def prepare(self, path: str | Path) -> None:
+        """Read a folder that is about to be loaded, so that `load` need not: from any thread, while
+        steps run. What is wrong with it `load` says."""
+        with suppress(BadAdapter, ValueError):
+            self._digests.of(Path(path))
 
     def load(self, name: str, path: str | Path) -> AdapterKey:
         """Have requests use the adapter in a folder by `name`; its weights come later.
@@ -103,7 +120,7 @@ class Adapters:
                 "save_pretrained writes it"
             )
         sites = self._sites = self._sites or Sites(self._model, self._dtype)
-        file = LoraFile(folder, sites, self.products.most_rank)
+        file = LoraFile(folder, sites, self.products.most_rank, self._digests)
         key = AdapterKey(name, file.digest)
         if self._names.get(name, key) != key:
             raise UsageError(
@@ -195,7 +212,12 @@ class Adapters:
         if adapter.problem is not None:
             raise adapter.problem
         assert self._sites is not None, "something was loaded"
+        if key in self._memory:
+            self._memory.load(key, adapter.file, len(self._sites))
+            return
+        begin_s = time.perf_counter()
         self._memory.load(key, adapter.file, len(self._sites))
+        adapter.load_s = time.perf_counter() - begin_s
 
     def step(
         self, num_rows: int, num_kept: int | None = None, *, is_recorded: bool = False
@@ -229,7 +251,8 @@ class Adapters:
         self._sites = Sites(self._model, self._dtype)
         for adapter in self._known.values():
             try:
-                file = LoraFile(adapter.file.folder, self._sites, self.products.most_rank)
+                folder, most_rank = adapter.file.folder, self.products.most_rank
+                file = LoraFile(folder, self._sites, most_rank, self._digests)
                 if file.digest != adapter.key.digest:
                     raise BadAdapter(
                         f"{file.folder} has changed since it was loaded; unload the adapter, and "
@@ -252,6 +275,7 @@ class Adapters:
                 is_here=one.key in self._memory,
                 num_requests=one.num_requests,
                 is_leaving=one.is_leaving,
+                load_s=one.load_s,
             )
             for one in self._known.values()
         )

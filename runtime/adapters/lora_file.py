@@ -3,7 +3,9 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +22,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _DTYPES = ("F16", "F32", "BF16")
 _PART_BYTES = 1 << 22
+_MOST_DIGESTS = 256
 
 Shapes = Mapping[str, tuple[int, ...]]
+_Marks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,31 @@ class _Part:
     scale: float
 
 
+class Digests:
+    """What adapters' folders hold, in short, for as long as nobody writes to their files.
+
+    To read a folder takes a second a gigabyte: whoever is about to load one may have it done
+    before, on a thread that holds nobody up. Any number of threads may use it.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Path, tuple[_Marks, str]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, folder: Path) -> tuple[_Marks, str]:
+        """The marks of a folder's files, and their digest. Raises BadAdapter."""
+        marks = _marks(folder)  # before they are read: what is written meanwhile is noticed later
+        with self._lock:
+            known = self._known.get(folder)
+        if known is None or known[0] != marks:
+            known = marks, _digest(folder)
+            with self._lock:
+                self._known[folder] = known
+                if len(self._known) > _MOST_DIGESTS:
+                    self._known.popitem(last=False)
+        return known
+
+
 class LoraFile:
     """A LoRA adapter as PEFT's `save_pretrained` leaves it, for one model.
 
@@ -42,6 +71,7 @@ class LoraFile:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
         sites: of the model.
         most_rank: the largest rank that is taken.
+        digests: knows the folder already, or will from now on.
 
     Attributes:
         folder: as given.
@@ -50,8 +80,9 @@ class LoraFile:
     Raises BadAdapter for what is not there, is not understood or does not fit.
     """
 
-    def __init__(self, folder: Path, sites: Sites, most_rank: int) -> None:
+    def __init__(self, folder: Path, sites: Sites, most_rank: int, digests: Digests) -> None:
         self.folder = folder
+        self._digests = digests
         self._weights = folder / WEIGHTS_NAME
         config = read_config(folder)
         shapes = _shapes(self._weights)
@@ -62,8 +93,7 @@ class LoraFile:
                     f"{folder} has rank {part.rank} at {part.site.name}, and {most_rank} is the "
                     "most; merge it into the model"
                 )
-        self._mark = _mark(self._weights)
-        self.digest = _digest(folder)
+        self.digest = digests.of(folder)[1]
 
     @property
     def site_names(self) -> list[str]:
@@ -82,7 +112,7 @@ class LoraFile:
 
         Raises BadAdapter if the file is not what it was, or gone.
         """
-        if _mark(self._weights) != self._mark and _digest(self.folder) != self.digest:
+        if self._digests.of(self.folder)[1] != self.digest:
             raise BadAdapter(
                 f"{self.folder} has changed since it was loaded; unload the adapter, and load it "
                 "again"
@@ -175,13 +205,18 @@ def _part(config: LoraConfig, shapes: Shapes, site: Site, keys: Mapping[str, str
     return _Part(site, keys["A"], keys["B"], rank, config.scale_of(site.name))
 
 
-def _mark(path: Path) -> Sequence[int]:
-    """What of a file changes when it is written to. Raises BadAdapter."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise BadAdapter(f"{path} is gone ({error.strerror}); load it from elsewhere") from error
-    return found.st_size, found.st_mtime_ns, found.st_ino
+def _marks(folder: Path) -> _Marks:
+    """What of a folder's files changes when they are written to. Raises BadAdapter."""
+    marks = []
+    for path in (folder / CONFIG_NAME, folder / WEIGHTS_NAME):
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise BadAdapter(
+                f"{path} is gone ({error.strerror}); load it from elsewhere"
+            ) from error
+        marks += [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    return tuple(marks)
 
 
 def _digest(folder: Path) -> str:

@@ -3,7 +3,7 @@
 A tile is up to 16 rows of one adapter; where its weights are it finds in tables of addresses, so
 that a recorded step serves other adapters once those are filled anew. `shrink_kernel` multiplies a
 tile's rows by `down`, `expand_kernel` the few sums that come of it by `up`. Each sum has one order,
-whatever other rows there are.
+whatever other rows there are. All sites of a shape share what was compiled.
 
 Set TRITON_INTERPRET=1 before Triton is imported to run this on the CPU, slowly.
 Source: segmented products over adapters, as Punica has them (arXiv:2310.18547, section 4).
@@ -26,7 +26,7 @@ def _tile_rows(tiles_ptr, rows_ptr, tile, BLOCK_M: tl.constexpr):
     return tl.load(rows_ptr + first + lanes, mask=here, other=0).to(tl.int64), here
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def shrink_kernel(
     tiles_ptr,  # int64 [num_tiles, 3]
     rows_ptr,  # int32 [num_rows]
@@ -72,7 +72,7 @@ def shrink_kernel(
             tl.store(low, sums, mask=here[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def expand_kernel(
     tiles_ptr,
     rows_ptr,

@@ -35,6 +35,8 @@ _COLUMNS = (
     "of, MiB",
     "pages moved",
     "MiB copied",
+    "tokens lent",
+    "borrowed",
 )
 _WORDS = ("role", "state", "node")
 
@@ -53,7 +55,8 @@ def drain(
 ) -> None:
     """Move everything away from an instance and end it. Waits until that is done.
 
-    Nothing is computed again. Interrupted, it drains on all the same.
+    Nothing is computed again but what is longer than its memory. Interrupted, it drains on all the
+    same.
     """
 
     def progress(state: Any) -> str:
@@ -169,6 +172,16 @@ def _show(state: Any) -> None:
         f"{state['num_pages_moved']} pages changed hands, {_mib(state['num_bytes_copied'])} MiB "
         f"were copied; {state['num_died']} instances died, {state['num_drained']} were ended"
     )
+    for one in state["loans"]:
+        console.print(
+            f"instance {one['creditor']} lends instance {one['debtor']} room for "
+            f"{one['num_tokens']:,} tokens; {one['bytes_a_step'] / 1024:.1f} KiB a step"
+        )
+    if state["num_loans_called_back"] or state["num_loans_lost"]:
+        console.print(
+            f"{state['num_loans_called_back']} loans were called back, "
+            f"{state['num_loans_lost']} were lost; their tokens were computed again"
+        )
 
 
 def _row(one: Any) -> list[str]:
@@ -181,6 +194,7 @@ def _row(one: Any) -> list[str]:
         *(_mib(one[name]) for name in ("kv_used_bytes", "kv_limit_bytes")),
         str(one["handed_pages"]),
         _mib(one["carried_bytes"]),
+        *(f"{one[name]:,}" for name in ("lent_tokens", "borrowed_tokens")),
     ]
 
 

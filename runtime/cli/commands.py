@@ -31,6 +31,16 @@ _SAMPLING = {  # without a default: what is not typed is the model's to say, and
     "repetition_penalty": Flag(default=None),
     "seed": Flag(default=None),
 }
+SPECULATION = {
+    "speculative": Flag(
+        default=None,
+        kind=str,
+        help="Guess tokens ahead: ngram, from the text so far; surrogate or surrogate:0.5, by half "
+        "of the model's layers; or a folder, by the smaller model there. The answers are the same, "
+        "sooner where guesses are right.",
+    ),
+    "speculative_tokens": Flag(help="The most tokens of a request that are guessed at once."),
+}
 _ENGINE_SAID = {  # better than the library says it
     "kv_memory": Flag(help="The most memory KV may take, such as 64MiB. Taken only as it is used."),
     "swap_memory": Flag(
@@ -40,6 +50,7 @@ _ENGINE_SAID = {  # better than the library says it
     "attention": Flag(help="An attention backend (see `vkv info`), or auto."),
     "kv": Flag(help="virtual: contiguous slots; paged: the baseline."),
     "generation_config": Flag(help="auto: sample as the model's authors say; vllm: do not."),
+    **SPECULATION,
 }
 _DEVICE = "auto, cpu or cuda."
 _DTYPE = "auto (the checkpoint's), float32, bfloat16 or float16."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ...vmem.errors import InvalidConfig
+from .commands import SPECULATION
 from .options import Flag, Options, TypedOptions, function, option
 
 if TYPE_CHECKING:
@@ -98,13 +99,7 @@ def _beyond_the_model() -> dict[str, Flag]:
             help="A LoRA adapter as NAME=FOLDER, which requests name as their model; may be given "
             "several times.",
         ),
-        "speculative": Flag(
-            default=None,
-            kind=str,
-            help="ngram: guess tokens from the text so far; the answers are the same, sooner where "
-            "text repeats itself.",
-        ),
-        "speculative_tokens": Flag(help="The most tokens of a request that are guessed at once."),
+        **SPECULATION,
     }
 
 
@@ -132,6 +127,7 @@ _OTHERS = (
     "max_num_queued_reqs",
     "max_num_queued_tokens",
     "key_share",
+    "tenants_share_prefixes",
     "max_body_bytes",
     "max_n",
     "shutdown_timeout",

@@ -11,6 +11,7 @@ from ...vmem import janitor
 from ..adapters.adapters import known_names
 from ..blocks.places import Source
 from ..chains.family import gather
+from ..engine.admission import Admission
 from ..engine.config import EngineConfig
 from ..engine.migration.handshake import Stages
 from ..engine.stats import together
@@ -26,6 +27,7 @@ from ..request.sampling_params import SamplingParams
 from ..request.spec import AdapterKey
 from .fleet import Fleet
 from .instances.launcher import Launcher
+from .lending import LentAdmission, admission_of
 from .options import checked_model, checked_policy, checked_roles, instance_options
 from .policies import ClusterPolicy
 from .router import Router
@@ -53,6 +55,8 @@ class Cluster:
             a node of; its nodes share the instances out. None to start one on this machine.
         threads: of each instance, on a CPU, which are as many of Ray's CPUs in a cluster that is
             joined; None to part the processors evenly.
+        lending: instances lend each other memory, so that requests may be longer than what one has,
+            and more of them run; None for that where `max_len` is more than one holds.
         stages: how sequences are copied where their pages cannot change hands.
         liveness_s: an instance that answers nothing for so long counts as dead, and is killed. It
             answers between two steps, so it must be more than the longest of them.
@@ -81,6 +85,7 @@ class Cluster:
         policy: str | ClusterPolicy | None = None,
         address: str | None = None,
         threads: int | None = None,
+        lending: bool | None = None,
         stages: Stages | None = None,
         liveness_s: float = 60.0,
         device: str = "auto",
@@ -96,6 +101,7 @@ class Cluster:
             "model": checked_model(chosen),
             "device": device,
             "dtype": dtype,
+            "lends": lending,
         }
         self._launcher = Launcher(address, silence_s=liveness_s)
         self.router = Router(self.policy, self._launcher.kill, stages=stages, liveness_s=liveness_s)
@@ -231,8 +237,9 @@ class Cluster:
     def drain(self, instance: int, *, timeout_s: float | None = None) -> None:
         """Move everything away from an instance, without computing a token again, and end it.
 
-        What fits nowhere else ends where it is. Raises InvalidOperation if it is the only one, or
-        if something is left after `timeout_s`.
+        Requests that are longer than its memory do not move: when all else has, they go on
+        elsewhere, computed again. What fits nowhere else ends where it is. Raises InvalidOperation
+        if it is the only one, or if something is left after `timeout_s`.
         """
         self._fleet.drain(instance, timeout_s)
 
@@ -248,14 +255,8 @@ class Cluster:
     def face(self) -> Face:
         """What its instances are. Raises EngineDied if there is none."""
         self.router.check_open()
-        members = self.router.members()
-        face = members[0].face
-        assert face is not None
-        if any(member.longest is None for member in members):
-            return face
-        longest = min(member.longest for member in members if member.longest is not None)
-        admission = replace(face.admission, longest=longest, why_not_longer=None)
-        return replace(face, admission=admission)
+        face = next(m.face for m in self.router.members() if m.face is not None)
+        return replace(face, admission=LentAdmission.of(_admission_now(self.router)))
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -290,6 +291,18 @@ def _closing(router: Router, launcher: Launcher) -> Any:
         launcher.close()
 
     return close
+
+
+def _admission_now(router: Router) -> Callable[[], Admission]:
+    last: list[Admission] = []  # what was let in while there was an instance
+
+    def now() -> Admission:
+        members = [member for member in router.members_now() if member.face is not None]
+        if members:
+            last[:] = [admission_of(members)]
+        return last[0]
+
+    return now
 
 
 def _front_end(face: Face, adapters: Callable[[], Mapping[str, AdapterKey]]) -> FrontEnd:

@@ -10,7 +10,8 @@ import msgspec
 from ...vmem.errors import InvalidOperation
 from ..engine.migration.arbiter import Arbiter
 from ..request.spec import RequestSpec
-from .members import Members
+from .lending import LendingDesk
+from .members import Members, most_tokens
 from .policies import ClusterPolicy
 from .snapshot import ClusterSnapshot, Newcomer
 
@@ -27,6 +28,7 @@ class Decisions:
 
     Attributes:
         held: requests that no instance takes yet, in order.
+        lending: what instances lend each other.
         on_scale: called with how many instances the policy wants; `has_scaled` answers it.
     """
 
@@ -39,6 +41,7 @@ class Decisions:
         self._arbiter = arbiter
         self._members = members
         self._max_moves = max_moves
+        self.lending = LendingDesk(members)
         self._num_dispatched = 0
         self._is_scaling = True  # until the first instances are there
 
@@ -62,6 +65,8 @@ class Decisions:
                 num_tokens=len(spec.prompt_token_ids),
                 priority=spec.priority,
                 tenant=spec.tenant,
+                needs=self._members.needs(spec),
+                most_tokens=most_tokens(spec),
             )
             chosen = self._policy.dispatch(self.picture(), newcomer)
             if chosen is None:
@@ -87,7 +92,10 @@ class Decisions:
         for orphan in self._arbiter.take_orphans():
             snapshot = self.picture()
             newcomer = Newcomer(
-                key=orphan.key, num_tokens=len(orphan.token_ids), priority=orphan.spec.priority
+                key=orphan.key,
+                num_tokens=len(orphan.token_ids),
+                priority=orphan.spec.priority,
+                needs=self._members.needs(orphan.spec),
             )
             chosen = self._policy.dispatch(snapshot, newcomer)
             if chosen is None:  # backpressure is for newcomers: these were let in
@@ -99,6 +107,7 @@ class Decisions:
     def rebalance(self) -> None:
         """Ask how many instances there should be, what for, and which requests move."""
         snapshot = self.picture()
+        self.lending.settle(snapshot)
         wanted = self._policy.scale(snapshot)
         if wanted != len(snapshot.working) and not self._is_scaling:
             self._is_scaling = True

@@ -9,8 +9,6 @@ from contextlib import suppress
 from typing import Any
 
 from ...vmem.errors import InvalidConfig, InvalidOperation, VkvError
-from ..engine.memory.segments import PART_TOKENS, SPARE_TOKENS
-from ..link.addresses import Address
 from .instances.launcher import Launcher
 from .policies import drained_first
 from .router import Router
@@ -36,7 +34,6 @@ class Fleet:
         self._router = router
         self._order = order
         self._ids = itertools.count()
-        self._lenders: dict[int, Address] = {}
         self._changing = threading.RLock()  # one change at a time, which may have parts
         router.on_leaving = self._beside(self._leave)
         router.decisions.on_scale = self._beside(self._rescale)
@@ -49,36 +46,19 @@ class Fleet:
                 self._launcher.begin(instance, **self._order)
             for instance, role in begun:
                 arrived = self._launcher.wait(instance)
-                member = Member(id=instance, role=role, pid=arrived.pid, node=arrived.node)
+                member = Member(
+                    id=instance,
+                    role=role,
+                    pid=arrived.pid,
+                    node=arrived.node,
+                    lends_at=arrived.lends_at,
+                )
                 self._router.join(member, self._launcher.connect(instance))
-                if arrived.lends_at is not None:
-                    self._lenders[instance] = arrived.lends_at
             self._wait_for_faces({instance for instance, _ in begun})
-            self._lend({instance for instance, _ in begun})
         except BaseException:
             for instance, _ in begun:
                 self._router.end(instance)
             raise
-
-    def _lend(self, begun: set[int]) -> None:
-        """Let instances borrow from each other: new ones from all, and others from the new ones.
-
-        Each asks those first that come after it, so that not all ask the same.
-        """
-        members = {m.id: m for m in self._router.members() if m.id in self._lenders}
-        if any(member.role != "both" for member in members.values()):
-            return  # prompts that are computed elsewhere move, and long requests do not
-        ids = sorted(members)
-        for place, borrower in enumerate(ids):
-            for lender in ids[place + 1 :] + ids[:place]:
-                face = members[lender].face
-                if face is None or not {borrower, lender} & begun:
-                    continue
-                num_tokens = (face.admission.longest - SPARE_TOKENS) // PART_TOKENS * PART_TOKENS
-                about = f"instance {lender}", self._lenders[lender].told(), str(num_tokens)
-                longest = self._router.ask_one(borrower, "borrow", *about)
-                assert isinstance(longest, int)
-                self._router.note_longest(borrower, longest)
 
     def drain(self, instance: int, timeout_s: float | None = None) -> None:
         """As of `Cluster.drain`."""
@@ -155,7 +135,7 @@ class Fleet:
     def _wait_for_faces(self, instances: set[int]) -> None:
         deadline = time.monotonic() + _MEET_S
         while time.monotonic() < deadline:
-            known = {m.id for m in self._router.members() if m.face is not None}
+            known = {m.id for m in self._router.members() if m.has_arrived}
             if instances <= known:
                 return
             self._router.check_open()

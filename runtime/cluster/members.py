@@ -2,15 +2,26 @@
 
 import threading
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ...vmem.errors import InvalidOperation
 from ..engine.migration.arbiter import Arbiter
 from ..engine.migration.ownership import Owned
+from ..engine.stats import EngineStats
 from ..link.face import Face
 from ..link.messages import Pulse
+from ..request.spec import AdapterKey, RequestSpec
 from .instances.instance_link import InstanceLink
-from .snapshot import ClusterSnapshot, InstanceSnapshot, Newcomer, RequestSnapshot, Role
+from .snapshot import (
+    ClusterSnapshot,
+    Costs,
+    InstanceSnapshot,
+    Loan,
+    Newcomer,
+    RequestSnapshot,
+    Role,
+)
 from .stats import Done, Member
 
 
@@ -33,6 +44,7 @@ class Members:
         self.scaled_s: float | None = None
         self.switched_s: float | None = None
         self._snapshot: tuple[InstanceSnapshot, ...] | None = None
+        self._measured = Costs()
 
     def add(self, member: Member, link: InstanceLink) -> None:
         """An instance is connected."""
@@ -92,13 +104,16 @@ class Members:
             self._members[instance].face = face
             self.changed()
 
-    def note(self, instance: int, pulse: Pulse) -> None:
-        """An instance has said what it holds."""
+    def note(self, instance: int, pulse: Pulse) -> bool:
+        """An instance has said what it holds. Returns whether it can lend, as was not known."""
         member = self._members.get(instance)
+        is_new = member is not None and member.lending is None and pulse.lending is not None
         if member is not None:
             member.stats = pulse.stats
             member.carried_bytes, member.handed_pages = pulse.carried_bytes, pulse.handed_pages
+            member.lending = pulse.lending
             self.changed()
+        return is_new
 
     def gave(self, instance: int, newcomer: Newcomer) -> None:
         """An instance was given a newcomer. Others' pictures stay, or many that come at once would
@@ -116,26 +131,53 @@ class Members:
         self.switched_s = time_s
         self.changed()
 
-    def note_longest(self, instance: int, num_tokens: int) -> None:
-        """An instance takes requests of so many tokens. Without effect if it is gone."""
-        if instance in self._members:
-            self._members[instance].longest = num_tokens
+    def named(self, name: str) -> int | None:
+        """The instance that borrowers call so; None if it is gone."""
+        return next((m.id for m in self.now() if m.name == name), None)
+
+    def loans(self) -> tuple[Loan, ...]:
+        """What instances have of each other's requests; from any thread."""
+        members = self.now()
+        ids = {member.name: member.id for member in members}
+        return tuple(
+            Loan(member.id, ids[held.creditor], held.num_tokens, held.answer_s)
+            for member in members
+            if member.lending is not None
+            for held in member.lending.loans
+            if held.creditor in ids
+        )
 
     def changed(self) -> None:
         """Something in the next picture is another."""
         self._snapshot = None
 
+    def needs(self, spec: RequestSpec) -> Mapping[str, int]:
+        """As of `Newcomer`: what a request computes with beside the model."""
+        key = spec.adapter
+        if key is None:
+            return {}
+        sizes = (
+            one.num_bytes
+            for member in self._members.values()
+            if member.stats is not None
+            for one in member.stats.adapters
+            if one.key == key
+        )
+        return {resident_name(key): next(sizes, 1)}
+
     def snapshot(self, *, num_dispatched: int) -> ClusterSnapshot:
         """The cluster now: what instances said last, and what was given to them since."""
+        loans = self.loans()
         if self._snapshot is None:
             by_owner: dict[str, list[Owned]] = {}
             for sequence in self._arbiter.unfinished:
                 if sequence.owner is not None:
                     by_owner.setdefault(sequence.owner, []).append(sequence)
             self._snapshot = tuple(
-                self._picture(member, by_owner.get(str(member.id), []))
+                self._picture(member, by_owner.get(str(member.id), []), loans)
                 for member in self._members.values()
             )
+            self._measured = _costs(self._members.values())
         faces = [member.face for member in self._members.values() if member.face is not None]
         return ClusterSnapshot(
             time_s=time.monotonic(),
@@ -144,11 +186,18 @@ class Members:
             num_dispatched=num_dispatched,
             scaled_s=self.scaled_s,
             switched_s=self.switched_s,
+            loans=loans,
+            costs=self._measured,
         )
 
-    def _picture(self, member: Member, sequences: list[Owned]) -> InstanceSnapshot:
+    def _picture(
+        self, member: Member, sequences: list[Owned], loans: Sequence[Loan]
+    ) -> InstanceSnapshot:
         """One instance. It is known of a request that its prompt is computed by its first token."""
-        stats, face = member.stats, member.face
+        stats, face, lending = member.stats, member.face, member.lending
+        spread = member.long_requests
+        elsewhere = sum(loan.num_tokens for loan in loans if loan.debtor == member.id)
+        lent = sum(loan.num_tokens for loan in loans if loan.creditor == member.id)
         num_waiting = 0 if stats is None else stats.num_waiting
         begun = [s for s in sequences if s.output_token_ids]
         fresh = [s for s in sequences if not s.output_token_ids]
@@ -163,7 +212,9 @@ class Members:
                 priority=sequence.spec.priority,
                 is_waiting=place >= num_running,
                 waited_s=max(0.0, time.monotonic() - sequence.spec.arrival_time_s),
-                is_migratable=self._arbiter.handshake(sequence.key) is None,
+                is_migratable=sequence.key not in spread
+                and self._arbiter.handshake(sequence.key) is None,
+                most_tokens=most_tokens(sequence.spec),
             )
             for place, sequence in enumerate([*begun, *fresh])
         ]
@@ -175,11 +226,46 @@ class Members:
             home=member.home,
             is_alive=face is not None,
             is_draining=member.is_draining,
-            used_tokens=sum(r.num_tokens for r in requests if not r.is_waiting),
+            used_tokens=max(0, sum(r.num_tokens for r in requests if not r.is_waiting) - elsewhere)
+            + lent,
             parked_tokens=0 if stats is None else stats.kv.tokens_parked,
             num_running=num_running,
             num_waiting=len(sequences) - num_running,
             max_running=None if face is None else face.max_seqs,
             queued_tokens=sum(len(s.spec.prompt_token_ids) for s in fresh),
+            residents=_residents(stats, sequences),
             requests=tuple(requests),
+            max_lent_tokens=0 if lending is None else lending.max_lent_tokens,
+            max_local_tokens=None if lending is None else lending.max_local_tokens,
+            layer_s=None if lending is None else lending.layer_s,
         )
+
+
+def _costs(members: Iterable[Member]) -> Costs:
+    """Of what instances have done so far."""
+    stats = [member.stats for member in members if member.stats is not None]
+    read = [one for s in stats for one in s.adapters if one.load_s]
+    step_s, load_s = sum(s.step_time_s for s in stats), sum(one.load_s for one in read)
+    num_tokens = sum(s.num_computed_tokens for s in stats)
+    return Costs(
+        tokens_per_s=num_tokens / step_s if step_s else 0.0,
+        load_bytes_per_s=sum(one.num_bytes for one in read) / load_s if load_s else 0.0,
+    )
+
+
+def most_tokens(spec: RequestSpec) -> int:
+    """Those that a sequence may have in the end; 0 if that is not known."""
+    most = spec.params.max_tokens
+    return 0 if most is None else len(spec.prompt_token_ids) + most
+
+
+def _residents(stats: EngineStats | None, sequences: Sequence[Owned]) -> frozenset[str]:
+    """What is in an instance's memory beside the model, or comes there for its requests."""
+    here = [] if stats is None else [one.key for one in stats.adapters if one.is_here]
+    used = [s.spec.adapter for s in sequences if s.spec.adapter is not None]
+    return frozenset(map(resident_name, (*here, *used)))
+
+
+def resident_name(adapter: AdapterKey) -> str:
+    """What it is called among all that an instance has in memory."""
+    return f"adapter {adapter.digest} {adapter.name}"

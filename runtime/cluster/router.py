@@ -27,6 +27,7 @@ from ..request.step_output import StepOutput
 from .decisions import Decisions
 from .instances.instance_link import InstanceLink
 from .instances.maps import Maps, Seen
+from .lending import longest_of
 from .loop_thread import LoopThread
 from .members import Members
 from .policies import ClusterPolicy
@@ -34,7 +35,9 @@ from .snapshot import ClusterSnapshot
 from .stats import ClusterStats, Member, MoveUnderWay
 
 _TICK_S = 0.02  # between looks at moves under way
+_LOANS_LEAVE_S = 10.0  # for what an instance that drains has of others' requests
 _DECIDE_S = 0.1  # between questions to the policy
+_OTHERS_FIRST_S = 2.0  # that what moves has, before what does not is computed again elsewhere
 
 
 class Router:
@@ -123,7 +126,8 @@ class Router:
         self._thread.run(self._join(member, connection))
 
     def drain(self, instance: int, timeout_s: float | None = None) -> None:
-        """Give an instance nothing more, and wait until all that it has moved or ended.
+        """Give an instance nothing more, and wait until all that it has moved, ended, or, of what
+        does not move, goes on elsewhere.
 
         Raises InvalidOperation if it is unknown, or not empty after `timeout_s`: it drains on then.
         """
@@ -160,10 +164,6 @@ class Router:
         """As `ask`, of one instance. Raises InvalidOperation if it is not there."""
         return self._thread.run(self._ask_one(instance, question, *about))
 
-    def note_longest(self, instance: int, num_tokens: int) -> None:
-        """An instance takes requests of so many tokens now."""
-        self._thread.post(self._members.note_longest, instance, num_tokens)
-
     def maps(self) -> dict[int, Seen]:
         """What the slots of each instance hold; of one that does not answer, what it was."""
         return self._thread.run(self._maps.look(self._members.links()))
@@ -194,6 +194,7 @@ class Router:
             num_recomputed=counts.orphaned,
             done=done,
             instances=tuple(members),
+            loans=self.decisions.lending.stats(),
         )
 
     def close(self) -> None:
@@ -284,7 +285,8 @@ class Router:
 
     def on_pulse(self, instance: int, pulse: Pulse) -> None:
         """What it holds, or that it was told to end."""
-        self._members.note(instance, pulse)
+        if self._members.note(instance, pulse):  # told before it, or others, get work
+            self.decisions.lending.settle(self.decisions.picture())
         if pulse.is_leaving and instance not in self._leaving:
             self._leaving.add(instance)
             self.on_leaving(instance)
@@ -375,7 +377,13 @@ class Router:
         self._members.of(instance).is_draining = True
         self._members.changed()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._arbiter.involves(str(instance)):
+        self.decisions.lending.settle(self.decisions.picture())  # what it has of others leaves
+        now_s = time.monotonic()
+        leaves_until_s, others_first_until_s = now_s + _LOANS_LEAVE_S, now_s + _OTHERS_FIRST_S
+        while self._arbiter.involves(str(instance)) or (
+            self.decisions.lending.has_loans(instance) and time.monotonic() < leaves_until_s
+        ):
+            self._take_long_away(instance, others_first_until_s)
             if deadline is not None and time.monotonic() > deadline:
                 num_left = len(self._arbiter.sequences_of(str(instance)))
                 raise InvalidOperation(
@@ -383,6 +391,24 @@ class Router:
                     "it drains on, and drain() may be called again"
                 )
             await asyncio.sleep(_TICK_S)
+
+    def _take_long_away(self, instance: int, others_first_until_s: float) -> None:
+        """Have what does not move from an instance that drains go on elsewhere, computed again, if
+        there may be room for it: once all else has moved, unless that takes long."""
+        if self._members.link(instance) is None:  # it has died meanwhile
+            return
+        left = set(self._arbiter.sequences_of(str(instance)))
+        long = left & self._members.of(instance).long_requests
+        if not long or (left - long and time.monotonic() < others_first_until_s):
+            return
+        others = [m for m in self._members.now() if m.id != instance and not m.is_draining]
+        longest = longest_of(others)
+        for sequence in self._arbiter.unfinished:
+            num_tokens = len(sequence.spec.prompt_token_ids) + len(sequence.output_token_ids)
+            if sequence.key in long and num_tokens <= longest:
+                self._arbiter.take_away(sequence.key)
+        self.decisions.place_orphans()
+        self._send()
 
     async def _ask_all(self, question: Question, *about: str) -> list[int | MemoryMap | None]:
         links = [self._members.link(member.id) for member in self._members.now()]

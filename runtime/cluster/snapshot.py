@@ -20,7 +20,9 @@ class RequestSnapshot(msgspec.Struct, frozen=True, gc=False):
         priority: the lower, the earlier.
         is_waiting: it has no slot, and so no keys and values that would have to move with it.
         waited_s: since it came.
-        is_migratable: it may be moved now; not so while it is being moved already.
+        is_migratable: it may be moved now; not so while it is being moved already, or while others
+            have some of its tokens.
+        most_tokens: those that it may have in the end; 0 if that is not known.
     """
 
     key: SequenceKey
@@ -30,6 +32,7 @@ class RequestSnapshot(msgspec.Struct, frozen=True, gc=False):
     is_waiting: bool = False
     waited_s: float = 0.0
     is_migratable: bool = True
+    most_tokens: int = 0
 
     @property
     def has_prompt(self) -> bool:
@@ -43,13 +46,29 @@ class Newcomer(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         num_tokens: of its prompt.
         prefixes: of instances that hold a beginning of it, how many tokens.
+        most_tokens: as of `RequestSnapshot`.
+        needs: what it computes with beside the model, by name, and how many bytes of memory that
+            takes: an adapter, the blocks of a chain.
     """
 
     key: SequenceKey
     num_tokens: int
     priority: int = 0
     tenant: str = ""
+    most_tokens: int = 0
     prefixes: Mapping[int, int] = {}
+    needs: Mapping[str, int] = {}
+
+    def as_request(self, *, is_waiting: bool) -> RequestSnapshot:
+        """As an instance that was given it has it."""
+        return RequestSnapshot(
+            self.key,
+            num_tokens=self.num_tokens,
+            num_uncomputed=self.num_tokens,
+            priority=self.priority,
+            is_waiting=is_waiting,
+            most_tokens=self.most_tokens,
+        )
 
 
 class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,12 +81,18 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         is_draining: it is to end, takes nothing, and hands over what it has.
         node: names the machine that it is on.
         capacity_tokens: tokens whose keys and values it can hold.
-        used_tokens: of live requests, those included for which room is kept while they come.
+        used_tokens: of live requests, those included for which room is kept while they come, and
+            what it holds for others' requests; without what others hold for its own.
         parked_tokens: of finished requests; they give way to live ones.
         num_running, num_waiting: live requests with a slot, and without.
         max_running: slots that it has; None for no limit.
         queued_tokens: prompt tokens that it has still to compute.
+        residents: what is in its memory beside the model, or will be for what it was given.
         requests: running ones in the order of admission, then those that wait, in line.
+        max_lent_tokens: the most that it may hold for others' requests; 0 where it lends nothing.
+        max_local_tokens: the most that it has itself of a request that may outgrow its memory;
+            None where no request may.
+        layer_s: what a layer of its steps takes, by the median; None if that is not known.
     """
 
     id: int
@@ -83,7 +108,11 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting: int = 0
     max_running: int | None = None
     queued_tokens: int = 0
+    residents: frozenset[str] = frozenset()
     requests: tuple[RequestSnapshot, ...] = ()
+    max_lent_tokens: int = 0
+    max_local_tokens: int | None = None
+    layer_s: float | None = None
 
     @property
     def takes_work(self) -> bool:
@@ -120,32 +149,57 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         """Whether requests that generate are for it."""
         return self.takes_work and self.role != "prefill"
 
+    def missing_bytes(self, newcomer: Newcomer) -> int:
+        """Of what a newcomer needs, what would have to be loaded here."""
+        needs = newcomer.needs.items()
+        return sum(size for name, size in needs if name not in self.residents)
+
     def with_given(self, newcomer: Newcomer) -> Self:
         """The same once it was given a newcomer: in line if others are, else taken to run."""
         if self.num_waiting:
             return self.with_newcomer(newcomer)
-        request = RequestSnapshot(
-            newcomer.key, newcomer.num_tokens, newcomer.num_tokens, newcomer.priority
-        )
+        request = newcomer.as_request(is_waiting=False)
         return msgspec.structs.replace(
             self,
             num_running=self.num_running + 1,
             used_tokens=self.used_tokens + newcomer.num_tokens,
             queued_tokens=self.queued_tokens + newcomer.num_tokens,
+            residents=self.residents.union(newcomer.needs),
             requests=(*self.requests, request),
         )
 
     def with_newcomer(self, newcomer: Newcomer) -> Self:
         """The same with a newcomer in line, until it reports it itself."""
-        request = RequestSnapshot(
-            newcomer.key, newcomer.num_tokens, newcomer.num_tokens, newcomer.priority, True
-        )
+        request = newcomer.as_request(is_waiting=True)
         return msgspec.structs.replace(
             self,
             num_waiting=self.num_waiting + 1,
             queued_tokens=self.queued_tokens + newcomer.num_tokens,
+            residents=self.residents.union(newcomer.needs),
             requests=(*self.requests, request),
         )
+
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True):
+    """What things take on an instance, as measured lately; 0 for what was not.
+
+    Attributes:
+        tokens_per_s: that a busy instance computes.
+        load_bytes_per_s: of residents, from where they are kept.
+        request_s: that a request keeps its slot.
+    """
+
+    tokens_per_s: float = 0.0
+    load_bytes_per_s: float = 0.0
+    request_s: float = 0.0
+
+    def computing_s(self, num_tokens: int) -> float:
+        """Until so many tokens are computed."""
+        return num_tokens / self.tokens_per_s if self.tokens_per_s else 0.0
+
+    def loading_s(self, num_bytes: int) -> float:
+        """Until so many bytes are loaded."""
+        return num_bytes / self.load_bytes_per_s if self.load_bytes_per_s else 0.0
 
 
 class Link(msgspec.Struct, frozen=True):
@@ -165,6 +219,21 @@ class Link(msgspec.Struct, frozen=True):
         return self.latency_s + copying_s
 
 
+class Loan(msgspec.Struct, frozen=True, gc=False):
+    """Tokens of one instance's requests that another has in its memory, all together.
+
+    Attributes:
+        debtor, creditor: whose they are, and who has them.
+        answer_s: for how long the debtor waits for an answer about them in a layer, by the median;
+            None if that is not known.
+    """
+
+    debtor: int
+    creditor: int
+    num_tokens: int
+    answer_s: float | None = None
+
+
 class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """What there is to decide on.
 
@@ -176,6 +245,10 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         num_dispatched: requests that were given to instances so far.
         scaled_s: when the number of instances was last changed, or began to.
         switched_s: when an instance last got another role.
+        loans: what instances hold for each other, one a pair.
+        shunned: debtors and creditors that have nothing to do with each other for a while, since
+            one was slow or could not be reached.
+        costs: of work, where it was measured.
     """
 
     time_s: float
@@ -185,6 +258,9 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_dispatched: int = 0
     scaled_s: float | None = None
     switched_s: float | None = None
+    loans: tuple[Loan, ...] = ()
+    shunned: frozenset[tuple[int, int]] = frozenset()
+    costs: Costs = Costs()
 
     def is_copied(self, source: InstanceSnapshot, target: InstanceSnapshot) -> bool:
         """Whether moving a request between two instances takes bytes, and not just its pages."""

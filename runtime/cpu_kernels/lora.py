@@ -12,6 +12,7 @@ from ...vmem.native_library import openmp_parallel
 from .kernels import dtype_code, library, rows_of
 
 MOST_RANK = 512  # VKV_LORA_MOST_RANK
+KERNELS = ("plain", "avx2", "avx512", "avx512-bf16")  # VKV_LORA_…
 
 _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _TILE_ROWS = 16  # that a thread takes at a time
@@ -31,7 +32,7 @@ class _Lora(ctypes.Structure):
         *((name, _POINTER) for name in ("plan", "inputs", "out")),
         *((name, _INT64) for name in ("input_stride", "out_stride")),
         *((name, _INT32) for name in ("site", "in_features", "out_features", "dtype", "sets")),
-        *(("num_threads", _INT32), ("parallel", _POINTER)),
+        *(("most", _INT32), ("num_threads", _INT32), ("parallel", _POINTER)),
     )
 
 
@@ -90,11 +91,18 @@ class LoraPlan:
 
 
 def lora(
-    plan: LoraPlan, site: int, inputs: torch.Tensor, out: torch.Tensor, *, sets: bool = False
+    plan: LoraPlan,
+    site: int,
+    inputs: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    sets: bool = False,
+    most: str = KERNELS[-1],
 ) -> None:
     """Add to `out`, [..., out_features] of the dtype of `inputs`, what adapters say at a place.
 
     With `sets`, `out` is float32 without gaps, and becomes that; zero where there is no adapter.
+    Of `KERNELS` the last one is taken that the processor has, and none behind `most`.
     """
     rows, num_rows, input_stride = rows_of(inputs)
     same, num_outs, out_stride = rows_of(out)
@@ -112,6 +120,7 @@ def lora(
         out_features=out.shape[-1],
         dtype=dtype_code(inputs.dtype),
         sets=sets,
+        most=KERNELS.index(most),
         num_threads=torch.get_num_threads(),
         parallel=openmp_parallel(),
     )

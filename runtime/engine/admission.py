@@ -27,6 +27,8 @@ class Admission:
         why_not_longer: why none may begin in the tier, in words; None if they may.
         num_pages: pages that a number of tokens of one slot needs.
         takes_priority: requests are scheduled by priority.
+        was_longer: what `longest` may have been before; None for the same. Requests that were let
+            in then go on as far as they can.
     """
 
     vocab_size: int
@@ -36,8 +38,11 @@ class Admission:
     why_not_longer: str | None
     num_pages: Callable[[int], int]
     takes_priority: bool = False
+    was_longer: int | None = None
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
+    def check(
+        self, prompt: Sequence[int], params: SamplingParams, *, was_let_in: bool = False
+    ) -> int:
         """Refuse what could never run; returns the most tokens that the request may generate.
 
         Raises InvalidPrompt, InvalidSamplingParams, RequestTooLong or RequestTooLarge.
@@ -50,11 +55,14 @@ class Admission:
         self._check_prompt(prompt)
         # The last token is never computed, so it needs no room.
         room = self.max_len - len(prompt)
+        longest = self.longest
+        if was_let_in and self.was_longer is not None:
+            longest = self.was_longer
         if params.max_tokens is None:  # as many as fit, then
-            max_tokens = max(1, min(room, self.longest - len(prompt) + 1))
+            max_tokens = max(1, min(room, longest - len(prompt) + 1))
         else:
             max_tokens = min(params.max_tokens, room)
-        if len(prompt) + max_tokens - 1 > self.longest:
+        if len(prompt) + max_tokens - 1 > longest:
             self._refuse_length(len(prompt), max_tokens)
         return max_tokens
 

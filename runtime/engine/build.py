@@ -42,12 +42,13 @@ from ..scheduling.plan import Order
 from ..scheduling.policies import POLICIES, Fair, Fcfs, Priority
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.tiers import Tiers
-from ..speculation import PromptLookup, Speculation
+from ..speculation import Speculation
 from .admission import Admission
 from .config import EngineConfig
 from .devices import DeviceProfile, device_profile, resolve_device
 from .engine import Engine
 from .loop import EngineLoop
+from .memory.drafters import RunnerMakers, build_speculation, load_draft, max_rows
 from .memory.memory_profile import step_bytes
 from .memory.segments import add_segments, longest_alone
 from .memory.tiers import build_tiers
@@ -92,12 +93,8 @@ def load(
 def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     """Put an engine together. Raises InvalidConfig or UnsupportedAttention by name."""
     profile = device_profile(loaded.device)
-    needs = loaded.needs(paged=config.kv == "paged")
-    if config.attention == "auto":
-        backend = choose_backend(needs)
-    else:
-        backend = create_backend(config.attention, needs)
-    _check_speculative(loaded, config)
+    backend = _build_backend(loaded, config)
+    draft = load_draft(loaded, config)
     # Which may refuse, before memory is taken.
     why_not_recorded(loaded, config, backend)
     _check_repeatable(loaded, config, backend)
@@ -105,6 +102,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     engine: Engine | None = None
     adapters: Adapters | None = None
     chains: Chains | None = None
+    speculation: Speculation | None = None
     fingerprint = ModelFingerprint(
         loaded.model, loaded.files, (loaded.dtype, config.lm_head_bits, config.repeatable)
     )
@@ -112,6 +110,14 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
         adapters = _build_adapters(loaded, config, cache, profile)
         chains = _build_chains(loaded, config, cache)
         runner = _build_runner(loaded, config, backend, cache, driver, profile, adapters, chains)
+        speculation = build_speculation(
+            loaded,
+            config,
+            cache,
+            draft,
+            _runner_makers(loaded, config, backend, cache, driver, profile),
+            config.max_batch_tokens or profile.max_batch_tokens,
+        )
         tiers = build_tiers(loaded, config, cache, runner, fingerprint)
         why_not_longer = add_segments(
             loaded, backend, cache, runner, tiers, shares_attention=profile.shares_attention
@@ -119,7 +125,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
         engine = Engine(
             runner,
             cache,
-            _build_scheduler(loaded, config, cache, tiers, profile),
+            _build_scheduler(loaded, config, cache, tiers, profile, speculation),
             _build_admission(loaded, config, cache, tiers, why_not_longer),
             eos_token_ids=loaded.eos_token_ids,
             grammars=_build_grammars(loaded),
@@ -131,16 +137,23 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             step_bytes=step_bytes(
                 loaded,
                 max_batch_tokens=config.max_batch_tokens or profile.max_batch_tokens,
-                max_seqs=_max_rows(config),
+                max_seqs=max_rows(config),
             ),
         )
         for index in range(len(loaded.geometry)):
             backend.check_cache(*cache.layer(index))
     except BaseException:
-        _closer(engine, cache, driver, adapters, chains)()
+        _closer(engine, cache, driver, adapters, chains, speculation)()
         raise
-    close = _closer(engine, cache, driver, adapters, chains)
+    close = _closer(engine, cache, driver, adapters, chains, speculation)
     return EngineLoop(engine, close, shortage_wait_s=config.shortage_wait_s)
+
+
+def _build_backend(loaded: LoadedModel, config: EngineConfig) -> AttentionBackend:
+    needs = loaded.needs(paged=config.kv == "paged")
+    if config.attention == "auto":
+        return choose_backend(needs)
+    return create_backend(config.attention, needs)
 
 
 def _closer(
@@ -149,6 +162,7 @@ def _closer(
     driver: VmemDriver | None,
     adapters: Adapters | None,
     chains: Chains | None,
+    speculation: Speculation | None,
 ) -> Callable[[], None]:
     """Gives back all memory and address space; the paged baseline has no driver."""
 
@@ -158,6 +172,8 @@ def _closer(
                 engine.runner.recordings.forget()
             engine.runner.forget()
             engine.scheduler.tiers.close()
+        if speculation is not None:
+            speculation.drafter.close()
         if adapters is not None:
             adapters.close()
         if chains is not None:
@@ -209,29 +225,6 @@ def _check_repeatable(loaded: LoadedModel, config: EngineConfig, backend: Attent
         raise InvalidConfig(f"repeatable is True, but {obstacle}; leave it False")
 
 
-def _check_speculative(loaded: LoadedModel, config: EngineConfig) -> None:
-    """Raises InvalidConfig if `speculative` asks for what cannot be taken back."""
-    if config.speculative and loaded.keeps_state:
-        raise InvalidConfig(
-            f"speculative is {config.speculative!r}, but layers with recurrent or convolution "
-            "state do not forget a token that was guessed wrong; leave it None"
-        )
-
-
-def _max_rows(config: EngineConfig) -> int:
-    """Tokens of a step, at most, that are sampled or verified."""
-    guessed = config.speculative_tokens if config.speculative else 0
-    return max(config.max_seqs, 1 + guessed)
-
-
-def _build_speculation(config: EngineConfig) -> Speculation | None:
-    if config.speculative is None:
-        return None
-    return Speculation(
-        PromptLookup(), max_tokens=config.speculative_tokens, max_rows=_max_rows(config)
-    )
-
-
 def _build_runner(
     loaded: LoadedModel,
     config: EngineConfig,
@@ -239,10 +232,12 @@ def _build_runner(
     cache: SlotCache,
     driver: VmemDriver | None,
     profile: DeviceProfile,
-    adapters: Adapters,
-    chains: Chains | None,
+    adapters: Adapters | None = None,
+    chains: Chains | None = None,
+    forward: Forward | None = None,
 ) -> ModelRunner:
-    forward = Forward(loaded.model)
+    """A runner of a model, or of what of it `forward` runs."""
+    forward = forward or Forward(loaded.model)
     if loaded.keeps_state:
         return RecurrentRunner(
             forward,
@@ -269,6 +264,40 @@ def _build_runner(
         adapters=adapters,
         chains=chains,
     )
+
+
+def _runner_makers(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    backend: AttentionBackend,
+    cache: SlotCache,
+    driver: VmemDriver | None,
+    profile: DeviceProfile,
+) -> RunnerMakers:
+    """How what guesses is run."""
+    return RunnerMakers(
+        same=lambda forward: _build_runner(
+            loaded, config, backend, cache, driver, profile, forward=forward
+        ),
+        alone=lambda draft, own: _build_alone(draft, own, profile),
+    )
+
+
+def _build_alone(
+    loaded: LoadedModel, config: EngineConfig, profile: DeviceProfile
+) -> tuple[ModelRunner, Callable[[], None]]:
+    """A runner of another model with a cache of its own, and what closes that."""
+    backend = choose_backend(loaded.needs(paged=False))
+    cache, driver = _build_cache(loaded, config, backend, profile)
+    close = _closer(None, cache, driver, None, None, None)
+    try:
+        runner = _build_runner(loaded, config, backend, cache, driver, profile)
+        for index in range(len(loaded.geometry)):
+            backend.check_cache(*cache.layer(index))
+    except BaseException:
+        close()
+        raise
+    return runner, close
 
 
 def _build_adapters(
@@ -319,6 +348,7 @@ def _build_scheduler(
     cache: SlotCache,
     tiers: Tiers,
     profile: DeviceProfile,
+    speculation: Speculation | None,
 ) -> Scheduler:
     return Scheduler(
         cache,
@@ -330,7 +360,7 @@ def _build_scheduler(
         prefix_reuse=config.prefix_reuse and not loaded.keeps_state,
         tiers=tiers,
         tenant_weights=config.tenant_weights,
-        speculation=_build_speculation(config),
+        speculation=speculation,
     )
 
 

@@ -7,14 +7,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from torch import nn
+
 from ...allocator import MemoryLimit, Sanitize, parse_bytes
 from ...vmem.errors import InvalidConfig
 
 KVKind = Literal["virtual", "paged"]
 PolicyName = Literal["splitfuse", "prefill_first"]
-SpeculativeName = Literal["ngram"]
 OrderName = Literal["fcfs", "priority", "fair"]
 
+_SURROGATE_SHARE = 0.5
+_GUESSES = "use 'ngram', 'surrogate' or 'surrogate:0.5', or the folder of a draft model"
 _LEAST = {
     "max_seqs": 1,
     "max_len": 1,
@@ -67,15 +70,21 @@ class EngineConfig:
         generation_config: where sampling parameters come from if a call gives none: "auto" for the
             model's own generation config, "vllm" for the defaults of `SamplingParams`, or a folder
             or file that has one, whose end tokens count, too.
-        sanitize: "zero" clears recycled memory before another request may see it.
+        sanitize: "tenants" clears memory that goes from one owner to another, before who comes next
+            may see it: from one `cache_salt`, adapter or `tenant` to another. So it costs nothing
+            where there is one. "zero" clears it for each request, "never" for none. No kernel
+            reads what it did not write, cleared or not.
         record_decodes: record decode steps and replay them, as CUDA graphs (`recordings`) or on
             a CPU as a list of calls (`tape`); None does so where the attention backend and the
             model can be recorded.
         overlap: prepare a step on the host while the device computes the one before, so that a
             request's end is seen one step late; None does so on a GPU. The tokens are the same.
         speculative: guess tokens that a step then verifies beside the next one, for which the
-            weights are read once: "ngram" guesses that a text goes on as it did before; None does
-            not guess. The tokens are the same, those that are drawn too. Not for hybrids.
+            weights are read once: "ngram" guesses that a text goes on as it did before;
+            "surrogate", or "surrogate:0.5", that half of the model's layers say what all do; a
+            checkpoint folder, a hub id or a `transformers` model, that this smaller model of the
+            same vocabulary does. None does not guess. The tokens are the same, those that are drawn
+            too. Not for hybrids.
         speculative_tokens: the most tokens of a request that are guessed at once.
         policy: "splitfuse", or "prefill_first", a baseline to compare with (`policies`).
         scheduling_policy: who comes first, and who gives way: "fcfs", by arrival; "priority", by
@@ -115,10 +124,10 @@ class EngineConfig:
     repeatable: bool = False
     lm_head_bits: int | None = None
     generation_config: str | Path = "auto"
-    sanitize: Sanitize = "never"
+    sanitize: Sanitize = "tenants"
     record_decodes: bool | None = None
     overlap: bool | None = None
-    speculative: SpeculativeName | None = None
+    speculative: str | Path | nn.Module | None = None
     speculative_tokens: int = 8
     policy: PolicyName = "splitfuse"
     scheduling_policy: OrderName = "fcfs"
@@ -201,10 +210,37 @@ class EngineConfig:
                     "with what it has; leave prefix_reuse True"
                 )
 
+    @property
+    def surrogate_share(self) -> float | None:
+        """The part of its layers that a model guesses for itself by; None if it does not."""
+        if not isinstance(self.speculative, str):
+            return None
+        name, _, share = self.speculative.partition(":")
+        if name != "surrogate":
+            return None
+        try:
+            number = float(share or _SURROGATE_SHARE)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < 1:
+            raise InvalidConfig(
+                f"speculative is {self.speculative!r}; after 'surrogate:' write the part of the "
+                "layers that guess, between 0 and 1"
+            )
+        return number
+
+    @property
+    def has_draft_model(self) -> bool:
+        """True if another model guesses."""
+        return self.speculative not in (None, "ngram") and self.surrogate_share is None
+
     def _check_speculative(self) -> None:
-        if self.speculative not in (None, "ngram"):
-            raise InvalidConfig(f"speculative is {self.speculative!r}; use 'ngram' or None")
-        if self.speculative and self.overlap:
+        given = self.speculative
+        if given is not None and not isinstance(given, str | Path | nn.Module):
+            raise InvalidConfig(f"speculative is {given!r}; {_GUESSES}")
+        if isinstance(given, str) and self.has_draft_model and not _may_be_model(given):
+            raise InvalidConfig(f"speculative is {given!r}, which is no folder; {_GUESSES}")
+        if given is not None and self.overlap:
             raise InvalidConfig(
                 "overlap is True, but a step that verifies guesses must be over before the next "
                 "one is made; leave it None, or speculative"
@@ -241,3 +277,8 @@ class EngineConfig:
 def _check_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise InvalidConfig(f"{name} is {value!r}; use a finite number of seconds, or None")
+
+
+def _may_be_model(place: str) -> bool:
+    """Whether it reads like a hub id, or is a path that is there."""
+    return "/" in place or Path(place).exists()

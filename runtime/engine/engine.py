@@ -24,7 +24,7 @@ from ..execution.launched_step import LaunchedStep
 from ..execution.model_runner import ModelRunner
 from ..execution.sampler import NO_TOKEN, SampledToken
 from ..model.fingerprint import ModelFingerprint
-from ..model.segments import HolderLost
+from ..model.segments import HolderLost, SegmentServer
 from ..model.weights import ModelWatch
 from ..request.continuation import Continuation
 from ..request.outputs import FinishReason
@@ -68,6 +68,7 @@ class Engine:
 
     Attributes:
         num_computed_tokens: tokens that went through the model so far.
+        lender: lends its memory to other engines; None if nobody does.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Engine:
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self.num_computed_tokens = 0
+        self.lender: SegmentServer | None = None
         self._num_failed = 0
         self._step_time_s = 0.0
 
@@ -146,7 +148,7 @@ class Engine:
             self.check_adapters().check(spec.adapter, goes_on=goes_on)
         if spec.chain is not None:
             check_chain(self.chains, spec)
-        return self.admission.check(spec.prompt_token_ids, spec.params)
+        return self.admission.check(spec.prompt_token_ids, spec.params, was_let_in=goes_on)
 
     def _ends(self, chain: ChainKey | None) -> Collection[int]:
         """Tokens that end a text of a model."""
@@ -305,6 +307,8 @@ class Engine:
     def trim(self) -> int:
         """Give what no live request needs back to the system; returns the bytes."""
         num_bytes = self.scheduler.tiers.trim() + self.cache.trim()
+        if self.scheduler.speculation is not None:
+            num_bytes += self.scheduler.speculation.drafter.trim()
         if self.adapters is not None and not self.has_work:
             num_bytes += self.adapters.forget()
         if self.chains is not None and not self.has_work:
@@ -329,7 +333,10 @@ class Engine:
             self.fingerprint.renew()
         if self.watch is not None:
             layers = self.watch.learn()
-            self.runner.model_changed(layers, recordable=not self.watch.has_hooks)
+            recordable = not self.watch.has_hooks
+            self.runner.model_changed(layers, recordable=recordable)
+            if self.scheduler.speculation is not None:
+                self.scheduler.speculation.drafter.model_changed(layers, recordable=recordable)
         if self.adapters is not None:
             self.adapters.model_changed()
         if self.chains is not None:
@@ -421,7 +428,7 @@ class Engine:
             self._num_prompt_tokens += min(item.num_tokens, prompt_left)
             request.num_computed += item.num_tokens
             self.num_computed_tokens += item.num_rows
-        if self.scheduler.speculation is not None and any(item.draft for item in batch.items):
+        if self.scheduler.speculation is not None:
             self.scheduler.speculation.note_step(batch.items, launched.num_tokens())
         for index, request in enumerate(launched.requests):
             request.num_pending += 1
@@ -437,6 +444,8 @@ class Engine:
     def _drop_step_if_idle(self) -> None:
         if not self.has_work:
             self._under_way = None  # it computes what follows the ends of requests, for nobody
+            if self.scheduler.speculation is not None:
+                self.scheduler.speculation.drafter.let_go()
             if self.adapters is not None:
                 self.adapters.provide(())  # others may have the memory of those that are here
             if self.chains is not None:
@@ -501,10 +510,16 @@ class Engine:
 
     # -- what it holds -----------------------------------------------------------------------
 
+    @property
+    def loans_are_placed(self) -> bool:
+        """Whether somebody decides what may be lent, so that who waits for it gets it in time."""
+        segments = self.scheduler.tiers.segments
+        return segments is not None and segments.loans.limits is not None
+
     def stats(self, kv: KVStats | None = None) -> EngineStats:
         """Memory and work, from counters; `kv`, if the cache has been asked already."""
         recordings, tiers = self.runner.recordings, self.scheduler.tiers
-        swapping, segments = tiers.swapping, tiers.segments
+        swapping = tiers.swapping
         speculation = self.scheduler.speculation
         models, blocks = chain_stats(self.chains, self._requests)
         return EngineStats(
@@ -525,10 +540,17 @@ class Engine:
             step_time_s=self._step_time_s,
             num_drafted=speculation.num_drafted if speculation else 0,
             num_accepted=speculation.num_accepted if speculation else 0,
+            speculation=speculation.stats() if speculation else None,
             swap=SwapStats.of(swapping) if swapping is not None else None,
-            segments=SegmentStats.of(segments, self.scheduler.running) if segments else None,
+            segments=self._segment_stats(),
             tenants=self.scheduler.accounts.stats(),
             adapters=self.adapters.stats() if self.adapters is not None else (),
             models=models,
             blocks=blocks,
         )
+
+    def _segment_stats(self) -> SegmentStats | None:
+        tiers = self.scheduler.tiers
+        if tiers.segments is None:
+            return None
+        return SegmentStats.of(tiers.segments, self.scheduler.running, self.lender)

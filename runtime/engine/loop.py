@@ -1,11 +1,12 @@
 """The one loop around an engine: messages in, a step, outputs out."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from ...vmem.errors import InvalidOperation, UsageError, VkvError
+from ...vmem.errors import InvalidOperation, OutOfLoans, UsageError, VkvError
 from ..request.request import Request
 from ..request.spec import RequestSpec
 from ..request.step_output import Failure, StepOutput
@@ -143,7 +144,17 @@ class EngineLoop:
         now = time.monotonic()
         if self._short_since is None or self._short_since[0] is not request:
             self._short_since = request, now
-        if now - self._short_since[1] < self._shortage_wait_s:
+        wait_s = self._shortage_wait_s
+        if self.engine.loans_are_placed:
+            most = self.engine.admission.longest
+            if request.num_tokens <= most:
+                wait_s = math.inf if isinstance(error, OutOfLoans) else wait_s  # its turn comes
+            else:
+                error = OutOfLoans(
+                    f"the request has {request.num_tokens} tokens by now, and all that lend to "
+                    f"this engine hold {most} with it: others have left"
+                )
+        if now - self._short_since[1] < wait_s:
             time.sleep(_PAUSE_S)
             return
         _log.warning("no memory for %r in %g s: %s", request, self._shortage_wait_s, error)

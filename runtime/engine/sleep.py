@@ -20,7 +20,7 @@ class Sleep:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._profile = device_profile(engine.runner.device)
-        self._weights: OffloadedWeights | None = None
+        self._weights: list[OffloadedWeights] = []
         self.is_asleep = False
 
     def begin(self, *, weights: bool) -> int:
@@ -36,24 +36,30 @@ class Sleep:
                 "be lost; let them finish, or abort them, before sleep()"
             )
         num_bytes = engine.trim() + engine.runner.forget()
-        if weights and self._profile.moves_weights and self._weights is None:
+        if weights and self._profile.moves_weights and not self._weights:
             if engine.runner.recordings is not None:
                 engine.runner.recordings.forget()
             if engine.watch is not None:
                 engine.watch.release()
-            self._weights = OffloadedWeights(engine.runner.forward.model)
-            num_bytes += self._weights.num_bytes
+            self._weights.append(OffloadedWeights(engine.runner.forward.model))
+            if engine.scheduler.speculation is not None:
+                drafter = engine.scheduler.speculation.drafter
+                self._weights += [OffloadedWeights(model) for model in drafter.release_weights()]
+            num_bytes += sum(weights.num_bytes for weights in self._weights)
         self._profile.release_cached()
         self.is_asleep = True
         return num_bytes
 
     def end(self) -> None:
         """Bring the weights back. Keys and values come with the requests that need them."""
-        if self._weights is not None:
-            self._weights.restore()
-            self._weights = None
+        if self._weights:
+            for weights in self._weights:
+                weights.restore()
+            self._weights.clear()
             if self._engine.watch is not None:
                 self._engine.watch.renew()
+            if self._engine.scheduler.speculation is not None:
+                self._engine.scheduler.speculation.drafter.weights_are_back()
         self.is_asleep = False
 
     def check_awake(self) -> None:

@@ -2,17 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Self
 
 from ...allocator import KVStats
 from ...allocator.transfer import MoveStats
 from ..adapters.adapters import AdapterStats
 from ..chains.chains import BlockStats, ChainStats
+from ..model.segments import SegmentServer
 from ..request.request import Request
+from ..request.spec import SequenceKey
 from ..scheduling.accounts import TenantStats
 from ..scheduling.segments import Segments
 from ..scheduling.swapping import Swapping
+from ..speculation import SpeculationStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,52 @@ class SwapStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Borrowed:
+    """What another engine has of this one's requests.
+
+    Attributes:
+        holder: the name of who it is.
+        num_loans, num_tokens: now.
+        num_steps, sent_bytes, received_bytes, waited_s: as of `Creditor`.
+    """
+
+    holder: str
+    num_loans: int
+    num_tokens: int
+    num_steps: int
+    sent_bytes: int
+    received_bytes: int
+    waited_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lent:
+    """What an engine has of others' requests.
+
+    Attributes:
+        num_loans, num_tokens: now.
+        num_called_back: for want of memory, so far.
+        slowest_call_back_s: that giving the memory of one of them back took.
+    """
+
+    num_loans: int
+    num_tokens: int
+    num_called_back: int
+    slowest_call_back_s: float
+
+    @classmethod
+    def of(cls, server: SegmentServer) -> Self:
+        """That of an engine now."""
+        loans = server.loans.values()
+        return cls(
+            num_loans=len(loans),
+            num_tokens=sum(loan.stop - loan.start for loan in loans),
+            num_called_back=server.num_called_back,
+            slowest_call_back_s=server.slowest_call_back_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentStats:
     """Requests that are longer than the pool, of which most tokens lie elsewhere.
 
@@ -61,23 +110,64 @@ class SegmentStats:
         num_requests: that run so now.
         num_tokens: of theirs, elsewhere.
         moved, lent: what moved as they grew, so far: to the tier, and to other processes.
+        moved_on, came_home: of what was lent, to another process, and back.
+        num_called: loans that left since they were called back, so far.
+        num_called_back, num_lost: loans of theirs that others ended, and that went with others, so
+            far; their tokens were computed again.
+        borrowed: from whom, those included that have nothing now.
+        given: to others; None of an engine that lends nothing.
+        keys: of those requests; they do not move to another engine.
     """
 
     num_requests: int
     num_tokens: int
     moved: MoveStats
     lent: MoveStats
+    moved_on: MoveStats = field(default_factory=MoveStats)
+    came_home: MoveStats = field(default_factory=MoveStats)
+    num_called: int = 0
+    num_called_back: int = 0
+    num_lost: int = 0
+    borrowed: tuple[Borrowed, ...] = ()
+    given: Lent | None = None
+    keys: tuple[SequenceKey, ...] = ()
 
     @classmethod
-    def of(cls, segments: Segments, running: Iterable[Request]) -> Self:
-        """Those of an engine now."""
-        tokens = [request.slot_start for request in running if request.is_spread]
+    def of(
+        cls, segments: Segments, running: Sequence[Request], server: SegmentServer | None
+    ) -> Self:
+        """Those of an engine now, and of what lends its memory."""
+        spread = [request for request in running if request.is_spread]
         return cls(
-            num_requests=len(tokens),
-            num_tokens=sum(tokens),
+            num_requests=len(spread),
+            num_tokens=sum(request.slot_start for request in spread),
             moved=MoveStats() if segments.tier is None else replace(segments.tier.moved),
-            lent=replace(segments.lent),
+            lent=replace(segments.loans.lent),
+            moved_on=replace(segments.loans.moved_on),
+            came_home=replace(segments.loans.came_home),
+            num_called=segments.loans.num_called,
+            num_called_back=segments.loans.num_called_back,
+            num_lost=segments.loans.num_lost,
+            borrowed=_borrowed(segments, running),
+            given=None if server is None else Lent.of(server),
+            keys=tuple(request.key for request in spread),
         )
+
+
+def _borrowed(segments: Segments, running: Iterable[Request]) -> tuple[Borrowed, ...]:
+    lent = [one for request in running for one in request.lent]
+    return tuple(
+        Borrowed(
+            holder=creditor.name,
+            num_loans=sum(one.holder == creditor.name for one in lent),
+            num_tokens=sum(one.stop - one.start for one in lent if one.holder == creditor.name),
+            num_steps=creditor.num_steps,
+            sent_bytes=creditor.sent_bytes,
+            received_bytes=creditor.received_bytes,
+            waited_s=creditor.waited_s,
+        )
+        for creditor in list(segments.loans.creditors.values())
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +189,7 @@ class EngineStats:
         num_computed_tokens: tokens that went through the model, those computed again included.
         step_time_s: time of all steps together.
         num_drafted, num_accepted: tokens that were guessed ahead, and those that proved right.
+        speculation: more of that, and who guesses; None if nobody does.
         swap: of the tier behind the cache; None without one.
         segments: of requests that are longer than the pool; None where there can be none.
         tenants: what each got, those without a request included as long as they are remembered;
@@ -125,6 +216,7 @@ class EngineStats:
     step_time_s: float
     num_drafted: int = 0
     num_accepted: int = 0
+    speculation: SpeculationStats | None = None
     swap: SwapStats | None = None
     segments: SegmentStats | None = None
     tenants: tuple[TenantStats, ...] = ()
@@ -203,7 +295,9 @@ class EngineStats:
         return self.kv.driver_calls
 
 
-_ALIKE = frozenset(("page_bytes", "growth_tokens"))  # of engines that are put together
+# Of engines that are put together.
+_ALIKE = frozenset(("page_bytes", "growth_tokens", "drafter"))
+_WORST = frozenset(("slowest_call_back_s",))  # of which the largest counts
 
 
 def together(all_stats: Sequence[EngineStats]) -> EngineStats:
@@ -212,28 +306,39 @@ def together(all_stats: Sequence[EngineStats]) -> EngineStats:
 
 
 def _sum(values: Sequence[Any]) -> Any:
-    """Field by field; tenants by their names."""
+    """Field by field, of those that have any; tenants, adapters and holders by their names."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return None
     first = values[0]
     if is_dataclass(first):
-        parts = {
-            one.name: getattr(first, one.name)
-            if one.name in _ALIKE
-            else _sum([getattr(value, one.name) for value in values])
-            for one in fields(first)
-        }
+        parts: dict[str, Any] = {}
+        for one in fields(first):
+            of_all = [getattr(value, one.name) for value in values]
+            if one.name in _ALIKE:
+                parts[one.name] = of_all[0]
+            else:
+                parts[one.name] = max(of_all) if one.name in _WORST else _sum(of_all)
         return type(first)(**parts)
     if isinstance(first, Mapping):
         return dict(sum((Counter(value) for value in values), Counter()))
     if isinstance(first, tuple):
-        several = [one for value in values for one in value]
-        if several and isinstance(several[0], AdapterStats):
-            return _by_adapter(several, len(values))
-        if several and isinstance(several[0], ChainStats):
-            return _alike(several, "name", "digest")
-        if several and isinstance(several[0], BlockStats):
-            return _alike(several, "place", "digest")
-        return _by_tenant(several)
+        return _together([one for value in values for one in value], len(values))
     return None if first is None else sum(values)
+
+
+def _together(several: Sequence[Any], num_engines: int) -> tuple[Any, ...]:
+    if several and isinstance(several[0], tuple):  # names of requests
+        return tuple(several)
+    if several and isinstance(several[0], AdapterStats):
+        return _by_adapter(several, num_engines)
+    if several and isinstance(several[0], Borrowed):
+        return _by_holder(several)
+    if several and isinstance(several[0], ChainStats):
+        return _alike(several, "name", "digest")
+    if several and isinstance(several[0], BlockStats):
+        return _alike(several, "place", "digest")
+    return _by_tenant(several)
 
 
 def _by_tenant(all_tenants: Sequence[TenantStats]) -> tuple[TenantStats, ...]:
@@ -258,6 +363,19 @@ def _by_adapter(adapters: Sequence[AdapterStats], num_engines: int) -> tuple[Ada
             is_leaving=len(several) < num_engines or any(one.is_leaving for one in several),
         )
         for several in found.values()
+    )
+
+
+def _by_holder(borrowed: Sequence[Borrowed]) -> tuple[Borrowed, ...]:
+    found: dict[str, list[Borrowed]] = {}
+    for one in borrowed:
+        found.setdefault(one.holder, []).append(one)
+    numbers = [one.name for one in fields(Borrowed) if one.name != "holder"]
+    return tuple(
+        Borrowed(
+            holder=holder, **{name: sum(getattr(one, name) for one in several) for name in numbers}
+        )
+        for holder, several in found.items()
     )
 
 

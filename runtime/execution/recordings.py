@@ -5,7 +5,11 @@ its kernels is launched at once. That a slot's addresses never change is what ma
 whatever differs from step to step (tokens, positions, slots, lengths) lies in tensors that are
 filled anew before a replay, and memory may be mapped behind a slot between two replays.
 
-On a GPU batches come in a few sizes. A smaller one is padded with decodes that do no harm. Each
+On a GPU batches come in a few sizes, and contexts in a few lengths: into how many parts a kernel
+splits a context is part of a recording, and goes by the longest that it is played for. Beyond
+`_COARSE` tokens these are twice the one before, so that no context has less than half of its parts.
+
+A batch smaller than its size is padded with decodes that do no harm. Each
 writes its keys and values to the place of some request's next token, which is mapped, and which is
 not read before that token overwrites it. It attends to the first token of that slot alone. Where no
 slot has such a place, the padding repeats the shortest request, and writes what that writes.
@@ -13,12 +17,13 @@ slot has such a place, the padding repeats the shortest request, and writes what
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...allocator import Slot, SlotCache
 from ...attention_backends import AttentionBatch
@@ -30,7 +35,8 @@ from ..request.request import Batch, Padding, ScheduledRequest
 from ..request.spec import ChainKey
 from .step_inputs import StepInputs, StepValues
 
-_SHORTEST = 1024  # tokens of context of the first recordings; the next are for four times as many
+_SHORTEST = 1024  # tokens of context of the first recordings
+_COARSE = 4096  # the next are for four times as many, up to here
 _WARM_UPS = 2  # runs before a recording, in which libraries set themselves up
 
 Forward = Callable[[torch.Tensor, torch.Tensor, AttentionBatch], torch.Tensor]
@@ -96,17 +102,12 @@ class CudaRecorder:
         launching = torch.cuda.current_stream()
         stream.wait_stream(launching)
         with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                run()
+            for number in range(_WARM_UPS):
+                with _Waits() if number == _WARM_UPS - 1 else nullcontext():
+                    run()
+            with self._still():
+                graph, out = self._capture(run)
         launching.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        recording = torch.cuda.graph(
-            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-        )
-        # PyTorch leaves the recording's stream current where a recording fails.
-        with self._still(), torch.cuda.stream(launching), recording:
-            out = run()
-        self._pool = graph.pool()
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -114,8 +115,73 @@ class CudaRecorder:
 
         return replay
 
+    def _capture(
+        self, run: Callable[[], torch.Tensor], *, is_last: bool = False
+    ) -> "tuple[torch.cuda.CUDAGraph, torch.Tensor]":
+        """On the current stream. Other than `torch.cuda.graph` this waits for no kernel, and
+        empties no cache unless memory is short: recordings are made while requests run."""
+        pool = self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                out = run()
+            finally:
+                graph.capture_end()
+            return graph, out
+        except torch.OutOfMemoryError:
+            if is_last:
+                raise
+        except BaseException:
+            self._end_capture(pool)
+            raise
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return self._capture(run, is_last=True)
+
+    def _end_capture(self, pool: Any) -> None:
+        """After a capture that CUDA gave up. PyTorch's allocator would take it for under way, for
+        good, and then give no cached memory back when it is short."""
+        with suppress(RuntimeError, AttributeError):  # PyTorch has ended it, or has other names
+            index = torch.cuda.current_device()
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+
     def forget(self) -> None:
         self._pool = None  # it went with the last graph
+
+
+class _Waits(TorchDispatchMode):
+    """Refuses, in one thread, what would have the host wait for the device: it ends a capture in
+    an error that PyTorch does not recover from.
+
+    PyTorch's own mode for it (`set_sync_debug_mode`) is every thread's, and would end copies that
+    others have under way.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        tags = getattr(func, "tags", ())
+        looks = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+        result = func(*args, **(kwargs or {})) if not looks else None
+        if looks or _waits(func, args, result):
+            raise Unrecordable(f"{func} waits for the device")
+        return result
+
+
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+def _waits(func: Any, args: tuple[Any, ...], result: Any) -> bool:
+    """Whether an operation copied from a device to the host, or from memory there that is not
+    pinned."""
+    if not isinstance(result, torch.Tensor):
+        return False
+    sources = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if result.is_cpu:
+        return any(source.is_cuda for source in sources)
+    return func in _COPIES and any(s.is_cpu and not s.is_pinned() for s in sources)
 
 
 Runs = tuple[tuple[ChainKey | None, int], ...]
@@ -175,7 +241,7 @@ class DecodeRecordings:
         self._lengths = [cache.max_len]
         if recorder.pads:
             self._batch_sizes = _steps(1, 2, max_seqs)
-            self._lengths = _steps(min(_SHORTEST, cache.max_len), 4, cache.max_len)
+            self._lengths = _lengths(cache.max_len)
         self._recordings: dict[_Key, _Recording] = {}
         self._with_adapters: dict[_Key, _Recording] = {}
         self._of_chains: dict[_Key, _Recording] = {}  # the one used longest ago first
@@ -371,6 +437,12 @@ def _steps(first: int, factor: int, last: int) -> list[int]:
     while steps[-1] < last:
         steps.append(min(steps[-1] * factor, last))
     return steps
+
+
+def _lengths(max_len: int) -> list[int]:
+    """Tokens of context that recordings are for."""
+    coarse = _steps(min(_SHORTEST, max_len), 4, min(_COARSE, max_len))
+    return [*coarse[:-1], *_steps(coarse[-1], 2, max_len)]
 
 
 def _at_least(steps: Sequence[int], value: int) -> int:

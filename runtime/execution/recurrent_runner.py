@@ -19,6 +19,7 @@ from ..model.forward import Forward
 from ..model.recurrent_state import RecurrentState, SlotState
 from ..request.request import ScheduledRequest
 from .model_runner import ModelRunner
+from .upload import upload
 
 
 @dataclass
@@ -107,10 +108,11 @@ class RecurrentRunner(ModelRunner):
     def _run_group(self, group: Sequence[ScheduledRequest], keep: Sequence[int]) -> torch.Tensor:
         """Logits of the tokens `keep` of decodes, or of one chunk: [len(keep), vocab]."""
         slots = [item.request.slot.index for item in group if item.request.slot is not None]
+        places = upload(slots, torch.long, self.device)
         inputs, batch = self._inputs(group, keep)
         step = CacheStep(self.cache, self.backend, batch, self._layers)
         shape = (len(group), -1)  # decodes [B, 1], a chunk [1, num_tokens]
-        state = self._states.gather(slots) if group[0].start else self._states.fresh()
+        state = self._states.gather(places) if group[0].start else self._states.fresh()
         with adapting(self._adapter_step(group, keep)):
             logits = self.forward(
                 inputs.ids.view(shape),
@@ -119,5 +121,5 @@ class RecurrentRunner(ModelRunner):
                 state=state,
                 keep=inputs.keep,
             )
-        self._states.scatter(slots, state)
+        self._states.scatter(places, state)
         return logits

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .runtime.request.outputs import CompletionOutput, RequestOutput
     from .runtime.request.sampling_params import SamplingParams
     from .runtime.request.structured_outputs import StructuredOutputsParams
+    from .runtime.virtual_cache.attention import ATTENTION
     from .runtime.virtual_cache.cache import VirtualCache
     from .vmem import open_driver
     from .vmem.errors import VkvError
@@ -50,6 +51,7 @@ _HOMES = {
     "CompletionOutput": ".runtime.request.outputs",
     "EngineConfig": ".runtime.engine.config",
     "EngineStats": ".runtime.engine.stats",
+    "ATTENTION": ".runtime.virtual_cache.attention",
     "VirtualCache": ".runtime.virtual_cache.cache",
     "KVCache": ".allocator",
     "KVLayout": ".allocator",
@@ -63,6 +65,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ATTENTION",
     "LLM",
     "AsyncLLM",
     "BlockZoo",

@@ -77,10 +77,11 @@ class AsyncRequests:
         self._port.check_open()
         return self._arrivals(self._stream(request, request_id))
 
-    def abort(self, request_id: str) -> None:
-        """As `AsyncLLM.abort`."""
+    def abort(self, request_id: str, tenant: str | None = None) -> None:
+        """As `AsyncLLM.abort`; with `tenant`, of what is that one's alone."""
         for stream in self._namesakes(request_id):
-            stream.abort()
+            if tenant in (None, stream.spec.tenant):
+                stream.abort()
 
     def set_priority(self, request_id: str, priority: int) -> None:
         """As `AsyncLLM.set_priority`."""
@@ -93,13 +94,15 @@ class AsyncRequests:
         with self._naming:
             return list(self._named.get(request_id, ()))
 
-    def abort_all(self) -> None:
-        """End all requests that there are now: each gets a last output, "abort" its reason."""
+    def abort_all(self, tenant: str | None = None) -> None:
+        """End all requests that there are now, or all of a tenant: each gets a last output, "abort"
+        its reason."""
         self._port.check_process()
         with self._naming:
             streams = [stream for namesakes in self._named.values() for stream in namesakes]
         for stream in streams:
-            stream.abort()
+            if tenant in (None, stream.spec.tenant):
+                stream.abort()
 
     def _stream(self, request: RequestText, request_id: str | None) -> "_Stream":
         name = f"async-{next(self._ids)}" if request_id is None else request_id

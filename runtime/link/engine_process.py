@@ -4,6 +4,7 @@ It is told by its standard input what to load (`EngineOrder`). That pipe is its 
 it ends, the parent is gone, and so is this process, whatever it is doing.
 """
 
+import functools
 import gc
 import logging
 import os
@@ -17,12 +18,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ...vmem.errors import InvalidOperation, UsageError, VkvError
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
 from ..engine.loop import EngineLoop, refusal
+from ..engine.memory.lending import LendingReport
 from ..engine.messages import Abort, Add, Finish, Resume, SetPriority
 from ..engine.migration.messages import Answer as MoveAnswer
 from ..engine.migration.messages import Cancel, Command, Commit, GoOn, Release, WentOn
@@ -72,6 +74,18 @@ class EngineOrder:
     listener: int
 
 
+class Lending(Protocol):
+    """What an engine has with others."""
+
+    def obey(self, order: str) -> None:
+        """Have no more with them than a `LendingOrder` says, which is JSON."""
+        ...
+
+    def report(self) -> LendingReport | None:
+        """What it has with them now."""
+        ...
+
+
 @dataclass(eq=False)
 class _Front:
     """A front process that has called.
@@ -95,8 +109,7 @@ class EngineServer:
     Args:
         listener: where fronts call; those that it accepts are believed.
         carrier: carries keys and values of sequences that move; None where none ever does.
-        borrow: has requests outgrow the pool into another engine's, of a name, address and number
-            of tokens, and returns how long they may be now; None where none may.
+        lending: what this engine has with others; None for nothing.
         silence_s: a front that says nothing for so long, not even "ping", counts as gone; None
             where the system tells of every end, as within a machine.
         on_deserted: called when the last front has gone; None to wait for the next.
@@ -110,7 +123,7 @@ class EngineServer:
         *,
         idle_trim_s: float | None,
         carrier: SocketCarrier | None = None,
-        borrow: Callable[[str, str, str], int] | None = None,
+        lending: Lending | None = None,
         silence_s: float | None = None,
         on_deserted: Callable[[], None] | None = None,
     ) -> None:
@@ -126,7 +139,7 @@ class EngineServer:
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, None)
         self._carrier = carrier
-        self._borrow_from = borrow
+        self._lending = lending
         self._is_leaving = False
         self._moves = None if carrier is None else MoveEnds(loop, carrier)
         self._movers: dict[SequenceKey, _Front] = {}  # who commands a sequence's move
@@ -277,10 +290,11 @@ class EngineServer:
 
     def _take(self, front: _Front, message: ToEngine) -> None:
         if isinstance(message, Ask):
-            answer = encode(self._answer(message))
-            if message.question not in ("memory_map", "ping"):  # which change nothing
-                self._pulse()  # first: who has the answer sees what came of it
-            self._send(front, answer)
+            if message.question == "load_adapter":  # its folder is read first, beside the loop
+                act = functools.partial(self._do, front, message)
+                self._preparing.do(lambda: self._read_adapter(*message.about), act)
+            else:
+                self._do(front, message)
             return
         if isinstance(message, Add):
             for index in range(message.spec.params.n):
@@ -301,8 +315,20 @@ class EngineServer:
             return
         self._loop.post(message)
 
+    def _read_adapter(self, name: str, path: str) -> None:
+        self._loop.engine.check_adapters().prepare(path)
+
+    def _do(self, front: _Front, ask: Ask) -> None:
+        if front not in self._all_fronts:  # it has gone meanwhile
+            return
+        answer = encode(self._answer(ask))
+        if ask.question not in ("memory_map", "ping"):  # which change nothing
+            self._pulse()  # first: who has the answer sees what came of it
+        self._send(front, answer)
+
     def _take_prepared(self) -> None:
-        """Hand requests to the engine whose grammar is compiled, and refuse the others."""
+        """Hand requests to the engine whose grammar is compiled, and refuse the others; do what
+        else is prepared."""
         if self._is_leaving:
             self._pulse()
         for add, error in self._preparing.take():
@@ -310,6 +336,8 @@ class EngineServer:
                 self._loop.post(add)
             else:
                 self._deliver(refusal(add.spec, error))
+        for act in self._preparing.take_finished():
+            act()
 
     def _answer(self, ask: Ask) -> Answer:
         if ask.question == "ping":
@@ -323,7 +351,7 @@ class EngineServer:
             "memory_map": self._loop.memory_map,
             "load_adapter": lambda: self._loop.load_adapter(*ask.about),
             "unload_adapter": lambda: self._loop.unload_adapter(*ask.about),
-            "borrow": lambda: self._borrow(*ask.about),
+            "lending": lambda: self._obey(*ask.about),
         }
         try:
             self._deliver(self._loop.carry_out())
@@ -331,10 +359,10 @@ class EngineServer:
         except VkvError as error:
             return Answer(ask.number, failure=Failure.of(error))
 
-    def _borrow(self, name: str, address: str, num_tokens: str) -> int:
-        if self._borrow_from is None:
-            raise InvalidOperation("no request is longer than the pool here, and none is to be")
-        return self._borrow_from(name, address, num_tokens)
+    def _obey(self, order: str) -> None:
+        if self._lending is None:
+            raise InvalidOperation("nothing is lent here, and nothing borrowed")
+        self._lending.obey(order)
 
     def _drop(self, front: _Front) -> None:
         """A front has gone: nobody waits for its requests."""
@@ -392,7 +420,13 @@ class EngineServer:
         stats, carrier = self._loop.stats(fresh=True), self._carrier
         if carrier is None:
             return Pulse(stats, self._loop.is_asleep)
-        return Pulse(stats, self._loop.is_asleep, *carrier.num_carried, is_leaving=self._is_leaving)
+        return Pulse(
+            stats,
+            self._loop.is_asleep,
+            *carrier.num_carried,
+            is_leaving=self._is_leaving,
+            lending=None if self._lending is None else self._lending.report(),
+        )
 
     def ask_to_leave(self) -> None:
         """Tell all fronts that the process is to end; from any thread, or a signal's handler."""

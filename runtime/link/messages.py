@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from ..engine.memory.lending import LendingReport
 from ..engine.memory.memory_map import MemoryMap
 from ..engine.messages import Abort, Add, Finish, Resume, SetPriority
 from ..engine.migration.messages import (
@@ -40,7 +41,7 @@ Question = Literal[
     "memory_map",
     "load_adapter",
     "unload_adapter",
-    "borrow",
+    "lending",
 ]
 
 
@@ -48,8 +49,8 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
     """Something to be done between steps; an `Answer` of the same number follows.
 
     Attributes:
-        about: what it is to be done with: an adapter's name, and its folder to load it from; whom
-            to borrow from, where that is, and how many tokens.
+        about: what it is to be done with: an adapter's name, and its folder to load it from; a
+            `LendingOrder` in JSON.
     """
 
     number: int
@@ -83,6 +84,7 @@ class Pulse(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         carried_bytes, handed_pages: of sequences that left, copied and as they were, so far.
         is_leaving: the process was told to end, and waits until nothing is left to lose.
+        lending: what it has with other engines; None where that is nothing.
     """
 
     stats: EngineStats
@@ -90,6 +92,7 @@ class Pulse(msgspec.Struct, frozen=True, tag=True):
     carried_bytes: int = 0
     handed_pages: int = 0
     is_leaving: bool = False
+    lending: LendingReport | None = None
 
 
 _ToEnd = Begin | Carry | Pause | GoOn | Release | Prepare | Extend | Commit | Cancel

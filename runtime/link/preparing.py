@@ -1,7 +1,9 @@
-"""Requests whose grammar is compiled beside the engine's loop, before the loop hears of them."""
+"""What takes long is done beside the engine's loop, before the loop hears of it: grammars that
+requests need are compiled, adapters' folders are read."""
 
 import socket
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -14,7 +16,7 @@ _MOST_AT_ONCE = 2  # as many as `Grammars` compiles: one that takes long holds n
 
 
 class Preparing:
-    """Compiles grammars on threads. For one selector's thread, which `fileno` wakes up.
+    """Works on threads. For one selector's thread, which `fileno` wakes up.
 
     Args:
         grammars: the engine's; None for a model without a tokenizer.
@@ -25,6 +27,7 @@ class Preparing:
         self._threads = ThreadPoolExecutor(_MOST_AT_ONCE, "vkv-preparing")
         self._waiting: dict[str, Add] = {}
         self._done: deque[tuple[str, Future[None]]] = deque()
+        self._finished: deque[Callable[[], None]] = deque()
         self._bell, self._ringer = socket.socketpair()
         self._bell.setblocking(False)
 
@@ -41,6 +44,19 @@ class Preparing:
         future = self._threads.submit(grammars.prepare, outputs)
         future.add_done_callback(lambda done: self._ring(add.spec.request_id, done))
         return True
+
+    def do(self, work: Callable[[], None], then: Callable[[], None]) -> None:
+        """Have `work` done, which raises nothing; `take_finished` has `then` after that."""
+
+        def ring(done: Future[None]) -> None:
+            self._finished.append(then)
+            self._ringer.send(b"!")
+
+        self._threads.submit(work).add_done_callback(ring)
+
+    def take_finished(self) -> list[Callable[[], None]]:
+        """What is to be called on the selector's thread, after `take`."""
+        return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def has(self, request_id: str) -> bool:
         """Whether a request is here."""

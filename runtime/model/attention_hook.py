@@ -1,7 +1,7 @@
 """Where an unmodified Hugging Face model meets the KV cache.
 
-One attention function is registered with `transformers` under the name `vkv`. A model loaded
-with `attn_implementation="vkv"` calls it in every layer; it writes the layer's new keys and
+One attention function is registered with `transformers` under the name `vkv_slots`. A model loaded
+with `attn_implementation="vkv_slots"` calls it in every layer; it writes the layer's new keys and
 values into the slots and asks the attention backend for the result. The name is deliberately
 not in `transformers`' mask interface, so that no mask is built.
 
@@ -23,7 +23,7 @@ from ...attention_backends import AttentionBackend, AttentionBatch, LayerAttenti
 from ...vmem.errors import InvalidOperation, UnsupportedModel
 from .segments import SegmentedStep
 
-ATTENTION_NAME = "vkv"
+ATTENTION_NAME = "vkv_slots"
 
 # Keywords that models pass along and that change nothing here, whatever they say.
 _HARMLESS = frozenset(
@@ -105,7 +105,7 @@ def vkv_attention(
     if step is None:
         raise InvalidOperation(
             "this model was prepared for vkv and runs inside vkv.LLM only; load another copy, or "
-            "call model.set_attn_implementation('sdpa') to use it on its own"
+            "call model.set_attn_implementation('sdpa'), or 'vkv', to use it on its own"
         )
     if attention_mask is not None or not getattr(module, "is_causal", True):
         raise UnsupportedModel(

@@ -5,7 +5,6 @@ layers themselves stay `transformers`' own: a step lays the states of its reques
 that kind, lets the model read and write it, and takes them out again.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,24 +84,26 @@ class RecurrentState:
         """The state before a first token."""
         return StepState(self._config)
 
-    def gather(self, slots: Sequence[int]) -> StepState:
-        """The saved states of `slots`, copied into the batch of a new step."""
+    def gather(self, slots: torch.Tensor) -> StepState:
+        """The saved states of `slots`, copied into the batch of a new step.
+
+        Args: slots, int64 [num_requests] on the device; one for all layers, and for `scatter`.
+        """
         step = self.fresh()
         for (kind, layer, number), saved in self._saved.items():
-            states = saved[torch.tensor(slots, device=saved.device)]  # [len(slots), …]
+            states = saved[slots]  # [num_requests, …]
             if kind == "conv":
                 step.update_conv_state(states, layer, number)
             else:
                 step.update_recurrent_state(states, layer, number)
         return step
 
-    def scatter(self, slots: Sequence[int], step: StepState) -> None:
+    def scatter(self, slots: torch.Tensor, step: StepState) -> None:
         """Save the states that `step` left behind, over whatever `slots` held."""
         for key, states in step.states().items():
             if key not in self._saved:
                 self._saved[key] = states.new_zeros((self._num_slots, *states.shape[1:]))
-            saved = self._saved[key]
-            saved[torch.tensor(slots, device=saved.device)] = states
+            self._saved[key][slots] = states
 
     def save(self, slot: int) -> SlotState:
         """A copy of what `slot` has, in host memory."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...attention_backends import LayerAttention
+from ...quant import int4_linears
 from ...vmem.errors import InvalidOperation, VkvError
 from ..cpu_kernels.packing import has_foreign_weights, is_packed, lay_out_again
 from .attention_hook import ATTENTION_NAME
@@ -19,7 +20,8 @@ _version = attrgetter("_version")
 
 
 class OffloadedWeights:
-    """Moves the parameters and buffers of `model` to host memory, and back by `restore`.
+    """Moves the parameters and buffers of `model`, and weights that kernels have laid out for
+    themselves, to host memory, and back by `restore`.
 
     The tensors stay the same objects, so that all who hold them see the weights again, at other
     addresses. Host memory is pinned if the device is a GPU, which makes the way back fast.
@@ -29,7 +31,8 @@ class OffloadedWeights:
 
     def __init__(self, model: torch.nn.Module) -> None:
         # Tied weights are one tensor; by identity, for tensors compare by value.
-        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        laid_out = (t for _, linear in int4_linears(model) for t in linear.weight_tensors())
+        tensors = {id(t): t for t in (*model.parameters(), *model.buffers(), *laid_out)}
         self._tensors = list(tensors.values())
         self._devices = [tensor.device for tensor in self._tensors]
         self._on_host = [_to_host(tensor.data) for tensor in self._tensors]
@@ -38,9 +41,11 @@ class OffloadedWeights:
             tensor.data = tensor.data.new_empty(0)
 
     def restore(self) -> None:
-        """Put the weights back on their devices."""
-        for tensor, host, device in zip(self._tensors, self._on_host, self._devices, strict=True):
-            tensor.data = host.to(device)
+        """Put the weights back on their devices; the memory on the host goes back to the system."""
+        for tensor, device in zip(self._tensors, self._devices, strict=True):
+            tensor.data = self._on_host.pop(0).to(device)
+        if any(tensor.is_cuda for tensor in self._tensors):
+            torch._C._host_emptyCache()  # or PyTorch keeps it pinned
 
 
 class ModelWatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import secrets
@@ -71,6 +72,20 @@ class SamplingState:
         self._in_prompt: Tensor | None = None
         self._output_counts: Tensor | None = None
         self._uncounted: list[int] = []  # tokens that came before these were made
+
+    def fork(self, params: SamplingParams) -> SamplingState:
+        """Another that stands where this one does and goes its own way, with the same randomness.
+
+        `params` are to ask for the same tokens; they may ask for no log probabilities.
+        """
+        twin = copy.copy(self)
+        twin.params = params
+        twin.bars = None if self.bars is None else self.bars.fork()
+        twin.grammar = None if self.grammar is None else self.grammar.fork()
+        twin._uncounted = list(self._uncounted)
+        if self._output_counts is not None:
+            twin._output_counts = self._output_counts.clone()
+        return twin
 
     def key(self) -> int:
         """This step's 64 random bits, as an int64: the same for the same seed, index and step."""

@@ -85,3 +85,8 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
             adapter = self.adapter
             return f"{_MARK}A{adapter.digest}{_MARK}{adapter.name}{_MARK}{self.variant}"
         return f"{_MARK}N{self.variant}" if self.variant.startswith(_MARK) else self.variant
+
+    @property
+    def owner(self) -> str | tuple[str, str]:
+        """Whose memory it uses: what it leaves there is cleared for others (`SlotCache.open`)."""
+        return (self.tenant, self.kv_variant) if self.tenant else self.kv_variant

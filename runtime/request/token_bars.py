@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Sequence
 from typing import Self
@@ -33,6 +34,12 @@ class TokenBars:
     def of(cls, allowed: Sequence[int] | None, bad_words: Sequence[Sequence[int]]) -> Self | None:
         """The bars, or None if there are none."""
         return None if allowed is None and not bad_words else cls(allowed, bad_words)
+
+    def fork(self) -> Self:
+        """Another that stands where this one does, and goes its own way."""
+        twin = copy.copy(self)
+        twin._recent = self._recent.copy()
+        return twin
 
     def mask(self, vocab_size: int, device: torch.device) -> Tensor:
         """True where a token is barred at every step: bool [vocab_size], on `device`."""

@@ -51,6 +51,12 @@ class TokenGrammar:
         """True once the output is whole and nothing can follow."""
         return self.failure is None and self.matcher.is_stopped()
 
+    def fork(self) -> TokenGrammar:
+        """Another that stands where this one does and goes its own way; nobody hears of its end."""
+        twin = TokenGrammar(self.matcher.deep_copy(), self.vocabulary, barred_ends=self.barred_ends)
+        twin.failure = self.failure
+        return twin
+
     def advance(self, token_id: int) -> None:
         """Note a token of the output."""
         self.matcher.consume_token(token_id)

@@ -1,7 +1,7 @@
 """Files of keys and values that requests may begin with, in place of computing them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +87,14 @@ class KVFiles:
         tokens: Sequence[int],
         variant: str = "",
         *,
+        owner: Hashable = None,
         least: int = 1,
         exits: Exits | None = None,
     ) -> tuple[Slot, int] | None:
         """A slot that begins with what a file has of `tokens`, and how many that are.
 
-        None if that would be less than `least`, or if the file turns out to be of no use. `exits`
+        None if that would be less than `least`, or if the file turns out to be of no use. `owner`
+        is as of `SlotCache.adopt`. `exits`
         are those of `cache`, if it is not the one that this was made for. Raises a Shortage or
         DriverError where there is no memory for it.
         """
@@ -109,7 +111,7 @@ class KVFiles:
         if num_tokens < least:
             return None
         self._files[file.path.absolute()] = self._files.pop(file.path.absolute())
-        slot = cache.open()
+        slot = cache.open(variant if owner is None else owner)
         try:
             _fill(cache, slot, file, num_tokens)
         except (KVFileError, InvalidConfig) as error:  # it was cut short this moment

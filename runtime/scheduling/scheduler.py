@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ...allocator import Slot, SlotCache
-from ...vmem.errors import DriverError, OutOfPages, Shortage
+from ...vmem.errors import DriverError, OutOfLoans, OutOfPages, Shortage
 from ..request.request import Batch, Padding, Request, RequestState, ScheduledRequest
 from ..request.spec import SequenceKey
 from ..speculation import Speculation
@@ -156,13 +156,25 @@ class Scheduler:
         held: set[Request] = set()
         num_before = self.num_preemptions
         short: tuple[Request, Refusal] | None = None
+        aside: tuple[Request, Refusal] | None = None  # long, and lacks what others lend
         while True:
             num_given_up = self.num_preemptions - num_before + len(held)
             snapshot = self._snapshot(granted, short[0] if short else None, held, num_given_up)
             missed = self._apply(self.policy.plan(snapshot), granted)
             if missed is None:
                 break
+            if isinstance(missed[1], OutOfLoans):  # no memory of this engine would help
+                loser = _without_loans(self.running, missed[0])
+                if loser is missed[0]:
+                    held.add(loser)
+                elif loser is not None:
+                    granted.pop(loser, None)
+                    self.preempt(loser)
+                short, aside = (missed, aside) if loser is None else (None, missed)
+                continue
             if self.tiers.give_way():
+                continue
+            if _lend_out(self.cache, self.tiers, self.running, missed[0], granted):
                 continue
             if self.tiers.is_leaving:
                 # What it lacks is being copied out: it stands aside for this step, and nobody gives
@@ -173,6 +185,7 @@ class Scheduler:
                 short = None
                 continue
             short = missed
+        short = short or aside
         is_lasting = short and not granted and not self.tiers.is_moving(self.running)
         self.shortage = short if is_lasting else None
         batch = [ScheduledRequest(request, count) for request, count in granted.items()]
@@ -209,6 +222,9 @@ class Scheduler:
         for request in self.running:
             if request.num_computed >= request.num_prompt_tokens:
                 self.waiting.let_in(request.key)
+
+        for request in self.tiers.recall(self.running):
+            self.preempt(request)
 
     # -- deciding ----------------------------------------------------------------------------
 
@@ -380,10 +396,10 @@ class Scheduler:
         if donor is not None and num_shared > num_parked:
             assert donor.slot is not None
             try:
-                return self.cache.fork(donor.slot, num_shared), num_shared
+                return self.cache.fork(donor.slot, num_shared, request.spec.owner), num_shared
             except Shortage:
                 pass  # then with what is parked
-        return self.cache.adopt(tokens, request.variant)
+        return self.cache.adopt(tokens, request.variant, owner=request.spec.owner)
 
 
 def _look_ahead(
@@ -402,6 +418,38 @@ def _look_ahead(
         else:
             target = min(end + max_batch_tokens, request.num_tokens)
         cache.look_ahead(request.slot, target)
+
+
+def _without_loans(running: Sequence[Request], request: Request) -> Request | None:
+    """Who does without what others lend, of which there is too little: of those with loans the last
+    admitted gives way, and the last itself stands aside for a step. None where it waits."""
+    if request not in running:
+        return None
+    later = running[running.index(request) + 1 :]
+    return next((other for other in reversed(later) if other.lent), request)
+
+
+def _lend_out(
+    cache: SlotCache,
+    tiers: Tiers,
+    running: Sequence[Request],
+    request: Request,
+    granted: dict[Request, int],
+) -> bool:
+    """Have others take tokens in, so that a request gets memory. False if that cannot be."""
+    wanted = cache.growth_tokens
+    if request.slot is None:
+        wanted = _tokens_to_admit(request, bool(running), wanted)
+    chosen = tiers.lend_out(running, request, wanted)
+    if chosen is None:
+        return False
+    if count := granted.get(chosen):  # its slot is another
+        assert chosen.slot is not None
+        try:
+            cache.grow(chosen.slot, chosen.num_computed - chosen.slot_start + count)
+        except (Shortage, DriverError):
+            del granted[chosen]
+    return True
 
 
 def _tokens_to_admit(request: Request, others_run: bool, growth_tokens: int) -> int:

@@ -8,39 +8,17 @@ in the slot counts against the pool.
 Source: Infinite-LLM, arXiv:2401.02669, section 5.
 """
 
-import logging
+import bisect
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
 
 from ...allocator import Exits, Slot, SlotCache
-from ...allocator.transfer import Lent, MoveStats, Segment, SegmentTier, Spans, split_off
-from ...vmem.errors import DriverError, OutOfPages, Shortage, TransferError
+from ...allocator.transfer import Segment, SegmentTier, split_off
+from ...vmem.errors import DriverError, OutOfLoans, Shortage
 from ..request.request import Request
 from .kv_files import KVFiles
-
-_log = logging.getLogger(__name__)
-
-
-class Creditor(Protocol):
-    """Another engine, which takes tokens in and attends to them.
-
-    Attributes:
-        name: of whoever attends to them.
-    """
-
-    name: str
-
-    def take(self, spans: Spans, start: int, num_tokens: int) -> int | None:
-        """Copy tokens `start …` of a sequence there; returns the loan, None if there is no room.
-
-        Raises a TransferError if it cannot be reached any more.
-        """
-        ...
-
-    def give_back(self, loan: int) -> None:
-        """What was lent is not needed any more. Never fails."""
-        ...
+from .lending import Loans
 
 
 class Segments:
@@ -54,10 +32,11 @@ class Segments:
         make_way: has the tier let go of what it holds for requests that wait; False if nothing.
         part_tokens: what moves is a multiple of it.
         local_tokens: the most tokens that a long request has in its slot; at least two parts.
+        num_layers: of the model.
+        clock: as of `Loans`.
 
     Attributes:
-        creditors: who else takes tokens in, by name; the first is asked first.
-        lent: what moved to them.
+        loans: what other engines have of requests.
     """
 
     def __init__(
@@ -70,23 +49,25 @@ class Segments:
         make_way: Callable[[], bool],
         part_tokens: int,
         local_tokens: int,
+        num_layers: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tier = tier
         self.local_tokens = local_tokens
-        self.creditors: dict[str, Creditor] = {}
-        self.lent = MoveStats()
+        self.loans = Loans(cache, exits, part_tokens, clock)
         self._cache = cache
         self._exits = exits
         self._kv_files = kv_files
         self._part_tokens = part_tokens
         self._make_way = make_way
+        self.num_layers = num_layers
 
     def is_long(self, request: Request) -> bool:
         """True of one that may outgrow the pool, and whose tokens are too many for a slot now."""
         return request.num_tokens > self.local_tokens and self._may_outgrow(request)
 
     def _may_outgrow(self, request: Request) -> bool:
-        if self.tier is None and not self.creditors:
+        if self.tier is None and not self.loans.has_lenders:
             return False
         # The last token is never computed, so it needs no room.
         most = request.num_prompt_tokens + request.max_tokens - 1
@@ -102,6 +83,7 @@ class Segments:
         that may be found computed. Raises a Shortage or DriverError, with the request as it was.
         """
         segment = None
+        self._check_loans(request)
         if self.tier is not None:
             try:
                 segment = self._begin(self.tier, request, tokens)
@@ -111,7 +93,7 @@ class Segments:
                 segment = self._begin(self.tier, request, tokens)
         slot = None
         try:
-            slot = self._cache.open()
+            slot = self._cache.open(request.spec.owner)
             num_there = 0 if segment is None else segment.num_tokens
             left = min(request.num_tokens - num_there, self.local_tokens)
             count = min(left, budget)
@@ -126,6 +108,17 @@ class Segments:
         request.segment = segment
         return slot, count
 
+    def _check_loans(self, request: Request) -> None:
+        """Raises OutOfLoans if what has to be elsewhere may not be lent now: so that no two begin
+        that then wait for each other."""
+        if self.loans.limits is None or self.tier is not None:
+            return
+        wanted = request.num_tokens - self.local_tokens
+        if wanted > self.loans.room():
+            raise OutOfLoans(
+                f"{wanted} tokens of {request} have to be lent, and {self.loans.room()} may be now"
+            )
+
     def _begin(self, tier: SegmentTier, request: Request, tokens: Sequence[int]) -> Segment:
         """What a file or the tier has of a request, in the tier, and the promise of memory there
         for all of its tokens, unless others have to take some in."""
@@ -135,7 +128,7 @@ class Segments:
             found = self._kv_files.open_slot(
                 tier.far, tokens, request.variant, least=least, exits=tier.exits
             )
-        wanted = 0 if self.creditors else tier.whole_parts(request.num_tokens)
+        wanted = 0 if self.loans.creditors else tier.whole_parts(request.num_tokens)
         return tier.begin(tokens, request.variant, num_reserved=wanted, found=found)
 
     def make_room(self, request: Request, count: int) -> int:
@@ -161,68 +154,49 @@ class Segments:
                 self._shorten(request, slot, num_moving, num_local)
         return min(count, self.local_tokens - (num_local - num_moving))
 
-    def _shorten(self, request: Request, slot: Slot, num_moving: int, num_local: int) -> None:
+    def _shorten(
+        self,
+        request: Request,
+        slot: Slot,
+        num_moving: int,
+        num_local: int,
+        *,
+        is_long: bool = True,
+    ) -> None:
         """Have the first rows of a slot elsewhere, and the rest in a new one."""
         fresh = split_off(self._cache, self._exits, slot, num_moving, num_local)
         try:
-            self._move(request, slot, num_moving)
+            self._move(request, slot, num_moving, is_long=is_long)
         except (Shortage, DriverError):
             self._exits.let_go(fresh)
             raise
         request.slot = fresh
         self._exits.let_go(slot)
+        if not is_long:
+            return
         with suppress(Shortage, DriverError):  # then it asks again when it needs it
             left = request.num_tokens - request.slot_start
             self._cache.reserve(fresh, min(left, self.local_tokens))
 
-    def _move(self, request: Request, slot: Slot, num_tokens: int) -> None:
-        """Have the first rows of a slot elsewhere: in the tier as long as it has room, and all of
-        the request before them is there."""
+    def _move(self, request: Request, slot: Slot, num_tokens: int, *, is_long: bool = True) -> None:
+        """Have the first rows of a slot elsewhere: those of long requests in the tier as long as it
+        has room, and all of the request before them is there."""
         shortage: Shortage | None = None
-        if self.tier is not None and not request.lent:
+        if self.tier is not None and not request.lent and is_long:
             try:
                 self._append(self.tier, request, slot, num_tokens)
                 return
             except Shortage as error:
                 shortage = error
-            if not self.creditors and self._make_way():
+            if not self.loans.creditors and self._make_way():
                 self._append(self.tier, request, slot, num_tokens)
                 return
-        lent: list[Lent] = []
-        while (done := sum(one.stop - one.start for one in lent)) < num_tokens:
-            one = self._lend(request, slot, done, num_tokens)
-            if one is None:
-                self._give_back(lent)
-                raise shortage or OutOfPages(
-                    f"nobody has room for {num_tokens} tokens of {request}"
-                )
-            lent.append(one)
-        request.lent += lent
-        self.lent.num_moves += len(lent)
-        self.lent.num_tokens += num_tokens
-        self.lent.num_bytes += num_tokens * self._cache.geometry.token_format.token_bytes
-
-    def _lend(self, request: Request, slot: Slot, start: int, stop: int) -> Lent | None:
-        """Have a creditor take rows from `start` on: as many whole parts as any has room for, those
-        up to `stop` at most. None if nobody takes even one."""
-        position = request.slot_start + start
-        for end in range(stop, start, -self._part_tokens):
-            spans = self._cache.spans(slot, start, end)
-            for name, creditor in list(self.creditors.items()):
-                try:
-                    loan = creditor.take(spans, position, end - start)
-                except TransferError as error:
-                    _log.warning("%s takes no more tokens in: %s", name, error)
-                    del self.creditors[name]
-                    continue
-                if loan is not None:
-                    return Lent(name, loan, position, position + end - start)
-        return None
-
-    def _give_back(self, lent: Sequence[Lent]) -> None:
-        for one in lent:
-            if one.holder in self.creditors:
-                self.creditors[one.holder].give_back(one.loan)
+        try:
+            request.lent += self.loans.lend(slot, request.slot_start, num_tokens)
+        except OutOfLoans:
+            if shortage is not None and not self.loans.creditors:
+                raise shortage from None
+            raise
 
     def _append(self, tier: SegmentTier, request: Request, slot: Slot, num_tokens: int) -> None:
         segment = request.segment or tier.begin(())
@@ -233,6 +207,65 @@ class Segments:
                 tier.release(segment, ())
             raise
         request.segment = segment
+
+    # -- more requests at once -------------------------------------------------------------------
+
+    def lend_out(
+        self, running: Sequence[Request], refused: Request, wanted_tokens: int
+    ) -> Request | None:
+        """Memory is short for `refused`: have others take old tokens of the running request that
+        has most, which is returned, with another slot.
+
+        None if nobody does, if it does not help, or if it costs more than it brings.
+        """
+        room = self.loans.room() if self.loans.limits is not None else 0
+        if not room or not self.loans.pays(self.num_layers, len(running)):
+            return None
+        movable = {r: self._num_movable(r, room) for r in running}
+        chosen = max(movable, key=movable.__getitem__, default=None)
+        if chosen is None or chosen.slot is None or not movable[chosen]:
+            return None
+        freed = min(room, sum(movable.values()))
+        lacking = self._cache.num_pages(wanted_tokens) - self._cache.num_obtainable()
+        if refused.slot is None and lacking > self._cache.num_pages(freed):
+            return None  # it would not run for that
+        num_local = chosen.num_computed - chosen.slot_start
+        try:
+            self._shorten(chosen, chosen.slot, movable[chosen], num_local, is_long=False)
+        except (Shortage, DriverError):
+            return None
+        return chosen
+
+    def _num_movable(self, request: Request, room: int) -> int:
+        """Tokens that could leave a slot for others now; what stays is copied, and so must fit."""
+        if request.slot is None or request.num_pending or request.segment is not None:
+            return 0
+        if request.slot.num_pins:  # it is on its way to another engine, or is saved
+            return 0
+        num_local = request.num_computed - request.slot_start
+        count = min(num_local, room) // self._part_tokens * self._part_tokens
+        rest = self._cache.num_pages(num_local - count)
+        return count if rest <= self._cache.num_obtainable() else 0
+
+    def recall(self, running: Sequence[Request]) -> list[Request]:
+        """Have loans leave from where they may not stay. Returns requests that have to give their
+        slots up for it."""
+        stuck = self.loans.settle(running, self._room_at_home)
+        if self.loans.has_to_give_up:
+            self.loans.has_to_give_up = False
+            stuck += [r for r in running[::-1] if self.is_long(r) and r not in stuck]
+        return [request for request in stuck if request.slot is not None]
+
+    def _room_at_home(self, request: Request) -> int:
+        """Tokens that a request may have in its slot beside those that are there, with a part to
+        spare for others."""
+        if self._may_outgrow(request):
+            return self.local_tokens - (request.num_computed - request.slot_start)
+        obtainable = self._cache.num_obtainable() - self._cache.num_pages(self._part_tokens)
+        num_local = request.num_computed - request.slot_start
+        lengths = range(self._cache.max_len)
+        most = bisect.bisect_right(lengths, obtainable, key=self._cache.num_pages) - 1
+        return max(0, most - num_local)  # what is there already is copied
 
     # -- ends ----------------------------------------------------------------------------------
 
@@ -249,7 +282,7 @@ class Segments:
         if segment is not None and self.tier is not None:
             self.tier.release(segment, request.token_ids if keep else (), request.variant)
         lent, request.lent = request.lent, []
-        self._give_back(lent)
+        self.loans.give_back(lent)
 
     def settle(self) -> None:
         """Give back what could not be given back before."""

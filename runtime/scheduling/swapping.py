@@ -150,7 +150,11 @@ class Swapping:
             self.num_computed_instead += 1
             return None
         fetch = self.tier.fetch(
-            name_of(request), tokens, request.variant, num_reserved=num_reserved
+            name_of(request),
+            tokens,
+            request.variant,
+            owner=request.spec.owner,
+            num_reserved=num_reserved,
         )
         if fetch is not None and not self.asynchronous:
             self._wait_for(fetch)

@@ -1,5 +1,6 @@
 """What stands behind the cache: host memory, and files; what leaves a slot may come back."""
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -10,12 +11,31 @@ from .kv_files import KVFiles
 from .segments import Segments
 from .swapping import Swapping
 
+_LOOK_S = 0.005  # between two looks whether what was called back has left
+
 
 class Guest(Protocol):
     """Who else has slots of the cache, pinned or being filled, beside its requests."""
 
     def give_way(self) -> bool:
         """Memory is short: unpin what no live request needs. False if that frees nothing."""
+        ...
+
+    def forget(self) -> None:
+        """The model changed: keep nothing that was computed."""
+        ...
+
+
+class Lender(Protocol):
+    """Who holds tokens of other engines' requests in slots of the cache."""
+
+    @property
+    def is_leaving(self) -> bool:
+        """True while somebody has time to take away what was called back: memory is coming."""
+        ...
+
+    def give_way(self) -> bool:
+        """Memory is short: call something back. False if nothing is free by that yet."""
         ...
 
     def forget(self) -> None:
@@ -35,6 +55,7 @@ class Tiers:
         exits: how slots are let go.
         kv_files: files that requests may begin with, those of `kv_dir` and of opened sessions.
         guests: asked to give way, and told of changes.
+        lenders: the same, but not asked where no request lacks memory.
         segments: keeps requests that are longer than the pool; None to have none.
     """
 
@@ -45,6 +66,7 @@ class Tiers:
         self.exits = Exits(cache)
         self.kv_files = KVFiles(self.exits, kv_dir)
         self.guests: list[Guest] = []
+        self.lenders: list[Lender] = []
         self.segments: Segments | None = None
         self._cache = cache
 
@@ -76,16 +98,30 @@ class Tiers:
         if self.swapping is not None:
             self.swapping.release(request)
 
-    def give_way(self) -> bool:
-        """Memory is short: stop reading slots for files and for other engines. False if that frees
-        nothing."""
+    def give_way(self, *, for_requests: bool = True) -> bool:
+        """Memory is short: stop reading slots for files and for other engines, and `for_requests`
+        call back what is lent. False if that frees nothing."""
         gave_way = [self.kv_files.give_way(), *(guest.give_way() for guest in self.guests)]
-        return any(gave_way)
+        return any(gave_way) or (for_requests and any(one.give_way() for one in self.lenders))
+
+    def lend_out(
+        self, running: Sequence[Request], refused: Request, wanted_tokens: int
+    ) -> Request | None:
+        """As of `Segments`."""
+        if self.segments is None:
+            return None
+        return self.segments.lend_out(running, refused, wanted_tokens)
+
+    def recall(self, running: Sequence[Request]) -> list[Request]:
+        """As of `Segments`."""
+        return [] if self.segments is None else self.segments.recall(running)
 
     @property
     def is_leaving(self) -> bool:
         """True while slots are pinned until they have been copied: their memory is coming."""
-        return self.swapping is not None and self.swapping.is_leaving
+        if self.swapping is not None and self.swapping.is_leaving:
+            return True
+        return any(lender.is_leaving for lender in self.lenders)
 
     # -- and back ----------------------------------------------------------------------------
 
@@ -106,7 +142,9 @@ class Tiers:
         if not self.kv_files.may_have_some:
             return None
         least = num_near + self._cache.growth_tokens
-        return self.kv_files.open_slot(self._cache, tokens, request.variant, least=least)
+        return self.kv_files.open_slot(
+            self._cache, tokens, request.variant, owner=request.spec.owner, least=least
+        )
 
     def fetch(
         self, request: Request, tokens: Sequence[int], num_near: int, num_reserved: int
@@ -140,6 +178,10 @@ class Tiers:
         fetch = next((request.fetch for request in running if request.fetch is not None), None)
         if fetch is not None:
             fetch.wait(timeout_s)
+        elif self.swapping is not None and self.swapping.is_leaving:
+            self.swapping.wait(timeout_s)
+        elif any(lender.is_leaving for lender in self.lenders):
+            time.sleep(min(timeout_s, _LOOK_S))
         elif self.swapping is not None:
             self.swapping.wait(timeout_s)
 
@@ -149,10 +191,12 @@ class Tiers:
         """A step computed so many tokens in so long."""
         if self.swapping is not None:
             self.swapping.note_step(num_tokens, time_s)
+        if self.segments is not None and num_tokens:
+            self.segments.loans.note_step(time_s)
 
     def trim(self) -> int:
         """Give memory back that no request waits for; returns the bytes."""
-        self.give_way()
+        self.give_way(for_requests=False)
         return 0 if self.swapping is None else self.swapping.trim()
 
     def forget(self) -> None:
@@ -160,7 +204,7 @@ class Tiers:
         if self.swapping is not None:
             self.swapping.forget()
         self.kv_files.forget()
-        for guest in self.guests:
+        for guest in (*self.guests, *self.lenders):
             guest.forget()
 
     def close(self) -> None:

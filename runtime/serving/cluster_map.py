@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from ..cluster.instances.maps import Seen
-from ..cluster.stats import ClusterStats, Member
+from ..cluster.stats import ClusterStats, Member, instance_of
 from ..engine.memory.memory_map import Counters, MemoryMap, added, short_name, side_by_side
 
 
@@ -39,11 +39,29 @@ class Moving(msgspec.Struct, frozen=True):
     target: int
 
 
+class Loans(msgspec.Struct, frozen=True):
+    """What an instance has lent another, or may.
+
+    Attributes:
+        debtor, creditor: the instances.
+        num_loans, num_tokens: now.
+        num_steps, num_bytes: as of `Traffic`.
+    """
+
+    debtor: int
+    creditor: int
+    num_loans: int
+    num_tokens: int
+    num_steps: int
+    num_bytes: int
+
+
 class ClusterMap(msgspec.Struct, frozen=True):
     """The slots of all instances in one map, one's behind the other's, and whose they are.
 
     Attributes:
         num_moved, num_recomputed: sequences so far.
+        loans: between instances, those of none now included where there were some.
     """
 
     map: MemoryMap
@@ -51,6 +69,7 @@ class ClusterMap(msgspec.Struct, frozen=True):
     moves: tuple[Moving, ...] = ()
     num_moved: int = 0
     num_recomputed: int = 0
+    loans: tuple[Loans, ...] = ()
 
 
 class ClusterMaps:
@@ -68,7 +87,8 @@ class ClusterMaps:
         known = [member for member in stats.instances if member.id in seen]
         if not known:
             return None
-        whole = side_by_side([seen[member.id].map for member in known])
+        maps = _named({member.id: seen[member.id].map for member in known})
+        whole = side_by_side(list(maps.values()))
         counters = added(Counters, [*self._ended, *self._last.values()])
         return ClusterMap(
             map=msgspec.structs.replace(whole, counters=counters),
@@ -76,7 +96,45 @@ class ClusterMaps:
             moves=tuple(Moving(short_name(m.key), m.source, m.target) for m in stats.moves),
             num_moved=stats.num_migrations,
             num_recomputed=stats.num_recomputed,
+            loans=_loans(maps),
         )
+
+
+def _named(maps: Mapping[int, MemoryMap]) -> dict[int, MemoryMap]:
+    """The maps, with the names of requests that instances lend to, where their own instances are
+    there to tell."""
+    names = {
+        (instance_of(one.holder), one.loan): one.request
+        for drawn in maps.values()
+        for one in drawn.borrowed
+    }
+    return {number: _with_names(number, drawn, names) for number, drawn in maps.items()}
+
+
+def _with_names(
+    number: int, drawn: MemoryMap, names: Mapping[tuple[int | None, int], str]
+) -> MemoryMap:
+    if not drawn.lent:
+        return drawn
+    known = {one.slot: names.get((number, one.loan), "") for one in drawn.lent}
+    strips = tuple(
+        msgspec.structs.replace(strip, request=known.get(strip.slot, strip.request))
+        for strip in drawn.strips
+    )
+    return msgspec.structs.replace(drawn, strips=strips)
+
+
+def _loans(maps: Mapping[int, MemoryMap]) -> tuple[Loans, ...]:
+    found: list[Loans] = []
+    for debtor, drawn in maps.items():
+        for one in drawn.traffic:
+            lent = [s.num_tokens for s in drawn.borrowed if s.holder == one.holder]
+            creditor = instance_of(one.holder)
+            if creditor is not None and (lent or one.num_steps):
+                found.append(
+                    Loans(debtor, creditor, len(lent), sum(lent), one.num_steps, one.num_bytes)
+                )
+    return tuple(found)
 
 
 def _parts(members: Sequence[Member], seen: Mapping[int, Seen]) -> tuple[InstanceMap, ...]:

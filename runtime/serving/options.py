@@ -38,13 +38,15 @@ class ServeOptions:
         max_instances: with more than `instances`, as many are started as are needed, and ended when
             they are not; with the policy llumnix alone.
         roles: what each instance is for: prefill, decode or both, with commas.
-        cluster_policy: round_robin, least_loaded, llumnix or disaggregated; by default llumnix, or
-            where there are roles disaggregated.
+        cluster_policy: round_robin, least_loaded, least_time, llumnix or disaggregated; by default
+            llumnix, or where there are roles disaggregated.
         ray_address: of a Ray cluster to join, auto for the one that this machine is a node of; its
             nodes share the instances out. By default one is started, on this machine alone.
         max_num_queued_reqs: requests that may wait for a place beside those that run; more get 503.
         max_num_queued_tokens: prompt tokens that may wait; more get 503.
         key_share: the part of all places that one of several keys may hold; more get 429.
+        tenants_share_prefixes: a prompt may begin with what was computed for another tenant's. By
+            default, each tenant's keys and values are found by its own requests alone.
         max_body_bytes: of a request.
         max_n: the most outputs that one request may ask for.
         shutdown_timeout: seconds that requests under way have to finish after SIGTERM.
@@ -79,6 +81,7 @@ class ServeOptions:
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int = 1 << 20
     key_share: float = 0.5
+    tenants_share_prefixes: bool = False
     max_body_bytes: int = 16 * MiB
     max_n: int = 16
     shutdown_timeout: float = 30.0
@@ -135,6 +138,11 @@ class ServeOptions:
         object.__setattr__(self, "tenants", tuple(key.tenant for key in keys))
         object.__setattr__(self, "tenant_weights", tenant_weights(keys))
         self.read_chat_template()  # to refuse it now, and not when the model is there
+
+    @property
+    def has_tenants(self) -> bool:
+        """Whether callers are several, and are kept apart."""
+        return len(set(self.tenants)) > 1
 
     @property
     def is_cluster(self) -> bool:

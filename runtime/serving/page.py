@@ -14,7 +14,7 @@ from fastapi import APIRouter, Response
 
 from ...vmem.errors import VkvError
 from ..engine.memory.memory_map import MemoryMap
-from .cluster_map import ClusterMap, InstanceMap, Moving
+from .cluster_map import ClusterMap, InstanceMap, Loans, Moving
 from .http.errors import ApiError
 from .http.streams import EventStream, event, last_words
 
@@ -50,6 +50,7 @@ class Frame(msgspec.Struct, frozen=True, omit_defaults=True):
     moves: tuple[Moving, ...] = ()
     num_moved: int = 0
     num_recomputed: int = 0
+    loans: tuple[Loans, ...] = ()
 
     @classmethod
     def of(cls, shown: MemoryMap | ClusterMap) -> Self:

@@ -195,24 +195,6 @@ class Server:
         given = {name: value for name, value in more.items() if value is not None}
         return dataclasses.replace(base, **{**fields.sampling_values(), **given})
 
-    def check_template(self, given: str | None) -> None:
-        """Raises ApiError 400 for a template of a request's own, unless those are trusted.
-
-        It is a program, and it runs in this process.
-        """
-        tokenizer = self.requests.front_end.tokenizer
-        named = tokenizer.chat_template if tokenizer is not None else None
-        is_name = isinstance(named, dict) and given in named
-        if given is None or is_name or self.options.trust_request_chat_template:
-            return
-        raise ApiError(
-            400,
-            "chat_template is a program, and requests' own are not run here; leave it out, or "
-            "start the server with --trust-request-chat-template",
-            "invalid_value",
-            "chat_template",
-        )
-
     async def prepare(
         self, make: Callable[[], _T], num_characters: int, *, compiles: bool = False
     ) -> _T:
@@ -241,3 +223,22 @@ def _there(what: _T | None) -> _T:
     if what is None:
         raise ApiError(503, "the model is loading; try again", "loading", retry_after_s=2)
     return what
+
+
+def check_own_template(server: Server, given: str | None) -> None:
+    """Raises ApiError 400 for a template of a request's own, unless those are trusted.
+
+    It is a program, and it runs in this process.
+    """
+    tokenizer = server.requests.front_end.tokenizer
+    named = tokenizer.chat_template if tokenizer is not None else None
+    is_name = isinstance(named, dict) and given in named
+    if given is None or is_name or server.options.trust_request_chat_template:
+        return
+    raise ApiError(
+        400,
+        "chat_template is a program, and requests' own are not run here; leave it out, or "
+        "start the server with --trust-request-chat-template",
+        "invalid_value",
+        "chat_template",
+    )

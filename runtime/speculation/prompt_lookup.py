@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 from ..request.request import Request
+from .drafter import Drafter
 
 _LEAST = 3  # tokens that must have come before; two come again by chance too often
 _MOST_COMPARED = 64  # tokens that places are compared by
@@ -15,11 +16,13 @@ _MOST_PLACES = 8  # that are looked at, the latest first
 _TOKEN_BITS = 21
 
 
-class PromptLookup:
+class PromptLookup(Drafter):
     """Guesses what followed where a request's last tokens came before.
 
     Of several such places it takes the one that most tokens agree with, the latest of equals.
     """
+
+    kind = "ngram"
 
     def __init__(self) -> None:
         self._places: WeakKeyDictionary[Request, _Places] = WeakKeyDictionary()

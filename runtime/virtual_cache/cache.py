@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from ...vmem.errors import InvalidConfig, InvalidOperation, RequestTooLong, UsageError
+from . import attention  # noqa: F401  # makes its name known to `transformers`
 from .lanes import Arena, LaneTensor
 
 # Memory is mapped by calls to the system, which a traced graph cannot hold: a compiled model

@@ -73,7 +73,7 @@ class Fuzz:
 
     def adopt(self) -> None:
         tokens = self.random.choice(self.stems)[: self.random.randint(0, MAX_LEN)]
-        self.model.adopt(tokens, self.random.choice(_VARIANTS))
+        self.model.adopt(tokens, self.random.choice(_VARIANTS), self._owner())
 
     def park(self) -> None:
         if request := self._request():
@@ -85,7 +85,7 @@ class Fuzz:
 
     def fork(self) -> None:
         if request := self._request():
-            self.model.fork(request, self._up_to(len(request.tokens)))
+            self.model.fork(request, self._up_to(len(request.tokens)), self._owner())
 
     def reserve(self) -> None:
         if request := self._request():
@@ -96,7 +96,7 @@ class Fuzz:
             self.model.close(request)
 
     def open(self) -> None:
-        self.model.open(self.random.choice(_VARIANTS))
+        self.model.open(self.random.choice(_VARIANTS), self._owner())
 
     def look_ahead(self) -> None:
         if request := self._request():
@@ -114,6 +114,10 @@ class Fuzz:
             saved = self.random.choice(self.saved)
             self.model.attach(saved, self._up_to(len(saved.tokens)))
 
+    def _owner(self) -> str | None:
+        by_owner = self.model.cache.pool.sanitize == "tenants"
+        return self.random.choice(["ann", "bob", None, None]) if by_owner else None
+
     def _request(self):
         return self.random.choice(self.model.live) if self.model.live else None
 
@@ -124,7 +128,7 @@ class Fuzz:
 
 def run(model: Model, seed: int, num_operations: int, *, failures: float = 0.0) -> None:
     fuzz = Fuzz(model, seed, failures=failures)
-    isolated = model.cache.pool.sanitize == "zero"
+    isolated = model.cache.pool.sanitize != "never"
     for number in range(num_operations):
         try:
             fuzz.step()
@@ -160,10 +164,12 @@ def test_contiguous_with_failing_calls(name):
         assert (driver.num_pages, driver.reserved_bytes) == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["tiles", "split"])
-def test_contiguous_and_isolated(name):
+@pytest.mark.parametrize(
+    ("name", "sanitize"), [("tiles", "zero"), ("split", "zero"), ("tiles", "tenants")]
+)
+def test_contiguous_and_isolated(name, sanitize):
     with FlakyHostDriver() as driver:
-        run(Model(make_cache(KIND[name], driver, sanitize="zero")), 3, 6000, failures=0.02)
+        run(Model(make_cache(KIND[name], driver, sanitize=sanitize)), 3, 6000, failures=0.02)
 
 
 def test_contiguous_with_few_mappings():
@@ -178,7 +184,9 @@ def test_contiguous_on_the_standin(cuda_standin, name):
         assert (driver.num_pages, driver.reserved_bytes) == (0, 0)
 
 
-@pytest.mark.parametrize(("sanitize", "num_operations"), [("never", 20_000), ("zero", 6000)])
+@pytest.mark.parametrize(
+    ("sanitize", "num_operations"), [("never", 20_000), ("zero", 6000), ("tenants", 6000)]
+)
 def test_paged(sanitize, num_operations):
     run(Model(make_paged(sanitize=sanitize)), 6, num_operations)
 

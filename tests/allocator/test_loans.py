@@ -462,7 +462,7 @@ def test_movable_caches_keep_a_limit_together(seed: int) -> None:
         driver = FlakyHostDriver()
         cache = KVCache(
             KIND[kind].layout(PAGE),
-            PagePool(driver, limit, sanitize=random.choice(["never", "zero"])),
+            PagePool(driver, limit, sanitize=random.choice(["never", "tenants", "zero"])),
             num_slots=5,
             movable=True,
         )

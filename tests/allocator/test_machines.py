@@ -38,6 +38,8 @@ from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages, Shortage
 __all__ = ["one_thread"]  # a fixture
 
 VARIANTS = st.sampled_from(["", "", "", "adapter"])
+OWNERS = st.sampled_from([None, None, "ann", "bob"])
+SANITIZE = st.sampled_from(["never", "tenants", "zero"])
 MACHINE = settings(
     max_examples=150,
     stateful_step_count=50,
@@ -51,7 +53,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @initialize(
         low=st.integers(0, 5),
-        sanitize=st.sampled_from(["never", "zero"]),
+        sanitize=SANITIZE,
     )
     def build(self, low, sanitize):
         self.driver = FlakyHostDriver(PAGE)
@@ -63,7 +65,7 @@ class PoolMachine(RuleBasedStateMachine):
         )
         self.claims = []
         self.held = []  # a page once for each reference
-        self.owned = set()  # pages that had an owner since the system gave them
+        self.owned = {}  # of pages that had an owner since the system gave them, the last
 
     def teardown(self):
         if hasattr(self, "driver"):
@@ -102,14 +104,15 @@ class PoolMachine(RuleBasedStateMachine):
         else:
             assert len(set(pages)) == count
             assert not set(pages) & set(self.held)
-            assert not self.pool.needs_zero(set(pages) - self.owned)
-            recycled = bool(self.owned & set(pages))
-            assert self.pool.needs_zero(pages) == (self.pool.sanitize == "zero" and recycled)
+            assert not self.pool.needs_zero(set(pages) - self.owned.keys())
+            self._check_owners(pages)
             self.held.extend(pages)
-            self.owned.update(pages)
             if data.draw(st.booleans()):
-                self.pool.restore(claim, pages)
+                owner = data.draw(OWNERS)
+                self.pool.restore(claim, pages, owner)
                 assert claim.num_pages == reserved
+                for page in pages:  # without an owner they are as they were
+                    self.owned[page] = owner or self.owned.get(page)
                 self._drop(pages)
         self.driver.fail_after = None
 
@@ -143,8 +146,10 @@ class PoolMachine(RuleBasedStateMachine):
         order = data.draw(st.permutations(range(len(self.held))))
         chosen = order[: data.draw(st.integers(0, len(order)))]
         pages = [self.held[index] for index in chosen]
-        self.pool.release(pages)
+        owner = data.draw(OWNERS)
+        self.pool.release(pages, *filter(None, [owner]))
         self._drop(pages)
+        self.owned.update((page, owner) for page in pages if page not in self.held)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -185,8 +190,17 @@ class PoolMachine(RuleBasedStateMachine):
         assert pool.num_reserved == sum(claim.num_pages for claim in self.claims)
         assert pool.num_available == 20 - pool.num_held - pool.num_reserved
         assert pool.num_created == self.driver.num_pages <= 20
-        self.owned &= pool._references.keys() | set(pool._free)
+        there = pool._references.keys() | set(pool._free)
+        self.owned = {page: owner for page, owner in self.owned.items() if page in there}
         assert all(pool.references(page) == self.held.count(page) for page in self.held)
+
+    def _check_owners(self, pages):
+        before = [self.owned[page] for page in pages if page in self.owned]
+        clears = {"never": False, "zero": bool(before)}
+        for owner in ("ann", "bob"):
+            foreign = any(last != owner for last in before)
+            expected = clears.get(self.pool.sanitize, foreign)
+            assert self.pool.needs_zero(pages, owner) == expected
 
     def _draw_claim(self, data):
         if not self.claims:
@@ -207,7 +221,7 @@ class CacheMachine(RuleBasedStateMachine):
     can_attach = False
 
     @initialize(
-        sanitize=st.sampled_from(["never", "zero"]),
+        sanitize=SANITIZE,
         max_parked=st.sampled_from([0, 3]),
         rows=st.sampled_from([1.0, 2.5, 9.0]),
         data=st.data(),
@@ -234,15 +248,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.model.cache.shutdown()
         assert (pool.num_held, pool.num_reserved) == (0, 0)
 
-    @rule(variant=VARIANTS)
-    def open(self, variant):
-        self.model.open(variant)
+    @rule(variant=VARIANTS, owner=OWNERS)
+    def open(self, variant, owner):
+        self.model.open(variant, owner)
 
-    @rule(data=st.data(), variant=VARIANTS)
-    def adopt(self, data, variant):
+    @rule(data=st.data(), variant=VARIANTS, owner=OWNERS)
+    def adopt(self, data, variant, owner):
         # Few different tokens, so that prefixes meet.
         tokens = data.draw(st.lists(st.integers(0, 1), max_size=12))
-        self.model.adopt((tokens * MAX_LEN)[: data.draw(st.integers(0, MAX_LEN))], variant)
+        tokens = (tokens * MAX_LEN)[: data.draw(st.integers(0, MAX_LEN))]
+        self.model.adopt(tokens, variant, owner)
 
     @precondition(lambda self: self.model.live)
     @rule(data=st.data(), num_tokens=st.integers(0, MAX_LEN))
@@ -274,10 +289,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.model.truncate(request, data.draw(st.integers(least, len(request.tokens))))
 
     @precondition(lambda self: self.model.live)
-    @rule(data=st.data())
-    def fork(self, data):
+    @rule(data=st.data(), owner=OWNERS)
+    def fork(self, data, owner):
         request = self._draw(data)
-        self.model.fork(request, data.draw(st.integers(0, len(request.tokens))))
+        self.model.fork(request, data.draw(st.integers(0, len(request.tokens))), owner)
 
     @precondition(lambda self: self.can_attach and self.model.live)
     @rule(data=st.data())
@@ -337,7 +352,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.model is None:
             return
         self.model.check()
-        if self.sanitize == "zero":
+        if self.sanitize != "never":
             self.model.check_isolation()
 
     def _draw(self, data):

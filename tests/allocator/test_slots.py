@@ -412,7 +412,7 @@ def test_a_fork_of_nothing_is_an_open_slot(model):
     model.check()
 
 
-@pytest.mark.parametrize("sanitize", ["never", "zero"])
+@pytest.mark.parametrize("sanitize", ["never", "tenants", "zero"])
 @pytest.mark.parametrize("kind", ["even", "tiles", "paged"])
 def test_writing_into_a_shared_page_copies_what_is_in_use_of_it(kind, sanitize):
     cache = (
@@ -424,12 +424,12 @@ def test_writing_into_a_shared_page_copies_what_is_in_use_of_it(kind, sanitize):
         model = Model(cache)
         model.close(with_request(model, [9] * MAX_LEN))  # pages with a stranger's content
         parent = with_request(model, [1] * 128)  # whole pages, and all of them shared
-        child = model.fork(parent, 128)
+        child = model.fork(parent, 128, "another")
         for request in (parent, child):
             model.truncate(request, 120)
             assert model.grow(request, [2])
             model.check()
-            if sanitize == "zero":
+            if sanitize != "never":
                 model.check_isolation()
 
 
@@ -460,6 +460,35 @@ def test_a_new_owner_finds_zeros_behind_its_tokens(kind):
             model.check_isolation()
             model.close(aliased)
             model.trim()
+        model.check()
+
+
+@pytest.mark.parametrize("kind", ["tiles", "paged"])
+def test_memory_is_cleared_for_another_owner_alone(kind, monkeypatch):
+    cache = (
+        make_paged(sanitize="tenants", rows=2)
+        if kind == "paged"
+        else make_cache(KIND[kind], sanitize="tenants", rows=2)
+    )
+    cleared = []
+    for name in ("_clear_pages", "_clear_behind"):
+        clear = getattr(cache._backing, name)
+        monkeypatch.setattr(
+            cache._backing, name, lambda *a, clear=clear: (cleared.append(a), clear(*a))
+        )
+    with cache:
+        model = Model(cache)
+        for number in range(6):  # parked, taken over, closed, recycled: all of one owner
+            request = model.adopt([number] * MAX_LEN)
+            assert model.grow(request, [number] * MAX_LEN)
+            assert model.park(request, MAX_LEN) if number % 2 else model.close(request)
+        assert not cleared
+        for number, owner in enumerate(["ann", "bob", "ann", "bob"]):
+            request = model.adopt([9, number] * 20, "", owner)
+            assert model.grow(request, [number] * 90)
+            model.check_isolation()
+            assert model.park(request, 70) if number % 2 else model.close(request)
+        assert cleared
         model.check()
 
 

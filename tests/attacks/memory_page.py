@@ -1,9 +1,10 @@
 """A picture of the page of memory under load: `runtime/serving/memory_page.png`.
 
-    python tests/attacks/memory_page.py [--dark] [--instances N] [--to FILE]
+    python tests/attacks/memory_page.py [--dark] [--instances N [--long]] [--to FILE]
 
 Half a minute, with Playwright and Chromium; with instances requests move between them all the
-time. `tests/runtime/serving/test_page_browser.py` tests what is seen here.
+time, or, with `--long`, one is longer than an instance's memory, and others use adapters.
+`tests/runtime/serving/test_page_browser.py` tests what is seen here.
 """
 
 import argparse
@@ -12,12 +13,16 @@ import contextlib
 import random
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
+import lending_attack
+import lora
+import zoo
 from page_app import page_app, run_elsewhere, served
 from playwright.sync_api import Page, sync_playwright
 from vkv import AsyncLLM, Cluster, SamplingParams
@@ -33,10 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dark", action="store_true", help="in dark colours")
     parser.add_argument("--instances", type=int, help="of a cluster, in place of one engine")
+    parser.add_argument("--long", action="store_true", help="requests that borrow memory")
     parser.add_argument("--to", type=Path, default=ROOT / "runtime/serving/memory_page.png")
     options = parser.parse_args()
     if options.instances:
-        picture_of_instances(options.instances, dark=options.dark, path=options.to)
+        picture = picture_of_loans if options.long else picture_of_instances
+        picture(options.instances, dark=options.dark, path=options.to)
         return
     llm = AsyncLLM(max_seqs=18, max_parked=4)
     load = threading.Thread(target=lambda: asyncio.run(ask_all(llm)))
@@ -55,6 +62,43 @@ def picture_of_instances(count: int, *, dark: bool, path: Path) -> None:
         with served(page_app(engine, None)) as address:
             take_picture(address, load, dark=dark, path=path, chats=False)
             load.join()
+
+
+def picture_of_loans(count: int, *, dark: bool, path: Path) -> None:
+    """Requests borrow from other instances when the picture is taken."""
+    engine = ClusterEngine()
+    with tempfile.TemporaryDirectory() as folder:
+        model = lending_attack.save_model(Path(folder))
+        names = ("formal", "pirate", "idle")
+        adapters = {
+            name: lora.save_adapter(Path(folder) / name, model, seed=place)
+            for place, name in enumerate(names)
+        }
+        with Cluster(
+            folder,
+            instances=count,
+            threads=1,
+            kv_memory=3 * lending_attack.POOL,
+            adapters=adapters,
+            **lending_attack.OPTIONS,
+        ) as cluster:
+            engine.cluster = cluster
+            load = threading.Thread(target=ask_long, args=(cluster,))
+            with served(page_app(engine, None)) as address:
+                take_picture(address, load, dark=dark, path=path, chats=False)
+                load.join()
+
+
+def ask_long(cluster: Cluster) -> None:
+    """One request longer than an instance's memory, and short ones with adapters."""
+    prompts = [{"prompt_token_ids": p} for p in zoo.random_prompts([4000, 200, 150, 90, 300])]
+    params = [
+        SamplingParams(
+            temperature=1, seed=number, max_tokens=900 if number else 4900, ignore_eos=True
+        )
+        for number in range(len(prompts))
+    ]
+    cluster.generate(prompts, params, adapter=[None, "formal", "pirate", "formal", None])
 
 
 def move_all(cluster: Cluster) -> None:

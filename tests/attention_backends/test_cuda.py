@@ -19,7 +19,7 @@ from vkv.attention_backends.flash_attn import (
     FlashAttnBackend,
     PagedFlashAttnBackend,
 )
-from vkv.attention_backends.flashinfer import FlashInferBackend
+from vkv.attention_backends.flashinfer import FlashInferBackend, _PlanKey, workspace_bytes
 from vkv.attention_backends.paged_flash import PagedFlashBackend
 from vkv.attention_backends.paged_flashinfer import PagedFlashInferBackend
 from vkv.attention_backends.reference import ReferenceBackend
@@ -296,6 +296,70 @@ def test_flashinfer_plans_once_a_step_and_kind_of_layer(flashinfer):
     again = make_problem(Case(chunks=SMALL_BATCHES["decode"], max_len_multiple=16)).batch
     flashinfer.forward(*tensors, again, plain)
     assert PagedPrefillStandIn.plans == 3
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"),
+    [(64, 8, 128), (32, 2, 128), (32, 8, 64), (8, 8, 256)],
+)
+def test_flashinfer_has_room_for_any_plan(num_heads, num_kv_heads, head_dim):
+    """Counted as `PrefillPlan` does, over all numbers of blocks that it may choose."""
+    room = workspace_bytes(num_heads, num_kv_heads, head_dim, torch.device("cpu"))
+    tile = 128 if head_dim < 256 else 64
+    for blocks in range(1, 2 * 132 // num_kv_heads + 1):
+        outputs = -(-num_heads * blocks * tile * head_dim * 4 // 16) * 16
+        assert outputs + num_heads * blocks * tile * 4 <= room
+    assert room < 1.1 * (outputs + num_heads * blocks * tile * 4)
+
+
+def test_flashinfer_makes_a_larger_workspace_for_layers_that_want_one(flashinfer):
+    keys = [
+        _PlanKey(heads, 2, 128, torch.bfloat16, 8, 16, 1.0, None, None) for heads in (8, 32, 16)
+    ]
+    sizes = []
+    for key in keys:
+        flashinfer._wrapper(key, torch.device("cpu"))
+        sizes.append(flashinfer._workspace.numel())
+    assert sizes[0] < sizes[1] == sizes[2]
+
+
+@pytest.mark.parametrize("name", ["torch_flash", "paged_flash"])
+def test_decodes_of_a_mixed_step_have_a_call_of_their_own(name, request, monkeypatch):
+    """In one call with a chunk the kernel would read KV once for each query head of theirs."""
+    backend = request.getfixturevalue(name)
+    kernel, calls = torch.ops.aten._flash_attention_forward, []
+
+    def spy(*args, **kwargs):
+        calls.append((args[3].tolist(), args[5], args[6], kwargs["seqused_k"].tolist()))
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", spy)
+    decodes, chunks_behind = ((1, 20), (1, 7)), ((5, 9), (18, 18), (1, 3))
+    for chunks, expected in (
+        (decodes + chunks_behind, [([0, 1, 2], 1, 20), ([0, 5, 23, 24], 18, 18)]),
+        (decodes, [([0, 1, 2], 1, 20)]),
+        (chunks_behind, [([0, 5, 23, 24], 18, 18)]),
+    ):
+        calls.clear()
+        problem = make_problem(Case(chunks=chunks, key_dim=8, **_shape_of_cache(backend)))
+        backend.forward_lse(*problem.args)
+        assert [call[:3] for call in calls] == expected
+        assert [n for call in calls for n in call[3]] == [length for _, length in chunks]
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_3"])
+def test_kernels_are_told_how_long_contexts_are_and_not_how_long_slots(name, request):
+    backend = request.getfixturevalue(name)
+    kernel, lengths = backend._kernel, []
+
+    def spy(query, keys, values, **kwargs):
+        lengths.append((keys.shape[1], values.shape[1]))
+        return kernel(query, keys, values, **kwargs)
+
+    backend._kernel = spy
+    problem = make_problem(Case(chunks=((1, 20), (1, 7), (5, 9)), max_len_multiple=16))
+    backend.forward(*problem.args)
+    assert lengths == ([(20, 20), (9, 9)] if name == "flash_attn" else [(20, 20)])
 
 
 def _cache(num_slots, max_len, row_stride=16, slot_stride=None):

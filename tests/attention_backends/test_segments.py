@@ -1,6 +1,8 @@
 """Attention over keys in several places equals attention over them in one."""
 
 import ctypes
+import itertools
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -57,6 +59,54 @@ def check_equal(name: str, case: Case, cuts_for: Sequence[float]) -> None:
 def test_one_to_eight_segments(name: str, num_segments: int) -> None:
     fractions = [(i + 1) / num_segments for i in range(num_segments)]  # the last up to the queries
     check_equal(name, Case(chunks=CHUNKS), fractions)
+
+
+_KINDS = [
+    Case(
+        chunks=((3, 40), (1, 71), (9, 9), (1, 18)),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    for window, softcap, sinks, (heads, kv_heads), (key_dim, value_dim) in itertools.product(
+        (None, 1, 20), (None, 1.5), (False, True), ((3, 3), (8, 2)), ((16, 16), (24, 10))
+    )
+]
+
+
+def _drawn_cuts(case: Case, num_segments: int, draw: random.Random) -> list[list[int]]:
+    """Anywhere, so that stretches may be empty; of each sequence one has a single token."""
+    cuts = []
+    for query_len, kv_len in case.chunks:
+        past = kv_len - query_len
+        at = sorted(draw.randint(0, past) for _ in range(num_segments))
+        if num_segments > 1 and past:
+            place = draw.randrange(num_segments - 1)
+            at[place + 1] = min(past, at[place] + 1)
+        cuts.append(sorted(at))
+    return cuts
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_each_kind_of_layer_in_one_to_eight_segments_cut_anywhere(name: str) -> None:
+    """Windows, caps, sinks, grouped heads and unequal head sizes, each with each."""
+    draw, lengths = random.Random(5), set()
+    for case in _KINDS:
+        problem = make_problem(case)
+        expected = ReferenceBackend().forward(*problem.args)
+        partial = ByLogSumExp(backend_for(name, case))
+        for num_segments in range(1, 9):
+            cuts = _drawn_cuts(case, num_segments, draw)
+            lengths |= {b - a for of_one in cuts for a, b in itertools.pairwise([0, *of_one])}
+            out = cut_problem(problem, cuts).solve(partial)
+            torch.testing.assert_close(
+                out, expected, atol=2e-5, rtol=2e-5, msg=lambda m, c=case, k=cuts: f"{c} {k}: {m}"
+            )
+    assert {0, 1} <= lengths
 
 
 @pytest.mark.parametrize("name", BACKENDS)

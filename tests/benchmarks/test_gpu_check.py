@@ -5,6 +5,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import re
 import sys
 import time
 import tomllib
@@ -42,12 +43,22 @@ def gpu_check(gpu_plan: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleTy
     return _script("gpu_check", monkeypatch)
 
 
-def make_check(gpu_check: ModuleType, folder: Path, budget: float = 100.0):
-    options = argparse.Namespace(device="cpu", budget=budget, out=folder, kit=folder, pack=True)
-    records, site = folder / "records", folder / "site"
-    records.mkdir()
-    site.mkdir()
-    return gpu_check.Check(options, records, site, time.monotonic() + budget)
+def make_check(gpu_check: ModuleType, folder: Path, budget: float = 100.0, **said: object):
+    options = argparse.Namespace(
+        **{
+            "device": "cpu",
+            "budget": budget,
+            "out": folder,
+            "kit": folder,
+            "copy": folder / "copy",
+            "only": None,
+            "again": False,
+            **said,
+        }
+    )
+    check = gpu_check.Check(options, time.monotonic() + budget)
+    check.site.mkdir(exist_ok=True)
+    return check
 
 
 def test_a_failing_step_stops_no_other(gpu_check: ModuleType, tmp_path: Path) -> None:
@@ -56,12 +67,70 @@ def test_a_failing_step_stops_no_other(gpu_check: ModuleType, tmp_path: Path) ->
     check.run(gpu_check.Step("slow", ("-c", "import time; time.sleep(60)"), 0.5))
     check.run(gpu_check.Step("good", ("-c", "open('x.json', 'w').write('{}')"), 20))
     check.run(gpu_check.Step("late", ("-c", ""), 20, least_s=200))
-    steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    steps = json.loads((tmp_path / "copy" / "state.json").read_text())["steps"]
     assert [step["status"] for step in steps] == ["failed", "timed out", "passed", "skipped"]
     assert "exit 3: why" in steps[0]["detail"]
     assert (tmp_path / "records" / "x.json").exists()
-    assert "| late | skipped |" in (tmp_path / "summary.md").read_text()
-    assert (tmp_path / "records.tgz").stat().st_size > 100
+    assert "| late | skipped |" in (tmp_path / "copy" / "summary.md").read_text()
+    assert (tmp_path / "copy" / "records.tgz").stat().st_size > 100
+
+
+def test_a_second_call_goes_on_where_the_first_stopped(
+    gpu_check: ModuleType, tmp_path: Path
+) -> None:
+    steps = [gpu_check.Step(name, ("-c", ""), 20) for name in ("a", "b", "c", "d")]
+    first = make_check(gpu_check, tmp_path)
+    first.run(steps[0])
+    first.run(gpu_check.Step("b", ("-c", "raise SystemExit(1)"), 20))
+    first.outcomes["c"] = gpu_check.Outcome("c", gpu_check._CUT_SHORT)  # the machine went
+    first.summarise()
+    second = make_check(gpu_check, tmp_path)
+    assert [step.name for step in second.order(steps)] == ["d", "c"]
+    for step in second.order(steps):
+        second.run(step)
+    third = make_check(gpu_check, tmp_path)
+    assert not third.order(steps)
+    assert third.used_s >= second.used_s > 0
+    assert [o.status for o in third.outcomes.values()] == ["passed", "failed", "passed", "passed"]
+    assert len(make_check(gpu_check, tmp_path, again=True).order(steps)) == 4
+    assert [s.name for s in make_check(gpu_check, tmp_path, only=["b"]).order(steps)] == ["b"]
+    assert not make_check(gpu_check, tmp_path, device="cuda").outcomes  # a rehearsal proves nothing
+
+
+def test_a_step_that_the_budget_cuts_short_is_no_failure(
+    gpu_check: ModuleType, tmp_path: Path
+) -> None:
+    check = make_check(gpu_check, tmp_path, gpu_check._RESERVE_S + 1)
+    check.run(gpu_check.Step("long", ("-c", "import time; time.sleep(30)"), 20, least_s=0.1))
+    assert [o.status for o in check.outcomes.values()] == ["skipped"]
+
+
+def test_what_is_shown_fits_a_screen(gpu_check: ModuleType, tmp_path: Path) -> None:
+    check = make_check(gpu_check, tmp_path)
+    for number in range(40):
+        name = f"alone: tests/runtime/engine/test_engine_cuda.py::test_of_a_long_name_{number}"
+        check.outcomes[name] = gpu_check.Outcome(name, "failed", 60.0, "why | " * 400)
+    assert 2_000 < len(check.shown()) + 150 * 42 <= 12_000
+    assert "…" in check._table(300)
+
+
+def test_after_a_test_that_hangs_the_others_run(
+    gpu_check: ModuleType, gpu_plan: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_plan, "MOST_OF_A_TEST_S", 1)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text(
+        "import time\n"
+        "def test_first(): pass\n"
+        "def test_hangs(): time.sleep(60)\n"
+        "def test_last(): pass\n"
+    )
+    check = make_check(gpu_check, tmp_path)
+    check.run(gpu_plan.pytest_step("some", ["tests/test_it.py"], 30))
+    found = [(outcome.name, outcome.status) for outcome in check.outcomes.values()]
+    assert found == [("some", "failed"), ("after test_hangs: some", "passed")]
+    assert check.outcomes["after test_hangs: some"].detail.startswith("2 passed, 0 failed")
 
 
 def test_failed_tests_are_counted_and_run_again_alone(
@@ -76,14 +145,14 @@ def test_failed_tests_are_counted_and_run_again_alone(
         "def test_good(): pass\n"
     )
     check = make_check(gpu_check, tmp_path)
-    check.run(gpu_plan._pytest("some tests", "cpu", ["test_it.py"], 60))
-    found = [(outcome.name, outcome.status) for outcome in check.outcomes]
+    check.run(gpu_plan.pytest_step("some tests", ["test_it.py"], 60))
+    found = [(outcome.name, outcome.status) for outcome in check.outcomes.values()]
     assert found == [
         ("some tests", "failed"),
         ("alone: test_it.py::TestThem::test_bad", "failed"),
         ("alone: test_it.py::test_fallout", "passed"),
     ]
-    assert check.outcomes[0].detail.startswith("1 passed, 2 failed, 0 skipped")
+    assert check.outcomes["some tests"].detail.startswith("1 passed, 2 failed, 0 skipped")
 
 
 @pytest.mark.parametrize(("code", "is_kept"), [("", True), ("raise SystemExit('no')", False)])
@@ -95,14 +164,14 @@ def test_what_fails_its_trial_is_left_out_of_later_steps(
     (check.site / "extra").mkdir()
     check.run(gpu_check.Step("trial", ("-c", code), 20, tries="extra"))
     assert (check.site / "extra").exists() == is_kept
-    assert ("go on without extra" in check.outcomes[0].detail) != is_kept
+    assert ("go on without extra" in check.outcomes["trial"].detail) != is_kept
 
 
 def test_without_a_kit_it_says_how_to_get_one(gpu_check: ModuleType, tmp_path: Path) -> None:
     check = make_check(gpu_check, tmp_path)
     check.install()
-    assert check.outcomes[0].status == "failed"
-    assert "make gpu-kit" in check.outcomes[0].detail
+    assert check.outcomes["install"].status == "failed"
+    assert "make gpu-kit" in check.outcomes["install"].detail
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -130,17 +199,18 @@ def test_the_plan_s_benchmarks_are_commands_that_exist(
         if step.name.startswith(("bench linear", "bench throughput")):
             result = CliRunner().invoke(bench, step.command[3:])
             assert result.exit_code == 0, result.output
-    dense, plain, small, padded = asked
+    dense, ragged, plain, small, padded = asked
     assert (plain.device.type, dense.device.type) == (device, device)
-    assert "transformers-continuous" in dense.systems
+    assert "vkv-paged" in dense.systems
+    assert "transformers-continuous" in ragged.systems
     assert (dense.quant, small.quant) == (None, "gptq")
     assert "transformers" in padded.systems
     # No record is written over another.
-    assert len({one.label or one.quant for one in (dense, small, padded)}) == 3
+    assert len({one.label or one.quant for one in (dense, ragged, small, padded)}) == 4
     if device == "cuda":
         assert "8192x8192" in plain.layers
         assert "ragged-64" in {cell.name for cell in padded.cells} & {
-            cell.name for cell in dense.cells
+            cell.name for cell in ragged.cells
         }
         assert [cell.name for cell in small.cells] == ["decode-1", "decode-16"]
 
@@ -150,8 +220,28 @@ def test_the_plan_s_tests_are_files_that_exist(gpu_plan: ModuleType, device: str
     steps = [step for step in gpu_plan.plan(device, []) if step.is_test]
     paths = [word.split("=")[-1] for step in steps for word in step.command if "tests" in word]
     paths = [path for path in paths if not path.endswith(".xml")]
-    assert len(paths) >= 4
+    assert len(paths) >= 7
     assert all((ROOT / path).exists() for path in paths), paths
+
+
+def test_every_test_for_a_gpu_is_in_a_step(gpu_plan: ModuleType) -> None:
+    paths = {w for words in gpu_plan._TESTS.values() for w in words if w.startswith("tests/")}
+    marked = [
+        path.relative_to(ROOT)
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"mark\.gpu|vmem_driver", path.read_text()) and path != Path(__file__)
+    ]
+    assert len(marked) >= 10
+    for path in marked:
+        assert any(path.is_relative_to(covered) for covered in paths), path
+    limits = [step.limit_s for step in gpu_plan.plan("cuda", [])]
+    assert max(limits) <= 150  # so that one that hangs costs a fifth of a call, at most
+
+
+def test_every_step_is_told_what_to_expect(gpu_plan: ModuleType) -> None:
+    table = (ROOT / "benchmarks" / "gpu" / "README.md").read_text()
+    for step in gpu_plan.plan("cuda", []):
+        assert f"| {step.name.removeprefix('bench ')} |" in table.replace("`", ""), step.name
 
 
 def test_the_plan_s_own_programs_import_what_there_is(gpu_plan: ModuleType) -> None:

@@ -215,19 +215,22 @@ class Model:
         self.cache = cache
         self.live: list[Request] = []
         self.pins: list[Pin] = []
+        self._left: dict[object, set[int]] = {}  # by owner, all prefixes that its requests had
         self._identities: dict[tuple[int | str, int], int] = {}
         self._factors = _factors(cache)
 
     # -- operations --------------------------------------------------------------------------
 
-    def open(self, variant: str = "") -> Request | None:
+    def open(self, variant: str = "", owner: str | None = None) -> Request | None:
         with self._refusable(lambda: self.live):
-            return self._admit(self.cache.open(), [], variant)
+            return self._admit(self.cache.open(owner or variant), [], variant)
         return None
 
-    def adopt(self, tokens: Sequence[int], variant: str = "") -> Request | None:
+    def adopt(
+        self, tokens: Sequence[int], variant: str = "", owner: str | None = None
+    ) -> Request | None:
         with self._refusable(lambda: self.live):
-            slot, num_cached = self.cache.adopt(tokens, variant)
+            slot, num_cached = self.cache.adopt(tokens, variant, owner=owner)
             assert 0 <= num_cached <= len(tokens)
             assert slot.num_tokens == num_cached
             return self._admit(slot, tokens[:num_cached], variant)
@@ -251,7 +254,7 @@ class Model:
     def attach(self, saved: SavedTokens, num_tokens: int) -> Request | None:
         """A request whose first tokens are mapped from a file that one like it was saved to."""
         with self._refusable(lambda: self.live):
-            slot = self.cache.open()
+            slot = self.cache.open(saved.variant)
             try:
                 starts = self.cache.attach(slot, saved.fd, saved.offsets, num_tokens)
             except BaseException:
@@ -268,9 +271,9 @@ class Model:
             self.cache.truncate(request.slot, num_tokens)
         self._forget(request, num_tokens)
 
-    def fork(self, request: Request, num_tokens: int) -> Request | None:
+    def fork(self, request: Request, num_tokens: int, owner: str | None = None) -> Request | None:
         with self._refusable(lambda: self.live):
-            slot = self.cache.fork(request.slot, num_tokens)
+            slot = self.cache.fork(request.slot, num_tokens, owner)
             return self._admit(slot, request.tokens[:num_tokens], request.variant)
         return None
 
@@ -349,11 +352,14 @@ class Model:
             assert torch.equal(content, prefixes[:, None] * (_PLACES * _ELEMENTS) + factor)
 
     def check_isolation(self) -> None:
-        """Whatever a slot's memory shows was written by its own request, or is zero."""
+        """Whatever a slot's memory shows was written by its own request, or is zero; or, where
+        memory is cleared between owners only, by a request of the same."""
+        by_owner = self.cache.pool.sanitize == "tenants"
         for request in self.live:
+            known = self._left[request.slot.owner] if by_owner else request.written
             for words in _visible_words(self.cache, request.slot):
                 shown = np.unique(words.numpy() // (_PLACES * _ELEMENTS))
-                assert request.written.issuperset(shown[shown != 0].tolist())
+                assert known.issuperset(shown[shown != 0].tolist())
 
     def _recount(self) -> None:
         cache, pool = self.cache, self.cache.pool
@@ -463,6 +469,7 @@ class Model:
             request.prefixes.append(last)
         request.tokens.extend(tokens)
         request.written.update(request.prefixes)
+        self._left.setdefault(request.slot.owner, set()).update(request.prefixes)
 
     @staticmethod
     def _forget(request: Request, num_tokens: int) -> None:

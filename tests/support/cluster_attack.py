@@ -4,20 +4,19 @@ What comes of every request is compared with what a single engine says; what ins
 nothing runs, with nothing.
 """
 
-import os
 import random
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import left_over
 import middle
-import served
 from vkv import LLM, SamplingParams, StructuredOutputsParams
 from vkv.runtime.cluster.cluster import Cluster
 from vkv.runtime.engine.memory.memory_map import MemoryMap
@@ -494,25 +493,22 @@ class Attack:
         healing = self._healing
         if healing is not None:
             healing.join(120)
-        _until(lambda: not self.cluster.stats().requests, lambda: f"left: {self.unfinished()}")
-        _until(self._hold_nothing, lambda: f"held: {self._totals()}")
+        left_over.until(
+            lambda: not self.cluster.stats().requests, lambda: f"left: {self.unfinished()}"
+        )
+        left_over.until(self._hold_nothing, lambda: f"held: {self._totals()}")
         self.cluster.router.ask("trim")
-        _until(
+        left_over.until(
             lambda: all(not t.parked for t in self._totals()), lambda: f"after: {self._totals()}"
         )
         for member in self.cluster.router.members_now():
             counts = self.held.setdefault(member.pid, [])
-            counts.append((_count(member.pid, "fd"), _count(member.pid, "task")))
-        if zombies := _zombies():
+            counts.append(left_over.num_open(member.pid))
+        if zombies := left_over.zombies():
             self.wrong.append(f"zombies: {zombies}")
-        left = {name.partition(".")[0] for name in os.listdir(self._folder)}
-        names = {str(member.id) for member in self.cluster.router.members_now()}
-        if strange := [name for name in left if name.isdigit() and name not in names]:
+        names = {member.id for member in self.cluster.router.members_now()}
+        if strange := left_over.strange_sockets(self.cluster, names):
             self.wrong.append(f"sockets are left: {strange}")
-
-    @property
-    def _folder(self) -> str:
-        return self.cluster._launcher._folder.name
 
     def unfinished(self) -> list[str]:
         """All that is known of what has not ended."""
@@ -538,12 +534,7 @@ class Attack:
         return [picture.totals for picture in self._pictures()[1].values()]
 
     def _hold_nothing(self) -> bool:
-        maps = self._pictures()[1].values()
-        return all(
-            not (one.totals.held or one.totals.ahead or one.totals.promised)
-            and all(strip.state == "parked" for strip in one.strips)
-            for one in maps
-        )
+        return all(map(left_over.holds_nothing, self._pictures()[1].values()))
 
 
 _SIGNALS = {"KILL": 9, "STOP": 19, "CONT": 18}
@@ -558,38 +549,6 @@ def _are_close(found: Any, right: Any, *, may_lack: bool) -> bool:
         for table, wanted in zip(found.logprobs, right.logprobs, strict=True)
         for token_id, logprob in table.items()
     )
-
-
-def _until(is_so: Callable[[], bool], why: Any, within_s: float = 30.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not is_so():
-        assert time.monotonic() < deadline, why() if callable(why) else why
-        time.sleep(0.05)
-
-
-def _count(pid: int, what: str) -> int:
-    return len(os.listdir(f"/proc/{pid}/{what}"))
-
-
-def _zombies() -> list[int]:
-    """Processes of ours that have ended and that nobody has collected."""
-    found, family = [], _family()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] == "Z" and int(fields[1]) in family:
-            found.append(int(stat.parent.name))
-    return found
-
-
-def _family() -> set[int]:
-    found, new = set(), {os.getpid()}
-    while new:
-        found |= new
-        new = {child for pid in new for child in served.children_of(pid)} - found
-    return found
 
 
 @contextmanager

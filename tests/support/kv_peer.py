@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import standin
 import xxhash
-from allocator_model import KIND, FlakyHostDriver, make_cache
+from allocator_model import KIND, FlakyHostDriver, FlakyStandInDriver, make_cache
+from standin import StandInCudaDriver
 from vkv.allocator import KVCache, Slot
 from vkv.allocator.transfer import Incoming, Outgoing, TransferKey, Transfers
 from vkv.allocator.transfer.channels import Channel, CopyChannel, PageChannel
+from vkv.vmem import CudaDriver, VmemDriver
 
 CHANNELS: dict[str, Callable[..., Channel]] = {"copies": CopyChannel, "pages": PageChannel}
 
@@ -21,8 +24,18 @@ def digest(cache: KVCache, slot: Slot, num_tokens: int) -> int:
     found = xxhash.xxh3_64()
     for stream in cache.spans(slot, 0, num_tokens):
         for piece in stream:
-            found.update(piece.contiguous().numpy())
+            found.update(piece.cpu().contiguous().numpy())
     return found.intdigest()
+
+
+def make_driver(device: str, page_bytes: int) -> VmemDriver:
+    """The host's, CUDA's, or CUDA's over the stand-in; a GPU's pages have a size of their own."""
+    if device == "host":
+        return FlakyHostDriver(page_bytes)
+    if device == "cuda":
+        return CudaDriver()
+    standin.load()
+    return FlakyStandInDriver()
 
 
 def descriptors() -> int:
@@ -35,7 +48,7 @@ class Peer:
     Args:
         sock: what the channel is over.
         channel: `copies` or `pages`.
-        kind, page_bytes: of the cache.
+        kind, page_bytes, device: of the cache.
         options: of the channel.
     """
 
@@ -45,9 +58,11 @@ class Peer:
         channel: str,
         kind: str = "ragged",
         page_bytes: int = 4096,
+        device: str = "host",
         **options: Any,
     ) -> None:
-        self.cache = make_cache(KIND[kind], FlakyHostDriver(page_bytes), rows=9, movable=True)
+        self.driver = make_driver(device, page_bytes)
+        self.cache = make_cache(KIND[kind], self.driver, rows=9, movable=True)
         self.transfers = Transfers(self.cache)
         self.begun: set[Outgoing | Incoming] = set()
         self.channel = CHANNELS[channel](sock, **options)
@@ -121,21 +136,28 @@ class Peer:
         """What is left of everything, once free memory went back."""
         self.cache.check_invariants()
         self.cache.pool.trim()
-        stats = self.cache.stats()
+        stats, driver = self.cache.stats(), self.driver
         return {
             "open": stats.slots_open,
             "parked": stats.slots_parked,
-            "pages": self.cache.pool.driver.num_pages,
+            "pages": driver.num_pages,
             "held": self.cache.pool.num_held,
             "reserved": stats.pages_reserved,
-            "descriptors": descriptors() - self.base,
+            "descriptors": self._new_descriptors(),
         }
+
+    def _new_descriptors(self) -> int:
+        if isinstance(self.driver, StandInCudaDriver):
+            return descriptors() - self.base - standin.load().num_files()
+        if self.driver.device.type == "cuda":
+            return 0  # PyTorch and CUDA open files when they first need them
+        return descriptors() - self.base
 
     def shutdown(self) -> None:
         for transfer in self.begun:
             transfer.abort()  # without effect on what was committed
         self.cache.shutdown()
-        self.cache.pool.driver.close()
+        self.driver.close()
         self.channel.close()
 
 
@@ -181,6 +203,8 @@ def _serve(pipe: Any, sock: socket.socket, args: Sequence[Any], options: dict[st
     import torch
 
     torch.set_num_threads(1)
+    if options.get("device") == "standin":
+        standin.load().reset()
     peer = Peer(sock, *args, **options)
     while True:
         method, arguments, named = pipe.recv()

@@ -103,6 +103,26 @@ def merge(model: PreTrainedModel, folder: Path, scales: Mapping[str, float] | No
         weight += (delta.T if isinstance(modules[name], Conv1D) else delta).to(weight.dtype)
 
 
+def adapt(model: PreTrainedModel, folder: Path) -> None:
+    """Have the model's linears add scale · B (A x) to what they give, in the order of PEFT."""
+    said = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    modules = dict(model.named_modules())
+    scale = said["lora_alpha"] / said["r"]
+    for key, down in tensors.items():
+        if ".lora_A." in key:
+            up = tensors[key.replace("lora_A", "lora_B")]
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            modules[name].register_forward_hook(_adds(down, up, scale))
+
+
+def _adds(down: torch.Tensor, up: torch.Tensor, scale: float) -> Any:
+    def add(module: nn.Module, inputs: Any, result: torch.Tensor) -> torch.Tensor:
+        return result + nn.functional.linear(nn.functional.linear(inputs[0], down), up) * scale
+
+    return add
+
+
 def change(folder: Path, shapes: Mapping[str, Sequence[int] | None]) -> None:
     """Put tensors of ones into an adapter's file; None takes one out."""
     path = folder / "adapter_model.safetensors"

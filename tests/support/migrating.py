@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import zoo
@@ -160,13 +161,14 @@ def check_idle(loop: EngineLoop) -> None:
 
 @contextmanager
 def rig(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Path,
     num_instances: int = 2,
     *,
     channel: Channel | None = None,
     stages: Stages = _QUICK,
     carrier: Any = None,
     each: Mapping[int, Mapping[str, Any]] | None = None,
+    device: str = "cpu",
     **options: Any,
 ) -> Iterator[Rig]:
     """Engines with the same options, but for those of `each`."""
@@ -174,7 +176,7 @@ def rig(
         loops = {}
         for number in range(num_instances):
             given = {"max_seqs": 16, **options, **(each or {}).get(number, {})}
-            llm = stack.enter_context(LLM(model, device="cpu", **zoo.with_defaults(given)))
+            llm = stack.enter_context(LLM(model, device=device, **zoo.with_defaults(given)))
             loops["abcdefgh"[number]] = llm._driver._loop
             if llm.engine.scheduler.tiers.swapping is not None:
                 llm.engine.scheduler.tiers.swapping.always = True
@@ -185,13 +187,15 @@ def rig(
         yield Rig(migrations, loops, clock)
 
 
-def undisturbed(model: PreTrainedModel, specs: Sequence[RequestSpec], **options: Any) -> Streams:
+def undisturbed(
+    model: PreTrainedModel, specs: Sequence[RequestSpec], *, device: str = "cpu", **options: Any
+) -> Streams:
     """What one engine says of all requests."""
     streams: Streams = {
         (spec.request_id, index): Stream() for spec in specs for index in range(spec.params.n)
     }
     given = zoo.with_defaults({"max_seqs": 16, **options})
-    with LLM(model, device="cpu", **given) as llm:
+    with LLM(model, device=device, **given) as llm:
         loop = llm._driver._loop
         for output in loop.carry_out([Add(spec) for spec in specs]):
             streams[output.request_id, output.index].take(output)

@@ -29,10 +29,11 @@ def run(
     num_moves: int = 0,
     seed: int = 0,
     asynchronous: bool = True,
+    device: str = "cpu",
     **options: Any,
 ) -> Outcome:
     """Run all requests together, of which some lose their slots until there were `num_moves`."""
-    with LLM(model, device="cpu", **zoo.with_defaults(options)) as llm:
+    with LLM(model, device=device, **zoo.with_defaults(options)) as llm:
         engine = llm.engine
         if engine.scheduler.tiers.swapping is not None:
             engine.scheduler.tiers.swapping.always = True

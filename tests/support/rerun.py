@@ -27,6 +27,11 @@ def record_by_rerun(llm: LLM) -> DecodeRecordings:
     """From now on its decode steps are recorded this way. Not while it runs."""
     runner = llm.engine.runner
     runner.recordings = DecodeRecordings(
-        runner.logits, runner.cache, Rerun(), runner.device, llm.config.max_seqs
+        runner.logits,
+        runner.cache,
+        Rerun(),
+        runner.device,
+        llm.config.max_seqs,
+        runner.adapters,
     )
     return runner.recordings

@@ -1,5 +1,6 @@
 """What is particular to the CUDA driver, run against the stand-in for libcuda.so.1."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,13 @@ import pytest
 import torch
 from standin import GRANULARITY
 from vkv.vmem import CudaDriver
-from vkv.vmem.errors import DriverError, InvalidConfig, OutOfMappings, OutOfPages
+from vkv.vmem.errors import (
+    DriverError,
+    InvalidConfig,
+    InvalidOperation,
+    OutOfMappings,
+    OutOfPages,
+)
 
 
 def test_access_is_set_once_for_a_run_however_many_pages(standin_driver_factory):
@@ -196,3 +203,72 @@ def test_without_a_driver_or_its_bindings_the_error_says_what_to_install(prelude
     last = child.stderr.strip().splitlines()[-1]
     assert last.startswith("vkv.vmem.errors.DriverUnavailable")
     assert re.search(message, last)
+
+
+def test_a_fence_waited_for_twice_leaves_the_next_one_its_event(
+    cuda_standin, standin_driver_factory
+):
+    """CUDA gives the next event the handle of the one that went."""
+    driver = standin_driver_factory()
+    address = driver.reserve(driver.page_bytes)
+    driver.map(address, driver.create(1))
+    first = driver.record_fence()
+    first.wait()
+    cuda_standin.begin_work(address, driver.page_bytes)
+    second = driver.record_fence()
+    assert first._event == second._event
+    first.wait()
+    assert cuda_standin.held()["num_events"] == 1
+    second.wait()
+    driver.unmap(address, driver.page_bytes)  # the work is over
+
+
+def test_where_no_memory_can_be_handed_over_there_is_memory_all_the_same(
+    cuda_standin, standin_driver_factory
+):
+    cuda_standin.refuse_exportable()
+    driver = standin_driver_factory()
+    pages = driver.create(3)
+    address = driver.reserve(3 * driver.page_bytes)
+    driver.map(address, pages)
+    assert driver.bundle_of(pages[0]) is None
+    with pytest.raises(InvalidOperation, match="cannot be handed"):
+        driver.lend(pages)
+
+
+def test_what_turns_out_not_to_be_exported_is_not_tried_again(cuda_standin, standin_driver_factory):
+    driver = standin_driver_factory()
+    pages = driver.create(2)
+    assert driver.bundle_of(pages[0]) == pages[0]
+    cuda_standin.refuse_exportable()
+    with pytest.raises(DriverError, match="NOT_SUPPORTED"):
+        driver.lend(pages)
+    assert driver.bundle_of(pages[0]) is None
+
+
+def test_drivers_of_one_gpu_name_its_memory_alike(standin_driver_factory):
+    names = {standin_driver_factory().memory_name for _ in range(2)}
+    assert len(names) == 1
+    assert "host" not in names
+
+
+def test_a_descriptor_keeps_memory_as_long_as_it_is_open(cuda_standin, standin_driver_factory):
+    driver = standin_driver_factory()
+    pages = driver.create(2)
+    address = driver.reserve(2 * driver.page_bytes)
+    driver.map(address, pages)
+    driver.tensor(address, (2 * driver.page_bytes,), (1,), torch.uint8).fill_(5)
+    fds, runs = driver.lend(pages)
+    again = driver.borrow(fds, runs)  # by the same process: other pages of the same memory
+    assert not {*again} & {*pages}
+    driver.unmap(address, 2 * driver.page_bytes)
+    driver.release(pages)
+    driver.release(again)
+    assert cuda_standin.held()["memory_used"] == 2 * driver.page_bytes
+    driver.map(address, back := driver.borrow(fds, runs))
+    assert driver.tensor(address, (2 * driver.page_bytes,), (1,), torch.uint8).eq(5).all()
+    for fd in fds:
+        os.close(fd)
+    driver.unmap(address, 2 * driver.page_bytes)
+    driver.release(back)
+    assert cuda_standin.held()["memory_used"] == 0

@@ -259,12 +259,12 @@ def test_a_driver_without_segments_hands_over_page_by_page(cuda_standin):
         near.map(address, pages)
         view(near, address, 3 * size).fill_(4)
         assert (near.bundle_of(pages[0]), near.bundle_size(pages[0])) == (pages[0], 1)
-        before = descriptors()
+        before = len(descriptors()) - cuda_standin.num_files()
         for call in (1, 2, 3):
             cuda_standin.fail_at(call)
             with pytest.raises(DriverError):
                 near.lend(pages[::-1])
-            assert descriptors() == before
+            assert len(descriptors()) == before + cuda_standin.num_files()
         fds, runs = near.lend(pages[::-1])
         cuda_standin.fail_at(2)
         with pytest.raises(DriverError):
@@ -275,7 +275,7 @@ def test_a_driver_without_segments_hands_over_page_by_page(cuda_standin):
         borrowed = far.borrow(fds, runs)
         for fd in fds:
             os.close(fd)
-        assert descriptors() == before
+        assert len(descriptors()) == before + cuda_standin.num_files()
         far.map(linked, borrowed[::-1])
         assert view(far, linked, 3 * size).eq(4).all()  # and not cleared, as new ones are
         near.unmap(address, 3 * size)

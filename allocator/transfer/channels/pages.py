@@ -49,7 +49,8 @@ class PageChannel(SocketChannel):
             raise InvalidOperation(
                 f"pages go at once: tokens 0 to {outgoing.num_tokens}, not {start} to {stop}"
             )
-        lent = outgoing.lend()
+        after = after or outgoing.record_fence()
+        lent = outgoing.lend()  # which waits for work of its own
         stage = Stage(
             name=outgoing.key.name,
             epoch=outgoing.key.epoch,
@@ -61,7 +62,7 @@ class PageChannel(SocketChannel):
         )
         job = ChannelJob(
             lambda _: self._offer(stage, lent.descriptors, lent.copied),
-            after=after or outgoing.record_fence(),
+            after=after,
             interrupt=self.close,
             give_back=lambda: wire.close_all(lent.descriptors),
         )

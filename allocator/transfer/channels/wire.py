@@ -84,11 +84,12 @@ def send_bytes(sock: socket.socket, pieces: Sequence[torch.Tensor], is_checked: 
     """Send uint8 tensors, one after the other, and what they should add up to."""
     digest = xxhash.xxh3_64()
     if is_checked or _are_staged(pieces):
-        for piece in _cut(pieces):
-            view = _view(piece.cpu())
-            if is_checked:
-                digest.update(view)
-            _send(sock, [view])
+        with _beside(pieces) as buffer:
+            for piece in _cut(pieces):
+                view = _view(piece if piece.is_cpu else buffer[: len(piece)].copy_(piece))
+                if is_checked:
+                    digest.update(view)
+                _send(sock, [view])
     else:
         _send(sock, [_view(piece) for piece in pieces])
     _send(sock, [memoryview(_END.pack(_END_MAGIC, digest.intdigest()))])
@@ -98,14 +99,15 @@ def receive_bytes(sock: socket.socket, pieces: Sequence[torch.Tensor], is_checke
     """Fill uint8 tensors. Raises Damaged if others came than were sent."""
     digest = xxhash.xxh3_64()
     if is_checked or _are_staged(pieces):
-        for piece in _cut(pieces):
-            staged = piece if piece.device.type == "cpu" else _pinned(piece)
-            view = _view(staged)
-            _receive(sock, [view])
-            if is_checked:
-                digest.update(view)
-            if staged is not piece:
-                piece.copy_(staged)
+        with _beside(pieces) as buffer:
+            for piece in _cut(pieces):
+                staged = piece if piece.is_cpu else buffer[: len(piece)]
+                view = _view(staged)
+                _receive(sock, [view])
+                if is_checked:
+                    digest.update(view)
+                if staged is not piece:
+                    piece.copy_(staged)
     else:
         _receive(sock, [_view(piece) for piece in pieces])
     end = bytearray(_END.size)
@@ -126,16 +128,29 @@ def _view(piece: torch.Tensor) -> memoryview:
 
 
 def _are_staged(pieces: Sequence[torch.Tensor]) -> bool:
-    return any(piece.device.type != "cpu" for piece in pieces)
+    return not all(piece.is_cpu for piece in pieces)
 
 
 def _cut(pieces: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     for piece in pieces:
-        yield from piece.split(_CHECKED_BYTES if piece.device.type == "cpu" else _STAGED_BYTES)
+        yield from piece.split(_CHECKED_BYTES if piece.is_cpu else _STAGED_BYTES)
 
 
-def _pinned(piece: torch.Tensor) -> torch.Tensor:
-    return torch.empty(len(piece), dtype=torch.uint8, pin_memory=True)
+@contextmanager
+def _beside(pieces: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """A buffer in pinned memory for pieces that are a GPU's. They are copied, each call until it is
+    over, on a stream that waits for what this thread's has now (pages may be being cleared), and
+    not for what is computed meanwhile."""
+    device = next((piece.device for piece in pieces if not piece.is_cpu), None)
+    if device is None:
+        yield torch.empty(0, dtype=torch.uint8)
+        return
+    longest = max(len(piece) for piece in pieces if not piece.is_cpu)
+    size = min(longest, _STAGED_BYTES)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 # -- descriptors ---------------------------------------------------------------------------------

@@ -114,6 +114,15 @@ class SimulateOptions:
     link_latency_ms: float = option(1.0, help="Of a handshake between instances.")
     report_ms: float = option(0.0, help="How old what is known of an instance may be.")
     round_ms: float = option(500.0, least=1, help="Between two rounds of moves, at most.")
+    lending: bool = option(
+        False, help="Each policy once more with instances that lend each other memory."
+    )
+    loan_record: Path | None = option(
+        None,
+        help="A record of `vkv bench long`: what asking creditors takes. Default: a round trip a "
+        "layer, and the link's rate.",
+    )
+    loan_latency_us: float = option(20.0, help="Of that round trip.")
     most_instances: int | None = option(
         None, least=1, help="Scale between --instances and so many; with llumnix."
     )
@@ -133,10 +142,11 @@ class SimulateOptions:
         _check_policies(self.policies)
         if not self.rates or min(self.rates) <= 0:
             raise InvalidConfig(f"rates are {self.rates}; give one at least, and none that is 0")
-        if min(self.link_gbit, self.link_latency_ms, self.report_ms) < 0:
+        least = min(self.link_gbit, self.link_latency_ms, self.report_ms, self.loan_latency_us)
+        if least < 0:
             raise InvalidConfig(
-                f"link_gbit {self.link_gbit}, link_latency_ms {self.link_latency_ms} and report_ms "
-                f"{self.report_ms} must be 0 or more"
+                f"link_gbit {self.link_gbit}, link_latency_ms {self.link_latency_ms}, report_ms "
+                f"{self.report_ms} and loan_latency_us {self.loan_latency_us} must be 0 or more"
             )
 
 

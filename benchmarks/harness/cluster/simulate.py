@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Generator, Mapping
@@ -13,12 +14,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ...runtime.cluster.placement.machine import Wire, read_table
-from ...runtime.cluster.policies import CLUSTER_POLICIES, ClusterPolicy, Llumnix, Scaling
+from ...runtime.cluster.placement.machine import CostTable, Wire, read_table
+from ...runtime.cluster.policies import CLUSTER_POLICIES, ClusterPolicy, Ledger, Llumnix, Scaling
 from ...runtime.cluster.simulator.cluster import ClusterConfig, Member, simulate
-from ...runtime.cluster.simulator.costs import StepCost, TransferCost
+from ...runtime.cluster.simulator.costs import LoanCost, StepCost, TransferCost
 from ...runtime.cluster.simulator.fitting import Fit, StepRecord, fit_step_cost, read_steps
 from ...runtime.cluster.simulator.instance import InstanceConfig
+from ...runtime.cluster.simulator.loans import LoanConfig
 from ...runtime.cluster.simulator.trace import Report, Slo
 from ...runtime.cluster.snapshot import Role
 from ...runtime.frontend.progress import counted
@@ -27,6 +29,7 @@ from ..limits import LimitsProbe
 from ..record import Findings, Record, Table, record_name
 from .comparison import against_first, by_urgency, figures, latencies, plot, totals
 from .contenders import Contender, contender
+from .long.costs import recorded_loan_cost
 from .options import SimulateOptions
 from .traces import recorded_steps, recorded_trace, trace_of
 
@@ -46,18 +49,22 @@ def run(options: SimulateOptions, command: str) -> list[Table]:
 
     def steps() -> Generator[None, None, None]:
         seeds = options.seeds or (options.load.seed,)
-        every = list(itertools.product(options.rates, seeds, contenders))
+        ways = (False, True) if options.lending else (False,)
+        every = list(itertools.product(options.rates, seeds, contenders, ways))
         if options.out is not None:
             probe.measure()
         with counted("runs", len(every)) as advance:
-            for rate, seed, one in every:
+            for rate, seed, one, lends in every:
                 trace = trace_of(replace(options.load, seed=seed), rate)
+                config = _config(options, one, cost, lends)
+                ledger = Ledger() if lends else None
                 start, cpu = time.perf_counter(), time.process_time()
-                report = simulate(_config(options, one, cost), _policy(one, options), trace)
+                report = simulate(config, _policy(one, options), trace, ledger)
                 took_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
-                runs.setdefault((f"{rate:g}/s", one.text), []).append(report)
+                name = f"{one.text}, lending" if lends else one.text
+                runs.setdefault((f"{rate:g}/s", name), []).append(report)
                 if len(every) <= _MOST_NOTES:
-                    notes.append(_speed(one.text, report, took_s, cpu_s))
+                    notes.append(_speed(name, report, took_s, cpu_s))
                 advance()
                 yield
 
@@ -106,7 +113,7 @@ def _said(fit: Fit) -> str:
     )
 
 
-def _config(options: SimulateOptions, one: Contender, cost: StepCost) -> ClusterConfig:
+def _config(options: SimulateOptions, one: Contender, cost: StepCost, lends: bool) -> ClusterConfig:
     table = read_table(options.table)
     capacity = options.capacity_tokens
     if capacity is None:
@@ -123,6 +130,7 @@ def _config(options: SimulateOptions, one: Contender, cost: StepCost) -> Cluster
         max_batch_tokens=options.max_batch_tokens,
         policy=options.step_policy,
         scheduling_policy=one.order or options.scheduling_policy,
+        loans=_loans(options, table, capacity) if lends else None,
     )
     roles = options.roles or ("both",) * (one.instances or options.instances)
     return ClusterConfig(
@@ -136,6 +144,24 @@ def _config(options: SimulateOptions, one: Contender, cost: StepCost) -> Cluster
         react_s=0.01 if len(roles) > 64 else 0.0,
         round_s=options.round_ms / 1e3,
         startup_s=options.startup_s,
+    )
+
+
+def _loans(options: SimulateOptions, table: CostTable, capacity: int) -> LoanConfig:
+    """A query and a result of all layers are taken to be as large as a token's keys and values,
+    which is so where each head has keys of its own."""
+    if options.loan_record is not None:
+        cost = recorded_loan_cost(options.loan_record)
+    else:
+        rate = options.link_gbit * 1e9 / 8
+        cost = LoanCost(
+            holder_s=table.num_layers * options.loan_latency_us * 1e-6,
+            byte_s=1 / rate if rate else 0.0,
+            query_bytes=table.token_bytes,
+            move_bytes_per_s=rate or math.inf,
+        )
+    return LoanConfig(
+        cost=cost, most_tokens=options.instances * capacity, token_bytes=table.token_bytes
     )
 
 

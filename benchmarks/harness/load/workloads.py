@@ -177,7 +177,12 @@ TRAFFIC: Mapping[str, Traffic] = {
         Quantiles(271, 243, 434, 669, 964),
     ),
     "arxiv": Traffic(Normal(29_600), Normal(363)),
+    "documents": Traffic(Normal(12_000), Quantiles(500, 487, 781, 988, 1234)),
 }
+# A few long among many short: so many of each, in random order. "skewed" is one document, of 12,000
+# tokens in the mean with ShareGPT's answers, among fifteen of ShareGPT's requests: half of all
+# tokens are the documents'.
+MIXED: Mapping[str, Mapping[str, int]] = {"skewed": {"sharegpt": 15, "documents": 1}}
 
 
 def gamma_arrivals(count: int, *, rate: float, cv: float = 1.0, seed: int = 0) -> list[float]:
@@ -224,11 +229,29 @@ def lengths(name: str, count: int, *, scale: float = 1.0, seed: int = 0) -> list
 
 
 def _lengths(name: str, count: int, scale: float, rng: random.Random) -> list[tuple[int, int]]:
+    if name in MIXED:
+        return _mixed(MIXED[name], count, scale, rng)
     if name not in TRAFFIC:
-        raise InvalidConfig(f"workload is {name!r}; use fastgen or one of {', '.join(TRAFFIC)}")
+        known = ", ".join((*TRAFFIC, *MIXED))
+        raise InvalidConfig(f"workload is {name!r}; use fastgen or one of {known}")
     prompts = _draw(TRAFFIC[name].prompts, count, scale, rng)
     outputs = _draw(TRAFFIC[name].outputs, count, scale, rng)
     return list(zip(prompts, outputs, strict=True))
+
+
+def _mixed(
+    parts: Mapping[str, int], count: int, scale: float, rng: random.Random
+) -> list[tuple[int, int]]:
+    """Of each kind as many as its part says, but for rounding; the first has the rest."""
+    total = sum(parts.values())
+    counts = {name: round(count * part / total) for name, part in parts.items()}
+    first = next(iter(parts))
+    counts[first] += count - sum(counts.values())
+    found = [
+        pair for name, part in counts.items() if part for pair in _lengths(name, part, scale, rng)
+    ]
+    rng.shuffle(found)
+    return found
 
 
 def _draw(lengths: Lengths, count: int, scale: float, rng: random.Random) -> list[int]:

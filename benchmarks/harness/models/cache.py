@@ -31,9 +31,11 @@ from .checkpoints import cache_bytes_per_token
 from .options import CacheOptions
 from .shapes import build_model
 
-KINDS = ("virtual", "dynamic", "static")
+KINDS = ("virtual", "virtual-vkv", "dynamic", "static")
+"""`virtual-vkv`: with the model's attention named `vkv`; the others with `transformers`' own."""
+
 _WORKER = WORKERS / "cache_worker.py"
-_COLOURS = {"virtual": "#0a7", "dynamic": "#d90", "static": "#c33"}
+_COLOURS = {"virtual": "#0a7", "virtual-vkv": "#06c", "dynamic": "#d90", "static": "#c33"}
 
 
 Cell = dict[str, Any]

@@ -45,11 +45,17 @@ class Checkpoints:
 
 
 def save_checkpoints(
-    shape: str, model: str | None, dtype: torch.dtype, quant: str | None, scratch: Path
+    shape: str,
+    model: str | None,
+    dtype: torch.dtype,
+    quant: str | None,
+    scratch: Path,
+    **changes: Any,
 ) -> Checkpoints:
     """A shape with random weights, or a checkpoint folder that is there, and its 4-bit form.
 
-    Raises InvalidConfig if `quant` is no format, or if the model cannot be quantised in it.
+    `changes` are as of `build_model`. Raises InvalidConfig if `quant` is no format, or if the model
+    cannot be quantised in it.
     """
     format = parse_format(quant)
     if model is not None:
@@ -57,7 +63,7 @@ def save_checkpoints(
         loaded = _load_dense(dense, dtype, wants_int4=format is not None)
     else:
         dense = scratch / "model"
-        loaded = build_model(shape, dtype=dtype, device=torch.device("cpu"))
+        loaded = build_model(shape, dtype=dtype, device=torch.device("cpu"), **changes)
         loaded.save_pretrained(dense)
     weights = {p.data_ptr(): p.numel() * p.element_size() for p in loaded.parameters()}
     embedding: Any = loaded.get_input_embeddings()

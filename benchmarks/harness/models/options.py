@@ -109,7 +109,9 @@ class CacheOptions:
         help="Batch x tokens of context, with commas.",
     )
     kinds: tuple[str, ...] = option(
-        "virtual,dynamic,static", parse=words, help="Which caches to compare, separated by commas."
+        "virtual,virtual-vkv,dynamic,static",
+        parse=words,
+        help="Which caches to compare, separated by commas; virtual-vkv is with our attention.",
     )
     steps: int = option(24, least=1, help="Tokens to decode and time.")
     max_prefill: int = option(1024, help="Prompts up to so many tokens go through the model, too.")
@@ -144,6 +146,15 @@ class SpeculateOptions:
     """What `vkv bench speculate` runs."""
 
     shape: str = option("llama-455m", help="A Llama's shape, or llama-tiny.")
+    drafter: str = option("ngram", help="Who guesses: ngram, draft or surrogate.")
+    draft_shape: str = option("llama-28m", help="The shape of the draft model.")
+    acceptance: float = option(
+        0.8, least=0, help="The part of the draft model's guesses that is right."
+    )
+    layers: float = option(0.5, least=0, help="The part of its layers that a surrogate runs.")
+    random: bool = option(
+        False, help="Models whose weights are random say what they do: no guess is right."
+    )
     dtype: str = dtype_name_option("bfloat16")
     threads: int = threads_option("Threads. Default: the usable cores.")
     texts: tuple[str, ...] = option(
@@ -166,6 +177,10 @@ class SpeculateOptions:
         for text in self.texts:
             if text not in SCRIPTS:
                 raise InvalidConfig(f"texts has {text!r}; use some of {', '.join(SCRIPTS)}")
+        if self.drafter not in ("ngram", "draft", "surrogate"):
+            raise InvalidConfig(f"drafter is {self.drafter!r}; use ngram, draft or surrogate")
+        if self.acceptance > 1:
+            raise InvalidConfig(f"acceptance is {self.acceptance}; use 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,11 +75,28 @@ def write(names: Sequence[str], vocab_size: int, document: int, num_tokens: int)
 
 
 def scripted_model(
-    shape: str, scripts: Sequence[Script], *, dtype: torch.dtype, seed: int = 0
+    shape: str,
+    scripts: Sequence[Script],
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    error_rate: float = 0.0,
+    vocab_size: int | None = None,
 ) -> PreTrainedModel:
-    """A Llama of a shape that says these scripts, greedily."""
+    """A Llama of a shape that says these scripts, greedily.
+
+    Args:
+        error_rate: of the tokens behind which it says another than is written.
+        vocab_size: of scripts that were written for a larger shape; None for the shape's own.
+    """
+    changes = {} if vocab_size is None else {"vocab_size": vocab_size}
     model: Any = build_model(
-        shape, dtype=dtype, device=torch.device("cpu"), seed=seed, tie_word_embeddings=False
+        shape,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        seed=seed,
+        tie_word_embeddings=False,
+        **changes,
     )
     follows: dict[int, int] = {}
     for script in scripts:
@@ -87,6 +104,8 @@ def scripted_model(
         for before, after in itertools.pairwise(tokens):
             assert follows.setdefault(before, after) == after, before
     before, after = torch.tensor(list(follows.items())).T
+    errs = torch.rand(len(after), generator=torch.Generator().manual_seed(seed)) < error_rate
+    before, after = before[~errs], after[~errs]
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()

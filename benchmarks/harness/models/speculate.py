@@ -1,7 +1,9 @@
 """`vkv bench speculate`: tokens a second with guesses against without, by how a text repeats.
 
 The texts are written beforehand (`scripts.py`). Both ways take turns in one process, and must give
-the very tokens that were written.
+the very tokens that were written. A draft model is told how often it is right. A surrogate's is
+always, since the blocks of a model that says what is written add nothing: it shows the most that
+leaving layers out can bring. With random weights nobody's guesses are right.
 """
 
 import copy
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from ...runtime.frontend.llm import LLM
 from ...runtime.request.sampling_params import SamplingParams
@@ -23,9 +26,8 @@ from ..limits import LimitsProbe
 from ..record import Findings, Record, Table, record_name
 from .options import SpeculateOptions
 from .scripts import Script, scripted_model, write
-from .shapes import SHAPES
+from .shapes import SHAPES, build_model
 
-WAYS = ("plain", "ngram")
 _WORDS = {
     "quotations": "a summary: 40 tokens quoted, 10 of its own",
     "edits": "code once more, every 25th token changed",
@@ -45,7 +47,13 @@ def run(options: SpeculateOptions, folder: Path, command: str) -> tuple[Path, li
     """
     dtype, device = getattr(torch, options.dtype), torch.device("cpu")
     torch.set_num_threads(options.threads)
-    name = record_name("speculate", options.shape, options.label)
+    name = record_name(
+        "speculate",
+        options.shape,
+        None if options.drafter == "ngram" else options.drafter,
+        "random" if options.random else None,
+        options.label,
+    )
     record = Record(folder, name, device=device, config=asdict(options), command=command)
     probe = LimitsProbe(device, dtype, threads=options.threads)
     found: dict[str, list[Run]] = {text: [] for text in options.texts}
@@ -66,7 +74,8 @@ def _steps(
 ) -> Generator[None, None, None]:
     vocab_size = SHAPES[options.shape]["vocab_size"]
     scripts = write(options.texts, vocab_size, options.document, options.tokens)
-    model = scripted_model(options.shape, scripts, dtype=dtype, seed=options.seed)
+    model = _model(options, options.shape, scripts, dtype)
+    guesser = _guesser(options, scripts, dtype)
     with ExitStack() as stack:
         llms = {
             way: stack.enter_context(
@@ -74,17 +83,53 @@ def _steps(
                     copy.deepcopy(model),
                     device="cpu",
                     pack_weights=True,
-                    speculative=None if way == "plain" else "ngram",
+                    speculative=speculative,
                     speculative_tokens=options.speculative_tokens,
                     max_seqs=options.max_seqs,
                 )
             )
-            for way in WAYS
+            for way, speculative in (("plain", None), (options.drafter, guesser))
         }
-        del model
+        del model, guesser
         probe.measure()
         for text, script in zip(options.texts, scripts, strict=True):
             yield from _compare(options, llms, text, script, found[text])
+
+
+def _model(
+    options: SpeculateOptions,
+    shape: str,
+    scripts: Sequence[Script],
+    dtype: torch.dtype,
+    error_rate: float = 0.0,
+) -> PreTrainedModel:
+    """A model over the vocabulary of the scripts, which it says unless it is a random one."""
+    vocab_size = SHAPES[options.shape]["vocab_size"]
+    if options.random:
+        return build_model(
+            shape,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            seed=options.seed,
+            vocab_size=vocab_size,
+        )
+    return scripted_model(
+        shape,
+        scripts,
+        dtype=dtype,
+        seed=options.seed,
+        error_rate=error_rate,
+        vocab_size=vocab_size,
+    )
+
+
+def _guesser(
+    options: SpeculateOptions, scripts: Sequence[Script], dtype: torch.dtype
+) -> str | PreTrainedModel:
+    """As of `speculative`."""
+    if options.drafter == "draft":
+        return _model(options, options.draft_shape, scripts, dtype, 1 - options.acceptance)
+    return f"surrogate:{options.layers}" if options.drafter == "surrogate" else "ngram"
 
 
 def _compare(
@@ -97,10 +142,10 @@ def _compare(
     console = Console(stderr=True)
     for num_streams in options.streams:
         for llm in llms.values():  # the prompt's keys and values are there from now on
-            _call(llm, script, num_streams)
+            _call(llm, script, num_streams, is_random=options.random)
         for repeat in range(options.repeats):
             for way, llm in llms.items():
-                one = _call(llm, script, num_streams)
+                one = _call(llm, script, num_streams, is_random=options.random)
                 found.append({"way": way, "streams": num_streams, **one})
                 console.print(
                     f"{text} x {num_streams}, {repeat + 1}/{options.repeats}  {way}: "
@@ -110,7 +155,7 @@ def _compare(
             yield
 
 
-def _call(llm: LLM, script: Script, num_streams: int) -> Run:
+def _call(llm: LLM, script: Script, num_streams: int, *, is_random: bool) -> Run:
     params = SamplingParams(
         temperature=0, max_tokens=len(script.said), ignore_eos=True, detokenize=False
     )
@@ -118,7 +163,7 @@ def _call(llm: LLM, script: Script, num_streams: int) -> Run:
     outs = llm.generate([list(script.prompt)] * num_streams, params, progress=False)
     seconds, after = time.perf_counter() - start, llm.stats()
     for out in outs:
-        if tuple(out.outputs[0].token_ids) != script.said:
+        if not is_random and tuple(out.outputs[0].token_ids) != script.said:
             raise RuntimeError("the model did not say what was written for it; report this")
     return {
         "seconds": seconds,
@@ -138,7 +183,8 @@ def _rows(found: Mapping[str, Sequence[Run]]) -> list[tuple[str, int, list[float
     for text, runs in found.items():
         for streams in dict.fromkeys(run["streams"] for run in runs):
             some = [run for run in runs if run["streams"] == streams]
-            plain, guessing = ([r for r in some if r["way"] == way] for way in WAYS)
+            plain = [run for run in some if run["way"] == "plain"]
+            guessing = [run for run in some if run["way"] != "plain"]
             ratios = [a["seconds"] / b["seconds"] for a, b in zip(plain, guessing, strict=False)]
             rows.append((text, streams, ratios, guessing))
     return rows

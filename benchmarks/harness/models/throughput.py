@@ -49,6 +49,7 @@ SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vkv-paged": ("vkv_worker.py", {"kv": "paged"}),
     "transformers": ("transformers_worker.py", {"cache": "dynamic"}),
     "transformers-static": ("transformers_worker.py", {"cache": "static"}),
+    "transformers-compiled": ("transformers_worker.py", {"cache": "static", "compile": True}),
     "transformers-continuous": ("transformers_worker.py", {"cache": "continuous"}),
 }
 # On the same weights in 4 bits, with `--quant`.

@@ -34,6 +34,7 @@ from ...request.step_output import Failure
 from .lending import Lending
 
 FRONT_END = "an instance"  # what the port of an instance is for
+_LENDER_S = 10.0  # that a lender may be silent; less where who waits for it would be taken for dead
 _GRACE_S = 2.0  # for Ray to end an instance that nobody calls any more
 
 _log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class InstanceOrder:
         is_alone: no other node takes part.
         secret: that all who call each other know.
         silence_s: as of `Place`.
+        lends: memory to others, and borrows it; None where requests may be longer than its own.
     """
 
     model: str | None
@@ -68,6 +70,7 @@ class InstanceOrder:
     is_alone: bool = True
     secret: bytes = field(default=b"", repr=False)
     silence_s: float = 60.0
+    lends: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,14 +177,15 @@ class InstanceActor:
             self._folder = tempfile.mkdtemp(prefix="vkv-instance-")  # which is ours alone
             path = str(Path(self._folder) / "0")
         listener, address = _listen(place, path, is_near)
-        lending = _lending(loaded, loop, f"{path}.lend", place)
+        timeout_s = min(_LENDER_S, order.silence_s / 3)
+        lending = _lending(loaded, loop, order.lends, f"{path}.lend", place, timeout_s)
         server = EngineServer(
             loop,
             Face.of(loaded, loop.engine, config),
             listener,
             idle_trim_s=config.idle_trim_s,
             carrier=SocketCarrier(f"{path}.kv", place=place),
-            borrow=None if lending is None else lending.borrow,
+            lending=lending,
             silence_s=None if is_near else 2 * order.silence_s,  # the front end decides first
             on_deserted=self._deserted,
         )
@@ -195,13 +199,20 @@ class InstanceActor:
         alone.start()
 
 
-def _lending(loaded: LoadedModel, loop: EngineLoop, path: str, place: Place) -> Lending | None:
-    """For requests as long as `max_len` says, if they are longer than the pool; else None."""
+def _lending(
+    loaded: LoadedModel,
+    loop: EngineLoop,
+    lends: bool | None,
+    path: str,
+    place: Place,
+    timeout_s: float,
+) -> Lending | None:
+    """If it `lends`; if nobody said so, where requests may be longer than the pool."""
     admission = loop.engine.admission
-    if admission.longest >= admission.max_len - 1:
+    if not (admission.longest < admission.max_len - 1 if lends is None else lends):
         return None
     server = segment_server(loaded, loop.engine)
-    return None if server is None else Lending(loop, server, path, place)
+    return None if server is None else Lending(loop, server, path, place, timeout_s=timeout_s)
 
 
 def _listen(place: Place, path: str, is_near: bool) -> tuple[Listener, Address]:

@@ -150,6 +150,7 @@ class Launcher:
         options: dict[str, Any],
         threads: int | None,
         memory_share: float | None = None,
+        lends: bool | None = None,
     ) -> None:
         """Begin to start an instance, beside others."""
         order = InstanceOrder(
@@ -164,6 +165,7 @@ class Launcher:
             is_alone=self._is_alone,
             secret=self._place.secret,
             silence_s=self._place.silence_s,
+            lends=lends,
         )
         needs, what = self._needs(device, threads)
         actor = self._ray.remote(InstanceActor).options(max_restarts=0, **needs)

@@ -1,4 +1,4 @@
-"""Engines of several processes lend each other memory for requests that are longer than a pool.
+"""Engines of several processes lend each other memory.
 
 Whoever lends listens; each borrower has a connection of its own, over which tokens go there once,
 and queries and results in every step (`model/segments`).
@@ -6,18 +6,20 @@ and queries and results in every step (`model/segments`).
 
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from ....vmem.errors import InvalidOperation
 from ...engine.loop import EngineLoop
-from ...engine.memory.segments import add_creditor
+from ...engine.memory.lending import CreditLine, LendingOrder, LendingReport, report_of
+from ...engine.memory.segments import connect_creditor
 from ...link.addresses import Address, Listener, Place, close_listeners, listen_at
 from ...model.segments import RemoteHolder, SegmentServer
 
 _PURPOSE = "segments"
-_CALL_S = 10.0  # for a lender that is ready to take a connection
+_CALL_S = 2.0  # for a lender that is ready to take a connection; steps wait for it
 
 _log = logging.getLogger(__name__)
 
@@ -26,8 +28,8 @@ class Lending:
     """What an engine lends to those that call, and whom it borrows from.
 
     Args:
-        loop: of the engine, between whose steps `borrow` and `close` are called.
-        server: lends its memory; a guest of its tiers already.
+        loop: of the engine, between whose steps all is called.
+        server: lends its memory; gives way to its requests already.
         path: of the Unix socket that this process listens on; with a TCP port beside it if the
             place is one that other nodes call.
         timeout_s: how long a lender may be silent in the middle of a step.
@@ -48,28 +50,50 @@ class Lending:
         self._server = server
         self._place = place
         self._timeout_s = timeout_s
-        self._lenders: list[RemoteHolder] = []
+        self._lenders: dict[str, RemoteHolder] = {}
+        self._order = LendingOrder(longest=0)
+        most = loop.engine.cache.max_len - 1
+        self._own = replace(loop.engine.admission, was_longer=most)  # what is let in without others
         self._listeners, self.address = listen_at(path, place, _PURPOSE)
         for listener in self._listeners:
             threading.Thread(
                 target=self._accept, args=(listener,), name="vkv-lending", daemon=True
             ).start()
 
-    def borrow(self, name: str, address: str, num_tokens: str) -> int:
-        """Have this engine's requests outgrow the pool into another's, about so many tokens of it.
+    def obey(self, order: str) -> None:
+        """Borrow as a `LendingOrder` says, in JSON, and no more; what is beyond that goes.
 
-        `address` is as of `Address.told`. Returns the most tokens that a request may have now.
-        Raises InvalidOperation if the other cannot be reached.
+        A lender that cannot be reached is told of by `report`. Raises InvalidOperation if no
+        request can have tokens elsewhere here.
         """
-        there = msgspec.json.decode(address, type=Address)
-        try:
-            connection = self._place.call(there, _PURPOSE, _CALL_S)
-        except OSError as error:
-            raise InvalidOperation(f"{name} at {there} lends nothing: {error}") from error
-        lender = RemoteHolder(name, connection, timeout_s=self._timeout_s)
-        self._lenders.append(lender)
-        add_creditor(self._loop.engine, lender, int(num_tokens))
-        return self._loop.engine.admission.longest
+        told = msgspec.json.decode(order, type=LendingOrder)
+        engine = self._loop.engine
+        segments = engine.scheduler.tiers.segments
+        if segments is None:
+            raise InvalidOperation("no request of this engine can have tokens elsewhere")
+        self._order = told
+        for line in told.lines:
+            if line.num_tokens and line.creditor not in segments.loans.creditors:
+                self._connect(line)
+        longest, own = min(told.longest, engine.cache.max_len - 1), self._own
+        if longest > own.longest:
+            engine.admission = replace(own, longest=longest, why_not_longer=None)
+        else:
+            engine.admission = own
+        segments.loans.place(
+            {line.creditor: line.num_tokens for line in told.lines},
+            {line.creditor for line in told.lines if line.is_called},
+            has_lenders=longest > own.longest,
+            has_to_give_up=told.gives_up,
+        )
+
+    def report(self) -> LendingReport | None:
+        """What this engine has with others now."""
+        segments = self._loop.engine.scheduler.tiers.segments
+        known = () if segments is None else segments.loans.creditors
+        lines = (line for line in self._order.lines if line.num_tokens)
+        lost = tuple(line.creditor for line in lines if line.creditor not in known)
+        return report_of(self._loop.engine, lost)
 
     def close(self) -> None:
         """Lend and borrow nothing more. No request may be under way. Closing twice is harmless."""
@@ -78,9 +102,23 @@ class Lending:
         if listeners and self.address.path:
             Path(self.address.path).unlink(missing_ok=True)
         self._server.close()
-        lenders, self._lenders = self._lenders, []
-        for lender in lenders:
+        lenders, self._lenders = self._lenders, {}
+        for lender in lenders.values():
             lender.close()
+
+    def _connect(self, line: CreditLine) -> None:
+        there = msgspec.json.decode(line.address, type=Address)
+        before = self._lenders.pop(line.creditor, None)
+        if before is not None:
+            before.close()
+        try:
+            connection = self._place.call(there, _PURPOSE, _CALL_S)
+        except OSError as error:
+            _log.warning("%s at %s lends nothing: %s", line.creditor, there, error)
+            return
+        lender = RemoteHolder(line.creditor, connection, timeout_s=self._timeout_s)
+        self._lenders[line.creditor] = lender
+        connect_creditor(self._loop.engine, lender)
 
     def _accept(self, listener: Listener) -> None:
         while True:

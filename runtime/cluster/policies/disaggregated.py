@@ -57,7 +57,7 @@ class Disaggregated:
         self._capacities = Scores(_prompt_capacity)
 
     def dispatch(self, snapshot: ClusterSnapshot, newcomer: Newcomer) -> int | None:
-        best = self._queues.best(snapshot.instances)
+        best = self._queues.best_for(snapshot.instances, newcomer)
         if best is None:  # nobody computes prompts any more: then whoever is left
             best = min(snapshot.working, key=lambda i: i.used_tokens, default=None)
         elif self._is_backed_up(snapshot):

@@ -21,10 +21,11 @@ from .scores import Scores
 class Llumnix:
     """By freeness (`Freeness`): evens loads out, makes room for who waits, keeps urgent ones fast.
 
-    **Dispatch** goes to the instance that will be freest once all that waits there runs, too; or to
-    the one that holds most of a prompt's beginning, if that spares `prefix_tokens` of it at least
-    and its freeness is not below `source_below`. For an urgent newcomer headroom does not count: it
-    is kept for such as this one. So urgent requests come together where others have made room, and
+    **Dispatch** goes to the instance that will be freest once all that waits there runs, too, or to
+    one about as free where more of what a newcomer needs is in memory; or to the one that holds
+    most of a prompt's beginning, if that spares `prefix_tokens` of it at least and its freeness is
+    not below `source_below`. For an urgent newcomer headroom does not count: it is kept for such
+    as this one. So urgent requests come together where others have made room, and
     share it; with headroom counted they would be sent away from there, to crowd with the rest.
 
     **Moves.** Instances below `source_below` are paired with those above `target_above`, the least
@@ -76,7 +77,7 @@ class Llumnix:
                 return holder.id
         is_urgent = newcomer.priority in self.freeness.headroom_tokens
         scores = self._urgent_scores if is_urgent else self._dispatch_scores
-        best = scores.best(snapshot.instances)
+        best = scores.best_for(snapshot.instances, newcomer)
         return best.id if best is not None else None
 
     def migrations(self, snapshot: ClusterSnapshot) -> list[Move]:

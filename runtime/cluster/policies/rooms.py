@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from ..snapshot import ClusterSnapshot, InstanceSnapshot, RequestSnapshot
 
-_AS_GOOD = 0.9  # of the best: to be near is worth the rest
+AS_GOOD = 0.9  # of the best: to be near is worth the rest
 
 
 class Rooms:
@@ -65,7 +65,7 @@ def nearer(
         return best
     near = (other for other in others if not snapshot.is_copied(source, other))
     found = max(near, key=worth, default=best)
-    return found if worth(found) >= _AS_GOOD * worth(best) else best
+    return found if worth(found) >= AS_GOOD * worth(best) else best
 
 
 def _spoken_for(instance: InstanceSnapshot) -> int:

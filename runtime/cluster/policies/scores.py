@@ -4,7 +4,8 @@ import operator
 from collections.abc import Callable
 from itertools import compress
 
-from ..snapshot import InstanceSnapshot
+from ..snapshot import InstanceSnapshot, Newcomer
+from .rooms import AS_GOOD
 
 
 class Scores:
@@ -39,3 +40,16 @@ class Scores:
         scores = self.of(instances)
         highest = max(scores, default=float("-inf"))
         return None if highest == float("-inf") else instances[scores.index(highest)]
+
+    def best_for(
+        self, instances: tuple[InstanceSnapshot, ...], newcomer: Newcomer
+    ) -> InstanceSnapshot | None:
+        """The same; or, if what a newcomer needs is not in memory there, one about as good that
+        lacks less of it."""
+        best = self.best(instances)
+        if best is None or not best.missing_bytes(newcomer):
+            return best
+        highest = max(self._scores)
+        least = highest - (1 - AS_GOOD) * abs(highest)
+        able = [pair for pair in zip(instances, self._scores, strict=True) if pair[1] >= least]
+        return min(able, key=lambda pair: (pair[0].missing_bytes(newcomer), -pair[1]))[0]

@@ -37,7 +37,8 @@ class RoundRobin:
 
 
 class LeastLoaded(RoundRobin):
-    """To the one with the fewest live requests; of equals, to the one with the fewest tokens."""
+    """To the one with the fewest live requests; of equals, to the one with the fewest tokens; or to
+    one about as good where more of what it needs is in memory."""
 
     name = "least_loaded"
 
@@ -46,7 +47,7 @@ class LeastLoaded(RoundRobin):
         self._scores = Scores(_emptiness)
 
     def dispatch(self, snapshot: ClusterSnapshot, newcomer: Newcomer) -> int | None:
-        best = self._scores.best(snapshot.instances)
+        best = self._scores.best_for(snapshot.instances, newcomer)
         return best.id if best is not None else None
 
 

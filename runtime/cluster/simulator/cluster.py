@@ -13,7 +13,9 @@ from ....vmem.errors import InvalidConfig
 from ...request.request import Request
 from ...request.spec import SequenceKey
 from ..policies import ClusterPolicy, drained_first
+from ..policies.ledger import Ledger
 from ..snapshot import ClusterSnapshot, InstanceSnapshot, Link, Newcomer, Role
+from .bank import Bank
 from .costs import TransferCost
 from .instance import InstanceConfig, SimulatedInstance
 from .moves import Moving
@@ -76,15 +78,22 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
-def simulate(config: ClusterConfig, policy: ClusterPolicy, trace: Sequence[TraceRequest]) -> Report:
+def simulate(
+    config: ClusterConfig,
+    policy: ClusterPolicy,
+    trace: Sequence[TraceRequest],
+    ledger: Ledger | None = None,
+) -> Report:
     """Run a trace, whose requests come in order of arrival, to its end.
+
+    With a `ledger`, instances lend each other memory whose `InstanceConfig` says how.
 
     Raises InvalidConfig for a trace that is empty or out of order.
     """
     if not trace or any(a.arrival_s > b.arrival_s for a, b in itertools.pairwise(trace)):
         raise InvalidConfig(f"a trace of {len(trace)} requests must have one, and be in order")
     with _uncollected():
-        return _Simulation(config, policy, trace).run()
+        return _Simulation(config, policy, trace, ledger).run()
 
 
 @contextmanager
@@ -104,7 +113,11 @@ class _Simulation:
     """One run. One class with many methods, for all that happens meets in one queue of events."""
 
     def __init__(
-        self, config: ClusterConfig, policy: ClusterPolicy, trace: Sequence[TraceRequest]
+        self,
+        config: ClusterConfig,
+        policy: ClusterPolicy,
+        trace: Sequence[TraceRequest],
+        ledger: Ledger | None,
     ) -> None:
         self._config = config
         self._policy = policy
@@ -138,6 +151,7 @@ class _Simulation:
         self._links = {
             pair: Link(cost.latency_s, cost.bytes_per_s) for pair, cost in config.links.items()
         }
+        self._bank = Bank(ledger) if ledger is not None else None
         self._moving = Moving(
             self._clock, self._later, self._transfer, self._moved, self._has_changed
         )
@@ -149,6 +163,8 @@ class _Simulation:
     def run(self) -> Report:
         """All of it."""
         self._come()
+        if self._bank is not None:
+            self._bank.settle(self._snapshot())
         self._ask_round(self._config.round_s)
         while self._num_left:
             if not self._events:
@@ -218,7 +234,10 @@ class _Simulation:
             return False
         target = self._instances[target_id]
         self._num_dispatched += 1
-        if trace.prompt_tokens + trace.output_tokens - 1 > target.cache.capacity_tokens:
+        longest = target.cache.capacity_tokens
+        if self._bank is not None:
+            longest = self._bank.longest(target)
+        if trace.prompt_tokens + trace.output_tokens - 1 > longest:
             self._served[number].failure = "it could never fit into the memory of an instance"
             self._one_less()
             return True
@@ -257,6 +276,7 @@ class _Simulation:
             num_dispatched=self._num_dispatched,
             scaled_s=self._scaled_s,
             switched_s=self._switched_s,
+            loans=() if self._bank is None else self._bank.loans(),
         )
 
     # -- rounds ------------------------------------------------------------------------------
@@ -285,6 +305,8 @@ class _Simulation:
             self._switched_s = self._now_s
             self._has_changed(self._instances[id])
         self._scale(snapshot)
+        if self._bank is not None:
+            self._bank.settle(self._snapshot())
         while self._held_back and self._dispatch(self._held_back[0]):
             self._held_back.popleft()
         self._has_held = any(instance.held for instance in self._instances.values())
@@ -367,6 +389,10 @@ class _Simulation:
         instance.on_end = lambda request: self._ended(request, instance)
         instance.on_held = lambda request: self._computed(instance)
         instance.on_leave = self._moving.left
+        instance.on_changed = lambda: self._has_changed(instance)
+        instance.on_short = self._ask_soon
+        if self._bank is not None:
+            self._bank.join(instance)
         self._instances[id] = instance
         self._seen[id] = instance.snapshot()
         self._most = max(self._most, len(self._instances))
@@ -404,6 +430,8 @@ class _Simulation:
             self._ask_soon()
 
     def _end_instance(self, instance: SimulatedInstance) -> None:
+        if self._bank is not None:
+            self._bank.leave(instance)
         del self._instances[instance.id], self._seen[instance.id]
         self._stale.discard(instance.id)
         self._gone[instance.id] = instance
@@ -437,4 +465,5 @@ class _Simulation:
             most_instances=self._most,
             busy={id: i.pipeline.busy_s / life_s for id, i in sorted(every.items())},
             most_used={id: i.most_used for id, i in sorted(every.items())},
+            **({} if self._bank is None else self._bank.counts()),
         )

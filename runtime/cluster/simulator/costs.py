@@ -15,12 +15,14 @@ class StepWork(msgspec.Struct, frozen=True, gc=False):
         prompt_pairs: of a prompt token and one that it attends to, itself included.
         num_decodes: requests that get a token without a prompt's.
         context_tokens: tokens that those attend to, theirs included.
+        loans_s: what it takes besides, as tokens lie at creditors, or debtors' here.
     """
 
     prompt_tokens: int = 0
     prompt_pairs: float = 0.0
     num_decodes: int = 0
     context_tokens: int = 0
+    loans_s: float = 0.0
 
 
 def pairs(start: int, num_tokens: int) -> float:
@@ -94,6 +96,7 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
         if work.num_decodes:
             piece = self._piece(work.num_decodes)
             total += piece.request_s * work.num_decodes + piece.context_s * work.context_tokens
+        total += work.loans_s
         host_s = self.host_s + self.host_token_s * (work.prompt_tokens + work.context_tokens)
         if self.stages == 1:
             return total + host_s, 0.0
@@ -106,10 +109,10 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
         first_s, other_s = self.stage_times(work)
         return first_s + (self.stages - 1) * other_s
 
-    def decode_run(self, num_decodes: int, context_tokens: int) -> "DecodeRun":
-        """Decode steps of the same requests, one after the other."""
-        work = StepWork(num_decodes=num_decodes, context_tokens=context_tokens)
-        later = StepWork(num_decodes=num_decodes, context_tokens=context_tokens + num_decodes)
+    def decode_run(self, work: StepWork) -> "DecodeRun":
+        """Decode steps of the same requests, one after the other, of which `work` is the first."""
+        grown = work.context_tokens + work.num_decodes
+        later = msgspec.structs.replace(work, context_tokens=grown)
         first_s = self.step_s(work)
         return DecodeRun(first_s, self.step_s(later) - first_s)
 
@@ -180,3 +183,34 @@ class TransferCost(msgspec.Struct, frozen=True, kw_only=True):
     def num_bytes(self, num_tokens: int) -> int:
         """Bytes that are copied for so many tokens."""
         return 0 if self.bytes_per_s is None else num_tokens * self.token_bytes
+
+
+class LoanCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What tokens that lie at creditors add to the steps of their owner, beside attending to them.
+
+    Attributes:
+        step_s: of any step that asks creditors.
+        holder_s: of each that is asked, all layers together.
+        byte_s: of a byte of queries and results.
+        query_bytes: queries and results of a token and a segment that it attends to, all layers
+            together.
+        move_bytes_per_s: keys and values that move there, once; the owner's steps wait for it.
+    """
+
+    step_s: float = 0.0
+    holder_s: float = 0.0
+    byte_s: float = 0.0
+    query_bytes: float = 0.0
+    move_bytes_per_s: float = math.inf
+
+    def __post_init__(self) -> None:
+        least = min(self.step_s, self.holder_s, self.byte_s, self.query_bytes)
+        if least < 0 or self.move_bytes_per_s <= 0:
+            raise InvalidConfig(f"{self}: costs are not negative, and rates are above 0")
+
+    def asking_s(self, num_holders: int, num_queries: int) -> float:
+        """Of a step that asks so many creditors, with so many tokens times their segments."""
+        if not num_holders:
+            return 0.0
+        num_bytes = self.query_bytes * num_queries
+        return self.step_s + self.holder_s * num_holders + self.byte_s * num_bytes

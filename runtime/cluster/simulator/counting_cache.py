@@ -5,7 +5,7 @@ out changes no count that a scheduler sees: which pages they are, and when they 
 thing is coarser: a parked slot is reclaimed whole, and not from its end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from ....vmem.errors import InvalidConfig, InvalidOperation, OutOfPages, RequestTooLong
 from ...scheduling.tiers import common_prefix
@@ -164,7 +164,9 @@ class CountingCache:
         slot.num_pages += lacking
         slot.ready_tokens = slot.num_pages * self.growth_tokens
 
-    def fork(self, slot: CountedSlot, num_tokens: int) -> CountedSlot:
+    def fork(
+        self, slot: CountedSlot, num_tokens: int, owner: Hashable | None = None
+    ) -> CountedSlot:
         """As of `SlotCache`."""
         child = self.open()
         left = self.num_whole_pages(num_tokens)
@@ -183,7 +185,9 @@ class CountingCache:
             raise
         return child
 
-    def adopt(self, tokens: Sequence[int], variant: str = "") -> tuple[CountedSlot, int]:
+    def adopt(
+        self, tokens: Sequence[int], variant: str = "", *, owner: Hashable | None = None
+    ) -> tuple[CountedSlot, int]:
         """As of `SlotCache`."""
         slot, found = self._best_prefix(tokens, variant)
         if slot is None:

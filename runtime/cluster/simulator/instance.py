@@ -12,10 +12,11 @@ from ...scheduling.plan import Order
 from ...scheduling.policies import POLICIES, Fair, Fcfs, Priority
 from ...scheduling.scheduler import Scheduler
 from ..snapshot import InstanceSnapshot, RequestSnapshot, Role
-from .costs import StepCost, StepWork, pairs
+from .costs import DecodeRun, StepCost, StepWork, pairs
 from .counting_cache import CountedSlot, CountingCache
+from .loans import LoanConfig, Loans, NoLoans, SegmentedCache
 from .pipeline import Flight, Items, Pipeline
-from .requests import resumed
+from .requests import resumed, told
 from .trace import Served
 
 ORDERS: dict[str, type[Order]] = {order.name: order for order in (Fcfs, Priority, Fair)}
@@ -28,6 +29,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
         cost: of its steps.
         capacity_tokens, page_tokens: of its cache.
         max_seqs, max_batch_tokens, policy, scheduling_policy: as of `EngineConfig`.
+        loans: how it borrows and lends; None if it does neither.
     """
 
     cost: StepCost
@@ -37,6 +39,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int = 2048
     policy: str = "splitfuse"
     scheduling_policy: str = "fcfs"
+    loans: LoanConfig | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES or self.scheduling_policy not in ORDERS:
@@ -80,6 +83,9 @@ class SimulatedInstance:
         on_end: called with a request that has ended.
         on_held: called when a request was added to `held`.
         on_leave: called between two steps, with a request that is to leave.
+        on_changed: called when a loan has changed something here.
+        on_short: called when nothing can go on, unless others lend memory.
+        loans: what it borrows and lends.
         num_scheduled: steps that the scheduler was asked for.
         most_used: share of the memory that was in use at most.
     """
@@ -99,9 +105,7 @@ class SimulatedInstance:
         self.role: Role = role
         self.home: Role | None = None
         self.is_draining = False
-        self.cache = CountingCache(
-            config.capacity_tokens, page_tokens=config.page_tokens, max_parked=config.max_seqs
-        )
+        self.cache = _cache_of(config)
         order = ORDERS[config.scheduling_policy]()
         self.scheduler = Scheduler(
             cast(SlotCache, self.cache),  # what it needs of one
@@ -110,6 +114,13 @@ class SimulatedInstance:
             max_batch_tokens=config.max_batch_tokens,
             clock=clock,
         )
+        self.loans: Loans | NoLoans = NoLoans()
+        if config.loans is not None:
+            assert isinstance(self.cache, SegmentedCache)
+            context_s = config.cost.decode[0].context_s
+            self.loans = Loans(
+                config.loans, self.cache, self.scheduler, context_s, clock, self.others_change
+            )
         self.pipeline = Pipeline(config.cost, slowdown)
         self.held: dict[Request, Held] = {}
         self.moving: set[Request] = set()
@@ -118,6 +129,8 @@ class SimulatedInstance:
         self.on_end: Callable[[Request], None] = lambda request: None
         self.on_held: Callable[[Request], None] = lambda request: None
         self.on_leave: Callable[[Request], None] = lambda request: None
+        self.on_changed: Callable[[], None] = lambda: None
+        self.on_short: Callable[[], None] = lambda: None
         self.num_scheduled = 0
         self.most_used = 0.0
         self._clock = clock
@@ -127,13 +140,15 @@ class SimulatedInstance:
         self._computing: dict[Request, int] = {}  # from which of its tokens on
         self._leaving: set[Request] = set()  # as soon as they have the token under way
         self._is_stuck = False  # the scheduler had nothing to give until something changes
+        self._fails_s: float | None = None  # when a request fails that nobody lends memory for
 
     # -- requests ----------------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
-        """True while a request is here, or about to be."""
-        return bool(self.held) or self.num_incoming > 0 or self.scheduler.has_work
+        """True while a request is here, or about to be, or tokens of others'."""
+        is_needed = self.num_incoming > 0 or self.loans.num_lent_here > 0
+        return bool(self.held) or is_needed or self.scheduler.has_work
 
     def add(self, request: Request, served: Served, *, comes_back: bool = False) -> None:
         """Queue a request."""
@@ -167,6 +182,12 @@ class SimulatedInstance:
             self._leaving.add(request)
         else:
             self.on_leave(request)
+
+    def others_change(self) -> None:
+        """A debtor or creditor changes something here, or is about to: room, loans or credits."""
+        self.interrupt()
+        self._is_stuck = False
+        self.on_changed()
 
     def _forget(self, request: Request) -> Served:
         self._leaving.discard(request)
@@ -222,11 +243,15 @@ class SimulatedInstance:
         next_s = self.pipeline.ends_s
         if self.scheduler.has_work and not self._is_stuck and self.pipeline.foreseen is None:
             next_s = min(next_s, max(self.pipeline.free_s, self._clock()))
+        if self._is_stuck and self._fails_s is not None:
+            next_s = min(next_s, self._fails_s)
         return next_s
 
     def turn(self) -> None:
         """Let happen what is due now: steps end, and the next one begins."""
         now_s = self._clock()
+        if self._fails_s is not None and now_s >= self._fails_s:
+            self._is_stuck = False  # it is asked once more
         while (flight := self.pipeline.pop_over(now_s)) is not None:
             self._is_stuck = False
             self._arrive(flight, flight.num_steps)
@@ -244,7 +269,7 @@ class SimulatedInstance:
         if num_done:
             self._arrive(flight, num_done)
             for request, _ in flight.items:
-                self.cache.grow(_slot_of(request), request.num_computed + 1)
+                self.cache.grow(_slot_of(request), _here(request, request.num_computed + 1))
                 request.num_computed += 1
         self.pipeline.cut(num_done)
 
@@ -263,17 +288,17 @@ class SimulatedInstance:
             end = request.num_computed + 1
             if end != request.num_tokens:
                 return False
-            slot = _slot_of(request)
-            if end > slot.ready_tokens:
-                num_lacking += self.cache.num_pages(end) - slot.num_pages
+            slot, rows = _slot_of(request), _here(request, end)
+            if rows > slot.ready_tokens:
+                num_lacking += self.cache.num_pages(rows) - slot.num_pages
             context_tokens += end
             items.append((request, end))
-        if num_lacking > self.cache.num_obtainable():
+        if num_lacking > self.cache.num_obtainable() or not self.loans.have_room(items, 1):
             return False
         for request, end in items:
-            self.cache.grow(_slot_of(request), end)
+            self.cache.grow(_slot_of(request), _here(request, end))
             request.num_computed = end
-        self._begin(items, StepWork(0, 0.0, len(items), context_tokens))
+        self._begin(items, StepWork(0, 0.0, len(items), context_tokens, self.loans.step_s(items)))
         return True
 
     def _ask(self) -> None:
@@ -285,6 +310,7 @@ class SimulatedInstance:
         # Where one of those that wait was admitted, another may be in the next step.
         is_settled = before == (len(scheduler.waiting), scheduler.num_preemptions)
         if batch.items:
+            self._fails_s = None
             self._launch(batch, is_settled=is_settled or not len(scheduler.waiting))
         else:
             self._meet_shortage()
@@ -306,7 +332,8 @@ class SimulatedInstance:
                 num_pairs += pairs(request.num_computed, count)
             request.num_computed = end
             items.append((request, end))
-        work = StepWork(prompt_tokens, num_pairs, num_decodes, context_tokens)
+        loans_s = self.loans.step_s(items, {i.request: i.num_tokens for i in batch.items})
+        work = StepWork(prompt_tokens, num_pairs, num_decodes, context_tokens, loans_s)
         self._begin(items, work, is_settled=is_settled)
 
     def _begin(self, items: Items, work: StepWork, *, is_settled: bool = True) -> None:
@@ -321,14 +348,16 @@ class SimulatedInstance:
         """Steps, this one included, in which nothing changes but that each request grows by one.
 
         Who waits by arrival is admitted when somebody has ended, and not before: the first in line
-        lacks a slot, or memory, of which others only take more. By other orders it may be somebody
-        else's turn meanwhile.
+        lacks a slot, or memory, of which others only take more, unless creditors take some of it
+        in. By other orders it may be somebody else's turn meanwhile.
         """
         scheduler = self.scheduler
         is_alone = len(items) == len(scheduler.running) and not len(self.pipeline)
         if not (self._foresees and is_alone) or self._leaving or self.role == "prefill":
             return 1
-        if len(scheduler.waiting) and not self._is_by_arrival:
+        if self.loans.has_moved:
+            return 1
+        if len(scheduler.waiting) and (not self._is_by_arrival or self.loans.may_lend):
             return 1
         left = min(request.max_tokens - request.num_output_tokens for request, _ in items)
         if left > 1 and not self._has_room(items, left):
@@ -343,15 +372,17 @@ class SimulatedInstance:
         """Whether all could take so many steps, the one that is scheduled included."""
         num_lacking = 0
         for request, end in items:
-            slot = _slot_of(request)
-            if end + num_steps - 1 > slot.ready_tokens:
-                num_lacking += self.cache.num_pages(end + num_steps - 1) - slot.num_pages
-        return num_lacking <= self.cache.num_obtainable()
+            slot, rows = _slot_of(request), _here(request, end + num_steps - 1)
+            if rows > slot.ready_tokens:
+                num_lacking += self.cache.num_pages(rows) - slot.num_pages
+        has_pages = num_lacking <= self.cache.num_obtainable()
+        return has_pages and self.loans.have_room(items, num_steps)
 
     def _arrive(self, flight: Flight, num_steps: int) -> None:
         """Steps are over: requests have their tokens, and some end."""
         run = flight.run
         if run is None:
+            self.loans.note_steps(DecodeRun(flight.ends_s - flight.starts_s, 0.0), 1)
             for request, end in flight.items:
                 if request in self._computing:
                     self._computing[request] = end
@@ -361,13 +392,14 @@ class SimulatedInstance:
                 if not request.is_finished and end == request.num_tokens:
                     self._note_token(request, flight.ends_s)
             return
+        self.loans.note_steps(run, num_steps)
         first_s = flight.starts_s + run.first_s
         last_s = flight.starts_s + run.time_s(num_steps)
         gap_s = run.first_s + run.more_s * (num_steps - 1) if num_steps > 1 else 0.0
         grow, account_of = self.cache.grow, self.scheduler.accounts.of
         for request, _ in flight.items:
             request.num_computed += num_steps - 1
-            grow(_slot_of(request), request.num_computed)
+            grow(_slot_of(request), _here(request, request.num_computed))
             request.token_ids += [request.token_ids[-1]] * num_steps
             account_of(request).add(output_tokens=num_steps)
             self.served[request].note_tokens(num_steps, first_s, last_s, gap_s)
@@ -404,10 +436,16 @@ class SimulatedInstance:
 
     def _meet_shortage(self) -> None:
         """Nothing can go on. If nothing is under way that could change it, the one that it was
-        too short for fails, as in the engine."""
+        too short for fails, as in the engine; where others may lend memory, after a while."""
         self._is_stuck = True
-        shortage = self.scheduler.shortage
-        if shortage and not (len(self.pipeline) or self.held or self.num_incoming):
+        shortage, now_s = self.scheduler.shortage, self._clock()
+        if not shortage or len(self.pipeline) or self.held or self.num_incoming:
+            return
+        if self.config.loans is not None and self._fails_s is None:
+            self._fails_s = now_s + self.config.loans.wait_s
+            self.on_short()
+        if self._fails_s is None or now_s >= self._fails_s:
+            self._fails_s = None
             request, refusal = shortage
             self._end(request, f"no memory: {refusal}")
 
@@ -433,6 +471,8 @@ class SimulatedInstance:
             max_running=self.config.max_seqs,
             queued_tokens=sum(r.num_uncomputed for r in requests if not r.has_prompt),
             requests=tuple(requests),
+            max_lent_tokens=self.loans.max_lent_tokens,
+            max_local_tokens=self.loans.max_local_tokens,
         )
 
     def _tokens_grown(self, num_done: int) -> int:
@@ -441,46 +481,42 @@ class SimulatedInstance:
             return 0
         num_pages = 0
         for request in self.scheduler.running:
-            slot, end = _slot_of(request), request.num_computed + num_done
-            if end > slot.ready_tokens:
-                num_pages += self.cache.num_pages(end) - slot.num_pages
+            slot, rows = _slot_of(request), _here(request, request.num_computed + num_done)
+            if rows > slot.ready_tokens:
+                num_pages += self.cache.num_pages(rows) - slot.num_pages
         return num_pages * self.cache.growth_tokens
 
     def _requests(self, now_s: float, num_done: int) -> list[RequestSnapshot]:
         """All that are here; those that run have `num_done` tokens more than is noted."""
-        found = [
-            RequestSnapshot(
-                r.key, r.num_tokens, 1, r.priority, False, now_s - r.queued_time_s, not h.is_moving
-            )
-            for r, h in self.held.items()
-        ]
+        found = [told(r, now_s, 0, 1, False, not h.is_moving) for r, h in self.held.items()]
         moving, computing = self.moving, self._computing
         for r in self.scheduler.running:
             # A token under way is still to be computed; while steps are foreseen, each has one.
             left = 1 if num_done else max(1, r.num_tokens - computing.get(r, r.num_computed))
-            waited_s = now_s - r.queued_time_s
-            found.append(
-                RequestSnapshot(
-                    r.key,
-                    r.num_tokens + num_done,
-                    left,
-                    r.priority,
-                    False,
-                    waited_s,
-                    r not in moving,
-                )
-            )
+            found.append(told(r, now_s, num_done, left, False, r not in moving and not r.lent))
         if len(self.scheduler.waiting):
             for r in self.scheduler.waiting:
-                waited_s, count = now_s - r.queued_time_s, r.num_tokens
-                found.append(
-                    RequestSnapshot(
-                        r.key, count, count, r.priority, True, waited_s, r not in moving
-                    )
-                )
+                found.append(told(r, now_s, 0, r.num_tokens, True, r not in moving))
         return found
 
 
 def _slot_of(request: Request) -> CountedSlot:
     assert request.slot is not None, f"{request} is not running"
     return cast(CountedSlot, request.slot)
+
+
+def _cache_of(config: InstanceConfig) -> CountingCache:
+    kept = {"page_tokens": config.page_tokens, "max_parked": config.max_seqs}
+    if config.loans is None:
+        return CountingCache(config.capacity_tokens, **kept)
+    return SegmentedCache(
+        config.capacity_tokens,
+        token_bytes=config.loans.token_bytes,
+        max_len=max(config.capacity_tokens, config.loans.most_tokens),
+        **kept,
+    )
+
+
+def _here(request: Request, num_tokens: int) -> int:
+    """Of its first tokens, those in its slot; the others are elsewhere."""
+    return num_tokens - request.slot_start

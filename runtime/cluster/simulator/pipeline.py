@@ -17,9 +17,10 @@ class Flight:
     Attributes:
         num_steps: how many steps it is.
         run: what they take, if several.
+        loans_s: as of `StepWork`, of each of several.
     """
 
-    __slots__ = ("ends_s", "items", "num_steps", "run", "starts_s")
+    __slots__ = ("ends_s", "items", "loans_s", "num_steps", "run", "starts_s")
 
     def __init__(
         self,
@@ -28,12 +29,14 @@ class Flight:
         ends_s: float,
         num_steps: int = 1,
         run: DecodeRun | None = None,
+        loans_s: float = 0.0,
     ) -> None:
         self.items = items
         self.starts_s = starts_s
         self.ends_s = ends_s
         self.num_steps = num_steps
         self.run = run
+        self.loans_s = loans_s
 
     def num_done(self, now_s: float) -> int:
         """Steps that are over, the last one never included."""
@@ -102,10 +105,10 @@ class Pipeline:
     def foresee(self, items: Items, work: StepWork, num_steps: int, now_s: float) -> None:
         """Steps of the same decodes, of which `work` is the first, with nothing else under way."""
         assert not self._flights
-        run = self.cost.decode_run(work.num_decodes, work.context_tokens)
+        run = self.cost.decode_run(work)
         ends_s = now_s + run.time_s(num_steps)
         self._ends_s = [ends_s] * len(self._ends_s)
-        self._flights.append(Flight(items, now_s, ends_s, num_steps, run))
+        self._flights.append(Flight(items, now_s, ends_s, num_steps, run, work.loans_s))
         self.num_steps += num_steps
         self.busy_s += ends_s - now_s
 
@@ -117,7 +120,8 @@ class Pipeline:
         ends_s = flight.starts_s + flight.run.time_s(num_done + 1)
         items = [(request, request.num_computed) for request, _ in flight.items]
         self._flights[0] = Flight(items, starts_s, ends_s)
-        work = StepWork(num_decodes=len(items), context_tokens=sum(end for _, end in items))
+        context = sum(end for _, end in items)
+        work = StepWork(num_decodes=len(items), context_tokens=context, loans_s=flight.loans_s)
         first_s, other_s = self.cost.stage_times(work)
         self._ends_s = [starts_s + first_s + other_s * n for n in range(len(self._ends_s))]
         self._ends_s[-1] = ends_s  # the same, but for rounding

@@ -1,4 +1,5 @@
-"""Requests as the engine would make them, for a scheduler that is not asked for tokens."""
+"""Requests as the engine would make them, for a scheduler that is not asked for tokens; and what is
+told of them."""
 
 from collections.abc import Mapping
 
@@ -6,6 +7,7 @@ from ...request.request import Request
 from ...request.sampling_params import SamplingParams
 from ...request.sampling_state import SamplingState
 from ...request.spec import RequestSpec
+from ..snapshot import RequestSnapshot
 from .trace import TraceRequest
 
 _PARAMS = SamplingParams(temperature=0, max_tokens=None)  # a scheduler looks at neither
@@ -50,3 +52,24 @@ def resumed(request: Request) -> Request:
     other.token_ids = request.token_ids[:]
     other.queued_time_s = request.queued_time_s
     return other
+
+
+def told(
+    request: Request,
+    now_s: float,
+    num_more: int,
+    num_uncomputed: int,
+    is_waiting: bool,
+    is_migratable: bool,
+) -> RequestSnapshot:
+    """A request as policies see it, with `num_more` tokens than are noted."""
+    return RequestSnapshot(
+        request.key,
+        request.num_tokens + num_more,
+        num_uncomputed,
+        request.priority,
+        is_waiting,
+        now_s - request.queued_time_s,
+        is_migratable,
+        request.num_prompt_tokens + request.max_tokens,
+    )

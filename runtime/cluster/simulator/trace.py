@@ -135,6 +135,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         most_instances: at one time.
         busy: share of its time that each instance computed, by its id.
         most_used: share of its memory that each had in use at most, by its id.
+        lent_tokens: that went from one instance to another as a loan.
+        num_loans_lost: loans that were called back, so that their requests were computed again.
     """
 
     served: list[Served]
@@ -150,6 +152,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     most_instances: int
     busy: dict[int, float]
     most_used: dict[int, float]
+    lent_tokens: int = 0
+    num_loans_lost: int = 0
 
     @property
     def whole(self) -> list[Served]:

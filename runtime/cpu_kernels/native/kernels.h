@@ -126,6 +126,7 @@ int64_t vkv_draw(const struct vkv_draw *args);
 
 /* What adapters add to the results of a linear, some rows for each of several adapters. */
 enum { VKV_LORA_MOST_RANK = 512 };
+enum { VKV_LORA_PLAIN, VKV_LORA_AVX2, VKV_LORA_AVX512, VKV_LORA_AVX512_BF16 };
 struct vkv_lora_entry { /* of one adapter, at one place in the model */
     const void *down; /* [rank, in_features], of the inputs' dtype */
     const void *up;   /* [rank, out_features] */
@@ -148,10 +149,13 @@ struct vkv_lora {
     int64_t input_stride, out_stride;
     int32_t site, in_features, out_features, dtype;
     int32_t sets; /* rows become the addends, zeros where there are none; or these are added */
+    int32_t most; /* the last of VKV_LORA_… that may be taken, if the processor has it */
     int32_t num_threads;
     vkv_parallel parallel;
 };
 int64_t vkv_lora(const struct vkv_lora *args);
+void vkv_lora_rows_avx512(const struct vkv_lora *args, const struct vkv_lora_entry *entry,
+                          const int32_t *rows, int count); /* bfloat16, with AVX512-BF16 */
 
 /* A call of a kernel, of this library or another, that returns 0 when it is done, or the bytes of
  * workspace that it lacks. */

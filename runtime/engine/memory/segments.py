@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 PART_TOKENS = 512  # what moves is a multiple of it: the grid of `native`'s sums
 SPARE_TOKENS = PART_TOKENS  # that an engine keeps for its own requests while it lends
+NOTICE_S = 0.5  # for borrowers to take away what is called back
+PAUSE_S = 1.0  # after which a lender takes tokens in again
 _SHARE = 2  # a long request has one of so many parts of the pool at most
 
 
@@ -73,6 +75,7 @@ def add_segments(
         make_way=make_way,
         part_tokens=PART_TOKENS,
         local_tokens=local_tokens,
+        num_layers=len(loaded.geometry),
     )
     return None if tier is not None else "without swap_memory there is no tier for its first tokens"
 
@@ -89,9 +92,20 @@ def segment_server(loaded: LoadedModel, engine: "Engine") -> SegmentServer | Non
         loaded.attention,
         loaded.dtype,
         spare_tokens=SPARE_TOKENS,
+        pause_s=PAUSE_S,
+        notice_s=NOTICE_S,
     )
-    engine.scheduler.tiers.guests.append(server)
+    engine.scheduler.tiers.lenders.append(server)
+    engine.lender = server
     return server
+
+
+def connect_creditor(engine: "Engine", creditor: RemoteHolder) -> None:
+    """Have another engine take tokens in, as far as `Loans.limits` says."""
+    segments, segmented = engine.scheduler.tiers.segments, engine.runner.segmented
+    assert segments is not None
+    assert segmented is not None
+    segments.loans.creditors[creditor.name] = segmented.holders[creditor.name] = creditor
 
 
 def add_creditor(engine: "Engine", creditor: RemoteHolder, num_tokens: int) -> None:
@@ -105,7 +119,7 @@ def add_creditor(engine: "Engine", creditor: RemoteHolder, num_tokens: int) -> N
         raise InvalidOperation(
             f"no request can be longer than the pool here: {engine.admission.why_not_longer}"
         )
-    segments.creditors[creditor.name] = segmented.holders[creditor.name] = creditor
+    connect_creditor(engine, creditor)
     longest = engine.admission.longest
     if engine.admission.why_not_longer is not None:  # the first tokens that lie elsewhere are these
         longest = max(longest, segments.local_tokens + num_tokens)
@@ -118,12 +132,18 @@ def add_creditor(engine: "Engine", creditor: RemoteHolder, num_tokens: int) -> N
 def take_back(scheduler: Scheduler, lost: HolderLost) -> None:
     """Have those computed again whose tokens are lost. It costs no other request anything."""
     _log.warning("%s; the tokens of its requests are computed again", lost)
-    if lost.loans is None and scheduler.tiers.segments is not None:
-        scheduler.tiers.segments.creditors.pop(lost.holder, None)
+    segments = scheduler.tiers.segments
+    if lost.loans is None and segments is not None:
+        segments.loans.creditors.pop(lost.holder, None)
     for request in scheduler.running[::-1]:  # so that they come back in their order
         is_in_tier = request.segment is not None and request.segment.holder == lost.holder
         loans = [one.loan for one in request.lent if one.holder == lost.holder]
-        if is_in_tier or any(lost.loans is None or loan in lost.loans for loan in loans):
+        gone = [loan for loan in loans if lost.loans is None or loan in lost.loans]
+        if segments is not None and lost.loans is None:
+            segments.loans.num_lost += len(gone)
+        elif segments is not None:
+            segments.loans.num_called_back += len(gone)
+        if is_in_tier or gone:
             scheduler.preempt(request, keep=not is_in_tier)
 
 

@@ -30,7 +30,8 @@ class MigrationCounts(msgspec.Struct, frozen=True):
 
     Attributes:
         moved, stayed, lost: they went on at the target; at the source; at neither.
-        orphaned: sequences that nobody had any more, those that were lost on the way included.
+        orphaned: sequences that nobody had any more, those that were lost on the way, and those
+            that were taken away, included.
     """
 
     moved: int = 0
@@ -205,6 +206,17 @@ class Arbiter:
             if sequence.owner == instance and key not in self._handshakes:
                 self._orphan(sequence)
         self._outbox = [item for item in self._outbox if item[0] != instance]
+
+    def take_away(self, key: SequenceKey) -> None:
+        """Have an instance let go of a sequence, which is to be resumed elsewhere
+        (`take_orphans`), computed again. Without effect on one that is on its way, or has ended.
+        """
+        sequence = self._sequences.get(key)
+        if sequence is None or sequence.owner is None or sequence.has_ended:
+            return
+        if key not in self._handshakes:
+            self._outbox.append((sequence.owner, Finish(*key)))
+            self._orphan(sequence)
 
     def take_orphans(self) -> list[Continuation]:
         """Sequences that nobody has, to be resumed; each is given once."""

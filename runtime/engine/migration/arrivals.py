@@ -252,6 +252,7 @@ class Arrivals:
             arrival.transfer_key,
             tokens[:num_tokens],
             continuation.spec.kv_variant,
+            owner=continuation.spec.owner,
             num_reserved=max(wanted, num_room),
             by_pages=by_pages,
         )

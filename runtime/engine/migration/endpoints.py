@@ -60,7 +60,8 @@ def page_format_of(loop: EngineLoop, carrier: Carrier) -> str:
     cache = loop.engine.cache
     if not (carrier.moves_pages and cache.loans.are_possible):
         return ""
-    return f"{carrier.node} {cache.pool.driver.page_bytes} {cache.geometry.token_format}"
+    pages = f"{cache.loans.memory_name} {cache.pool.driver.page_bytes}"
+    return f"{carrier.node} {pages} {cache.geometry.token_format}"
 
 
 def model_of(loop: EngineLoop) -> str:

@@ -208,7 +208,9 @@ class LoopDriver:
                 self._note_rest()
 
     def load_adapter(self, name: str, path: str) -> None:
-        """As `EngineLoop.load_adapter`."""
+        """As `EngineLoop.load_adapter`. The folder is read here, while others turn the loop."""
+        self.check_open()
+        self._loop.engine.check_adapters().prepare(path)
         with self._exclusive():
             self.check_open()
             self._loop.load_adapter(name, path)

@@ -135,7 +135,7 @@ class Sessions:
         """Write what is parked of the request's tokens, if that is all of them."""
         cache, exits = self._engine.cache, self._engine.scheduler.exits
         tokens, variant = request.spec.prompt_token_ids, request.spec.kv_variant
-        slot, num_held = cache.adopt(tokens, variant)
+        slot, num_held = cache.adopt(tokens, variant, owner=request.spec.owner)
         try:
             if num_held < len(tokens):
                 return None

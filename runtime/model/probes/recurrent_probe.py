@@ -30,16 +30,17 @@ def probe_state(model: PreTrainedModel) -> tuple[AttentionProbe, list[int]]:
     others = _run(model, [second], 0, states.fresh())[1]
 
     _run(model, [first[:2]], 0, begun := states.fresh())
-    states.scatter([0], begun)
-    chunk = _run(model, [first[2:]], 2, states.gather([0]))[1]
+    places = torch.arange(len(_SEQUENCES), device=model.device)
+    states.scatter(places[:1], begun)
+    chunk = _run(model, [first[2:]], 2, states.gather(places[:1]))[1]
     alone = _run(model, [first[2:]], 2, states.fresh())[1]
     _check_goes_on(model, "a chunk of a prompt", chunk, [part[2:] for part in whole], alone)
 
-    for place, sequence in enumerate(_SEQUENCES):
+    for place, sequence in zip(places.split(1), _SEQUENCES, strict=True):
         _run(model, [sequence[:3]], 0, begun := states.fresh())
-        states.scatter([place], begun)
+        states.scatter(place, begun)
     last = [sequence[3:] for sequence in _SEQUENCES]
-    decoded = _run(model, last, 3, states.gather([0, 1]))[1]
+    decoded = _run(model, last, 3, states.gather(places))[1]
     alone = _run(model, last, 3, states.fresh())[1]
     expected = [torch.stack([a[3], b[3]]) for a, b in zip(whole, others, strict=True)]
     _check_goes_on(model, "a decode", decoded, expected, alone)

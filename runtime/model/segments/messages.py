@@ -6,6 +6,9 @@
     owner    Offer │        keys and values │               once, when they move there
     holder         │ Told                   │ Told, the loan
 
+    owner    Fetch │                                        when they come back, or go elsewhere
+    holder         │ Told, keys and values
+
     owner    GiveBack                                       which nobody answers
 
 Queries and results are bytes of tensors; in steps keys and values never travel.
@@ -59,6 +62,14 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_
     widths: tuple[int, ...]
 
 
+class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Send `num_tokens` tokens of a loan, from its row `start` on. It stays a loan."""
+
+    loan: int
+    start: int
+    num_tokens: int
+
+
 class GiveBack(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """A loan is not needed any more."""
 
@@ -68,7 +79,7 @@ class GiveBack(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unkno
 class Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whatever an owner says."""
 
-    what: Ask | Offer | GiveBack
+    what: Ask | Offer | Fetch | GiveBack
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,8 +89,10 @@ class Told(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         objection: why not.
         called_back: loans that it is because of; all others are as they were.
         loan: what an offer is known by now.
+        wanted: loans of this owner whose memory the holder needs, soon.
     """
 
     objection: str = ""
     called_back: tuple[int, ...] = ()
     loan: int = 0
+    wanted: tuple[int, ...] = ()

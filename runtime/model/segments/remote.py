@@ -3,6 +3,8 @@
 import socket
 import time
 import weakref
+from collections import deque
+from statistics import median
 
 import torch
 
@@ -11,7 +13,10 @@ from ....allocator.transfer.channels import wire
 from ....attention_backends import LayerAttention, PastBatch
 from ....vmem.errors import TransferError
 from .holders import Answer
-from .messages import Ask, AskedBatch, GiveBack, Offer, Said, Told
+from .messages import Ask, AskedBatch, Fetch, GiveBack, Offer, Said, Told
+
+_REMEMBERED = 128  # answers, whose times tell how fast a holder is
+_ENOUGH = 16  # of them, for a median
 
 
 class HolderLost(TransferError):
@@ -40,15 +45,19 @@ class RemoteHolder:
         timeout_s: how long the other side may be silent.
 
     Attributes:
+        num_steps: in which it was asked, so far.
         sent_bytes, received_bytes: of queries and of results, so far.
         waited_s: for answers that were not there when they were wanted, so far.
+        wanted: loans whose memory the other side needs soon, as it said last.
     """
 
     def __init__(self, name: str, sock: socket.socket, *, timeout_s: float = 10.0) -> None:
         wire.prepare(sock, timeout_s)
         self.name = name
-        self.sent_bytes = self.received_bytes = 0
+        self.num_steps = self.sent_bytes = self.received_bytes = 0
         self.waited_s = 0.0
+        self.wanted: tuple[int, ...] = ()
+        self._waits_s: deque[float] = deque(maxlen=_REMEMBERED)
         self._sock = sock
         self._is_open = True
         self._told: weakref.ref[PastBatch] | None = None  # the batch that the other side knows
@@ -76,25 +85,39 @@ class RemoteHolder:
         except TransferError as error:
             raise self._lost(error) from error
         self._told = weakref.ref(batch)
+        self.num_steps += not is_known
         self.sent_bytes += query.nbytes
         return _Coming(self, results)
 
     def receive(self, results: torch.Tensor) -> None:
         """Have the answer to the ask that was sent last. Raises HolderLost."""
         start_s = time.perf_counter()
+        self._receive([as_bytes(results)], is_checked=False)
+        self.received_bytes += results.nbytes
+        wait_s = time.perf_counter() - start_s
+        self.waited_s += wait_s
+        self._waits_s.append(wait_s)
+
+    def _receive(self, pieces: list[torch.Tensor], *, is_checked: bool) -> None:
+        """What was asked for. Raises HolderLost."""
         try:
             told = wire.receive_message(self._sock, Told)
+            self.wanted = told.wanted
             if told.called_back:
                 raise HolderLost(self.name, told.objection, told.called_back)
             if told.objection:
                 raise TransferError(told.objection)
-            wire.receive_bytes(self._sock, [as_bytes(results)], False)
+            wire.receive_bytes(self._sock, pieces, is_checked)
         except HolderLost:
             raise  # of some loans: both sides are in step
         except TransferError as error:
             raise self._lost(error) from error
-        self.received_bytes += results.nbytes
-        self.waited_s += time.perf_counter() - start_s
+
+    @property
+    def answer_s(self) -> float | None:
+        """For how long an answer is waited for in a layer, by the median of the last ones; None
+        where there were too few."""
+        return median(self._waits_s) if len(self._waits_s) >= _ENOUGH else None
 
     def take(self, spans: Spans, start: int, num_tokens: int) -> int | None:
         """Copy tokens there (`Creditor.take`): memory first, then bytes, then the loan.
@@ -114,6 +137,21 @@ class RemoteHolder:
             return wire.receive_message(self._sock, Told).loan
         except TransferError as error:
             raise self._lost(error) from error
+
+    def fetch(self, spans: Spans, loan: int, start: int, num_tokens: int) -> None:
+        """Have tokens of a loan in `spans`, from its row `start` on (`Creditor.fetch`).
+
+        Raises HolderLost.
+        """
+        pieces = [piece for of_stream in spans for piece in of_stream]
+        if not self._is_open:
+            raise HolderLost(self.name, "the connection was closed before")
+        try:
+            asked = Fetch(loan=loan, start=start, num_tokens=num_tokens)
+            wire.send_message(self._sock, Said(asked))
+        except TransferError as error:
+            raise self._lost(error) from error
+        self._receive(pieces, is_checked=True)
 
     def give_back(self, loan: int) -> None:
         """A loan is not needed any more. Whoever is not there any more has ended it already."""

@@ -24,7 +24,7 @@ from ....vmem.errors import (
     TransferError,
     VkvError,
 )
-from .messages import Ask, AskedBatch, Offer, Said, Told
+from .messages import Ask, AskedBatch, Fetch, Offer, Said, Told
 from .remote import as_bytes
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class SegmentServer:
 
     Each connection has a thread; what it lent here goes with it. They attend one after the other,
     beside the engine's steps: what is lent is pinned, so that it stays where it is and as it is.
-    As a `Guest` of the engine it gives way where memory is short.
+    As a `Lender` of the engine it gives way where memory is short.
 
     Args:
         cache: where the slots are, in the host's memory.
@@ -71,10 +71,14 @@ class SegmentServer:
         spare_tokens: room that stays for this engine's own requests when something is taken in.
         pause_s: for how long nothing is taken in after a loan was called back, so that nobody moves
             tokens to and fro.
+        notice_s: how long owners have to take away what is called back, all loans together that
+            are called for one shortage; 0 to have the memory at once.
         timeout_s: how long an owner may be silent in the middle of an ask.
 
     Attributes:
         cache: as given.
+        num_called_back: loans that left or were ended for want of memory, so far.
+        slowest_call_back_s: that giving the memory of one of them back took.
     """
 
     def __init__(
@@ -87,19 +91,27 @@ class SegmentServer:
         limit_tokens: int | None = None,
         spare_tokens: int = 0,
         pause_s: float = 5.0,
+        notice_s: float = 0.0,
         timeout_s: float = 10.0,
     ) -> None:
         self.cache = cache
+        self.num_called_back = 0
+        self.slowest_call_back_s = 0.0
         self._exits = Exits(cache)
         self._limit_tokens = limit_tokens
         self._spare_tokens = spare_tokens
         self._pause_s = pause_s
+        self._notice_s = notice_s
         self._takes_from_s = 0.0
+        self._called: int | None = None  # the loan that its owner has to take away
+        self._called_s = 0.0  # since when
+        self._notice_until_s = 0.0
         self._partial = partial
         self._layers = tuple(layers)
         self._dtype = dtype
         self._timeout_s = timeout_s
         self._loans: dict[int, Loan] = {}
+        self._read: set[int] = set()  # that are on their way to their owners
         self._numbers = itertools.count(1)
         self._attending = threading.Lock()  # held while loans are read
         self._connections: list[tuple[socket.socket, threading.Thread]] = []
@@ -122,19 +134,41 @@ class SegmentServer:
         """End a loan: once nobody attends to it. Without effect on one that has ended."""
         with self._attending:
             loan = self._loans.pop(number, None)
-        if loan is not None:
-            try:
-                self.cache.unpin(loan.slot)
-            except (Shortage, DriverError) as error:
-                _log.warning("%s was not unmapped, and will be reclaimed: %s", loan.slot, error)
+            is_read = number in self._read  # then who reads it ends it
+        if loan is not None and not is_read:
+            self._unpin(loan)
 
     def give_way(self) -> bool:
-        """Memory is short here: call the newest loan back. False if there is none."""
-        loans = self.loans
-        if loans:
-            self._takes_from_s = time.monotonic() + self._pause_s
-            self.call_back(max(loans))
-        return bool(loans)
+        """Memory is short here: call the newest loan back. False if there is none, or if its owner
+        has time to take it away still (`is_leaving`)."""
+        loans, now_s, called = self.loans, time.monotonic(), self._called
+        if called is not None and called not in loans:
+            self._note_called_back()  # it has just left
+            return True
+        if not loans:
+            return False
+        if now_s >= self._takes_from_s:  # else it is the same shortage
+            self._notice_until_s = now_s + self._notice_s
+        self._takes_from_s = now_s + self._pause_s
+        if called is None:
+            called, self._called_s = max(loans), now_s
+            self._called = called
+        if now_s < self._notice_until_s:
+            return False
+        self.call_back(called)
+        self._note_called_back()
+        return True
+
+    def _note_called_back(self) -> None:
+        self._called = None
+        self.num_called_back += 1
+        took_s = time.monotonic() - self._called_s
+        self.slowest_call_back_s = max(self.slowest_call_back_s, took_s)
+
+    @property
+    def is_leaving(self) -> bool:
+        """True while an owner has time to take away what was called back."""
+        return time.monotonic() < self._notice_until_s and self._called in self.loans
 
     def forget(self) -> None:
         """The model changed: what is lent is of no use to anybody."""
@@ -178,6 +212,8 @@ class SegmentServer:
                     self._answer(sock, request, owner)
                 elif isinstance(request, Offer):
                     self._take_in(sock, request, owner)
+                elif isinstance(request, Fetch):
+                    self._give(sock, request, owner)
                 elif request.loan in owner.taken:
                     owner.taken.remove(request.loan)
                     self.call_back(request.loan)
@@ -201,7 +237,9 @@ class SegmentServer:
         except VkvError as error:
             wire.send_message(sock, Told(objection=str(error)))
         else:
-            wire.send_message(sock, Told())
+            called = self._called
+            wanted = () if called is None or called not in owner.taken else (called,)
+            wire.send_message(sock, Told(wanted=wanted))
             wire.send_bytes(sock, [as_bytes(results)], False)
 
     def _take_in(self, sock: socket.socket, offer: Offer, owner: "_Owner") -> None:
@@ -214,14 +252,46 @@ class SegmentServer:
             wire.receive_bytes(sock, [piece for stream in spans for piece in stream], True)
             number = self.lend(slot, offer.start, offer.num_tokens)
             owner.taken.append(number)
+            self._exits.let_go(slot)  # the loan keeps what it needs
+            slot = None
             wire.send_message(sock, Told(loan=number))
         except (Shortage, DriverError, InvalidOperation) as error:
             if slot is not None:
                 raise TransferError(f"tokens were not taken in: {error}") from error
             wire.send_message(sock, Told(objection=str(error)))
         finally:
-            if slot is not None:  # a loan keeps what it needs
+            if slot is not None:
                 self._exits.let_go(slot)
+
+    def _give(self, sock: socket.socket, asked: Fetch, owner: "_Owner") -> None:
+        """Send what is lent here to its owner. Others are attended to meanwhile."""
+        with self._attending:
+            loan = self._loans.get(asked.loan) if asked.loan in owner.taken else None
+            if loan is not None:
+                self._read.add(asked.loan)
+        if loan is None:
+            why = f"loan {asked.loan} was called back"
+            wire.send_message(sock, Told(objection=why, called_back=(asked.loan,)))
+            return
+        try:
+            stop = asked.start + asked.num_tokens
+            if not 0 <= asked.start < stop <= loan.stop - loan.start:
+                raise TransferError(f"{asked} is of a loan of {loan.stop - loan.start} tokens")
+            wire.send_message(sock, Told())
+            spans = self.cache.spans(loan.slot, asked.start, stop)
+            wire.send_bytes(sock, [piece for stream in spans for piece in stream], True)
+        finally:
+            with self._attending:
+                self._read.remove(asked.loan)
+                has_ended = asked.loan not in self._loans
+            if has_ended:
+                self._unpin(loan)
+
+    def _unpin(self, loan: Loan) -> None:
+        try:
+            self.cache.unpin(loan.slot)
+        except (Shortage, DriverError) as error:
+            _log.warning("%s was not unmapped, and will be reclaimed: %s", loan.slot, error)
 
     def _make_room(self, offer: Offer) -> Slot:
         """A slot with memory for what is offered. Raises a Shortage, DriverError or, for what never
@@ -242,7 +312,7 @@ class SegmentServer:
         wanted = self.cache.num_pages(offer.num_tokens) + self.cache.num_pages(self._spare_tokens)
         if wanted > self.cache.num_obtainable():
             raise OutOfPages(f"{wanted} pages are not to be had, those to spare included")
-        slot = self.cache.open()
+        slot = self.cache.open(object())  # only the borrower knows whose tokens they are
         try:
             self.cache.grow(slot, offer.num_tokens)
         except (Shortage, DriverError):

@@ -100,6 +100,12 @@ _TOTALS: tuple[_Total, ...] = (  # name, help, label, and values by that label
         lambda now: {"died": now.done.num_died, "drained": now.done.num_drained},
     ),
     ("recomputed", "Sequences whose instance had died", "", lambda now: {"": now.num_recomputed}),
+    (
+        "ended_loans",
+        "By why; their tokens were computed again",
+        "why",
+        lambda now: {"called back": now.done.num_called_back, "lost": now.done.num_lost},
+    ),
     ("copied_bytes", "By migrations", "", lambda now: {"": now.num_bytes_copied}),
     ("moved_pages", "Handed over in migrations", "", lambda now: {"": now.num_pages_moved}),
     ("prompt_tokens", "Computed of prompts", "", lambda now: {"": now.done.num_prompt_tokens}),

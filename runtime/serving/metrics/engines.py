@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ...engine.stats import EngineStats, SegmentStats, SwapStats
+from ...adapters.adapters import AdapterStats
+from ...engine.stats import Borrowed, EngineStats, Lent, SegmentStats, SwapStats
 from ...link.engine_link import EngineLink
 from ...link.face import Face
+from ...speculation import SpeculationStats
 
 LABELS = ("model_name", "engine")
 
@@ -82,8 +84,13 @@ def of_engines(names: tuple[str, ...], engines: Sequence[Reported]) -> Iterator[
     """
     has_swap = any(engine.stats.swap is not None for engine in engines)
     has_segments = any(engine.stats.segments is not None for engine in engines)
-    some = (*(_SWAP if has_swap else ()), *(_SEGMENTS if has_segments else ()))
-    for family in (*_FIGURES, *some, *_TENANTS):
+    guesses = any(engine.stats.speculation is not None for engine in engines)
+    some = (
+        *(_SWAP if has_swap else ()),
+        *(_SEGMENTS if has_segments else ()),
+        *(_SPECULATION if guesses else ()),
+    )
+    for family in (*_FIGURES, *some, *_TENANTS, *_ADAPTERS):
         made = family.kind(family.name, family.what, labels=(*names, *family.more))
         for engine in engines:
             for labels, value in family.values(engine.stats).items():
@@ -197,6 +204,28 @@ _SWAP = (
 )
 
 
+def _of_speculation(
+    name: str, what: str, value: Callable[[SpeculationStats], float], *, sums: bool = True
+) -> _Family:
+    def values(stats: EngineStats) -> _Values:
+        found = stats.speculation
+        return {} if found is None else {(found.drafter,): value(found)}
+
+    kind = CounterMetricFamily if sums else GaugeMetricFamily
+    return _Family(kind, name, what, ("drafter",), values)
+
+
+_SPECULATION = (
+    _of_speculation("vllm:spec_decode_num_drafts", "Guesses", lambda s: s.num_drafts),
+    _of_speculation("vkv:drafted_tokens", "Guessed ahead", lambda s: s.num_drafted),
+    _of_speculation("vkv:draft_accepted_tokens", "Guessed right", lambda s: s.num_accepted),
+    _of_speculation("vkv:draft_seconds", "Steps waited for guesses", lambda s: s.draft_time_s),
+    _of_speculation(
+        "vkv:draft_kv_bytes", "KV of a model that guesses", lambda s: s.kv_bytes, sums=False
+    ),
+)
+
+
 def _of_segments(name: str, what: str, value: Callable[[SegmentStats], float]) -> _Family:
     def values(stats: EngineStats) -> _Values:
         return {} if stats.segments is None else {(): value(stats.segments)}
@@ -214,11 +243,69 @@ def _moved(name: str, what: str, field: str) -> _Family:
     return _Family(CounterMetricFamily, f"vkv:long_moved_{name}", what, ("to",), values)
 
 
+def _borrowed(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    what: str,
+    value: Callable[[Borrowed], float],
+) -> _Family:
+    """Of what each holder has of an engine's requests."""
+
+    def values(stats: EngineStats) -> _Values:
+        borrowed = () if stats.segments is None else stats.segments.borrowed
+        return {(one.holder,): value(one) for one in borrowed}
+
+    return _Family(kind, f"vkv:borrowed_{name}", what, ("holder",), values)
+
+
+def _given(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    what: str,
+    value: Callable[[Lent], float],
+) -> _Family:
+    """Of what an engine has of others' requests."""
+
+    def values(stats: EngineStats) -> _Values:
+        given = None if stats.segments is None else stats.segments.given
+        return {} if given is None else {(): value(given)}
+
+    return _Family(kind, f"vkv:lent_{name}", what, (), values)
+
+
+def _ended_loans(stats: EngineStats) -> _Values:
+    if stats.segments is None:
+        return {}
+    ended = {"called back": stats.segments.num_called_back, "lost": stats.segments.num_lost}
+    return {(why,): count for why, count in ended.items()}
+
+
 _SEGMENTS = (
     _of_segments("requests", "That outgrew the pool", lambda segments: segments.num_requests),
     _of_segments("tokens", "Of theirs, elsewhere", lambda segments: segments.num_tokens),
     _moved("tokens", "That moved as they grew", "num_tokens"),
     _moved("bytes", "That moved as they grew", "num_bytes"),
+    _borrowed(GaugeMetricFamily, "tokens", "That others have", lambda one: one.num_tokens),
+    _borrowed(GaugeMetricFamily, "loans", "In how many stretches", lambda one: one.num_loans),
+    _borrowed(CounterMetricFamily, "steps", "That asked there", lambda one: one.num_steps),
+    _borrowed(CounterMetricFamily, "sent_bytes", "Queries", lambda one: one.sent_bytes),
+    _borrowed(CounterMetricFamily, "received_bytes", "Results", lambda one: one.received_bytes),
+    _borrowed(CounterMetricFamily, "wait_seconds", "For results", lambda one: one.waited_s),
+    _Family(CounterMetricFamily, "vkv:borrowed_ended", "By others", ("why",), _ended_loans),
+    _given(GaugeMetricFamily, "tokens", "Of others' requests", lambda given: given.num_tokens),
+    _given(GaugeMetricFamily, "loans", "In how many stretches", lambda given: given.num_loans),
+    _given(
+        CounterMetricFamily,
+        "called_back",
+        "Loans ended for want of memory",
+        lambda given: given.num_called_back,
+    ),
+    _given(
+        GaugeMetricFamily,
+        "slowest_call_back_seconds",
+        "Until the memory of a loan was back",
+        lambda given: given.slowest_call_back_s,
+    ),
 )
 
 
@@ -237,4 +324,23 @@ _TENANTS = (
     _of_tenants(CounterMetricFamily, "prompt_tokens", "Computed of prompts", "prompt_tokens"),
     _of_tenants(CounterMetricFamily, "generation_tokens", "Generated", "output_tokens"),
     _of_tenants(GaugeMetricFamily, "requests", "That run or wait", "num_unfinished"),
+)
+
+
+def _of_adapters(name: str, what: str, value: Callable[[AdapterStats], float]) -> _Family:
+    """What each adapter takes, and who uses it."""
+
+    def values(stats: EngineStats) -> _Values:
+        found: dict[tuple[str, ...], float] = {}
+        for one in stats.adapters:  # there may be several of a name, of which one is leaving
+            found[one.name,] = found.get((one.name,), 0.0) + value(one)
+        return found
+
+    return _Family(GaugeMetricFamily, f"vkv:adapter_{name}", what, ("adapter",), values)
+
+
+_ADAPTERS = (
+    _of_adapters("bytes", "Of weights, in memory", lambda one: one.num_bytes * one.is_here),
+    _of_adapters("in_memory", "1 while its weights are", lambda one: one.is_here),
+    _of_adapters("requests", "That use it, unfinished", lambda one: one.num_requests),
 )

@@ -14,7 +14,8 @@ from ...frontend.text_stream import RequestText, StreamDelta
 from ..http.errors import ApiError
 from ..http.streams import DONE, event, last_words
 from ..parsing import MessageDelta, MessageParser, ToolCallDelta, tool_grammar
-from ..server import Server
+from ..server import Server, check_own_template
+from ..tenants import salt_of
 from .fields import Sampling, Strict
 from .logprobs import chat_logprobs, prompt_logprobs
 from .responding import respond
@@ -165,7 +166,7 @@ class ChatJob:
             asked.messages,
             params,
             self._options(),
-            asked.cache_salt or "",
+            salt_of(self.server.options, standing.tenant, asked.cache_salt),
             standing,
             by,
         )
@@ -204,7 +205,7 @@ class ChatJob:
             more.setdefault("reasoning_effort", asked.reasoning_effort)
         if asked.tools:
             options["tools"] = asked.tools
-        self.server.check_template(asked.chat_template)
+        check_own_template(self.server, asked.chat_template)
         if asked.chat_template is not None:
             options["chat_template"] = asked.chat_template
         if more:

@@ -1,5 +1,6 @@
 """Routes for the operators of several instances: what there are, drain one, have more or fewer."""
 
+import dataclasses
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -73,6 +74,8 @@ async def _state(engine: ClusterEngine) -> dict[str, Any]:
         "num_pages_moved": stats.num_pages_moved,
         "num_died": stats.done.num_died,
         "num_drained": stats.done.num_drained,
+        "num_loans_called_back": stats.done.num_called_back,
+        "num_loans_lost": stats.done.num_lost,
         "instances": [
             {
                 "id": member.id,
@@ -84,10 +87,17 @@ async def _state(engine: ClusterEngine) -> dict[str, Any]:
                 "num_sequences": sum(owner == member.id for owner in stats.requests.values()),
                 "carried_bytes": member.carried_bytes,
                 "handed_pages": member.handed_pages,
+                "lent_tokens": sum(
+                    one.num_tokens for one in stats.loans if one.creditor == member.id
+                ),
+                "borrowed_tokens": sum(
+                    one.num_tokens for one in stats.loans if one.debtor == member.id
+                ),
                 **_of_engine(member.stats),
             }
             for member in stats.instances
         ],
+        "loans": [dataclasses.asdict(one) for one in stats.loans if one.num_loans],
     }
 
 

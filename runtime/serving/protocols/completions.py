@@ -15,6 +15,7 @@ from ...request.outputs import Logprob
 from ..http.errors import ApiError
 from ..http.streams import DONE, event, last_words
 from ..server import Server
+from ..tenants import salt_of
 from .chat import ResponseFormat
 from .fields import Sampling
 from .logprobs import completion_logprobs, prompt_logprobs
@@ -116,7 +117,8 @@ class CompletionJob:
             prompt_logprobs=asked.logprobs if asked.echo else asked.prompt_logprobs,
             structured_outputs=structure or None,
         )
-        given: dict[str, Any] = {"cache_salt": asked.cache_salt}
+        salt = salt_of(self.server.options, self.standing.tenant, asked.cache_salt)
+        given: dict[str, Any] = {"cache_salt": salt or None}
         if isinstance(prompt, str) and asked.add_special_tokens is False and front_end.tokenizer:
             given["prompt_token_ids"] = encode(
                 front_end.tokenizer, prompt, what="the prompt", add_special_tokens=False

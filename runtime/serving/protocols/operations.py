@@ -6,12 +6,14 @@ from typing import Any
 from fastapi import APIRouter, Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from ....vmem.errors import UnknownAdapter
 from ..http.errors import ApiError
 from ..http.streams import json_response
 from ..server import Server
+from ..tenants import check_may_change
 from .fields import HARMLESS, Strict
 from .shapes import others
 from .shapes.base import described
@@ -107,17 +109,20 @@ def _add_models(routes: APIRouter, server: Server) -> None:
 
 
 def _add_orders(routes: APIRouter, server: Server) -> None:
-    """What an operator may have the engine do."""
+    """What an operator may have the engine do, and a tenant beside others may not."""
+    stays = "it serves all of them: stop it, or have it served to one tenant alone"
 
-    @routes.post("/sleep", response_model=None, responses=described(others.Freed, 400))
+    @routes.post("/sleep", response_model=None, responses=described(others.Freed, 400, 403))
     async def sleep(level: int = Query(1, ge=1, le=2)) -> Response:
         """Give memory back: of keys and values (1), and of weights that can be read again (2)."""
+        check_may_change(server.options, stays)
         freed = await server.engine.ask("sleep" if level == 1 else "sleep_weights")
         return json_response({"freed_bytes": freed})
 
-    @routes.post("/wake_up", response_model=None, responses=described(others.Status))
+    @routes.post("/wake_up", response_model=None, responses=described(others.Status, 403))
     async def wake_up() -> Response:
         """End a sleep."""
+        check_may_change(server.options, stays)
         await server.engine.ask("wake")
         return json_response({"status": "awake"})
 
@@ -126,9 +131,10 @@ def _add_orders(routes: APIRouter, server: Server) -> None:
         """Whether it sleeps."""
         return json_response({"is_sleeping": server.engine.is_asleep})
 
-    @routes.post("/reset_prefix_cache", response_model=None, responses=described(others.Freed))
+    @routes.post("/reset_prefix_cache", response_model=None, responses=described(others.Freed, 403))
     async def reset_prefix_cache() -> Response:
         """Forget keys and values of finished requests."""
+        check_may_change(server.options, stays)
         return json_response({"freed_bytes": await server.engine.ask("trim")})
 
     @routes.post(
@@ -136,20 +142,23 @@ def _add_orders(routes: APIRouter, server: Server) -> None:
         response_model=None,
         responses=described(others.Status, body=True),
     )
-    async def abort_requests(asked: AbortRequest) -> Response:
-        """End requests: their callers get what there is, with the reason "abort"."""
+    async def abort_requests(asked: AbortRequest, request: Request) -> Response:
+        """End requests: their callers get what there is, with the reason "abort". A tenant among
+        others ends its own."""
+        tenant = server.tenant(request) if server.options.has_tenants else None
         names = [*(asked.request_ids or ()), *filter(None, (asked.request_id,))]
         if bool(names) == bool(asked.abort_all):
             raise ApiError(400, "give either request_ids or abort_all")
         if asked.abort_all:
-            server.requests.abort_all()
+            server.requests.abort_all(tenant)
         for name in names:
-            server.requests.abort(name)
+            server.requests.abort(name, tenant)
         return json_response({"status": "ok"})
 
 
 def _add_adapters(routes: APIRouter, server: Server) -> None:
     """As vLLM has them: adapters come and go while the server runs."""
+    given = "adapters are of all of them: give them at the start, by --adapter name=path"
 
     @routes.post(
         "/v1/load_lora_adapter",
@@ -158,7 +167,7 @@ def _add_adapters(routes: APIRouter, server: Server) -> None:
     )
     async def load_lora_adapter(asked: LoadAdapterRequest) -> Response:
         """Have requests use an adapter by naming it as their model."""
-        _check_may_change_adapters(server)
+        check_may_change(server.options, given)
         if asked.lora_name in server.names:
             raise ApiError(
                 400,
@@ -176,23 +185,12 @@ def _add_adapters(routes: APIRouter, server: Server) -> None:
     )
     async def unload_lora_adapter(asked: UnloadAdapterRequest) -> Response:
         """Take no more requests for an adapter; those under way keep it."""
-        _check_may_change_adapters(server)
+        check_may_change(server.options, given)
         try:
             await server.engine.ask("unload_adapter", asked.lora_name)
         except UnknownAdapter as error:
             raise ApiError(404, str(error), "adapter_not_found", "lora_name") from error
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
-
-
-def _check_may_change_adapters(server: Server) -> None:
-    """Raises ApiError 403 where one tenant would change what another uses."""
-    if len(set(server.options.tenants)) > 1:
-        raise ApiError(
-            403,
-            "several tenants share this server, and adapters are of all of them: give them at the "
-            "start, by --adapter name=path",
-            "not_allowed",
-        )
 
 
 async def _no_vectors() -> Response:

@@ -9,7 +9,7 @@ from ...frontend.chat_template import ChatOptions
 from ...frontend.tokenizer import encode
 from ..http.errors import ApiError
 from ..http.streams import json_response
-from ..server import Server
+from ..server import Server, check_own_template
 from .fields import Strict
 from .shapes.base import described
 from .shapes.others import Text, Tokens
@@ -105,7 +105,7 @@ def _tokens(server: Server, asked: TokenizeRequest) -> list[int]:
             "invalid_value",
             "add_special_tokens",
         )
-    server.check_template(asked.chat_template)
+    check_own_template(server, asked.chat_template)
     options = ChatOptions()
     for name in ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt"):
         if (value := getattr(asked, name)) is not None:

@@ -1,8 +1,10 @@
 """What a tier has, what it copies for it, and that nothing is lost on the way."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+import torch
 from allocator_model import (
     KIND,
     NUM_SLOTS,
@@ -13,7 +15,7 @@ from allocator_model import (
     one_thread,
 )
 from vkv.allocator import Exits
-from vkv.allocator.transfer import Copier, MemoryTier
+from vkv.allocator.transfer import Copier, CopyJob, MemoryTier, copier
 from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages, Shortage
 
 __all__ = ["one_thread"]  # a fixture
@@ -268,3 +270,21 @@ def _leave_and_come_back(
 
 def _refuse(*args: object) -> None:
     raise InvalidOperation("a copy that fails")
+
+
+def test_a_copy_that_is_given_up_is_over_when_it_says_so(monkeypatch):
+    """On a GPU what was launched before is still under way: it is waited for in any case."""
+    calls = []
+    stream = SimpleNamespace(synchronize=lambda: calls.append("over"))
+
+    def copy(source, target, on):
+        calls.append("launched")
+        if len(calls) == 2:
+            raise RuntimeError("no more")
+
+    monkeypatch.setattr(copier, "_copy", copy)
+    piece = torch.zeros(8, dtype=torch.uint8)
+    job = CopyJob([[piece], [piece]], [[piece], [piece]], after=SimpleNamespace(wait=lambda: None))
+    job.run(stream)
+    assert (str(job.error), calls) == ("no more", ["launched", "launched", "over"])
+    assert job.is_done

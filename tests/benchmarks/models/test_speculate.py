@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from guessing import guess_restlessly
+from vkv import LLM, SamplingParams
 from vkv.bench.models.options import SpeculateOptions
 from vkv.bench.models.scripts import SCRIPTS, scripted_model, write
 from vkv.bench.models.speculate import run
@@ -34,6 +36,8 @@ def test_too_few_tokens_are_refused() -> None:
         write(["quotations"], 512, 2000, 60)
     with pytest.raises(InvalidConfig, match="texts has 'poem'"):
         SpeculateOptions(texts=("poem",))
+    with pytest.raises(InvalidConfig, match="drafter is 'oracle'; use ngram"):
+        SpeculateOptions(drafter="oracle")
 
 
 def test_a_run_writes_what_was_guessed(tmp_path: Path) -> None:
@@ -55,3 +59,37 @@ def test_a_run_writes_what_was_guessed(tmp_path: Path) -> None:
     assert novel["drafted"] == 0
     assert novel["steps"] >= 59
     assert len(table.rows) == 2
+
+
+@pytest.mark.parametrize("drafter", ["draft", "surrogate"])
+def test_a_run_of_models_that_guess(drafter: str, tmp_path: Path) -> None:
+    options = SpeculateOptions(
+        shape="llama-tiny",
+        draft_shape="llama-tiny",
+        dtype="float32",
+        threads=1,
+        texts=("novel",),
+        tokens=40,
+        streams=(1,),
+        repeats=1,
+        drafter=drafter,
+        random=drafter == "draft",
+    )
+    path, (table,) = run(options, tmp_path, "vkv bench speculate")
+    assert path.name.startswith(f"speculate-llama-tiny-{drafter}")
+    plain, guessing = json.loads(path.read_text())["results"]["texts"]["novel"]
+    assert (plain["way"], guessing["way"]) == ("plain", drafter)
+    assert len(table.rows) == 1
+
+
+def test_a_draft_model_errs_as_often_as_it_is_told() -> None:
+    (script,) = write(["novel"], 512, 80, 200)
+    draft = scripted_model("llama-tiny", [script], dtype=torch.float32, error_rate=0.3)
+    model = scripted_model("llama-tiny", [script], dtype=torch.float32)
+    with LLM(model, device="cpu", speculative=draft) as llm:
+        guess_restlessly(llm, max_tokens=1)  # then each guess is behind a token that is right
+        (out,) = llm.generate([list(script.prompt)], SamplingParams(temperature=0, max_tokens=200))
+        assert tuple(out.outputs[0].token_ids) == script.said
+        stats = llm.stats()
+        assert stats.num_drafted > 30
+        assert 0.5 < stats.num_accepted / stats.num_drafted < 0.9

@@ -125,3 +125,48 @@ def test_a_request_for_another_adapter_of_the_name_is_refused(
         assert not rig.loops["a"].engine.has_work
         data = msgspec.msgpack.encode(msgspec.structs.replace(spec, adapter=keys["a"]))
         assert msgspec.msgpack.decode(data, type=RequestSpec).adapter == keys["a"]
+
+
+def test_sixteen_of_many_ranks_while_all_else_goes_on(llama_folder: Path, tmp_path: Path) -> None:
+    """Beside the base, over two engines with packed weights and recorded decodes: sequences move,
+    are preempted, copied to host memory and back, and adapters give way to each other."""
+    base = zoo.tiny_model("llama")
+    folders: dict[str | None, Path] = {
+        f"a{i}": lora.save_adapter(tmp_path / f"a{i}", base, rank=8 + 8 * (i % 8), seed=i)
+        for i in range(16)
+    }
+    options: dict[str, Any] = {"kv_memory": "1MiB", "swap_memory": "8MiB", "max_parked": 2}
+    draw = random.Random(1)
+    with migrating.rig(llama_folder, 2, adapters=folders, **options) as rig:
+        adapters = rig.loops["a"].engine.adapters
+        assert adapters is not None
+        prompts = zoo.random_prompts([30 + number for number in range(20)])
+        specs = [
+            RequestSpec(
+                request_id=str(number),
+                prompt_token_ids=prompts[number % 20],
+                params=SamplingParams(temperature=0, max_tokens=40, ignore_eos=True),
+                adapter=None if key is None else key,
+                seed=number,
+            )
+            for number, key in enumerate([*adapters.names.values(), None, None] * 2)
+        ]
+        rig.add(specs)
+        while rig.unfinished:
+            rig.move_some(draw, 0.02)
+            rig.turn()
+        stats = [loop.engine.stats() for loop in rig.loops.values()]
+        rig.finish()
+        assert rig.migrations.arbiter.counts.moved >= 4
+        assert sum(one.num_preemptions for one in stats) > 0
+        assert sum(one.swap.fetched.num_moves for one in stats if one.swap is not None) > 0
+        assert sum(one.num_replays for one in stats) > 0
+    models: dict[str | None, PreTrainedModel] = {None: base}
+    for spec in specs:
+        name = None if spec.adapter is None else spec.adapter.name
+        if name not in models:
+            models[name] = zoo.tiny_model("llama")
+            lora.merge(models[name], folders[name])
+        stream = rig.streams[spec.request_id, 0]
+        assert stream.error is None, stream.error
+        assert stream.token_ids == zoo.generate_alone(models[name], spec.prompt_token_ids, 40)

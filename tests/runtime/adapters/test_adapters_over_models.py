@@ -126,3 +126,18 @@ def test_experts_are_refused_by_name(tmp_path: Path) -> None:
     refused = pytest.raises(BadAdapter, match=r"mlp\.experts\.0\.up_proj, an expert of a mixture")
     with LLM(model, device="cpu", **zoo.with_defaults({})) as llm, refused:
         llm.load_adapter("one", folder)
+
+
+@pytest.mark.parametrize("way", ["unmerged", "peft merged", "peft unmerged"])
+def test_tokens_are_those_of_the_adapted_model(way: str, tmp_path: Path) -> None:
+    base, adapted = zoo.tiny_model("llama"), zoo.tiny_model("llama")
+    folder = lora.save_adapter(tmp_path / "a", base, rank=16, gain=0.7)
+    if way == "unmerged":
+        lora.adapt(adapted, folder)
+    else:
+        peft = pytest.importorskip("peft", reason="compared with PEFT itself: pip install peft")
+        wrapped = peft.PeftModel.from_pretrained(adapted, str(folder))
+        adapted = wrapped.merge_and_unload() if way == "peft merged" else wrapped
+    with LLM(zoo.tiny_model("llama"), device="cpu", **zoo.with_defaults({})) as llm:
+        llm.load_adapter("one", folder)
+        _check(llm, base, adapted, ["one", None, "one", None])

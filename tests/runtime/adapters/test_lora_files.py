@@ -1,7 +1,9 @@
 """What PEFT's folders may say: how it is computed, and what is refused by name."""
 
 import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 from vkv import LLM
+from vkv.runtime.adapters import lora_file
 from vkv.vmem.errors import BadAdapter, UsageError
 
 _PROMPT = [3, 14, 15, 9, 26, 5, 35, 8]
@@ -196,4 +199,30 @@ def test_a_file_that_changes_is_not_used(llm: LLM, tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     (out,) = llm.generate([_PROMPT], zoo.greedy(4), adapter="one")
     assert "is gone" in str(out.error)
+    llm.unload_adapter("one")
+
+
+def test_a_folder_is_read_while_others_generate(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = lora.save_adapter(tmp_path / "a", zoo.tiny_model("llama"))
+    reading, may_go_on, digest = threading.Event(), threading.Event(), lora_file._digest
+
+    def slow_digest(folder: Path) -> str:
+        reading.set()
+        assert may_go_on.wait(60)
+        return digest(folder)
+
+    monkeypatch.setattr(lora_file, "_digest", slow_digest)
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(llm.load_adapter, "one", folder)
+        assert reading.wait(60)
+        (out,) = llm.generate([_PROMPT], zoo.greedy(4))
+        assert out.error is None
+        assert not loading.done()
+        may_go_on.set()
+        loading.result()
+    monkeypatch.setattr(lora_file, "_digest", None)  # it is known, and is not read again
+    llm.load_adapter("two", folder)
+    llm.unload_adapter("two")
     llm.unload_adapter("one")

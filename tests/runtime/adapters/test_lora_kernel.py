@@ -4,15 +4,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from vkv.runtime.adapters import products as adapter_products
 from vkv.runtime.adapters.products import NativeProducts, TorchProducts
 from vkv.runtime.adapters.sites import Site
 from vkv.runtime.adapters.steps import AdapterStep, Products, SiteWeights
 from vkv.runtime.adapters.triton_products import TritonProducts
 from vkv.runtime.cpu_kernels.kernels import available
+from vkv.runtime.cpu_kernels.lora import KERNELS, lora
 
 _DTYPES = [torch.float32, torch.bfloat16]
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -29,10 +32,12 @@ def _weights(site: Site, rank: int, dtype: torch.dtype, seed: int) -> SiteWeight
     return SiteWeights(down.to(dtype), up.to(dtype), 0.5 + seed)
 
 
-@pytest.fixture(params=["torch", "native", "triton"])
-def products(request: pytest.FixtureRequest) -> Iterator[Products]:
-    if request.param == "native" and not available(torch.float32):
-        pytest.skip("no kernels, and no compiler to make them")
+@pytest.fixture(params=["torch", *KERNELS, "triton"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Products]:
+    if request.param in KERNELS:
+        if not available(torch.float32):
+            pytest.skip("no kernels, and no compiler to make them")
+        monkeypatch.setattr(adapter_products, "lora", partial(lora, most=request.param))
     if request.param == "triton":
         pytest.importorskip("triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,19 +108,25 @@ def test_each_row_gets_what_its_adapter_says(
 
 
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
-def test_a_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("most", KERNELS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(1000, 300), (512, 64), (31, 5)])
+def test_a_row_has_the_same_bits_in_any_company(
+    dtype: torch.dtype, most: str, inputs: int, outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not available(dtype):
         pytest.skip("no kernels, and no compiler to make them")
-    products, site = NativeProducts(), _site(1000, 300)
+    monkeypatch.setattr(adapter_products, "lora", partial(lora, most=most))
+    products, site = NativeProducts(), _site(inputs, outputs)
     weights = [_weights(site, rank, dtype, seed=rank) for rank in (7, 16)]
     one, other = (products.table(2, {site.index: each}) for each in weights)
-    x, out = torch.randn(40, 1000).to(dtype), torch.randn(40, 300).to(dtype)
+    x, out = torch.randn(40, inputs).to(dtype), torch.randn(40, outputs).to(dtype)
     threads = torch.get_num_threads()
     results = []
     for runs, num_threads in [
         ([(one, 1)], 1),
         ([(one, 2), (other, 38)], 1),
         ([(one, 13), (None, 1), (other, 9), (one, 17)], 2),
+        ([(one, 3), (other, 5)], 1),
     ]:
         torch.set_num_threads(num_threads)
         count = sum(count for _, count in runs)

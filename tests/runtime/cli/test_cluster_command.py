@@ -26,6 +26,8 @@ _INSTANCE = {
     "waiting": 1,
     "kv_used_bytes": 1 << 20,
     "kv_limit_bytes": 64 << 20,
+    "lent_tokens": 1536,
+    "borrowed_tokens": 0,
 }
 _STATE = {
     "num_migrations": 9,
@@ -36,7 +38,12 @@ _STATE = {
     "num_pages_moved": 40,
     "num_died": 1,
     "num_drained": 2,
+    "num_loans_called_back": 7,
+    "num_loans_lost": 8,
     "instances": [_INSTANCE],
+    "loans": [
+        {"debtor": 1, "creditor": 3, "num_loans": 2, "num_tokens": 1536, "bytes_a_step": 3072.0}
+    ],
 }
 
 
@@ -88,11 +95,13 @@ def _run(server: _Server, *words: str) -> Any:
 
 def test_status_shows_what_each_has_and_what_all_have_done(server: _Server) -> None:
     told = _run(server, "status").output
-    for word in ("decode", "draining", "here", "4711", "17", "3.0", "64.0"):
+    for word in ("decode", "draining", "here", "4711", "17", "3.0", "64.0", "1,536"):
         assert word in told
     assert "9 sequences moved, 1 stayed" in told
     assert "6 are on their way" in told
     assert "40 pages changed hands, 5.0 MiB were copied; 1 instances died, 2 were ended" in told
+    assert "instance 3 lends instance 1 room for 1,536 tokens; 3.0 KiB" in told
+    assert "7 loans were called back, 8 were lost" in told
 
 
 @pytest.mark.parametrize(

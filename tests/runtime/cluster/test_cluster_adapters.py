@@ -36,6 +36,27 @@ def _tokens(llm: LLM | Cluster) -> list[tuple[int, ...]]:
     return [tuple(out.outputs[0].token_ids) for out in outs]
 
 
+def test_requests_go_to_where_their_adapter_is_in_memory(
+    cluster: Cluster, folders: dict[str, Path]
+) -> None:
+    cluster.load_adapter("b", folders["b"])
+    stream = cluster.stream(_PROMPTS[0], zoo.greedy(100), adapter="a")
+    next(stream)  # which keeps one instance busy
+    for _ in range(3):
+        cluster.generate(_PROMPTS[1:2], zoo.greedy(2), adapter="b")
+    for _ in stream:
+        pass
+    for _ in range(3):  # both are free, and one has it
+        cluster.generate(_PROMPTS[1:2], zoo.greedy(2), adapter="b")
+    here = [
+        {one.name for one in member.stats.adapters if one.is_here}
+        for member in cluster.stats().instances
+        if member.stats is not None
+    ]
+    cluster.unload_adapter("b")
+    assert sorted(map(sorted, here)) == [["a"], ["b"]]
+
+
 def test_all_instances_have_the_same(
     cluster: Cluster, llama_folder: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:

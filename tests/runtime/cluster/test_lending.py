@@ -90,6 +90,69 @@ def test_what_all_together_do_not_hold_is_refused(four: Cluster) -> None:
         four.generate([prompt], zoo.greedy(4))
 
 
+def test_two_that_want_more_than_there_is_have_it_one_after_the_other(
+    four: Cluster, large: LLM
+) -> None:
+    prompts = zoo.random_prompts([4600, 4500, 60], seed=11)
+    params = zoo.greedy(16)
+    assert _tokens(four.generate(prompts, params)) == _tokens(large.generate(prompts, params))
+    assert four.stats().done.num_lost == 0
+
+
+def test_a_lender_that_drains_has_its_loans_move_on(four: Cluster, large: LLM) -> None:
+    four.scale(4)
+    (prompt,) = zoo.random_prompts([2300], seed=21)
+    params = zoo.greedy(300)
+    outputs: list[RequestOutput] = []
+    thread = threading.Thread(target=lambda: outputs.extend(four.generate([prompt], params)))
+    before, longest = four.stats().done, four.face.admission.longest
+    thread.start()
+    while not (loans := [loan for loan in four.stats().loans if loan.num_tokens]):
+        time.sleep(0.01)
+    assert loans[0].num_tokens <= loans[0].credit_tokens
+    four.drain(loans[0].creditor)
+    assert four.face.admission.longest < longest
+    with pytest.raises(RequestTooLarge, match="5000 prompt tokens"):
+        four.generate(zoo.random_prompts([5000]), zoo.greedy(4))
+    thread.join(120)
+    assert _tokens(outputs) == _tokens(large.generate([prompt], params))
+    after = four.stats().done
+    assert after.moved_on_tokens > before.moved_on_tokens
+    assert after.num_preemptions == before.num_preemptions
+    four.scale(4)
+    assert four.face.admission.longest == longest
+
+
+def _owner_of_a_long_one(cluster: Cluster) -> int:
+    """Which instance borrows, as soon as one does."""
+    while True:
+        for member in cluster.stats().instances:
+            if member.long_requests:
+                return member.id
+        time.sleep(0.01)
+
+
+def test_who_drains_has_its_long_request_computed_again_elsewhere(
+    four: Cluster, large: LLM
+) -> None:
+    four.scale(4)
+    (prompt,) = zoo.random_prompts([2300], seed=13)
+    params = zoo.greedy(600)
+    outputs: list[RequestOutput] = []
+    thread = threading.Thread(target=lambda: outputs.extend(four.generate([prompt], params)))
+    before = four.stats()
+    thread.start()
+    owner = _owner_of_a_long_one(four)
+    four.drain(owner, timeout_s=60)
+    assert thread.is_alive()  # the end was not waited for
+    thread.join(120)
+    after = four.stats()
+    assert after.num_recomputed == before.num_recomputed + 1
+    assert after.num_stayed - before.num_stayed <= 2  # nobody tries in vain again and again
+    assert owner not in {member.id for member in after.instances}
+    assert _tokens(outputs) == _tokens(large.generate([prompt], params))
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=str)
 def test_a_lender_that_dies_costs_computing(four: Cluster, large: LLM, how: signal.Signals) -> None:
     four.scale(4)
@@ -107,7 +170,7 @@ def test_a_lender_that_dies_costs_computing(four: Cluster, large: LLM, how: sign
     asked_first = ids[(ids.index(owner) + 1) % len(ids)]  # which has what was lent
     pid = next(member.pid for member in stats.instances if member.id == asked_first)
     os.kill(pid, how)
-    thread.join(120)
+    thread.join(40)
     assert not thread.is_alive()
     if how is signal.SIGSTOP:
         os.kill(pid, signal.SIGCONT)

@@ -8,11 +8,20 @@ import msgspec
 import pytest
 import zoo
 from vkv import LLM
+from vkv.allocator import PageRuns
 from vkv.runtime.cluster.instances import maps
 from vkv.runtime.cluster.instances.maps import Maps, Seen
 from vkv.runtime.cluster.stats import ClusterStats, Done, Member, MoveUnderWay
-from vkv.runtime.engine.memory.memory_map import Counters, MemoryMap
-from vkv.runtime.serving.cluster_map import ClusterMaps
+from vkv.runtime.engine.memory.memory_map import (
+    AdapterShown,
+    Counters,
+    LentSlot,
+    MemoryMap,
+    Stretch,
+    Strip,
+    Traffic,
+)
+from vkv.runtime.serving.cluster_map import ClusterMaps, Loans
 from vkv.vmem.errors import EngineDied
 
 
@@ -111,3 +120,37 @@ def test_counters_go_on_when_an_instance_ends_and_slots_are_found_again(drawn: M
     one = maps.draw({2: _counting(drawn, 10)}, _stats(2))
     assert one is not None
     assert one.map.counters.steps == 15
+
+
+def test_who_lends_what_to_whom_is_put_together_of_both_sides_maps(drawn: MemoryMap) -> None:
+    strip = Strip(2, "lent", "", 512, 0, 0, (PageRuns(0, 0, 0, 4),))
+    lends = msgspec.structs.replace(
+        drawn,
+        strips=(strip, msgspec.structs.replace(strip, slot=3)),
+        lent=(LentSlot(2, 7), LentSlot(3, 8)),
+    )
+    borrows = msgspec.structs.replace(
+        drawn,
+        borrowed=(Stretch("one", "instance 4", 7, 512), Stretch("one", "a file", 9, 512)),
+        traffic=(
+            Traffic("instance 4", 3, 900),
+            Traffic("instance 5", 0, 0),
+            Traffic("a file", 1, 9),
+        ),
+        adapters=(AdapterShown("odd", 100, 1, 2, False), AdapterShown("even", 9, 0, 0, False)),
+    )
+    other = msgspec.structs.replace(drawn, adapters=(AdapterShown("odd", 100, 1, 1, True),))
+    seen = {4: Seen(lends, False), 1: Seen(borrows, False), 5: Seen(other, False)}
+    found = ClusterMaps().draw(seen, _stats(1, 4, 5))
+    assert found is not None
+    assert found.loans == (Loans(1, 4, 1, 512, 3, 900),)
+    names = {strip.slot: strip.request for strip in found.map.strips}
+    assert names == {drawn.num_slots + 2: "one", drawn.num_slots + 3: ""}  # whose nobody told
+    assert found.map.lent == (
+        LentSlot(drawn.num_slots + 2, 7),
+        LentSlot(drawn.num_slots + 3, 8),
+    )
+    assert found.map.adapters == (
+        AdapterShown("odd", 100, 2, 3, False),
+        AdapterShown("even", 9, 0, 0, False),
+    )

@@ -1,21 +1,27 @@
 """Counts and maps of several engines, put together."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
+import lora
 import msgspec
 import pytest
+import zoo
 from vkv import LLM, SamplingParams
+from vkv.allocator.transfer import MoveStats
 from vkv.runtime.cluster.decisions import Decisions
 from vkv.runtime.cluster.instances.instance_link import InstanceLink
-from vkv.runtime.cluster.members import Members
+from vkv.runtime.cluster.members import Members, resident_name
 from vkv.runtime.cluster.policies import CLUSTER_POLICIES, Disaggregated
 from vkv.runtime.cluster.snapshot import InstanceSnapshot, Role
 from vkv.runtime.cluster.stats import Member
 from vkv.runtime.engine.admission import Admission
 from vkv.runtime.engine.memory.memory_map import side_by_side
 from vkv.runtime.engine.migration.arbiter import Arbiter
-from vkv.runtime.engine.stats import together
+from vkv.runtime.engine.stats import SegmentStats, together
 from vkv.runtime.link.face import Face
+from vkv.runtime.link.messages import Pulse
 from vkv.runtime.request.spec import RequestSpec
 
 
@@ -110,6 +116,46 @@ class _NoLink:
         """Nothing to hang up."""
 
 
+def _admission(longest: int) -> Admission:
+    return Admission(
+        vocab_size=9,
+        max_len=90_000,
+        limit_pages=1,
+        longest=longest,
+        why_not_longer="",
+        num_pages=lambda tokens: tokens,
+    )
+
+
+def test_what_the_others_hold_together_and_what_does_not_move() -> None:
+    arbiter = Arbiter()
+    members = Members(arbiter)
+    for id, longest in enumerate((2080, 2080, 4100)):
+        link: Any = _NoLink()
+        members.add(Member(id=id, role="both", pid=0), link)
+        members.meet(id, replace(_FACE, admission=_admission(longest)))
+    assert members.longest_without(2) == 2080  # nobody lends
+    for id in range(3):
+        members.note_longest(id, 9000)
+    assert members.longest_without(1) == 1024 + 3584  # half of its own, and a part less of others'
+    assert members.longest_without(2) == 1024 + 1536
+    members.of(0).is_draining = True
+    assert members.longest_without(2) == 2080
+    specs = _specs(2)
+    for spec in specs:
+        arbiter.add(spec, "1")
+    long = specs[1].request_id, 1
+    segments = SegmentStats(
+        num_requests=1, num_tokens=9, moved=MoveStats(), lent=MoveStats(), keys=(long,)
+    )
+    with LLM(device="cpu", max_seqs=2) as llm:
+        members.note(1, Pulse(replace(llm.loop.stats(), segments=segments)))
+    pictures = {
+        r.key: r for one in members.snapshot(num_dispatched=0).instances for r in one.requests
+    }
+    assert [key for key, one in pictures.items() if not one.is_migratable] == [long]
+
+
 def test_who_did_both_while_others_were_missing_remembers_its_role() -> None:
     members = Members(Arbiter())
     roles: list[Role] = ["prefill", "decode"]
@@ -133,3 +179,42 @@ def _switch(members: Members) -> dict[int, Role]:
     for id, role in changes.items():
         members.switch(id, role, 1.0)
     return changes
+
+
+def test_requests_go_where_their_adapter_is_or_comes(tmp_path: Path) -> None:
+    """The picture has what instances said, and what they were given since."""
+    arbiter = Arbiter()
+    members = Members(arbiter)
+    for number in range(2):
+        members.add(Member(id=number, role="both", pid=number), cast(InstanceLink, _NoLink()))
+        members.meet(number, _FACE)
+    with LLM(zoo.tiny_model("llama"), device="cpu", **zoo.with_defaults({})) as llm:
+        for name in "ab":
+            folder = lora.save_adapter(tmp_path / name, zoo.tiny_model("llama"), seed=ord(name))
+            llm.load_adapter(name, folder)
+        before = llm.stats()
+        llm.generate([[1, 2, 3]], zoo.greedy(2), adapter="b")
+        after = llm.stats()
+    a, b = (one.key for one in after.adapters)
+    names = {key: resident_name(key) for key in (a, b)}
+    members.note(0, Pulse(before))
+    members.note(1, Pulse(after))
+    first, second = members.snapshot(num_dispatched=0).instances
+    assert (first.residents, second.residents) == (set(), {names[b]})
+    costs = members.snapshot(num_dispatched=0).costs
+    assert costs.tokens_per_s > 0
+    assert costs.load_bytes_per_s > 0
+    decisions = Decisions(CLUSTER_POLICIES["least_loaded"](), arbiter, members, max_moves=1)
+    for number, adapter in enumerate([b, a, b, a]):
+        params = SamplingParams(max_tokens=4)
+        spec = RequestSpec(
+            request_id=str(number), prompt_token_ids=[1], params=params, adapter=adapter
+        )
+        assert members.needs(spec) == {names[adapter]: before.adapters[0].num_bytes}
+        decisions.held.append(spec)
+    decisions.dispatch(lambda request_id: True)
+    owners = {s.spec.request_id: s.owner for s in arbiter.unfinished}
+    assert owners == {"0": "1", "1": "0", "2": "1", "3": "0"}
+    members.changed()
+    first, second = members.snapshot(num_dispatched=4).instances
+    assert (first.residents, second.residents) == ({names[a]}, {names[b]})

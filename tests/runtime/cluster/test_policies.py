@@ -1,5 +1,6 @@
 """Policies of a cluster on plain snapshots: who takes what, and what moves where."""
 
+import random
 from collections.abc import Sequence
 
 import msgspec
@@ -12,6 +13,7 @@ from vkv.runtime.cluster.policies import (
     Disaggregated,
     Freeness,
     LeastLoaded,
+    LeastTime,
     Llumnix,
     Move,
     RoundRobin,
@@ -21,6 +23,7 @@ from vkv.runtime.cluster.policies import (
 )
 from vkv.runtime.cluster.snapshot import (
     ClusterSnapshot,
+    Costs,
     InstanceSnapshot,
     Link,
     Newcomer,
@@ -191,7 +194,13 @@ def test_snapshots_are_data() -> None:
 
 
 def test_policies_go_by_name() -> None:
-    assert set(CLUSTER_POLICIES) == {"round_robin", "least_loaded", "llumnix", "disaggregated"}
+    assert set(CLUSTER_POLICIES) == {
+        "round_robin",
+        "least_loaded",
+        "least_time",
+        "llumnix",
+        "disaggregated",
+    }
     assert all(CLUSTER_POLICIES[name]().name == name for name in CLUSTER_POLICIES)
 
 
@@ -582,3 +591,132 @@ def test_a_pair_is_of_one_node_where_others_are_no_freer() -> None:
     near = _instance(3, _request("near", 300), node="a")
     moves = Llumnix().migrations(_cluster(sources[0], targets[0], near))
     assert [move.target for move in moves] == [2]
+
+
+# -- what is there already -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [LeastLoaded(), LeastTime(), Llumnix(), Disaggregated()])
+def test_of_instances_about_as_good_the_one_is_chosen_that_has_what_is_needed(
+    policy: ClusterPolicy,
+) -> None:
+    ann = _newcomer(needs={"ann": 5})
+    has = frozenset({"ann", "bob"})
+    assert policy.dispatch(_cluster(_instance(0), _instance(1, residents=has)), ann) == 1
+    assert policy.dispatch(_cluster(_instance(0, residents=has), _instance(1)), ann) == 0
+    assert policy.dispatch(_cluster(_instance(0), _instance(1, residents=has)), _newcomer()) == 0
+    busy = [_request(f"r{n}", 300, 200) for n in range(3)]
+    assert policy.dispatch(_cluster(_instance(0), _instance(1, *busy, residents=has)), ann) == 0
+    gone = _instance(1, residents=has, is_draining=True)
+    assert policy.dispatch(_cluster(_instance(0), gone), ann) == 0
+    # Of a chain's blocks, most of the bytes count.
+    chain = _newcomer(needs={"a": 10, "b": 90, "c": 5})
+    some = [_instance(0, residents=frozenset("ac")), _instance(1, residents=frozenset("b"))]
+    assert policy.dispatch(_cluster(*some), chain) == 1
+
+
+def test_who_was_given_a_newcomer_will_have_what_it_needs() -> None:
+    newcomer = _newcomer(needs={"ann": 5})
+    for has in (_instance(0).with_given(newcomer), _instance(0).with_newcomer(newcomer)):
+        assert has.residents == {"ann"}
+        assert has.missing_bytes(newcomer) == 0
+        assert has.missing_bytes(_newcomer(needs={"ann": 5, "bob": 7})) == 7
+
+
+def test_loading_elsewhere_is_weighed_against_waiting_for_who_has_it() -> None:
+    policy = LeastTime()
+    ann = _newcomer(100, needs={"ann": 1000})
+    here = _instance(0, _request("r", 400, 400), residents=frozenset({"ann"}))
+    for load_bytes_per_s, chosen in ((100.0, 0), (1000.0, 1)):  # 10 s, or one; waiting is 4
+        costs = Costs(tokens_per_s=100, load_bytes_per_s=load_bytes_per_s)
+        cluster = _cluster(here, _instance(1), costs=costs)
+        assert policy.dispatch(cluster, ann) == chosen
+    # Who has no slot left makes it wait until somebody ends.
+    full = _instance(0, _request("r", 10), residents=frozenset({"ann"}), max_running=1)
+    for request_s, chosen in ((2.0, 0), (20.0, 1)):
+        costs = Costs(tokens_per_s=100, load_bytes_per_s=100, request_s=request_s)
+        assert policy.dispatch(_cluster(full, _instance(1), costs=costs), ann) == chosen
+
+
+@pytest.mark.parametrize(
+    ("queued", "bytes_per_s", "kv", "instance"),
+    [
+        (0, 1e3, "there", 0),  # routed to where the beginning is
+        (500, 1e6, "moved", 1),  # which is busy, and the way from there is fast
+        (500, 1e2, "computed", 1),  # or slow
+        (2000, None, "moved", 1),  # pages change hands
+    ],
+)
+def test_a_beginning_is_used_where_it_is_or_moved_or_computed_again(
+    queued: int, bytes_per_s: float | None, kv: str, instance: int
+) -> None:
+    policy = LeastTime(moves_prefixes=True)
+    newcomer = _newcomer(400, prefixes={0: 300})
+    waits = [_request("r", queued, queued)] if queued else []
+    cluster = _cluster(
+        _instance(0, *waits, capacity_tokens=5000),
+        _instance(1),
+        costs=Costs(tokens_per_s=100),
+        token_bytes=10,
+        links={(0, 1): Link(0.0, bytes_per_s)},
+    )
+    way = policy.way(cluster, newcomer)
+    assert way is not None
+    assert (way.kv, way.instance, way.source) == (kv, instance, 0 if kv == "moved" else None)
+    assert LeastTime().way(cluster, newcomer).kv != "moved"  # type: ignore[union-attr]
+    far = msgspec.structs.replace(cluster, links={})  # of two machines, and nothing is known
+    nodes = [msgspec.structs.replace(i, node=str(i.id)) for i in far.instances]
+    found = policy.way(msgspec.structs.replace(far, instances=tuple(nodes)), newcomer)
+    assert found is not None
+    assert found.kv != "moved"
+
+
+class _Worker:
+    """An instance that computes one prompt after the other, and has three adapters in memory."""
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+        self.free_s = 0.0
+        self.here: list[str] = []
+        self.num_loads = 0
+
+    def give(self, now_s: float, adapter: str, costs: Costs) -> float:
+        """When its prompt of 100 tokens is computed."""
+        self.free_s = max(self.free_s, now_s) + costs.computing_s(100)
+        if adapter not in self.here:
+            self.free_s += costs.loading_s(1000)
+            self.num_loads += 1
+        self.here = [adapter, *(one for one in self.here if one != adapter)][:3]
+        return self.free_s
+
+    def seen(self, now_s: float, costs: Costs) -> InstanceSnapshot:
+        queued = max(0, int((self.free_s - now_s) * costs.tokens_per_s))
+        waits = [_request(f"{self.id}", queued, queued)] if queued else []
+        residents = frozenset(self.here)
+        return _instance(self.id, *waits, residents=residents, capacity_tokens=10**6)
+
+
+def _simulated(policy: ClusterPolicy, load_s: float) -> tuple[float, int]:
+    """Mean seconds to a first token, and loads, of 600 requests for 8 adapters on 4 workers."""
+    draw = random.Random(7)
+    costs = Costs(tokens_per_s=1000, load_bytes_per_s=1000 / load_s)
+    workers, now_s, waited_s = [_Worker(id) for id in range(4)], 0.0, 0.0
+    for number in range(600):
+        now_s += draw.expovariate(25)  # of 40 a second that they compute
+        adapter = f"a{min(int(draw.expovariate(0.4)), 7)}"  # some are asked for more than others
+        newcomer = _newcomer(100, needs={adapter: 1000})
+        seen = [worker.seen(now_s, costs) for worker in workers]
+        cluster = _cluster(*seen, time_s=now_s, costs=costs, num_dispatched=number)
+        chosen = policy.dispatch(cluster, newcomer)
+        assert chosen is not None
+        waited_s += workers[chosen].give(now_s, adapter, costs) - now_s
+    return waited_s / 600, sum(worker.num_loads for worker in workers)
+
+
+def test_requests_gather_where_their_adapters_are() -> None:
+    """Where loading takes as long as three prompts, and where it takes no time worth naming."""
+    slow = {p.name: _simulated(p, 0.3) for p in (RoundRobin(), LeastLoaded(), LeastTime())}
+    assert slow["least_time"][0] < 0.8 * slow["least_loaded"][0] < 0.1 * slow["round_robin"][0]
+    assert slow["least_time"][1] < 0.5 * slow["round_robin"][1]
+    quick = {p.name: _simulated(p, 1e-4) for p in (LeastLoaded(), LeastTime())}
+    assert quick["least_time"][0] <= 1.05 * quick["least_loaded"][0]

@@ -207,7 +207,8 @@ def test_memory_is_taken_with_use_and_goes_back() -> None:
         held = llm.stats().physical_bytes
         assert held > 0
         assert llm.trim() == held
-        assert _free_bytes() - full == held
+        returned = _free_bytes() - full  # and the driver's tables of pages, if it gives any back
+        assert held <= returned <= held + _NEAR_BYTES
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs nvidia-smi")

@@ -181,6 +181,34 @@ def test_the_words_of_one_that_was_declared_dead_do_not_count(
         _equal(rig.streams[_KEY], alone)
 
 
+@pytest.mark.parametrize("num_turns", [0, 2, 9, 40])
+@pytest.mark.parametrize("is_moving", [False, True], ids=["at rest", "on its way"])
+def test_what_is_taken_away_goes_on_elsewhere(
+    llama: PreTrainedModel, alone: migrating.Stream, num_turns: int, is_moving: bool
+) -> None:
+    """From an instance that lives on, and goes on speaking of it for a turn."""
+    with migrating.rig(llama) as rig:
+        arbiter = rig.migrations.arbiter
+        if is_moving:
+            _begin(rig)
+        else:
+            rig.streams[_KEY] = migrating.Stream()
+            rig.migrations.add(_spec(), "b")
+        for _ in range(num_turns):
+            rig.turn()
+        was_moving = arbiter.handshake(_KEY) is not None
+        arbiter.take_away(_KEY)
+        assert arbiter.counts.orphaned == (not was_moving)
+        rig.turn()
+        if not was_moving:
+            assert arbiter.owner(_KEY) == "a"
+            assert rig.loops["b"].engine.find(_KEY) is None
+        rig.finish()
+        _equal(rig.streams[_KEY], alone)
+        arbiter.take_away(_KEY)  # without effect: it has ended
+        assert not arbiter.take_orphans()
+
+
 # -- what else may happen meanwhile ----------------------------------------------------------------
 
 

@@ -548,7 +548,7 @@ def test_creditors_that_go_one_after_the_other(llama: PreTrainedModel) -> None:
             server.close()
         engines.drive()
         assert [r.output_token_ids for r in requests] == expected
-        assert list(owner.scheduler.tiers.segments.creditors) == ["engine 2"]
+        assert list(owner.scheduler.tiers.segments.loans.creditors) == ["engine 2"]
         assert requests[1].num_output_tokens == 30
 
 

@@ -3,12 +3,14 @@
 import asyncio
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import zoo
 from rerun import record_by_rerun
 from vkv import LLM, AsyncLLM
+from vkv.quant import Int4Linear, Int4Weight, int4_linears
 from vkv.runtime.model.weights import OffloadedWeights
 from vkv.vmem import HostDriver
 from vkv.vmem.errors import InvalidOperation
@@ -117,4 +119,31 @@ def test_offloaded_weights_leave_nothing_and_come_back() -> None:
     assert all(part.untyped_storage().nbytes() == 0 for part in parts)
     weights.restore()
     assert torch.equal(model(ids).logits, expected)
+    assert not weights._on_host
     assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], parts, strict=True))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("settled", [False, True])
+def test_weights_in_4_bits_leave_as_well_however_they_are_laid_out(settled: bool) -> None:
+    """Layouts are no buffers of their linears."""
+    model = zoo.tiny_model("llama", hidden_size=64, intermediate_size=128)
+    inner: Any = model.model
+    for layer in inner.layers:
+        codes = torch.randint(0, 16, (128, 64), dtype=torch.uint8)
+        zeros = torch.full((128, 2), 8, dtype=torch.uint8)
+        weight = Int4Weight.from_codes(codes, torch.rand(128, 2), zeros)
+        layer.mlp.up_proj = Int4Linear(weight, kernel_name="dequantize")
+        if settled:
+            layer.mlp.up_proj.settle(torch.float32)
+    ids = torch.arange(5)[None]
+    expected = model(ids).logits
+    laid_out = {t for _, linear in int4_linears(model) for t in linear.weight_tensors()}
+    in_4_bits = sum(tensor.nbytes for tensor in laid_out)
+    dense = sum(part.nbytes for part in {*model.parameters(), *model.buffers()})
+    weights = OffloadedWeights(model)
+    assert weights.num_bytes == dense + in_4_bits
+    assert in_4_bits > 0
+    assert not any(tensor.nbytes for tensor in laid_out)
+    weights.restore()
+    assert torch.equal(model(ids).logits, expected)

@@ -4,12 +4,9 @@ from typing import Any
 
 import pytest
 import zoo
-from guessing import KnowingDrafter, guess
-from vkv import LLM, SamplingParams, StructuredOutputsParams
-from vkv.runtime.request.outputs import CompletionOutput
+from guessing import PROMPTS, KnowingDrafter, everything, guess, results
+from vkv import LLM, SamplingParams
 from vkv.vmem.errors import InvalidConfig
-
-_PROMPTS = zoo.random_prompts([5, 40, 1, 17, 16, 9])
 
 
 def _open(**options: Any) -> LLM:
@@ -17,50 +14,10 @@ def _open(**options: Any) -> LLM:
     return LLM(zoo.tiny_model("llama"), tokenizer=zoo.letter_tokenizer(), device="cpu", **options)
 
 
-def _everything() -> list[SamplingParams]:
-    letters = {ord(letter) - 32 for letter in "abcd"}
-    barred = {"allowed_token_ids": letters, "bad_words": ["ab", "ca", "dd"]}
-    pattern = StructuredOutputsParams(regex="(ab|cd){2,9}x")
-    return [
-        zoo.greedy(30),
-        SamplingParams(temperature=0.9, seed=3, max_tokens=40, top_k=20, top_p=0.9),
-        SamplingParams(temperature=0.8, seed=1, n=3, max_tokens=20, repetition_penalty=1.3),
-        SamplingParams(temperature=0, logprobs=2, prompt_logprobs=1, max_tokens=17),
-        SamplingParams(temperature=1.0, seed=4, max_tokens=50, ignore_eos=True, **barred),
-        SamplingParams(temperature=0.7, seed=6, max_tokens=60, structured_outputs=pattern),
-    ]
-
-
-class _Scores(dict[int, float]):
-    """Log probabilities of a place, equal to some digits: more rows are summed otherwise."""
-
-    def __eq__(self, other: object) -> bool:
-        return dict(self) == pytest.approx(other, abs=1e-4)
-
-
-def _scores(output: CompletionOutput) -> list[_Scores] | None:
-    if output.logprobs is None:
-        return None
-    return [
-        _Scores({token: entry.logprob for token, entry in table.items()})
-        for table in output.logprobs
-    ]
-
-
-def _results(llm: LLM, params: list[SamplingParams]) -> list[list[tuple[Any, ...]]]:
-    outs = llm.generate([list(prompt) for prompt in _PROMPTS], params)
-    llm.engine.cache.check_invariants()
-    zoo.assert_idle(llm)
-    return [
-        [(o.token_ids, o.text, o.finish_reason, o.stop_reason, _scores(o)) for o in out.outputs]
-        for out in outs
-    ]
-
-
 def _answers(results: list[list[tuple[Any, ...]]]) -> dict[tuple[tuple[int, ...], int], Any]:
     return {
         (tuple(prompt), index): output[0]
-        for prompt, outputs in zip(_PROMPTS, results, strict=True)
+        for prompt, outputs in zip(PROMPTS, results, strict=True)
         for index, output in enumerate(outputs)
     }
 
@@ -78,13 +35,13 @@ def _answers(results: list[list[tuple[Any, ...]]]) -> dict[tuple[tuple[int, ...]
     ids=str,
 )
 def test_all_kinds_of_requests_get_the_same(error_rate: float, options: dict[str, Any]) -> None:
-    params = _everything()
+    params = everything()
     with _open(**options) as plain, _open(**options) as guessing:
-        expected = _results(plain, params)
+        expected = results(plain, params)
         drafter = KnowingDrafter(_answers(expected), error_rate=error_rate, vocab_size=95)
         guess(guessing, drafter)
         for _ in range(2):
-            assert _results(guessing, params) == expected
+            assert results(guessing, params) == expected
         stats = guessing.stats()
         assert stats.num_drafted > 50
         if error_rate == 1:
@@ -100,12 +57,12 @@ def test_stop_tokens_within_a_guess_end_the_output() -> None:
         SamplingParams(seed=i, stop_token_ids=list(range(0, 90, 9)), min_tokens=2 * i, **sampled)
         if i % 2
         else SamplingParams(seed=i, stop=["a", "Q", "#"], **sampled)
-        for i in range(len(_PROMPTS))
+        for i in range(len(PROMPTS))
     ]
     with _open() as plain, _open() as guessing:
-        expected = _results(plain, params)
+        expected = results(plain, params)
         guess(guessing, KnowingDrafter(_answers(expected), error_rate=0, vocab_size=95))
-        assert _results(guessing, params) == expected
+        assert results(guessing, params) == expected
         assert {output[0][2] for output in expected} == {"stop"}
         assert guessing.stats().num_accepted > 10
 
@@ -123,20 +80,20 @@ def test_prompt_lookup_in_a_text_that_repeats_itself() -> None:
 def test_a_seed_draws_the_same_whatever_is_guessed() -> None:
     params = [
         SamplingParams(temperature=1.0, top_k=6, max_tokens=12, seed=seed, ignore_eos=True)
-        for seed in range(len(_PROMPTS))
+        for seed in range(len(PROMPTS))
     ]
     with _open() as llm:
-        expected = _results(llm, params)
+        expected = results(llm, params)
         for error_rate in (0.1, 0.5, 0.9):
             drafter = KnowingDrafter(_answers(expected), error_rate=error_rate, vocab_size=95)
             guess(llm, drafter)
-            assert _results(llm, params) == expected
+            assert results(llm, params) == expected
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"speculative": "magic"}, "speculative is 'magic'; use 'ngram'"),
+        ({"speculative": "magic"}, "speculative is 'magic', which is no folder; use 'ngram'"),
         ({"speculative": "ngram", "speculative_tokens": 0}, "speculative_tokens is 0"),
         ({"speculative": "ngram", "overlap": True}, "overlap is True, but a step that verifies"),
     ],

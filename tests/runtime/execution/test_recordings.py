@@ -2,11 +2,16 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import zoo
+from lora import save_adapter
 from rerun import record_by_rerun
 from vkv import LLM, SamplingParams
 from vkv.runtime.engine.build import why_not_recorded
@@ -170,3 +175,134 @@ def test_nothing_is_recorded_against_the_users_wish() -> None:
         assert llm.engine.runner.recordings is None
         why = why_not_recorded(llm.loaded, llm.config, llm.engine.runner.backend)
         assert why == "record_decodes is False"
+
+
+# -- how CUDA is asked to record, without CUDA -----------------------------------------------------
+
+
+class _Card:
+    """Stands for what `CudaRecorder` asks of PyTorch, and writes it down."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.fails_at_end = False
+
+        class Graph:
+            capture_begin = self._noted("begin")
+            replay = self._noted("replay")
+
+            @staticmethod
+            def capture_end() -> None:
+                self.calls.append("end")
+                if self.fails_at_end:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in {
+            "device": lambda index: nullcontext(),
+            "Stream": lambda: stream,
+            "stream": lambda one: nullcontext(),
+            "current_stream": lambda: stream,
+            "current_device": lambda: 0,
+            "graph_pool_handle": lambda: (0, 1),
+            "CUDAGraph": Graph,
+            "synchronize": self._noted("synchronize"),
+            "empty_cache": self._noted("empty"),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, self._noted(name), raising=False)
+
+    def _noted(self, name: str) -> Any:
+        return lambda *args, **kwargs: self.calls.append(name)
+
+    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        recorder = recordings.CudaRecorder(torch.device("cpu"), nullcontext)
+        return recorder.record(lambda: (self.calls.append("run"), run())[1])
+
+
+def test_a_recording_waits_for_nothing_and_empties_no_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = _Card(monkeypatch)
+    replay = card.record(lambda: torch.ones(2))
+    assert replay().tolist() == [1, 1]
+    assert card.calls == ["run", "run", "begin", "run", "end", "replay"]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda: torch.arange(4) if torch.ones(3).sum() > 2 else torch.arange(3),
+        lambda: torch.full((3,), torch.ones(1).item()),
+        lambda: torch.ones(4).nonzero(),
+        lambda: torch.ones(4)[torch.ones(4) > 0],
+    ],
+    ids=["branch", "item", "nonzero", "mask"],
+)
+def test_a_model_that_looks_at_numbers_is_refused_before_a_capture_begins(
+    monkeypatch: pytest.MonkeyPatch, look: Callable[[], torch.Tensor]
+) -> None:
+    """A capture that it breaks would stay under way in PyTorch's allocator."""
+    card = _Card(monkeypatch)
+    with pytest.raises(recordings.Unrecordable, match="waits for the device"):
+        card.record(look)
+    assert card.calls == ["run", "run"]
+
+
+def test_a_capture_that_fails_is_ended_with_the_allocator_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = _Card(monkeypatch)
+    card.fails_at_end = True
+    with pytest.raises(RuntimeError, match="during capture"):
+        card.record(lambda: torch.ones(2))
+    assert card.calls[-3:] == ["end", "_cuda_endAllocateToPool", "_cuda_releasePool"]
+
+
+def test_where_memory_is_short_caches_are_emptied_and_it_is_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = _Card(monkeypatch)
+    shortages = [False, True, False, False]
+
+    def run() -> torch.Tensor:
+        if shortages.pop():
+            raise torch.OutOfMemoryError("no")
+        return torch.ones(2)
+
+    card.record(run)
+    once = ["begin", "run", "end"]
+    assert card.calls == ["run", "run", *once, "synchronize", "empty", *once]
+
+
+def test_no_context_is_recorded_in_less_than_half_the_parts_that_it_wants() -> None:
+    for max_len in (100, 1024, 3000, 4096, 5000, 131_072):
+        lengths = recordings._lengths(max_len)
+        assert lengths[-1] == max_len
+        assert all(b <= 2 * a for a, b in pairwise(lengths) if a >= 4096)
+        assert lengths == sorted({*lengths})
+    assert recordings._lengths(131_072) == [1024, 4096, *(4096 << i for i in range(1, 6))]
+
+
+# -- adapters -------------------------------------------------------------------------------------
+
+
+def test_padded_recordings_serve_any_adapters(flash_standin: str, tmp_path: Path) -> None:
+    """Rows of padding are nobody's, whoever had them the last time."""
+    model = zoo.tiny_model("llama")
+    for number in range(2):
+        save_adapter(tmp_path / f"{number}", model, seed=number)
+    prompts = zoo.random_prompts([5, 9, 12, 7, 20])
+    names = [None, "a", "b", "a", None]
+    tokens = []
+    for recorded in (False, True):
+        with _open("llama", flash_standin, recorded=recorded) as llm:
+            for number, name in enumerate("ab"):
+                llm.load_adapter(name, tmp_path / f"{number}")
+            for count in (5, 3):
+                outs = llm.generate(prompts[:count], zoo.greedy(14), adapter=names[:count])
+                tokens.append([out.outputs[0].token_ids for out in outs])
+            if recorded:
+                assert {size for size, _ in _graphs(llm)._with_adapters} >= {4, 7}
+    assert tokens[:2] == tokens[2:]

@@ -9,14 +9,44 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from vkv import LLM
+from vkv.allocator.transfer import MoveStats
 from vkv.runtime import serving
+from vkv.runtime.adapters.adapters import AdapterStats
 from vkv.runtime.cluster.stats import ClusterStats, Done, Member
+from vkv.runtime.engine.stats import Borrowed, Lent, SegmentStats
 from vkv.runtime.link.face import Face
 from vkv.runtime.scheduling.accounts import TenantStats
 from vkv.runtime.serving.metrics import Metrics
 
 _DASHBOARD = Path(serving.__file__).parent / "static" / "grafana.json"
 _TENANT = TenantStats(tenant="a", num_unfinished=1, prompt_tokens=2, output_tokens=3, counter=4.0)
+
+_BORROWED = Borrowed(
+    holder="instance 1",
+    num_loans=1,
+    num_tokens=512,
+    num_steps=1,
+    sent_bytes=1,
+    received_bytes=1,
+    waited_s=0.0,
+)
+_SEGMENTS = SegmentStats(
+    num_requests=1,
+    num_tokens=512,
+    moved=MoveStats(),
+    lent=MoveStats(),
+    borrowed=(_BORROWED,),
+    given=Lent(num_loans=1, num_tokens=1, num_called_back=0, slowest_call_back_s=0.0),
+)
+_ADAPTER = AdapterStats(
+    name="odd",
+    digest="1",
+    path="",
+    num_bytes=100,
+    is_here=True,
+    num_requests=2,
+    is_leaving=False,
+)
 
 
 class _Engine:
@@ -37,10 +67,11 @@ class _Engine:
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, set[str]]:
-    """The labels of all that a server with a tier, tenants and instances tells."""
+    """The labels of all that a server with a tier, tenants, adapters and instances tells."""
     with LLM(device="cpu", max_seqs=1, swap_memory="1MiB") as llm:
         face = Face.of(llm.loaded, llm.engine, llm.config)
-        stats = replace(llm.stats(), tenants=(_TENANT,))
+        more = {"tenants": (_TENANT,), "segments": _SEGMENTS, "adapters": (_ADAPTER,)}
+        stats = replace(llm.stats(), **more)
     engine: Any = _Engine(Member(id=0, role="both", pid=1, face=face, stats=stats))
     text = Metrics(face, "a model", engine).text().decode()
     found: dict[str, set[str]] = {"vllm:engine_sleep_state": {"model_name"}}  # of one engine

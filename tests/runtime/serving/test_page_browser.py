@@ -12,8 +12,8 @@ import pytest
 from page_app import KEY, MODEL, page_app, run_elsewhere, served
 from vkv import AsyncLLM
 from vkv.allocator import Lane, PageRuns
-from vkv.runtime.engine.memory.memory_map import MemoryMap, Strip
-from vkv.runtime.serving.cluster_map import ClusterMap, InstanceMap, Moving
+from vkv.runtime.engine.memory.memory_map import AdapterShown, MemoryMap, Strip
+from vkv.runtime.serving.cluster_map import ClusterMap, InstanceMap, Loans, Moving
 from vkv.vmem.errors import EngineDied
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -406,6 +406,8 @@ class Instances:
         strips: by instance, of its four slots.
         states: of each instance.
         moves: under way.
+        loans: between them.
+        more: of the map that is their own together.
     """
 
     num_slots = 4
@@ -416,6 +418,8 @@ class Instances:
         self.states = {0: "working", 1: "working"}
         self.moves: tuple[Moving, ...] = ()
         self.num_moved = 0
+        self.loans: tuple[Loans, ...] = ()
+        self.more: dict[str, Any] = {}
 
     async def memory_map(self) -> MemoryMap:
         return (await self.cluster_map()).map
@@ -434,8 +438,11 @@ class Instances:
             max_len=4096,
             lanes=(Lane(2, 16),),
             strips=tuple(strips),
+            **self.more,
         )
-        return ClusterMap(whole, tuple(parts), self.moves, self.num_moved)
+        return ClusterMap(
+            whole, tuple(parts), self.moves, self.num_moved, num_recomputed=0, loans=self.loans
+        )
 
 
 def _strip(slot: int, request: str, state: Any = "live") -> Strip:
@@ -502,6 +509,60 @@ def test_a_request_is_seen_to_move_between_instances_and_keeps_its_colour(
         assert page.evaluate(HALVES, 7)[1] > 100
         page.get_by_role("button", name="As a table").click()
         page.locator("#rows tr").filter(has_text="1/2").filter(has_text="#7").wait_for()
+        assert seen.errors == []
+
+
+def test_what_is_lent_has_its_requests_colour_and_adapters_say_who_uses_them(
+    visit: Callable[..., Visit], llm: AsyncLLM
+) -> None:
+    drawn = run_elsewhere(llm.memory_map())
+    source = Instances(drawn)
+    source.strips[0] = [msgspec.structs.replace(_strip(0, "front-7"), adapter="odd")]
+    with served(page_app(source, llm)) as address:
+        seen = visit(address)
+        page = seen.page
+        _live(page)
+        assert page.locator("#loans").is_hidden()
+        assert page.locator("#adapters").is_hidden()
+        assert page.locator("#legend").get_by_text("Lent to another").is_hidden()
+        assert page.evaluate(HALVES, 7)[1] == 0
+        source.strips[1] = [_strip(2, "front-7", "lent"), _strip(3, "", "lent")]
+        source.loans = (Loans(0, 1, 2, 3072, 10, 20 * 1024), Loans(1, 0, 0, 0, 10, 500))
+        source.more = {
+            "counters": msgspec.structs.replace(drawn.counters, called_back=3, lost=1),
+            "adapters": (
+                AdapterShown("<b>even</b>", 3 << 20, 0, 0, False),
+                AdapterShown("odd", 1 << 20, 2, 1, False),
+            ),
+        }
+        page.locator("#loans li").filter(has_text="called back").wait_for()
+        assert page.locator("#loans li").all_inner_texts() == [
+            "Lent",
+            "1 → 0: 3 072 tokens, 2 KiB a step".replace("3 0", "3\u202f0"),
+            "3 called back",
+            "1 lost",
+        ]
+        source.loans = (Loans(0, 1, 2, 3072, 12, 20 * 1024 + 1000),)
+        page.locator("#loans li").filter(has_text="500 B a step").wait_for()  # of late
+        assert page.locator("#adapters li").all_inner_texts() == [
+            "Adapters: 1 of 2 in memory, 2 MiB",
+            "odd: 1 MiB in 2 instances, 1 request",
+            "<b>even</b>: not in memory",
+        ]
+        assert page.locator("#legend").get_by_text("Lent to another").is_visible()
+        page.wait_for_timeout(200)
+        assert page.evaluate(HALVES, 7)[1] > 100
+        assert page.locator("#slots-line").inner_text().startswith("1 live, 2 lent, 0 parked, 5 f")
+        page.focus("#strips")
+        page.keyboard.press("Home")
+        assert ": request #7 with adapter odd." in page.locator("#detail").inner_text()
+        for _ in range(6):
+            page.keyboard.press("ArrowDown")
+        words = page.locator("#detail").inner_text()
+        assert words.startswith("Instance 1, slot 2: lent to request #7 of instance 0, which asks")
+        assert "pages: 12 lent." in words
+        page.get_by_role("button", name="As a table").click()
+        page.locator("#rows tr").filter(has_text="1/2").filter(has_text="lent").wait_for()
         assert seen.errors == []
 
 

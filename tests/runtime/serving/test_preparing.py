@@ -1,4 +1,4 @@
-"""Grammars are compiled beside the engine's loop; who is gone by then is forgotten."""
+"""What takes long is done beside the engine's loop; who is gone by then is forgotten."""
 
 import select
 import threading
@@ -86,3 +86,15 @@ def test_who_hangs_up_meanwhile_is_forgotten(
     while not found:
         found = _take(preparing)
     assert found == [(stays, None)]
+
+
+def test_other_work_is_done_beside_the_loop(preparing: Preparing) -> None:
+    go_on, done = threading.Event(), []
+    preparing.do(go_on.wait, lambda: done.append("read"))
+    assert not select.select([preparing], [], [], 0)[0]
+    go_on.set()
+    assert _take(preparing) == []
+    for act in preparing.take_finished():
+        act()
+    assert done == ["read"]
+    assert preparing.take_finished() == []

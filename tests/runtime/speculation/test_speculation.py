@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from vkv import SamplingParams
+from guessing import decoding
 from vkv.runtime.request.request import Request, ScheduledRequest
-from vkv.runtime.request.sampling_state import SamplingState
-from vkv.runtime.request.spec import RequestSpec
-from vkv.runtime.speculation import Speculation
+from vkv.runtime.speculation import Drafter, Speculation
 
 
-class _Sevens:
+class _Sevens(Drafter):
+    kind = "sevens"
+
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
 
@@ -21,21 +21,12 @@ class _Sevens:
         pass
 
 
-def _decoding(name: str, *, max_tokens: int = 1000) -> ScheduledRequest:
-    params = SamplingParams(max_tokens=max_tokens)
-    spec = RequestSpec(request_id=name, prompt_token_ids=(1, 2, 3), params=params)
-    request = Request(spec, max_tokens=max_tokens, sampling=SamplingState(params, (1, 2, 3)))
-    request.token_ids.append(4)
-    request.num_computed = 3
-    return ScheduledRequest(request, 1)
-
-
 def _lengths(speculation: Speculation, items: list[ScheduledRequest], budget: int) -> list[int]:
     return [len(item.draft) for item in speculation.drafted(items, budget)]
 
 
 def test_guesses_double_while_they_are_right_and_end_at_the_most() -> None:
-    speculation, item = Speculation(_Sevens(), max_tokens=10, max_rows=64), _decoding("a")
+    speculation, item = Speculation(_Sevens(), max_tokens=10, max_rows=64), decoding("a")
     seen = []
     for _ in range(4):
         (drafted,) = speculation.drafted([item], 100)
@@ -48,7 +39,7 @@ def test_guesses_double_while_they_are_right_and_end_at_the_most() -> None:
 
 
 def test_what_is_never_right_is_guessed_ever_more_rarely() -> None:
-    speculation, item = Speculation(_Sevens(), max_tokens=8, max_rows=64), _decoding("a")
+    speculation, item = Speculation(_Sevens(), max_tokens=8, max_rows=64), decoding("a")
     steps = []
     for step in range(200):
         (drafted,) = speculation.drafted([item], 100)
@@ -60,7 +51,7 @@ def test_what_is_never_right_is_guessed_ever_more_rarely() -> None:
 
 
 def test_rows_and_budget_are_shared_and_never_exceeded() -> None:
-    items = [_decoding(name) for name in "abc"]
+    items = [decoding(name) for name in "abc"]
     for budget, max_rows, expected in (
         (100, 64, [4, 4, 4]),
         (100, 3, [0, 0, 0]),
@@ -73,7 +64,7 @@ def test_rows_and_budget_are_shared_and_never_exceeded() -> None:
 
 
 def test_nothing_is_guessed_beyond_the_end_nor_of_prompts_nor_of_pending_tokens() -> None:
-    ending, prompt, pending = _decoding("a", max_tokens=3), _decoding("b"), _decoding("c")
+    ending, prompt, pending = decoding("a", max_tokens=3), decoding("b"), decoding("c")
     prompt.request.token_ids.pop()
     pending.request.num_pending = 1
     speculation = Speculation(_Sevens(), max_tokens=8, max_rows=64)

@@ -40,6 +40,8 @@ class StandIn:
         self._fail_at = _declare(library.standin_fail_at, None, ctypes.c_int64, ctypes.c_int)
         self.begin_work = _declare(library.standin_begin_work, None, address, size)
         self.end_work = _declare(library.standin_end_work, None)
+        self.refuse_exportable = _declare(library.standin_refuse_exportable, None)
+        self.num_files = _declare(library.standin_num_files, size)
         self.failure_pending = _declare(library.standin_failure_pending, ctypes.c_int)
         self.calls = _declare(library.standin_calls, ctypes.c_uint64)
         self._held = {

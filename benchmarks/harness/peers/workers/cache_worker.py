@@ -88,6 +88,10 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     torch.set_num_threads(options["threads"])
     model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=options["dtype"]).eval()
+    if options["kind"] == "virtual-vkv":
+        from vkv import ATTENTION
+
+        model.set_attn_implementation(ATTENTION)
     kind, batch, context = options["kind"], options["batch"], options["context"]
     steps, max_len = options["steps"], context + options["steps"] + 1
     ids = torch.randint(model.config.vocab_size, (batch, context + 1))

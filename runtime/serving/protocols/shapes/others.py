@@ -87,6 +87,18 @@ class InstanceState(Shape):
     waiting: int
     kv_used_bytes: int
     kv_limit_bytes: int
+    borrowed_tokens: int
+    lent_tokens: int
+
+
+class LoansState(Shape):
+    """What an instance has lent another: tokens of requests that are longer than its memory."""
+
+    debtor: int
+    creditor: int
+    num_loans: int
+    num_tokens: int
+    bytes_a_step: float
 
 
 class ClusterState(Shape):
@@ -100,7 +112,10 @@ class ClusterState(Shape):
     num_pages_moved: int
     num_died: int
     num_drained: int
+    num_loans_called_back: int
+    num_loans_lost: int
     instances: list[InstanceState]
+    loans: list[LoansState]
 
 
 class Sleeping(Shape):

@@ -14,8 +14,16 @@ def nothing_left(counts: dict[str, int]) -> bool:
     return not any(counts.values())
 
 
-def test_pages_move_there_and_back_and_outlive_who_lent_them() -> None:
-    with two_processes("pages") as (here, there):
+@pytest.fixture(params=["host", "standin", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Whose memory it is; a GPU's pages go one by one."""
+    if request.param == "standin":
+        request.getfixturevalue("cuda_standin")
+    return request.param
+
+
+def test_pages_move_there_and_back_and_outlive_who_lent_them(device: str) -> None:
+    with two_processes("pages", device=device) as (here, there):
         whole = here.fill("a", 90)
         num_pages = here.slots["a"].num_pages
         there.begin("receive", "a", 0, 90, num_reserved=140)
@@ -32,7 +40,7 @@ def test_pages_move_there_and_back_and_outlive_who_lent_them() -> None:
         here.transfers, before = type(here.transfers)(here.cache), here.digest("b")
         there.begin("fork", "a", "c", 100)
         there.result()
-        copied = sum(here.cache.layout.whole_pages_per_range(100)) * 4096
+        copied = sum(here.cache.layout.whole_pages_per_range(100)) * here.driver.page_bytes
         there.begin("send", "c", 0, 100)
         sent, received = here.receive("c", 0, 100), there.result()
         assert sent == received
@@ -50,8 +58,36 @@ def test_pages_move_there_and_back_and_outlive_who_lent_them() -> None:
         assert nothing_left(here.counts())
 
 
-def test_pages_that_were_kept_stay_when_the_lender_is_killed() -> None:
-    with two_processes("pages") as (here, there):
+@pytest.mark.parametrize(
+    "device", ["standin", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+def test_pages_that_came_one_by_one_move_on(device: str) -> None:
+    """What was imported is exported, and comes back to who made it: all of it is there."""
+    with two_processes("pages", device=device) as (here, there):
+        whole = here.fill("a", 90)
+        num_pages = here.slots["a"].num_pages
+        there.begin("receive", "a", 0, 90)
+        assert here.send("a", 0, 90) == ("''", 0, num_pages)
+        assert there.result() == ("''", 0, num_pages)
+        assert there.call("commit_receipt", "a", 90) == whole
+        here.end_sending("a", is_done=True)
+        here.close("a")
+        there.begin("send", "a", 0, 90)
+        assert here.receive("a", 0, 90) == ("''", 0, num_pages)
+        assert there.result() == ("''", 0, num_pages)
+        assert here.commit_receipt("a", 90) == whole
+        there.call("end_sending", "a", is_done=True)
+        there.call("close", "a")
+        assert nothing_left(there.call("counts"))
+        assert here.digest("a") == whole
+        here.fill("a", 150)
+        here.cache.check_invariants()
+        here.close("a")
+        assert nothing_left(here.counts())
+
+
+def test_pages_that_were_kept_stay_when_the_lender_is_killed(device: str) -> None:
+    with two_processes("pages", device=device) as (here, there):
         whole = there.call("fill", "a", 120)
         there.begin("send", "a", 0, 120)
         assert here.receive("a", 0, 120)[0] == "''"
@@ -64,8 +100,8 @@ def test_pages_that_were_kept_stay_when_the_lender_is_killed() -> None:
         assert nothing_left(here.counts())
 
 
-def test_a_borrower_that_dies_before_the_end_takes_nothing_with_it() -> None:
-    with two_processes("pages") as (here, there):
+def test_a_borrower_that_dies_before_the_end_takes_nothing_with_it(device: str) -> None:
+    with two_processes("pages", device=device) as (here, there):
         whole = here.fill("a", 120)
         there.begin("receive", "a", 0, 120)
         assert here.send("a", 0, 120)[0] == "''"

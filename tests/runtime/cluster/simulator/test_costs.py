@@ -75,7 +75,7 @@ def test_runs_of_decodes_are_the_sum_of_their_steps(
 
 
 def test_a_run_grows_as_contexts_do() -> None:
-    run = COST.decode_run(3, 300)
+    run = COST.decode_run(StepWork(num_decodes=3, context_tokens=300))
     for step in range(4):
         took = run.time_s(step + 1) - run.time_s(step)
         work = StepWork(num_decodes=3, context_tokens=300 + 3 * step)

@@ -1,0 +1,52 @@
+"""What was measured of steps and of asking creditors, for the simulator."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ....runtime.cluster.simulator.costs import LoanCost, StepCost
+from ....vmem.errors import InvalidConfig
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one model.
+
+    Attributes:
+        token_bytes: keys and values of a token.
+    """
+
+    step: StepCost
+    loan: LoanCost
+    token_bytes: int
+
+
+def recorded_costs(path: Path, link: str) -> Costs:
+    """Of a record of `vkv bench long`. Raises InvalidConfig where it has none."""
+    results = _results(path)
+    step = results.get("lending", {}).get("step_cost")
+    if not step:
+        raise InvalidConfig(
+            f"{path} has no costs of steps: give a record of `vkv bench long` with the part lending"
+        )
+    return Costs(
+        msgspec.convert(step, StepCost), recorded_loan_cost(path, link), results["token_bytes"]
+    )
+
+
+def recorded_loan_cost(path: Path, link: str = "unix") -> LoanCost:
+    """The same of asking creditors over `link`, alone."""
+    found = dict(_results(path).get("loan_costs", {}).get(link, {}))
+    if not found:
+        raise InvalidConfig(
+            f"{path} has no costs of {link}: give a record of `vkv bench long` with the part decode"
+        )
+    del found["error"]
+    return msgspec.convert(found, LoanCost)
+
+
+def _results(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()).get("results", {})

@@ -1,0 +1,182 @@
+"""`attn_implementation="vkv"` outside the engine: what `eager` gives, read where it lies."""
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+import vkv
+import zoo
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
+from virtual_zoo import VIRTUAL
+from vkv.runtime.virtual_cache import attention
+
+PAGE = 4096
+NUM_TOKENS = 12
+# Of those that ask for attention by name: plain, windows, chunks, soft caps, sinks, recurrent
+# state beside it, keys and values of other sizes.
+NAMES = [
+    "llama",
+    "qwen3_moe",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "llama4_text",
+    "deepseek_v3",
+    "falcon_h1",
+    "gpt2",
+]
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 4},
+    "chunked_prefill": {"prefill_chunk_size": 9},
+}
+
+
+@functools.cache
+def models(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same weights with `eager` attention and with ours."""
+    theirs = zoo.tiny_model(name, **VIRTUAL[name])
+    theirs.set_attn_implementation("eager")
+    ours = copy.deepcopy(theirs)
+    ours.set_attn_implementation(vkv.ATTENTION)
+    return theirs, ours
+
+
+def virtual(model: PreTrainedModel) -> vkv.VirtualCache:
+    return vkv.VirtualCache(model.config, max_len=128, page_bytes=PAGE)
+
+
+def prompts(batch: int, *, repeating: bool = False) -> torch.Tensor:
+    if repeating:
+        return torch.tensor(zoo.random_prompts([9]) * 4).view(1, -1).repeat(batch, 1)
+    return torch.tensor(zoo.random_prompts([33] * batch))
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None, **options: Any
+) -> torch.Tensor:
+    return model.generate(
+        ids,
+        past_key_values=cache,
+        max_new_tokens=NUM_TOKENS,
+        min_new_tokens=NUM_TOKENS,
+        pad_token_id=0,
+        **{"attention_mask": torch.ones_like(ids), "do_sample": False, **options},
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often attention was computed in each way."""
+    counts = dict.fromkeys(("_natively", "_folded", "_eagerly", "sdpa_attention_forward"), 0)
+    for name in counts:
+        way = getattr(attention, name)
+
+        def counted(*args: Any, name: str = name, way: Any = way, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return way(*args, **kwargs)
+
+        monkeypatch.setattr(attention, name, counted)
+    return counts
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_gives_the_tokens_of_eager_attention(name, mode, calls):
+    theirs, ours = models(name)
+    lookup = mode == "prompt_lookup"
+    if lookup and name == "falcon_h1":
+        pytest.skip("transformers cannot undo tokens in recurrent state")
+    ids = prompts(1 if lookup else 2, repeating=lookup)
+    expected = generate(theirs, ids, None, **MODES[mode])
+    assert torch.equal(generate(ours, ids, virtual(ours), **MODES[mode]), expected)
+    if name != "llama4_text":  # whose chunks only a mask knows
+        assert calls["_natively"] > sum(calls.values()) // 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_left_padded_batch_is_masked(name):
+    theirs, ours = models(name)
+    ids, mask = prompts(3), torch.ones(3, 33, dtype=torch.long)
+    mask[0, :20] = mask[1, :3] = 0
+    expected = generate(theirs, ids, None, attention_mask=mask)
+    assert torch.equal(generate(ours, ids, virtual(ours), attention_mask=mask), expected)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "none", "turns"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
+def test_any_cache_will_do(name, kind):
+    theirs, ours = models(name)
+    ids = prompts(2)
+    if kind == "turns":  # a chunk of several tokens behind what is there
+        first, second = (generate(m, ids, None) for m in (theirs, ours))
+        assert torch.equal(first, second)
+        cache = virtual(ours)
+        generate(ours, ids, cache)
+        more = torch.cat([first, prompts(2)[:, :7]], dim=1)
+        expected = generate(theirs, more, None)
+        assert torch.equal(generate(ours, more, cache), expected)
+        return
+    caches: dict[str, Cache | None] = {
+        "dynamic": DynamicCache(config=ours.config),
+        "static": StaticCache(config=ours.config, max_cache_len=80),
+        "none": None,
+    }
+    options = {"use_cache": False} if kind == "none" else {"disable_compile": True}
+    expected = generate(theirs, ids, None)
+    assert torch.equal(generate(ours, ids, caches[kind], **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("num_queries", [1, 5, 40])
+def test_each_way_gives_the_same(dtype, softcap, sinks, num_queries, monkeypatch):
+    torch.manual_seed(0)
+    query = torch.randn(2, 8, num_queries, 16, dtype=dtype)
+    key, value = torch.randn(2, 2, 40, 16, dtype=dtype), torch.randn(2, 2, 40, 24, dtype=dtype)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4, True
+    asked = {"softcap": softcap, "s_aux": torch.randn(8) if sinks else None, "scaling": 0.4}
+    double = [t.double() for t in (query, key, value)]
+    monkeypatch.setattr(attention, "_native", None)
+    expected, _ = attention.vkv_attention(module, *double, None, **asked)
+    without, _ = attention.vkv_attention(module, query, key, value, None, **asked)
+    monkeypatch.undo()
+    ours, _ = attention.vkv_attention(module, query, key, value, None, **asked)
+    mask = attention._causal(query, key).expand(2, 1, -1, -1)
+    masked, _ = attention.vkv_attention(module, query, key, value, mask, **asked)
+    assert ours.shape == (2, num_queries, 8, 24)
+    bound = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float64: 1e-12}[dtype]
+    for found in (ours, without, masked):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, atol=bound, rtol=bound)
+
+
+def test_gradients_flow_as_through_sdpa():
+    theirs, ours = (copy.deepcopy(model) for model in models("llama"))
+    theirs.set_attn_implementation("sdpa")
+    found = []
+    for model in (theirs, ours):
+        ids = prompts(2)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_with_this_name_is_served_by_the_engine():
+    _, ours = models("llama")
+    ids = zoo.random_prompts([20])
+    expected = generate(ours, torch.tensor(ids), None)[0, 20:].tolist()
+    model = copy.deepcopy(ours)
+    with vkv.LLM(model, max_len=64) as llm:
+        (output,) = llm.generate(ids, zoo.greedy(NUM_TOKENS))
+    assert list(output.outputs[0].token_ids) == expected
+    model.set_attn_implementation(vkv.ATTENTION)  # the engine's own is left behind
+    assert generate(model, torch.tensor(ids), virtual(model))[0, 20:].tolist() == expected
