@@ -198,7 +198,6 @@ def test_models_that_cannot_run_together(
     tenants = chains.make_zoo(tmp_path, {**folders, "other": other[chains.BASE]})
     with caplog.at_level(logging.WARNING), _llm(tenants) as llm:
         assert llm.config.models == ("early",)
-        assert llm.config.sanitize == "zero"
         assert "other is not served here" in caplog.text
         chains.check_alone(_ask(llm, "early"), ["early"], alone)
     with pytest.raises(ChainMismatch, match="rope"):
