@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -115,7 +116,7 @@ class Chains:
         limit: MemoryLimit,
         repeatable: bool,
         lm_head_bits: int | None,
-        generation_config: str,
+        generation_config: str | Path,
     ) -> None:
         if loaded.keeps_state:
             raise InvalidConfig(

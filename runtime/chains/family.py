@@ -23,9 +23,9 @@ _log = logging.getLogger(__name__)
 def gather(source: Source, model: Source) -> tuple[Place, dict[str, Any]]:
     """What `LLM(source, model=model)` loads, and options of `EngineConfig` that follow from it.
 
-    These name the models of a zoo that run beside it; memory is cleared between their requests.
-    Of a zoo without a name for `model` the one is loaded that shares most with the others. Those
-    that cannot run beside it are left out, and a warning says why. Raises as `pick`.
+    These name the models of a zoo that run beside it. Of a zoo without a name for `model` the one
+    is loaded that shares most with the others. Those that cannot run beside it are left out, and a
+    warning says why. Raises as `pick`.
     """
     if source is None:
         source, model = model, None
@@ -39,7 +39,7 @@ def gather(source: Source, model: Source) -> tuple[Place, dict[str, Any]]:
     base = source.chain(str(model))
     others = [one for one in source.chains() if one.name != base.name]
     beside = tuple(_able(base, others))
-    return folder, {"models": beside, "sanitize": "zero"} if beside else {}
+    return folder, {"models": beside} if beside else {}
 
 
 def _able(base: Chain, others: Iterable[Chain]) -> Iterator[str]:

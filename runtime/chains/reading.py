@@ -89,7 +89,7 @@ def _settle_quantisation(
         return
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
-            delattr(part, "quantization_config")
+            del part.quantization_config  # type: ignore[attr-defined]
 
 
 def _reader(model: nn.Module, missing: set[str]) -> Callable[[nn.Module], bool | None]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,11 @@ class Voice:
 
 
 def voice_of(
-    chain: Chain, key: ChainKey, base: Chain, loaded: LoadedModel, generation_config: str
+    chain: Chain,
+    key: ChainKey,
+    base: Chain,
+    loaded: LoadedModel,
+    generation_config: str | Path,
 ) -> Voice:
     """Read a model's; `base` is the engine's own, which was `loaded` (`EngineConfig`)."""
     tokenizer = None if dict(chain.files) == dict(base.files) else load_tokenizer(chain.folder)

@@ -152,6 +152,11 @@ def _serve(served: Served, options: "ServeOptions", engine: dict[str, Any]) -> N
     if following or served.name is not None:
         own = served.name or Path(str(model)).name
         options = replace(options, served_model_name=options.served_model_name or (own,))
-    model = None if model is None else str(model)
-    status = serve(options, model=model, device=served.device, dtype=served.dtype, engine=engine)
+    status = serve(
+        options,
+        model=None if model is None else str(model),
+        device=served.device,
+        dtype=served.dtype,
+        engine=engine,
+    )
     raise typer.Exit(status)

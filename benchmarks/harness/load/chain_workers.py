@@ -1,6 +1,7 @@
 """Engines in processes of their own, which run requests at given times all together."""
 
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ...runtime.frontend.llm import LLM
 from ..driver import Driver
@@ -97,6 +100,7 @@ def workers(orders: Sequence[Order]) -> Iterator[Workers]:
 
 
 def _work(pipe: Connection, order: Order) -> None:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # whichever way, all of the machine
     with LLM(order.source, model=order.model, **order.options) as llm:
         driver = Driver(llm)
         pipe.send("ready")

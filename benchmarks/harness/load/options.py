@@ -237,7 +237,7 @@ class ChainsOptions:
     tenants: int = option(4, least=1, help="Fine-tunes beside the base.")
     layers: int = option(4, least=0, help="Layers of each that are its own; its head is, too.")
     requests: int = option(30, least=1, help="Of all models together, in turn.")
-    rate: float = option(1.0, help="Requests a second of all together (Poisson).")
+    rate: float = option(0.6, help="Requests a second of all together (Poisson).")
     prompt_len: int = option(64, least=1, help="Tokens of each prompt.")
     output_len: int = option(32, least=1, help="Tokens that each generates.")
     repeats: int = option(2, least=1, help="Turns of all ways.")

@@ -89,6 +89,25 @@ def test_models_that_do_not_fit_together_take_turns(tenants: BlockZoo, alone: ch
         zoo.assert_idle(llm)
 
 
+def test_recordings_go_with_the_blocks_that_they_read(
+    tenants: BlockZoo, alone: chains.Alone
+) -> None:
+    names, prompts = ["kin", "early", chains.BASE], zoo.random_prompts([4, 4, 4])
+    with _llm(tenants, max_parked=0) as llm:
+        recordings = llm.engine.runner.recordings
+        assert recordings is not None
+        for _ in range(2):
+            before = recordings.num_replays
+            outs = llm.generate(prompts, zoo.greedy(16), model=names)
+            chains.check_alone(outs, names, alone)
+            assert recordings.num_replays > before + 4
+            llm.trim()
+            assert not any(block.num_bytes for block in llm.stats().blocks)
+            del outs
+            junk = [torch.full((4096,), float("nan")) for _ in range(64)]  # where blocks were
+            del junk
+
+
 def test_one_that_never_fits_fails_alone(tenants: BlockZoo, alone: chains.Alone) -> None:
     with _llm(tenants, kv_memory=50_000, max_parked=0) as llm:
         outs = _ask(llm, "kin", chains.BASE)
@@ -179,7 +198,6 @@ def test_models_that_cannot_run_together(
     tenants = chains.make_zoo(tmp_path, {**folders, "other": other[chains.BASE]})
     with caplog.at_level(logging.WARNING), _llm(tenants) as llm:
         assert llm.config.models == ("early",)
-        assert llm.config.sanitize == "zero"
         assert "other is not served here" in caplog.text
         chains.check_alone(_ask(llm, "early"), ["early"], alone)
     with pytest.raises(ChainMismatch, match="rope"):
