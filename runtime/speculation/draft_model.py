@@ -235,4 +235,4 @@ class _Shadow:
 
 def _places(num_tokens: int) -> memoryview[int]:
     """Places 0 …, as a slot is tagged with; no list, which would take long to compare."""
-    return memoryview(np.arange(num_tokens))
+    return memoryview(np.arange(num_tokens))  # type: ignore[arg-type]
