@@ -233,6 +233,6 @@ class _Shadow:
         return min(num_equal, len(tokens) - 1)
 
 
-def _places(num_tokens: int) -> memoryview[int]:
+def _places(num_tokens: int) -> Sequence[int]:
     """Places 0 …, as a slot is tagged with; no list, which would take long to compare."""
-    return memoryview(np.arange(num_tokens))  # type: ignore[arg-type]
+    return np.arange(num_tokens).data
