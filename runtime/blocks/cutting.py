@@ -56,7 +56,7 @@ def cut(config: PretrainedConfig, names: Iterable[str]) -> tuple[Cut, ...]:
     Raises UnsupportedModel if `transformers` has no causal language model for the config.
     """
     model = _without_memory(config)
-    modules = dict(model.named_modules())
+    modules: dict[str, torch.nn.Module] = dict(model.named_modules())
     roots = dict(_roots(model))
     in_model = _names_in(model, config)
     places: dict[_Place, list[str]] = {}
@@ -90,7 +90,7 @@ def _without_memory(config: PretrainedConfig) -> PreTrainedModel:
     dense = type(config).from_dict(config.to_dict())
     for part in (dense, dense.get_text_config()):
         if hasattr(part, "quantization_config"):
-            del part.quantization_config
+            delattr(part, "quantization_config")
     with torch.device("meta"):
         return auto_class(dense).from_config(dense)
 

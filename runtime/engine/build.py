@@ -338,7 +338,7 @@ def _build_chains(loaded: LoadedModel, config: EngineConfig, cache: SlotCache) -
         limit=_limit_of(cache),
         repeatable=config.repeatable,
         lm_head_bits=config.lm_head_bits,
-        generation_config=config.generation_config,
+        generation_config=str(config.generation_config),
     )
 
 

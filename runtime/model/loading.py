@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -259,7 +259,7 @@ def read_checkpoint(
         "weights",
         home,
         lambda: (auto if tensors is None else model_class).from_pretrained(
-            home if tensors is None else None,  # which takes tensors in place of a folder
+            home if tensors is None else cast(Any, None),  # it takes tensors in place of a folder
             trust_remote_code=False,
             config=config,
             dtype=dtype or "auto",

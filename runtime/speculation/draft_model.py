@@ -3,11 +3,12 @@
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import suppress
 
 import numpy as np
 from torch import nn
 
+from ...allocator import Exits
 from ...vmem.errors import DriverError, Shortage
 from ..execution.model_runner import ModelRunner
 from ..model.weights import ModelWatch
@@ -48,6 +49,7 @@ class DraftModel(Drafter):
     ) -> None:
         self._runner = runner
         self._cache = runner.cache
+        self._exits = Exits(runner.cache)
         self._close = close
         self._watch = watch
         self._chunk_tokens = chunk_tokens
@@ -67,6 +69,7 @@ class DraftModel(Drafter):
     def draft(self, wanted: Mapping[Request, int]) -> dict[Request, list[int]]:
         """As of `Drafter`."""
         self._notice_changes()
+        self._exits.retry()
         taken: dict[Request, _Shadow] = {}
         try:
             counts: dict[Request, int] = {}
@@ -179,20 +182,21 @@ class DraftModel(Drafter):
         """Let go of a slot with what is in it, for the next guess or for whoever needs memory."""
         ahead = shadow.request
         slot, ahead.slot = ahead.slot, None
-        shadow.num_parked = 0
         if slot is None:
             return
         num_tokens = min(ahead.num_computed, slot.num_tokens)
         if num_tokens >= 2 * len(request.token_ids):  # else most of it might soon be of no use
             num_tokens = len(request.token_ids)
-        self._cache.park(slot, _places(num_tokens), shadow.variant)
+        self._exits.let_go(slot, _places(num_tokens), shadow.variant)
         shadow.num_parked = num_tokens
 
     def _drop(self, request: Request) -> None:
         shadow = self._shadows.pop(request)
         if shadow.num_parked:
-            slot, _ = self._cache.adopt(_places(shadow.num_parked), shadow.variant, recycle=False)
-            self._cache.close(slot)
+            with suppress(Shortage, DriverError):  # then it stays parked, until memory is short
+                places = _places(shadow.num_parked)
+                slot, _ = self._cache.adopt(places, shadow.variant, recycle=False)
+                self._exits.let_go(slot)
 
     def _notice_changes(self) -> None:
         change = self._watch.change(thoroughly=False)
@@ -229,6 +233,6 @@ class _Shadow:
         return min(num_equal, len(tokens) - 1)
 
 
-def _places(num_tokens: int) -> Any:
-    """Places 0 …, as a slot is tagged with; an array, for long lists take long to compare."""
-    return np.arange(num_tokens)
+def _places(num_tokens: int) -> memoryview[int]:
+    """Places 0 …, as a slot is tagged with; no list, which would take long to compare."""
+    return memoryview(np.arange(num_tokens))

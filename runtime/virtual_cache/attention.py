@@ -103,8 +103,7 @@ def vkv_attention(
     Returns:
         [batch, num_queries, num_heads, value_head_dim], and no attention weights.
     """
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     layer = LayerAttention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=others.get("softcap"),

@@ -14,7 +14,7 @@ import msgspec
 from ....vmem.errors import InvalidOperation
 from ...engine.loop import EngineLoop
 from ...engine.memory.lending import CreditLine, LendingOrder, LendingReport, report_of
-from ...engine.memory.segments import connect_creditor
+from ...engine.memory.segments import connect_creditor, disconnect_creditor
 from ...link.addresses import Address, Listener, Place, close_listeners, listen_at
 from ...model.segments import RemoteHolder, SegmentServer
 
@@ -75,6 +75,11 @@ class Lending:
         for line in told.lines:
             if line.num_tokens and line.creditor not in segments.loans.creditors:
                 self._connect(line)
+        named = {line.creditor for line in told.lines}
+        for name in self._lenders.keys() - named:
+            if not segments.loans.num_lent(name):
+                disconnect_creditor(engine, name)
+                self._lenders.pop(name).close()
         longest, own = min(told.longest, engine.cache.max_len - 1), self._own
         if longest > own.longest:
             engine.admission = replace(own, longest=longest, why_not_longer=None)

@@ -174,6 +174,8 @@ class Account:
         self.name = str(creditor)
         self.wanted: tuple[int, ...] = ()
         self.answer_s: float | None = answer_s
+        self.num_steps = self.sent_bytes = self.received_bytes = 0  # nothing is sent
+        self.waited_s = 0.0
         self.lender = lender
         self._on_call = on_call
 

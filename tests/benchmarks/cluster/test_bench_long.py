@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 from vkv.bench.cluster.long import context, decode, lending, simulated
-from vkv.bench.cluster.long.costs import Costs, recorded_costs
+from vkv.bench.cluster.long.costs import Costs, recorded_loan_cost, recorded_step_cost
 from vkv.bench.cluster.long.decode import FILE, HOME, HOST, LENDERS, Cell, Decoded
 from vkv.bench.cluster.long.lending import Pairs, Served
 from vkv.bench.cluster.long.options import LongOptions
@@ -215,14 +215,14 @@ def test_simulated_instances_serve_the_same_requests_both_ways(tmp_path: Path) -
 def test_costs_are_those_of_a_record(tmp_path: Path) -> None:
     costs, path = _costs(), tmp_path / "long.json"
     results = {
-        "token_bytes": costs.token_bytes,
         "loan_costs": {"unix": {**msgspec.to_builtins(costs.loan), "error": 0.1}},
         "lending": {"step_cost": msgspec.to_builtins(costs.step)},
     }
     path.write_text(json.dumps({"results": results}))
-    assert recorded_costs(path, "unix") == costs
+    assert recorded_step_cost(path) == costs.step
+    assert recorded_loan_cost(path) == costs.loan
     with pytest.raises(InvalidConfig, match="no costs of tcp"):
-        recorded_costs(path, "tcp")
+        recorded_loan_cost(path, "tcp")
     path.write_text(json.dumps({"results": {}}))
     with pytest.raises(InvalidConfig, match="part lending"):
-        recorded_costs(path, "unix")
+        recorded_step_cost(path)

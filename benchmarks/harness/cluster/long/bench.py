@@ -24,7 +24,7 @@ from ...limits import LimitsProbe
 from ...models.checkpoints import Checkpoints, save_checkpoints
 from ...record import Findings, Record, Table, record_name
 from . import context, decode, lending, simulated
-from .costs import Costs, recorded_costs
+from .costs import Costs, recorded_loan_cost, recorded_step_cost
 from .options import LongOptions
 
 
@@ -105,18 +105,19 @@ class _Found:
         return simulated.measure(self._options, self._costs(saved), self.simulated)
 
     def _costs(self, saved: Checkpoints) -> Costs:
-        """That simulated instances have: of a record, or of this run."""
+        """That simulated instances have: as measured just now, or in a record."""
         options = self._options
-        if options.record is not None:
-            return recorded_costs(options.record, options.link)
         fit = decode.link_cost(self.decodes, options.link)
-        if fit is None or self.lent.step_cost is None:
+        step, loan = self.lent.step_cost, None if fit is None else fit[0]
+        if options.record is not None:
+            step = step or recorded_step_cost(options.record)
+            loan = loan or recorded_loan_cost(options.record, options.link)
+        if step is None or loan is None:
             raise InvalidConfig(f"nothing was measured over {options.link}: give it in links")
-        return Costs(self.lent.step_cost, fit[0], saved.kv_bytes_per_token)
+        return Costs(step, loan, saved.kv_bytes_per_token)
 
     def results(self) -> dict[str, Any]:
         """Raw samples, for the record."""
-        assert self._saved is not None
         costs = {link: decode.link_cost(self.decodes, link) for link in self._options.links}
         return {
             "context": {str(count): asdict(one) for count, one in self.contexts.items()},
@@ -126,7 +127,6 @@ class _Found:
                 for link, fit in costs.items()
                 if fit is not None
             },
-            "token_bytes": self._saved.kv_bytes_per_token,
             "lending": lending.results(self.lent),
             "simulated": lending.runs_of(self.simulated),
         }

@@ -24,21 +24,18 @@ class Costs:
     token_bytes: int
 
 
-def recorded_costs(path: Path, link: str) -> Costs:
+def recorded_step_cost(path: Path) -> StepCost:
     """Of a record of `vkv bench long`. Raises InvalidConfig where it has none."""
-    results = _results(path)
-    step = results.get("lending", {}).get("step_cost")
-    if not step:
+    found = _results(path).get("lending", {}).get("step_cost")
+    if not found:
         raise InvalidConfig(
             f"{path} has no costs of steps: give a record of `vkv bench long` with the part lending"
         )
-    return Costs(
-        msgspec.convert(step, StepCost), recorded_loan_cost(path, link), results["token_bytes"]
-    )
+    return msgspec.convert(found, StepCost)
 
 
 def recorded_loan_cost(path: Path, link: str = "unix") -> LoanCost:
-    """The same of asking creditors over `link`, alone."""
+    """The same of asking creditors over `link`."""
     found = dict(_results(path).get("loan_costs", {}).get(link, {}))
     if not found:
         raise InvalidConfig(

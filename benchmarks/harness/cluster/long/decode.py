@@ -168,8 +168,11 @@ class _Site:
             if cell.where == FILE:
                 llm.open_session(self._session)
             stripes = self._borrow(driver, cell, stack)
-            if cell.where != HOME:
-                driver.keep(options.elsewhere_tokens // cell.segments)
+            if (
+                cell.where != HOME
+            ):  # in the tier they make one segment, however many times they move
+                num_moves = cell.segments if cell.where == LENDERS else options.segments[0]
+                driver.keep(options.elsewhere_tokens // num_moves)
             self._decode(driver, cell, stripes, found)
 
     def _llm(self, where: str, batch: int) -> LLM:
@@ -222,7 +225,11 @@ class _Site:
         for number, prompt in enumerate(self._prompts(cell)):
             driver.submit(f"{number}", prompt, _num_outputs(options))
         while not _all_decode(driver, cell.batch):
-            driver.step()
+            if any(token.is_finished for token in driver.step()):
+                raise InvalidOperation(
+                    f"requests of {cell} do not run together: their pool is too small for "
+                    f"{cell.batch} of {options.elsewhere_tokens} tokens in {cell.segments} segments"
+                )
         for _ in range(_WARM_STEPS):
             driver.step()
         before = _counters(stripes)

@@ -38,8 +38,7 @@ class LongOptions:
             of them fit into one pool.
         policies: that give them to instances.
         rate: of requests, more than can be served: what counts is how soon all have ended.
-        record: of this bench, whose costs of steps and links the simulator takes; None for this
-            run's own.
+        record: of this bench, whose costs the simulator takes where this run measures none.
     """
 
     parts: tuple[str, ...] = option(
@@ -61,7 +60,7 @@ class LongOptions:
     segments: tuple[int, ...] = option(
         "6,1,2,3", parse=whole_numbers, help="Segments of them at one engine; the first at several."
     )
-    batches: tuple[int, ...] = option("1,4", parse=whole_numbers, help="Requests that decode.")
+    batches: tuple[int, ...] = option("1,2", parse=whole_numbers, help="Requests that decode.")
     links: tuple[str, ...] = option("unix,tcp", parse=words, help=f"Of {', '.join(LINKS)}.")
     elsewhere_tokens: int = option(3072, least=4 * PART_TOKENS, help="Of a context, elsewhere.")
     at_home_tokens: int = option(256, least=1, help="And the rest of it.")
@@ -88,7 +87,7 @@ class LongOptions:
     )
     link: str = option("unix", help="Whose measured costs simulated instances have.")
     record: Path | None = option(
-        None, help="A record of this bench, for the simulator's costs in place of this run's."
+        None, help="A record of this bench, for costs of the simulator that are not measured."
     )
     seed: int = seed_option()
     label: str = label_option()
