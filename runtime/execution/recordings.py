@@ -186,8 +186,8 @@ def _waits(func: Any, args: tuple[Any, ...], result: Any) -> bool:
 
 Runs = tuple[tuple[ChainKey | None, int], ...]
 """Models, and how many rows of a step in turn are theirs; empty for a step of one alone."""
-_Key = tuple[int, int, Runs]  # of a recording: requests, the longest of them, whose they are
-_MOST_OF_CHAINS = 32  # recordings of steps of several models
+_Known = dict[tuple[int, int], "_Recording"]  # by how many requests, and the longest of them
+_MOST_OF_CHAINS = 32  # kinds of steps of several models
 _LEAST_ALIKE = 6  # of these in turn, before the next is recorded: it takes as long as several
 
 
@@ -242,16 +242,17 @@ class DecodeRecordings:
         if recorder.pads:
             self._batch_sizes = _steps(1, 2, max_seqs)
             self._lengths = _lengths(cache.max_len)
-        self._recordings: dict[_Key, _Recording] = {}
-        self._with_adapters: dict[_Key, _Recording] = {}
-        self._of_chains: dict[_Key, _Recording] = {}  # the one used longest ago first
+        self._recordings: _Known = {}
+        self._with_adapters: _Known = {}
+        self._of_chains: dict[Runs, _Known] = {}  # those used longest ago first
         self.refused: str | None = None
         self._refused_chains = False
         self.num_replays = 0
 
     @property
     def num_recordings(self) -> int:
-        return len(self._recordings) + len(self._with_adapters) + len(self._of_chains)
+        kinds = (self._recordings, self._with_adapters, *self._of_chains.values())
+        return sum(map(len, kinds))
 
     def run(self, batch: Batch, last_tokens: torch.Tensor | None = None) -> torch.Tensor | None:
         """Logits [len(batch), vocab] of requests that compute one token each.
@@ -259,16 +260,17 @@ class DecodeRecordings:
         `last_tokens` has the pending ones among these tokens, as in `StepInputs.fill`.
         They are overwritten by the next call. None if the model cannot be recorded.
         """
-        known = self._known(batch)
+        runs = _runs(batch)
+        known = self._known(batch, runs)
         if known is None:
             return None
-        runs = _runs(batch)
         size = _at_least(self._batch_sizes, len(batch))
         values = self._values(batch, size)
-        key = size, _at_least(self._lengths, max(values.kv_lens)), runs
+        key = size, _at_least(self._lengths, max(values.kv_lens))
         recording = known.get(key)
         if recording is None:
-            recording = self._record(values, last_tokens, key, self._adapter_step(batch, size))
+            steps = self._adapter_step(batch, size), self._chain_step(runs, size)
+            recording = self._record(values, last_tokens, key, *steps)
             if recording is None:
                 return None
             known[key] = recording
@@ -278,12 +280,9 @@ class DecodeRecordings:
         try:
             logits = recording.replay()
         except RuntimeError as error:
-            return self._refuse(error, runs)
+            return self._refuse(error, of_chains=bool(runs))
         if runs and self._chains is not None:
             self._chains.count(runs)
-            known[key] = known.pop(key)
-            if len(known) > _MOST_OF_CHAINS:
-                del known[next(iter(known))]
         self.num_replays += 1
         return logits[: len(batch)]
 
@@ -294,26 +293,30 @@ class DecodeRecordings:
         self._of_chains.clear()
         self.recorder.forget()
 
-    def _known(self, batch: Batch) -> dict[_Key, _Recording] | None:
+    def _known(self, batch: Batch, runs: Runs) -> _Known | None:
         """The recordings for batches of this kind; None if it is not recorded."""
         if self.refused is not None:
             return None
         if any(item.request.adapter is not None for item in batch.items):
             return self._with_adapters if self._records_adapters() else None
-        if runs := _runs(batch):
-            return self._of_chains if self._records_chains(runs) else None
-        return self._recordings
+        return self._known_of(runs) if runs else self._recordings
 
-    def _records_chains(self, runs: Runs) -> bool:
-        """Whether a step of these models is recorded; those of blocks that are gone go."""
+    def _known_of(self, runs: Runs) -> _Known | None:
+        """The recordings of steps of several models; those of blocks that are gone go."""
         assert self._chains is not None, "a request is of another model"
         if self._num_gone != self._chains.num_gone:
             self._num_gone = self._chains.num_gone
             self._of_chains.clear()
         self._num_alike = self._num_alike + 1 if runs == self._last_runs else 1
         self._last_runs = runs
-        is_known = any(runs == key[2] for key in self._of_chains)
-        return (is_known or self._num_alike > _LEAST_ALIKE) and not self._refused_chains
+        if self._refused_chains or (
+            runs not in self._of_chains and self._num_alike <= _LEAST_ALIKE
+        ):
+            return None
+        found = self._of_chains[runs] = self._of_chains.pop(runs, {})
+        if len(self._of_chains) > _MOST_OF_CHAINS:
+            del self._of_chains[next(iter(self._of_chains))]
+        return found
 
     def _records_adapters(self) -> bool:
         """Whether steps with adapters are recorded; those of before other modules had any go."""
@@ -342,11 +345,11 @@ class DecodeRecordings:
         self,
         values: StepValues,
         last_tokens: torch.Tensor | None,
-        key: _Key,
+        key: tuple[int, int],
         step: AdapterStep | None,
+        chain_step: ChainStep | None,
     ) -> _Recording | None:
-        size, length, runs = key
-        chain_step = self._chain_step(runs, size)
+        size, length = key
         inputs = StepInputs(size, size, self._device)
         inputs.fill(values, last_tokens)
 
@@ -360,7 +363,7 @@ class DecodeRecordings:
         try:
             return _Recording(inputs, self.recorder.record(run), step)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            return self._refuse(error, runs)
+            return self._refuse(error, of_chains=chain_step is not None)
 
     def _chain_step(self, runs: Runs, size: int) -> ChainStep | None:
         """For rows of several models, and padding, which is nobody's; ready to be recorded."""
@@ -370,8 +373,8 @@ class DecodeRecordings:
         missing = size - sum(count for _, count in runs)
         return self._chains.step([*runs, (None, missing)], None, self._device, is_recorded=True)
 
-    def _refuse(self, error: Exception, runs: Runs = ()) -> None:
-        if runs:
+    def _refuse(self, error: Exception, *, of_chains: bool = False) -> None:
+        if of_chains:
             self._refused_chains = True
             self._of_chains.clear()
         else:
