@@ -123,15 +123,21 @@ def stand_ins(
         draft: of the model, which need not be in the zoo (`BlockZoo.draft`).
     """
     have = {block.digest for chain in zoo.chains() for block in chain.blocks}
+    own = [index for index, block in enumerate(draft.blocks) if block.digest not in have]
     instead: dict[int, StandIn] = {}
+    measured: set[tuple[int, str]] = set()
     for chain in zoo.chains():
+        theirs = dict(zip(chain.places, chain.blocks, strict=True))
+        others = {(i, theirs[draft.places[i]].digest) for i in own if draft.places[i] in theirs}
+        if others <= measured:  # as most fine-tunes' are their base's
+            continue
         try:
             compared = compare(draft, chain, prompts, progress=progress)
         except ChainMismatch:
             continue
-        theirs = dict(zip(chain.places, chain.blocks, strict=True))
-        for index, found in enumerate(compared.blocks):
-            if found is None or draft.blocks[index].digest in have:
+        measured |= others
+        for index in own:
+            if (found := compared.blocks[index]) is None:
                 continue
             # Of an embedding every row: one that differs is a token that means something else.
             alike = found.lowest if draft.blocks[index].kind == "embedding" else found.mean

@@ -2,13 +2,16 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import fine_tunes
 import pytest
 import torch
 import zoo as tiny
 from vkv import LLM
-from vkv.runtime.blocks.similarity import compare, load_plain, stand_ins
+from vkv.runtime.blocks import similarity
+from vkv.runtime.blocks.chain import Chain
+from vkv.runtime.blocks.similarity import Comparison, compare, load_plain, stand_ins
 from vkv.runtime.blocks.zoo import BlockZoo
 from vkv.vmem.errors import InvalidPrompt
 
@@ -128,3 +131,21 @@ def test_an_embedding_stands_in_only_if_all_rows_are_alike(zoo: BlockZoo, tmp_pa
     tensors["model.embed_tokens.weight"][unseen] *= -1
     fine_tunes.save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
     assert stand_ins(zoo, zoo.draft(own), _PROMPTS, 0.98).instead == {}
+
+
+def test_what_was_measured_is_not_measured_again(
+    zoo: BlockZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(2):  # whose second layer is the base's
+        folder = tmp_path / f"other-{index}"
+        zoo.add(fine_tunes.save_tuned(tmp_path / "base", folder, layers=[0], seed=index))
+    asked: list[str] = []
+
+    def counted(one: Chain, other: Chain, *rest: Any, **options: Any) -> Comparison:
+        asked.append(other.name)
+        return compare(one, other, *rest, **options)
+
+    monkeypatch.setattr(similarity, "compare", counted)
+    own = fine_tunes.save_tuned(tmp_path / "base", tmp_path / "near", layers=[1], noise=0.01)
+    assert len(stand_ins(zoo, zoo.draft(own), _PROMPTS, 0.98).instead) == 2
+    assert asked == ["base"]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import fine_tunes
 import pytest
 import quantized
+import torch
 import zoo as tiny
 from served import Served
 from vkv import LLM, AsyncLLM, SamplingParams
-from vkv.runtime.blocks.chain import MANIFEST
+from vkv.runtime.blocks.chain import MANIFEST, Chain
 from vkv.runtime.blocks.places import pick
 from vkv.runtime.blocks.zoo import BlockZoo
 from vkv.vmem.errors import BadCheckpoint, BadZoo, InvalidConfig, UnknownModel, UnsupportedModel
@@ -99,19 +101,59 @@ def test_weights_are_mapped_and_not_copied(tmp_path: Path) -> None:
             where = [file for place, file in files.items() if parameter.data_ptr() in place]
             assert len(where) == 1, f"{name} is a copy"
         llm.generate(tiny.random_prompts((20, 30)), tiny.greedy(5))
-        assert _private_bytes(zoo.path) == 0, "and nobody has written to them"
+        for taken in _memory_of(zoo.path).values():
+            assert taken["Rss:"] > 0
+            assert taken["Anonymous:"] == 0, "and nobody has written to them"
 
 
-def _private_bytes(folder: Path) -> int:
-    """What this process has of files in a folder for itself alone, since it wrote there."""
-    num_kib, counts = 0, False
+def test_processes_share_the_blocks_that_are_equal(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128}
+    base = fine_tunes.save_model(tmp_path / "base", "llama", **sizes)
+    own = fine_tunes.save_tuned(base, tmp_path / "own", layers=[1], also="lm_head")
+    zoo = BlockZoo.create(tmp_path / "zoo")
+    chains = [zoo.add(folder).chain for folder in (base, own)]
+    mapped, may_end = os.pipe(), os.pipe()
+
+    def hold() -> None:
+        held = _touched(chains[1])
+        os.write(mapped[1], b".")
+        os.read(may_end[0], 1)
+        del held
+
+    pid = _in_child(hold)
+    assert os.read(mapped[0], 1) == b"."
+    held = _touched(chains[0])
+    taken = _memory_of(zoo.path)
+    os.write(may_end[1], b".")
+    assert os.waitpid(pid, 0)[1] == 0
+    for block, is_same in zip(chains[0].blocks, chains[0].same_as(chains[1]), strict=True):
+        found = taken[f"{block.digest}.safetensors"]
+        assert found["Rss:"] << 10 >= block.num_bytes, "all of it was read"
+        assert found["Pss:"] == found["Rss:"] // (2 if is_same else 1), block.place
+    assert len(held) == sum(len(block.tensors) for block in chains[0].blocks)
+
+
+def _touched(chain: Chain) -> dict[str, torch.Tensor]:
+    """A model's tensors, mapped and read."""
+    tensors = chain.tensors()
+    for tensor in tensors.values():
+        tensor.sum()
+    return tensors
+
+
+def _memory_of(folder: Path) -> dict[str, Counter[str]]:
+    """What this process has of each file in a folder, in KiB, by the names of /proc/self/smaps."""
+    found: dict[str, Counter[str]] = {}
+    counts: Counter[str] = Counter()
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
         if "-" in first:
-            counts = str(folder) in line
-        elif counts and first in ("Private_Dirty:", "Anonymous:"):
-            num_kib += int(rest[0])
-    return num_kib << 10
+            name = Path(rest[-1]).name if str(folder) in line else ""
+            counts = found.setdefault(name, Counter())
+        elif rest and rest[-1] == "kB":
+            counts[first] += int(rest[0])
+    found.pop("", None)
+    return found
 
 
 def test_tasks_use_a_model_of_a_zoo(tmp_path: Path) -> None:
