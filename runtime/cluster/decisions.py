@@ -11,7 +11,7 @@ from ...vmem.errors import InvalidOperation
 from ..engine.migration.arbiter import Arbiter
 from ..request.spec import RequestSpec
 from .lending import LendingDesk
-from .members import Members
+from .members import Members, most_tokens
 from .policies import ClusterPolicy
 from .snapshot import ClusterSnapshot, Newcomer
 
@@ -65,6 +65,7 @@ class Decisions:
                 num_tokens=len(spec.prompt_token_ids),
                 priority=spec.priority,
                 tenant=spec.tenant,
+                most_tokens=most_tokens(spec),
             )
             chosen = self._policy.dispatch(self.picture(), newcomer)
             if chosen is None:

@@ -12,6 +12,7 @@ import msgspec
 from ...vmem.errors import VkvError
 from ..engine.admission import Admission
 from ..engine.memory.lending import CreditLine, LendingOrder
+from ..engine.memory.memory_map import MemoryMap
 from ..request.sampling_params import SamplingParams
 from .members import Members
 from .policies import Ledger, Settlement
@@ -52,6 +53,7 @@ class LendingDesk:
             return
         now_s = time.monotonic()
         self._shunned = {pair: until for pair, until in self._shunned.items() if until > now_s}
+        self._shun_lost(lenders, now_s)
         shunned = frozenset(self._shunned)
         found = self.ledger.settle(msgspec.structs.replace(snapshot, shunned=shunned))
         for pair in found.slow:
@@ -88,12 +90,17 @@ class LendingDesk:
         name = f"instance {creditor}"
         return any(line.creditor == name and line.num_tokens for line in lines)
 
-    def _shun_unreachable(self, debtor: Member) -> None:
-        """Have nothing to do with those that a debtor did not reach."""
-        for name in () if debtor.lending is None else debtor.lending.unreachable:
-            creditor = self._members.named(name)
-            if creditor is not None:
-                self._shunned[debtor.id, creditor] = time.monotonic() + _SHUN_S
+    def _shun_lost(self, lenders: dict[int, Member], now_s: float) -> None:
+        """Have nobody borrow from whom somebody has lost, or did not reach."""
+        for debtor in lenders.values():
+            assert debtor.lending is not None
+            for name in debtor.lending.unreachable:
+                creditor = self._members.named(name)
+                if creditor is not None:
+                    pairs = ((one, creditor) for one in lenders if one != creditor)
+                    self._shunned |= {
+                        pair: now_s + _SHUN_S for pair in pairs if pair not in self._shunned
+                    }
 
     def _order(self, debtor: Member, lenders: dict[int, Member], found: Settlement) -> LendingOrder:
         lines = []
@@ -116,14 +123,13 @@ class LendingDesk:
         answer.add_done_callback(lambda future: self._answered(debtor, order, future))
 
     def _answered(
-        self, debtor: Member, order: LendingOrder, future: "asyncio.Future[object]"
+        self, debtor: Member, order: LendingOrder, future: "asyncio.Future[int | MemoryMap | None]"
     ) -> None:
         if future.cancelled():
             return
         try:
             future.result()
             self._obeyed[debtor.id] = order
-            self._shun_unreachable(debtor)  # what it reports came before its answer
         except VkvError as error:  # it is gone, or refuses; it is told again
             _log.warning("instance %d was not told what it may borrow: %s", debtor.id, error)
             self._told.pop(debtor.id, None)

@@ -10,6 +10,7 @@ from ..engine.migration.arbiter import Arbiter
 from ..engine.migration.ownership import Owned
 from ..link.face import Face
 from ..link.messages import Pulse
+from ..request.spec import RequestSpec
 from .instances.instance_link import InstanceLink
 from .snapshot import ClusterSnapshot, InstanceSnapshot, Loan, Newcomer, RequestSnapshot, Role
 from .stats import Done, Member
@@ -187,7 +188,7 @@ class Members:
                 waited_s=max(0.0, time.monotonic() - sequence.spec.arrival_time_s),
                 is_migratable=sequence.key not in spread
                 and self._arbiter.handshake(sequence.key) is None,
-                most_tokens=_most_tokens(sequence),
+                most_tokens=most_tokens(sequence.spec),
             )
             for place, sequence in enumerate([*begun, *fresh])
         ]
@@ -213,7 +214,7 @@ class Members:
         )
 
 
-def _most_tokens(sequence: Owned) -> int:
+def most_tokens(spec: RequestSpec) -> int:
     """Those that a sequence may have in the end; 0 if that is not known."""
-    most = sequence.spec.params.max_tokens
-    return 0 if most is None else len(sequence.spec.prompt_token_ids) + most
+    most = spec.params.max_tokens
+    return 0 if most is None else len(spec.prompt_token_ids) + most

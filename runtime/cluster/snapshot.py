@@ -46,13 +46,26 @@ class Newcomer(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         num_tokens: of its prompt.
         prefixes: of instances that hold a beginning of it, how many tokens.
+        most_tokens: as of `RequestSnapshot`.
     """
 
     key: SequenceKey
     num_tokens: int
     priority: int = 0
     tenant: str = ""
+    most_tokens: int = 0
     prefixes: Mapping[int, int] = {}
+
+    def as_request(self, *, is_waiting: bool) -> RequestSnapshot:
+        """As an instance that was given it has it."""
+        return RequestSnapshot(
+            self.key,
+            num_tokens=self.num_tokens,
+            num_uncomputed=self.num_tokens,
+            priority=self.priority,
+            is_waiting=is_waiting,
+            most_tokens=self.most_tokens,
+        )
 
 
 class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,9 +148,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         """The same once it was given a newcomer: in line if others are, else taken to run."""
         if self.num_waiting:
             return self.with_newcomer(newcomer)
-        request = RequestSnapshot(
-            newcomer.key, newcomer.num_tokens, newcomer.num_tokens, newcomer.priority
-        )
+        request = newcomer.as_request(is_waiting=False)
         return msgspec.structs.replace(
             self,
             num_running=self.num_running + 1,
@@ -148,9 +159,7 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     def with_newcomer(self, newcomer: Newcomer) -> Self:
         """The same with a newcomer in line, until it reports it itself."""
-        request = RequestSnapshot(
-            newcomer.key, newcomer.num_tokens, newcomer.num_tokens, newcomer.priority, True
-        )
+        request = newcomer.as_request(is_waiting=True)
         return msgspec.structs.replace(
             self,
             num_waiting=self.num_waiting + 1,

@@ -164,10 +164,17 @@ class Scheduler:
             if missed is None:
                 break
             if isinstance(missed[1], OutOfLoans):  # no memory of this engine would help
-                is_aside = self._goes_aside(missed[0], granted, held)
-                short, aside = (None, missed) if is_aside else (missed, aside)
+                loser = _without_loans(self.running, missed[0])
+                if loser is missed[0]:
+                    held.add(loser)
+                elif loser is not None:
+                    granted.pop(loser, None)
+                    self.preempt(loser)
+                short, aside = (missed, aside) if loser is None else (None, missed)
                 continue
-            if self.tiers.give_way() or self._lend_out(missed[0], granted):
+            if self.tiers.give_way():
+                continue
+            if _lend_out(self.cache, self.tiers, self.running, missed[0], granted):
                 continue
             if self.tiers.is_leaving:
                 # What it lacks is being copied out: it stands aside for this step, and nobody gives
@@ -218,39 +225,6 @@ class Scheduler:
 
         for request in self.tiers.recall(self.running):
             self.preempt(request)
-
-    def _goes_aside(
-        self, request: Request, granted: dict[Request, int], held: set[Request]
-    ) -> bool:
-        """Of those that others have tokens of, the last admitted gives way to a running one that
-        lacks more of that; itself the last, it stands aside for a step. False for one that waits.
-        """
-        if request not in self.running:
-            return False
-        later = self.running[self.running.index(request) + 1 :]
-        loser = next((other for other in reversed(later) if other.lent), None)
-        if loser is None:
-            held.add(request)
-        else:
-            granted.pop(loser, None)
-            self.preempt(loser)
-        return True
-
-    def _lend_out(self, request: Request, granted: dict[Request, int]) -> bool:
-        """Have others take tokens in, so that a request gets memory. False if that cannot be."""
-        wanted = self.cache.growth_tokens
-        if request.slot is None:
-            wanted = _tokens_to_admit(request, bool(self.running), wanted)
-        chosen = self.tiers.lend_out(self.running, request, wanted)
-        if chosen is None:
-            return False
-        if count := granted.get(chosen):  # its slot is another
-            assert chosen.slot is not None
-            try:
-                self.cache.grow(chosen.slot, chosen.num_computed - chosen.slot_start + count)
-            except (Shortage, DriverError):
-                del granted[chosen]
-        return True
 
     # -- deciding ----------------------------------------------------------------------------
 
@@ -444,6 +418,38 @@ def _look_ahead(
         else:
             target = min(end + max_batch_tokens, request.num_tokens)
         cache.look_ahead(request.slot, target)
+
+
+def _without_loans(running: Sequence[Request], request: Request) -> Request | None:
+    """Who does without what others lend, of which there is too little: of those with loans the last
+    admitted gives way, and the last itself stands aside for a step. None where it waits."""
+    if request not in running:
+        return None
+    later = running[running.index(request) + 1 :]
+    return next((other for other in reversed(later) if other.lent), request)
+
+
+def _lend_out(
+    cache: SlotCache,
+    tiers: Tiers,
+    running: Sequence[Request],
+    request: Request,
+    granted: dict[Request, int],
+) -> bool:
+    """Have others take tokens in, so that a request gets memory. False if that cannot be."""
+    wanted = cache.growth_tokens
+    if request.slot is None:
+        wanted = _tokens_to_admit(request, bool(running), wanted)
+    chosen = tiers.lend_out(running, request, wanted)
+    if chosen is None:
+        return False
+    if count := granted.get(chosen):  # its slot is another
+        assert chosen.slot is not None
+        try:
+            cache.grow(chosen.slot, chosen.num_computed - chosen.slot_start + count)
+        except (Shortage, DriverError):
+            del granted[chosen]
+    return True
 
 
 def _tokens_to_admit(request: Request, others_run: bool, growth_tokens: int) -> int:

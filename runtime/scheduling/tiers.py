@@ -98,14 +98,11 @@ class Tiers:
         if self.swapping is not None:
             self.swapping.release(request)
 
-    def give_way(self) -> bool:
-        """Memory is short: stop reading slots for files and for other engines. False if that frees
-        nothing."""
-        return self._guests_give_way() or any(lender.give_way() for lender in self.lenders)
-
-    def _guests_give_way(self) -> bool:
+    def give_way(self, *, for_requests: bool = True) -> bool:
+        """Memory is short: stop reading slots for files and for other engines, and `for_requests`
+        call back what is lent. False if that frees nothing."""
         gave_way = [self.kv_files.give_way(), *(guest.give_way() for guest in self.guests)]
-        return any(gave_way)
+        return any(gave_way) or (for_requests and any(one.give_way() for one in self.lenders))
 
     def lend_out(
         self, running: Sequence[Request], refused: Request, wanted_tokens: int
@@ -197,7 +194,7 @@ class Tiers:
 
     def trim(self) -> int:
         """Give memory back that no request waits for; returns the bytes."""
-        self._guests_give_way()
+        self.give_way(for_requests=False)
         return 0 if self.swapping is None else self.swapping.trim()
 
     def forget(self) -> None:

@@ -14,7 +14,7 @@ import msgspec
 from ....vmem.errors import InvalidOperation
 from ...engine.loop import EngineLoop
 from ...engine.memory.lending import CreditLine, LendingOrder, LendingReport, report_of
-from ...engine.memory.segments import connect_creditor
+from ...engine.memory.segments import connect_creditor, disconnect_creditor
 from ...link.addresses import Address, Listener, Place, close_listeners, listen_at
 from ...model.segments import RemoteHolder, SegmentServer
 
@@ -51,7 +51,7 @@ class Lending:
         self._place = place
         self._timeout_s = timeout_s
         self._lenders: dict[str, RemoteHolder] = {}
-        self._unreachable: set[str] = set()
+        self._order = LendingOrder(longest=0)
         most = loop.engine.cache.max_len - 1
         self._own = replace(loop.engine.admission, was_longer=most)  # what is let in without others
         self._listeners, self.address = listen_at(path, place, _PURPOSE)
@@ -71,10 +71,15 @@ class Lending:
         segments = engine.scheduler.tiers.segments
         if segments is None:
             raise InvalidOperation("no request of this engine can have tokens elsewhere")
-        self._unreachable.clear()
+        self._order = told
         for line in told.lines:
             if line.num_tokens and line.creditor not in segments.loans.creditors:
                 self._connect(line)
+        named = {line.creditor for line in told.lines}
+        for name in self._lenders.keys() - named:
+            if not segments.loans.num_lent(name):
+                disconnect_creditor(engine, name)
+                self._lenders.pop(name).close()
         longest, own = min(told.longest, engine.cache.max_len - 1), self._own
         if longest > own.longest:
             engine.admission = replace(own, longest=longest, why_not_longer=None)
@@ -89,7 +94,11 @@ class Lending:
 
     def report(self) -> LendingReport | None:
         """What this engine has with others now."""
-        return report_of(self._loop.engine, tuple(sorted(self._unreachable)))
+        segments = self._loop.engine.scheduler.tiers.segments
+        known = () if segments is None else segments.loans.creditors
+        lines = (line for line in self._order.lines if line.num_tokens)
+        lost = tuple(line.creditor for line in lines if line.creditor not in known)
+        return report_of(self._loop.engine, lost)
 
     def close(self) -> None:
         """Lend and borrow nothing more. No request may be under way. Closing twice is harmless."""
@@ -111,7 +120,6 @@ class Lending:
             connection = self._place.call(there, _PURPOSE, _CALL_S)
         except OSError as error:
             _log.warning("%s at %s lends nothing: %s", line.creditor, there, error)
-            self._unreachable.add(line.creditor)
             return
         lender = RemoteHolder(line.creditor, connection, timeout_s=self._timeout_s)
         self._lenders[line.creditor] = lender

@@ -5,6 +5,7 @@ Source: Infinite-LLM, arXiv:2401.02669, section 5.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from statistics import median
 
 import msgspec
@@ -105,6 +106,8 @@ class Ledger:
             for i in snapshot.instances
             if i.max_local_tokens is not None and i.role == "both"
         ]
+        if not snapshot.loans and not any(n.must or n.wish or n.first for n in needs):
+            return Settlement()
         books = _Books(snapshot, needs, self.part_tokens, self.eaten, snapshot.shunned | set(slow))
         running = sorted((n for n in needs if n.must), key=lambda n: (-n.oldest_s, n.id))
         for place, need in enumerate(running):
@@ -244,6 +247,13 @@ class _Books:
             self._unsettled[loan.creditor] += loan.num_tokens
         self._old: dict[int, int] = {}  # room for what is there already
         self._new: dict[int, int] = {}  # room for more
+        self._orders: dict[int, list[Pair]] = {}
+        self._rooms = {  # that others have left, before anything is given
+            i.id: i.max_lent_tokens
+            - sum(r.num_tokens for r in i.requests)
+            - self._unsettled.get(i.id, 0)
+            for i in snapshot.instances
+        }
         self._granted: dict[Pair, int] = {}
         self._settled: dict[Pair, int] = defaultdict(int)  # of a loan, what may stay
         self._eaten = eaten
@@ -357,7 +367,8 @@ class _Books:
     def credits(self) -> tuple[Credit, ...]:
         """All of them, by debtor."""
         found = []
-        for debtor in self._instances:
+        debtors = {pair[0] for pair in (*self._granted, *self._loans)}
+        for debtor in (one for one in self._instances if one in debtors):
             for pair in self._order(debtor):
                 loan, count = self._loans.get(pair), self._granted.get(pair, 0)
                 if count or loan is not None:
@@ -381,28 +392,20 @@ class _Books:
 
     def _order(self, debtor: int) -> list[Pair]:
         """Whom a debtor asks, in order; the same however much was given meanwhile."""
-        node = self._instances[debtor].node
+        if debtor not in self._orders:
+            others = (i for i in self._instances.values() if i.id != debtor)
+            able = (i for i in others if i.max_lent_tokens or (debtor, i.id) in self._loans)
+            ranked = sorted(able, key=partial(self._rank, self._instances[debtor]))
+            self._orders[debtor] = [(debtor, creditor.id) for creditor in ranked]
+        return self._orders[debtor]
 
-        def rank(creditor: InstanceSnapshot) -> tuple[bool, bool, int, bool, int]:
-            loan = self._loans.get((debtor, creditor.id))
-            is_behind = creditor.id > debtor  # so that not all ask the same
-            room = creditor.max_lent_tokens - self._room_taken(creditor)
-            return (
-                loan is None,
-                creditor.node != node,
-                -(room // (2 * self._part)),
-                not is_behind,
-                creditor.id,
-            )
-
-        others = (i for i in self._instances.values() if i.id != debtor)
-        able = (i for i in others if i.max_lent_tokens or (debtor, i.id) in self._loans)
-        return [(debtor, creditor.id) for creditor in sorted(able, key=rank)]
-
-    def _room_taken(self, creditor: InstanceSnapshot) -> int:
-        lent = sum(one.num_tokens for one in self._loans.values() if one.creditor == creditor.id)
-        own = sum(r.num_tokens for r in creditor.requests)
-        return min(own + lent, creditor.max_lent_tokens)
+    def _rank(
+        self, debtor: InstanceSnapshot, creditor: InstanceSnapshot
+    ) -> tuple[bool, bool, int, bool, int]:
+        is_before = creditor.id < debtor.id  # so that not all ask the same
+        room = self._rooms[creditor.id] // (2 * self._part)  # about as much is as good
+        has_none = (debtor.id, creditor.id) not in self._loans
+        return has_none, creditor.node != debtor.node, -room, is_before, creditor.id
 
 
 def _up(num_tokens: int, part_tokens: int) -> int:

@@ -36,7 +36,7 @@ class LendingReport(msgspec.Struct, frozen=True, kw_only=True):
         layer_s: what a layer of its steps takes, by the median.
         loans: what others have of its requests.
         spread: those requests.
-        unreachable: creditors that could not be connected to.
+        unreachable: creditors that it might have tokens at, and did not reach, or lost.
     """
 
     longest_alone: int

@@ -107,6 +107,16 @@ def connect_creditor(engine: "Engine", creditor: RemoteHolder) -> None:
     segments.loans.creditors[creditor.name] = segmented.holders[creditor.name] = creditor
 
 
+def disconnect_creditor(engine: "Engine", name: str) -> None:
+    """Ask another engine for nothing more. It may have no tokens of any request."""
+    segments, segmented = engine.scheduler.tiers.segments, engine.runner.segmented
+    assert segments is not None
+    assert segmented is not None
+    assert not segments.loans.num_lent(name), name
+    segments.loans.creditors.pop(name, None)
+    segmented.holders.pop(name, None)
+
+
 def add_creditor(engine: "Engine", creditor: RemoteHolder, num_tokens: int) -> None:
     """Have another engine take tokens of requests that outgrow the pool, about so many.
 

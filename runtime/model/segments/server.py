@@ -106,6 +106,7 @@ class SegmentServer:
         self._dtype = dtype
         self._timeout_s = timeout_s
         self._loans: dict[int, Loan] = {}
+        self._read: set[int] = set()  # that are on their way to their owners
         self._numbers = itertools.count(1)
         self._attending = threading.Lock()  # held while loans are read
         self._connections: list[tuple[socket.socket, threading.Thread]] = []
@@ -128,7 +129,8 @@ class SegmentServer:
         """End a loan: once nobody attends to it. Without effect on one that has ended."""
         with self._attending:
             loan = self._loans.pop(number, None)
-        if loan is not None:
+            is_read = number in self._read  # then who reads it ends it
+        if loan is not None and not is_read:
             self._unpin(loan)
 
     def give_way(self) -> bool:
@@ -249,11 +251,11 @@ class SegmentServer:
                 self._exits.let_go(slot)
 
     def _give(self, sock: socket.socket, asked: Fetch, owner: "_Owner") -> None:
-        """Send what is lent here to its owner. It is read outside of the lock, and so pinned."""
+        """Send what is lent here to its owner. Others are attended to meanwhile."""
         with self._attending:
             loan = self._loans.get(asked.loan) if asked.loan in owner.taken else None
             if loan is not None:
-                self.cache.pin(loan.slot, loan.stop - loan.start)
+                self._read.add(asked.loan)
         if loan is None:
             why = f"loan {asked.loan} was called back"
             wire.send_message(sock, Told(objection=why, called_back=(asked.loan,)))
@@ -266,7 +268,11 @@ class SegmentServer:
             spans = self.cache.spans(loan.slot, asked.start, stop)
             wire.send_bytes(sock, [piece for stream in spans for piece in stream], True)
         finally:
-            self._unpin(loan)
+            with self._attending:
+                self._read.remove(asked.loan)
+                has_ended = asked.loan not in self._loans
+            if has_ended:
+                self._unpin(loan)
 
     def _unpin(self, loan: Loan) -> None:
         try:

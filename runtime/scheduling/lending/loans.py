@@ -185,9 +185,8 @@ class Loans:
             one = self._lend_some(spans, position, done, num_tokens, but)
             if one is None:
                 self.give_back(lent)
-                raise OutOfLoans(
-                    f"nobody has room for {num_tokens} tokens, {self._room_in_words()}"
-                )
+                names = ", ".join(self.creditors) or "none of those that lent"
+                raise OutOfLoans(f"nobody takes {num_tokens} tokens in; asked were {names}")
             lent.append(one)
             done += one.stop - one.start
         return lent
@@ -335,10 +334,3 @@ class Loans:
         stats.num_moves += num_moves
         stats.num_tokens += num_tokens
         stats.num_bytes += num_tokens * self._cache.geometry.token_format.token_bytes
-
-    def _room_in_words(self) -> str:
-        if not self.creditors:
-            return "as there is nobody any more"
-        if self.limits is None:
-            return f"of {', '.join(self.creditors)}"
-        return f"and {self.room()} may be lent now"

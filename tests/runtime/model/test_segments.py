@@ -197,6 +197,52 @@ def test_tokens_are_taken_in_and_attended(pair: tuple[SegmentServer, RemoteHolde
         wait_until(lambda: list(server.loans) == [expected])  # what an owner lent goes with it
 
 
+def test_what_comes_back_is_what_was_taken(pair: tuple[SegmentServer, RemoteHolder]) -> None:
+    server, holder = pair
+    with make_cache() as near:
+        slot, back = fill(near, 1, 0, 1024), near.open()
+        near.grow(back, 300)
+        loan = holder.take(near.spans(slot, 0, 1024), 0, 1024)
+        assert loan is not None
+        holder.fetch(near.spans(back, 0, 300), loan, 512, 300)
+        for layer in range(len(LAYERS)):
+            for tensor in near.layer(layer):
+                assert torch.equal(tensor[back.index, :300], tensor[slot.index, 512:812])
+        server.call_back(loan)
+        with pytest.raises(HolderLost, match="called back") as lost:
+            holder.fetch(near.spans(back, 0, 300), loan, 0, 300)
+        assert lost.value.loans == (loan,)
+        assert holder.take(near.spans(slot, 0, 512), 0, 512) is not None  # both are in step
+        with pytest.raises(HolderLost):
+            holder.fetch(near.spans(back, 0, 300), loan + 1, 400, 300)  # beyond its end
+
+
+def test_an_owner_has_time_to_take_away_what_is_called_back() -> None:
+    with make_cache(600) as cache, make_cache() as near:
+        server = make_server(cache, notice_s=60.0, pause_s=60.0)
+        theirs, ours = socket.socketpair()
+        server.serve(theirs)
+        holder = RemoteHolder("far", ours)
+        loan = holder.take(near.spans(fill(near, 1, 0, 512), 0, 512), 0, 512)
+        assert loan is not None
+        ask(holder, loan)
+        assert not holder.wanted
+        assert not server.give_way()
+        assert server.is_leaving
+        ask(holder, loan)  # it is there still
+        assert holder.wanted == (loan,)
+        assert holder.answer_s is None  # of two asks in two layers
+        for _ in range(8):
+            ask(holder, loan)
+        assert holder.answer_s is not None
+        holder.give_back(loan)
+        wait_until(lambda: not server.is_leaving)
+        assert server.give_way()  # what was called has left: there may be enough
+        assert not server.give_way()
+        holder.close()
+        server.close()
+
+
 def test_who_has_no_room_says_so_and_keeps_nothing() -> None:
     with make_cache(600) as cache, make_cache() as near:
         server = make_server(cache, limit_tokens=512, pause_s=0.2)
