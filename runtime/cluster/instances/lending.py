@@ -71,9 +71,12 @@ class Lending:
         segments = engine.scheduler.tiers.segments
         if segments is None:
             raise InvalidOperation("no request of this engine can have tokens elsewhere")
-        self._order = told
+        # One that was lost is not called again, though it may take calls, before an order without
+        # it shows that whoever gives orders knows.
+        lost, self._order = self._lost(), told
         for line in told.lines:
-            if line.num_tokens and line.creditor not in segments.loans.creditors:
+            is_known = line.creditor in segments.loans.creditors
+            if line.num_tokens and not is_known and line.creditor not in lost:
                 self._connect(line)
         named = {line.creditor for line in told.lines}
         for name in self._lenders.keys() - named:
@@ -94,11 +97,14 @@ class Lending:
 
     def report(self) -> LendingReport | None:
         """What this engine has with others now."""
+        return report_of(self._loop.engine, self._lost())
+
+    def _lost(self) -> tuple[str, ...]:
+        """Those that this engine may have tokens at, and did not reach, or lost."""
         segments = self._loop.engine.scheduler.tiers.segments
         known = () if segments is None else segments.loans.creditors
         lines = (line for line in self._order.lines if line.num_tokens)
-        lost = tuple(line.creditor for line in lines if line.creditor not in known)
-        return report_of(self._loop.engine, lost)
+        return tuple(line.creditor for line in lines if line.creditor not in known)
 
     def close(self) -> None:
         """Lend and borrow nothing more. No request may be under way. Closing twice is harmless."""

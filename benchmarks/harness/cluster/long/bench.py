@@ -121,7 +121,7 @@ class _Found:
         costs = {link: decode.link_cost(self.decodes, link) for link in self._options.links}
         return {
             "context": {str(count): asdict(one) for count, one in self.contexts.items()},
-            "decode": [{**cell.as_dict(), **asdict(one)} for cell, one in self.decodes.items()],
+            "decode": [{**asdict(cell), **asdict(one)} for cell, one in self.decodes.items()],
             "loan_costs": {
                 link: {**msgspec.structs.asdict(fit[0]), "error": fit[1]}
                 for link, fit in costs.items()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +32,8 @@ _WARM_STEPS = 4
 _SPARE_TOKENS = 1024  # of pools, beside what they are to hold
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell:
     """Where the first tokens of each request lie.
 
     Attributes:

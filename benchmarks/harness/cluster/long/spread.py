@@ -24,22 +24,22 @@ class SpreadDriver(Driver):
 
     def __init__(self, llm: LLM) -> None:
         super().__init__(llm)
-        self._loaded = llm.loaded
+        self._llm = llm
 
     def borrow(self, lender: RemoteHolder, num_tokens: int) -> None:
         """Have requests outgrow the pool into another engine's, by so many tokens at most."""
-        add_creditor(self._engine, lender, num_tokens)
+        add_creditor(self._llm.loop.engine, lender, num_tokens)
 
     def lends(self) -> SegmentServer:
         """What takes tokens of other engines in here; the caller closes it, before the engine."""
-        server = segment_server(self._loaded, self._engine)
+        server = segment_server(self._llm.loaded, self._llm.loop.engine)
         assert server is not None, "the paged baseline and hybrids lend nothing"
         return server
 
     def keep(self, num_tokens: int) -> None:
         """Have a request that may outgrow the pool keep so many tokens in it at most; what moves
         then is as much at once."""
-        segments = self._engine.scheduler.tiers.segments
+        segments = self._llm.loop.engine.scheduler.tiers.segments
         assert segments is not None, "requests of this model cannot outgrow the pool"
         segments.local_tokens = num_tokens
 
@@ -47,7 +47,7 @@ class SpreadDriver(Driver):
         """Of each request that runs."""
         return [
             Elsewhere(len(request.lent) + (request.segment is not None), request.slot_start)
-            for request in self._engine.scheduler.running
+            for request in self._llm.loop.engine.scheduler.running
         ]
 
 
