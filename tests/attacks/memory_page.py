@@ -94,7 +94,7 @@ def ask_long(cluster: Cluster) -> None:
     prompts = [{"prompt_token_ids": p} for p in zoo.random_prompts([4000, 200, 150, 90, 300])]
     params = [
         SamplingParams(
-            temperature=1, seed=number, max_tokens=3000 if number else 4900, ignore_eos=True
+            temperature=1, seed=number, max_tokens=1600 if number else 4900, ignore_eos=True
         )
         for number in range(len(prompts))
     ]
