@@ -52,6 +52,23 @@ INLINE void NAME(shrink)(const int rows, const int ranks, const int is_bf16, flo
         }
 }
 
+/* As `put`, of LANES numbers. */
+INLINE void NAME(put)(const struct vkv_lora *a, int64_t at, NAME(vec) sum) {
+    if (a->dtype == VKV_BFLOAT16 && !a->sets) {
+        NAME(vec) x;
+        LOAD(x, 1, a->out, at);
+        x += sum;
+        const NAME(words) bits = (NAME(words))x, is_nan = (NAME(words))(x != x);
+        const NAME(words) rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        const NAME(words) chosen = (is_nan & (bits >> 16 | 0x40)) | (~is_nan & rounded);
+        *(NAME(halves) *)((uint16_t *)a->out + at) = __builtin_convertvector(chosen, NAME(halves));
+    } else {
+        NAME(vec) *out = (NAME(vec) *)((float *)a->out + at);
+        if (!a->sets) sum += *out;
+        *out = sum;
+    }
+}
+
 INLINE void NAME(expand)(const int rows, const int is_bf16, const struct vkv_lora *a,
                          const void *up, int rank, const int32_t *at, float (*low)[MOST_RANK]) {
     const int64_t width = a->out_features, step = VECTORS * LANES;
@@ -64,10 +81,8 @@ INLINE void NAME(expand)(const int rows, const int is_bf16, const struct vkv_lor
             FOR(v, VECTORS) LOAD(weight[v], is_bf16, up, j * width + column + v * LANES);
             FOR(r, rows) FOR(v, VECTORS) acc[r][v] += weight[v] * low[r][j];
         }
-        float sums[ROWS][VECTORS * LANES];
-        FOR(r, rows) FOR(v, VECTORS) *(NAME(vec) *)(sums[r] + v * LANES) = acc[r][v];
-        for (int r = 0; r < rows; r++)
-            put(a, at[r] * a->out_stride + column, sums[r], VECTORS * LANES);
+        FOR(r, rows) FOR(v, VECTORS)
+            NAME(put)(a, at[r] * a->out_stride + column + v * LANES, acc[r][v]);
     }
     if (column == width) return;
     const int left = (int)(width - column);
