@@ -46,10 +46,6 @@ class Cell:
     segments: int = 0
     batch: int = 1
 
-    def as_dict(self) -> dict[str, Any]:
-        """For the record."""
-        return self._asdict()
-
     @property
     def name(self) -> str:
         """As it is shown."""
