@@ -347,10 +347,10 @@ def test_failures_cost_no_token_and_no_page(
                 raise OutOfPages("none for now")
             grow(cache, slot, num_tokens)
 
-        def flaky_open(cache: KVCache) -> Any:
+        def flaky_open(cache: KVCache, *args: Any) -> Any:
             if fails("slots"):
                 raise OutOfSlots("none for now")
-            return open_slot(cache)
+            return open_slot(cache, *args)
 
         monkeypatch.setattr(copier, "_copy", flaky_copy)
         monkeypatch.setattr(KVCache, "grow", flaky_grow)
