@@ -101,13 +101,15 @@ class CudaRecorder:
         stream = self._stream = self._stream or torch.cuda.Stream()
         launching = torch.cuda.current_stream()
         stream.wait_stream(launching)
-        with torch.cuda.stream(stream):
-            for number in range(_WARM_UPS):
-                with _Waits() if number == _WARM_UPS - 1 else nullcontext():
-                    run()
-            with self._still():
-                graph, out = self._capture(run)
-        launching.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for number in range(_WARM_UPS):
+                    with _Waits() if number == _WARM_UPS - 1 else nullcontext():
+                        run()
+                with self._still():
+                    graph, out = self._capture(run)
+        finally:  # what it works with may go, and be used again
+            launching.wait_stream(stream)
 
         def replay() -> torch.Tensor:
             graph.replay()
