@@ -97,6 +97,8 @@ class Departure(Move):
             return "it has finished"
         if request.slot is not self.slot or request.fetch is not None:
             return "it got a slot" if self.slot is None else "it gave its slot up to others"
+        if request.is_spread:
+            return "it outgrew the pool"
         return None
 
     def leave(self) -> bool:
