@@ -166,7 +166,7 @@ class Scheduler:
             if isinstance(missed[1], OutOfLoans):  # no memory of this engine would help
                 loser = _without_loans(self.running, missed[0])
                 if loser is missed[0]:
-                    held.add(loser)
+                    held.add(missed[0])
                 elif loser is not None:
                     granted.pop(loser, None)
                     self.preempt(loser)
