@@ -294,6 +294,8 @@ def table(found: Mapping[Cell, Decoded], saved: Checkpoints) -> Table:
             "Sent and received are queries and results of a step, of all layers and links; keys "
             "and values went there once. What moving them in every step would be is beside it: "
             "their bytes over those of the link, and the time at the rate at which they went.",
+            "Results are of each half that keys are summed by: a segment of 512 tokens, or of a "
+            "power of two times as many, has one, and others have more.",
             "Steps with all tokens at home are replayed from recordings; others are not.",
         ],
     )
