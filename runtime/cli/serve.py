@@ -123,6 +123,7 @@ _OTHERS = (
     "max_instances",
     "roles",
     "cluster_policy",
+    "lending",
     "ray_address",
     "max_num_queued_reqs",
     "max_num_queued_tokens",

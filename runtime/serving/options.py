@@ -40,6 +40,8 @@ class ServeOptions:
         roles: what each instance is for: prefill, decode or both, with commas.
         cluster_policy: round_robin, least_loaded, least_time, llumnix or disaggregated; by default
             llumnix, or where there are roles disaggregated.
+        lending: instances lend each other memory, so that more requests run at once; by default
+            for requests that are longer than one instance's memory alone.
         ray_address: of a Ray cluster to join, auto for the one that this machine is a node of; its
             nodes share the instances out. By default one is started, on this machine alone.
         max_num_queued_reqs: requests that may wait for a place beside those that run; more get 503.
@@ -77,6 +79,7 @@ class ServeOptions:
     max_instances: int | None = None
     roles: str | None = None
     cluster_policy: str | None = None
+    lending: bool | None = None
     ray_address: str | None = None
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int = 1 << 20

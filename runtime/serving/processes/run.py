@@ -178,6 +178,7 @@ class Supervisor:
             instances=options.instances,
             roles=None if roles is None else [role.strip() for role in roles.split(",")],
             policy=policy,
+            lending=options.lending,
             address=options.ray_address,
             **engine,
         )
