@@ -128,6 +128,7 @@ def test_experts_are_refused_by_name(tmp_path: Path) -> None:
         llm.load_adapter("one", folder)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("way", ["unmerged", "peft merged", "peft unmerged"])
 def test_tokens_are_those_of_the_adapted_model(way: str, tmp_path: Path) -> None:
     base, adapted = zoo.tiny_model("llama"), zoo.tiny_model("llama")
