@@ -96,6 +96,7 @@ class SegmentServer:
     ) -> None:
         self.cache = cache
         self.num_called_back = 0
+        self._called_at_s = 0.0
         self.slowest_call_back_s = 0.0
         self._exits = Exits(cache)
         self._limit_tokens = limit_tokens
@@ -104,7 +105,6 @@ class SegmentServer:
         self._notice_s = notice_s
         self._takes_from_s = 0.0
         self._called: int | None = None  # the loan that its owner has to take away
-        self._called_s = 0.0  # since when
         self._notice_until_s = 0.0
         self._partial = partial
         self._layers = tuple(layers)
@@ -134,6 +134,9 @@ class SegmentServer:
         """End a loan: once nobody attends to it. Without effect on one that has ended."""
         with self._attending:
             loan = self._loans.pop(number, None)
+            now_s = time.monotonic()
+            if loan is not None and number == self._called and now_s <= self._notice_until_s:
+                self._note_called_back(now_s)
             is_read = number in self._read  # then who reads it ends it
         if loan is not None and not is_read:
             self._unpin(loan)
@@ -143,27 +146,24 @@ class SegmentServer:
         has time to take it away still (`is_leaving`)."""
         loans, now_s, called = self.loans, time.monotonic(), self._called
         if called is not None and called not in loans:
-            self._note_called_back()  # it has just left
-            return True
+            self._called = None
+            return True  # it has just left
         if not loans:
             return False
         if now_s >= self._takes_from_s:  # else it is the same shortage
-            self._notice_until_s = now_s + self._notice_s
+            self._called_at_s, self._notice_until_s = now_s, now_s + self._notice_s
         self._takes_from_s = now_s + self._pause_s
-        if called is None:
-            called, self._called_s = max(loans), now_s
-            self._called = called
+        called = self._called = max(loans) if called is None else called
         if now_s < self._notice_until_s:
             return False
         self.call_back(called)
-        self._note_called_back()
+        self._note_called_back(time.monotonic())
+        self._called = None
         return True
 
-    def _note_called_back(self) -> None:
-        self._called = None
+    def _note_called_back(self, now_s: float) -> None:
         self.num_called_back += 1
-        took_s = time.monotonic() - self._called_s
-        self.slowest_call_back_s = max(self.slowest_call_back_s, took_s)
+        self.slowest_call_back_s = max(self.slowest_call_back_s, now_s - self._called_at_s)
 
     @property
     def is_leaving(self) -> bool:
@@ -312,7 +312,7 @@ class SegmentServer:
         wanted = self.cache.num_pages(offer.num_tokens) + self.cache.num_pages(self._spare_tokens)
         if wanted > self.cache.num_obtainable():
             raise OutOfPages(f"{wanted} pages are not to be had, those to spare included")
-        slot = self.cache.open(object())  # only the borrower knows whose tokens they are
+        slot = self.cache.open()
         try:
             self.cache.grow(slot, offer.num_tokens)
         except (Shortage, DriverError):
