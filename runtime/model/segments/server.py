@@ -312,7 +312,7 @@ class SegmentServer:
         wanted = self.cache.num_pages(offer.num_tokens) + self.cache.num_pages(self._spare_tokens)
         if wanted > self.cache.num_obtainable():
             raise OutOfPages(f"{wanted} pages are not to be had, those to spare included")
-        slot = self.cache.open()
+        slot = self.cache.open(object())  # only the borrower knows whose tokens they are
         try:
             self.cache.grow(slot, offer.num_tokens)
         except (Shortage, DriverError):
