@@ -184,7 +184,7 @@ class Supervisor:
         )
         cluster.on_started = self._hear_signals
         try:
-            await self._run_front(cluster, [cluster_router(cluster)])
+            await self._run_front(cluster, [cluster_router(cluster, options)])
         finally:
             self._socket.close()
             self._listener.close()

@@ -10,6 +10,8 @@ from ...engine.stats import EngineStats
 from ..cluster_engine import ClusterEngine
 from ..http.errors import ApiError
 from ..http.streams import json_response
+from ..options import ServeOptions
+from ..tenants import check_may_change
 from .fields import Strict
 from .shapes import others
 from .shapes.base import described
@@ -27,8 +29,9 @@ class Scale(Strict):
     instances: int = Field(ge=1, le=1024)
 
 
-def cluster_router(engine: ClusterEngine) -> APIRouter:
+def cluster_router(engine: ClusterEngine, options: ServeOptions) -> APIRouter:
     """The routes."""
+    stays = "its instances serve all of them: end one with SIGTERM, or give max_instances"
     routes = APIRouter(tags=["cluster"])
 
     @routes.get("/cluster", response_model=None, responses=described(others.ClusterState))
@@ -39,10 +42,11 @@ def cluster_router(engine: ClusterEngine) -> APIRouter:
     @routes.post(
         "/cluster/drain",
         response_model=None,
-        responses=described(others.ClusterState, 400, body=True),
+        responses=described(others.ClusterState, 400, 403, body=True),
     )
     async def drain(asked: Drain) -> Response:
         """Move everything away from an instance and end it; answered once that is done."""
+        check_may_change(options, stays)
         there = [member.id for member in engine.members]
         if asked.instance not in there:
             known = ", ".join(map(str, there))
@@ -53,10 +57,11 @@ def cluster_router(engine: ClusterEngine) -> APIRouter:
     @routes.post(
         "/cluster/scale",
         response_model=None,
-        responses=described(others.ClusterState, 400, body=True),
+        responses=described(others.ClusterState, 400, 403, body=True),
     )
     async def scale(asked: Scale) -> Response:
         """Start instances, or drain some; answered once that is done."""
+        check_may_change(options, stays)
         await engine.scale(asked.instances)
         return json_response(await _state(engine))
 

@@ -4,13 +4,16 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 import zoo
 from vkv import AsyncLLM
+from vkv.runtime.serving.http.errors import ApiError
 from vkv.runtime.serving.local import app_of
+from vkv.runtime.serving.options import ServeOptions
+from vkv.runtime.serving.protocols.cluster import Drain, Scale, cluster_router
 
 _PROMPT = "my gate code is four eight two one, and tell nobody of it " * 2
 
@@ -118,3 +121,15 @@ def test_what_all_would_feel_is_for_nobody(llm: AsyncLLM, keys: Path) -> None:
         assert await callers.num_found("first", "/v1/completions") == 0
 
     asyncio.run(visit())
+
+
+def test_instances_are_for_no_tenant_to_end(keys: Path) -> None:
+    options = ServeOptions(api_key_file=keys)
+    routes = cluster_router(cast(Any, None), options).routes
+    orders = {route.path: route.endpoint for route in routes if "POST" in route.methods}  # type: ignore[attr-defined]
+    for path, asked in (
+        ("/cluster/drain", Drain(instance=0)),
+        ("/cluster/scale", Scale(instances=1)),
+    ):
+        with pytest.raises(ApiError, match="several tenants"):
+            asyncio.run(orders[path](asked))
