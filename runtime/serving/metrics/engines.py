@@ -6,6 +6,7 @@ from typing import NamedTuple
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ...adapters.adapters import AdapterStats
+from ...chains.chains import ChainStats
 from ...engine.stats import Borrowed, EngineStats, Lent, SegmentStats, SwapStats
 from ...link.engine_link import EngineLink
 from ...link.face import Face
@@ -90,7 +91,7 @@ def of_engines(names: tuple[str, ...], engines: Sequence[Reported]) -> Iterator[
         *(_SEGMENTS if has_segments else ()),
         *(_SPECULATION if guesses else ()),
     )
-    for family in (*_FIGURES, *some, *_TENANTS, *_ADAPTERS):
+    for family in (*_FIGURES, *some, *_TENANTS, *_ADAPTERS, *_MODELS):
         made = family.kind(family.name, family.what, labels=(*names, *family.more))
         for engine in engines:
             for labels, value in family.values(engine.stats).items():
@@ -343,4 +344,24 @@ _ADAPTERS = (
     _of_adapters("bytes", "Of weights, in memory", lambda one: one.num_bytes * one.is_here),
     _of_adapters("in_memory", "1 while its weights are", lambda one: one.is_here),
     _of_adapters("requests", "That use it, unfinished", lambda one: one.num_requests),
+)
+
+
+def _of_models(
+    kind: type[Metric], name: str, what: str, value: Callable[[ChainStats], float]
+) -> _Family:
+    """What each model of a zoo, beside the engine's own, takes and does."""
+
+    def values(stats: EngineStats) -> _Values:
+        return {(one.name,): value(one) for one in stats.models}
+
+    return _Family(kind, f"vkv:model_{name}", what, ("model",), values)
+
+
+_MODELS = (
+    _of_models(GaugeMetricFamily, "own_bytes", "Of its own blocks, stored", lambda m: m.own_bytes),
+    _of_models(GaugeMetricFamily, "shared_bytes", "Of shared blocks", lambda m: m.shared_bytes),
+    _of_models(GaugeMetricFamily, "in_memory", "1 while all of it is", lambda m: m.is_here),
+    _of_models(GaugeMetricFamily, "requests", "Unfinished", lambda m: m.num_requests),
+    _of_models(CounterMetricFamily, "tokens", "Computed by it", lambda m: m.num_rows),
 )

@@ -5,6 +5,7 @@ from dataclasses import replace
 from vkv import LLM
 from vkv.allocator.transfer import MoveStats
 from vkv.runtime.adapters.adapters import AdapterStats
+from vkv.runtime.chains.chains import ChainStats
 from vkv.runtime.engine.stats import Borrowed, Lent, SegmentStats, SwapStats, together
 from vkv.runtime.serving.metrics.engines import LABELS, Reported, of_engines
 
@@ -117,4 +118,31 @@ def test_adapters_are_told_by_name() -> None:
         "vkv:adapter_bytes": 100,
         "vkv:adapter_in_memory": 1,
         "vkv:adapter_requests": 3,
+    }
+
+
+def test_models_of_a_zoo_are_told_by_name() -> None:
+    one = ChainStats(
+        name="tenant",
+        digest="1",
+        num_requests=2,
+        num_rows=30,
+        own_bytes=100,
+        shared_bytes=900,
+        is_here=True,
+    )
+    with LLM(device="cpu", max_seqs=1) as llm:
+        stats = replace(llm.stats(), models=(one,))
+    told = {
+        sample.name: sample.value
+        for metric in of_engines(LABELS, [Reported(("a model", "0"), stats)])
+        for sample in metric.samples
+        if sample.labels.get("model") == "tenant"
+    }
+    assert told == {
+        "vkv:model_own_bytes": 100,
+        "vkv:model_shared_bytes": 900,
+        "vkv:model_in_memory": 1,
+        "vkv:model_requests": 2,
+        "vkv:model_tokens_total": 30,
     }
