@@ -279,7 +279,7 @@ def test_other_architectures_guess_by_their_layers(name: str) -> None:
         (lambda: zoo.tiny_model("lfm2"), "llama", "some of whose layers have recurrent"),
         (7, "llama", "speculative is 7; use 'ngram'"),
     ],
-    ids=str,
+    ids=lambda value: "a model" if callable(value) else str(value),
 )
 def test_what_cannot_be_is_refused(speculative: Any, model: str, words: str) -> None:
     given = speculative() if callable(speculative) else speculative
