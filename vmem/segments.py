@@ -5,6 +5,7 @@ sparse, so places may be chosen as they suit. A memfd cannot be made shorter, or
 it would be ended by SIGBUS; holes may be punched into it by its owner.
 """
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -156,6 +157,8 @@ class Segments:
         try:
             seals = call("borrow", linux.fcntl, fd, linux.F_GET_SEALS, 0)
         except DriverError as error:
+            if getattr(error.__cause__, "errno", None) != errno.EINVAL:
+                raise
             raise InvalidOperation("a descriptor came that is no memory") from error
         if not seals & linux.F_SEAL_SHRINK or os.fstat(fd).st_size < num_bytes:
             raise InvalidOperation("a descriptor came whose memory is, or may become, too short")

@@ -511,6 +511,7 @@ class LoanMachine(MovableMachine):
             near.close(request)
         moved = far._admit(slot, tokens, request.variant)
         moved.written |= written
+        far._left[slot.owner] |= written  # its own, behind the tokens that moved
 
 
 class StandInMachine(KVCacheMachine):

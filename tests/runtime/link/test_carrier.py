@@ -30,7 +30,11 @@ def test_a_refused_call_ends_the_move_alone(tmp_path: Path, by_pages: bool) -> N
         by_pages=by_pages, num_held=0, spans=_refuse, record_fence=_refuse
     )
     outgoing: Any = SimpleNamespace(
-        key=TransferKey("a/0", 1), num_tokens=9, spans=_refuse, lend=_refuse
+        key=TransferKey("a/0", 1),
+        num_tokens=9,
+        spans=_refuse,
+        lend=_refuse,
+        record_fence=lambda: SimpleNamespace(wait=lambda: None),
     )
     address = carrier.offer(incoming)
     with pytest.raises(InvalidOperation, match="injected"):
