@@ -23,7 +23,7 @@ def test_a_record_of_every_kind(tmp_path: Path) -> None:
     )
     path, (times, memory) = run(options, tmp_path, "vkv bench cache")
     short, long = json.loads(path.read_text())["results"]["cells"]
-    assert list(long["runs"]) == ["virtual", "dynamic", "static"]
+    assert list(long["runs"]) == ["virtual", "virtual-vkv", "dynamic", "static"]
     for kind in long["runs"]:
         (answer,) = long["runs"][kind]
         assert len(answer["token_s"]) == 5

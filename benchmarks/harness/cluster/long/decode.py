@@ -25,7 +25,7 @@ from ...models.checkpoints import Checkpoints
 from ...record import Table
 from . import lender
 from .options import LongOptions
-from .spread import SpreadDriver, Stripe
+from .spread_driver import SpreadDriver, Stripe
 
 HOME, LENDERS, HOST, FILE = "at home", "lenders", "host memory", "mapped file"
 _WARM_STEPS = 4

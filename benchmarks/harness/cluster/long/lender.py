@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ....runtime.frontend.llm import LLM
-from .spread import SpreadDriver
+from .spread_driver import SpreadDriver
 
 LINKS = ("unix", "tcp")
 _LOOPBACK = "127.0.0.1"
