@@ -40,14 +40,16 @@ class CountedSlot:
         "num_pages",
         "num_pins",
         "num_tokens",
+        "owner",
         "ready_tokens",
         "runs",
         "tokens",
         "variant",
     )
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, owner: Hashable = "") -> None:
         self.index = index
+        self.owner = owner
         self.is_live = True  # its pages are not to be had: it is a request's, or pinned
         self.num_tokens = 0
         self.ready_tokens = 0
@@ -127,10 +129,10 @@ class CountingCache:
 
     # -- slots -------------------------------------------------------------------------------
 
-    def open(self) -> CountedSlot:
-        """A slot without pages."""
+    def open(self, owner: Hashable = "") -> CountedSlot:
+        """A slot without pages; nothing is in them to be cleared between owners."""
         self._num_opened += 1
-        slot = CountedSlot(self._num_opened)
+        slot = CountedSlot(self._num_opened, owner)
         self._live.add(slot)
         return slot
 
