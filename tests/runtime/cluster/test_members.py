@@ -12,11 +12,13 @@ from vkv import LLM, SamplingParams
 from vkv.allocator.transfer import MoveStats
 from vkv.runtime.cluster.decisions import Decisions
 from vkv.runtime.cluster.instances.instance_link import InstanceLink
+from vkv.runtime.cluster.lending import longest_of
 from vkv.runtime.cluster.members import Members, resident_name
 from vkv.runtime.cluster.policies import CLUSTER_POLICIES, Disaggregated
 from vkv.runtime.cluster.snapshot import InstanceSnapshot, Role
 from vkv.runtime.cluster.stats import Member
 from vkv.runtime.engine.admission import Admission
+from vkv.runtime.engine.memory.lending import LendingReport
 from vkv.runtime.engine.memory.memory_map import side_by_side
 from vkv.runtime.engine.migration.arbiter import Arbiter
 from vkv.runtime.engine.stats import SegmentStats, together
@@ -127,20 +129,29 @@ def _admission(longest: int) -> Admission:
     )
 
 
-def test_what_the_others_hold_together_and_what_does_not_move() -> None:
+def _member(id: int, longest: int) -> Member:
+    face = replace(_FACE, admission=_admission(longest))
+    return Member(id=id, role="both", pid=0, face=face)
+
+
+def test_what_several_hold_together() -> None:
+    members = [_member(id, longest) for id, longest in enumerate((2080, 2080, 4100))]
+    assert longest_of(members) == 4100  # nobody lends
+    for member, longest in zip(members, (2080, 2080, 4100), strict=True):
+        member.lending = LendingReport(
+            longest_alone=longest, max_local_tokens=1024, max_lent_tokens=longest // 512 * 512 - 512
+        )
+    assert longest_of([members[0], members[2]]) == 1024 + 3584  # half of its own, others' room
+    assert longest_of(members[:2]) == 1024 + 1536
+    assert longest_of(members[:1]) == 2080
+    assert longest_of([]) == 0
+
+
+def test_what_is_not_all_in_its_instance_does_not_move() -> None:
     arbiter = Arbiter()
     members = Members(arbiter)
-    for id, longest in enumerate((2080, 2080, 4100)):
-        link: Any = _NoLink()
-        members.add(Member(id=id, role="both", pid=0), link)
-        members.meet(id, replace(_FACE, admission=_admission(longest)))
-    assert members.longest_without(2) == 2080  # nobody lends
-    for id in range(3):
-        members.note_longest(id, 9000)
-    assert members.longest_without(1) == 1024 + 3584  # half of its own, and a part less of others'
-    assert members.longest_without(2) == 1024 + 1536
-    members.of(0).is_draining = True
-    assert members.longest_without(2) == 2080
+    members.add(Member(id=1, role="both", pid=0), cast(Any, _NoLink()))
+    members.meet(1, _FACE)
     specs = _specs(2)
     for spec in specs:
         arbiter.add(spec, "1")
