@@ -348,7 +348,10 @@ _ADAPTERS = (
 
 
 def _of_models(
-    kind: type[Metric], name: str, what: str, value: Callable[[ChainStats], float]
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    what: str,
+    value: Callable[[ChainStats], float],
 ) -> _Family:
     """What each model of a zoo, beside the engine's own, takes and does."""
 
