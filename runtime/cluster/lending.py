@@ -20,7 +20,8 @@ from .policies import Ledger, Settlement
 from .snapshot import ClusterSnapshot
 from .stats import LoanStats, Member, holder_name, instance_of
 
-_SHUN_S = 60.0  # for which nobody borrows from one that was slow, or could not be reached
+_SHUN_S = 60.0  # for which nobody borrows from one that was slow
+_MISS_S = 5.0  # and from one that was lost, or could not be reached: who is dead is known by then
 
 Pair = tuple[int, int]
 """A debtor and a creditor."""
@@ -103,7 +104,7 @@ class LendingDesk:
                 if creditor is not None:
                     pairs = ((one, creditor) for one in lenders if one != creditor)
                     self._shunned |= {
-                        pair: now_s + _SHUN_S for pair in pairs if pair not in self._shunned
+                        pair: now_s + _MISS_S for pair in pairs if pair not in self._shunned
                     }
 
     def _order(self, debtor: Member, lenders: dict[int, Member], found: Settlement) -> LendingOrder:
