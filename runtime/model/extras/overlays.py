@@ -1,15 +1,16 @@
 """A `forward` of one module's own, over the one that it had: put on, and taken off in any order."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
 
-class Overlay:
+class Overlay(ABC):
     """Stands for a module's `forward`, from when it is made until `take_off`.
 
-    Subclasses are callable as the module is. Several may lie over one another.
+    Several may lie over one another.
 
     Attributes:
         inner: what lies beneath it.
@@ -21,8 +22,9 @@ class Overlay:
         self._before: Any = vars(module).get("forward")  # None where it is the class's
         module.forward = self  # type: ignore[method-assign, assignment]
 
+    @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+        """The module's `forward` from now on."""
 
     def take_off(self) -> None:
         """Leave the module as if this had not been; without effect if it is not there."""
