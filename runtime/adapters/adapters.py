@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ...allocator import MemoryLimit
-from ...vmem.errors import BadAdapter, OutOfPages, UnknownAdapter, UsageError, VkvError
+from ...vmem.errors import BadAdapter, UnknownAdapter, UsageError, VkvError
+from ..model.extras.kept_weights import bring_each
 from ..request.spec import AdapterKey
 from .lora_file import Digests, LoraFile
 from .memory import AdapterMemory
@@ -196,14 +197,8 @@ class Adapters:
         Adapters that come first get memory first. All stay until the next call.
         """
         wanted = dict.fromkeys(keys)
-        lacking: dict[AdapterKey, VkvError] = {}
         self._memory.pin(wanted)
-        for key in wanted:
-            try:
-                self._bring(key)
-            except (UsageError, OutOfPages) as error:
-                lacking[key] = error
-        return lacking
+        return bring_each(wanted, self._bring)
 
     def _bring(self, key: AdapterKey) -> None:
         adapter = self._known.get(key)

@@ -11,9 +11,9 @@ from torch import nn
 
 from ...allocator import MemoryLimit
 from ...quant.names import ModelNames
-from ...vmem.errors import InvalidConfig, OutOfPages, UnknownModel, UsageError, VkvError
+from ...vmem.errors import InvalidConfig, UnknownModel, VkvError
 from ..blocks.chain import Block, Chain
-from ..model.extras.kept_weights import KeptWeights
+from ..model.extras.kept_weights import KeptWeights, bring_each
 from ..model.loading import LoadedModel
 from ..request.spec import ChainKey
 from .copies import BlockCopy, Layout, copy_block
@@ -198,17 +198,11 @@ class Chains:
         Models that come first get memory first. All stay until the next call.
         """
         wanted = list(dict.fromkeys(keys))
-        lacking: dict[ChainKey, VkvError] = {}
         pinned: set[_Place] = set()
         for key in wanted:
             pinned |= self._relatives[key].own.keys() if key in self._relatives else set()
         self._memory.pin(pinned)
-        for key in wanted:
-            try:
-                self._bring(key)
-            except (UsageError, OutOfPages) as error:
-                lacking[key] = error
-        return lacking
+        return bring_each(wanted, self._bring)
 
     def _bring(self, key: ChainKey) -> None:
         relative = self._relatives.get(key)

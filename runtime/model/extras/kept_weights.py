@@ -1,13 +1,13 @@
 """Weights in memory beside the model's: counted under a limit, and given back where it is short."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 import torch
 
 from ....allocator import MemoryLimit
-from ....vmem.errors import OutOfPages
+from ....vmem.errors import OutOfPages, UsageError, VkvError
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -125,3 +125,17 @@ class KeptWeights(Generic[K, V]):
             for key in list(self._here):
                 if num_bytes > 0 and key not in self._pinned:
                     num_bytes -= self.put_away(key)
+
+
+def bring_each(keys: Iterable[K], bring: Callable[[K], None]) -> dict[K, VkvError]:
+    """Bring each, the first ones first; returns those that cannot be here, each with why.
+
+    OutOfPages for those that lack memory now, a `UsageError` for those that never will be here.
+    """
+    lacking: dict[K, VkvError] = {}
+    for key in keys:
+        try:
+            bring(key)
+        except (UsageError, OutOfPages) as error:
+            lacking[key] = error
+    return lacking
