@@ -64,7 +64,7 @@ class Driver:
         model: str | None = None,
     ) -> None:
         """Queue a request that runs greedily to its full length, by a model of the engine's."""
-        voice = None if model is None else self._engine.voices[model]
+        voice = None if model is None else self._engine.extras.voices[model]
         params = SamplingParams(temperature=0, max_tokens=num_output_tokens, ignore_eos=True)
         spec = RequestSpec(
             request_id=request_id,

@@ -48,7 +48,9 @@ from .config import EngineConfig
 from .devices import DeviceProfile, device_profile, resolve_device
 from .engine import Engine
 from .loop import EngineLoop
+from .memory.closing import Closing
 from .memory.drafters import RunnerMakers, build_speculation, load_draft, max_rows
+from .memory.extra_weights import ExtraWeights
 from .memory.memory_profile import step_bytes
 from .memory.segments import add_segments, longest_alone
 from .memory.tiers import build_tiers
@@ -98,17 +100,17 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     # Which may refuse, before memory is taken.
     why_not_recorded(loaded, config, backend)
     _check_repeatable(loaded, config, backend)
-    cache, driver = _build_cache(loaded, config, backend, profile)
-    engine: Engine | None = None
-    adapters: Adapters | None = None
-    chains: Chains | None = None
-    speculation: Speculation | None = None
     fingerprint = ModelFingerprint(
         loaded.model, loaded.files, (loaded.dtype, config.lm_head_bits, config.repeatable)
     )
+    closing = Closing()
     try:
+        cache, driver = _open_cache(loaded, config, backend, profile, closing)
         adapters = _build_adapters(loaded, config, cache, profile)
+        closing.add(adapters.close)
         chains = _build_chains(loaded, config, cache)
+        if chains is not None:
+            closing.add(chains.close)
         runner = _build_runner(loaded, config, backend, cache, driver, profile, adapters, chains)
         speculation = build_speculation(
             loaded,
@@ -118,7 +120,10 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             _runner_makers(loaded, config, backend, cache, driver, profile),
             config.max_batch_tokens or profile.max_batch_tokens,
         )
+        if speculation is not None:
+            closing.add(speculation.drafter.close)
         tiers = build_tiers(loaded, config, cache, runner, fingerprint)
+        closing.add(functools.partial(_let_go, runner, tiers))
         why_not_longer = add_segments(
             loaded, backend, cache, runner, tiers, shares_attention=profile.shares_attention
         )
@@ -131,8 +136,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             grammars=_build_grammars(loaded),
             watch=ModelWatch(loaded),
             fingerprint=fingerprint,
-            adapters=adapters,
-            chains=chains,
+            extras=ExtraWeights(adapters, chains),
             overlap=_overlaps(loaded, config, profile),
             step_bytes=step_bytes(
                 loaded,
@@ -140,13 +144,10 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
                 max_seqs=max_rows(config),
             ),
         )
-        for index in range(len(loaded.geometry)):
-            backend.check_cache(*cache.layer(index))
+        return EngineLoop(engine, closing.close, shortage_wait_s=config.shortage_wait_s)
     except BaseException:
-        _closer(engine, cache, driver, adapters, chains, speculation)()
+        closing.close()
         raise
-    close = _closer(engine, cache, driver, adapters, chains, speculation)
-    return EngineLoop(engine, close, shortage_wait_s=config.shortage_wait_s)
 
 
 def _build_backend(loaded: LoadedModel, config: EngineConfig) -> AttentionBackend:
@@ -156,33 +157,12 @@ def _build_backend(loaded: LoadedModel, config: EngineConfig) -> AttentionBacken
     return create_backend(config.attention, needs)
 
 
-def _closer(
-    engine: Engine | None,
-    cache: SlotCache,
-    driver: VmemDriver | None,
-    adapters: Adapters | None,
-    chains: Chains | None,
-    speculation: Speculation | None,
-) -> Callable[[], None]:
-    """Gives back all memory and address space; the paged baseline has no driver."""
-
-    def close() -> None:
-        if engine is not None:
-            if engine.runner.recordings is not None:
-                engine.runner.recordings.forget()
-            engine.runner.forget()
-            engine.scheduler.tiers.close()
-        if speculation is not None:
-            speculation.drafter.close()
-        if adapters is not None:
-            adapters.close()
-        if chains is not None:
-            chains.close()
-        cache.shutdown()
-        if driver is not None:
-            driver.close()
-
-    return close
+def _let_go(runner: ModelRunner, tiers: Tiers) -> None:
+    """What they have of the cache, before that closes."""
+    if runner.recordings is not None:
+        runner.recordings.forget()
+    runner.forget()
+    tiers.close()
 
 
 def why_not_recorded(
@@ -288,16 +268,14 @@ def _build_alone(
 ) -> tuple[ModelRunner, Callable[[], None]]:
     """A runner of another model with a cache of its own, and what closes that."""
     backend = choose_backend(loaded.needs(paged=False))
-    cache, driver = _build_cache(loaded, config, backend, profile)
-    close = _closer(None, cache, driver, None, None, None)
+    closing = Closing()
     try:
+        cache, driver = _open_cache(loaded, config, backend, profile, closing)
         runner = _build_runner(loaded, config, backend, cache, driver, profile)
-        for index in range(len(loaded.geometry)):
-            backend.check_cache(*cache.layer(index))
+        return runner, closing.close
     except BaseException:
-        close()
+        closing.close()
         raise
-    return runner, close
 
 
 def _build_adapters(
@@ -413,6 +391,25 @@ def _overlaps(loaded: LoadedModel, config: EngineConfig, profile: DeviceProfile)
 
 
 # -- the cache -------------------------------------------------------------------------------
+
+
+def _open_cache(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    backend: AttentionBackend,
+    profile: DeviceProfile,
+    closing: Closing,
+) -> tuple[SlotCache, VmemDriver | None]:
+    """A cache that `backend` takes, and its driver, which the paged baseline has not; `closing`
+    gives back their memory and address space.
+    """
+    cache, driver = _build_cache(loaded, config, backend, profile)
+    if driver is not None:
+        closing.add(driver.close)
+    closing.add(cache.shutdown)
+    for index in range(len(loaded.geometry)):
+        backend.check_cache(*cache.layer(index))
+    return cache, driver
 
 
 def _build_cache(

@@ -2,13 +2,12 @@
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from torch import Tensor
 
 from ...allocator import KVStats, Slot, SlotCache
 from ...vmem.errors import (
-    InvalidConfig,
     InvalidOperation,
     RequestTooLong,
     Shortage,
@@ -16,9 +15,6 @@ from ...vmem.errors import (
     VkvError,
 )
 from ...vmem.native_function import workspace_bytes
-from ..adapters.adapters import Adapters
-from ..chains.chains import Chains
-from ..chains.voices import Voice
 from ..execution.grammars import Grammars, check_grammars
 from ..execution.launched_step import LaunchedStep
 from ..execution.model_runner import ModelRunner
@@ -37,7 +33,7 @@ from ..request.token_grammar import TokenGrammar
 from ..scheduling.scheduler import Scheduler
 from .admission import Admission
 from .endings import End, end_of, told_end, told_token, typed
-from .memory.extra_weights import chain_stats, check_chain, provided
+from .memory.extra_weights import ExtraWeights
 from .memory.segments import take_back
 from .stats import EngineStats, SegmentStats, SwapStats
 
@@ -61,8 +57,7 @@ class Engine:
         grammars: what `structured_outputs` are compiled by; None for a model without a tokenizer.
         watch: notices that somebody changed the model; None to look for nothing.
         fingerprint: what files of keys and values know the model by; None to have none.
-        adapters: that requests may name; None for a model alone.
-        chains: models that run beside this one, and that requests may name; None for none.
+        extras: adapters and other models that requests may name; None for a model alone.
         overlap: prepare a step while the device computes the one before. Not for hybrids.
         step_bytes: the most that tensors of a step take; for `stats`.
 
@@ -82,8 +77,7 @@ class Engine:
         grammars: Grammars | None = None,
         watch: ModelWatch | None = None,
         fingerprint: ModelFingerprint | None = None,
-        adapters: Adapters | None = None,
-        chains: Chains | None = None,
+        extras: ExtraWeights | None = None,
         overlap: bool = False,
         step_bytes: int = 0,
     ) -> None:
@@ -94,8 +88,7 @@ class Engine:
         self.grammars = grammars
         self.watch = watch
         self.fingerprint = fingerprint
-        self.adapters = adapters
-        self.chains = chains
+        self.extras = extras or ExtraWeights()
         self.overlap = overlap
         self._step_bytes = step_bytes
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -144,28 +137,13 @@ class Engine:
 
     def _check(self, spec: RequestSpec, *, goes_on: bool = False) -> int:
         """Refuse what could never run; returns the most tokens that it may generate."""
-        if spec.adapter is not None:
-            self.check_adapters().check(spec.adapter, goes_on=goes_on)
-        if spec.chain is not None:
-            check_chain(self.chains, spec)
+        self.extras.check(spec, goes_on=goes_on)
         return self.admission.check(spec.prompt_token_ids, spec.params, was_let_in=goes_on)
 
     def _ends(self, chain: ChainKey | None) -> Collection[int]:
         """Tokens that end a text of a model."""
-        if chain is None or self.chains is None:
-            return self._eos_token_ids
-        return self.chains.eos_token_ids(chain)
-
-    @property
-    def voices(self) -> Mapping[str, Voice | None]:
-        """Of the models that run beside this one, by name, and None under its own."""
-        return {} if self.chains is None else self.chains.voices
-
-    def check_adapters(self) -> Adapters:
-        """The engine's adapters. Raises InvalidConfig if it takes none."""
-        if self.adapters is None:
-            raise InvalidConfig("this engine runs a model alone; use one made by vkv.LLM")
-        return self.adapters
+        own = self._eos_token_ids
+        return own if chain is None else self.extras.eos_token_ids(chain, own)
 
     def _make(self, spec: RequestSpec, index: int, max_tokens: int) -> Request:
         return Request(
@@ -309,10 +287,8 @@ class Engine:
         num_bytes = self.scheduler.tiers.trim() + self.cache.trim()
         if self.scheduler.speculation is not None:
             num_bytes += self.scheduler.speculation.drafter.trim()
-        if self.adapters is not None and not self.has_work:
-            num_bytes += self.adapters.forget()
-        if self.chains is not None and not self.has_work:
-            num_bytes += self.chains.forget()
+        if not self.has_work:
+            num_bytes += self.extras.forget()
         return num_bytes
 
     def weights_changed(self) -> None:
@@ -337,10 +313,7 @@ class Engine:
             self.runner.model_changed(layers, recordable=recordable)
             if self.scheduler.speculation is not None:
                 self.scheduler.speculation.drafter.model_changed(layers, recordable=recordable)
-        if self.adapters is not None:
-            self.adapters.model_changed()
-        if self.chains is not None:
-            self.chains.model_changed()
+        self.extras.model_changed()
 
     def notice_changes(self, *, thoroughly: bool = True) -> None:
         """Look whether somebody changed the model: thoroughly where a prompt is computed next."""
@@ -389,7 +362,7 @@ class Engine:
         """The batch, without requests whose weights cannot be in memory now: they stand aside for a
         step, or end if they never will be.
         """
-        batch, lacking = provided(batch, self.adapters, self.chains)
+        batch, lacking = self.extras.provide(batch)
         if not lacking:
             return batch
         for request, error in lacking:
@@ -446,10 +419,7 @@ class Engine:
             self._under_way = None  # it computes what follows the ends of requests, for nobody
             if self.scheduler.speculation is not None:
                 self.scheduler.speculation.drafter.let_go()
-            if self.adapters is not None:
-                self.adapters.provide(())  # others may have the memory of those that are here
-            if self.chains is not None:
-                self.chains.provide(())
+            self.extras.rest()
 
     # -- after the model ---------------------------------------------------------------------
 
@@ -496,16 +466,14 @@ class Engine:
 
     def _remember(self, request: Request) -> None:
         self._requests.setdefault(request.key[0], []).append(request)
-        if request.adapter is not None and self.adapters is not None:
-            self.adapters.hold(request.adapter)
+        self.extras.hold(request)
 
     def _forget(self, request: Request) -> None:
         siblings = self._requests[request.key[0]]
         siblings.remove(request)
         if not siblings:
             del self._requests[request.key[0]]
-        if request.adapter is not None and self.adapters is not None:
-            self.adapters.let_go(request.adapter)
+        self.extras.let_go(request)
         self._drop_step_if_idle()
 
     # -- what it holds -----------------------------------------------------------------------
@@ -521,7 +489,7 @@ class Engine:
         recordings, tiers = self.runner.recordings, self.scheduler.tiers
         swapping = tiers.swapping
         speculation = self.scheduler.speculation
-        models, blocks = chain_stats(self.chains, self._requests)
+        models, blocks = self.extras.chain_stats(self._requests)
         return EngineStats(
             kv=self.cache.stats() if kv is None else kv,
             state_bytes=self.runner.state_bytes,
@@ -544,7 +512,7 @@ class Engine:
             swap=SwapStats.of(swapping) if swapping is not None else None,
             segments=self._segment_stats(),
             tenants=self.scheduler.accounts.stats(),
-            adapters=self.adapters.stats() if self.adapters is not None else (),
+            adapters=self.extras.adapter_stats(),
             models=models,
             blocks=blocks,
         )

@@ -186,12 +186,12 @@ class EngineLoop:
     def load_adapter(self, name: str, path: str) -> None:
         """As `Adapters.load`. Raises InvalidOperation while asleep."""
         self._sleep.check_awake()
-        self.engine.check_adapters().load(name, path)
+        self.engine.extras.adapters.load(name, path)
         self._publish()
 
     def unload_adapter(self, name: str) -> None:
         """As `Adapters.unload`."""
-        self.engine.check_adapters().unload(name)
+        self.engine.extras.adapters.unload(name)
         self._publish()
 
     def weights_changed(self) -> None:

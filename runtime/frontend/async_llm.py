@@ -81,8 +81,8 @@ class AsyncLLM:
             loaded,
             engine.admission,
             engine.grammars,
-            lambda: engine.check_adapters().names,
-            engine.voices,
+            lambda: engine.extras.adapters.names,
+            engine.extras.voices,
         )
         # The thread knows the driver, not this object, which can so be dropped without `close`.
         self._thread = EngineThread(loop, idle_trim_s=self.config.idle_trim_s)

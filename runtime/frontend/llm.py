@@ -88,8 +88,8 @@ class LLM:
             self.loaded,
             engine.admission,
             engine.grammars,
-            lambda: engine.check_adapters().names,
-            engine.voices,
+            lambda: engine.extras.adapters.names,
+            engine.extras.voices,
         )
         self._sessions = Sessions(
             self.loaded,

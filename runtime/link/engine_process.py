@@ -316,7 +316,7 @@ class EngineServer:
         self._loop.post(message)
 
     def _read_adapter(self, name: str, path: str) -> None:
-        self._loop.engine.check_adapters().prepare(path)
+        self._loop.engine.extras.adapters.prepare(path)
 
     def _do(self, front: _Front, ask: Ask) -> None:
         if front not in self._all_fronts:  # it has gone meanwhile

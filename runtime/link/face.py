@@ -59,7 +59,7 @@ class Face:
             page_bytes=kv.page_bytes,
             token_bytes=engine.cache.geometry.token_format.token_bytes,
             capacity_tokens=kv.pages_limit // growth_pages * kv.growth_tokens,
-            voices=engine.voices,
+            voices=engine.extras.voices,
         )
 
     def pack(self) -> bytes:

@@ -162,7 +162,7 @@ class _Crowd:
         draw = self._random
         tenant = draw.choice(self._tenants)
         stem = draw.choice([*self._planted, self._secrets[tenant]])
-        names = self._llm.engine.check_adapters().names
+        names = self._llm.engine.extras.adapters.names
         spec = RequestSpec(
             request_id=f"{self._round}-{len(self.asked) + len(self.ended)}",
             prompt_token_ids=stem[: draw.randint(4, len(stem))],

@@ -19,6 +19,7 @@ from .workloads import WorkItem
 
 _HEAD_START_S = 0.2  # for what the workers are told to reach all of them
 _END_S = 60.0
+_WAIT_POLICY = "OMP_WAIT_POLICY"  # of OpenMP's threads; read when a process starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +62,22 @@ class Workers:
     """
 
     def __init__(self, orders: Sequence[Order]) -> None:
-        context = multiprocessing.get_context("spawn")
         self._ends: list[Connection] = []
         self._processes: list[Any] = []
-        for order in orders:
-            mine, its = context.Pipe()
-            process = context.Process(target=_work, args=(its, order), daemon=True)
-            process.start()
-            its.close()
-            self._ends.append(mine)
-            self._processes.append(process)
+        with _waiting_passively():
+            for order in orders:
+                self._start(order)
         for end in self._ends:
             end.recv()  # it is ready; EOFError if it died
+
+    def _start(self, order: Order) -> None:
+        context = multiprocessing.get_context("spawn")
+        mine, its = context.Pipe()
+        process = context.Process(target=_work, args=(its, order), daemon=True)
+        process.start()
+        its.close()
+        self._ends.append(mine)
+        self._processes.append(process)
 
     def run(self, loads: Sequence[Load]) -> list[Answer]:
         """Have each worker run its load; all start at the same time."""
@@ -87,6 +92,22 @@ class Workers:
             end.close()
         for process in self._processes:
             process.join(_END_S)
+
+
+@contextmanager
+def _waiting_passively() -> Iterator[None]:
+    """Processes that start meanwhile share the cores: a thread of theirs that waits for another
+    must not keep one busy.
+    """
+    before = os.environ.get(_WAIT_POLICY)
+    os.environ[_WAIT_POLICY] = "passive"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_WAIT_POLICY]
+        else:
+            os.environ[_WAIT_POLICY] = before
 
 
 @contextmanager

@@ -209,7 +209,7 @@ class LoopDriver:
 
     def load_adapter(self, name: str, path: str) -> None:
         """As `EngineLoop.load_adapter`. The folder is read here, while others turn the loop."""
-        self._loop.engine.check_adapters().prepare(path)
+        self._loop.engine.extras.adapters.prepare(path)
         with self._exclusive():
             self.check_open()
             self._loop.load_adapter(name, path)

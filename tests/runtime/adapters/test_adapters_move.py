@@ -35,7 +35,7 @@ def _load(rig: migrating.Rig, folders: dict[str, Path]) -> dict[str, AdapterKey]
     for loop in rig.loops.values():
         for name, folder in folders.items():
             loop.load_adapter(name, str(folder))
-    adapters = next(iter(rig.loops.values())).engine.adapters
+    adapters = next(iter(rig.loops.values())).engine.extras.adapters
     assert adapters is not None
     return dict(adapters.names)
 
@@ -138,7 +138,7 @@ def test_sixteen_of_many_ranks_while_all_else_goes_on(llama_folder: Path, tmp_pa
     options: dict[str, Any] = {"kv_memory": "1MiB", "swap_memory": "8MiB", "max_parked": 2}
     draw = random.Random(1)
     with migrating.rig(llama_folder, 2, adapters=folders, **options) as rig:
-        adapters = rig.loops["a"].engine.adapters
+        adapters = rig.loops["a"].engine.extras.adapters
         assert adapters is not None
         prompts = zoo.random_prompts([30 + number for number in range(20)])
         specs = [

@@ -54,7 +54,7 @@ def test_equal_prompts_at_once(tenants: BlockZoo, alone: chains.Alone) -> None:
 def test_salts_and_names_that_look_like_another(tenants: BlockZoo, alone: chains.Alone) -> None:
     with _llm(tenants) as llm:
         _ask(llm, "early", alone)
-        (key,) = [voice.key for voice in llm.engine.voices.values() if _is(voice, "early")]
+        (key,) = [voice.key for voice in llm.engine.extras.voices.values() if _is(voice, "early")]
         spec = RequestSpec(request_id="", prompt_token_ids=[1], params=SamplingParams(), chain=key)
         for salt in (spec.kv_variant, key.kv, key.digest, "early"):
             salted = {"prompt_token_ids": _PROMPT, "cache_salt": salt}
@@ -110,7 +110,7 @@ def test_files_and_swapped_memory_are_for_one_kind(
 
 def _specs(rig: migrating.Rig, count: int = 12) -> list[RequestSpec]:
     prompts = zoo.random_prompts([33, 20, 47, 9] * 3)
-    voices = list(next(iter(rig.loops.values())).engine.voices.values())
+    voices = list(next(iter(rig.loops.values())).engine.extras.voices.values())
     return [
         RequestSpec(
             request_id=str(i),

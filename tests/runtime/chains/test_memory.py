@@ -213,7 +213,7 @@ def test_each_model_ends_and_samples_as_it_says(family: dict[str, Path], tmp_pat
         (folders[name] / "generation_config.json").write_text(json.dumps(more))
     tenants = chains.make_zoo(tmp_path, folders)
     with _llm(tenants) as llm:
-        early = llm.engine.voices["early"]
+        early = llm.engine.extras.voices["early"]
         assert early is not None
         assert early.eos_token_ids == {5}
         outs = llm.generate([[1, 2, 3]] * 2, model=["early", chains.BASE])
