@@ -62,9 +62,7 @@ class Segments:
             part_tokens=part_tokens,
             local_tokens=local_tokens,
             may_outgrow=self._may_outgrow,
-            move=lambda request, slot, count: self._move(
-                request, slot, count, is_long=self._may_outgrow(request)
-            ),
+            move=self._move,
             clock=clock,
         )
         self._cache = cache

@@ -19,7 +19,7 @@ from ....vmem.errors import DriverError, Shortage
 from ...request.request import Mending, Request
 from .loans import Loans
 
-_PATIENCE_S = 2.0  # of one that has gaps, with those who place loans: they hear of a loss in less
+_PATIENCE_S = 5.0  # of one that has gaps, with who places loans, and hears of a loss in less
 
 
 class Gaps:
@@ -120,27 +120,25 @@ class Gaps:
     def _close_first(self, request: Request, mending: Mending) -> None:
         slot, behind = request.slot, mending.behind[0]
         assert slot is not None
-        num_here, spare = request.num_computed - request.slot_start, slot
-        if num_here and behind.slot is not None and self._join(request, slot, num_here, behind):
-            spare = behind.slot
-        else:
-            if num_here:
-                self._move(request, slot, num_here)
-            request.slot = slot if behind.slot is None else behind.slot
+        num_here = request.num_computed - request.slot_start
+        is_joined = num_here > 0 and self._join(request, slot, num_here, behind)
+        if num_here and not is_joined:
+            self._move(request, slot, num_here)
         request.lent += behind.lent
         request.num_computed = behind.stop
         del mending.behind[0]
-        if behind.slot is not None:
-            self._exits.let_go(spare)
+        if is_joined and behind.slot is not None:
+            self._exits.let_go(behind.slot)
+        elif behind.slot is not None:
+            request.slot = behind.slot
+            self._exits.let_go(slot)
         with suppress(Shortage, DriverError):  # then it asks again when it needs it
             if behind.slot is None:
                 self._cache.truncate(slot, 0)
-            if mending.behind:
-                left = mending.behind[0].start - request.slot_start
-                self._cache.reserve(request.slot, min(left, mending.room_tokens))
-            elif self._may_outgrow(request):
-                left = request.num_tokens - request.slot_start
-                self._cache.reserve(request.slot, min(left, self._local_tokens))
+            most = mending.room_tokens if mending.behind else self._local_tokens
+            if request.slot is not None and (mending.behind or self._may_outgrow(request)):
+                left = request.num_computed + request.num_uncomputed - request.slot_start
+                self._cache.reserve(request.slot, min(left, most))
 
     def _join(self, request: Request, slot: Slot, num_here: int, behind: Remainder) -> bool:
         """Have the slot behind a gap in that of the gap's tokens. False if there is no room."""

@@ -106,12 +106,6 @@ _TOTALS: tuple[_Total, ...] = (  # name, help, label, and values by that label
         "why",
         lambda now: {"called back": now.done.num_called_back, "lost": now.done.num_lost},
     ),
-    (
-        "recomputed_loan_tokens",
-        "Of such loans alone, or of all of their requests",
-        "what",
-        lambda now: {"loan": now.done.mended_tokens, "request": now.done.redone_tokens},
-    ),
     ("copied_bytes", "By migrations", "", lambda now: {"": now.num_bytes_copied}),
     ("moved_pages", "Handed over in migrations", "", lambda now: {"": now.num_pages_moved}),
     ("prompt_tokens", "Computed of prompts", "", lambda now: {"": now.done.num_prompt_tokens}),

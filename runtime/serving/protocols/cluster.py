@@ -81,8 +81,6 @@ async def _state(engine: ClusterEngine) -> dict[str, Any]:
         "num_drained": stats.done.num_drained,
         "num_loans_called_back": stats.done.num_called_back,
         "num_loans_lost": stats.done.num_lost,
-        "mended_tokens": stats.done.mended_tokens,
-        "redone_tokens": stats.done.redone_tokens,
         "instances": [
             {
                 "id": member.id,
