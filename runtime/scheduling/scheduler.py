@@ -428,7 +428,7 @@ def _without_loans(running: Sequence[Request], request: Request) -> Request | No
     if request.mending is not None:  # others need not give way: all of it may be computed again
         return request
     later = running[running.index(request) + 1 :]
-    return next((other for other in reversed(later) if other.lent), request)
+    return next((other for other in reversed(later) if other.all_lent), request)
 
 
 def _lend_out(

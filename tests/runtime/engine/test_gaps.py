@@ -39,8 +39,8 @@ def engines(llama: PreTrainedModel) -> Iterator[Lent]:
 def lent(engines: Lent) -> Iterator[Lent]:
     """Engines that all lend, and have nothing of before."""
     for name in _ALL:
-        if name not in engines.loans.creditors:
-            engines.meet(name)
+        engines.servers[name].close()  # whether or not it was noticed
+        engines.meet(name)
     for engine in engines.engines:
         engine.trim()
     yield engines
@@ -169,12 +169,11 @@ def test_kinds_of_engines(
     llama: PreTrainedModel, expected: list[list[int]], options: dict[str, object]
 ) -> None:
     with Lent(llama, 4, max_batch_tokens=256, **options) as lent:
-        lent.place(at_1=_PART, at_2=_PART)
+        lent.place(at_1=_PART, at_2=_PART, at_3=_PART)
         requests = [lent.engines[0].add(spec)[0] for spec in _specs()]
-        lent.drive(lambda: requests[0].num_output_tokens > 3 or requests[0].is_finished)
+        lent.drive(lambda: requests[0].num_output_tokens > 3)
+        lent.servers[_holders(requests[0])[0]].close()
         lent.place(at_1=_PART, at_2=_PART, at_3=3 * _PART)
-        (first, *_) = _holders(requests[0])
-        lent.servers[first].close()
         lent.drive()
         assert tokens_of(requests) == expected
         assert lent.loans.mended_tokens > 0
@@ -327,19 +326,20 @@ class _Faults:
             self._lent.engines[0].scheduler.preempt(self._draw.choice(running))
 
     def _place(self) -> None:
-        """Those that were lost are met again, as far as nothing is known to be there still."""
+        self.meet()
+        limits = {f"at_{name}": self._draw.choice([0, 1, 2, 3]) * _PART for name in _ALL}
+        self._lent.place(self._draw.sample(_ALL, self._draw.choice([0, 0, 1])), **limits)
+
+    def meet(self) -> bool:
+        """Those that were lost may be asked again, once nothing is thought to be there still."""
         for name in _ALL:
             if name not in self._lent.loans.creditors and not self._lent.loans.num_lent(name):
                 self._lent.meet(name)
-        limits = {f"at_{name}": self._draw.choice([0, 1, 2, 3]) * _PART for name in _ALL}
-        self._lent.place(self._draw.sample(_ALL, self._draw.choice([0, 0, 1])), **limits)
+        return False
 
     def heal(self) -> None:
         """No fault from now on."""
         self.copies_fail = False
-        for name in _ALL:
-            if name not in self._lent.loans.creditors:
-                self._lent.meet(name)
         self._lent.place(**{f"at_{name}": 3 * _PART for name in _ALL})
 
 
@@ -368,7 +368,7 @@ def test_faults_at_random_cost_no_token_and_no_page(
         lent.drive(lambda at=at, e=lent.engines[0]: e.num_computed_tokens >= at or _is_stuck(e))
         faults.strike()
     faults.heal()
-    lent.drive()
+    lent.drive(faults.meet)
     assert tokens_of(requests) == expected_of(llama, specs)
     assert lent.loans.mended_tokens > before
 
