@@ -23,9 +23,9 @@ POOL = 65 * PAGE_BYTES  # 2,080 tokens: a long request has 1,024 of them in its 
 MAX_LEN = 8192
 
 
-def model() -> PreTrainedModel:
+def model(**changes: Any) -> PreTrainedModel:
     """One as tiny as possible, with room for long requests."""
-    return zoo.tiny_model("llama", max_position_embeddings=MAX_LEN)
+    return zoo.tiny_model("llama", max_position_embeddings=MAX_LEN, **changes)
 
 
 def make(model: PreTrainedModel, **options: Any) -> LLM:
@@ -120,9 +120,11 @@ class Lent:
             assert engine.cache.stats().pages_held == 0
 
 
-def expected_of(model: PreTrainedModel, specs: Sequence[RequestSpec]) -> list[list[int]]:
+def expected_of(
+    model: PreTrainedModel, specs: Sequence[RequestSpec], **options: Any
+) -> list[list[int]]:
     """Tokens that one engine with room for all gives them."""
-    with make(model) as llm:
+    with make(model, **options) as llm:
         requests = [llm.engine.add(spec)[0] for spec in specs]
         while llm.engine.has_work:
             llm.engine.step()
