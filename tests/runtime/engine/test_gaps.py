@@ -307,9 +307,8 @@ def test_where_memory_is_short_all_is_computed_again(
 class _Faults:
     """What may happen between two steps, at random."""
 
-    def __init__(self, lent: Lent, requests: Sequence[Request], draw: random.Random) -> None:
+    def __init__(self, lent: Lent, draw: random.Random) -> None:
         self._lent = lent
-        self._requests = requests
         self._draw = draw
         self.copies_fail = False
 
@@ -358,7 +357,7 @@ def test_faults_at_random_cost_no_token_and_no_page(
     draw = random.Random(seed)
     specs = specs_of([2300, 1700, 600, 30], 50)
     requests = [lent.engines[0].add(spec)[0] for spec in specs]
-    faults = _Faults(lent, requests, draw)
+    faults = _Faults(lent, draw)
     copy = copier._copy
 
     def flaky(*args: object) -> None:
