@@ -347,6 +347,7 @@ class EngineServer:
             "sleep_weights": lambda: self._loop.sleep(weights=True),
             "wake": self._loop.wake,
             "trim": self._loop.trim,
+            "limit_memory": lambda: self._loop.limit_memory(*map(int, ask.about)),
             "weights_changed": self._loop.weights_changed,
             "memory_map": self._loop.memory_map,
             "load_adapter": lambda: self._loop.load_adapter(*ask.about),
