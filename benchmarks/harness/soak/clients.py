@@ -14,14 +14,14 @@ from ...runtime.frontend.text_stream import StreamDelta
 from ...runtime.request.outputs import RequestOutput
 from ...vmem.errors import VkvError
 from .asks import Ask, Mix, draw
-from .reference import Reference, ReferenceFailed, Right, Turn
+from .reference import Reference, ReferenceFailed
+from .right import CUT, Right, Turn, rights_of
 from .tally import Tally
 
 _BATCH = 8  # requests that the reference is asked at once
 _AHEAD = 24  # that are answered before clients begin, and kept ready
 _MOST_KNOWN = 300  # that may be asked again
 _ENDS_S = 90.0  # for the last request of each client
-_CUT = "its client went away"  # in place of a finish reason
 
 
 class Front(Protocol):
@@ -176,12 +176,10 @@ class Clients:
                 (output,) = self._front.generate(prompt, ask.params, progress=False, **how)
                 if output.error is not None:
                     raise output.error
-                found = [
-                    Right(tuple(one.token_ids), one.text, one.finish_reason, one.stop_reason)
-                    for one in output.outputs
-                ]
+                found = rights_of(output)
             num_tokens += sum(len(one.token_ids) for one in found)
-            if not self._is_right(ask, turn, found, right):
+            where = f"{ask}, turn {turn}" if len(ask.turns) > 1 else str(ask)
+            if not self._tally.compare(where, found, right):
                 return
             said += found[0].token_ids
         self._tally.whole(ask.kind, ask.voice, num_tokens)
@@ -197,49 +195,5 @@ class Clients:
             if ask.cancel_after is not None and len(token_ids) >= ask.cancel_after:
                 stream.close()  # type: ignore[attr-defined]
                 self._tally.fault("cancel")
-                return [Right(tuple(token_ids), text, _CUT, None)]
+                return [Right(tuple(token_ids), text, CUT, None)]
         return [Right(tuple(token_ids), text, finish_reason, stop_reason)]
-
-    def _is_right(self, ask: Ask, turn: int, found: Sequence[Right], right: Turn) -> bool:
-        where = f"{ask}, turn {turn}" if len(ask.turns) > 1 else str(ask)
-        for index, (one, wanted) in enumerate(zip(found, right, strict=True)):
-            difference = differs(one, wanted)
-            if difference is not None:
-                of = f", output {index}" if len(right) > 1 else ""
-                line, num_tokens = difference
-                if num_tokens:
-                    self._tally.differs(f"{where}{of}: {line}", num_tokens)
-                else:
-                    self._tally.lost(f"{where}{of}: {line}")
-                return False
-        return True
-
-
-def differs(found: Right, right: Right) -> tuple[str, int] | None:
-    """What is wrong with an output, and how many of its tokens; None if it is right.
-
-    One whose client went away must begin as what is right does.
-    """
-    pairs = zip(found.token_ids, right.token_ids, strict=False)
-    wrong = [place for place, (one, other) in enumerate(pairs) if one != other]
-    if wrong:
-        at = wrong[0]
-        return (
-            f"token {at} is {found.token_ids[at]} in place of {right.token_ids[at]}, and "
-            f"{len(wrong)} of {len(right.token_ids)} differ",
-            len(wrong),
-        )
-    if len(found.token_ids) > len(right.token_ids):
-        more = len(found.token_ids) - len(right.token_ids)
-        return f"{more} tokens come after the last, {len(right.token_ids)}", more
-    if found.finish_reason == _CUT:
-        return None
-    if found != right:
-        return f"it is {_told(found)} in place of {_told(right)}", 0
-    return None
-
-
-def _told(one: Right) -> str:
-    return (
-        f"{len(one.token_ids)} tokens, {one.finish_reason}, {one.stop_reason!r}, {one.text[-20:]!r}"
-    )

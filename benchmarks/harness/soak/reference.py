@@ -9,9 +9,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,10 +20,10 @@ from typing import Any, Self
 import torch
 
 from ...runtime.frontend.llm import LLM
-from ...runtime.request.outputs import RequestOutput
 from ...vmem.errors import VkvError
 from .asks import Ask
 from .models import INT4, MAX_LEN, TUNED, Models
+from .right import Turn, rights_of
 
 _OPTIONS: dict[str, Any] = {
     "device": "cpu",
@@ -39,20 +40,6 @@ _OPTIONS: dict[str, Any] = {
 
 class ReferenceFailed(VkvError):
     """The process that knows what is right ended, or could not answer; `str()` says why."""
-
-
-@dataclass(frozen=True)
-class Right:
-    """What an output should be."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: str | None
-    stop_reason: int | str | None
-
-
-Turn = tuple[Right, ...]
-"""What the outputs of one turn should be."""
 
 
 class Answers:
@@ -87,7 +74,7 @@ class Answers:
                 progress=False,
             )
             for place, output in zip(left, outputs, strict=True):
-                found[place].append(_right(output))
+                found[place].append(rights_of(output))
                 said[place] += output.outputs[0].token_ids
             turn += 1
 
@@ -108,7 +95,7 @@ class Answers:
 
 
 class Reference:
-    """That process, seen from here. Of one thread.
+    """That process, seen from here. For any thread.
 
     Args:
         log: what it says beside its answers goes there.
@@ -116,6 +103,7 @@ class Reference:
 
     def __init__(self, models: Models, log: Path) -> None:
         self._log = log
+        self._asking = threading.Lock()
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
@@ -134,9 +122,10 @@ class Reference:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            pickle.dump(what, self._process.stdin)
-            self._process.stdin.flush()
-            kind, answer = pickle.load(self._process.stdout)
+            with self._asking:
+                pickle.dump(what, self._process.stdin)
+                self._process.stdin.flush()
+                kind, answer = pickle.load(self._process.stdout)
         except (OSError, EOFError, ValueError) as error:
             lines = self._log.read_text().strip().splitlines()
             raise ReferenceFailed(
@@ -168,13 +157,6 @@ class Reference:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _right(output: RequestOutput) -> Turn:
-    return tuple(
-        Right(tuple(one.token_ids), one.text, one.finish_reason, one.stop_reason)
-        for one in output.outputs
-    )
 
 
 def _serve(read: Callable[[], Any], write: Callable[[Any], None]) -> None:

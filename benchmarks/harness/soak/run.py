@@ -6,7 +6,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ..limits import LimitsProbe
 from ..record import Findings, Record, Table
 from .clients import Clients, Front, Supply
+from .desk import sessions
 from .models import save_models
 from .options import SoakOptions
 from .phases import Phase, phases
@@ -74,7 +75,10 @@ def _steps(options: SoakOptions, tally: Tally) -> Generator[None, None, None]:
         turns = phases(options, models, home)
         phase_s = min(_MOST_PHASE_S, 60 * options.minutes / len(turns))
         drawn = dict.fromkeys((phase.name for phase in turns), 0)
-        with Reference(models, home / "reference.log") as reference:
+        with ExitStack() as stack:
+            reference = stack.enter_context(Reference(models, home / "reference.log"))
+            if options.has("sessions"):
+                stack.enter_context(sessions(options, models, reference, home, tally))
             for phase in itertools.cycle(turns):
                 supply = Supply(reference, phase.mix, seed=options.seed, start=drawn[phase.name])
                 try:

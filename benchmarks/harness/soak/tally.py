@@ -2,10 +2,11 @@
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...runtime.engine.stats import EngineStats
+from .right import Right, Turn, differs
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,20 @@ class Tally:
         with self._lock:
             self.requests[kind] += 1
             self.tokens[voice] += num_tokens
+
+    def compare(self, where: str, found: Sequence[Right], right: Turn) -> bool:
+        """Whether outputs are as they should be; what is not is noted."""
+        for index, (one, wanted) in enumerate(zip(found, right, strict=True)):
+            difference = differs(one, wanted)
+            if difference is not None:
+                line, num_tokens = difference
+                of = f", output {index}" if len(right) > 1 else ""
+                if num_tokens:
+                    self.differs(f"{where}{of}: {line}", num_tokens)
+                else:
+                    self.lost(f"{where}{of}: {line}")
+                return False
+        return True
 
     def differs(self, line: str, num_tokens: int) -> None:
         """An answer is not right."""
