@@ -11,13 +11,14 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ...runtime.cluster.cluster import Cluster
 from ...runtime.cluster.stats import Member
 from ...vmem.errors import EngineDied, InvalidOperation, VkvError
 from .left_over import wait_until
+from .models import Models
 from .options import SoakOptions
 from .phases import LIVENESS_S, POOL_BYTES
 from .tally import Tally
@@ -27,51 +28,69 @@ _LEAST_SHARE = 0.8  # of an instance's memory, to which it may be brought down
 _MOVES_S = (0.05, 0.4)  # between two moves
 _SOFT_S = (0.3, 2.0)  # between two of these
 _HARD_S = (2.0, 8.0)
+_ENDS_S = 150.0  # for the last fault of each thread
+_SPARE = "spare"
+
+
+Fault = Callable[[random.Random], None]
 
 
 class Faults:
     """What is done to a cluster.
 
     Args:
-        size: instances that there are to be, whenever nothing is done.
+        models: whose adapters one more is loaded from.
+        chance: draws all of it.
+
+    Attributes:
+        num_killed: instances that were killed, or stopped for good.
     """
 
     def __init__(
-        self, cluster: Cluster, options: SoakOptions, size: int, chance: random.Random, tally: Tally
+        self,
+        cluster: Cluster,
+        options: SoakOptions,
+        models: Models,
+        chance: random.Random,
+        tally: Tally,
     ) -> None:
-        self._cluster, self._size, self._tally = cluster, size, tally
-        self._chance = chance
+        self.num_killed = 0
+        self._cluster, self._size, self._tally = cluster, options.instances, tally
+        self._models, self._chance = models, chance
         self._is_over = threading.Event()
-        self._paused: set[int] = set()
-        soft: dict[str, tuple[Callable[[random.Random], None], ...]] = {
+        self._doomed: set[int] = set()  # are not to go on after a pause
+        self._signalling = threading.Lock()
+        soft: dict[str, tuple[Fault, ...]] = {
             "pauses": (self._pause,),
             "limits": (self._lower_limit, self._trim),
         }
-        hard: dict[str, tuple[Callable[[random.Random], None], ...]] = {
+        hard: dict[str, tuple[Fault, ...]] = {
             "kills": (self._kill, self._stop, self._leave),
             "scaling": (self._drain, self._scale),
+            "adapters": (self._change_adapters,),
         }
-        self._soft = [one for part, some in soft.items() if options.has(part) for one in some]
-        self._hard = [one for part, some in hard.items() if options.has(part) for one in some]
-        if size < 3:  # one that is left alone could not take what the others had
-            self._hard = []
-        self._moves = options.has("moves")
+        if self._size < 3:  # one that is left alone could not take what the others had
+            del hard["kills"], hard["scaling"]
+        self._works: list[tuple[list[Fault], tuple[float, float]]] = [
+            ([self._move] if options.has("moves") else [], _MOVES_S),
+            ([one for part, some in soft.items() if options.has(part) for one in some], _SOFT_S),
+            ([one for part, some in hard.items() if options.has(part) for one in some], _HARD_S),
+        ]
 
     @contextmanager
     def injected(self) -> Iterator[None]:
         """While it lasts; then all instances are there, and have their memory."""
         self._is_over.clear()
-        works: list[tuple[Callable[[random.Random], None], tuple[float, float]]] = [
-            (lambda chance: chance.choice(self._soft)(chance), _SOFT_S) if self._soft else None,
-            (lambda chance: chance.choice(self._hard)(chance), _HARD_S) if self._hard else None,
-            (self._move, _MOVES_S) if self._moves else None,
-        ]  # type: ignore[assignment]
+        self._cluster.scale(self._size)
         threads = [
             threading.Thread(
-                target=self._do, args=(*work, random.Random(self._chance.random())), daemon=True
+                target=self._do,
+                args=(faults, pause_s, random.Random(self._chance.random())),
+                name=f"vkv-soak-{faults[0].__name__}",
+                daemon=True,
             )
-            for work in works
-            if work is not None
+            for faults, pause_s in self._works
+            if faults
         ]
         for thread in threads:
             thread.start()
@@ -79,22 +98,29 @@ class Faults:
             yield
         finally:
             self._is_over.set()
+            deadline = time.monotonic() + _ENDS_S
             for thread in threads:
-                thread.join()
+                thread.join(max(0.0, deadline - time.monotonic()))
+                if thread.is_alive():
+                    self._tally.lost(f"{thread.name} has not ended after {_ENDS_S:g} s")
 
     def _do(
-        self,
-        what: Callable[[random.Random], None],
-        pause_s: tuple[float, float],
-        chance: random.Random,
+        self, faults: Sequence[Fault], pause_s: tuple[float, float], chance: random.Random
     ) -> None:
+        """One of them after another, in a random order in which each comes once a turn."""
+        left: list[Fault] = []
         while not self._is_over.wait(chance.uniform(*pause_s)):
+            left = left or chance.sample(faults, len(faults))
+            fault = left.pop()
             try:
-                what(chance)
-            except (InvalidOperation, EngineDied):  # what it was for has just ended
-                continue
+                fault(chance)
+            except (InvalidOperation, EngineDied, ProcessLookupError):
+                continue  # what it was for has just ended
             except VkvError as error:
-                self._tally.lost(f"{what.__name__} raised {type(error).__name__}: {error}")
+                self._tally.lost(f"{fault.__name__} raised {type(error).__name__}: {error}")
+            except BaseException as error:
+                self._tally.lost(f"{fault.__name__} raised {error!r}")
+                raise
 
     # -- of a moment -----------------------------------------------------------------------------
 
@@ -112,11 +138,11 @@ class Faults:
         """Stop an instance for a while, shorter than silence counts."""
         victim = chance.choice(self._members())
         os.kill(victim.pid, signal.SIGSTOP)
-        try:
-            time.sleep(chance.choice([0.05, 0.2, 1.0]))
-        finally:
-            os.kill(victim.pid, signal.SIGCONT)
         self._tally.fault("pause")
+        time.sleep(chance.choice([0.05, 0.2, 1.0]))
+        with self._signalling:
+            if victim.id not in self._doomed:
+                os.kill(victim.pid, signal.SIGCONT)
 
     def _trim(self, chance: random.Random) -> None:
         """Have all instances give up what only finished requests hold."""
@@ -137,15 +163,18 @@ class Faults:
     # -- what an instance ends of ----------------------------------------------------------------
 
     def _kill(self, chance: random.Random) -> None:
-        victim = self._victim(chance)
-        os.kill(victim.pid, signal.SIGKILL)
-        self._replace(victim, "kill")
+        self._end(self._victim(chance), signal.SIGKILL, "kill")
 
     def _stop(self, chance: random.Random) -> None:
         """Stop an instance for good: it answers nothing, and is taken for dead."""
-        victim = self._victim(chance)
-        os.kill(victim.pid, signal.SIGSTOP)
-        self._replace(victim, "stop")
+        self._end(self._victim(chance), signal.SIGSTOP, "stop")
+
+    def _end(self, victim: Member, how: signal.Signals, fault: str) -> None:
+        with self._signalling:
+            self._doomed.add(victim.id)
+            os.kill(victim.pid, how)
+        self.num_killed += 1
+        self._replace(victim, fault)
 
     def _leave(self, chance: random.Random) -> None:
         """Tell an instance to end, as an operator does."""
@@ -155,7 +184,10 @@ class Faults:
 
     def _drain(self, chance: random.Random) -> None:
         victim = self._victim(chance)
-        self._cluster.drain(victim.id)
+        try:
+            self._cluster.drain(victim.id, timeout_s=_GONE_S)
+        except InvalidOperation as error:
+            self._tally.lost(f"an instance that is drained stays: {error}")
         self._replace(victim, "drain")
 
     def _scale(self, chance: random.Random) -> None:
@@ -165,6 +197,13 @@ class Faults:
         self._is_over.wait(chance.uniform(0.5, 2.0))
         self._cluster.scale(self._size)
         self._tally.fault("scaled down")
+
+    def _change_adapters(self, chance: random.Random) -> None:
+        """One more adapter for a while, in all instances, which nobody asks for."""
+        folder = chance.choice(list(self._models.adapters.values()))
+        self._cluster.load_adapter(_SPARE, folder)
+        self._cluster.unload_adapter(_SPARE)
+        self._tally.fault("adapter loaded and unloaded")
 
     def _replace(self, victim: Member, fault: str) -> None:
         """Wait until an instance is gone, and have another started."""

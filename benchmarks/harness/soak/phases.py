@@ -30,12 +30,14 @@ class Phase:
 
     Attributes:
         name, about: of it, in a word and in some.
+        models: all there are.
         source, options: of the `Cluster`.
         voices: as of `Clients`.
     """
 
     name: str
     about: str
+    models: Models
     source: Path
     options: Mapping[str, Any]
     mix: Mix
@@ -61,17 +63,19 @@ def _mixed(options: SoakOptions, models: Models, home: Path) -> Phase:
     kinds = _kinds(options) | ({"long": 1} if lends else {})
     more: dict[str, Any] = {"lending": lends}
     if options.has("swaps"):
-        more |= {"kv_dir": home / "kv", "kv_dir_limit": "32MiB"}
+        more |= {"swap_memory": POOL_BYTES // 2, "kv_dir": home / "kv", "kv_dir_limit": "32MiB"}
     if options.has("speculation"):
         more["speculative"] = "ngram"
     voices = {BASE: {}, TUNED: {"model": TUNED}} | _adapters(options, models, BASE)
     return Phase(
         name="mixed",
         about="a model, a fine-tune and adapters of it; fair shares, lending",
+        models=models,
         source=models.zoo,
         options=_common(options, models)
         | {
             "model": BASE,
+            "max_len": 2 * _POOL_TOKENS,
             "scheduling_policy": "fair",
             "tenant_weights": {"light": 2.0},
             "shortage_wait_s": 30.0,
@@ -89,16 +93,27 @@ def _mixed(options: SoakOptions, models: Models, home: Path) -> Phase:
 
 def _apart(options: SoakOptions, models: Models) -> Phase:
     voices = {INT4: {}} | _adapters(options, models, INT4)
-    more = {"speculative": "surrogate"} if options.has("speculation") else {}
+    more: dict[str, Any] = {}
+    if options.has("swaps"):
+        more["swap_memory"] = 2 * POOL_BYTES
+    if options.has("speculation"):
+        more["speculative"] = "surrogate"
     num_prefill = max(1, options.instances // 2)
     roles = ["prefill"] * num_prefill + ["decode"] * (options.instances - num_prefill)
     return Phase(
         name="apart",
         about="a 4-bit model and adapters of it; prompts and tokens on instances of their own, "
         "priorities",
+        models=models,
         source=models.int4,
         options=_common(options, models)
-        | {"roles": roles, "scheduling_policy": "priority", "priority_aging_s": 2.0}
+        | {
+            "roles": roles,
+            "lending": False,
+            "max_len": _POOL_TOKENS // 2,
+            "scheduling_policy": "priority",
+            "priority_aging_s": 2.0,
+        }
         | more,
         mix=Mix(name="apart", kinds=_kinds(options), voices=tuple(voices), has_priorities=True),
         voices=voices,
@@ -112,14 +127,11 @@ def _common(options: SoakOptions, models: Models) -> dict[str, Any]:
         "repeatable": True,
         "threads": 1,
         "max_seqs": 6,
-        "max_len": 2 * _POOL_TOKENS,
         "max_batch_tokens": 128,
         "page_bytes": PAGE_BYTES,
         "kv_memory": POOL_BYTES,
         "liveness_s": LIVENESS_S,
     }
-    if options.has("swaps"):
-        found["swap_memory"] = 2 * POOL_BYTES
     if options.has("adapters"):
         found["adapters"] = models.adapters
     return found

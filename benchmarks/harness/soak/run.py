@@ -18,6 +18,7 @@ from ..limits import LimitsProbe
 from ..record import Findings, Record, Table
 from .clients import Clients, Front, Supply
 from .desk import sessions
+from .faults import Faults
 from .models import save_models
 from .options import SoakOptions
 from .phases import Phase, phases
@@ -128,7 +129,8 @@ def open_site(
 ) -> Iterator[tuple[Site, Front]]:
     """The cluster of a phase."""
     with phase.open(options.instances) as cluster:
-        yield ClusterSite(phase.name, cluster, options, chance, tally), cluster
+        faults = Faults(cluster, options, phase.models, chance, tally)
+        yield ClusterSite(phase.name, cluster, faults, tally), cluster
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from ...vmem.errors import EngineDied
 from . import left_over
 from .clients import Clients
 from .faults import Faults
-from .options import SoakOptions
 from .phases import PAGE_BYTES
 from .tally import Process, Tally
 
@@ -47,15 +46,15 @@ class ClusterSite:
 
     Args:
         name: of its phase.
+        faults: what is done to it.
     """
 
-    def __init__(
-        self, name: str, cluster: Cluster, options: SoakOptions, chance: random.Random, tally: Tally
-    ) -> None:
-        self._name, self._cluster, self._tally = name, cluster, tally
-        self._faults = Faults(cluster, options, options.instances, chance, tally)
+    def __init__(self, name: str, cluster: Cluster, faults: Faults, tally: Tally) -> None:
+        self._name, self._cluster, self._faults, self._tally = name, cluster, faults, tally
+        self._turn = f"{name} {time.monotonic()}"
         self._before = cluster.stats()
-        self._size = options.instances
+        self._size = len(self._before.instances)
+        self._num_died = 0  # by themselves, as noted so far
 
     def faults(self) -> AbstractContextManager[None]:
         """As of `Site`."""
@@ -78,20 +77,25 @@ class ClusterSite:
             self._tally.move(kind, count)
         for member in stats.instances:
             if member.stats is not None:
-                self._tally.note(f"{self._name} {id(self)}", member.id, member.stats)
+                self._tally.note(self._turn, member.id, member.stats)
 
     def check_idle(self) -> None:
         """As of `Site`."""
-        requests = self._cluster.stats().requests
         if not left_over.wait_until(lambda: not self._cluster.stats().requests, _IDLE_S):
-            self._tally.leak(f"{self._name}: requests that nobody waits for: {list(requests)}")
+            left = list(self._cluster.stats().requests)
+            self._tally.leak(f"{self._name}: requests that nobody waits for: {left}")
         if not left_over.wait_until(self._holds_nothing, _IDLE_S):
             self._tally.leak(f"{self._name}: held while nothing runs: {self._totals()}")
-        self._cluster.router.ask("trim")
+        with suppress(EngineDied):  # which is noted below
+            self._cluster.router.ask("trim")
         if not left_over.wait_until(lambda: not self._num_held(), _IDLE_S):
             self._tally.leak(f"{self._name}: parked after all was given back: {self._totals()}")
         self._tally.held_pages.append(self._num_held())
         self.note()
+        num_died = self._before.done.num_died - self._faults.num_killed
+        if num_died > self._num_died:
+            self._tally.lost(f"{self._name}: {num_died} instances died by themselves so far")
+            self._num_died = num_died
         names = {os.getpid(): FRONT} | {
             member.pid: f"{self._name}: instance {member.id}"
             for member in self._cluster.router.members_now()
