@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 import pytest
 from typer.testing import CliRunner
-from vkv import LLM
+from vkv import LLM, SamplingParams
 from vkv.bench.soak import left_over, run, site
 from vkv.bench.soak.asks import Ask, Mix, draw
 from vkv.bench.soak.models import BASE, Models, save_models
@@ -22,6 +22,9 @@ from vkv.bench.soak.reference import Answers
 from vkv.bench.soak.right import CUT, Right, Turn, differs
 from vkv.bench.soak.tally import Tally
 from vkv.runtime.cli import main as cli
+from vkv.runtime.cluster.stats import Done
+from vkv.runtime.engine.messages import Abort, Add
+from vkv.runtime.request.spec import RequestSpec
 from vkv.vmem.errors import EngineDied, InvalidConfig
 
 _MIX = Mix(name="mixed", kinds={"greedy": 1, "cancel": 1, "conversation": 1}, voices=(BASE,))
@@ -211,6 +214,33 @@ def test_a_leak_is_named(quiet: list[str], monkeypatch: pytest.MonkeyPatch) -> N
     done = _soak(*quiet[2:], "--minutes", "0.05")
     assert done.exit_code == 1, done.output
     assert "the soak itself has 20 descriptors, and had 10" in " ".join(done.output.split())
+
+
+def test_pages_that_stay_are_named(engine: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = engine.loop
+    params = SamplingParams(max_tokens=50, ignore_eos=True)
+    loop.post(Add(RequestSpec(request_id="stays", prompt_token_ids=[1, 2, 3], params=params)))
+    loop.turn()
+    stats = SimpleNamespace(
+        num_migrations=0, num_stayed=0, num_recomputed=0, done=Done(), instances=(), requests={}
+    )
+    router: Any = SimpleNamespace(
+        ask=lambda question: [loop.memory_map()] if question == "memory_map" else loop.trim(),
+        members_now=list,
+        stats_now=lambda: stats,
+    )
+    cluster: Any = SimpleNamespace(router=router, stats=lambda: stats)
+    faults: Any = SimpleNamespace(num_killed=0)
+    monkeypatch.setattr(site, "_IDLE_S", 0.1)
+    before, after = Tally(), Tally()
+    site.ClusterSite("mixed", cluster, faults, before).check_idle()
+    assert before.leaks[0].startswith("mixed: held while nothing runs")
+    assert before.held_pages[0] > 0
+    loop.post(Abort("stays"))
+    loop.carry_out()
+    site.ClusterSite("mixed", cluster, faults, after).check_idle()
+    assert after.is_right, after
+    assert after.held_pages == [0]
 
 
 # -- all of it -----------------------------------------------------------------------------------
