@@ -27,8 +27,8 @@ _ENDS_S = 90.0  # for the last request of each client
 class Front(Protocol):
     """What clients ask: a cluster, or an engine."""
 
-    def generate(self, prompts: Any, params: Any, **how: Any) -> list[RequestOutput]: ...
-    def stream(self, prompt: Any, params: Any, **how: Any) -> Iterator[StreamDelta]: ...
+    def generate(self, *given: Any, **how: Any) -> list[RequestOutput]: ...
+    def stream(self, *given: Any, **how: Any) -> Iterator[StreamDelta]: ...
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,13 @@ class Supply:
             asks = [draw(self._seed, self._mix, next(self._numbers)) for _ in range(_BATCH)]
             try:
                 answers = self._reference.answers(asks)
-            except ReferenceFailed as error:
+            except BaseException as error:
                 with self._changed:
-                    self.error = error
+                    self.error = ReferenceFailed(f"what is right is not known: {error}")
                     self._changed.notify_all()
-                return
+                if isinstance(error, ReferenceFailed):
+                    return
+                raise
             with self._changed:
                 self.num_drawn += len(asks)
                 known = [Known(ask, right) for ask, right in zip(asks, answers, strict=True)]

@@ -94,8 +94,10 @@ class _Desk:
             try:
                 self._converse(known)
                 self._disturb()
-            except VkvError as error:
+            except BaseException as error:
                 self._tally.lost(f"{known.ask} in sessions ended with {error!r}")
+                if not isinstance(error, VkvError):
+                    raise
 
     def _converse(self, known: Known) -> None:
         """Each turn by the engine that did not answer the one before, from a file."""

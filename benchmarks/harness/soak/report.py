@@ -27,7 +27,7 @@ def results(tally: Tally, took_s: float) -> dict[str, Any]:
         "wrong": tally.wrong,
         "leaks": tally.leaks,
         "held_pages": tally.held_pages,
-        "processes": {pid: list(map(asdict, seen)) for pid, seen in tally.processes.items()},
+        "processes": {name: list(map(asdict, seen)) for name, seen in tally.processes.items()},
     }
 
 
@@ -36,7 +36,7 @@ def tables(options: SoakOptions, tally: Tally, took_s: float) -> list[Table]:
     found = [
         _counts("asked and answered as it should be", "requests", tally.requests),
         _counts("compared", "tokens", tally.tokens),
-        _counts("moved and saved", "times", tally.all_moves()),
+        _counts("moved and saved", "count", tally.all_moves(), sums=False),
         _counts("injected", "faults", tally.faults),
         _left(tally),
         _verdict(options, tally, took_s),
@@ -44,9 +44,9 @@ def tables(options: SoakOptions, tally: Tally, took_s: float) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def _counts(title: str, what: str, counts: Mapping[str, int]) -> Table:
+def _counts(title: str, what: str, counts: Mapping[str, int], *, sums: bool = True) -> Table:
     rows = [[name, f"{count:,}"] for name, count in counts.items() if count]
-    if len(rows) > 1:
+    if sums and len(rows) > 1:
         rows.append(["all", f"{sum(counts.values()):,}"])
     return Table(title=title, columns=["", what], rows=rows)
 

@@ -134,7 +134,7 @@ def look_at(names: dict[int, str], tally: Tally, *, most_open: int) -> None:
         except OSError:
             tally.leak(f"{name} has ended by itself")
             continue
-        seen = tally.processes.setdefault(pid, [])
+        seen = tally.processes.setdefault(f"{name}, {pid}", [])
         seen.append(now)
         first = seen[0]
         if now.num_descriptors > first.num_descriptors + most_open:

@@ -35,7 +35,7 @@ class Tally:
         wrong_tokens, lost_requests: which there must be none of.
         wrong: what was wrong, a line each.
         leaks: what was left, a line each.
-        processes: by pid, what each was whenever nothing ran.
+        processes: by name and number, what each was whenever nothing ran.
         held_pages: that instances held at each of those times, before anything was given back, and
             after.
     """
@@ -48,7 +48,7 @@ class Tally:
     lost_requests: int = 0
     wrong: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
-    processes: dict[int, list[Process]] = field(default_factory=dict)
+    processes: dict[str, list[Process]] = field(default_factory=dict)
     held_pages: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
