@@ -319,7 +319,8 @@ def soak() -> Command:
     loads one model or a zoo of alike ones. "mixed" is a model with a fine-tune and adapters, with
     fair shares, lending and guesses from the text. "apart" is a 4-bit model with adapters, with
     instances for prompts and others for tokens, priorities and guesses by half of its layers. All
-    models are tiny, in float32.
+    models are tiny, in float32; that in 4 bits is in bfloat16, for which its kernels are, and all
+    compute the same to the bit in any batch (`repeatable`).
     """
     from .soak.options import SoakOptions
 

@@ -96,6 +96,20 @@ class EngineLoop:
         self._publish()
         return self.take_outputs()
 
+    @property
+    def is_settled(self) -> bool:
+        """False while slots of finished requests are copied or written (`settle`)."""
+        return self.engine.scheduler.tiers.is_settled
+
+    def settle(self) -> None:
+        """Take note of what was copied and written, as each step does: for while there is none.
+
+        Slots stay pinned until then, and could not be reclaimed.
+        """
+        self.engine.scheduler.tiers.settle()
+        if self.is_settled:
+            self._publish()
+
     def take_outputs(self) -> list[StepOutput]:
         """What came since the last call."""
         refused, self._refused = self._refused, []

@@ -18,9 +18,8 @@ from ...runtime.cluster.cluster import Cluster
 from ...runtime.cluster.stats import Member
 from ...vmem.errors import EngineDied, InvalidOperation, VkvError
 from .left_over import wait_until
-from .models import Models
 from .options import SoakOptions
-from .phases import LIVENESS_S, POOL_BYTES
+from .phases import LIVENESS_S, Phase
 from .tally import Tally
 
 _GONE_S = LIVENESS_S + 30.0  # for the end of an instance to be noticed
@@ -39,7 +38,7 @@ class Faults:
     """What is done to a cluster.
 
     Args:
-        models: whose adapters one more is loaded from.
+        phase: that the cluster is of.
         chance: draws all of it.
 
     Attributes:
@@ -50,13 +49,13 @@ class Faults:
         self,
         cluster: Cluster,
         options: SoakOptions,
-        models: Models,
+        phase: Phase,
         chance: random.Random,
         tally: Tally,
     ) -> None:
         self.num_killed = 0
         self._cluster, self._size, self._tally = cluster, options.instances, tally
-        self._models, self._chance = models, chance
+        self._phase, self._chance = phase, chance
         self._is_over = threading.Event()
         self._doomed: set[int] = set()  # are not to go on after a pause
         self._signalling = threading.Lock()
@@ -153,7 +152,7 @@ class Faults:
         """Give an instance less memory for a while."""
         victim = chance.choice(self._members())
         share = chance.uniform(_LEAST_SHARE, 1.0)
-        self._cluster.limit_memory(int(share * POOL_BYTES), instance=victim.id)
+        self._cluster.limit_memory(int(share * self._phase.pool_bytes), instance=victim.id)
         self._tally.fault("less memory")
         try:
             self._is_over.wait(chance.uniform(0.5, 3.0))
@@ -200,7 +199,7 @@ class Faults:
 
     def _change_adapters(self, chance: random.Random) -> None:
         """One more adapter for a while, in all instances, which nobody asks for."""
-        folder = chance.choice(list(self._models.adapters.values()))
+        folder = chance.choice(list(self._phase.models.adapters.values()))
         self._cluster.load_adapter(_SPARE, folder)
         self._cluster.unload_adapter(_SPARE)
         self._tally.fault("adapter loaded and unloaded")

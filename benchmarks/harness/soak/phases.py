@@ -17,7 +17,7 @@ from .options import SoakOptions
 PAGE_BYTES = 8192  # 32 tokens of a layer
 _POOL_TOKENS = 2080  # of an instance; a long request has 1,024 of them at home
 _LAYERS = 4
-POOL_BYTES = _POOL_TOKENS // 32 * _LAYERS * PAGE_BYTES
+_POOL_BYTES = _POOL_TOKENS // 32 * _LAYERS * PAGE_BYTES
 LIVENESS_S = 10.0
 _LONG_LENDERS = 3  # instances at least, of which one may die while others hold what is long
 
@@ -43,6 +43,11 @@ class Phase:
     mix: Mix
     voices: Mapping[str, Mapping[str, str]]
 
+    @property
+    def pool_bytes(self) -> int:
+        """Of keys and values in an instance, at most."""
+        return int(self.options["kv_memory"])
+
     def open(self, instances: int) -> Cluster:
         """Start it."""
         return Cluster(self.source, instances=instances, **self.options)
@@ -63,7 +68,7 @@ def _mixed(options: SoakOptions, models: Models, home: Path) -> Phase:
     kinds = _kinds(options) | ({"long": 1} if lends else {})
     more: dict[str, Any] = {"lending": lends}
     if options.has("swaps"):
-        more |= {"swap_memory": POOL_BYTES // 2, "kv_dir": home / "kv", "kv_dir_limit": "32MiB"}
+        more |= {"swap_memory": _POOL_BYTES // 2, "kv_dir": home / "kv", "kv_dir_limit": "32MiB"}
     if options.has("speculation"):
         more["speculative"] = "ngram"
     voices = {BASE: {}, TUNED: {"model": TUNED}} | _adapters(options, models, BASE)
@@ -95,7 +100,7 @@ def _apart(options: SoakOptions, models: Models) -> Phase:
     voices = {INT4: {}} | _adapters(options, models, INT4)
     more: dict[str, Any] = {}
     if options.has("swaps"):
-        more["swap_memory"] = 2 * POOL_BYTES
+        more["swap_memory"] = 2 * _POOL_BYTES
     if options.has("speculation"):
         more["speculative"] = "surrogate"
     num_prefill = max(1, options.instances // 2)
@@ -108,6 +113,8 @@ def _apart(options: SoakOptions, models: Models) -> Phase:
         source=models.int4,
         options=_common(options, models)
         | {
+            "dtype": "bfloat16",
+            "kv_memory": _POOL_BYTES // 2,  # of the same tokens
             "roles": roles,
             "lending": False,
             "max_len": _POOL_TOKENS // 2,
@@ -129,7 +136,7 @@ def _common(options: SoakOptions, models: Models) -> dict[str, Any]:
         "max_seqs": 6,
         "max_batch_tokens": 128,
         "page_bytes": PAGE_BYTES,
-        "kv_memory": POOL_BYTES,
+        "kv_memory": _POOL_BYTES,
         "liveness_s": LIVENESS_S,
     }
     if options.has("adapters"):

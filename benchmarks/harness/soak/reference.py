@@ -27,7 +27,6 @@ from .right import Turn, rights_of
 
 _OPTIONS: dict[str, Any] = {
     "device": "cpu",
-    "dtype": "float32",
     "repeatable": True,
     "max_len": MAX_LEN,
     "max_seqs": 8,
@@ -85,7 +84,10 @@ class Answers:
             folder = {TUNED: self._models.tuned, INT4: self._models.int4}.get(
                 model, self._models.base
             )
-            self._engines[model] = LLM(folder, adapters=self._models.adapters, **_OPTIONS)
+            dtype = "bfloat16" if model == INT4 else "float32"
+            self._engines[model] = LLM(
+                folder, dtype=dtype, adapters=self._models.adapters, **_OPTIONS
+            )
         return self._engines[model], adapter or None
 
     def close(self) -> None:

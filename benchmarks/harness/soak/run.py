@@ -74,17 +74,17 @@ def _steps(options: SoakOptions, tally: Tally) -> Generator[None, None, None]:
         home = Path(name)
         models = save_models(home, seed=options.seed)
         turns = phases(options, models, home)
-        phase_s = min(_MOST_PHASE_S, 60 * options.minutes / len(turns))
         drawn = dict.fromkeys((phase.name for phase in turns), 0)
         with ExitStack() as stack:
             reference = stack.enter_context(Reference(models, home / "reference.log"))
             if options.has("sessions"):
                 stack.enter_context(sessions(options, models, reference, home, tally))
+            phase_s = min(_MOST_PHASE_S, (ends_s - time.monotonic()) / len(turns))
             for phase in itertools.cycle(turns):
+                until_s = min(ends_s, time.monotonic() + phase_s)
                 supply = Supply(reference, phase.mix, seed=options.seed, start=drawn[phase.name])
                 try:
                     supply.wait_for_first()
-                    until_s = min(ends_s, time.monotonic() + phase_s)
                     yield from _phase(phase, options, supply, chance, tally, until_s, tell)
                 finally:
                     supply.close()
@@ -107,7 +107,7 @@ def _phase(
     with open_site(phase, options, chance, tally) as (site, front):
         clients = Clients(front, supply, phase.voices, tally)
         while True:
-            seconds = max(1.0, min(_ROUND_S, until_s - time.monotonic()))
+            seconds = max(_ROUND_S / 2, min(_ROUND_S, until_s - time.monotonic()))
             soak_round(
                 site,
                 clients,
@@ -129,7 +129,7 @@ def open_site(
 ) -> Iterator[tuple[Site, Front]]:
     """The cluster of a phase."""
     with phase.open(options.instances) as cluster:
-        faults = Faults(cluster, options, phase.models, chance, tally)
+        faults = Faults(cluster, options, phase, chance, tally)
         yield ClusterSite(phase.name, cluster, faults, tally), cluster
 
 

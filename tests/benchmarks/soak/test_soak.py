@@ -148,6 +148,7 @@ def quiet(
         yield _Quiet(tally), engine
 
     monkeypatch.setattr(run, "open_site", open_site)
+    monkeypatch.setattr(run, "_ROUND_S", 1.0)
     monkeypatch.setattr(run, "Reference", _Here)
     monkeypatch.setattr(run, "save_models", lambda home, seed: models)
     monkeypatch.setattr(_Here, "made", answers)
@@ -210,7 +211,6 @@ def test_a_leak_is_named(quiet: list[str], monkeypatch: pytest.MonkeyPatch) -> N
         return 10 * len(opened), 5
 
     monkeypatch.setattr(left_over, "num_open", more)
-    monkeypatch.setattr(run, "_ROUND_S", 0.5)
     done = _soak(*quiet[2:], "--minutes", "0.05")
     assert done.exit_code == 1, done.output
     assert "the soak itself has 20 descriptors, and had 10" in " ".join(done.output.split())
