@@ -130,7 +130,8 @@ def open_site(
     """The cluster of a phase."""
     with phase.open(options.instances) as cluster:
         faults = Faults(cluster, options, phase, chance, tally)
-        yield ClusterSite(phase.name, cluster, faults, tally), cluster
+        kv_dir = phase.options.get("kv_dir")
+        yield ClusterSite(phase.name, cluster, faults, tally, kv_dir), cluster
 
 
 @contextmanager

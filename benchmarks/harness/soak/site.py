@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import Protocol
 
 from ...runtime.cluster.cluster import Cluster
@@ -47,9 +48,18 @@ class ClusterSite:
     Args:
         name: of its phase.
         faults: what is done to it.
+        kv_dir: where its instances save keys and values; None for nowhere.
     """
 
-    def __init__(self, name: str, cluster: Cluster, faults: Faults, tally: Tally) -> None:
+    def __init__(
+        self,
+        name: str,
+        cluster: Cluster,
+        faults: Faults,
+        tally: Tally,
+        kv_dir: Path | None = None,
+    ) -> None:
+        self._kv_dir = kv_dir
         self._name, self._cluster, self._faults, self._tally = name, cluster, faults, tally
         self._turn = f"{name} {time.monotonic()}"
         self._before = cluster.stats()
@@ -92,6 +102,8 @@ class ClusterSite:
             self._tally.leak(f"{self._name}: parked after all was given back: {self._totals()}")
         self._tally.held_pages.append(self._num_held())
         self.note()
+        if self._kv_dir is not None and self._kv_dir.exists():
+            self._tally.there("files of keys and values, at most", len(os.listdir(self._kv_dir)))
         num_died = self._before.done.num_died - self._faults.num_killed
         if num_died > self._num_died:
             self._tally.lost(f"{self._name}: {num_died} instances died by themselves so far")

@@ -112,6 +112,11 @@ class Tally:
         with self._lock:
             self.moves[kind] += count
 
+    def there(self, kind: str, count: int) -> None:
+        """So many are there now; the most of them counts."""
+        with self._lock:
+            self.moves[kind] = max(self.moves[kind], count)
+
     def all_moves(self) -> Counter[str]:
         """Those that engines have told of, and those that were noted."""
         with self._lock:
