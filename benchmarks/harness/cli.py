@@ -307,6 +307,36 @@ def place() -> Command:
     return _telling(PlaceOptions, ".cluster.place")
 
 
+def soak() -> Command:
+    """Everything at once for some minutes; exit status 0 only if nothing was wrong.
+
+    Requests of all kinds are asked of a cluster, while they are moved from instance to instance,
+    and instances are killed, stopped, drained and added, and have less memory for a while. What
+    comes is compared, token by token, with what a process says that does none of it. From time to
+    time all requests end, and nothing may be left of them: pages, descriptors, memory, processes.
+
+    Two clusters take turns, since roles of their own and lending exclude each other, and a cluster
+    loads one model or a zoo of alike ones. "mixed" is a model with a fine-tune and adapters, with
+    fair shares, lending and guesses from the text. "apart" is a 4-bit model with adapters, with
+    instances for prompts and others for tokens, priorities and guesses by half of its layers. All
+    models are tiny, in float32; that in 4 bits is in bfloat16, for which its kernels are, and all
+    compute the same to the bit in any batch (`repeatable`).
+    """
+    from .soak.options import SoakOptions
+
+    def measure(chosen: SoakOptions) -> None:
+        from .soak.run import run
+
+        path, tables, tally = run(chosen, command_line())
+        show_tables(tables)
+        if path is not None:
+            typer.echo(f"record: {path}")
+        if not tally.is_right:
+            raise typer.Exit(1)
+
+    return function(measure, Options(SoakOptions))
+
+
 def _report(chosen: Folder) -> None:
     from .report import report as write_report
 

@@ -70,6 +70,13 @@ class Tiers:
         self.segments: Segments | None = None
         self._cache = cache
 
+    @property
+    def is_settled(self) -> bool:
+        """False while slots of finished requests are copied or written, until `settle` has taken
+        note that they are."""
+        is_storing = self.swapping is not None and self.swapping.is_leaving
+        return not (is_storing or self.kv_files.is_saving)
+
     def settle(self) -> None:
         """Take note of what was copied and written meanwhile."""
         if self.swapping is not None:
