@@ -4,10 +4,10 @@
  * a register. Of bfloat16 a dot-product instruction multiplies a pair of inputs with a pair of
  * weights a lane. A sum has one order, whatever the number of rows.
  *
- * Several tiles meet a panel block by block. While a block, which lies in the second cache, meets
- * one tile after the other, they fetch the next block, each a part of it: memory is read while
- * products are computed, not before. Between blocks sums wait in memory. A thread reads a range of
- * panels in order, and then helps the others with theirs.
+ * Several tiles meet a panel block by block. While they meet a block, one after the other, each
+ * fetches a share of the next one into the second cache: memory is read all the while, and weights
+ * once. Between blocks sums wait in memory. A single tile takes a whole panel and fetches some KiB
+ * ahead. A thread reads panels of its own in order, then helps the others with theirs.
  */
 #include "kernels.h"
 
@@ -19,11 +19,11 @@
 enum {
     PANEL = VKV_PANEL_AVX512,
     VECTORS = PANEL / 16,
-    LINES = PANEL / 16,   /* of the cache, in a word of all columns */
-    ROWS = 6,             /* of a tile */
-    BLOCK_WORDS = 128,    /* 32 KiB of a panel */
-    AHEAD_BYTES = 8192,   /* that a single tile fetches ahead */
-    MOST_ROWS = 96,       /* whose sums wait together: 24 KiB */
+    LINES = PANEL / 16,     /* of the cache, in a word of all columns */
+    ROWS = 6,               /* of a tile */
+    BLOCK_WORDS = 256,      /* 64 KiB of a panel */
+    AHEAD_BYTES = 8192,     /* that a single tile fetches ahead, past the second cache */
+    MOST_ROWS = 96,         /* whose sums wait together: 24 KiB */
     MOST_RANGES = 64
 };
 
@@ -84,31 +84,36 @@ struct block {
     const int32_t *weight; /* [num_words][PANEL] */
     const char *inputs;
     const char *next_inputs; /* of the next tile, fetched meanwhile */
-    const char *ahead;       /* lines that the tile fetches, some a word */
+    const char *ahead;       /* what of the weight is fetched meanwhile, */
+    int64_t ahead_bytes;     /* and how much of it a word */
     float *sums;             /* [rows of the tile][PANEL] */
     int64_t stride;          /* of inputs, in bytes */
     int num_words, from_zero;
 };
 
-INLINE void tile(const int rows, const int lines, const int is_bf16, const struct block *block) {
-    const struct block of = *block; /* sums might lie in the original */
-    const __mmask16 keep = of.from_zero ? 0 : 0xffff;
+INLINE void tile(const int rows, const int lines, const int is_bf16, const struct block *of) {
+    const __mmask16 keep = of->from_zero ? 0 : 0xffff;
+    const int64_t stride = of->stride, ahead_bytes = of->ahead_bytes;
+    float *sums = of->sums;
     __m512 acc[ROWS][VECTORS];
     UNROLLED(r, rows) UNROLLED(v, VECTORS)
-        acc[r][v] = _mm512_maskz_loadu_ps(keep, of.sums + r * PANEL + 16 * v);
-    const int32_t *weight = of.weight, *end = weight + (int64_t)of.num_words * PANEL;
-    const char *inputs = of.inputs, *next_inputs = of.next_inputs, *ahead = of.ahead;
+        acc[r][v] = _mm512_maskz_loadu_ps(keep, sums + r * PANEL + 16 * v);
+    const int32_t *weight = of->weight, *end = weight + (int64_t)of->num_words * PANEL;
+    const char *inputs = of->inputs, *next_inputs = of->next_inputs, *ahead = of->ahead;
     while (weight < end) {
-        UNROLLED(r, rows) _mm_prefetch(next_inputs + r * of.stride, _MM_HINT_T0);
+        if (lines < LINES) UNROLLED(r, rows) _mm_prefetch(next_inputs + r * stride, _MM_HINT_T0);
         next_inputs += 64;
         const int32_t *stop = end - weight > 16 * PANEL ? weight + 16 * PANEL : end;
-        for (; weight < stop; weight += PANEL, inputs += 4, ahead += 64 * lines) {
+        for (; weight < stop; weight += PANEL, inputs += 4, ahead += ahead_bytes) {
             __m512i column[VECTORS];
             UNROLLED(v, VECTORS) column[v] = _mm512_loadu_si512(weight + 16 * v);
-            UNROLLED(l, lines) _mm_prefetch(ahead + 64 * l, _MM_HINT_T1);
+            UNROLLED(l, lines) {
+                if (lines == LINES) _mm_prefetch(ahead + 64 * l, _MM_HINT_NTA);
+                else _mm_prefetch(ahead + 64 * l, _MM_HINT_T1);
+            }
             UNROLLED(r, rows) {
                 int32_t word;
-                memcpy(&word, inputs + r * of.stride, 4);
+                memcpy(&word, inputs + r * stride, 4);
                 const __m512i input = _mm512_set1_epi32(word);
                 UNROLLED(v, VECTORS)
                     acc[r][v] = is_bf16
@@ -118,26 +123,21 @@ INLINE void tile(const int rows, const int lines, const int is_bf16, const struc
         }
     }
     UNROLLED(r, rows) UNROLLED(v, VECTORS)
-        _mm512_storeu_ps(of.sums + r * PANEL + 16 * v, acc[r][v]);
+        _mm512_storeu_ps(sums + r * PANEL + 16 * v, acc[r][v]);
 }
 
-TARGET static void tile_of(int rows, int lines, int is_bf16, const struct block *block) {
+/* Rows and lines become constants. */
+TARGET static void tile_of(int rows, int lines, int is_bf16, const struct block *of) {
 #define CASE(rows, lines, is_bf16) \
-    case rows + 8 * (2 * lines + is_bf16): tile(rows, lines, is_bf16, block); break;
-#define CASES(rows)                                                                  \
-    CASE(rows, 0, 0) CASE(rows, 1, 0) CASE(rows, 2, 0) CASE(rows, 4, 0) \
-    CASE(rows, 0, 1) CASE(rows, 1, 1) CASE(rows, 2, 1) CASE(rows, 4, 1)
-    switch (rows + 8 * (2 * lines + is_bf16)) {
+    case 16 * rows + 2 * lines + is_bf16: tile(rows, lines, is_bf16, of); break;
+#define CASES(rows)                                      \
+    CASE(rows, 1, 0) CASE(rows, 2, 0) CASE(rows, 4, 0) \
+    CASE(rows, 1, 1) CASE(rows, 2, 1) CASE(rows, 4, 1)
+    switch (16 * rows + 2 * lines + is_bf16) {
         CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6)
     }
 #undef CASES
 #undef CASE
-}
-
-/* The lines of each word that a tile fetches, so that all of them fetch a block. */
-static int lines_of(int tile, int tiles) {
-    if (tiles == 1) return LINES;
-    return tiles < 4 ? (tile < 2 ? 2 : 0) : tile < 4;
 }
 
 /* What sums begin with where that is not zero. */
@@ -172,38 +172,46 @@ INLINE void finish(const int is_bf16, const struct vkv_linear *args, int64_t pan
     }
 }
 
-/* Up to MOST_ROWS rows against a panel. Unless it is the last of a range, a panel's last block is
- * followed in memory by the next panel's first. */
+/* The words from `word` on of a panel against all tiles. What they fetch follows in memory: this
+ * panel's next block, or the next panel's first one unless there is none. */
+TARGET static void multiply_block(const struct vkv_linear *args, int64_t panel, int word,
+                                  int num_words, int64_t first_row, int num_rows, int is_last,
+                                  float *sums) {
+    const int is_bf16 = args->dtype == VKV_BFLOAT16, tiles = (num_rows + ROWS - 1) / ROWS;
+    const int least = num_rows / tiles, more = num_rows % tiles; /* divided evenly */
+    const int lines = tiles == 1 ? LINES : tiles < LINES ? 2 : 1;
+    const int64_t share = (64 * LINES + tiles - 1) / tiles;
+    const int64_t stride = (is_bf16 ? 2 : 4) * args->input_stride;
+    struct block block = {
+        .weight = args->weight + (panel * args->num_words + word) * PANEL,
+        .inputs = (const char *)args->inputs + first_row * stride + 4 * word,
+        .ahead_bytes = is_last ? 0 : share, .sums = sums, .stride = stride,
+        .num_words = num_words, .from_zero = word == 0 && !args->bias && !args->addend,
+    };
+    block.ahead = (const char *)block.weight;
+    if (!is_last) block.ahead += tiles == 1 ? AHEAD_BYTES : 64 * LINES * num_words;
+    for (int t = 0; t < tiles; t++) {
+        const int rows = least + (t < more);
+        block.next_inputs = block.inputs + (t + 1 < tiles ? rows * stride : 0);
+        tile_of(rows, lines, is_bf16, &block);
+        block.inputs = block.next_inputs;
+        block.ahead += block.ahead_bytes * num_words;
+        block.sums += rows * PANEL;
+    }
+}
+
+/* Up to MOST_ROWS rows against a panel. */
 TARGET static void multiply(const struct vkv_linear *args, int64_t panel, int64_t first_row,
                             int num_rows, int is_last) {
-    const int is_bf16 = args->dtype == VKV_BFLOAT16, tiles = (num_rows + ROWS - 1) / ROWS;
-    const int block_words = tiles == 1 ? args->num_words : BLOCK_WORDS;
-    const int64_t stride = (is_bf16 ? 2 : 4) * args->input_stride;
-    const char *inputs = (const char *)args->inputs + first_row * stride;
-    const int32_t *weight = args->weight + panel * PANEL * args->num_words;
-    const int from_zero = !args->bias && !args->addend;
     float sums[MOST_ROWS * PANEL] __attribute__((aligned(64)));
-    if (!from_zero) begin(args, panel, first_row, num_rows, sums);
-    for (int left = args->num_words, words; left > 0; left -= words) {
-        words = left < block_words ? left : block_words;
-        const char *ahead = (const char *)weight + (tiles == 1 ? AHEAD_BYTES : 4 * PANEL * words);
-        for (int t = 0, row = 0; t < tiles; t++) { /* rows divided evenly */
-            const int rows = (num_rows - row + tiles - t - 1) / (tiles - t);
-            const int lines = is_last && left == words && tiles > 1 ? 0 : lines_of(t, tiles);
-            const struct block block = {
-                .weight = weight, .inputs = inputs + row * stride,
-                .next_inputs = inputs + (t + 1 < tiles ? row + rows : row) * stride,
-                .ahead = ahead, .sums = sums + row * PANEL, .stride = stride,
-                .num_words = words, .from_zero = from_zero && left == args->num_words,
-            };
-            tile_of(rows, lines, is_bf16, &block);
-            ahead += 64 * lines * words;
-            row += rows;
-        }
-        weight += PANEL * words;
-        inputs += 4 * words;
+    if (args->bias || args->addend) begin(args, panel, first_row, num_rows, sums);
+    const int most = num_rows <= ROWS ? args->num_words : BLOCK_WORDS;
+    for (int word = 0, words; word < args->num_words; word += words) {
+        words = args->num_words - word < most ? args->num_words - word : most;
+        const int ends = is_last && num_rows > ROWS && word + words == args->num_words;
+        multiply_block(args, panel, word, words, first_row, num_rows, ends, sums);
     }
-    if (is_bf16) finish(1, args, panel, first_row, num_rows, sums);
+    if (args->dtype == VKV_BFLOAT16) finish(1, args, panel, first_row, num_rows, sums);
     else finish(0, args, panel, first_row, num_rows, sums);
 }
 
