@@ -10,7 +10,7 @@ from vkv.runtime.cpu_kernels.kernels import Gate, PanelLinear, RmsNorm, gated, r
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # of a result, relative
-ROWS = [1, 2, 5, 6, 7, 13, 40]
+ROWS = [1, 2, 5, 6, 7, 13, 40, 110]
 ACTIVATIONS = {
     Gate.SILU: functional.silu,
     Gate.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
@@ -73,12 +73,12 @@ def test_a_row_has_one_result_to_the_bit(kind: tuple[int, torch.dtype], gate: Ga
     """Beside however many others."""
     panel, dtype = kind
     linear = PanelLinear(
-        torch.randn(320, 256).to(dtype), torch.randn(320).to(dtype), gate, panel=panel
+        torch.randn(320, 600).to(dtype), torch.randn(320).to(dtype), gate, panel=panel
     )
-    x = torch.randn(40, 256).to(dtype)
+    x = torch.randn(210, 600).to(dtype)
     all_rows = linear(x)
-    for count in (*range(1, 15), 25):
-        for first in (0, 3, 40 - count):
+    for count in (*range(1, 15), 25, 97, 200):
+        for first in (0, 3, 210 - count):
             some = slice(first, first + count)
             assert torch.equal(linear(x[some]), all_rows[some]), (count, first)
 
