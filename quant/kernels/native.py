@@ -1,7 +1,6 @@
 """vkv's own CPU kernel: a small C library (`native/`) for processors with AVX512-BF16 or AVX2.
 
-It serves every batch. Codes become numbers in registers, so no dequantised weight is ever written
-to memory.
+It serves every batch. Codes become numbers in registers, and beyond a dozen rows in the first cache.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 /* Products by 4-bit weights on a CPU: blocks of rows, threads, and the choice of a kernel.
  *
  * A code is multiplied as it is, which is exact: scales come in once a group, in float32, and so do
- * zeros, through the sum of the group's inputs. So weights are never rounded, nor written anywhere.
+ * zeros, through the sum of the group's inputs. So weights are never rounded.
  */
 #include "kernel.h"
 
