@@ -1,6 +1,6 @@
 """vkv's own CPU kernel: a small C library (`native/`) for processors with AVX512-BF16 or AVX2.
 
-It serves every batch. Codes become numbers in registers, and beyond a dozen rows in the first cache.
+It serves every batch. Codes become numbers in registers, and for many rows in the first cache.
 """
 
 import ctypes
