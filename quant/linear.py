@@ -50,8 +50,8 @@ class Int4Linear(nn.Module):
 
     @property
     def outline(self) -> Int4Weight:
-        """What kernels see of the weight, on "meta": shapes, types and the group size."""
-        return self._outline
+        """The weight without its numbers, on "meta", but with the order of its columns."""
+        return replace(self._outline, permutation=self.permutation, bits=self.bits)
 
     @property
     def device(self) -> torch.device:
