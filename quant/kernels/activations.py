@@ -43,13 +43,11 @@ def use_8_bits(model: nn.Module, dtype: torch.dtype) -> None:
 
 def round_to_8_bits(inputs: torch.Tensor, group_size: int) -> torch.Tensor:
     """What the kernel multiplies: [..., K] rounded stretch by stretch, in float32."""
-    groups = inputs.float().unflatten(-1, (-1, group_size))
-    stretches = [
-        (some / scale).round() * scale
-        for some in groups.split(_STRETCH, dim=-1)
-        for scale in [some.abs().amax(-1, keepdim=True).clamp(min=1e-30) / _LARGEST]
-    ]
-    return torch.cat(stretches, dim=-1).flatten(-2)
+    rounded = []
+    for some in inputs.float().unflatten(-1, (-1, group_size)).split(_STRETCH, dim=-1):
+        largest = some.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # where all are 0, too
+        rounded.append((some * (_LARGEST / largest)).round() * (largest / _LARGEST))
+    return torch.cat(rounded, dim=-1).flatten(-2)
 
 
 @contextmanager
