@@ -183,11 +183,10 @@ def _show(console: Console, result: QuantizedModel, report: dict[str, Any], out:
     console.print(table)
     if "perplexity_after" in report:
         before, after = report["perplexity_before"], report["perplexity_after"]
-        rounded = report.get("perplexity_activation_bits_8")
-        also = "" if rounded is None else f", {rounded:.4g} with activation_bits=8 besides"
-        console.print(
-            f"perplexity on the text's tail: {before:.4g} before, {after:.4g} after{also}"
-        )
+        console.print(f"perplexity on the text's tail: {before:.4g} before, {after:.4g} after")
+    if "perplexity_activation_bits_8" in report:
+        rounded = report["perplexity_activation_bits_8"]
+        console.print(f"with activation_bits=8 besides: {rounded:.4g}")
     if result.dense:
         console.print(f"left dense: {len(result.dense)}, among them {result.dense[0]}")
     dense = sum(2 * w.out_features * w.in_features for w in result.weights.values())

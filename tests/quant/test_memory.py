@@ -54,7 +54,7 @@ def test_codes_lie_on_huge_pages() -> None:
 
 @pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])
 def test_pages_of_a_file_whose_weights_were_read_go_back(tmp_path: Path, kind: str) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 4096}
+    sizes = {"hidden_size": 256, "intermediate_size": 8192}
     zoo.tiny_model("llama", **sizes).save_pretrained(tmp_path / "source")
     folder, _ = quantize_folder(tmp_path / "source", tmp_path, kind, group_size=32)
     codes = sum(

@@ -185,7 +185,7 @@ def test_the_command_writes_a_folder_that_vkv_runs(tmp_path, text):
     rounded = report["perplexity_activation_bits_8"]
     assert rounded != report["perplexity_after"]
     assert rounded == pytest.approx(report["perplexity_after"], rel=0.05)
-    assert f"{rounded:.4g} with activation_bits=8" in result.output
+    assert f"with activation_bits=8 besides: {rounded:.4g}" in result.output
     assert load_file(out / "model.safetensors")["model.layers.0.mlp.down_proj.qweight"].dtype == (
         torch.int32
     )
