@@ -103,8 +103,9 @@ def throughput() -> Command:
 
     Each system runs in a process of its own on the same model, prompts, output lengths and
     threads, taking turns cell by cell; medians and ratios of interleaved repeats. --quant adds
-    vkv-int4, whose output layer stays dense, vkv-int4-head, where it is in 4 bits too, and to
-    llama.cpp its own Q4_0. Ctrl-C ends it and writes what has been measured.
+    vkv-int4, whose output layer stays dense, vkv-int4-head, where it is in 4 bits too,
+    vkv-int4-int8, which rounds activations to 8 bits besides, and to llama.cpp its own Q4_0.
+    Ctrl-C ends it and writes what has been measured.
     """
     from .models.options import ThroughputOptions
 

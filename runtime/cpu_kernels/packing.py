@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from ...quant import Int4Linear, concatenate, empty_apart, split, trim_heap
-from ...vmem import linux
+from ...quant.weight_memory import drop_file_pages, mapped_checkpoints
 from . import kernels as native_kernels
 from .experts import Multiplied, PackedExperts, RowWeight, pack_experts, pack_row_weights
 from .fusing import (
@@ -136,7 +136,7 @@ class PackedProduct:
             self._product = int4[0]  # and what it has been laid out for
         elif int4:
             weight = concatenate([linear.weight_int4 for linear in int4])
-            self._product = Int4Linear(weight, self.bias)
+            self._product = Int4Linear(weight, self.bias, kernel_name=int4[0].pinned)
         else:
             dense = [linear.weight for linear in linears if isinstance(linear, nn.Linear)]
             self._product = self._lay_out(dense, repeatable)
@@ -203,7 +203,11 @@ class PackedProduct:
             return [self._product]
         if isinstance(self._product, Int4Linear):
             int4 = split(self._product.weight_int4, self.out_features)
-            return [Int4Linear(weight, bias) for weight, bias in zip(int4, biases, strict=True)]
+            name = self._product.pinned
+            return [
+                Int4Linear(weight, bias, kernel_name=name)
+                for weight, bias in zip(int4, biases, strict=True)
+            ]
         weights = self._product.dense().split(self.out_features)
         linears: list[Linear] = []
         for weight, bias in zip(weights, biases, strict=True):
@@ -253,7 +257,7 @@ def pack(
     with Multiplied() as multiplied:
         groups = group_by_input(plain_linears(model, _has_kernel), lambda: expected.extend(run()))
     homes, dtype = single_homes(model), expected[0].dtype  # of the logits it may be another
-    files = linux.mapped_files(".safetensors")
+    files = mapped_checkpoints()
     undo: list[Undo] = []
     gated: list[tuple[nn.Module, PackedProduct]] = []
     products: list[PackedProduct] = []
@@ -346,7 +350,7 @@ def _exchange_linears(
     for part, place in enumerate(group):
         setattr(place.parent, place.name, PackedLinear(product, part))
         if isinstance(place.linear, nn.Linear):
-            _let_go(place.linear.weight, files)
+            drop_file_pages(place.linear.weight, files)
         del place.linear
 
     def undo() -> None:
@@ -368,16 +372,6 @@ def _same(
         if (off > tolerance * old.float().abs().max()).float().mean() > 0.5:
             return False
     return True
-
-
-def _let_go(weight: torch.Tensor, files: list[tuple[int, int]]) -> None:
-    """Drop the pages of a weight that lies in a mapped checkpoint: its file has them, if need be.
-
-    The file stays mapped as long as any tensor lies in it, and its pages would stay resident.
-    """
-    address, num_bytes = weight.data_ptr(), weight.nbytes
-    if any(start <= address and address + num_bytes <= end for start, end in files):
-        linux.drop_pages(address, num_bytes)
 
 
 def _has_kernel(linear: nn.Linear) -> bool:

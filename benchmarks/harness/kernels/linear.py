@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from ...quant import Int4Linear, Int4Weight
+from ...quant.kernels.activations import KERNEL as INT8_INPUTS
 from ...quant.kernels.table import MANY_ROWS, available_kernels
 from ...runtime.cpu_kernels import kernels as native_kernels
 from ...runtime.cpu_kernels.packing import one_dnn_packs
@@ -174,10 +175,11 @@ def _measure(
         for _, inner in LAYERS[name]
     ]
     reference = next(iter(copies.products.values()))
-    for layers in copies.products.values():  # also warms up
+    for contestant, layers in copies.products.items():  # also warms up
+        tolerance = 0.25 if contestant == f"int4 {INT8_INPUTS}" else 5e-2
         for layer, expected in zip(layers, reference, strict=True):
             for product, wanted, x in zip(layer, expected, inputs, strict=True):
-                torch.testing.assert_close(product(x), wanted(x), atol=5e-2, rtol=5e-2)
+                torch.testing.assert_close(product(x), wanted(x), atol=tolerance, rtol=5e-2)
     clock = _host_clock if options.device.type == "cpu" else graph_clock
     clocks = {
         contestant: [

@@ -56,6 +56,10 @@ SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
 INT4_SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vkv-int4": ("vkv_worker.py", {"kv": "virtual"}),
     "vkv-int4-head": ("vkv_worker.py", {"kv": "virtual", "lm_head_bits": 4}),
+    "vkv-int4-int8": (
+        "vkv_worker.py",
+        {"kv": "virtual", "lm_head_bits": 4, "activation_bits": 8},
+    ),
 }
 PEERS: Mapping[str, str] = {
     "vllm": "vllm_worker.py",
@@ -136,7 +140,10 @@ def _commands(options: ThroughputOptions) -> dict[str, tuple[list[str], dict[str
             raise InvalidConfig(f"system {name!r} is unknown; use some of {', '.join(SYSTEMS)}")
         script, own = SYSTEMS[name]
         commands[name] = [sys.executable, str(WORKERS / script)], own
+    rounds = options.device.type == "cpu" and torch_dtype(options.dtype) == torch.bfloat16
     for name, (script, own) in INT4_SYSTEMS.items() if quant else ():
+        if "activation_bits" in own and not rounds:
+            continue
         commands[name] = [sys.executable, str(WORKERS / script)], own
     for name, interpreter in options.peers.items():
         interpreter = interpreter_of(name, interpreter, PEERS)

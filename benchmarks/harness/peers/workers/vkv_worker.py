@@ -11,6 +11,7 @@ def load(options: dict[str, Any]) -> System:
     from vkv import LLM, SamplingParams
 
     torch.set_num_threads(options["threads"])
+    given = {name: options[name] for name in ("activation_bits",) if name in options}
     llm = LLM(
         options["model"],
         device=options["device"],
@@ -21,6 +22,7 @@ def load(options: dict[str, Any]) -> System:
         max_seqs=options["max_seqs"],
         prefix_reuse=False,
         max_parked=0,
+        **given,  # which another version may not know
     )
 
     turn, clocks = llm.loop.turn, []
