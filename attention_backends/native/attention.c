@@ -32,6 +32,8 @@ enum {
     SHARES_A_THREAD = 4 /* for an even load */
 };
 
+#define LOG2E 1.44269504f
+
 struct share {
     int32_t seq, first_query, last_query, first_head, last_head, first_key, last_key;
     int32_t first_position; /* of first_query, within its sequence */
@@ -368,10 +370,10 @@ struct goal {
 
 static void write_row(const struct goal *goal, int64_t q, int32_t head, const float *from,
                       float peak, float sum) {
-    const float log2e = 1.44269504f, ln2 = 0.693147181f;
+    const float ln2 = 0.693147181f;
     float factor = 1.0f;
     if (goal->sinks) { /* a logit that takes weight and has no value */
-        const float sink = goal->sinks[head] * log2e, top = fmaxf(peak, sink);
+        const float sink = goal->sinks[head] * LOG2E, top = fmaxf(peak, sink);
         factor = exp2f(peak - top);
         sum = sum * factor + exp2f(sink - top);
         peak = top;
