@@ -142,14 +142,13 @@ class PackedProduct:
             self._product = self._lay_out(dense, repeatable)
 
     def _lay_out(self, weights: list[torch.Tensor], repeatable: bool) -> _Product:
-        weight = weights[0] if len(weights) == 1 else _joined(weights)
-        self._weight_bytes = weight.nbytes
-        panel = _panel(weight.dtype, repeatable)
+        self._weight_bytes = sum(weight.nbytes for weight in weights)
+        panel = _panel(weights[0].dtype, repeatable)
         if panel is not None and self.in_features and self.in_features % 2 == 0:
             self._gates_itself = self.gate is not None and self.out_features[0] % 32 == 0
             gate = self.gate if self._gates_itself else None
-            return PanelLinear(weight, self.bias, gate, panel=panel)
-        return _OneDnnLinear(weight, self.bias)
+            return PanelLinear(weights, self.bias, gate, panel=panel)
+        return _OneDnnLinear(weights[0] if len(weights) == 1 else _joined(weights), self.bias)
 
     @property
     def num_bytes(self) -> int:
