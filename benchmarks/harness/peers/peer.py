@@ -36,6 +36,7 @@ class Timing:
         seconds: that it took.
         decode_tokens, decode_seconds: of the time in which all requests decoded, by the time
             stamps of their tokens.
+        first_tokens: of each prompt's output.
         peak_rss_bytes: of its process so far.
         weight_bytes: of its weights as it keeps them; None if it does not say.
         read_bytes: of those weights that a decode step reads; None likewise.
@@ -44,13 +45,18 @@ class Timing:
     seconds: float
     decode_tokens: int
     decode_seconds: float
+    first_tokens: Sequence[int]
     peak_rss_bytes: int
     weight_bytes: int | None
     read_bytes: int | None
 
 
 class Worker:
-    """A system in a process of its own."""
+    """A system in a process of its own.
+
+    Attributes:
+        versions: of the packages that matter in its environment, by name.
+    """
 
     def __init__(self, command: Sequence[str], options: Mapping[str, Any], log: Path) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(options["threads"])}
@@ -65,7 +71,7 @@ class Worker:
                 env=environment,
             )
         try:
-            self._answer()
+            self.versions: dict[str, str] = self._answer().get("versions", {})
         except BaseException:
             self.close()
             raise
