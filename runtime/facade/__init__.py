@@ -9,9 +9,7 @@
 Names are loaded when first used, so that `import vkv` itself is quick.
 """
 
-import gc
 import importlib
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -96,19 +94,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vkv' has no attribute {name!r}")
-    return getattr(_import(_HOMES[name]), name)
-
-
-def _import(home: str) -> ModuleType:
-    """A module of ours. The collector rests meanwhile: in what PyTorch and `transformers` bring
-    it would look for garbage again and again, and there is none."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        return importlib.import_module(home, __name__)
-    finally:
-        if was_enabled:
-            gc.enable()
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
 
 
 def __dir__() -> list[str]:
