@@ -12,14 +12,15 @@ from vkv.bench.peers.peer import WORKERS, Worker, WorkerFailed
 
 GENAI = """
 class SchedulerConfig: pass
-class GenerationConfig: pass
+class GenerationConfig:
+    def set_eos_token_id(self, token): self.eos = token
 
 class Output:
     def __init__(self, tokens): self.generated_ids = tokens
 
 class Handle:
     def __init__(self, prompt, config):
-        assert config.ignore_eos and not config.do_sample
+        assert config.ignore_eos and not config.do_sample and config.eos == 10
         self.prompt, self.left, self.new = prompt, config.max_new_tokens, []
     def step(self):
         self.new.append(self.prompt.data[0][-1] + self.left)

@@ -38,11 +38,14 @@ def load(options: dict[str, Any]) -> System:
         str(folder), scheduler, "CPU", _properties(options, weights)
     )
 
+    config = json.loads((Path(options["model"]) / "config.json").read_text())
+    no_token = config["vocab_size"]
+
     def generate(
         prompts: Sequence[Sequence[int]], output_lens: Sequence[int], clock: Clock
     ) -> list[list[int]]:
         handles = [
-            pipeline.add_request(number, _tensor(prompt), _config(genai, length))
+            pipeline.add_request(number, _tensor(prompt), _config(genai, length, no_token))
             for number, (prompt, length) in enumerate(zip(prompts, output_lens, strict=True))
         ]
         tokens: list[list[int]] = [[] for _ in prompts]
@@ -59,12 +62,11 @@ def load(options: dict[str, Any]) -> System:
         return tokens
 
     weight_bytes = (folder / "openvino_model.bin").stat().st_size
-    return System(generate, weight_bytes, weight_bytes - _looked_up_bytes(options, weights))
+    return System(generate, weight_bytes, weight_bytes - _looked_up_bytes(config, options, weights))
 
 
-def _looked_up_bytes(options: dict[str, Any], weights: str) -> int:
+def _looked_up_bytes(config: dict[str, Any], options: dict[str, Any], weights: str) -> int:
     """Bytes of the embedding, of which a step reads some rows; none if the output layer is it."""
-    config = json.loads((Path(options["model"]) / "config.json").read_text())
     if config.get("tie_word_embeddings"):
         return 0
     item_bytes = 1 if weights == "int4" else 4 if options["dtype"] == "float32" else 2
@@ -111,9 +113,10 @@ def _tensor(prompt: Sequence[int]) -> Any:
     return Tensor(np.array([prompt], dtype=np.int64))
 
 
-def _config(genai: Any, length: int) -> Any:
-    """Greedy, and as long as is asked."""
+def _config(genai: Any, length: int, no_token: int) -> Any:
+    """Greedy, and as long as is asked. It needs an end token, if only to ignore it."""
     config = genai.GenerationConfig()
+    config.set_eos_token_id(no_token)
     config.do_sample, config.ignore_eos = False, True
     config.max_new_tokens = length
     return config
