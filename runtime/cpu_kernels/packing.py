@@ -29,6 +29,7 @@ from .fusing import (
     fuse_norms,
     fuse_rotary,
     gate_of,
+    gates_alike,
     refuse_loading,
 )
 from .kernels import Gate, PanelLinear
@@ -254,13 +255,14 @@ def pack(
     homes, dtype = single_homes(model), expected[0].dtype  # of the logits it may be another
     files = linux.mapped_files(".safetensors")
     undo: list[Undo] = []
+    gates = _Gates(dtype)
     gated: list[tuple[nn.Module, PackedProduct]] = []
     products: list[PackedProduct] = []
     try:
         for group in groups:  # one at a time: never two copies of the whole model
             parent = group[0].parent
             is_gated = [place.name for place in group] == ["gate_proj", "up_proj"]
-            gate = gate_of(parent, dtype) if is_gated and id(parent) in homes else None
+            gate = gates.of(parent) if is_gated and id(parent) in homes else None
             linears = [place.linear for place in group]
             product = PackedProduct(linears, gate, repeatable=repeatable)
             undo.append(_exchange_linears(group, product, files))
@@ -285,6 +287,22 @@ def pack(
     for back in reversed(undo):
         back()
     return packed_bytes(model)
+
+
+class _Gates:
+    """The gates of layers, looked at once for all that are alike: it reads their weights twice."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._found: dict[tuple[object, ...], Gate | None] = {}
+
+    def of(self, layer: nn.Module) -> Gate | None:
+        kind = gates_alike(layer)
+        if kind is None:
+            return gate_of(layer, self._dtype)
+        if kind not in self._found:
+            self._found[kind] = gate_of(layer, self._dtype)
+        return self._found[kind]
 
 
 def is_packed(module: nn.Module) -> bool:
