@@ -38,6 +38,7 @@ from .systems import READ_INT4, Command, commands
 _PROGRAM = "llama-server"
 _UNWARMED = f"{_PROGRAM}, no warm-up"
 _WAIT_S, _POLL_S = 120.0, 0.002
+_ROOM = 256  # tokens that each has room for behind the prompt
 _END = "; import os; os._exit(0)"  # what Python does at its end is not waited for
 IMPORTS: Mapping[str, str] = {
     "Python alone": "pass",
@@ -107,7 +108,7 @@ def _starts(
 ) -> dict[str, Start]:
     """How each system is started. Raises WorkerFailed if a model cannot be written for one."""
     prompt = [1 + i % (saved.vocab_size - 1) for i in range(options.prompt_len)]
-    total = options.prompt_len + 1
+    total = options.prompt_len + _ROOM
     common = {
         "scratch": str(scratch),
         "device": "cpu",
@@ -127,7 +128,7 @@ def _starts(
     if program is not None:
         gguf = as_gguf(saved.dense, scratch, torch_dtype(options.dtype))
         words = [program, "--model", str(gguf), "--threads", str(options.threads)]
-        words += ["--parallel", "1", "--ctx-size", str(options.prompt_len + 256)]
+        words += ["--parallel", "1", "--ctx-size", str(total)]
         log = scratch / "llama-server.log"
         starts[_PROGRAM] = partial(_start_server, words, log, prompt)
         starts[_UNWARMED] = partial(_start_server, [*words, "--no-warmup"], log, prompt)

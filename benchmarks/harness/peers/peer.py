@@ -110,12 +110,21 @@ class Worker:
             raise WorkerFailed(self._last_words())
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerFailed(answer["error"])
+            raise WorkerFailed(_with_remedy(answer["error"]))
         return answer
 
     def _last_words(self) -> str:
         lines = self._log.read_text().strip().splitlines()
-        return f"its process ended: {lines[-1] if lines else 'without a word'}"
+        return _with_remedy(f"its process ended: {lines[-1] if lines else 'without a word'}")
+
+
+def _with_remedy(said: str) -> str:
+    """What a worker says, and what to do about a package that is not there, unless it says so."""
+    if "No module named" not in said or "pip install" in said:
+        return said
+    return (
+        f"{said}; install it in the peer's environment: benchmarks/README.md says what each needs"
+    )
 
 
 def import_bytes() -> int:

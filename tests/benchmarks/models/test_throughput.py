@@ -248,7 +248,8 @@ def test_a_system_that_fails_leaves_the_others(tmp_path: Path) -> None:
     )
     path, tables = throughput.run(options, tmp_path, "vkv bench throughput")
     results = json.loads(path.read_text())["results"]
-    assert "No module named 'vllm'" in results["failures"]["vllm"]["r"]
+    said = results["failures"]["vllm"]["r"]
+    assert "No module named 'vllm'; install it in the peer's environment" in said
     assert len(results["tokens_per_s"]["vkv"]["r"]) == 1
     assert tables[-1].title == "Not measured"
 
