@@ -99,17 +99,28 @@ def memory() -> Command:
 
 @bench.command(cls=LazyCommand)
 def throughput() -> Command:
-    """Tokens a second, offline, against transformers, vLLM and llama.cpp.
+    """Tokens a second, offline, against transformers, vLLM, llama.cpp and OpenVINO.
 
     Each system runs in a process of its own on the same model, prompts, output lengths and
     threads, taking turns cell by cell; medians and ratios of interleaved repeats. --quant adds
     vkv-int4, whose output layer stays dense, vkv-int4-head, where it is in 4 bits too,
-    vkv-int4-int8, which rounds activations to 8 bits besides, and to llama.cpp its own Q4_0.
-    Ctrl-C ends it and writes what has been measured.
+    vkv-int4-int8, which rounds activations to 8 bits besides, and to llama.cpp and OpenVINO their
+    own 4 bits. Ctrl-C ends it and writes what has been measured.
     """
     from .models.options import ThroughputOptions
 
     return _measuring(ThroughputOptions, ".models.throughput")
+
+
+@bench.command("first-token", cls=LazyCommand)
+def first_token() -> Command:
+    """How long a fresh process takes to its first token, the model's file in the system's cache.
+
+    On the CPU, in turns with other systems; what Python's imports take of it is shown beside.
+    """
+    from .models.options import FirstTokenOptions
+
+    return _measuring(FirstTokenOptions, ".models.first_token")
 
 
 @bench.command(cls=LazyCommand)

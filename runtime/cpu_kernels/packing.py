@@ -29,6 +29,7 @@ from .fusing import (
     fuse_norms,
     fuse_rotary,
     gate_of,
+    gates_alike,
     refuse_loading,
 )
 from .kernels import Gate, PanelLinear
@@ -142,14 +143,13 @@ class PackedProduct:
             self._product = self._lay_out(dense, repeatable)
 
     def _lay_out(self, weights: list[torch.Tensor], repeatable: bool) -> _Product:
-        weight = weights[0] if len(weights) == 1 else _joined(weights)
-        self._weight_bytes = weight.nbytes
-        panel = _panel(weight.dtype, repeatable)
+        self._weight_bytes = sum(weight.nbytes for weight in weights)
+        panel = _panel(weights[0].dtype, repeatable)
         if panel is not None and self.in_features and self.in_features % 2 == 0:
             self._gates_itself = self.gate is not None and self.out_features[0] % 32 == 0
             gate = self.gate if self._gates_itself else None
-            return PanelLinear(weight, self.bias, gate, panel=panel)
-        return _OneDnnLinear(weight, self.bias)
+            return PanelLinear(weights, self.bias, gate, panel=panel)
+        return _OneDnnLinear(weights[0] if len(weights) == 1 else _joined(weights), self.bias)
 
     @property
     def num_bytes(self) -> int:
@@ -259,13 +259,14 @@ def pack(
     homes, dtype = single_homes(model), expected[0].dtype  # of the logits it may be another
     files = mapped_checkpoints()
     undo: list[Undo] = []
+    gates = _Gates(dtype)
     gated: list[tuple[nn.Module, PackedProduct]] = []
     products: list[PackedProduct] = []
     try:
         for group in groups:  # one at a time: never two copies of the whole model
             parent = group[0].parent
             is_gated = [place.name for place in group] == ["gate_proj", "up_proj"]
-            gate = gate_of(parent, dtype) if is_gated and id(parent) in homes else None
+            gate = gates.of(parent) if is_gated and id(parent) in homes else None
             linears = [place.linear for place in group]
             product = PackedProduct(linears, gate, repeatable=repeatable)
             undo.append(_exchange_linears(group, product, files))
@@ -290,6 +291,22 @@ def pack(
     for back in reversed(undo):
         back()
     return packed_bytes(model)
+
+
+class _Gates:
+    """The gates of layers, looked at once for all that are alike: it reads their weights twice."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._found: dict[tuple[object, ...], Gate | None] = {}
+
+    def of(self, layer: nn.Module) -> Gate | None:
+        kind = gates_alike(layer)
+        if kind is None:
+            return gate_of(layer, self._dtype)
+        if kind not in self._found:
+            self._found[kind] = gate_of(layer, self._dtype)
+        return self._found[kind]
 
 
 def is_packed(module: nn.Module) -> bool:

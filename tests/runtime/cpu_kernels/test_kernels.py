@@ -68,6 +68,29 @@ def test_linear(
     assert torch.equal(linear.dense(), weight)
 
 
+def test_several_weights_are_one(kind: tuple[int, torch.dtype]) -> None:
+    """Of outputs that fill no panel, as if they had been joined before; also where lines cannot be
+    written past the cache, since the panels begin in between."""
+    panel, dtype = kind
+    weights = [torch.randn(columns, 38).to(dtype) for columns in (48, 16, 200)]
+    joined = torch.cat(weights)
+    bias, x = torch.randn(264).to(dtype), torch.randn(5, 38).to(dtype)
+    expected = PanelLinear(joined, bias, panel=panel)
+    words = 38 * dtype.itemsize // 4
+    count = -(-264 // panel) * words * panel
+    for first in (0, 1):
+        memory = torch.full((count + 1,), -1, dtype=torch.int32)[first:]
+        out = memory[:count].view(-1, words, panel)
+        several = PanelLinear(weights, bias, panel=panel, out=out)
+        assert torch.equal(several.dense(), joined)
+        assert first or torch.equal(several(x), expected(x))
+    gate, up = torch.randn(2, 96, 38).to(dtype)
+    gated = PanelLinear([gate, up], None, Gate.SILU, panel=panel)
+    whole = PanelLinear(torch.cat([gate, up]), None, Gate.SILU, panel=panel)
+    assert torch.equal(gated(x), whole(x))
+    assert torch.equal(gated.dense(), torch.cat([gate, up]))
+
+
 @pytest.mark.parametrize("gate", [None, *Gate])
 def test_a_row_has_one_result_to_the_bit(kind: tuple[int, torch.dtype], gate: Gate | None) -> None:
     """Beside however many others."""
