@@ -21,7 +21,8 @@ enum {
     VECTORS = PANEL / 16,
     LINES = PANEL / 16,     /* of the cache, in a word of all columns */
     ROWS = 6,               /* of a tile */
-    BLOCK_WORDS = 256,      /* 64 KiB of a panel */
+    SHORT_WORDS = 256,      /* of a block for two or three tiles: 64 KiB, since they wait for memory */
+    LONG_WORDS = 512,       /* and for more */
     AHEAD_BYTES = 8192,     /* that a single tile fetches ahead, past the second cache */
     MOST_ROWS = 96,         /* whose sums wait together: 24 KiB */
     MOST_RANGES = 64
@@ -130,7 +131,7 @@ INLINE void tile(const int rows, const int lines, const int is_bf16, const struc
 TARGET static void tile_of(int rows, int lines, int is_bf16, const struct block *of) {
 #define CASE(rows, lines, is_bf16) \
     case 16 * rows + 2 * lines + is_bf16: tile(rows, lines, is_bf16, of); break;
-#define CASES(rows)                                      \
+#define CASES(rows)                                    \
     CASE(rows, 1, 0) CASE(rows, 2, 0) CASE(rows, 4, 0) \
     CASE(rows, 1, 1) CASE(rows, 2, 1) CASE(rows, 4, 1)
     switch (16 * rows + 2 * lines + is_bf16) {
@@ -205,7 +206,8 @@ TARGET static void multiply(const struct vkv_linear *args, int64_t panel, int64_
                             int num_rows, int is_last) {
     float sums[MOST_ROWS * PANEL] __attribute__((aligned(64)));
     if (args->bias || args->addend) begin(args, panel, first_row, num_rows, sums);
-    const int most = num_rows <= ROWS ? args->num_words : BLOCK_WORDS;
+    const int block_words = num_rows > 3 * ROWS ? LONG_WORDS : SHORT_WORDS;
+    const int most = num_rows > ROWS ? block_words : args->num_words;
     for (int word = 0, words; word < args->num_words; word += words) {
         words = args->num_words - word < most ? args->num_words - word : most;
         const int ends = is_last && num_rows > ROWS && word + words == args->num_words;
