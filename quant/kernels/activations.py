@@ -46,7 +46,8 @@ def round_to_8_bits(inputs: torch.Tensor, group_size: int) -> torch.Tensor:
     rounded = []
     for some in inputs.float().unflatten(-1, (-1, group_size)).split(_STRETCH, dim=-1):
         largest = some.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # where all are 0, too
-        rounded.append((some * (_LARGEST / largest)).round() * (largest / _LARGEST))
+        shrink = torch.full_like(largest, _LARGEST) / largest  # a number over it is less exact
+        rounded.append((some * shrink).round() * (largest / _LARGEST))
     return torch.cat(rounded, dim=-1).flatten(-2)
 
 
