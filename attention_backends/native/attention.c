@@ -24,7 +24,7 @@
 enum {
     PART = 512,         /* keys of a part, on a grid from token 0 */
     BLOCK = 64,         /* keys at a time, on a grid that divides it */
-    FEW_TOKENS = 16,    /* and where few rows are attended: of all heads they stay near */
+    FEW_TOKENS = 16,    /* and where few rows of floats are: of all heads they stay near */
     SOFTMAX_ROWS = 24,  /* query rows at a time: their scores stay in the first cache */
     MAX_ROWS = 512,     /* query rows of a share: the packing of a block is spread over them */
     MIN_ROWS = 64,      /* unless a head has fewer; below it, packing costs more than it saves */

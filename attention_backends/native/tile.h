@@ -8,7 +8,8 @@
  *
  * Keys are transposed a block of BLOCK tokens at a time, so that a lane is a token, and values
  * laid out so that a lane is a dimension; both products are then the same small matrix product.
- * Few rows of floats are few_rows.h's, whose sums have the order that is used here.
+ * Few rows are read as they lie: floats by few_rows.h, in whose order of sums others are added here,
+ * and pairs by few_pairs.h.
  *
  * The softmax runs along, block by block, in base 2, and relative to a whole power of two. A score
  * is taken apart in a whole number and a fraction before that power is known: so a larger one later
