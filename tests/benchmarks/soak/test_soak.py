@@ -149,6 +149,7 @@ def quiet(
 
     monkeypatch.setattr(run, "open_site", open_site)
     monkeypatch.setattr(run, "_ROUND_S", 1.0)
+    monkeypatch.setattr(run, "_LEAST_S", 0.0)
     monkeypatch.setattr(run, "Reference", _Here)
     monkeypatch.setattr(run, "save_models", lambda home, seed: models)
     monkeypatch.setattr(_Here, "made", answers)
