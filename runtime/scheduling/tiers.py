@@ -46,6 +46,8 @@ class Lender(Protocol):
 class Tiers:
     """The tiers behind a cache; either may be missing.
 
+    One class, since the scheduler asks for all of them together, whichever there are.
+
     Args:
         cache: before them.
         swapping: moves what slots hold to host memory and back; None to drop it.

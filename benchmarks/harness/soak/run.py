@@ -28,6 +28,7 @@ from .site import ClusterSite, Site, soak_round
 from .tally import Tally
 
 _ROUND_S = 12.0  # of requests and faults, between two looks at what is left
+_LEAST_S = 24.0  # of a phase, once its instances are there: machines may be slow to start them
 _MOST_PHASE_S = 1200.0
 
 
@@ -106,6 +107,7 @@ def _phase(
     tell(f"{phase.name}: {phase.about}")
     with open_site(phase, options, chance, tally) as (site, front):
         clients = Clients(front, supply, phase.voices, tally)
+        until_s = max(until_s, time.monotonic() + _LEAST_S)
         while True:
             seconds = max(_ROUND_S / 2, min(_ROUND_S, until_s - time.monotonic()))
             soak_round(
