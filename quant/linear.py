@@ -71,11 +71,6 @@ class Int4Linear(nn.Module):
     @property
     def weight_int4(self) -> Int4Weight:
         """The weight in its canonical form. Raises QuantError once `settle` has let go of it."""
-        if self._settled:
-            raise QuantError(
-                f"the weight is laid out for {', '.join(self._layouts)} and no longer kept in its "
-                "canonical form; take it before `settle`"
-            )
         return replace(self._canonical(), permutation=self.permutation, bits=self.bits)
 
     @property
@@ -139,9 +134,7 @@ class Int4Linear(nn.Module):
 
     def _layout(self, chosen: Int4Kernel) -> Any:
         if chosen.name not in self._layouts:
-            assert not self._settled, f"it was not settled for {chosen.name}"
-            layout = chosen.prepare(self._canonical())
-            self._layouts[chosen.name] = layout
+            self._layouts[chosen.name] = chosen.prepare(self._canonical())
             if chosen.restores(self._outline):
                 self._weight = None
             trim_heap()
@@ -149,8 +142,14 @@ class Int4Linear(nn.Module):
 
     def _canonical(self) -> Int4Weight:
         """What kernels lay out: as it is kept, or had back from a layout."""
-        if self._weight is not None:
-            return self._weight
+        weight = self._weight  # once: another thread may let go of it meanwhile
+        if weight is not None:
+            return weight
+        if self._settled:
+            raise QuantError(
+                f"the weight is laid out for {', '.join(self._layouts)} and no longer kept in its "
+                "canonical form; take it before `settle`"
+            )
         name = next(name for name in self._layouts if kernel(name).restores(self._outline))
         return kernel(name).restore(self._layouts[name], self._outline)
 

@@ -83,13 +83,13 @@ def test_the_native_kernel_rounds_no_weight(
 def test_a_row_has_one_result_to_the_bit(
     instruction_set: str, symmetric: bool, shape: tuple[int, int, int]
 ) -> None:
-    """Beside however many others."""
+    """Beside however many others: in a block, in blocks that share weights, in several passes."""
     kernel = NativeKernel(instruction_set)
     layout = kernel.prepare(random_weight(*shape, symmetric=symmetric))
-    inputs = torch.randn(40, shape[1]).to(torch.bfloat16)
+    inputs = torch.randn(130, shape[1]).to(torch.bfloat16)
     all_rows = kernel.multiply(layout, inputs)
-    for count in (*range(1, 15), 25):
-        for first in (0, 3, 40 - count):
+    for count in (*range(1, 15), 25, 49, 61):
+        for first in (0, 3, 130 - count):
             some = slice(first, first + count)
             assert torch.equal(kernel.multiply(layout, inputs[some]), all_rows[some]), (
                 count,

@@ -8,14 +8,18 @@
 #include <stddef.h>
 #include <string.h>
 
-enum { SHARE_BYTES = 128 << 10, SHARES_A_THREAD = 8 };
+enum {
+    SHARE_BYTES = 128 << 10,
+    SHARES_A_THREAD = 8,
+    PASS_ROWS = 48 /* whose totals and inputs of a stretch stay in the first cache */
+};
 
 struct job {
     const struct vkv_int4 *args;
     const struct vkv_int4_kernel *kernel;
     int64_t next_tile, next_block, next_thread; /* atomic */
     int64_t num_tiles, share;                   /* tiles, and how many a thread takes at a time */
-    int64_t num_blocks;                         /* of rows */
+    int64_t num_blocks, pass_blocks;            /* of rows; of a pass over a tile, at most */
     int64_t stretches;                          /* of a row */
     const uint16_t *inputs;            /* [block][in_features][rows], as kernels differ */
     const struct vkv_int4_note *notes; /* [block][stretch][rows], or NULL: none needed */
@@ -43,12 +47,13 @@ static int64_t stretch_at(const struct vkv_int4 *args, int64_t stretch, int64_t 
     return group * args->group_size + within;
 }
 
-static void multiply_tile(const struct job *job, int64_t tile, float *totals) {
+/* All stretches of a tile, by some blocks of rows. */
+static void multiply_blocks(const struct job *job, int64_t tile, int64_t first, int64_t last,
+                            float *totals) {
     const struct vkv_int4 *args = job->args;
     void *kept = (char *)totals + job->scratch_bytes - KEPT_BYTES;
     const int64_t groups = args->in_features / args->group_size, in_group = group_stretches(args);
     const uint8_t *codes = (const uint8_t *)args->codes + tile * args->in_features * (TILE / 2);
-    memset(totals, 0, (size_t)(args->num_rows * TILE) * sizeof(float));
     const int64_t scale_bytes = args->scale_type == VKV_INT4_FLOAT32 ? 4 : 2;
     struct vkv_int4_stretches some = {.scale_type = args->scale_type};
     for (int64_t s = 0; s < job->stretches; s += some.count) {
@@ -62,16 +67,22 @@ static void multiply_tile(const struct job *job, int64_t tile, float *totals) {
         some.scales = (const char *)args->scales + at * scale_bytes;
         some.zeros = args->zeros ? args->zeros + at : NULL;
         some.scales_apart = ((s + 1) / in_group - group) * TILE;
-        some.weights = job->kernel->keeps && job->num_blocks > 1 ? kept : NULL;
-        for (int64_t block = 0; block < job->num_blocks; block++) {
+        some.weights = job->kernel->keeps && last - first > 1 ? kept : NULL;
+        for (int64_t block = first; block < last; block++) {
             const int64_t row = first_row(job, block), rows = first_row(job, block + 1) - row;
-            some.kept = block > 0;
+            some.kept = block > first;
             some.inputs = job->inputs + row * args->in_features + k * rows;
             some.notes = job->notes ? job->notes + row * job->stretches + s * rows : NULL;
             job->kernel->multiply(rows, &some, totals + row * TILE);
         }
     }
-    job->kernel->write_out(args, tile, totals);
+}
+
+static void multiply_tile(const struct job *job, int64_t tile, float *totals) {
+    memset(totals, 0, (size_t)(job->args->num_rows * TILE) * sizeof(float));
+    for (int64_t first = 0; first < job->num_blocks; first += job->pass_blocks)
+        multiply_blocks(job, tile, first, least(first + job->pass_blocks, job->num_blocks), totals);
+    job->kernel->write_out(job->args, tile, totals);
 }
 
 static void multiply(void *data) {
@@ -126,6 +137,8 @@ static int64_t share_of(const struct vkv_int4 *args, int64_t num_tiles) {
 static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_kernel *kernel) {
     struct job job = {.args = args, .kernel = kernel};
     job.num_blocks = (args->num_rows + kernel->rows - 1) / kernel->rows;
+    const int64_t passes = (args->num_rows + PASS_ROWS - 1) / PASS_ROWS;
+    job.pass_blocks = (job.num_blocks + passes - 1) / passes;
     job.num_tiles = (args->out_features + TILE - 1) / TILE;
     job.share = share_of(args, job.num_tiles);
     job.stretches = args->in_features / args->group_size * group_stretches(args);
