@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/.triton
 OLDEST := .venv-oldest
 
-.PHONY: help install chat test test-oldest lint wheel-test gpu-kit gpu-check clients clean
+.PHONY: help install chat test soak test-oldest lint wheel-test gpu-kit gpu-check clients clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -34,6 +34,9 @@ chat: $(INSTALLED) ## Chat with the built-in tiny model, on the CPU
 # waits for another must not keep one busy.
 test: $(TRITON) ## Run the test suite; ARGS goes to pytest
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+soak: $(INSTALLED) ## Soak everything at once, ten minutes; ARGS goes to `vkv soak`
+	OMP_WAIT_POLICY=passive $(BIN)/vkv soak --minutes 10 $(ARGS)
 
 # The same pins, but for what must be as old: that transformers wants a huggingface_hub below 2.
 $(OLDEST)/.installed: pyproject.toml constraints.txt

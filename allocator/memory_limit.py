@@ -53,7 +53,7 @@ class MemoryLimit:
 
     Args:
         num_bytes: the most bytes of pages that the caches may have together; or a text such as
-            "4GiB".
+            "4GiB". `resize` makes it less for a while.
 
     Example:
         >>> limit = MemoryLimit("4GiB")
@@ -61,7 +61,7 @@ class MemoryLimit:
     """
 
     def __init__(self, num_bytes: int | str) -> None:
-        self.num_bytes = parse_bytes(num_bytes)
+        self.num_bytes = self._given_bytes = parse_bytes(num_bytes)
         self.lock = threading.RLock()
         owner = ProcessOwner("this memory limit")
         self._guard = OwnedLock(owner, self.lock)
@@ -82,10 +82,29 @@ class MemoryLimit:
     def take(self, num_bytes: int) -> bool:
         """Take `num_bytes` if there is room for them, else nothing; negative gives back."""
         with self._accounts:
-            if num_bytes > self.num_bytes - self._taken:
+            if num_bytes > max(0, self.num_bytes - self._taken):  # beyond it after `resize`
                 return False
             self._taken += num_bytes
             return True
+
+    def resize(self, num_bytes: int | str | None = None) -> None:
+        """Keep to less from now on; None for as much as there was at first.
+
+        Members give up what only finished requests hold beyond it. What live requests hold stays
+        theirs until they end or give way. Raises InvalidConfig for more than there was at first,
+        which the members' caches are made for.
+        """
+        wanted = self._given_bytes if num_bytes is None else parse_bytes(num_bytes)
+        if wanted > self._given_bytes:
+            raise InvalidConfig(
+                f"{wanted} bytes are more than the {self._given_bytes} that caches under this "
+                "limit were made for; make the limit as large as it will ever be"
+            )
+        with self._guard:
+            self.num_bytes = wanted
+            for member in list(self._members):
+                if self.room_bytes < 0:
+                    member.give_up(-self.room_bytes)
 
     def join(self, member: Member) -> None:
         """Count `member`, held weakly, among those that give up memory for others."""

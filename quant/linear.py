@@ -16,8 +16,9 @@ from .weight_memory import trim_heap
 class Int4Linear(nn.Module):
     """[..., in_features] to [..., out_features]; which kernel computes it depends on the batch.
 
-    The weight is laid out for a kernel when a batch first asks for it. `settle` does so ahead and
-    lets go of what no kernel reads. A kernel may be pinned by name, for tests and measurements.
+    The weight is laid out for a kernel when a batch first asks for it, and kept in that form alone
+    if it can be had back from there. `settle` lays it out ahead and lets go of what no kernel
+    reads. A kernel may be pinned by name, for tests and measurements.
 
     Raises QuantError if a pinned kernel is unknown or cannot run here.
     """
@@ -37,26 +38,45 @@ class Int4Linear(nn.Module):
         self.permutation: torch.Tensor | None
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("permutation", weight.permutation, persistent=False)
-        self._pinned = kernel(kernel_name) if kernel_name is not None else None
+        self._pinned: Int4Kernel | None = None
         self._weight: Int4Weight | None = weight.halves()
         self._outline = self._weight.to("meta")
+        self._device = weight.packed.device
+        self._settled = False
         self._layouts: dict[str, Any] = {}
         self._choices: dict[tuple[torch.dtype, int], Int4Kernel] = {}
+        if kernel_name is not None:
+            self.pin(kernel_name)
+
+    @property
+    def outline(self) -> Int4Weight:
+        """The weight without its numbers, on "meta", but with the order of its columns."""
+        return replace(self._outline, permutation=self.permutation, bits=self.bits)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self._device
+
+    @property
+    def pinned(self) -> str | None:
+        """The name of the kernel that computes every batch, if one was pinned."""
+        return None if self._pinned is None else self._pinned.name
+
+    def pin(self, kernel_name: str) -> None:
+        """Have that kernel compute every batch. Raises QuantError if it cannot run here."""
+        assert not self._settled, "laid out for other kernels"
+        self._pinned = kernel(kernel_name)
 
     @property
     def weight_int4(self) -> Int4Weight:
         """The weight in its canonical form. Raises QuantError once `settle` has let go of it."""
-        if self._weight is None:
-            raise QuantError(
-                f"the weight is laid out for {', '.join(self._layouts)} and no longer kept in its "
-                "canonical form; take it before `settle`"
-            )
-        return replace(self._weight, permutation=self.permutation, bits=self.bits)
+        return replace(self._canonical(), permutation=self.permutation, bits=self.bits)
 
     @property
     def is_settled(self) -> bool:
         """Whether only layouts are kept, and the canonical weight is gone."""
-        return self._weight is None
+        return self._settled
 
     @property
     def num_bytes(self) -> int:
@@ -105,30 +125,44 @@ class Int4Linear(nn.Module):
 
         Afterwards inputs are of this dtype, on this device. A second time nothing happens.
         """
-        if self.is_settled:
+        if self._settled:
             return
-        device = self.weight_int4.packed.device
-        chosen = {self.kernel_for(device, dtype, rows) for rows in range(1, MANY_ROWS + 1)}
+        chosen = {self.kernel_for(self._device, dtype, rows) for rows in range(1, MANY_ROWS + 1)}
         self._layouts = {one.name: self._layout(one) for one in chosen}
-        self._weight = None
+        self._weight, self._settled = None, True
         trim_heap()
 
     def _layout(self, chosen: Int4Kernel) -> Any:
         if chosen.name not in self._layouts:
-            self._layouts[chosen.name] = chosen.prepare(self.weight_int4.halves())
+            self._layouts[chosen.name] = chosen.prepare(self._canonical())
+            if chosen.restores(self._outline):
+                self._weight = None
             trim_heap()
         return self._layouts[chosen.name]
+
+    def _canonical(self) -> Int4Weight:
+        """What kernels lay out: as it is kept, or had back from a layout."""
+        weight = self._weight  # once: another thread may let go of it meanwhile
+        if weight is not None:
+            return weight
+        if self._settled:
+            raise QuantError(
+                f"the weight is laid out for {', '.join(self._layouts)} and no longer kept in its "
+                "canonical form; take it before `settle`"
+            )
+        name = next(name for name in self._layouts if kernel(name).restores(self._outline))
+        return kernel(name).restore(self._layouts[name], self._outline)
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> "Int4Linear":
         """Follow the module to another device. Codes and scales keep their types."""
-        if self._weight is not None:
-            moved = fn(torch.empty(0, device=self._weight.packed.device)).device
-            if moved != self._weight.packed.device:
-                self._weight = self._weight.to(moved)
-                self._layouts.clear()
-                self._choices.clear()
+        moved = fn(torch.empty(0, device=self._device)).device
+        if moved != self._device and not self._settled:
+            self._weight = self._canonical().to(moved)
+            self._device = moved
+            self._layouts.clear()
+            self._choices.clear()
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ experts of a layer makes way likewise (`stored_experts`).
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ from .linear import Int4Linear
 from .names import ModelNames, bind_to_weights
 from .stored_experts import expert_linear, stored_experts
 from .weight import Int4Weight
-from .weight_memory import trim_heap
+from .weight_memory import drop_file_pages, lies_in, mapped_checkpoints, trim_heap
 
 _log = logging.getLogger(__name__)
 _METHOD = "vkv_int4"
@@ -136,13 +137,18 @@ class _StoredLinear(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_buffer("bias", bias)
 
-    def read(self, layer: str, scheme: Scheme) -> Int4Linear | nn.Linear:
+    def read(
+        self, layer: str, scheme: Scheme, files: Sequence[tuple[int, int]]
+    ) -> Int4Linear | nn.Linear:
+        """The linear that runs, with no code in the mapped `files`."""
         tensors = {name: getattr(self, name) for name in self.tensor_names}
         if _EXPERT_CODES in tensors:
             tensors["weight"] = tensors.pop(_EXPERT_CODES)
         bias = cast(torch.Tensor | None, self.bias)
         weight = read_layer(layer, tensors, scheme)
         if isinstance(weight, Int4Weight):
+            if lies_in(weight.packed, files):
+                weight = replace(weight, packed=weight.packed.clone())
             return Int4Linear(weight, bias)
         if weight.shape != self.size:
             raise QuantError(
@@ -234,9 +240,12 @@ class _Int4Quantizer(HfQuantizer):
                 "memory of their files in bfloat16",
                 *_READ_AS_DENSE[self.scheme.format],
             )
+        files = mapped_checkpoints()
         while stored:  # one at a time, so that a layer's tensors go before the next is read
             layer, module = stored.pop()
-            model.set_submodule(layer, module.read(layer, self.scheme))
+            model.set_submodule(layer, module.read(layer, self.scheme, files))
+            for tensor in module.buffers():
+                drop_file_pages(tensor, files)
             del module
             trim_heap()
         for name, experts in stored_experts(model):

@@ -11,7 +11,7 @@ from .weight import Int4Weight, concatenate
 
 BITS = (4, 8)
 _GROUP_SIZE = 32
-_ROWS = 8192  # quantised at a time: float32 copies of a whole vocabulary would be large
+_ROWS = 1024  # quantised at a time: float32 copies of a whole vocabulary would be large
 
 
 def quantize_output(linear: nn.Linear, bits: int) -> Int4Linear:

@@ -8,6 +8,8 @@ from contextlib import suppress
 
 import torch
 
+from ..vmem import linux
+
 _HUGE_PAGE = 2 << 20
 
 _libc = ctypes.CDLL(None)
@@ -38,3 +40,23 @@ def trim_heap() -> None:
     """
     if trim := getattr(_libc, "malloc_trim", None):
         trim(ctypes.c_size_t(0))
+
+
+def mapped_checkpoints() -> list[tuple[int, int]]:
+    """Where safetensors files are mapped, as (start, end)."""
+    return linux.mapped_files(".safetensors")
+
+
+def drop_file_pages(tensor: torch.Tensor, files: Sequence[tuple[int, int]]) -> None:
+    """Drop the pages of a tensor that lies in one of `files`: the file has them, if need be.
+
+    A file stays mapped as long as any tensor lies in it, and its pages would stay resident.
+    """
+    if lies_in(tensor, files):
+        linux.drop_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+def lies_in(tensor: torch.Tensor, files: Sequence[tuple[int, int]]) -> bool:
+    """Whether the memory of a tensor is that of a mapped file."""
+    address, num_bytes = tensor.data_ptr(), tensor.nbytes
+    return any(start <= address and address + num_bytes <= end for start, end in files)

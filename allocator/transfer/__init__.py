@@ -5,10 +5,12 @@ from .kv_dir import KVDir
 from .memory_tier import Fetch, MemoryTier, MoveStats, Store
 from .segment_tier import (
     Lent,
+    Remainder,
     Segment,
     SegmentTier,
     part_of,
     put_before,
+    put_behind,
     split_off,
     staging,
 )
@@ -24,6 +26,7 @@ __all__ = [
     "MemoryTier",
     "MoveStats",
     "Outgoing",
+    "Remainder",
     "Segment",
     "SegmentTier",
     "Spans",
@@ -33,6 +36,7 @@ __all__ = [
     "Transfers",
     "part_of",
     "put_before",
+    "put_behind",
     "split_off",
     "staging",
 ]

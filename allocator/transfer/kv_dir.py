@@ -223,6 +223,11 @@ class KVDir:
         self._jobs.append((job, outgoing, array, variant))
         return True
 
+    @property
+    def is_saving(self) -> bool:
+        """True until `settle` has taken in all that is being written."""
+        return bool(self._jobs)
+
     def settle(self) -> None:
         """Unpin what has been read, and take in what has been written."""
         for job, outgoing, _, _ in self._jobs:

@@ -52,6 +52,22 @@ class Segment:
     num_tokens: int
 
 
+@dataclass(eq=False)
+class Remainder:
+    """A stretch of a sequence behind tokens that were lost, with no gap in it.
+
+    Attributes:
+        lent: what other processes have of it, from `start` on.
+        slot: the rest; None if there is none.
+        start, stop: the positions of its tokens.
+    """
+
+    lent: list[Lent]
+    slot: Slot | None
+    start: int
+    stop: int
+
+
 class SegmentTier:
     """Moves the beginnings of sequences from `near` to `far`. For one thread at a time.
 
@@ -173,6 +189,17 @@ def put_before(
         exits.let_go(fresh)
         raise
     return fresh
+
+
+def put_behind(cache: SlotCache, slot: Slot, num_rows: int, other: Slot, num_more: int) -> None:
+    """Copy the first `num_more` rows of `other` behind the first `num_rows` of `slot`.
+
+    Raises a Shortage or DriverError, with those rows as they were.
+    """
+    cache.grow(slot, num_rows + num_more)
+    if num_more:
+        target = cache.spans(slot, num_rows, num_rows + num_more)
+        _copy(cache, cache.spans(other, 0, num_more), target)
 
 
 def staging(cache: SlotCache, num_tokens: int) -> Spans:

@@ -24,13 +24,15 @@
 enum {
     PART = 512,         /* keys of a part, on a grid from token 0 */
     BLOCK = 64,         /* keys at a time, on a grid that divides it */
-    FEW_TOKENS = 16,    /* and where few rows are attended: of all heads they stay near */
+    FEW_TOKENS = 16,    /* and where few rows of floats are: of all heads they stay near */
     SOFTMAX_ROWS = 24,  /* query rows at a time: their scores stay in the first cache */
     MAX_ROWS = 512,     /* query rows of a share: the packing of a block is spread over them */
     MIN_ROWS = 64,      /* unless a head has fewer; below it, packing costs more than it saves */
     MAX_LANES = 16,     /* of a vector */
     SHARES_A_THREAD = 4 /* for an even load */
 };
+
+#define LOG2E 1.44269504f
 
 struct share {
     int32_t seq, first_query, last_query, first_head, last_head, first_key, last_key;
@@ -368,10 +370,10 @@ struct goal {
 
 static void write_row(const struct goal *goal, int64_t q, int32_t head, const float *from,
                       float peak, float sum) {
-    const float log2e = 1.44269504f, ln2 = 0.693147181f;
+    const float ln2 = 0.693147181f;
     float factor = 1.0f;
     if (goal->sinks) { /* a logit that takes weight and has no value */
-        const float sink = goal->sinks[head] * log2e, top = fmaxf(peak, sink);
+        const float sink = goal->sinks[head] * LOG2E, top = fmaxf(peak, sink);
         factor = exp2f(peak - top);
         sum = sum * factor + exp2f(sink - top);
         peak = top;

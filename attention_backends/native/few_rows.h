@@ -234,9 +234,7 @@ static void NAME(attend_few)(const struct vkv_attention *args, const struct shar
                 NAME(score_few)(rows, is_bf16, keys + t * key_stride + h * key_head, key_stride,
                                 t < skip ? skip - t : 0, (len - t < LANES ? len - t : LANES) - 1,
                                 args->key_dim, query, s->query_words, s->scores + t, keys_ahead);
-            for (int r = 0; r < rows; r++)
-                NAME(weigh)(FEW_TOKENS, args, share, s, h * rows + r, r / group, start, len,
-                            s->scores + r * FEW_TOKENS, s->weights + r * FEW_TOKENS);
+            NAME(weigh)(FEW_TOKENS, args, share, s, h * rows, 0, rows, start, len);
             NAME(add_few)(rows, is_bf16, values + skip * value_stride + h * value_head,
                           value_stride, len - skip, args->value_dim, s->weights + skip,
                           s->part.out + h * rows * width, width, values_ahead);

@@ -8,7 +8,8 @@
  *
  * Keys are transposed a block of BLOCK tokens at a time, so that a lane is a token, and values
  * laid out so that a lane is a dimension; both products are then the same small matrix product.
- * Few rows of floats are few_rows.h's, whose sums have the order that is used here.
+ * Few rows are read as they lie: floats by few_rows.h, in whose order of sums others are added here,
+ * and pairs by few_pairs.h.
  *
  * The softmax runs along, block by block, in base 2, and relative to a whole power of two. A score
  * is taken apart in a whole number and a fraction before that power is known: so a larger one later
@@ -29,15 +30,29 @@ INLINE IVEC NAME(isplat)(int32_t x) { return x - (IVEC){0}; }
 INLINE VEC NAME(select)(IVEC mask, VEC a, VEC b) {
     return (VEC)((mask & (IVEC)a) | (~mask & (IVEC)b));
 }
-INLINE VEC NAME(max)(VEC a, VEC b) { return NAME(select)(a > b, a, b); }
+INLINE VEC NAME(max)(VEC a, VEC b) {
+#if LANES == 16
+    return (VEC)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (VEC)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return NAME(select)(a > b, a, b);
+#endif
+}
 INLINE VEC NAME(load)(const float *p) { return *(const VEC *)p; }
 INLINE void NAME(store)(float *p, VEC x) { *(VEC *)p = x; }
 
-/* The largest lane, and the sum of all. */
+/* The largest lane, and the sum of all; whether a lane reaches y. */
 #if LANES == 16
+INLINE int NAME(reaches)(VEC x, float y) {
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(y), _CMP_GE_OQ) != 0;
+}
 INLINE float NAME(highest)(VEC x) { return _mm512_reduce_max_ps((__m512)x); }
 INLINE float NAME(total)(VEC x) { return _mm512_reduce_add_ps((__m512)x); }
 #elif LANES == 8
+INLINE int NAME(reaches)(VEC x, float y) {
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(y), _CMP_GE_OQ)) != 0;
+}
 INLINE float NAME(highest)(VEC x) {
     __m128 top = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
     top = _mm_max_ps(top, _mm_movehl_ps(top, top));
@@ -49,6 +64,11 @@ INLINE float NAME(total)(VEC x) {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 #else
+INLINE int NAME(reaches)(VEC x, float y) {
+    int any = 0;
+    for (int i = 0; i < LANES; i++) any |= x[i] >= y;
+    return any;
+}
 INLINE float NAME(highest)(VEC x) {
     float top = x[0];
     for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
@@ -85,14 +105,21 @@ INLINE VEC NAME(scale)(VEC x, VEC y) {
 #endif
 }
 
-/* 2^x of x from -1/2 to 1/2; relative error about 1e-7. */
+/* 2^x of x from -1/2 to 1/2, within 1e-7 of it; 3e-6 where weights become bfloat16, which is 700
+ * times as coarse. Least largest errors, with 2^0 = 1. */
 INLINE VEC NAME(exp2_near)(VEC x) {
-    VEC p = NAME(splat)(1.535336e-4f);
-    p = p * x + 1.339887e-3f;
-    p = p * x + 9.618437e-3f;
-    p = p * x + 5.550332e-2f;
-    p = p * x + 2.402264e-1f;
-    p = p * x + 6.931472e-1f;
+#if PAIRS
+    VEC p = NAME(splat)(9.5828442e-3f);
+    p = p * x + 5.5906439e-2f;
+    p = p * x + 2.4024099e-1f;
+    p = p * x + 6.9312419e-1f;
+#else
+    VEC p = NAME(splat)(1.3264715e-3f);
+    p = p * x + 9.6715135e-3f;
+    p = p * x + 5.5507338e-2f;
+    p = p * x + 2.4022242e-1f;
+    p = p * x + 6.9314698e-1f;
+#endif
     return p * x + 1.0f;
 }
 
@@ -149,14 +176,17 @@ INLINE IVEC NAME(load_words)(const void *row, int count, int is_bf16) {
 
 #define ROW_WORDS (PAIRS ? 2 * LANES : LANES) /* elements that load_words takes */
 
-/* c[rows][nv * LANES] += a[rows][k words] times b[k words][nv * LANES]: term by term, or, `apart`,
- * of their own first. */
-INLINE void NAME(product)(const int rows, const int nv, const int apart, const int32_t *a, int lda,
+/* How a product meets what is in its goal: it adds to that term by term, it is summed by itself and
+ * then added, or it takes its place. */
+enum { NAME(GO_ON), NAME(APART), NAME(ANEW) };
+
+/* c[rows][nv * LANES] of a[rows][k words] times b[k words][nv * LANES]. */
+INLINE void NAME(product)(const int rows, const int nv, const int how, const int32_t *a, int lda,
                           const int32_t *b, int ldb, int k, float *c, int ldc) {
     VEC acc[ROWS][COLUMNS];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < nv; v++)
-            acc[r][v] = apart ? (VEC){0} : NAME(load)(c + r * ldc + v * LANES);
+            acc[r][v] = how == NAME(GO_ON) ? NAME(load)(c + r * ldc + v * LANES) : (VEC){0};
     for (int i = 0; i < k; i++) {
         IVEC column[COLUMNS];
         for (int v = 0; v < nv; v++) column[v] = *(const IVEC *)(b + i * ldb + v * LANES);
@@ -175,46 +205,51 @@ INLINE void NAME(product)(const int rows, const int nv, const int apart, const i
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < nv; v++) {
             float *goal = c + r * ldc + v * LANES;
-            if (apart) acc[r][v] += NAME(load)(goal);
+            if (how == NAME(APART)) acc[r][v] += NAME(load)(goal);
             NAME(store)(goal, acc[r][v]);
         }
 }
 
-INLINE void NAME(product_columns)(const int rows, const int apart, const int32_t *a, int lda,
+INLINE void NAME(product_columns)(const int rows, const int how, const int32_t *a, int lda,
                                   const int32_t *b, int ldb, int k, float *c, int ldc, int n) {
     int j = 0;
     for (; j + COLUMNS * LANES <= n; j += COLUMNS * LANES)
-        NAME(product)(rows, COLUMNS, apart, a, lda, b + j, ldb, k, c + j, ldc);
-    for (; j < n; j += LANES) NAME(product)(rows, 1, apart, a, lda, b + j, ldb, k, c + j, ldc);
+        NAME(product)(rows, COLUMNS, how, a, lda, b + j, ldb, k, c + j, ldc);
+    for (; j < n; j += LANES) NAME(product)(rows, 1, how, a, lda, b + j, ldb, k, c + j, ldc);
 }
 
 /* The same for any number of rows, and n a multiple of 16. */
-INLINE void NAME(product_rows)(int rows, const int apart, const int32_t *a, int lda,
+INLINE void NAME(product_rows)(int rows, const int how, const int32_t *a, int lda,
                                const int32_t *b, int ldb, int k, float *c, int ldc, int n) {
     int r = 0;
     for (; r + ROWS <= rows; r += ROWS)
-        NAME(product_columns)(ROWS, apart, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+        NAME(product_columns)(ROWS, how, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
     if (ROWS > 4 && r + 4 <= rows) {
-        NAME(product_columns)(4, apart, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+        NAME(product_columns)(4, how, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
         r += 4;
     }
     if (ROWS > 2 && r + 2 <= rows) {
-        NAME(product_columns)(2, apart, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+        NAME(product_columns)(2, how, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
         r += 2;
     }
     for (; r < rows; r++)
-        NAME(product_columns)(1, apart, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
+        NAME(product_columns)(1, how, a + r * lda, lda, b, ldb, k, c + r * ldc, ldc, n);
 }
 
 static void NAME(multiply)(int rows, const int32_t *a, int lda, const int32_t *b, int ldb, int k,
                            float *c, int ldc, int n) {
-    NAME(product_rows)(rows, 0, a, lda, b, ldb, k, c, ldc, n);
+    NAME(product_rows)(rows, NAME(GO_ON), a, lda, b, ldb, k, c, ldc, n);
+}
+
+static void NAME(multiply_anew)(int rows, const int32_t *a, int lda, const int32_t *b, int ldb,
+                                int k, float *c, int ldc, int n) {
+    NAME(product_rows)(rows, NAME(ANEW), a, lda, b, ldb, k, c, ldc, n);
 }
 
 #if !PAIRS
 static void NAME(multiply_apart)(int rows, const int32_t *a, int lda, const int32_t *b, int ldb,
                                  int k, float *c, int ldc, int n) {
-    NAME(product_rows)(rows, 1, a, lda, b, ldb, k, c, ldc, n);
+    NAME(product_rows)(rows, NAME(APART), a, lda, b, ldb, k, c, ldc, n);
 }
 #endif
 
@@ -354,25 +389,26 @@ static void NAME(pack_values)(const struct block *block, int dim, int width, int
 
 /* -- the softmax ----------------------------------------------------------------------------- */
 
-/* One row: scores[columns] become weights, of which those outside [first, last) are zero; its
- * running peak, sums of weights by lane and output row follow. */
-INLINE void NAME(softmax_row)(const int columns, const struct vkv_attention *args,
-                              const float *scores, int first, int last, int32_t *weights,
-                              float *peak, float *sums, float *out, int width) {
-    const float log2e = 1.44269504f;
-    const int masked = first > 0 || last < columns;
+/* One row: scores[columns], times `factor` in base 2, become weights; its running peak, sums of
+ * weights by lane and output row follow. Unless `is_plain`, logits are capped, and weights outside
+ * [first, last) are zero. */
+INLINE void NAME(softmax_row)(const int columns, const int is_plain,
+                              const struct vkv_attention *args, float factor, const float *scores,
+                              int first, int last, int32_t *weights, float *peak, float *sums,
+                              float *out, int width) {
+    const int masked = !is_plain && (first > 0 || last < columns);
     VEC x[BLOCK / LANES], top = NAME(splat)(-FLT_MAX);
-    IVEC lane, seen[BLOCK / LANES];
+    IVEC lane, seen[BLOCK / LANES] = {0};
     for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int v = 0; v < columns / LANES; v++) {
         x[v] = NAME(load)(scores + v * LANES);
-        if (args->softcap != 0.0f) { /* tanh(y) = 1 - 2 / (exp(2 y) + 1) */
-            VEC y = x[v] * (2 * log2e * args->scale / args->softcap);
+        if (!is_plain && args->softcap != 0.0f) { /* tanh(y) = 1 - 2 / (exp(2 y) + 1) */
+            VEC y = x[v] * (2 * factor / args->softcap);
             y = NAME(select)(y > 60.0f, NAME(splat)(60.0f), y);
-            x[v] = (args->softcap * log2e) *
+            x[v] = (args->softcap * LOG2E) *
                    (1.0f - 2.0f / (NAME(exp2)(y, (VEC){0}) + 1.0f));
         } else {
-            x[v] = x[v] * (args->scale * log2e);
+            x[v] = x[v] * factor;
         }
         if (masked) {
             IVEC column = lane + v * LANES;
@@ -381,9 +417,10 @@ INLINE void NAME(softmax_row)(const int columns, const struct vkv_attention *arg
         }
         top = NAME(max)(top, x[v]);
     }
-    const float highest = NAME(whole)(NAME(splat)(NAME(highest)(top)))[0];
     VEC total = NAME(load)(sums);
-    if (highest > *peak) {
+    if (NAME(reaches)(top, *peak + 0.5f)) { /* seldom: it may round to more than the peak */
+        const float near = NAME(whole)(NAME(splat)(NAME(highest)(top)))[0];
+        const float highest = near > *peak ? near : *peak;
         const VEC shrink = NAME(scale)(NAME(splat)(1.0f), NAME(splat)(*peak - highest));
         total *= shrink;
         for (int d = 0; d < width; d += LANES) NAME(store)(out + d, NAME(load)(out + d) * shrink);
@@ -404,25 +441,48 @@ INLINE void NAME(softmax_row)(const int columns, const struct vkv_attention *arg
 #endif
 }
 
-/* Row `row` of the share, of its query `query`, against `len` tokens from `start` on, in
- * columns of its own: the softmax within its causal bounds and its window. */
+/* The scores of `count` rows of a KV head from `row` on, whose rows begin at `base` of the share's,
+ * against `len` tokens from `start` on, in columns of their own: the softmax of each within its
+ * causal bounds and its window. */
 INLINE void NAME(weigh)(const int columns, const struct vkv_attention *args,
-                        const struct share *share, struct scratch *s, int row, int query,
-                        int start, int len, const float *scores, int32_t *weights) {
-    const int position = share->first_position + query;
-    int last = position + 1 - start, first = 0;
-    if (last > len) last = len;
-    if (args->window && position - args->window >= start)
-        first = position - args->window + 1 - start;
-    if (last <= first)
-        memset(weights, 0, 4 * (size_t)WORDS(columns));
-    else
-        NAME(softmax_row)(columns, args, scores, first, last, weights, s->part.peaks + row,
-                          s->lanes + row * LANES, s->part.out + row * s->value_width,
-                          s->value_width);
+                        const struct share *share, struct scratch *s, int base, int row, int count,
+                        int start, int len) {
+    const int group = args->num_heads / args->num_kv_heads, width = s->value_width;
+    const int first_position = share->first_position + row / group;
+    const int last_position = share->first_position + (row + count - 1) / group;
+    const float factor = args->scale * LOG2E;
+    float *peak = s->part.peaks + base + row, *lanes = s->lanes + (base + row) * LANES;
+    float *out = s->part.out + (base + row) * width;
+    const float *scores = s->scores;
+    int32_t *weights = s->weights;
+#define SOFTMAX(is_plain, first, last)                                                           \
+    NAME(softmax_row)(columns, is_plain, args, factor, scores, first, last, weights, peak, lanes, \
+                      out, width)
+#define NEXT                                                                        \
+    scores += columns, weights += WORDS(columns), peak++, lanes += LANES, out += width
+    if (len == columns && first_position >= start + columns - 1 && args->softcap == 0.0f &&
+        !(args->window && last_position - args->window >= start)) {
+        for (int i = 0; i < count; i++, NEXT) SOFTMAX(1, 0, columns);
+        return;
+    }
+    for (int i = 0; i < count; i++, NEXT) {
+        const int position = share->first_position + (row + i) / group;
+        int last = position + 1 - start, first = 0;
+        if (last > len) last = len;
+        if (args->window && position - args->window >= start)
+            first = position - args->window + 1 - start;
+        if (last <= first)
+            memset(weights, 0, 4 * (size_t)WORDS(columns));
+        else
+            SOFTMAX(0, first, last);
+    }
+#undef SOFTMAX
+#undef NEXT
 }
 
-#if !PAIRS /* laying out is cheap there */
+#if PAIRS
+#include "few_pairs.h"
+#else
 #include "few_rows.h"
 #endif
 
@@ -464,10 +524,10 @@ static void NAME(take_queries)(const struct vkv_attention *args, const struct sh
 /* scores[rows][BLOCK] of queries and keys that are laid out. */
 static void NAME(score_block)(const struct vkv_attention *args, struct scratch *s, int rows,
                               const int32_t *query, int columns) {
-    const size_t bytes = sizeof(float) * BLOCK * (size_t)rows;
-    memset(s->scores, 0, bytes);
 #if !PAIRS
     if (NAME(by_lanes)(args)) { /* in the order of `sums` */
+        const size_t bytes = sizeof(float) * BLOCK * (size_t)rows;
+        memset(s->scores, 0, bytes);
         const int words = args->key_dim / LANES;
 #define ADD_LANE(lane, goal)                                                        \
     NAME(multiply_apart)(rows, query + (lane) * words, s->query_words,              \
@@ -492,8 +552,8 @@ static void NAME(score_block)(const struct vkv_attention *args, struct scratch *
         return;
     }
 #endif
-    NAME(multiply)(rows, query, s->query_words, s->keys, BLOCK, WORDS(args->key_dim), s->scores,
-                   BLOCK, columns);
+    NAME(multiply_anew)(rows, query, s->query_words, s->keys, BLOCK, WORDS(args->key_dim),
+                        s->scores, BLOCK, columns);
 }
 
 /* The rows of one KV head against one block, a few rows at a time. */
@@ -502,7 +562,6 @@ INLINE void NAME(attend_block)(const struct vkv_attention *args, const struct sh
     const int group = args->num_heads / args->num_kv_heads, is_bf16 = args->dtype == VKV_BFLOAT16;
     const int rows = (share->last_query - share->first_query) * group;
     const int base = (head - share->first_head) * rows, width = s->value_width;
-    const int columns = (block->len + LANES - 1) / LANES * LANES; /* of keys that were packed */
     NAME(pack_keys)(block, args->key_dim, is_bf16, NAME(by_lanes)(args), s->keys);
     NAME(pack_values)(block, args->value_dim, width, is_bf16, s->values);
     for (int r = 0; r < rows; r += SOFTMAX_ROWS) {
@@ -511,11 +570,12 @@ INLINE void NAME(attend_block)(const struct vkv_attention *args, const struct sh
         const int first_seen = share->first_position + r / group;
         if (last_seen < block->start) continue; /* this block is all to come for these rows */
         if (args->window && first_seen - args->window >= block->start + block->len - 1) continue;
+        const int to_last = last_seen - block->start + 1;
+        const int seen = to_last < block->len ? to_last : block->len; /* by any of these rows */
+        const int columns = (seen + LANES - 1) / LANES * LANES;
         NAME(score_block)(args, s, count, s->query + (base + r) * s->query_words, columns);
-        for (int i = 0; i < count; i++)
-            NAME(weigh)(BLOCK, args, share, s, base + r + i, (r + i) / group, block->start,
-                        block->len, s->scores + i * BLOCK, s->weights + i * WORDS(BLOCK));
-        NAME(multiply)(count, s->weights, WORDS(BLOCK), s->values, width, WORDS(block->len),
+        NAME(weigh)(BLOCK, args, share, s, base, r, count, block->start, block->len);
+        NAME(multiply)(count, s->weights, WORDS(BLOCK), s->values, width, WORDS(seen),
                        s->part.out + (base + r) * width, width, width);
     }
 }
@@ -555,10 +615,9 @@ static void NAME(attend)(const struct vkv_attention *args, const struct share *s
     for (int i = 0; i < rows; i++) s->part.peaks[i] = -FLT_MAX;
     memset(s->part.out, 0, sizeof(float) * (size_t)rows * (size_t)s->value_width);
     memset(s->lanes, 0, sizeof(float) * (size_t)rows * LANES);
-#if !PAIRS
-    if (NAME(are_few)(args, share)) NAME(attend_few)(args, share, s, first, last);
+    if (NAME(are_few)(args, share))
+        NAME(attend_few)(args, share, s, first, last);
     else
-#endif
         NAME(attend_blocks)(args, share, s, first, last);
     for (int i = 0; i < rows; i++)
         s->part.weights[i] = NAME(total)(NAME(load)(s->lanes + i * LANES));

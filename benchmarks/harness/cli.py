@@ -99,16 +99,28 @@ def memory() -> Command:
 
 @bench.command(cls=LazyCommand)
 def throughput() -> Command:
-    """Tokens a second, offline, against transformers, vLLM and llama.cpp.
+    """Tokens a second, offline, against transformers, vLLM, llama.cpp and OpenVINO.
 
     Each system runs in a process of its own on the same model, prompts, output lengths and
     threads, taking turns cell by cell; medians and ratios of interleaved repeats. --quant adds
-    vkv-int4, whose output layer stays dense, vkv-int4-head, where it is in 4 bits too, and to
-    llama.cpp its own Q4_0. Ctrl-C ends it and writes what has been measured.
+    vkv-int4, whose output layer stays dense, vkv-int4-head, where it is in 4 bits too,
+    vkv-int4-int8, which rounds activations to 8 bits besides, and to llama.cpp and OpenVINO their
+    own 4 bits. Ctrl-C ends it and writes what has been measured.
     """
     from .models.options import ThroughputOptions
 
     return _measuring(ThroughputOptions, ".models.throughput")
+
+
+@bench.command("first-token", cls=LazyCommand)
+def first_token() -> Command:
+    """How long a fresh process takes to its first token, the model's file in the system's cache.
+
+    On the CPU, in turns with other systems; what Python's imports take of it is shown beside.
+    """
+    from .models.options import FirstTokenOptions
+
+    return _measuring(FirstTokenOptions, ".models.first_token")
 
 
 @bench.command(cls=LazyCommand)
@@ -305,6 +317,36 @@ def place() -> Command:
     from .cluster.options import PlaceOptions
 
     return _telling(PlaceOptions, ".cluster.place")
+
+
+def soak() -> Command:
+    """Everything at once for some minutes; exit status 0 only if nothing was wrong.
+
+    Requests of all kinds are asked of a cluster, while they are moved from instance to instance,
+    and instances are killed, stopped, drained and added, and have less memory for a while. What
+    comes is compared, token by token, with what a process says that does none of it. From time to
+    time all requests end, and nothing may be left of them: pages, descriptors, memory, processes.
+
+    Two clusters take turns, since roles of their own and lending exclude each other, and a cluster
+    loads one model or a zoo of alike ones. "mixed" is a model with a fine-tune and adapters, with
+    fair shares, lending and guesses from the text. "apart" is a 4-bit model with adapters, with
+    instances for prompts and others for tokens, priorities and guesses by half of its layers. All
+    models are tiny, in float32; that in 4 bits is in bfloat16, for which its kernels are, and all
+    compute the same to the bit in any batch (`repeatable`).
+    """
+    from .soak.options import SoakOptions
+
+    def measure(chosen: SoakOptions) -> None:
+        from .soak.run import run
+
+        path, tables, tally = run(chosen, command_line())
+        show_tables(tables)
+        if path is not None:
+            typer.echo(f"record: {path}")
+        if not tally.is_right:
+            raise typer.Exit(1)
+
+    return function(measure, Options(SoakOptions))
 
 
 def _report(chosen: Folder) -> None:

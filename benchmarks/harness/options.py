@@ -162,8 +162,8 @@ def peers_option() -> Any:
         names=("--peer",),
         kind=list[str],
         parse=interpreters,
-        help="NAME=PYTHON: vllm (or, of whole systems, llama-cpp and vkv-other, another version of "
-        "vkv), and an interpreter that has it. Repeatable.",
+        help="NAME=PYTHON: vllm (or, of whole systems, llama-cpp, openvino and vkv-other, another "
+        "version of vkv), and an interpreter that has it. Repeatable.",
     )
 
 

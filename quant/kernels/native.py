@@ -1,11 +1,10 @@
 """vkv's own CPU kernel: a small C library (`native/`) for processors with AVX512-BF16 or AVX2.
 
-It serves every batch. Codes become numbers in registers, so no dequantised weight is ever written
-to memory.
+It serves every batch. Codes become numbers in registers, and for many rows in the first cache.
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -14,12 +13,13 @@ import torch
 from ...vmem.errors import NativeUnavailable
 from ...vmem.native_function import NativeFunction
 from ...vmem.native_library import load_library, openmp_parallel
-from ..weight import Int4Weight, pack
+from ..weight import Int4Weight
 from ..weight_memory import empty_apart
 from .table import Int4Kernel
 
 _TILE = 32  # outputs of a tile
 _BLOCK = 8  # inputs of a block
+_SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum vkv_int4_scales
 
 
 class Int4Args(ctypes.Structure):
@@ -31,6 +31,7 @@ class Int4Args(ctypes.Structure):
         ("workspace_bytes", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in ("num_rows", "in_features", "out_features")),
         ("group_size", ctypes.c_int64),
+        ("scale_type", ctypes.c_int32),
         ("instruction_set", ctypes.c_char_p),
         ("num_threads", ctypes.c_int32),
         ("parallel", ctypes.c_void_p),
@@ -43,6 +44,10 @@ def library() -> ctypes.CDLL:
     library = load_library(Path(__file__).parent)
     library.vkv_int4_supported.argtypes = [ctypes.c_char_p]
     library.vkv_int4_supported.restype = ctypes.c_int32
+    for name in ("vkv_int4_pack", "vkv_int4_unpack"):
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        function.restype = None
     return library
 
 
@@ -52,8 +57,17 @@ def instruction_sets() -> tuple[str, ...]:
 
     Raises NativeUnavailable as `library` does.
     """
-    supported = library().vkv_int4_supported
-    return tuple(name for name in ("avx512_bf16", "avx2") if supported(name.encode()))
+    return _supported("avx512_bf16", "avx2")
+
+
+@cache
+def int8_instruction_sets() -> tuple[str, ...]:
+    """Those with kernels for inputs that are rounded to 8 bits."""
+    return _supported("int8_avx512_vnni", "int8_avx2")
+
+
+def _supported(*names: str) -> tuple[str, ...]:
+    return tuple(name for name in names if library().vkv_int4_supported(name.encode()))
 
 
 @dataclass(frozen=True)
@@ -72,16 +86,20 @@ class NativeKernel(Int4Kernel):
 
     def __init__(self, instruction_set: str | None = None) -> None:
         self._multiply = NativeFunction(library(), "int4_multiply", Int4Args)
-        self._instruction_set = instruction_set or instruction_sets()[0]
+        self._instruction_set = instruction_set or self._instruction_sets()[0]
         self._parallel = openmp_parallel()
+
+    @classmethod
+    def _instruction_sets(cls) -> tuple[str, ...]:
+        return instruction_sets()
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
         try:
-            supported = instruction_sets()
+            supported = cls._instruction_sets()
         except NativeUnavailable as error:
             return str(error)
-        return None if supported else "this processor has neither AVX512-BF16 nor AVX2"
+        return None if supported else "this processor has neither AVX-512 nor AVX2"
 
     def accepts(
         self, weight: Int4Weight, device: torch.device, dtype: torch.dtype, num_rows: int
@@ -91,24 +109,41 @@ class NativeKernel(Int4Kernel):
 
     def prepare(self, weight: Int4Weight) -> _Tiles:
         missing = -weight.out_features % _TILE
-        codes = torch.nn.functional.pad(weight.codes(), (0, 0, 0, missing))
-        blocks = codes.view(-1, 2, 16, weight.in_features // _BLOCK, 4, 2)
-        packed = pack(blocks.permute(0, 3, 1, 2, 5, 4).contiguous())  # nibbles last
-        words = empty_apart(packed.shape, torch.uint8)
-        words.copy_(packed)
-        scales = _in_tiles(weight.scales.float(), missing)
+        size = weight.out_features, weight.in_features
+        packed = weight.packed.contiguous()
+        codes = empty_apart((size[0] + missing, size[1] // 2), torch.uint8)
+        library().vkv_int4_pack(packed.data_ptr(), codes.data_ptr(), *size)
+        narrow = weight.scales.dtype in _SCALES
+        scales = _in_tiles(weight.scales if narrow else weight.scales.float(), missing)
         zeros = None if weight.zeros is None else _in_tiles(weight.zeros, missing)
         args = Int4Args(
-            codes=words.data_ptr(),
+            codes=codes.data_ptr(),
             scales=scales.data_ptr(),
             zeros=None if zeros is None else zeros.data_ptr(),
             in_features=weight.in_features,
             out_features=weight.out_features,
             group_size=weight.group_size,
+            scale_type=_SCALES[scales.dtype],
             instruction_set=self._instruction_set.encode(),
             parallel=self._parallel,
         )
-        return _Tiles(words, scales, zeros, weight.out_features, args)
+        return _Tiles(codes, scales, zeros, weight.out_features, args)
+
+    def restores(self, outline: Int4Weight) -> bool:
+        return outline.scales.dtype in _SCALES  # others are rounded
+
+    def restore(self, layout: _Tiles, outline: Int4Weight) -> Int4Weight:
+        out_features = outline.out_features
+        packed = torch.empty(outline.packed.shape, dtype=torch.uint8)
+        library().vkv_int4_unpack(
+            layout.codes.data_ptr(), packed.data_ptr(), out_features, outline.in_features
+        )
+        return replace(
+            outline,
+            packed=packed,
+            scales=_from_tiles(layout.scales, out_features),
+            zeros=None if layout.zeros is None else _from_tiles(layout.zeros, out_features),
+        )
 
     def multiply(self, layout: _Tiles, inputs: torch.Tensor) -> torch.Tensor:
         inputs = inputs.contiguous()
@@ -126,7 +161,21 @@ class NativeKernel(Int4Kernel):
         return layout.codes.nbytes + layout.scales.nbytes + zeros
 
 
+class NativeInt8Kernel(NativeKernel):
+    """The same layout, multiplied by inputs that are rounded to 8 bits (`activations`)."""
+
+    name = "native-int8"
+
+    @classmethod
+    def _instruction_sets(cls) -> tuple[str, ...]:
+        return int8_instruction_sets()
+
+
 def _in_tiles(values: torch.Tensor, missing: int) -> torch.Tensor:
     """[N, groups] to [N/32, groups, 32]."""
     padded = torch.nn.functional.pad(values, (0, 0, 0, missing))
     return padded.unflatten(0, (-1, _TILE)).transpose(1, 2).contiguous()
+
+
+def _from_tiles(tiles: torch.Tensor, out_features: int) -> torch.Tensor:
+    return tiles.transpose(1, 2).flatten(0, 1)[:out_features].contiguous()

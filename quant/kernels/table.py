@@ -21,6 +21,8 @@ _TABLE: dict[str, str] = {
     "int4pack": "int4pack:Int4PackKernel",
     "dequantize": "dequantize:DequantizeKernel",
 }
+# Whose results are not quite the others': only who names one has it.
+_BY_NAME: dict[str, str] = {"native-int8": "native:NativeInt8Kernel"}
 
 
 class Int4Kernel(ABC):
@@ -55,6 +57,14 @@ class Int4Kernel(ABC):
     def multiply(self, layout: Any, inputs: torch.Tensor) -> torch.Tensor:
         """[M, K] by a layout of `prepare`: [M, N] of the inputs' dtype."""
 
+    def restores(self, outline: Int4Weight) -> bool:
+        """Whether a layout of such a weight, here on "meta", has all of it: see `restore`."""
+        return False
+
+    def restore(self, layout: Any, outline: Int4Weight) -> Int4Weight:
+        """The weight that `prepare` was given, bit for bit, from a layout that has all of it."""
+        raise NotImplementedError
+
     def num_bytes(self, layout: Any) -> int:
         """Bytes that a layout occupies."""
         if isinstance(layout, torch.Tensor):
@@ -71,9 +81,10 @@ def kernel_names() -> tuple[str, ...]:
 
 def kernel_class(name: str) -> type[Int4Kernel]:
     """The kernel of that name; raises QuantError with the names there are."""
-    if name not in _TABLE:
-        raise QuantError(f"no int4 kernel is called {name!r}; there are {', '.join(_TABLE)}")
-    module, attribute = _TABLE[name].split(":")
+    every = {**_TABLE, **_BY_NAME}
+    if name not in every:
+        raise QuantError(f"no int4 kernel is called {name!r}; there are {', '.join(every)}")
+    module, attribute = every[name].split(":")
     return getattr(import_module(f".{module}", __package__), attribute)
 
 

@@ -94,7 +94,7 @@ class Chains:
         chain: the same, as the zoo has it.
         others: the models that run beside it.
         limit: what their memory counts under.
-        repeatable, lm_head_bits, generation_config: as of `EngineConfig`.
+        repeatable, lm_head_bits, activation_bits, generation_config: as of `EngineConfig`.
 
     Attributes:
         num_gone: times that a block's memory was given back, so that what was recorded with it does
@@ -116,6 +116,7 @@ class Chains:
         limit: MemoryLimit,
         repeatable: bool,
         lm_head_bits: int | None,
+        activation_bits: int,
         generation_config: str | Path,
     ) -> None:
         if loaded.keeps_state:
@@ -124,7 +125,12 @@ class Chains:
                 "together; open each by itself, as the folder of it in the zoo"
             )
         self._model = loaded.model
-        self._layout = Layout.of(loaded, repeatable=repeatable, lm_head_bits=lm_head_bits)
+        self._layout = Layout.of(
+            loaded,
+            repeatable=repeatable,
+            lm_head_bits=lm_head_bits,
+            activation_bits=activation_bits,
+        )
         self._sites = Sites(loaded.model)
         self._chain = chain
         self._memory: KeptWeights[_Place, BlockCopy] = KeptWeights(limit, self._gone)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 
 from ...quant import int4_linears, quantize_output
+from ...quant.kernels.activations import use_8_bits
 from ..blocks.chain import Block, Chain
 from ..cpu_kernels.packing import can_pack, pack, packed_bytes
 from ..model.loading import LoadedModel, weight_bytes
@@ -28,7 +29,7 @@ class Layout:
 
     Attributes:
         is_packed: laid out for the CPU's kernels.
-        repeatable, lm_head_bits: as of `load_model`.
+        repeatable, lm_head_bits, activation_bits: as of `load_model`.
     """
 
     dtype: torch.dtype
@@ -36,9 +37,17 @@ class Layout:
     is_packed: bool
     repeatable: bool
     lm_head_bits: int | None
+    activation_bits: int
 
     @classmethod
-    def of(cls, loaded: LoadedModel, *, repeatable: bool, lm_head_bits: int | None) -> "Layout":
+    def of(
+        cls,
+        loaded: LoadedModel,
+        *,
+        repeatable: bool,
+        lm_head_bits: int | None,
+        activation_bits: int,
+    ) -> "Layout":
         """That of a model which was loaded so."""
         return cls(
             dtype=loaded.dtype,
@@ -46,6 +55,7 @@ class Layout:
             is_packed=packed_bytes(loaded.model) > 0 and can_pack(loaded.dtype),
             repeatable=repeatable,
             lm_head_bits=lm_head_bits,
+            activation_bits=activation_bits,
         )
 
 
@@ -74,6 +84,8 @@ def copy_block(chain: Chain, block: Block, sites: Sites, layout: Layout) -> Bloc
     body = _Body(part, names)
     del part
     body.to(layout.device)
+    if layout.activation_bits == 8 and any(True for _ in int4_linears(body)):
+        use_8_bits(body, layout.dtype)
     if layout.is_packed:
         calls = [sites.anatomy.calls[name] for name in names]
         pack(body, lambda: body.run(calls), repeatable=layout.repeatable)

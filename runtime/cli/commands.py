@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., None]
 
-_ENGINE = ("lm_head_bits", "max_len")
+_ENGINE = ("lm_head_bits", "activation_bits", "max_len")
 _SAMPLING = {  # without a default: what is not typed is the model's to say, and greedy else
     "temperature": Flag(default=None, help="0 is greedy. Default: the model's own, or 0."),
     "top_p": Flag(default=None),

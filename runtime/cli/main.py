@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from ...bench.cli import bench, place, simulate
+from ...bench.cli import bench, place, simulate, soak
 from ...vmem.errors import VkvError
 from .blocks.commands import blocks
 from .cluster import cluster
@@ -67,6 +67,7 @@ app.add_typer(blocks, name="blocks")
 app.add_typer(cluster, name="cluster")
 app.command(cls=LazyCommand)(simulate)
 app.command(cls=LazyCommand)(place)
+app.command(cls=LazyCommand)(soak)
 app.add_typer(bench, name="bench")
 
 

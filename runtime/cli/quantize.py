@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import (
     AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from ...quant.kernels.activations import rounded_inputs
 from ...quant.loading import described_in
 from ...quant.quantise.layers import perplexity, split_text
 from ...quant.quantise.model import METHODS, QuantizedModel, plan, quantize_model
@@ -133,8 +135,19 @@ def _quantize(
         )
     if tail is not None:
         report["perplexity_after"] = perplexity(model, tail)
+        rounding_inputs = _group_sizes(result)
+        if len(rounding_inputs) == len(result.weights):  # experts are no modules of their own
+            with rounded_inputs(rounding_inputs):
+                report["perplexity_activation_bits_8"] = perplexity(model, tail)
     save_quantized(result, out, format=options.format, tokenizer=tokenizer, report=report)
     _show(console, result, report, out)
+
+
+def _group_sizes(result: QuantizedModel) -> dict[nn.Module, int]:
+    """Of the linears that were quantised."""
+    modules = dict(result.model.named_modules())
+    sizes = {name: weight.group_size for name, weight in result.weights.items()}
+    return {modules[name]: size for name, size in sizes.items() if name in modules}
 
 
 def _read_text(
@@ -171,6 +184,9 @@ def _show(console: Console, result: QuantizedModel, report: dict[str, Any], out:
     if "perplexity_after" in report:
         before, after = report["perplexity_before"], report["perplexity_after"]
         console.print(f"perplexity on the text's tail: {before:.4g} before, {after:.4g} after")
+    if "perplexity_activation_bits_8" in report:
+        rounded = report["perplexity_activation_bits_8"]
+        console.print(f"with activation_bits=8 besides: {rounded:.4g}")
     if result.dense:
         console.print(f"left dense: {len(result.dense)}, among them {result.dense[0]}")
     dense = sum(2 * w.out_features * w.in_features for w in result.weights.values())

@@ -60,6 +60,7 @@ def serve_command() -> Callable[..., None]:
         EngineConfig,
         "repeatable",
         "lm_head_bits",
+        "activation_bits",
         max_len=Flag(names=("--max-model-len",)),
         max_seqs=Flag(names=("--max-num-seqs",)),
         max_batch_tokens=Flag(names=("--max-num-batched-tokens",)),

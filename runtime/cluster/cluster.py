@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from ...allocator import parse_bytes
 from ...vmem import janitor
 from ..adapters.adapters import known_names
 from ..blocks.places import Source
@@ -246,6 +247,19 @@ class Cluster:
     def scale(self, instances: int) -> None:
         """Have so many instances: start more, or drain those with least to move away."""
         self._fleet.scale(instances)
+
+    def limit_memory(self, kv_memory: int | str | None, *, instance: int | None = None) -> None:
+        """Have an instance, or all there are, keep within less than their `kv_memory` from now on;
+        None for that again.
+
+        Live requests give way as they grow. What is let in goes by `kv_memory` as before: one that
+        the limit could not hold alone fails. Raises InvalidConfig for more than they began with.
+        """
+        about = () if kv_memory is None else (str(parse_bytes(kv_memory)),)
+        if instance is None:
+            self.router.ask("limit_memory", *about)
+        else:
+            self.router.ask_one(instance, "limit_memory", *about)
 
     def stats(self) -> ClusterStats:
         """What the cluster has done and holds."""

@@ -93,7 +93,7 @@ class Done:
         num_prompt_tokens, num_output_tokens, num_preemptions: as of `EngineStats`.
         lent_tokens, moved_on_tokens, came_home_tokens: that others took in, that moved from one of
             them to another, and that came back.
-        num_called, num_called_back, num_lost: as of `SegmentStats`.
+        num_called, num_called_back, num_lost, mended_tokens, redone_tokens: as of `SegmentStats`.
         num_died, num_drained: how many of them have ended, for want of life and by order.
     """
 
@@ -108,6 +108,8 @@ class Done:
     num_called: int = 0
     num_called_back: int = 0
     num_lost: int = 0
+    mended_tokens: int = 0
+    redone_tokens: int = 0
     num_died: int = 0
     num_drained: int = 0
 
@@ -131,6 +133,8 @@ class Done:
                 num_called=segments.num_called,
                 num_called_back=segments.num_called_back,
                 num_lost=segments.num_lost,
+                mended_tokens=segments.mended_tokens,
+                redone_tokens=segments.redone_tokens,
             )
         return found
 

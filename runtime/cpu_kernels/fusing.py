@@ -8,7 +8,7 @@ is run on random numbers and compared.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FunctionType, MethodType
 
@@ -28,6 +28,8 @@ _ACTIVATIONS: dict[Gate, Callable[[torch.Tensor], torch.Tensor]] = {
     Gate.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
 }
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value
+
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 Undo = Callable[[], None]
 
@@ -116,6 +118,40 @@ def gate_of(module: nn.Module, dtype: torch.dtype) -> Gate | None:
         expected = children["down_proj"](activation(gate_proj(x)) * up_proj(x))
         return gate if _takes_one_tensor(module) and _close(module(x), expected) else None
     return None
+
+
+def gates_alike(module: nn.Module) -> tuple[object, ...] | None:
+    """Equal for layers that compute the same of their weights: one's `gate_of` is the other's.
+
+    Their classes, sizes and settings are the same. None for one that has anything of its own.
+    """
+    children = dict(module.named_children())
+    linears = [children.pop(name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    own = [module, *(part for child in children.values() for part in child.modules())]
+    if any(list(_tensors(part)) or has_hooks(part) for part in own):
+        return None
+    said = [
+        (type(part), *((k, _known(v)) for k, v in vars(part).items() if k not in _OF_ANY_MODULE))
+        for part in own
+    ]
+    shapes = [
+        (type(linear), linear.in_features, linear.out_features, linear.bias is None)
+        for linear in linears
+        if isinstance(linear, nn.Linear | Int4Linear)
+    ]
+    return (*said, *shapes) if len(shapes) == len(linears) else None
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Those of a module itself."""
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def _known(value: object) -> object:
+    """What tells a setting from others: itself, or which object it is."""
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return value if plain else id(value)
 
 
 def gate_between(

@@ -5,6 +5,7 @@ are [rows, elements], the last dimension contiguous.
 """
 
 import ctypes
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
 from itertools import pairwise
@@ -88,6 +89,17 @@ class _Draw(ctypes.Structure):
     )
 
 
+class _Pack(ctypes.Structure):
+    _fields_ = (
+        ("weights", ctypes.POINTER(_POINTER)),
+        ("columns", ctypes.POINTER(_INT64)),
+        ("packed", _POINTER),
+        ("num_words", _INT64),
+        *((name, _INT32) for name in ("num_weights", "panel_columns", "gated")),
+        *_THREADS,
+    )
+
+
 _STRUCTS: dict[str, type[ctypes.Structure]] = {  # of each kernel, its arguments
     "linear": _Linear,
     "rms_norm": _RmsNorm,
@@ -95,6 +107,7 @@ _STRUCTS: dict[str, type[ctypes.Structure]] = {  # of each kernel, its arguments
     "gated": _Gated,
     "add": _Add,
     "draw": _Draw,
+    "pack": _Pack,
 }
 
 
@@ -143,7 +156,8 @@ class PanelLinear:
     """A linear whose weight lies in panels, as `native/kernels.h` says.
 
     Args:
-        weight: bfloat16 or float32 [out_features, in_features], in_features even.
+        weight: bfloat16 or float32 [out_features, in_features], in_features even; or several of
+            these, whose outputs come one after the other.
         bias: [out_features] or None.
         gate: with one, the first half of the columns passes it and multiplies the second; the
             half is then a multiple of 32.
@@ -156,26 +170,25 @@ class PanelLinear:
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Sequence[torch.Tensor],
         bias: torch.Tensor | None,
         gate: Gate | None = None,
         *,
         panel: int,
         out: torch.Tensor | None = None,
     ) -> None:
-        self._dtype = weight.dtype
-        if weight.shape[1] == 0 or weight.shape[1] % 2:
-            raise ValueError(f"panels hold pairs of inputs, and there are {weight.shape[1]}")
-        words = weight.detach().contiguous().view(torch.int32)
-        self._shape = columns, num_words = words.shape
+        weights = [weight] if isinstance(weight, torch.Tensor) else list(weight)
+        self._dtype, in_features = weights[0].dtype, weights[0].shape[1]
+        if in_features == 0 or in_features % 2:
+            raise ValueError(f"panels hold pairs of inputs, and there are {in_features}")
+        words = [weight.detach().contiguous().view(torch.int32) for weight in weights]
+        self._shape = columns, num_words = sum(map(len, words)), words[0].shape[1]
         self.out_features = columns if gate is None else columns // 2
         shape = -(-columns // panel), num_words, panel
         self._weight = empty_apart(shape, torch.int32) if out is None else out
         assert self._weight.shape == shape, (self._weight.shape, shape)
         assert self._weight.is_contiguous(), "read from one end to the other"
-        library().vkv_pack(
-            words.data_ptr(), self._weight.data_ptr(), columns, num_words, panel, gate is not None
-        )
+        _pack(words, self._weight, is_gated=gate is not None)
         self._bias = None if bias is None else _panel_bias(bias, gate, panel)
         self._multiply = _kernel("linear")
         self._args = _Linear(
@@ -185,7 +198,7 @@ class PanelLinear:
             num_words=num_words,
             panel_columns=panel,
             gate=gate or 0,
-            dtype=_DTYPES[weight.dtype],
+            dtype=_DTYPES[self._dtype],
             parallel=openmp_parallel(),
         )
 
@@ -358,6 +371,25 @@ def rows_of(inputs: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     return inputs, inputs.numel() // shape[-1], outer[-1][1]
 
 
+def _pack(weights: Sequence[torch.Tensor], packed: torch.Tensor, *, is_gated: bool) -> None:
+    """Lay weights, int32 [columns of each, words], out as [panels, words, columns of a panel]."""
+    count = len(weights)
+    addresses = (_POINTER * count)(*(weight.data_ptr() for weight in weights))
+    columns = (_INT64 * count)(*map(len, weights))
+    args = _Pack(
+        weights=addresses,
+        columns=columns,
+        packed=packed.data_ptr(),
+        num_words=packed.shape[1],
+        num_weights=count,
+        panel_columns=packed.shape[2],
+        gated=is_gated,
+        num_threads=torch.get_num_threads(),
+        parallel=openmp_parallel(),
+    )
+    _kernel("pack")(args)
+
+
 def _panel_bias(bias: torch.Tensor, gate: Gate | None, panel: int) -> torch.Tensor:
     """The bias in float32, in the order of the panels' columns, zero behind the last."""
     bias = bias.detach().float()
@@ -375,10 +407,8 @@ def _kernel(name: str) -> NativeFunction:
 def library() -> ctypes.CDLL:
     """The kernels. Raises NativeUnavailable if they are not built and cannot be compiled here."""
     library = load_library(Path(__file__).parent)
-    for name in ("vkv_pack", "vkv_unpack"):
-        function = getattr(library, name)
-        function.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32]
-        function.restype = None
+    library.vkv_unpack.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32]
+    library.vkv_unpack.restype = None
     library.vkv_replay.argtypes = [_POINTER, _INT64, _INT64, ctypes.POINTER(_INT64)]
     library.vkv_replay.restype = _INT64
     library.vkv_has_panel.argtypes = [_INT32, _INT32]

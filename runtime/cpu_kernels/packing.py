@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from ...quant import Int4Linear, concatenate, empty_apart, split, trim_heap
-from ...vmem import linux
+from ...quant.weight_memory import drop_file_pages, mapped_checkpoints
 from . import kernels as native_kernels
 from .experts import Multiplied, PackedExperts, RowWeight, pack_experts, pack_row_weights
 from .fusing import (
@@ -29,6 +29,7 @@ from .fusing import (
     fuse_norms,
     fuse_rotary,
     gate_of,
+    gates_alike,
     refuse_loading,
 )
 from .kernels import Gate, PanelLinear
@@ -136,20 +137,19 @@ class PackedProduct:
             self._product = int4[0]  # and what it has been laid out for
         elif int4:
             weight = concatenate([linear.weight_int4 for linear in int4])
-            self._product = Int4Linear(weight, self.bias)
+            self._product = Int4Linear(weight, self.bias, kernel_name=int4[0].pinned)
         else:
             dense = [linear.weight for linear in linears if isinstance(linear, nn.Linear)]
             self._product = self._lay_out(dense, repeatable)
 
     def _lay_out(self, weights: list[torch.Tensor], repeatable: bool) -> _Product:
-        weight = weights[0] if len(weights) == 1 else _joined(weights)
-        self._weight_bytes = weight.nbytes
-        panel = _panel(weight.dtype, repeatable)
+        self._weight_bytes = sum(weight.nbytes for weight in weights)
+        panel = _panel(weights[0].dtype, repeatable)
         if panel is not None and self.in_features and self.in_features % 2 == 0:
             self._gates_itself = self.gate is not None and self.out_features[0] % 32 == 0
             gate = self.gate if self._gates_itself else None
-            return PanelLinear(weight, self.bias, gate, panel=panel)
-        return _OneDnnLinear(weight, self.bias)
+            return PanelLinear(weights, self.bias, gate, panel=panel)
+        return _OneDnnLinear(weights[0] if len(weights) == 1 else _joined(weights), self.bias)
 
     @property
     def num_bytes(self) -> int:
@@ -203,7 +203,11 @@ class PackedProduct:
             return [self._product]
         if isinstance(self._product, Int4Linear):
             int4 = split(self._product.weight_int4, self.out_features)
-            return [Int4Linear(weight, bias) for weight, bias in zip(int4, biases, strict=True)]
+            name = self._product.pinned
+            return [
+                Int4Linear(weight, bias, kernel_name=name)
+                for weight, bias in zip(int4, biases, strict=True)
+            ]
         weights = self._product.dense().split(self.out_features)
         linears: list[Linear] = []
         for weight, bias in zip(weights, biases, strict=True):
@@ -253,15 +257,16 @@ def pack(
     with Multiplied() as multiplied:
         groups = group_by_input(plain_linears(model, _has_kernel), lambda: expected.extend(run()))
     homes, dtype = single_homes(model), expected[0].dtype  # of the logits it may be another
-    files = linux.mapped_files(".safetensors")
+    files = mapped_checkpoints()
     undo: list[Undo] = []
+    gates = _Gates(dtype)
     gated: list[tuple[nn.Module, PackedProduct]] = []
     products: list[PackedProduct] = []
     try:
         for group in groups:  # one at a time: never two copies of the whole model
             parent = group[0].parent
             is_gated = [place.name for place in group] == ["gate_proj", "up_proj"]
-            gate = gate_of(parent, dtype) if is_gated and id(parent) in homes else None
+            gate = gates.of(parent) if is_gated and id(parent) in homes else None
             linears = [place.linear for place in group]
             product = PackedProduct(linears, gate, repeatable=repeatable)
             undo.append(_exchange_linears(group, product, files))
@@ -286,6 +291,22 @@ def pack(
     for back in reversed(undo):
         back()
     return packed_bytes(model)
+
+
+class _Gates:
+    """The gates of layers, looked at once for all that are alike: it reads their weights twice."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._found: dict[tuple[object, ...], Gate | None] = {}
+
+    def of(self, layer: nn.Module) -> Gate | None:
+        kind = gates_alike(layer)
+        if kind is None:
+            return gate_of(layer, self._dtype)
+        if kind not in self._found:
+            self._found[kind] = gate_of(layer, self._dtype)
+        return self._found[kind]
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -346,7 +367,7 @@ def _exchange_linears(
     for part, place in enumerate(group):
         setattr(place.parent, place.name, PackedLinear(product, part))
         if isinstance(place.linear, nn.Linear):
-            _let_go(place.linear.weight, files)
+            drop_file_pages(place.linear.weight, files)
         del place.linear
 
     def undo() -> None:
@@ -368,16 +389,6 @@ def _same(
         if (off > tolerance * old.float().abs().max()).float().mean() > 0.5:
             return False
     return True
-
-
-def _let_go(weight: torch.Tensor, files: list[tuple[int, int]]) -> None:
-    """Drop the pages of a weight that lies in a mapped checkpoint: its file has them, if need be.
-
-    The file stays mapped as long as any tensor lies in it, and its pages would stay resident.
-    """
-    address, num_bytes = weight.data_ptr(), weight.nbytes
-    if any(start <= address and address + num_bytes <= end for start, end in files):
-        linux.drop_pages(address, num_bytes)
 
 
 def _has_kernel(linear: nn.Linear) -> bool:

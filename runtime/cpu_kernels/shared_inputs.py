@@ -91,5 +91,6 @@ def _are_siblings(first: Place, other: Place) -> bool:
     one, two = first.linear, other.linear
     if isinstance(one, Int4Linear) and isinstance(two, Int4Linear):
         both_whole = not one.is_settled and not two.is_settled
-        return both_whole and can_concatenate(one.weight_int4, two.weight_int4)
+        same_kernel = one.pinned == two.pinned
+        return both_whole and same_kernel and can_concatenate(one.outline, two.outline)
     return isinstance(one, nn.Linear) and isinstance(two, nn.Linear)

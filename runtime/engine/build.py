@@ -80,6 +80,7 @@ def load(
         pack_weights=config.pack_weights,
         repeatable=config.repeatable,
         lm_head_bits=config.lm_head_bits,
+        activation_bits=config.activation_bits,
         read_tensors=read_tensors,
     )
     if config.generation_config == "auto":
@@ -101,7 +102,9 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
     why_not_recorded(loaded, config, backend)
     _check_repeatable(loaded, config, backend)
     fingerprint = ModelFingerprint(
-        loaded.model, loaded.files, (loaded.dtype, config.lm_head_bits, config.repeatable)
+        loaded.model,
+        loaded.files,
+        (loaded.dtype, config.lm_head_bits, config.activation_bits, config.repeatable),
     )
     closing = Closing()
     try:
@@ -316,6 +319,7 @@ def _build_chains(loaded: LoadedModel, config: EngineConfig, cache: SlotCache) -
         limit=_limit_of(cache),
         repeatable=config.repeatable,
         lm_head_bits=config.lm_head_bits,
+        activation_bits=config.activation_bits,
         generation_config=str(config.generation_config),
     )
 

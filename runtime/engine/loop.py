@@ -96,6 +96,20 @@ class EngineLoop:
         self._publish()
         return self.take_outputs()
 
+    @property
+    def is_settled(self) -> bool:
+        """False while slots of finished requests are copied or written (`settle`)."""
+        return self.engine.scheduler.tiers.is_settled
+
+    def settle(self) -> None:
+        """Take note of what was copied and written, as each step does: for while there is none.
+
+        Slots stay pinned until then, and could not be reclaimed.
+        """
+        self.engine.scheduler.tiers.settle()
+        if self.is_settled:
+            self._publish()
+
     def take_outputs(self) -> list[StepOutput]:
         """What came since the last call."""
         refused, self._refused = self._refused, []
@@ -182,6 +196,22 @@ class EngineLoop:
         num_bytes = self.engine.trim()
         self._publish()
         return num_bytes
+
+    def limit_memory(self, num_bytes: int | None = None) -> None:
+        """Keep keys and values within less than `kv_memory` from now on; None for that again.
+
+        What finished requests hold beyond it goes back now, and live ones give way as they grow.
+        What is let in goes by `kv_memory` still: a request that the limit could not hold alone
+        fails after `shortage_wait_s`. Raises as `MemoryLimit.resize`, and InvalidOperation for the
+        paged baseline, which has all of its memory.
+        """
+        limit = self.engine.cache.pool.shared_limit
+        if limit is None:
+            raise InvalidOperation(
+                "kv='paged' takes its memory in advance and keeps it; use kv='virtual'"
+            )
+        limit.resize(num_bytes)
+        self._publish()
 
     def load_adapter(self, name: str, path: str) -> None:
         """As `Adapters.load`. Raises InvalidOperation while asleep."""

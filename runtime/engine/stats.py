@@ -114,6 +114,8 @@ class SegmentStats:
         num_called: loans that left since they were called back, so far.
         num_called_back, num_lost: loans of theirs that others ended, and that went with others, so
             far; their tokens were computed again.
+        mended_tokens, redone_tokens: those, by themselves; and all of requests that had to be
+            computed from the start for it.
         borrowed: from whom, those included that have nothing now.
         given: to others; None of an engine that lends nothing.
         keys: of those requests; they do not move to another engine.
@@ -128,6 +130,8 @@ class SegmentStats:
     num_called: int = 0
     num_called_back: int = 0
     num_lost: int = 0
+    mended_tokens: int = 0
+    redone_tokens: int = 0
     borrowed: tuple[Borrowed, ...] = ()
     given: Lent | None = None
     keys: tuple[SequenceKey, ...] = ()
@@ -140,7 +144,7 @@ class SegmentStats:
         spread = [request for request in running if request.is_spread]
         return cls(
             num_requests=len(spread),
-            num_tokens=sum(request.slot_start for request in spread),
+            num_tokens=sum(map(_num_elsewhere, spread)),
             moved=MoveStats() if segments.tier is None else replace(segments.tier.moved),
             lent=replace(segments.loans.lent),
             moved_on=replace(segments.loans.moved_on),
@@ -148,14 +152,21 @@ class SegmentStats:
             num_called=segments.loans.num_called,
             num_called_back=segments.loans.num_called_back,
             num_lost=segments.loans.num_lost,
+            mended_tokens=segments.loans.mended_tokens,
+            redone_tokens=segments.loans.redone_tokens,
             borrowed=_borrowed(segments, running),
             given=None if server is None else Lent.of(server),
             keys=tuple(request.key for request in spread),
         )
 
 
+def _num_elsewhere(request: Request) -> int:
+    in_tier = 0 if request.segment is None else request.segment.num_tokens
+    return in_tier + sum(one.stop - one.start for one in request.all_lent)
+
+
 def _borrowed(segments: Segments, running: Iterable[Request]) -> tuple[Borrowed, ...]:
-    lent = [one for request in running for one in request.lent]
+    lent = [one for request in running for one in request.all_lent]
     return tuple(
         Borrowed(
             holder=creditor.name,

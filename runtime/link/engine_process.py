@@ -51,6 +51,7 @@ from .wire import Frames
 REFUSED = 2  # exit status: what was asked for cannot be, and standard error says why
 
 _PULSE_S = 0.2  # between pulses while the engine works
+_SETTLE_POLL_S = 0.02  # between two looks whether what was copied and written is there
 _MOVE_POLL_S = 0.002  # between two looks at what is on its way, while nothing else is done
 _MOST_KEPT_BYTES = 256 << 20  # of outputs that a front does not read, before it is hung up on
 
@@ -189,6 +190,8 @@ class EngineServer:
         """For how long nothing needs doing, if nobody calls; None for ever."""
         if self._moves is not None and self._moves.is_busy:
             return _MOVE_POLL_S
+        if not self._loop.is_settled:
+            return _SETTLE_POLL_S
         now_s = time.monotonic()
         until = [] if self._trim_at_s is None else [self._trim_at_s]
         if self._silence_s is not None:
@@ -196,6 +199,10 @@ class EngineServer:
         return max(0.0, min(until) - now_s) if until else None
 
     def _rest(self) -> None:
+        if not self._loop.is_settled:
+            self._loop.settle()
+            if self._loop.is_settled:
+                self._pulse()
         if self._trim_at_s is not None and time.monotonic() >= self._trim_at_s:
             self._trim_at_s = None
             self._loop.trim()
@@ -347,6 +354,7 @@ class EngineServer:
             "sleep_weights": lambda: self._loop.sleep(weights=True),
             "wake": self._loop.wake,
             "trim": self._loop.trim,
+            "limit_memory": lambda: self._loop.limit_memory(*map(int, ask.about)),
             "weights_changed": self._loop.weights_changed,
             "memory_map": self._loop.memory_map,
             "load_adapter": lambda: self._loop.load_adapter(*ask.about),

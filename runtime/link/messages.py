@@ -37,6 +37,7 @@ Question = Literal[
     "sleep_weights",
     "wake",
     "trim",
+    "limit_memory",
     "weights_changed",
     "memory_map",
     "load_adapter",
@@ -50,7 +51,7 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         about: what it is to be done with: an adapter's name, and its folder to load it from; a
-            `LendingOrder` in JSON.
+            `LendingOrder` in JSON; bytes in digits, or nothing for all that there were.
     """
 
     number: int

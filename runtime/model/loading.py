@@ -27,6 +27,7 @@ from ...allocator import LayerGeometry
 from ...attention_backends import AttentionNeeds, LayerAttention
 from ...quant import QuantError, adopt, int4_linears, quantize_output
 from ...quant.gguf_files import is_gguf, load_gguf, load_gguf_tokenizer
+from ...quant.kernels.activations import use_8_bits
 from ...vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 from ..cpu_kernels.packing import can_pack, pack, packed_bytes
 from .attention_hook import ATTENTION_NAME, register
@@ -127,6 +128,7 @@ def load_model(
     pack_weights: bool | None = None,
     repeatable: bool = False,
     lm_head_bits: int | None = None,
+    activation_bits: int = 16,
     read_tensors: ReadTensors | None = None,
 ) -> LoadedModel:
     """Load a causal language model and prepare it for contiguous slots.
@@ -140,11 +142,10 @@ def load_model(
             models loaded here, and leaves a model built elsewhere as it is.
         repeatable: lay them out, in any case, for kernels of which a row's result depends on no
             other row.
-        lm_head_bits: 4 or 8 to quantise the output layer, of a model loaded here.
+        lm_head_bits, activation_bits: as of `EngineConfig`, of a model loaded here.
         read_tensors: where `source` is a folder without weights, what reads them.
 
-    Raises BadCheckpoint if the folder cannot be read, UnsupportedModel if the architecture cannot
-    run here, with the reason.
+    Raises BadCheckpoint of what cannot be read, UnsupportedModel of what cannot run here.
     """
     register()
     wanted_dtype = parse_dtype(dtype)
@@ -162,7 +163,7 @@ def load_model(
     probed = probe_attention(model)
     _check_logits(model, probed.num_logits)
     model_dtype = model.dtype  # which packing takes away with the weights
-    _prepare_weights(model, pack_weights, repeatable, lm_head_bits, loaded_here=home is not None)
+    _prepare_weights(model, home, pack_weights, repeatable, lm_head_bits, activation_bits)
     held_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else home)
     return LoadedModel(
         name=_name(source, home),
@@ -188,16 +189,18 @@ def _name(source: str | Path | PreTrainedModel | None, home: str | Path | None) 
 
 def _prepare_weights(
     model: PreTrainedModel,
+    home: str | Path | None,
     pack_weights: bool | None,
     repeatable: bool,
     lm_head_bits: int | None,
-    *,
-    loaded_here: bool,
+    activation_bits: int,
 ) -> None:
     """Lay weights out for the kernels that will read them, as `load_model` says."""
-    dtype = model.dtype
+    dtype, loaded_here = model.dtype, home is not None
     if lm_head_bits is not None:
         _quantize_head(model, lm_head_bits, loaded_here=loaded_here)
+    if activation_bits == 8:
+        _round_activations(model, loaded_here=loaded_here)
     wants_packing = repeatable or (pack_weights if pack_weights is not None else loaded_here)
     if wants_packing and model.device.type == "cpu" and can_pack(dtype):
         pack(model, lambda: probe_outputs(model), repeatable=repeatable)
@@ -344,6 +347,19 @@ def _quantize_head(model: PreTrainedModel, bits: int, *, loaded_here: bool) -> N
         model.set_submodule(name, quantize_output(head, bits))
     except QuantError as error:
         raise InvalidConfig(f"lm_head_bits is {bits}: {error}") from error
+
+
+def _round_activations(model: PreTrainedModel, *, loaded_here: bool) -> None:
+    """Have layers in 4 bits round their inputs to 8."""
+    if not loaded_here:
+        raise InvalidConfig(
+            "activation_bits is 8, and the model is the caller's own; only layers of models loaded "
+            "by vkv are given other kernels: leave activation_bits out"
+        )
+    try:
+        use_8_bits(model, model.dtype)
+    except QuantError as error:
+        raise InvalidConfig(f"activation_bits is 8: {error}; or leave it out") from error
 
 
 def _check_architecture(config: PretrainedConfig, model_class: type) -> None:

@@ -2,11 +2,11 @@
 
 import enum
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...allocator import Slot
-from ...allocator.transfer import Fetch, Lent, Segment
+from ...allocator.transfer import Fetch, Lent, Remainder, Segment
 from .outputs import Logprob
 from .sampling_params import SamplingParams
 from .sampling_state import SamplingState
@@ -20,6 +20,27 @@ class RequestState(enum.Enum):
     RUNNING = "running"  # with a slot
     AWAY = "away"  # out of its engine's sight, until it is known whether another has it
     FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Mending:
+    """A request that lost tokens from its middle, or its start, while they are computed again.
+
+    It goes on at the first gap, as a prompt under way does: what it has before (`Request.lent`,
+    `slot`, `num_computed`) grows up to what there is behind.
+
+    Attributes:
+        behind: what there is behind each gap, in order; one at least.
+        room_tokens: the most that its slot has meanwhile.
+        num_lost: tokens that were lost.
+        short_since_s: since when nobody takes in what its slot has no room for; None if that is
+            not so.
+    """
+
+    behind: list[Remainder]
+    room_tokens: int
+    num_lost: int
+    short_since_s: float | None = None
 
 
 class Request:
@@ -40,6 +61,7 @@ class Request:
             and no slot yet.
         segment, lent: its first tokens, if they lie in another cache; those behind them that other
             processes have. The slot has the rest.
+        mending: what it has behind tokens that were lost; None if none are missing.
         prompt_logprobs: entries of the prompt's tokens that are known, where they are asked.
         variant: as of `RequestSpec.kv_variant`; adapter, chain: as of `RequestSpec`.
         priority, tenant: as of `RequestSpec`; the priority may change (`SetPriority`).
@@ -81,6 +103,7 @@ class Request:
         self.fetch: Fetch | None = None
         self.segment: Segment | None = None
         self.lent: list[Lent] = []
+        self.mending: Mending | None = None
         self.can_fetch = True  # False once that failed
         self.queued_time_s = time.monotonic()
         self.scheduled_time_s: float | None = None
@@ -102,7 +125,23 @@ class Request:
     @property
     def is_spread(self) -> bool:
         """True if tokens of it may lie elsewhere than in its slot."""
-        return self.segment is not None or bool(self.lent)
+        return self.segment is not None or bool(self.lent) or self.mending is not None
+
+    @property
+    def behind(self) -> Sequence[Remainder]:
+        """What it has behind gaps (`Mending`)."""
+        return () if self.mending is None else self.mending.behind
+
+    @property
+    def all_lent(self) -> list[Lent]:
+        """All that other processes have of it, in order."""
+        return [*self.lent, *(one for stretch in self.behind for one in stretch.lent)]
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Its slot, and those of what it has behind gaps."""
+        every = (self.slot, *(stretch.slot for stretch in self.behind))
+        return [slot for slot in every if slot is not None]
 
     @property
     def num_tokens(self) -> int:
@@ -127,8 +166,13 @@ class Request:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens still to go through the model; 1 while decoding."""
-        return self.num_tokens - self.num_computed
+        """Tokens still to go through the model, up to the next that are there; 1 while decoding."""
+        done = self.num_computed
+        for stretch in self.behind:
+            if done < stretch.start:
+                return stretch.start - done
+            done = stretch.stop
+        return self.num_tokens - done
 
     @property
     def is_complete(self) -> bool:

@@ -59,6 +59,11 @@ class KVFiles:
         if self.folder is not None:
             self.folder.save(slot, tokens, variant)
 
+    @property
+    def is_saving(self) -> bool:
+        """True until `settle` has taken in all that is being written."""
+        return self.folder is not None and self.folder.is_saving
+
     def settle(self) -> None:
         """Take in what the folder has written meanwhile."""
         if self.folder is not None:

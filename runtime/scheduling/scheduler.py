@@ -425,8 +425,10 @@ def _without_loans(running: Sequence[Request], request: Request) -> Request | No
     admitted gives way, and the last itself stands aside for a step. None where it waits."""
     if request not in running:
         return None
+    if request.mending is not None:  # others need not give way: all of it may be computed again
+        return request
     later = running[running.index(request) + 1 :]
-    return next((other for other in reversed(later) if other.lent), request)
+    return next((other for other in reversed(later) if other.all_lent), request)
 
 
 def _lend_out(

@@ -8,7 +8,6 @@ in the slot counts against the pool.
 Source: Infinite-LLM, arXiv:2401.02669, section 5.
 """
 
-import bisect
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from ...allocator.transfer import Segment, SegmentTier, split_off
 from ...vmem.errors import DriverError, OutOfLoans, Shortage
 from ..request.request import Request
 from .kv_files import KVFiles
-from .lending import Loans
+from .lending import Gaps, Loans, tokens_in
 
 
 class Segments:
@@ -37,6 +36,7 @@ class Segments:
 
     Attributes:
         loans: what other engines have of requests.
+        gaps: requests some of whose tokens others have lost.
     """
 
     def __init__(
@@ -55,6 +55,16 @@ class Segments:
         self.tier = tier
         self.local_tokens = local_tokens
         self.loans = Loans(cache, exits, part_tokens, clock)
+        self.gaps = Gaps(
+            cache,
+            exits,
+            self.loans,
+            part_tokens=part_tokens,
+            local_tokens=local_tokens,
+            may_outgrow=self._may_outgrow,
+            move=self._move,
+            clock=clock,
+        )
         self._cache = cache
         self._exits = exits
         self._kv_files = kv_files
@@ -136,12 +146,25 @@ class Segments:
 
         Returns how many. Raises a Shortage or DriverError, with the request as it was.
         """
-        slot = request.slot
+        if request.mending is None:
+            return self._make_room(request, count)
+        try:
+            self.gaps.close(request)
+            count = self._make_room(request, count)
+        except OutOfLoans:
+            self.gaps.note(request, is_short=True)
+            raise
+        self.gaps.note(request, is_short=False)
+        return count
+
+    def _make_room(self, request: Request, count: int) -> int:
+        slot, mending = request.slot, request.mending
         assert slot is not None
+        most = self.local_tokens if mending is None else mending.room_tokens
         num_local = request.num_computed - request.slot_start
-        if num_local + count <= self.local_tokens or not self._may_outgrow(request):
+        if num_local + count <= most or not (mending or self._may_outgrow(request)):
             return count
-        part, lacking = self._part_tokens, num_local + count - self.local_tokens
+        part, lacking = self._part_tokens, num_local + count - most
         num_whole = num_local // part
         num_moving, least = num_whole * part, min(num_whole, -(-lacking // part)) * part
         if num_moving:
@@ -152,7 +175,7 @@ class Segments:
                     raise
                 num_moving = least
                 self._shorten(request, slot, num_moving, num_local)
-        return min(count, self.local_tokens - (num_local - num_moving))
+        return min(count, most - (num_local - num_moving))
 
     def _shorten(
         self,
@@ -175,8 +198,10 @@ class Segments:
         if not is_long:
             return
         with suppress(Shortage, DriverError):  # then it asks again when it needs it
-            left = request.num_tokens - request.slot_start
-            self._cache.reserve(fresh, min(left, self.local_tokens))
+            mending = request.mending
+            most = self.local_tokens if mending is None else mending.room_tokens
+            left = request.num_uncomputed + request.num_computed - request.slot_start
+            self._cache.reserve(fresh, min(left, most))
 
     def _move(self, request: Request, slot: Slot, num_tokens: int, *, is_long: bool = True) -> None:
         """Have the first rows of a slot elsewhere: those of long requests in the tier as long as it
@@ -254,18 +279,19 @@ class Segments:
         if self.loans.has_to_give_up:
             self.loans.has_to_give_up = False
             stuck += [r for r in running[::-1] if self.is_long(r) and r not in stuck]
+        stuck += self.gaps.given_up(r for r in running[::-1] if r not in stuck)
         return [request for request in stuck if request.slot is not None]
 
     def _room_at_home(self, request: Request) -> int:
         """Tokens that a request may have in its slot beside those that are there, with a part to
         spare for others."""
-        if self._may_outgrow(request):
-            return self.local_tokens - (request.num_computed - request.slot_start)
-        obtainable = self._cache.num_obtainable() - self._cache.num_pages(self._part_tokens)
+        if request.mending is not None:
+            return 0
         num_local = request.num_computed - request.slot_start
-        lengths = range(self._cache.max_len)
-        most = bisect.bisect_right(lengths, obtainable, key=self._cache.num_pages) - 1
-        return max(0, most - num_local)  # what is there already is copied
+        if self._may_outgrow(request):
+            return self.local_tokens - num_local
+        obtainable = self._cache.num_obtainable() - self._cache.num_pages(self._part_tokens)
+        return max(0, tokens_in(self._cache, obtainable) - num_local)  # what is there is copied
 
     # -- ends ----------------------------------------------------------------------------------
 
@@ -281,8 +307,11 @@ class Segments:
         segment, request.segment = request.segment, None
         if segment is not None and self.tier is not None:
             self.tier.release(segment, request.token_ids if keep else (), request.variant)
-        lent, request.lent = request.lent, []
-        self.loans.give_back(lent)
+        self.loans.give_back(request.all_lent)
+        for one in request.behind:
+            if one.slot is not None:
+                self._exits.let_go(one.slot)
+        request.lent, request.mending = [], None
 
     def settle(self) -> None:
         """Give back what could not be given back before."""

@@ -46,6 +46,8 @@ class Lender(Protocol):
 class Tiers:
     """The tiers behind a cache; either may be missing.
 
+    One class, since the scheduler asks for all of them together, whichever there are.
+
     Args:
         cache: before them.
         swapping: moves what slots hold to host memory and back; None to drop it.
@@ -69,6 +71,13 @@ class Tiers:
         self.lenders: list[Lender] = []
         self.segments: Segments | None = None
         self._cache = cache
+
+    @property
+    def is_settled(self) -> bool:
+        """False while slots of finished requests are copied or written, until `settle` has taken
+        note that they are."""
+        is_storing = self.swapping is not None and self.swapping.is_leaving
+        return not (is_storing or self.kv_files.is_saving)
 
     def settle(self) -> None:
         """Take note of what was copied and written meanwhile."""

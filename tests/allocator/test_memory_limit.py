@@ -67,6 +67,36 @@ def test_what_one_parks_the_other_gets() -> None:
     pair.close()
 
 
+def test_a_limit_that_is_made_less_takes_what_is_parked_and_lets_live_slots_stay() -> None:
+    limit = MemoryLimit(16 * _PAGE)
+    pair = _Pair(limit)
+    first, second = pair.caches
+    live, parked, other = first.open(), first.open(), second.open()
+    first.grow(live, 4 * 16)
+    first.grow(parked, 4 * 16)
+    second.grow(other, 8 * 16)  # 4 pages of 2
+    first.park(parked, range(64))
+    limit.resize(14 * _PAGE)
+    assert pair.physical_bytes == 14 * _PAGE
+    limit.resize(6 * _PAGE)  # less than live slots hold
+    assert first.stats().pages_parked == 0
+    assert pair.physical_bytes == limit.taken_bytes == 12 * _PAGE
+    with pytest.raises(OutOfPages):
+        first.grow(live, 5 * 16)
+    second.close(other)
+    second.trim()  # what leaves is counted, though there is too much still
+    first.grow(live, 6 * 16)
+    pair.check()
+    with pytest.raises(OutOfPages):
+        first.grow(live, 7 * 16)
+    limit.resize()
+    first.grow(live, 16 * 16)
+    pair.check()
+    with pytest.raises(InvalidConfig, match="more than the 65536"):
+        limit.resize(17 * _PAGE)
+    pair.close()
+
+
 def test_what_live_requests_hold_stays_and_a_vain_demand_takes_nothing() -> None:
     pair = _Pair(MemoryLimit(16 * _PAGE))
     first, second = pair.caches

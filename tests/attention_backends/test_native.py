@@ -71,6 +71,23 @@ def test_grouped_heads(chunks, heads):
     check(Case(chunks=chunks, num_heads=heads[0], num_kv_heads=heads[1]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", range(1, 10))
+def test_few_rows_read_as_they_lie(dtype, group):
+    """Each number of query rows of a KV head, over heads of whole vectors and an odd one."""
+    lengths = (1, 31, 32, 33, 64, 95, 600)
+    for key_dim, value_dim in ((32, 96), (64, 64), (160, 32), (80, 64)):
+        case = Case(
+            chunks=tuple((1, length) for length in lengths),
+            num_heads=2 * group,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            dtype=dtype,
+        )
+        check(case)
+        check(replace(case, window=40, softcap=5.0, sinks=True, interleaved=True))
+
+
 @pytest.mark.parametrize("window", [1, 2, 17, 64, 128, 1000])
 @pytest.mark.parametrize("chunks", [*BATCHES.values(), ((300, 400),), ((40, 50), (40, 40))])
 def test_windows(chunks, window):
@@ -122,11 +139,16 @@ def test_every_instruction_set_of_this_machine(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("limit", ["portable", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("dims", [(64, 64), (40, 24)], ids=["whole vectors", "odd"])
-def test_a_query_has_one_result_to_the_bit(limit, dtype, window, dims):
+@pytest.mark.parametrize(
+    ("dims", "group"),
+    [((64, 64), 4), ((96, 32), 1), ((64, 128), 7), ((40, 24), 4)],
+    ids=["whole vectors", "alone", "seven rows", "odd"],
+)
+def test_a_query_has_one_result_to_the_bit(limit, dtype, window, dims, group):
     """Whichever chunks its sequence comes in, beside what others, by however many threads."""
     generator = torch.Generator().manual_seed(len(limit) + dims[0])
-    lengths, heads, kv_heads = (1300, 70, 519), 8, 2
+    lengths, kv_heads = (1300, 70, 519), 2
+    heads = kv_heads * group
     randn = partial(torch.randn, generator=generator)
     caches = [randn(3, 1300, kv_heads, dim).to(dtype) for dim in dims]
     queries = [4 * randn(length, heads, dims[0]).to(dtype) for length in lengths]

@@ -1,10 +1,13 @@
 """Kernels against the float64 product of the dequantised weights, and the layer around them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from quantized import random_weight
 from vkv.quant import Int4Linear, QuantError, quantize_output
-from vkv.quant.kernels.native import NativeKernel, instruction_sets
+from vkv.quant.kernels.activations import round_to_8_bits
+from vkv.quant.kernels.native import NativeKernel, instruction_sets, int8_instruction_sets
 from vkv.quant.kernels.table import choose_kernel, kernel_class, kernel_names
 
 CPU = torch.device("cpu")
@@ -43,12 +46,12 @@ def test_products_on_a_cpu(name: str, symmetric: bool, shape: tuple[int, int, in
             assert relative_error(found, inputs.double() @ dense.T) < 1e-2
 
 
-@pytest.fixture(params=["avx2", "avx512_bf16"])
+@pytest.fixture(params=["avx2", "avx512_bf16", "int8_avx2", "int8_avx512_vnni"])
 def instruction_set(request: pytest.FixtureRequest) -> str:
     """Of the native kernel, where this processor has it."""
     if why := NativeKernel.unavailable_reason():
         pytest.skip(why)
-    if request.param not in instruction_sets():
+    if request.param not in (*instruction_sets(), *int8_instruction_sets()):
         pytest.skip("this processor lacks the instructions")
     return request.param
 
@@ -58,14 +61,18 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
 def test_the_native_kernel_rounds_no_weight(
     instruction_set: str, symmetric: bool, shape: tuple[int, int, int]
 ) -> None:
-    """What it is off by is the rounding of results, and of inputs to 16 bits with AVX2."""
+    """What it is off by is the rounding of results, and of inputs: with AVX2 to 16 bits, and where
+    they are to be to 8."""
     weight = random_weight(*shape, symmetric=symmetric)
     kernel = NativeKernel(instruction_set)
     layout = kernel.prepare(weight)
     generator = torch.Generator().manual_seed(5)
     for num_rows in (1, 2, 3, 4, 6, 7, 13, 40):
         inputs = torch.randn(num_rows, shape[1], generator=generator).to(torch.bfloat16)
-        exact = inputs.double() @ weight.dequantize(torch.float64).T
+        taken = inputs.double()
+        if instruction_set.startswith("int8"):
+            taken = round_to_8_bits(inputs, shape[2]).double()
+        exact = taken @ weight.dequantize(torch.float64).T
         found = kernel.multiply(layout, inputs)
         # Weights rounded to bfloat16 would be off by 0.014 to 0.034 beyond the results' rounding.
         torch.testing.assert_close(found.double(), exact, rtol=2**-8 + 1e-5, atol=2e-3)
@@ -76,18 +83,65 @@ def test_the_native_kernel_rounds_no_weight(
 def test_a_row_has_one_result_to_the_bit(
     instruction_set: str, symmetric: bool, shape: tuple[int, int, int]
 ) -> None:
-    """Beside however many others."""
+    """Beside however many others: in a block, in blocks that share weights, in several passes."""
     kernel = NativeKernel(instruction_set)
     layout = kernel.prepare(random_weight(*shape, symmetric=symmetric))
-    inputs = torch.randn(40, shape[1]).to(torch.bfloat16)
+    inputs = torch.randn(130, shape[1]).to(torch.bfloat16)
     all_rows = kernel.multiply(layout, inputs)
-    for count in (*range(1, 15), 25):
-        for first in (0, 3, 40 - count):
+    for count in (*range(1, 15), 25, 49, 61):
+        for first in (0, 3, 130 - count):
             some = slice(first, first + count)
             assert torch.equal(kernel.multiply(layout, inputs[some]), all_rows[some]), (
                 count,
                 first,
             )
+
+
+@pytest.mark.skipif(
+    NativeKernel.unavailable_reason() is not None or len(int8_instruction_sets()) < 2,
+    reason="one way to multiply integers at most",
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_inputs_in_8_bits_have_one_result_on_all_processors(symmetric: bool) -> None:
+    weight = random_weight(100, 384, 96, symmetric=symmetric)
+    inputs = torch.randn(17, 384).to(torch.bfloat16)
+    first, other = (NativeKernel(name) for name in int8_instruction_sets())
+    found = first.multiply(first.prepare(weight), inputs)
+    assert torch.equal(found, other.multiply(other.prepare(weight), inputs))
+
+
+@pytest.mark.skipif(NativeKernel.unavailable_reason() is not None, reason="no native kernel here")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(64, 128, 32), (33, 1200, 400), (1, 8, 8)], ids=str)
+def test_a_layout_has_all_of_its_weight(
+    dtype: torch.dtype, symmetric: bool, shape: tuple[int, int, int]
+) -> None:
+    weight = random_weight(*shape, symmetric=symmetric)
+    weight = replace(weight, scales=weight.scales.to(dtype))
+    kernel = NativeKernel()
+    found = kernel.restore(kernel.prepare(weight), weight.to("meta"))
+    assert torch.equal(found.packed, weight.packed)
+    assert found.scales.dtype == dtype
+    assert torch.equal(found.scales, weight.scales)
+    assert (found.zeros is None) == symmetric
+    if found.zeros is not None and weight.zeros is not None:
+        assert torch.equal(found.zeros, weight.zeros)
+    scaled = kernel.multiply(kernel.prepare(weight), torch.ones(1, shape[1]).to(torch.bfloat16))
+    expected = weight.dequantize(torch.float64).sum(dim=1)
+    torch.testing.assert_close(scaled[0].double(), expected, rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.skipif(NativeKernel.unavailable_reason() is not None, reason="no native kernel here")
+def test_a_weight_is_kept_in_one_form() -> None:
+    weight = random_weight(256, 512, 64, symmetric=False, act_order=True)
+    linear = Int4Linear(weight)
+    linear(torch.randn(2, 512).to(torch.bfloat16))
+    assert not linear.is_settled
+    assert linear.num_bytes < 1.1 * weight.num_bytes
+    assert torch.equal(linear.weight_int4.dequantize(), weight.dequantize())
+    linear(torch.randn(2, 512))  # by another kernel, whose layout is the weight
+    assert torch.equal(linear.weight_int4.dequantize(), weight.dequantize())
 
 
 @pytest.mark.skipif(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vkv import LLM, SamplingParams
 from vkv.quant import Int4Linear
+from vkv.quant.kernels.table import kernel_class
 from vkv.runtime.cpu_kernels.packing import int4_products
 from vkv.vmem.errors import BadCheckpoint, InvalidConfig, UnsupportedModel
 
@@ -280,6 +281,38 @@ def test_output_layers_that_cannot_be_quantised_are_refused(dense: Path) -> None
         LLM(dense, device="cpu", lm_head_bits=3)
     with pytest.raises(InvalidConfig, match="caller's own"):
         LLM(zoo.tiny_model("llama"), device="cpu", lm_head_bits=8)
+
+
+@pytest.mark.skipif(
+    kernel_class("native-int8").unavailable_reason() is not None, reason="no kernels here"
+)
+def test_activations_in_8_bits(tmp_path: Path) -> None:
+    zoo.tiny_model("llama").save_pretrained(tmp_path / "source")
+    int4, _ = quantize_folder(tmp_path / "source", tmp_path, "gptq", group_size=8)
+    options = {"device": "cpu", "dtype": "bfloat16", "lm_head_bits": 4, "kv_memory": "4MiB"}
+    scores = []
+    for bits in (16, 8):
+        with LLM(int4, activation_bits=bits, **options) as llm:  # type: ignore[arg-type]
+            kernels = {one.pinned for _, one in int4_products(llm.loaded.model)}
+            assert kernels == ({"native-int8"} if bits == 8 else {None})
+            sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=5)
+            (out,) = llm.generate([PROMPTS[0]], sampling)
+            assert out.outputs[0].logprobs is not None
+            scores.append(max(one.logprob for one in out.outputs[0].logprobs[0].values()))
+    assert scores[0] != scores[1]
+    assert scores[0] == pytest.approx(scores[1], abs=0.1)
+
+
+def test_activations_that_cannot_be_rounded_are_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="activation_bits is 4; use 8 or 16"):
+        LLM(dense, device="cpu", activation_bits=4)
+    with pytest.raises(InvalidConfig, match="none of its layers is in 4 or 8 bits"):
+        LLM(dense, device="cpu", dtype="bfloat16", activation_bits=8)
+    with pytest.raises(InvalidConfig, match="caller's own"):
+        LLM(zoo.tiny_model("llama"), device="cpu", activation_bits=8)
+    int4, _ = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+    with pytest.raises(InvalidConfig, match=r"q_proj is in groups of 8.* in bfloat16"):
+        LLM(int4, device="cpu", dtype="float32", activation_bits=8)
 
 
 @pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])

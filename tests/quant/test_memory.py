@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized import random_weight
+import zoo
+from quantized import quantize_folder, random_weight
+from safetensors.torch import load_file
+from vkv import LLM
 from vkv.quant import Int4Linear, empty_apart, trim_heap
 from vkv.quant.kernels.native import NativeKernel
+from vkv.quant.weight_memory import lies_in, mapped_checkpoints
 
 
 def test_memory_apart_is_advised_to_lie_on_huge_pages_and_goes_back() -> None:
@@ -46,6 +50,34 @@ def test_codes_lie_on_huge_pages() -> None:
     layout = NativeKernel().prepare(random_weight(4096, 1024, 64))
     assert layout.codes.data_ptr() % (2 << 20) == 0
     assert "hg" in _flags_at(layout.codes.data_ptr())
+
+
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])
+def test_pages_of_a_file_whose_weights_were_read_go_back(tmp_path: Path, kind: str) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 8192}
+    zoo.tiny_model("llama", **sizes).save_pretrained(tmp_path / "source")
+    folder, _ = quantize_folder(tmp_path / "source", tmp_path, kind, group_size=32)
+    codes = sum(
+        tensor.nbytes
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if tensor.dtype == torch.int32
+    )
+    before = _of_files_bytes()
+    with LLM(folder, device="cpu", dtype="float32", kv_memory="4MiB") as llm:
+        embedding = llm.loaded.model.get_input_embeddings().weight
+        assert lies_in(embedding, mapped_checkpoints()), "or no page would stay"
+        assert _of_files_bytes() - before < codes // 2
+
+
+def _of_files_bytes() -> int:
+    """Resident pages of mapped checkpoints."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(".safetensors")
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) << 10
+    return total
 
 
 def _resident_bytes() -> int:

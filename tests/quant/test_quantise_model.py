@@ -182,6 +182,10 @@ def test_the_command_writes_a_folder_that_vkv_runs(tmp_path, text):
     report = json.loads((out / "quantization_report.json").read_text())
     assert len(report["layers"]) == 28
     assert report["perplexity_before"] != report["perplexity_after"]
+    rounded = report["perplexity_activation_bits_8"]
+    assert rounded != report["perplexity_after"]
+    assert rounded == pytest.approx(report["perplexity_after"], rel=0.05)
+    assert f"with activation_bits=8 besides: {rounded:.4g}" in result.output
     assert load_file(out / "model.safetensors")["model.layers.0.mlp.down_proj.qweight"].dtype == (
         torch.int32
     )

@@ -419,6 +419,11 @@ class LendingAttack:
             f"loans called back: {num_called_back}; until the memory of one was there, in its "
             f"engine: {self.slowest_call_back_s:.4f} s at most"
         )
+        done = self.cluster.stats().done
+        lines.append(
+            f"computed again as others had lost them: {done.mended_tokens} tokens of loans, and "
+            f"{done.redone_tokens} of requests from their start"
+        )
         errors = Counter(error for run in self.runs for error in run.errors)
         lines.append(f"errors: {dict(errors) or 'none'}")
         for pid, counts in self.held.items():

@@ -1,16 +1,10 @@
-"""Tiny random models of many architectures, sharp enough that a wrong key or value shows.
-
-As `transformers` initialises them, small models attend almost evenly and score all tokens almost
-alike: rows of a KV cache could be exchanged without changing a single token. Here every weight is
-drawn so that attention is peaked and its output outweighs the rest (`sharpen`).
-"""
+"""Tiny random models of many architectures, sharp enough that a wrong key or value shows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from vkv import LLM, RequestOutput, SamplingParams
+from vkv.bench.soak import tiny
+from vkv.bench.soak.tiny import VOCAB_SIZE, sharpen
 from vkv.runtime.engine.engine import Engine
 from vkv.runtime.request.outputs import Logprob
 from vkv.runtime.request.request import Request
@@ -26,7 +22,6 @@ from vkv.runtime.request.spec import RequestSpec
 
 torch.set_num_threads(1)  # more threads only hinder operations as tiny as these
 
-VOCAB_SIZE = 96
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -205,39 +200,17 @@ def gemma3() -> PreTrainedModel:
     return model
 
 
-@torch.no_grad()
-def sharpen(model: PreTrainedModel, *, seed: int = 0, gain: float = 1.5) -> None:
-    """Redraw the weights: matrices at `gain` times unit scale, and unequal norms and biases.
-
-    Queries and keys then have a spread of `gain`, so that of hundreds of keys a few win.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim >= 2:
-            parameter.copy_(noise * gain / parameter.shape[-1] ** 0.5)
-        else:
-            parameter.add_(noise * 0.1)
-
-
 _TEMPLATE = (
     "{% for m in messages %}"
     "{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('no ' + m.role) }}{% endif %}"
     "{{ m.role[0] }}:{{ m.content }};{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
-_LETTERS = [chr(32 + i) for i in range(VOCAB_SIZE - 1)]  # the printable part of ASCII
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
     """A token for each printable character, and the last of the vocabulary as end of text."""
-    vocab = {letter: i for i, letter in enumerate(_LETTERS)} | {"<eos>": VOCAB_SIZE - 1}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", chat_template=_TEMPLATE
-    )
+    return tiny.letter_tokenizer(_TEMPLATE)
 
 
 def save_checkpoint(folder: Path) -> None:

@@ -50,6 +50,7 @@ _MAX_LAYERS = 24
 _MIN_LAYERS = 4  # where they fit; fewer would not show what interleaving layers costs
 _ENOUGH_BYTES = {"cpu": 1 << 40, "cuda": 1 << 30}  # far beyond a GPU's caches
 _BLOCK_TOKENS = 16
+_SPIN_S = 0.05
 _PAGE_BYTES = {"cpu": 256 << 10, "cuda": None}
 
 
@@ -320,7 +321,12 @@ def _host_clock(run: Callable[[], object]) -> Callable[[], float]:
 
 
 def _peer_clock(peer: Worker) -> float:
-    return peer.ask({"pass": True})["seconds"]
+    """Between pauses: threads of OpenMP spin for some milliseconds when they are done, and would
+    take the cores from another process."""
+    time.sleep(_SPIN_S)
+    seconds = peer.ask({"pass": True})["seconds"]
+    time.sleep(_SPIN_S)
+    return seconds
 
 
 def graph_clock(run: Callable[[], object]) -> Callable[[], float]:

@@ -113,7 +113,7 @@ class LinearOptions:
     kernels: tuple[str, ...] = option(
         "auto",
         parse=words,
-        help="Int4 kernels, with commas: auto, their names, or all for every one.",
+        help="Int4 kernels, with commas: auto, their names, or all; none for dense products alone.",
     )
     group_size: int = option(128, names=("--group",), least=8, help="Columns that share a scale.")
     repeats: int = option(7, least=1, help="Passes of each contestant.")

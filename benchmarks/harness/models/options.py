@@ -10,6 +10,7 @@ from ..options import (
     device_option,
     dtype_name_option,
     dtype_option,
+    interpreters,
     label_option,
     max_seqs_option,
     model_option,
@@ -90,6 +91,34 @@ class ThroughputOptions:
     )
     label: str = label_option()
     seed: int = seed_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstTokenOptions:
+    """What `vkv bench first-token` runs.
+
+    Attributes:
+        peers: interpreters by name, and llama.cpp's server.
+    """
+
+    shape: str = shape_option("llama-455m")
+    model: str | None = model_option()
+    dtype: str = dtype_name_option("bfloat16")
+    quant: str | None = option(None, help=f"{_FORMATS}: also start from 4-bit weights.")
+    threads: int = threads_option("Threads of every process. Default: the usable cores.")
+    systems: tuple[str, ...] = option(
+        "vkv,transformers", parse=words, help="Which systems to start, separated by commas."
+    )
+    peers: Mapping[str, str] = option(
+        (),
+        names=("--peer",),
+        kind=list[str],
+        parse=interpreters,
+        help="NAME=PYTHON, as of throughput, or llama-server=PROGRAM. Repeatable.",
+    )
+    prompt_len: int = option(8, least=1, help="Tokens of the prompt.")
+    repeats: int = option(7, least=1, help="Starts of each.")
+    label: str = label_option()
 
 
 @dataclass(frozen=True, kw_only=True)

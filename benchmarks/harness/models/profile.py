@@ -90,13 +90,13 @@ def run(options: ProfileOptions, folder: Path, command: str) -> tuple[Path, list
     model = options.shape if options.model is None else Path(options.model).name
     name = record_name("profile", model, options.quant, options.label)
     record = Record(folder, name, device=cpu, config=asdict(options), command=command)
-    probe = LimitsProbe(cpu, torch.float32)
+    dtype = torch_dtype(options.dtype)
+    probe = LimitsProbe(cpu, dtype if dtype == torch.bfloat16 else torch.float32)
     profiles: list[BatchProfile] = []
     model_facts: dict[str, int] = {}
 
     def steps() -> Generator[None, None, None]:
         with tempfile.TemporaryDirectory() as scratch:
-            dtype = torch_dtype(options.dtype)
             saved = save_checkpoints(
                 options.shape, options.model, dtype, options.quant, Path(scratch)
             )

@@ -10,58 +10,42 @@ Systems are called as users call them. `prefill` is a call for the first token o
 stamps of tokens: from when the last request of a batch has its first token to when the first has
 its last. A decode that is faster than memory allows, as measured just before, is measured again;
 if it stays so, its figure is marked. On a GPU a system has run the very same call once before:
-graphs are captured and kernels chosen when a batch of a new size comes.
+graphs are captured and kernels chosen when a batch of a new size comes. So has, anywhere, one that
+compiles for every shape.
 
 With a `quant` format, the same weights are also rounded to 4 bits, into a checkpoint that vkv runs
 beside the dense one, with the output layer dense and (`-head`) in 4 bits too. llama.cpp then runs
-its own Q4_0 as well, with embeddings and output layer in Q8_0: its own tool makes them Q6_K.
+its own Q4_0 as well, with embeddings and output layer in Q8_0 (its own tool makes them Q6_K), and
+OpenVINO its int4, with these in 8 bits.
+
+Who computes with the same weights should say the same: each system's first tokens are compared with
+those of the first. A few differ, where rounding decides between two that are alike.
 """
 
 import random
-import sys
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from ...vmem.errors import InvalidConfig
 from ..limits import Limits, LimitsProbe
 from ..options import torch_dtype
-from ..peers.peer import WORKERS, Timing, Worker, WorkerFailed, import_bytes, interpreter_of
+from ..peers.peer import Timing, Worker, WorkerFailed, import_bytes
 from ..record import Findings, Record, Table, record_name
 from .cells import Cell
 from .checkpoints import Checkpoints, parse_format, save_checkpoints
 from .options import ThroughputOptions
 from .shapes import build_model
+from .systems import INT4_SYSTEMS, READ_INT4, Command, commands, compiles_by_shape
 from .throughput_results import Results, as_record, draw, tables
 
 _AGAIN = 2  # measurements more of a figure that cannot be
 _DOUBT = 1.1  # beyond the limit by which it cannot: limits are measured too
-
-SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "vkv": ("vkv_worker.py", {"kv": "virtual"}),
-    "vkv-paged": ("vkv_worker.py", {"kv": "paged"}),
-    "transformers": ("transformers_worker.py", {"cache": "dynamic"}),
-    "transformers-static": ("transformers_worker.py", {"cache": "static"}),
-    "transformers-compiled": ("transformers_worker.py", {"cache": "static", "compile": True}),
-    "transformers-continuous": ("transformers_worker.py", {"cache": "continuous"}),
-}
-# On the same weights in 4 bits, with `--quant`.
-INT4_SYSTEMS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "vkv-int4": ("vkv_worker.py", {"kv": "virtual"}),
-    "vkv-int4-head": ("vkv_worker.py", {"kv": "virtual", "lm_head_bits": 4}),
-}
-PEERS: Mapping[str, str] = {
-    "vllm": "vllm_worker.py",
-    "llama-cpp": "llama_cpp_worker.py",
-    "vkv-other": "vkv_worker.py",  # another version, before a change for one
-}
 
 
 def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, list[Table]]:
@@ -69,8 +53,15 @@ def run(options: ThroughputOptions, folder: Path, command: str) -> tuple[Path, l
 
     Interrupted (Ctrl-C), it writes what it has measured, and the record says what is missing.
     """
-    workers = _commands(options)
+    quant = parse_format(options.quant) is not None
     dtype = torch_dtype(options.dtype)
+    workers = commands(
+        options.systems,
+        options.peers,
+        quant=quant,
+        eager=options.eager_peers,
+        rounds_inputs=options.device.type == "cpu" and dtype == torch.bfloat16,
+    )
     model = options.shape if options.model is None else Path(options.model).name
     name = record_name("throughput", model, options.quant, options.label)
     record = Record(folder, name, device=options.device, config=asdict(options), command=command)
@@ -127,31 +118,9 @@ def _drawn_on_a_gpu(options: ThroughputOptions, dtype: torch.dtype, scratch: Pat
     return str(folder)
 
 
-def _commands(options: ThroughputOptions) -> dict[str, tuple[list[str], dict[str, Any]]]:
-    """For each system: how its worker is started, and the options that are its own."""
-    quant = parse_format(options.quant)
-    commands: dict[str, tuple[list[str], dict[str, Any]]] = {}
-    for name in options.systems:
-        if name not in SYSTEMS:
-            raise InvalidConfig(f"system {name!r} is unknown; use some of {', '.join(SYSTEMS)}")
-        script, own = SYSTEMS[name]
-        commands[name] = [sys.executable, str(WORKERS / script)], own
-    for name, (script, own) in INT4_SYSTEMS.items() if quant else ():
-        commands[name] = [sys.executable, str(WORKERS / script)], own
-    for name, interpreter in options.peers.items():
-        interpreter = interpreter_of(name, interpreter, PEERS)
-        command = [interpreter, str(WORKERS / PEERS[name])]
-        commands[name] = command, {"eager": options.eager_peers, "kv": "virtual"}
-        if quant and name == "llama-cpp":
-            commands["llama-cpp-q4_0"] = command, {"weights": "q4_0"}
-        if quant and name == "vkv-other":
-            commands["vkv-other-int4"] = command, {"kv": "virtual"}
-    return commands
-
-
 @contextmanager
 def _started(
-    workers: Mapping[str, tuple[list[str], dict[str, Any]]],
+    workers: Mapping[str, Command],
     options: ThroughputOptions,
     checkpoints: Checkpoints,
     scratch: Path,
@@ -175,19 +144,19 @@ def _started(
     with ExitStack() as stack:
         running: dict[str, Worker] = {}
         for name, (command, own) in workers.items():
-            in_4_bits = name in (*INT4_SYSTEMS, "vkv-other-int4")
-            model = checkpoints.int4 if in_4_bits else checkpoints.dense
+            model = checkpoints.int4 if name in READ_INT4 else checkpoints.dense
             given = common | own | {"model": str(model)}
             try:
                 running[name] = Worker(command, given, scratch / f"{name}.log")
                 stack.callback(running[name].close)
+                results.versions[name] = running[name].versions
             except WorkerFailed as error:
                 results.fail(name, error)
         yield running
 
 
 def _all_repeats(
-    workers: Mapping[str, tuple[list[str], dict[str, Any]]],
+    workers: Mapping[str, Command],
     options: ThroughputOptions,
     checkpoints: Checkpoints,
     scratch: Path,
@@ -212,8 +181,9 @@ def _all_repeats(
                 # Whoever comes first finds another machine: caches, pages, clock.
                 for name in running if repeat % 2 == 0 else reversed(running):
                     if cell.name not in results.failures[name]:
+                        twice = options.device.type == "cuda" or compiles_by_shape(workers[name])
                         said = _time(
-                            running, name, cell, prompts, options, checkpoints, results, probe
+                            running[name], name, cell, prompts, checkpoints, results, probe, twice
                         )
                         console.print(f"  {cell.name:10} {name}: {said}", markup=False)
                         yield
@@ -229,25 +199,28 @@ def _warm_up(running: Mapping[str, Worker], options: ThroughputOptions, results:
 
 
 def _time(
-    running: Mapping[str, Worker],
+    worker: Worker,
     name: str,
     cell: Cell,
     prompts: Sequence[Sequence[int]],
-    options: ThroughputOptions,
     checkpoints: Checkpoints,
     results: Results,
     probe: LimitsProbe,
+    twice: bool,
 ) -> str:
-    """Add what a system took for a cell, or why it failed; returns that in words."""
-    worker = running[name]
+    """Add what a system took for a cell, or why it failed; returns that in words.
+
+    With `twice` it has run the very same call once before.
+    """
     try:
-        if options.device.type == "cuda":
+        if twice:
             worker.run(prompts, cell.output_lens)
         rate, timing, is_beyond = _measure_again(worker, cell, prompts, checkpoints, probe)
     except WorkerFailed as error:
         results.failures[name][cell.name] = str(error)
         return str(error)
     results.samples[name][cell.name].append(rate)
+    results.first_tokens[name][cell.name] = list(timing.first_tokens)
     results.peaks[name] = timing.peak_rss_bytes
     results.weights[name] = timing.weight_bytes or checkpoints.weight_bytes
     results.reads[name] = timing.read_bytes or checkpoints.read_bytes

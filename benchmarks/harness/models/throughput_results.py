@@ -1,7 +1,7 @@
 """What `vkv bench throughput` measured: its tables and plot."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from ..limits import Limits
 from ..record import Table
 from .cells import DecodeStep
 from .checkpoints import Checkpoints, gains_table
+from .systems import has_dense_weights
 
 
 @dataclass(kw_only=True)
@@ -22,6 +23,8 @@ class Results:
         peaks: the most memory that was resident, in bytes.
         weights: bytes of its weights as it keeps them; those of the checkpoint if it cannot say.
         reads: bytes of those that a decode step reads.
+        first_tokens: by cell, each prompt's first token, of the last repeat.
+        versions: of its packages, by name.
         beyond: by cell, the repeats (from 1) whose figure is more than memory allowed, however
             often it was measured.
     """
@@ -31,6 +34,8 @@ class Results:
     peaks: dict[str, int] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     reads: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    first_tokens: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     beyond: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     @classmethod
@@ -39,7 +44,9 @@ class Results:
         names = list(cells)
         samples = {system: {cell: [] for cell in names} for system in systems}
         failures: dict[str, dict[str, str]] = {system: {} for system in samples}
-        return cls(samples=samples, failures=failures, beyond={system: {} for system in samples})
+        tokens: dict[str, dict[str, list[int]]] = {system: {} for system in samples}
+        beyond: dict[str, dict[str, list[int]]] = {system: {} for system in samples}
+        return cls(samples=samples, failures=failures, first_tokens=tokens, beyond=beyond)
 
     def fail(self, system: str, error: Exception) -> None:
         """Note a system that cannot be measured at all."""
@@ -75,6 +82,8 @@ def as_record(
         "peak_rss_bytes": results.peaks,
         "weight_bytes": results.weights,
         "read_bytes": results.reads,
+        "first_tokens": results.first_tokens,
+        "versions": results.versions,
         "beyond_limit": {system: cells for system, cells in results.beyond.items() if cells},
     }
 
@@ -108,6 +117,7 @@ def tables(
             ],
         ),
         *(_ratio_table(results, name, names) for name in (baseline, *int4[:1])),
+        *_agreement_table(results, baseline, names),
         _memory_table(results, held_tokens * checkpoints.kv_bytes_per_token, import_bytes),
     ]
     compared = (baseline, *int4)
@@ -139,6 +149,26 @@ def _ratio_table(results: Results, baseline: str, names: Sequence[str]) -> Table
             if system != baseline
         ],
     )
+
+
+def _agreement_table(results: Results, baseline: str, names: Sequence[str]) -> Iterator[Table]:
+    """How many first tokens are the baseline's, of systems with the same weights."""
+    ours = results.first_tokens[baseline]
+    rows = [
+        [system, *(_alike(ours.get(name), cells.get(name)) for name in names)]
+        for system, cells in results.first_tokens.items()
+        if system != baseline and has_dense_weights(system) and cells
+    ]
+    if rows:
+        title = f"First tokens that are those of {baseline}"
+        yield Table(title=title, columns=["system", *names], rows=rows)
+
+
+def _alike(ours: Sequence[int] | None, theirs: Sequence[int] | None) -> str:
+    if ours is None or theirs is None:
+        return ""
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    return f"{same} of {len(ours)}"
 
 
 def _memory_table(results: Results, held_bytes: int, import_bytes: int) -> Table:

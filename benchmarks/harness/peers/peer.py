@@ -36,6 +36,7 @@ class Timing:
         seconds: that it took.
         decode_tokens, decode_seconds: of the time in which all requests decoded, by the time
             stamps of their tokens.
+        first_tokens: of each prompt's output.
         peak_rss_bytes: of its process so far.
         weight_bytes: of its weights as it keeps them; None if it does not say.
         read_bytes: of those weights that a decode step reads; None likewise.
@@ -44,13 +45,18 @@ class Timing:
     seconds: float
     decode_tokens: int
     decode_seconds: float
+    first_tokens: Sequence[int]
     peak_rss_bytes: int
     weight_bytes: int | None
     read_bytes: int | None
 
 
 class Worker:
-    """A system in a process of its own."""
+    """A system in a process of its own.
+
+    Attributes:
+        versions: of the packages that matter in its environment, by name.
+    """
 
     def __init__(self, command: Sequence[str], options: Mapping[str, Any], log: Path) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(options["threads"])}
@@ -65,7 +71,7 @@ class Worker:
                 env=environment,
             )
         try:
-            self._answer()
+            self.versions: dict[str, str] = self._answer().get("versions", {})
         except BaseException:
             self.close()
             raise
@@ -104,12 +110,21 @@ class Worker:
             raise WorkerFailed(self._last_words())
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerFailed(answer["error"])
+            raise WorkerFailed(_with_remedy(answer["error"]))
         return answer
 
     def _last_words(self) -> str:
         lines = self._log.read_text().strip().splitlines()
-        return f"its process ended: {lines[-1] if lines else 'without a word'}"
+        return _with_remedy(f"its process ended: {lines[-1] if lines else 'without a word'}")
+
+
+def _with_remedy(said: str) -> str:
+    """What a worker says, and what to do about a package that is not there, unless it says so."""
+    if "No module named" not in said or "pip install" in said:
+        return said
+    return (
+        f"{said}; install it in the peer's environment: benchmarks/README.md says what each needs"
+    )
 
 
 def import_bytes() -> int:

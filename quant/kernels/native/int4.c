@@ -1,21 +1,25 @@
 /* Products by 4-bit weights on a CPU: blocks of rows, threads, and the choice of a kernel.
  *
  * A code is multiplied as it is, which is exact: scales come in once a group, in float32, and so do
- * zeros, through the sum of the group's inputs. So weights are never rounded, nor written anywhere.
+ * zeros, through the sum of the group's inputs. So weights are never rounded.
  */
 #include "kernel.h"
 
 #include <stddef.h>
 #include <string.h>
 
-enum { SHARE_BYTES = 128 << 10, SHARES_A_THREAD = 8 };
+enum {
+    SHARE_BYTES = 128 << 10,
+    SHARES_A_THREAD = 8,
+    PASS_ROWS = 48 /* whose totals and inputs of a stretch stay in the first cache */
+};
 
 struct job {
     const struct vkv_int4 *args;
     const struct vkv_int4_kernel *kernel;
     int64_t next_tile, next_block, next_thread; /* atomic */
     int64_t num_tiles, share;                   /* tiles, and how many a thread takes at a time */
-    int64_t block_rows, num_blocks;             /* rows of a block, and blocks */
+    int64_t num_blocks, pass_blocks;            /* of rows; of a pass over a tile, at most */
     int64_t stretches;                          /* of a row */
     const uint16_t *inputs;            /* [block][in_features][rows], as kernels differ */
     const struct vkv_int4_note *notes; /* [block][stretch][rows], or NULL: none needed */
@@ -24,6 +28,11 @@ struct job {
 };
 
 static int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+/* Rows are divided evenly among blocks. */
+static int64_t first_row(const struct job *job, int64_t block) {
+    return job->args->num_rows * block / job->num_blocks;
+}
 
 /* Stretches that a group is cut in. */
 static int64_t group_stretches(const struct vkv_int4 *args) {
@@ -38,12 +47,15 @@ static int64_t stretch_at(const struct vkv_int4 *args, int64_t stretch, int64_t 
     return group * args->group_size + within;
 }
 
-static void multiply_tile(const struct job *job, int64_t tile, float *totals) {
+/* All stretches of a tile, by some blocks of rows. */
+static void multiply_blocks(const struct job *job, int64_t tile, int64_t first, int64_t last,
+                            float *totals) {
     const struct vkv_int4 *args = job->args;
+    void *kept = (char *)totals + job->scratch_bytes - KEPT_BYTES;
     const int64_t groups = args->in_features / args->group_size, in_group = group_stretches(args);
     const uint8_t *codes = (const uint8_t *)args->codes + tile * args->in_features * (TILE / 2);
-    memset(totals, 0, (size_t)(args->num_rows * TILE) * sizeof(float));
-    struct vkv_int4_stretches some;
+    const int64_t scale_bytes = args->scale_type == VKV_INT4_FLOAT32 ? 4 : 2;
+    struct vkv_int4_stretches some = {.scale_type = args->scale_type};
     for (int64_t s = 0; s < job->stretches; s += some.count) {
         const int64_t k = stretch_at(args, s, &some.length);
         int64_t next_length = 0;
@@ -52,17 +64,25 @@ static void multiply_tile(const struct job *job, int64_t tile, float *totals) {
         some.count = next_length == some.length ? 2 : 1;
         const int64_t group = s / in_group, at = (tile * groups + group) * TILE;
         some.codes = codes + k * (TILE / 2);
-        some.scales = args->scales + at;
+        some.scales = (const char *)args->scales + at * scale_bytes;
         some.zeros = args->zeros ? args->zeros + at : NULL;
         some.scales_apart = ((s + 1) / in_group - group) * TILE;
-        for (int64_t row = 0; row < args->num_rows; row += job->block_rows) {
-            const int64_t rows = least(job->block_rows, args->num_rows - row);
+        some.weights = job->kernel->keeps && last - first > 1 ? kept : NULL;
+        for (int64_t block = first; block < last; block++) {
+            const int64_t row = first_row(job, block), rows = first_row(job, block + 1) - row;
+            some.kept = block > first;
             some.inputs = job->inputs + row * args->in_features + k * rows;
             some.notes = job->notes ? job->notes + row * job->stretches + s * rows : NULL;
             job->kernel->multiply(rows, &some, totals + row * TILE);
         }
     }
-    job->kernel->write_out(args, tile, totals);
+}
+
+static void multiply_tile(const struct job *job, int64_t tile, float *totals) {
+    memset(totals, 0, (size_t)(job->args->num_rows * TILE) * sizeof(float));
+    for (int64_t first = 0; first < job->num_blocks; first += job->pass_blocks)
+        multiply_blocks(job, tile, first, least(first + job->pass_blocks, job->num_blocks), totals);
+    job->kernel->write_out(job->args, tile, totals);
 }
 
 static void multiply(void *data) {
@@ -85,16 +105,16 @@ static void arrange(void *data) {
     for (;;) {
         const int64_t block = __atomic_fetch_add(&job->next_block, 1, __ATOMIC_RELAXED);
         if (block >= job->num_blocks) return;
-        const int64_t row = block * job->block_rows;
-        const int64_t rows = least(job->block_rows, args->num_rows - row);
+        const int64_t row = first_row(job, block), rows = first_row(job, block + 1) - row;
         for (int64_t s = 0; s < job->stretches; s++) {
             int64_t length;
             const int64_t k = stretch_at(args, s, &length);
             job->kernel->arrange((const uint16_t *)args->inputs + row * args->in_features + k,
                                  rows, args->in_features, length,
                                  (uint16_t *)job->inputs + row * args->in_features + k * rows,
-                                 (struct vkv_int4_note *)job->notes + row * job->stretches +
-                                     s * rows);
+                                 job->notes ? (struct vkv_int4_note *)job->notes +
+                                                  row * job->stretches + s * rows
+                                            : NULL);
         }
     }
 }
@@ -117,12 +137,12 @@ static int64_t share_of(const struct vkv_int4 *args, int64_t num_tiles) {
 static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_kernel *kernel) {
     struct job job = {.args = args, .kernel = kernel};
     job.num_blocks = (args->num_rows + kernel->rows - 1) / kernel->rows;
-    job.block_rows = (args->num_rows + job.num_blocks - 1) / job.num_blocks;
-    job.num_blocks = (args->num_rows + job.block_rows - 1) / job.block_rows;
+    const int64_t passes = (args->num_rows + PASS_ROWS - 1) / PASS_ROWS;
+    job.pass_blocks = (job.num_blocks + passes - 1) / passes;
     job.num_tiles = (args->out_features + TILE - 1) / TILE;
     job.share = share_of(args, job.num_tiles);
     job.stretches = args->in_features / args->group_size * group_stretches(args);
-    job.scratch_bytes = args->num_rows * TILE * (int64_t)sizeof(float);
+    job.scratch_bytes = args->num_rows * TILE * (int64_t)sizeof(float) + KEPT_BYTES;
     const int64_t inputs_bytes = round_up(args->num_rows * args->in_features * 2, 64);
     const int64_t notes_bytes =
         round_up(args->num_rows * job.stretches * (int64_t)sizeof(struct vkv_int4_note), 64);
@@ -133,22 +153,42 @@ static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_
         job.inputs = args->inputs;
     } else {
         job.inputs = args->workspace;
-        job.notes = (struct vkv_int4_note *)((char *)args->workspace + inputs_bytes);
+        if (!kernel->centred || args->zeros)
+            job.notes = (struct vkv_int4_note *)((char *)args->workspace + inputs_bytes);
         run(&job, arrange, args->num_rows * args->in_features > 65536);
     }
     run(&job, multiply, 1);
     return 0;
 }
 
+static inline uint16_t to_bf16(float x) { /* to nearest, ties to even; a NaN stays one */
+    const union { float value; uint32_t bits; } both = {x};
+    const uint32_t rounded = (both.bits + 0x7fff + (both.bits >> 16 & 1)) >> 16;
+    return (uint16_t)(x != x ? both.bits >> 16 | 0x40 : rounded);
+}
+
+void vkv_int4_write_out(const struct vkv_int4 *args, int64_t tile, const float *totals) {
+    const int64_t first = tile * TILE, count = least(TILE, args->out_features - first);
+    for (int64_t m = 0; m < args->num_rows; m++) {
+        uint16_t *goal = (uint16_t *)args->out + m * args->out_features + first;
+        for (int64_t i = 0; i < count; i++) goal[i] = to_bf16(totals[m * TILE + i]);
+    }
+}
+
 static const struct vkv_int4_kernel *kernel_of(const char *name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!strcmp(name, "avx512_bf16") && __builtin_cpu_supports("avx512bf16") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl"))
-        return &vkv_int4_avx512;
-    if (!strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return &vkv_int4_avx2;
+    if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl")) {
+        if (!strcmp(name, "avx512_bf16") && __builtin_cpu_supports("avx512bf16"))
+            return &vkv_int4_avx512;
+        if (!strcmp(name, "int8_avx512_vnni") && __builtin_cpu_supports("avx512vnni"))
+            return &vkv_int4_int8_vnni;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        if (!strcmp(name, "avx2")) return &vkv_int4_avx2;
+        if (!strcmp(name, "int8_avx2")) return &vkv_int4_int8_avx2;
+    }
 #endif
     (void)name;
     return NULL;
@@ -161,4 +201,52 @@ int32_t vkv_int4_supported(const char *instruction_set) {
 int64_t vkv_int4_multiply(const struct vkv_int4 *args) {
     const struct vkv_int4_kernel *kernel = kernel_of(args->instruction_set);
     return kernel ? multiply_rows(args, kernel) : -1;
+}
+
+/* -- how codes lie ---------------------------------------------------------------------------- */
+
+/* Eight nibbles: those of even places in the lower half, those of odd places in the upper. */
+static inline uint32_t apart(uint32_t x) {
+    uint32_t even = x & 0x0f0f0f0f, odd = x >> 4 & 0x0f0f0f0f;
+    even = (even | even >> 4) & 0x00ff00ff, odd = (odd | odd >> 4) & 0x00ff00ff;
+    return ((even | even >> 8) & 0xffff) | (odd | odd >> 8) << 16;
+}
+
+static inline uint32_t together(uint32_t x) {
+    uint32_t even = x & 0xffff, odd = x >> 16;
+    even = (even | even << 8) & 0x00ff00ff, odd = (odd | odd << 8) & 0x00ff00ff;
+    even = (even | even << 4) & 0x0f0f0f0f, odd = (odd | odd << 4) & 0x0f0f0f0f;
+    return even | odd << 4;
+}
+
+enum { LINE_BLOCKS = 16 }; /* of a cache line of one output's codes */
+
+void vkv_int4_pack(const uint8_t *packed, void *codes, int64_t out_features, int64_t in_features) {
+    const int64_t blocks = in_features / BLOCK;
+    for (int64_t first = 0; first < out_features; first += TILE)
+        for (int64_t line = 0; line < blocks; line += LINE_BLOCKS)
+            for (int64_t n = first; n < first + TILE; n++) {
+                uint32_t *to = (uint32_t *)codes + first * blocks + (n - first);
+                const int64_t last = least(line + LINE_BLOCKS, blocks);
+                for (int64_t b = line; b < last; b++) {
+                    uint32_t eight = 0;
+                    if (n < out_features) memcpy(&eight, packed + (n * blocks + b) * 4, 4);
+                    to[b * TILE] = apart(eight);
+                }
+            }
+}
+
+void vkv_int4_unpack(const void *codes, uint8_t *packed, int64_t out_features,
+                     int64_t in_features) {
+    const int64_t blocks = in_features / BLOCK;
+    for (int64_t first = 0; first < out_features; first += TILE)
+        for (int64_t line = 0; line < blocks; line += LINE_BLOCKS)
+            for (int64_t n = first; n < least(first + TILE, out_features); n++) {
+                const uint32_t *from = (const uint32_t *)codes + first * blocks + (n - first);
+                const int64_t last = least(line + LINE_BLOCKS, blocks);
+                for (int64_t b = line; b < last; b++) {
+                    const uint32_t eight = together(from[b * TILE]);
+                    memcpy(packed + (n * blocks + b) * 4, &eight, 4);
+                }
+            }
 }

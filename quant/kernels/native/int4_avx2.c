@@ -12,10 +12,10 @@
 #include <math.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 enum {
@@ -72,11 +72,19 @@ static inline __m256 zeros_at(const uint8_t *zeros) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)zeros)));
 }
 
-/* totals [rows][TILE] += the products of a stretch with some eights of outputs. */
+static inline __m256 scales_at(const void *scales, int32_t type, int64_t at) {
+    if (type == VKV_INT4_FLOAT32) return _mm256_loadu_ps((const float *)scales + at);
+    const __m128i narrow = _mm_loadu_si128((const __m128i *)((const uint16_t *)scales + at));
+    if (type == VKV_INT4_FLOAT16) return _mm256_cvtph_ps(narrow);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+}
+
+/* totals [rows][TILE] += the products of a stretch with some eights of outputs, from `at` on. */
 static inline __attribute__((always_inline)) void
-multiply_eights(const int rows, const int eights, const uint8_t *codes, const int32_t *inputs,
-                int64_t num_blocks, const float *scales, const uint8_t *zeros,
-                const struct vkv_int4_note *notes, float *totals) {
+multiply_eights(const int rows, const int eights, const int at, const uint8_t *codes,
+                const int32_t *inputs, int64_t num_blocks, const void *scales, int32_t scale_type,
+                const uint8_t *zeros, const struct vkv_int4_note *notes, float *totals) {
+    codes += 4 * at;
     __m256i sums[4][ROWS];
     UNROLLED(e, eights) UNROLLED(m, rows) sums[e][m] = _mm256_setzero_si256();
     for (int64_t b = 0; b < num_blocks; b++, codes += 128, inputs += 4 * rows) {
@@ -101,10 +109,10 @@ multiply_eights(const int rows, const int eights, const uint8_t *codes, const in
         }
     }
     UNROLLED(e, eights) {
-        const __m256 zero = zeros_at(zeros ? zeros + 8 * e : NULL);
-        const __m256 scale = _mm256_loadu_ps(scales + 8 * e);
+        const __m256 zero = zeros_at(zeros ? zeros + at + 8 * e : NULL);
+        const __m256 scale = scales_at(scales, scale_type, at + 8 * e);
         UNROLLED(m, rows) {
-            float *total = totals + m * TILE + 8 * e;
+            float *total = totals + m * TILE + at + 8 * e;
             const __m256 sum = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(&notes[m].sum),
                                                 _mm256_cvtepi32_ps(sums[e][m]));
             const __m256 factor = _mm256_mul_ps(scale, _mm256_broadcast_ss(&notes[m].factor));
@@ -121,12 +129,13 @@ multiply_rows(const int rows, const struct vkv_int4_stretches *stretch, float *t
     const uint8_t *codes = stretch->codes, *zeros = stretch->zeros;
     const int32_t *inputs = (const int32_t *)stretch->inputs;
     const struct vkv_int4_note *notes = stretch->notes;
-    const float *scales = stretch->scales;
+    const void *scales = stretch->scales;
+    const int32_t scale_type = stretch->scale_type;
     const int64_t num_blocks = stretch->length / BLOCK;
     const int eights = rows <= 2 ? 4 : 2;
     for (int at = 0; at < TILE; at += 8 * eights)
-        multiply_eights(rows, eights, codes + 4 * at, inputs, num_blocks, scales + at,
-                        zeros ? zeros + at : NULL, notes, totals + at);
+        multiply_eights(rows, eights, at, codes, inputs, num_blocks, scales, scale_type, zeros,
+                        notes, totals);
 }
 
 /* The number of rows becomes a constant, so that sums stay in registers. */
@@ -135,20 +144,6 @@ static void multiply(int64_t rows, const struct vkv_int4_stretches *stretch, flo
 #define CASE(n) case n: multiply_rows(n, stretch, totals); break;
         CASE(1) CASE(2) CASE(3) CASE(4)
 #undef CASE
-    }
-}
-
-static inline uint16_t to_bf16(float x) { /* to nearest, ties to even; a NaN stays one */
-    const union { float value; uint32_t bits; } both = {x};
-    const uint32_t rounded = (both.bits + 0x7fff + (both.bits >> 16 & 1)) >> 16;
-    return (uint16_t)(x != x ? both.bits >> 16 | 0x40 : rounded);
-}
-
-static void write_out(const struct vkv_int4 *args, int64_t tile, const float *totals) {
-    const int64_t first = tile * TILE, count = least(TILE, args->out_features - first);
-    for (int64_t m = 0; m < args->num_rows; m++) {
-        uint16_t *goal = (uint16_t *)args->out + m * args->out_features + first;
-        for (int64_t i = 0; i < count; i++) goal[i] = to_bf16(totals[m * TILE + i]);
     }
 }
 
@@ -162,7 +157,7 @@ const struct vkv_int4_kernel vkv_int4_avx2 = {
     .rows = ROWS,
     .arrange = arrange,
     .multiply = multiply,
-    .write_out = write_out,
+    .write_out = vkv_int4_write_out,
 };
 
 #endif

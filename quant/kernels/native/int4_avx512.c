@@ -1,9 +1,9 @@
 /* The kernel for processors with AVX512-BF16.
  *
- * A code is looked up as the bfloat16 of code - 8, which is exact, and multiplied as it is. Codes
- * are looked up in registers, anew for every dozen rows: that costs a tenth of the product itself,
- * less than to write the looked-up weights anywhere and read them again. Few rows take two stretches
- * at a time, lest each sum wait for its last term.
+ * A code is looked up in a register as the bfloat16 of code - 8, which is exact, and multiplied as
+ * it is. For a dozen rows that takes a tenth of the product's time, so the first dozen keep what they
+ * look up, if more follow: a stretch of a tile stays in the first cache until all rows have read it.
+ * Few rows take two stretches at a time, lest each sum wait for its last term.
  */
 #include "kernel.h"
 
@@ -44,13 +44,23 @@ static inline __m512 add_product(__m512 sum, __m512i weights, __m512i inputs) {
 /* Loops over sums are unrolled, so that every one has a register. */
 #define UNROLLED(i, count) _Pragma("GCC unroll 12") for (int i = 0; i < count; i++)
 
-/* totals [rows][TILE] += scales * (sums + (8 - zeros) * inputs) over a stretch. */
+static inline __m512 scales_at(const struct vkv_int4_stretches *of, int64_t at) {
+    if (of->scale_type == VKV_INT4_FLOAT32) return _mm512_loadu_ps((const float *)of->scales + at);
+    const __m256i narrow = _mm256_loadu_si256((const void *)((const uint16_t *)of->scales + at));
+    if (of->scale_type == VKV_INT4_FLOAT16) return _mm512_cvtph_ps(narrow);
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+}
+
+/* totals [rows][TILE] += scales * (sums + (8 - zeros) * inputs), of one of the stretches and half
+ * of the tile. */
 static inline __attribute__((always_inline)) void
-scale_in(const int rows, const int half, __m512 *sums, float *totals, const float *scales,
-         const uint8_t *zeros, const struct vkv_int4_note *notes) {
-    const __m512 scale = _mm512_loadu_ps(scales + 16 * half);
-    if (zeros) {
-        const __m128i bytes = _mm_loadu_si128((const __m128i *)(zeros + 16 * half));
+scale_in(const int rows, const int half, const int stretch, __m512 *sums, float *totals,
+         const struct vkv_int4_stretches *of) {
+    const int64_t at = stretch * of->scales_apart + 16 * half;
+    const __m512 scale = scales_at(of, at);
+    if (of->zeros) {
+        const struct vkv_int4_note *notes = of->notes + stretch * rows;
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)(of->zeros + at));
         const __m512i less = _mm512_sub_epi32(_mm512_set1_epi32(8), _mm512_cvtepu8_epi32(bytes));
         const __m512 shift = _mm512_cvtepi32_ps(less);
         UNROLLED(m, rows)
@@ -62,9 +72,12 @@ scale_in(const int rows, const int half, __m512 *sums, float *totals, const floa
     }
 }
 
+/* Where weights come from: codes that are looked up, or what an earlier block of rows kept. */
+enum source { LOOKED_UP, LOOKED_UP_AND_KEPT, KEPT };
+
 static inline __attribute__((always_inline)) void
-multiply_rows(const int rows, const int count, const struct vkv_int4_stretches *stretches,
-              float *totals) {
+multiply_rows(const int rows, const int count, const enum source source,
+              const struct vkv_int4_stretches *stretches, float *totals) {
     const struct vkv_int4_stretches of = *stretches; /* totals might lie in the original */
     const __m512i table = code_values();
     __m512 low_sums[ROWS], high_sums[ROWS]; /* [count][rows], of each half of a tile */
@@ -73,15 +86,24 @@ multiply_rows(const int rows, const int count, const struct vkv_int4_stretches *
     const int32_t *inputs = (const int32_t *)of.inputs;
     const int64_t codes_apart = of.length * (TILE / 2), inputs_apart = of.length / 2 * rows;
     const char *ahead = (const char *)codes + AHEAD; /* in the order of memory */
-    for (int64_t b = 0; b < of.length / BLOCK; b++, codes += 128, inputs += 4 * rows) {
-        UNROLLED(line, 2 * count) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
-        ahead += 128 * count;
+    __m512i *kept = of.weights;
+    for (int64_t b = 0; b < of.length / BLOCK; b++, codes += 128, inputs += 4 * rows, kept += 8) {
+        if (source != KEPT) {
+            UNROLLED(line, 2 * count) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
+            ahead += 128 * count;
+        }
         UNROLLED(t, count) {
             const uint8_t *from = codes + t * codes_apart;
             const int32_t *by = inputs + t * inputs_apart;
-            const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + 64);
+            __m512i first, second;
+            if (source != KEPT) {
+                first = _mm512_loadu_si512(from);
+                second = _mm512_loadu_si512(from + 64);
+            }
             UNROLLED(s, 4) {
-                const __m512i low = look_up(table, first, s), high = look_up(table, second, s);
+                const __m512i low = source == KEPT ? kept[2 * s] : look_up(table, first, s);
+                const __m512i high = source == KEPT ? kept[2 * s + 1] : look_up(table, second, s);
+                if (source == LOOKED_UP_AND_KEPT) kept[2 * s] = low, kept[2 * s + 1] = high;
                 UNROLLED(m, rows) {
                     const __m512i pair = _mm512_set1_epi32(by[s * rows + m]);
                     const int at = t * rows + m;
@@ -92,23 +114,27 @@ multiply_rows(const int rows, const int count, const struct vkv_int4_stretches *
         }
     }
     UNROLLED(t, count) {
-        const float *scales = of.scales + t * of.scales_apart;
-        const uint8_t *zeros = of.zeros ? of.zeros + t * of.scales_apart : NULL;
-        const struct vkv_int4_note *notes = of.notes + t * rows;
-        scale_in(rows, 0, low_sums + t * rows, totals, scales, zeros, notes);
-        scale_in(rows, 1, high_sums + t * rows, totals, scales, zeros, notes);
+        scale_in(rows, 0, t, low_sums + t * rows, totals, &of);
+        scale_in(rows, 1, t, high_sums + t * rows, totals, &of);
     }
 }
 
-/* The number of rows becomes a constant, so that sums stay in registers. */
-static void multiply(int64_t rows, const struct vkv_int4_stretches *stretches, float *totals) {
-    switch (stretches->count == 2 ? ROWS + rows : rows) {
-#define ONE(n) case n: multiply_rows(n, 1, stretches, totals); break;
-#define TWO(n) case ROWS + n: multiply_rows(n, 2, stretches, totals); break;
+/* The number of rows becomes a constant, so that sums stay in registers. Blocks that share weights
+ * have half of the most rows, or more. */
+static void multiply(int64_t rows, const struct vkv_int4_stretches *of, float *totals) {
+    const enum source source = !of->weights ? LOOKED_UP : of->kept ? KEPT : LOOKED_UP_AND_KEPT;
+    switch (of->count == 2 ? ROWS + rows : 100 * source + rows) {
+#define ONE(n) case n: multiply_rows(n, 1, LOOKED_UP, of, totals); break;
+#define TWO(n) case ROWS + n: multiply_rows(n, 2, LOOKED_UP, of, totals); break;
+#define SHARED(n)                                                                       \
+    case 100 + n: multiply_rows(n, 1, LOOKED_UP_AND_KEPT, of, totals); break;           \
+    case 200 + n: multiply_rows(n, 1, KEPT, of, totals); break;
         ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
         TWO(1) TWO(2) TWO(3)
+        SHARED(6) SHARED(7) SHARED(8) SHARED(9) SHARED(10) SHARED(11) SHARED(12)
 #undef ONE
 #undef TWO
+#undef SHARED
     }
 }
 
@@ -127,13 +153,48 @@ static void write_out(const struct vkv_int4 *args, int64_t tile, const float *to
         }
 }
 
+/* Sixteen pairs of each row, `row_pairs` from the next, to [16][rows]. */
+static inline void transpose(const int32_t *from, int64_t rows, int64_t row_pairs, int32_t *to) {
+    __m512i a[16], b[16];
+    UNROLLED(m, 12) a[m] = m < rows ? _mm512_loadu_si512(from + m * row_pairs)
+                                    : _mm512_setzero_si512();
+    UNROLLED(m, 4) a[12 + m] = _mm512_setzero_si512();
+    UNROLLED(i, 8) {
+        b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+    }
+    UNROLLED(i, 4) UNROLLED(j, 2) { /* a[4 i + j] has pairs j, 4 + j, 8 + j, 12 + j of four rows */
+        a[4 * i + 2 * j] = _mm512_unpacklo_epi64(b[4 * i + j], b[4 * i + j + 2]);
+        a[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(b[4 * i + j], b[4 * i + j + 2]);
+    }
+    UNROLLED(j, 4) {
+        const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+        const __m512i more_even = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        const __m512i more_odd = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+        b[j] = _mm512_shuffle_i32x4(even, more_even, 0x88);
+        b[4 + j] = _mm512_shuffle_i32x4(odd, more_odd, 0x88);
+        b[8 + j] = _mm512_shuffle_i32x4(even, more_even, 0xdd);
+        b[12 + j] = _mm512_shuffle_i32x4(odd, more_odd, 0xdd);
+    }
+    const __mmask16 kept = (__mmask16)((1u << rows) - 1);
+    _Pragma("GCC unroll 16") for (int p = 0; p < 16; p++)
+        _mm512_mask_storeu_epi32(to + p * rows, kept, b[p]);
+}
+
 /* Pairs of inputs, [length / 2][rows]. */
 static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_features, int64_t length,
                     void *arranged, struct vkv_int4_note *notes) {
     const int32_t *pairs = (const int32_t *)inputs;
+    int32_t *to = arranged;
+    int64_t first = 0;
+    if (rows > PAIR_ROWS)
+        for (; first + 16 <= length / 2; first += 16)
+            transpose(pairs + first, rows, in_features / 2, to + first * rows);
     for (int64_t m = 0; m < rows; m++) {
-        for (int64_t p = 0; p < length / 2; p++)
-            ((int32_t *)arranged)[p * rows + m] = pairs[m * in_features / 2 + p];
+        for (int64_t p = first; p < length / 2; p++)
+            to[p * rows + m] = pairs[m * in_features / 2 + p];
+        if (!notes) continue;
         float sum[8] = {0};
         for (int64_t k = 0; k < length; k += 8)
             for (int i = 0; i < 8; i++) sum[i] += to_float(inputs[m * in_features + k + i]);
@@ -153,6 +214,7 @@ const struct vkv_int4_kernel vkv_int4_avx512 = {
     .pair_rows = PAIR_ROWS,
     .reads_a_row = 1,
     .centred = 1,
+    .keeps = 1,
     .arrange = arrange,
     .multiply = multiply,
     .write_out = write_out,

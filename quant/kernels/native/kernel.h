@@ -7,7 +7,8 @@
 enum {
     TILE = 32,    /* outputs */
     BLOCK = 8,    /* inputs of one register of codes, for half a tile */
-    STRETCH = 256 /* inputs, at most, that are summed before scales come in */
+    STRETCH = 256, /* inputs, at most, that are summed before scales come in */
+    KEPT_BYTES = 2 * STRETCH * TILE /* of a stretch's weights, as an instruction multiplies them */
 };
 
 /* What a kernel keeps of a stretch of a row's inputs. */
@@ -21,10 +22,13 @@ struct vkv_int4_stretches {
     int64_t count, length;
     const uint8_t *codes;
     const uint16_t *inputs;             /* arranged */
-    const float *scales;                /* [TILE] */
+    const void *scales;                 /* [TILE] */
     const uint8_t *zeros;               /* [TILE], or NULL: all 8 */
     const struct vkv_int4_note *notes;  /* [count][rows], or NULL */
     int64_t scales_apart;               /* from the first to the second; zeros too */
+    int32_t scale_type;
+    void *weights;                      /* KEPT_BYTES for a single stretch's, or NULL */
+    int32_t kept;                       /* they are those of the codes; or they are to be */
 };
 
 /* A stretch is up to STRETCH inputs of one group, a multiple of BLOCK. A result is a sum in one
@@ -34,6 +38,7 @@ struct vkv_int4_kernel {
     int64_t pair_rows;   /* up to so many rows take two stretches at a time */
     int32_t reads_a_row; /* a single row may be read as it is given, unless it needs notes */
     int32_t centred;     /* codes are multiplied less 8: notes matter to other zeros only */
+    int32_t keeps;       /* several blocks of rows share the weights that the first one kept */
 
     /* Brings a stretch of some rows side by side, two bytes an input, as `multiply` reads them, and
      * fills notes [rows]. */
@@ -47,8 +52,13 @@ struct vkv_int4_kernel {
     void (*write_out)(const struct vkv_int4 *args, int64_t tile, const float *totals);
 };
 
-extern const struct vkv_int4_kernel vkv_int4_avx2;   /* AVX2 and FMA */
-extern const struct vkv_int4_kernel vkv_int4_avx512; /* AVX512-BF16 */
+extern const struct vkv_int4_kernel vkv_int4_avx2;      /* AVX2 and FMA */
+extern const struct vkv_int4_kernel vkv_int4_avx512;    /* AVX512-BF16 */
+extern const struct vkv_int4_kernel vkv_int4_int8_avx2; /* inputs of 8 bits; AVX2 and FMA */
+extern const struct vkv_int4_kernel vkv_int4_int8_vnni; /* the same; AVX512-VNNI */
+
+/* What a kernel without instructions for it writes out with. */
+void vkv_int4_write_out(const struct vkv_int4 *args, int64_t tile, const float *totals);
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -49,11 +49,21 @@ int32_t vkv_best_panel(int32_t dtype);
 /* Whether this processor has a matrix unit for the dtype, which no kernel here uses. */
 int32_t vkv_has_matrix_unit(int32_t dtype);
 
-/* weight [num_columns, num_words], to and from panels (zero behind the last column). With `gated`,
- * the columns of both halves lie in turns of half a panel; then a half is a multiple of half a
- * panel. */
-void vkv_pack(const int32_t *weight, int32_t *packed, int64_t num_columns, int64_t num_words,
-              int64_t panel_columns, int32_t gated);
+/* Weights [columns of each, num_words], one below the other, to panels (zero behind the last column).
+ * With `gated`, the columns of both halves lie in turns of half a panel; then a half is a multiple
+ * of half a panel. Returns 0. */
+struct vkv_pack {
+    const int32_t *const *weights; /* [num_weights] */
+    const int64_t *columns;        /* [num_weights] */
+    int32_t *packed;
+    int64_t num_words;
+    int32_t num_weights, panel_columns, gated;
+    int32_t num_threads;
+    vkv_parallel parallel;
+};
+int64_t vkv_pack(const struct vkv_pack *args);
+
+/* And back, to one weight [num_columns, num_words]. */
 void vkv_unpack(const int32_t *packed, int32_t *weight, int64_t num_columns, int64_t num_words,
                 int64_t panel_columns, int32_t gated);
 

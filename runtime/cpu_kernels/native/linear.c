@@ -1,41 +1,7 @@
-/* Linear layers: how their weights lie, and which kernel reads them. */
+/* Linear layers: which kernel reads their weights. */
 #include "kernels.h"
 
 #include <stddef.h>
-
-/* The column of the weight that lies at a column of the panels. */
-static int64_t column_at(int64_t panel, int64_t within, int64_t panel_columns,
-                         int64_t num_columns, int32_t gated) {
-    const int64_t half = panel_columns / 2;
-    if (!gated) return panel * panel_columns + within;
-    return panel * half + within % half + (within < half ? 0 : num_columns / 2);
-}
-
-void vkv_pack(const int32_t *weight, int32_t *packed, int64_t num_columns, int64_t num_words,
-              int64_t panel_columns, int32_t gated) {
-    const int64_t panels = (num_columns + panel_columns - 1) / panel_columns;
-    for (int64_t p = 0; p < panels; p++)
-        for (int64_t first = 0; first < num_words; first += 16)
-            for (int64_t c = 0; c < panel_columns; c++) {
-                const int64_t column = column_at(p, c, panel_columns, num_columns, gated);
-                const int64_t last = first + 16 < num_words ? first + 16 : num_words;
-                for (int64_t i = first; i < last; i++)
-                    packed[(p * num_words + i) * panel_columns + c] =
-                        column < num_columns ? weight[column * num_words + i] : 0;
-            }
-}
-
-void vkv_unpack(const int32_t *packed, int32_t *weight, int64_t num_columns, int64_t num_words,
-                int64_t panel_columns, int32_t gated) {
-    const int64_t panels = (num_columns + panel_columns - 1) / panel_columns;
-    for (int64_t p = 0; p < panels; p++)
-        for (int64_t c = 0; c < panel_columns; c++) {
-            const int64_t column = column_at(p, c, panel_columns, num_columns, gated);
-            if (column >= num_columns) continue;
-            for (int64_t i = 0; i < num_words; i++)
-                weight[column * num_words + i] = packed[(p * num_words + i) * panel_columns + c];
-        }
-}
 
 #if defined(__x86_64__)
 

@@ -1,8 +1,13 @@
 /* The linear for processors with AVX512: of floats, and of bfloat16 where they have AVX512-BF16.
  *
- * A tile is up to six rows of the input against a panel of 64 columns: 24 accumulators of 16
- * lanes. Of bfloat16 a dot-product instruction multiplies a pair of inputs with a pair of weights a
- * lane. A sum has one order, whatever the number of rows. Threads take panels from a counter.
+ * A tile is up to six rows of the input against a panel of 64 columns: 24 sums of 16 lanes, each in
+ * a register. Of bfloat16 a dot-product instruction multiplies a pair of inputs with a pair of
+ * weights a lane. A sum has one order, whatever the number of rows.
+ *
+ * Several tiles meet a panel block by block. While they meet a block, one after the other, each
+ * fetches a share of the next one into the second cache: memory is read all the while, and weights
+ * once. Between blocks sums wait in memory. A single tile takes a whole panel and fetches some KiB
+ * ahead. A thread reads panels of its own in order, then helps the others with theirs.
  */
 #include "kernels.h"
 
@@ -11,14 +16,28 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-enum { PANEL = VKV_PANEL_AVX512, ROWS = 6, VECTORS = PANEL / 16, AHEAD_BYTES = 4096 };
+enum {
+    PANEL = VKV_PANEL_AVX512,
+    VECTORS = PANEL / 16,
+    LINES = PANEL / 16,     /* of the cache, in a word of all columns */
+    ROWS = 6,               /* of a tile */
+    SHORT_WORDS = 256,      /* of a block for two or three tiles: 64 KiB, since they wait for memory */
+    LONG_WORDS = 512,       /* and for more */
+    AHEAD_BYTES = 8192,     /* that a single tile fetches ahead, past the second cache */
+    MOST_ROWS = 96,         /* whose sums wait together: 24 KiB */
+    MOST_RANGES = 64
+};
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
+/* Loops over sums are unrolled, so that every one has a register. */
+#define UNROLLED(i, count) _Pragma("GCC unroll 6") for (int i = 0; i < count; i++)
 
 struct job {
     const struct vkv_linear *args;
-    int64_t next_panel; /* atomic */
+    int64_t num_panels, num_ranges;
+    int64_t next_range;              /* atomic */
+    int64_t next_panel[MOST_RANGES]; /* atomic; of each range */
 };
 
 /* 2^x; relative error about 1e-7 from -126 to 127. */
@@ -61,90 +80,174 @@ INLINE void put(const int is_bf16, const struct vkv_linear *args, int64_t row, i
         _mm512_mask_storeu_ps((float *)args->out + goal, mask, x);
 }
 
-/* Some rows against one panel. The first tile fetches the weights ahead; later ones find them. */
-INLINE void tile(const int rows, const int fetch, const int is_bf16, const struct vkv_linear *args,
-                 int64_t panel, int64_t first_row) {
+/* A tile and a block of a panel. */
+struct block {
+    const int32_t *weight; /* [num_words][PANEL] */
+    const char *inputs;
+    const char *next_inputs; /* of the next tile, fetched meanwhile */
+    const char *ahead;       /* what of the weight is fetched meanwhile, */
+    int64_t ahead_bytes;     /* and how much of it a word */
+    float *sums;             /* [rows of the tile][PANEL] */
+    int64_t stride;          /* of inputs, in bytes */
+    int num_words, from_zero;
+};
+
+INLINE void tile(const int rows, const int lines, const int is_bf16, const struct block *of) {
+    const __mmask16 keep = of->from_zero ? 0 : 0xffff;
+    const int64_t stride = of->stride, ahead_bytes = of->ahead_bytes;
+    float *sums = of->sums;
     __m512 acc[ROWS][VECTORS];
-    for (int v = 0; v < VECTORS; v++) {
-        const __m512 start = args->bias
-            ? _mm512_loadu_ps(args->bias + panel * PANEL + 16 * v) : _mm512_setzero_ps();
-        for (int r = 0; r < rows; r++) acc[r][v] = start;
-    }
-    if (args->addend)
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < VECTORS; v++) {
-                const int half = v >= VECTORS / 2;
-                const float *from = args->addend + (first_row + r) * (int64_t)args->num_columns
-                    + half * (args->num_columns / 2) + panel * (PANEL / 2)
-                    + 16 * (v - half * (VECTORS / 2));
-                acc[r][v] = _mm512_add_ps(acc[r][v], _mm512_loadu_ps(from));
+    UNROLLED(r, rows) UNROLLED(v, VECTORS)
+        acc[r][v] = _mm512_maskz_loadu_ps(keep, sums + r * PANEL + 16 * v);
+    const int32_t *weight = of->weight, *end = weight + (int64_t)of->num_words * PANEL;
+    const char *inputs = of->inputs, *next_inputs = of->next_inputs, *ahead = of->ahead;
+    while (weight < end) {
+        if (lines < LINES) UNROLLED(r, rows) _mm_prefetch(next_inputs + r * stride, _MM_HINT_T0);
+        next_inputs += 64;
+        const int32_t *stop = end - weight > 16 * PANEL ? weight + 16 * PANEL : end;
+        for (; weight < stop; weight += PANEL, inputs += 4, ahead += ahead_bytes) {
+            __m512i column[VECTORS];
+            UNROLLED(v, VECTORS) column[v] = _mm512_loadu_si512(weight + 16 * v);
+            UNROLLED(l, lines) {
+                if (lines == LINES) _mm_prefetch(ahead + 64 * l, _MM_HINT_NTA);
+                else _mm_prefetch(ahead + 64 * l, _MM_HINT_T1);
             }
-    const int32_t *weight = args->weight + panel * PANEL * args->num_words;
-    const int64_t stride = (is_bf16 ? 2 : 4) * args->input_stride;
-    const char *inputs = (const char *)args->inputs + first_row * stride;
-    for (int i = 0; i < args->num_words; i++, weight += PANEL, inputs += 4) {
-        __m512i column[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            column[v] = _mm512_loadu_si512(weight + 16 * v);
-            if (fetch) __builtin_prefetch((const char *)(weight + 16 * v) + AHEAD_BYTES);
-        }
-        for (int r = 0; r < rows; r++) {
-            int32_t word;
-            memcpy(&word, inputs + r * stride, 4);
-            const __m512i input = _mm512_set1_epi32(word);
-            for (int v = 0; v < VECTORS; v++)
-                acc[r][v] = is_bf16
-                    ? _mm512_dpbf16_ps(acc[r][v], (__m512bh)input, (__m512bh)column[v])
-                    : _mm512_fmadd_ps((__m512)input, (__m512)column[v], acc[r][v]);
+            UNROLLED(r, rows) {
+                int32_t word;
+                memcpy(&word, inputs + r * stride, 4);
+                const __m512i input = _mm512_set1_epi32(word);
+                UNROLLED(v, VECTORS)
+                    acc[r][v] = is_bf16
+                        ? _mm512_dpbf16_ps(acc[r][v], (__m512bh)input, (__m512bh)column[v])
+                        : _mm512_fmadd_ps((__m512)input, (__m512)column[v], acc[r][v]);
+            }
         }
     }
-    for (int r = 0; r < rows; r++) {
-        if (args->gate) {
-            for (int v = 0; v < VECTORS / 2; v++)
-                put(is_bf16, args, first_row + r, panel * (PANEL / 2) + 16 * v,
-                    _mm512_mul_ps(gate_(acc[r][v], args->gate), acc[r][VECTORS / 2 + v]));
-        } else {
-            for (int v = 0; v < VECTORS; v++)
-                put(is_bf16, args, first_row + r, panel * PANEL + 16 * v, acc[r][v]);
+    UNROLLED(r, rows) UNROLLED(v, VECTORS)
+        _mm512_storeu_ps(sums + r * PANEL + 16 * v, acc[r][v]);
+}
+
+/* Rows and lines become constants. */
+TARGET static void tile_of(int rows, int lines, int is_bf16, const struct block *of) {
+#define CASE(rows, lines, is_bf16) \
+    case 16 * rows + 2 * lines + is_bf16: tile(rows, lines, is_bf16, of); break;
+#define CASES(rows)                                    \
+    CASE(rows, 1, 0) CASE(rows, 2, 0) CASE(rows, 4, 0) \
+    CASE(rows, 1, 1) CASE(rows, 2, 1) CASE(rows, 4, 1)
+    switch (16 * rows + 2 * lines + is_bf16) {
+        CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6)
+    }
+#undef CASES
+#undef CASE
+}
+
+/* What sums begin with where that is not zero. */
+TARGET static void begin(const struct vkv_linear *args, int64_t panel, int64_t first_row,
+                         int num_rows, float *sums) {
+    const int64_t half = args->num_columns / 2;
+    for (int r = 0; r < num_rows; r++)
+        for (int v = 0; v < VECTORS; v++, sums += 16) {
+            __m512 sum = args->bias ? _mm512_loadu_ps(args->bias + panel * PANEL + 16 * v)
+                                    : _mm512_setzero_ps();
+            if (args->addend) {
+                const float *from =
+                    args->addend + (first_row + r) * 2 * half + panel * (PANEL / 2);
+                from += v < VECTORS / 2 ? 16 * v : half + 16 * (v - VECTORS / 2);
+                sum = _mm512_add_ps(sum, _mm512_loadu_ps(from));
+            }
+            _mm512_storeu_ps(sums, sum);
         }
+}
+
+INLINE void finish(const int is_bf16, const struct vkv_linear *args, int64_t panel,
+                   int64_t first_row, int num_rows, const float *sums) {
+    for (int64_t r = first_row; r < first_row + num_rows; r++, sums += PANEL) {
+        __m512 sum[VECTORS];
+        UNROLLED(v, VECTORS) sum[v] = _mm512_loadu_ps(sums + 16 * v);
+        if (args->gate)
+            UNROLLED(v, VECTORS / 2)
+                put(is_bf16, args, r, panel * (PANEL / 2) + 16 * v,
+                    _mm512_mul_ps(gate_(sum[v], args->gate), sum[VECTORS / 2 + v]));
+        else
+            UNROLLED(v, VECTORS) put(is_bf16, args, r, panel * PANEL + 16 * v, sum[v]);
     }
 }
 
-TARGET static void tile_of(int rows, int fetch, const struct vkv_linear *args, int64_t panel,
-                           int64_t row) {
-#define CASES(is_bf16, fetch, at)                                 \
-    case at + 1: tile(1, fetch, is_bf16, args, panel, row); break; \
-    case at + 2: tile(2, fetch, is_bf16, args, panel, row); break; \
-    case at + 3: tile(3, fetch, is_bf16, args, panel, row); break; \
-    case at + 4: tile(4, fetch, is_bf16, args, panel, row); break; \
-    case at + 5: tile(5, fetch, is_bf16, args, panel, row); break; \
-    case at + 6: tile(6, fetch, is_bf16, args, panel, row); break;
-    switch (rows + 8 * (2 * (args->dtype == VKV_BFLOAT16) + fetch)) {
-        CASES(0, 0, 0) CASES(0, 1, 8) CASES(1, 0, 16) CASES(1, 1, 24)
+/* The words from `word` on of a panel against all tiles. What they fetch follows in memory: this
+ * panel's next block, or the next panel's first one unless there is none. */
+TARGET static void multiply_block(const struct vkv_linear *args, int64_t panel, int word,
+                                  int num_words, int64_t first_row, int num_rows, int is_last,
+                                  float *sums) {
+    const int is_bf16 = args->dtype == VKV_BFLOAT16, tiles = (num_rows + ROWS - 1) / ROWS;
+    const int least = num_rows / tiles, more = num_rows % tiles; /* divided evenly */
+    const int lines = tiles == 1 ? LINES : tiles < LINES ? 2 : 1;
+    const int64_t share = (64 * LINES + tiles - 1) / tiles;
+    const int64_t stride = (is_bf16 ? 2 : 4) * args->input_stride;
+    struct block block = {
+        .weight = args->weight + (panel * args->num_words + word) * PANEL,
+        .inputs = (const char *)args->inputs + first_row * stride + 4 * word,
+        .ahead_bytes = is_last ? 0 : share, .sums = sums, .stride = stride,
+        .num_words = num_words, .from_zero = word == 0 && !args->bias && !args->addend,
+    };
+    block.ahead = (const char *)block.weight;
+    if (!is_last) block.ahead += tiles == 1 ? AHEAD_BYTES : 64 * LINES * num_words;
+    for (int t = 0; t < tiles; t++) {
+        const int rows = least + (t < more);
+        block.next_inputs = block.inputs + (t + 1 < tiles ? rows * stride : 0);
+        tile_of(rows, lines, is_bf16, &block);
+        block.inputs = block.next_inputs;
+        block.ahead += block.ahead_bytes * num_words;
+        block.sums += rows * PANEL;
     }
-#undef CASES
+}
+
+/* Up to MOST_ROWS rows against a panel. */
+TARGET static void multiply(const struct vkv_linear *args, int64_t panel, int64_t first_row,
+                            int num_rows, int is_last) {
+    float sums[MOST_ROWS * PANEL] __attribute__((aligned(64)));
+    if (args->bias || args->addend) begin(args, panel, first_row, num_rows, sums);
+    const int block_words = num_rows > 3 * ROWS ? LONG_WORDS : SHORT_WORDS;
+    const int most = num_rows > ROWS ? block_words : args->num_words;
+    for (int word = 0, words; word < args->num_words; word += words) {
+        words = args->num_words - word < most ? args->num_words - word : most;
+        const int ends = is_last && num_rows > ROWS && word + words == args->num_words;
+        multiply_block(args, panel, word, words, first_row, num_rows, ends, sums);
+    }
+    if (args->dtype == VKV_BFLOAT16) finish(1, args, panel, first_row, num_rows, sums);
+    else finish(0, args, panel, first_row, num_rows, sums);
+}
+
+static int64_t first_panel(const struct job *job, int64_t range) {
+    return job->num_panels * range / job->num_ranges;
 }
 
 TARGET static void work(void *data) {
     struct job *job = data;
     const struct vkv_linear *args = job->args;
-    const int64_t num_panels = (args->num_columns + PANEL - 1) / PANEL;
-    const int tiles = (args->num_rows + ROWS - 1) / ROWS;
-    for (;;) {
-        const int64_t panel = __atomic_fetch_add(&job->next_panel, 1, __ATOMIC_RELAXED);
-        if (panel >= num_panels) return;
-        for (int t = 0, row = 0; t < tiles; t++) { /* rows divided evenly */
-            const int rows = (args->num_rows - row + tiles - t - 1) / (tiles - t);
-            tile_of(rows, t == 0, args, panel, row);
-            row += rows;
+    const int parts = (args->num_rows + MOST_ROWS - 1) / MOST_ROWS;
+    const int64_t own = __atomic_fetch_add(&job->next_range, 1, __ATOMIC_RELAXED);
+    for (int64_t i = 0; i < job->num_ranges; i++) {
+        const int64_t range = (own + i) % job->num_ranges, end = first_panel(job, range + 1);
+        for (;;) {
+            const int64_t panel =
+                __atomic_fetch_add(&job->next_panel[range], 1, __ATOMIC_RELAXED);
+            if (panel >= end) break;
+            for (int p = 0, row = 0; p < parts; p++) {
+                const int rows = (args->num_rows - row + parts - p - 1) / (parts - p);
+                multiply(args, panel, row, rows, panel + 1 == end);
+                row += rows;
+            }
         }
     }
 }
 
 int64_t vkv_linear_avx512(const struct vkv_linear *args) {
-    struct job job = {.args = args};
-    if (args->num_threads > 1 && args->parallel)
-        args->parallel(work, &job, (unsigned)args->num_threads, 0);
+    const int threads = args->parallel ? args->num_threads : 1;
+    struct job job = {.args = args, .num_panels = (args->num_columns + PANEL - 1) / PANEL};
+    job.num_ranges = threads < 1 ? 1 : threads < MOST_RANGES ? threads : MOST_RANGES;
+    for (int64_t r = 0; r < job.num_ranges; r++) job.next_panel[r] = first_panel(&job, r);
+    if (threads > 1)
+        args->parallel(work, &job, (unsigned)threads, 0);
     else
         work(&job);
     return 0;

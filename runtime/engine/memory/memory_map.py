@@ -204,7 +204,7 @@ def draw_memory(engine: Engine, moving: MovingSlots) -> MemoryMap:
         borrowed=tuple(
             Stretch(short_name(request.key), one.holder, one.loan, one.stop - one.start)
             for request in running
-            for one in request.lent
+            for one in request.all_lent
         ),
         traffic=_traffic(stats),
         adapters=tuple(map(_adapter, stats.adapters)),
@@ -214,7 +214,7 @@ def draw_memory(engine: Engine, moving: MovingSlots) -> MemoryMap:
 def _strips(
     slots: Iterable[SlotPages], running: Iterable[Request], moving: MovingSlots
 ) -> tuple[Strip, ...]:
-    owners = {request.slot.index: request for request in running if request.slot is not None}
+    owners = {slot.index: request for request in running for slot in request.slots}
     return tuple(_strip(one, owners.get(one.slot), moving.get(one.slot)) for one in slots)
 
 

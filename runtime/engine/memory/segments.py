@@ -18,6 +18,7 @@ from ...model.segments import (
     SegmentedAttention,
     SegmentServer,
 )
+from ...scheduling.lending import tokens_in
 from ...scheduling.scheduler import Scheduler
 from ...scheduling.segments import Segments
 from ...scheduling.tiers import Tiers
@@ -140,21 +141,24 @@ def add_creditor(engine: "Engine", creditor: RemoteHolder, num_tokens: int) -> N
 
 
 def take_back(scheduler: Scheduler, lost: HolderLost) -> None:
-    """Have those computed again whose tokens are lost. It costs no other request anything."""
-    _log.warning("%s; the tokens of its requests are computed again", lost)
+    """Have tokens that are lost computed again; all of a request's where there is no memory for
+    less, or where it began in the tier. It costs no other request anything."""
+    _log.warning("%s; those tokens are computed again", lost)
     segments = scheduler.tiers.segments
-    if lost.loans is None and segments is not None:
+    assert segments is not None, "nobody has tokens of requests"
+    if lost.loans is None:
         segments.loans.creditors.pop(lost.holder, None)
     for request in scheduler.running[::-1]:  # so that they come back in their order
-        is_in_tier = request.segment is not None and request.segment.holder == lost.holder
-        loans = [one.loan for one in request.lent if one.holder == lost.holder]
-        gone = [loan for loan in loans if lost.loans is None or loan in lost.loans]
-        if segments is not None and lost.loans is None:
+        there = [one for one in request.all_lent if one.holder == lost.holder]
+        gone = [one for one in there if lost.loans is None or one.loan in lost.loans]
+        if lost.loans is None:
             segments.loans.num_lost += len(gone)
-        elif segments is not None:
+        else:
             segments.loans.num_called_back += len(gone)
-        if is_in_tier or gone:
-            scheduler.preempt(request, keep=not is_in_tier)
+        if request.segment is not None and request.segment.holder == lost.holder:
+            scheduler.preempt(request, keep=False)
+        elif gone and not segments.gaps.open(request, gone):
+            scheduler.preempt(request)
 
 
 def _nothing() -> bool:
@@ -163,8 +167,7 @@ def _nothing() -> bool:
 
 def longest_alone(cache: SlotCache) -> int:
     """Tokens of the longest sequence that the pool of a cache could hold if it were alone."""
-    limit = cache.pool.limit_pages
-    return bisect.bisect_right(range(cache.max_len), limit, key=cache.num_pages) - 1
+    return tokens_in(cache, cache.pool.limit_pages)
 
 
 def _local_tokens(cache: SlotCache) -> int:

@@ -84,6 +84,8 @@ class Loans:
         num_called: loans that left since they were called.
         num_called_back, num_lost: loans that others ended, and that went with others; their tokens
             are computed again.
+        mended_tokens, redone_tokens: those that were computed again by themselves; and those of
+            requests that had to be computed again from the start for such a loan.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Loans:
         self._has_lenders = False
         self.lent, self.moved_on, self.came_home = MoveStats(), MoveStats(), MoveStats()
         self.num_called = self.num_called_back = self.num_lost = 0
+        self.mended_tokens = self.redone_tokens = 0
         self._cache = cache
         self._exits = exits
         self._part_tokens = part_tokens
@@ -246,7 +249,7 @@ class Loans:
         stuck = []
         until_s = self._clock() + _BUDGET_S
         for request in running[::-1]:
-            for one in request.lent[::-1]:
+            for one in request.all_lent[::-1]:
                 if self._clock() > until_s:
                     return stuck
                 is_wanted = one.holder in self.creditors and (
@@ -275,7 +278,7 @@ class Loans:
         num_tokens = one.stop - one.start
         if one.holder not in self.creditors:
             return False  # it is lost, as the next step will see
-        if one is request.lent[-1] and num_tokens <= room_at_home:
+        if request.lent[-1:] == [one] and num_tokens <= room_at_home:
             try:
                 self._take_home(request, one)
                 return True
@@ -334,8 +337,10 @@ class Loans:
         except (OutOfLoans, TransferError):
             self.give_back(found)
             raise
-        place = request.lent.index(one)
-        request.lent[place : place + 1] = found
+        every = (request.lent, *(stretch.lent for stretch in request.behind))
+        lent = next(some for some in every if one in some)
+        place = lent.index(one)
+        lent[place : place + 1] = found
         self.give_back([one])
         self._count(self.moved_on, 1, one.stop - one.start)
 

@@ -106,6 +106,12 @@ _TOTALS: tuple[_Total, ...] = (  # name, help, label, and values by that label
         "why",
         lambda now: {"called back": now.done.num_called_back, "lost": now.done.num_lost},
     ),
+    (
+        "recomputed_tokens",
+        "As loans had ended: theirs alone, or all of their requests",
+        "what",
+        lambda now: {"loan": now.done.mended_tokens, "request": now.done.redone_tokens},
+    ),
     ("copied_bytes", "By migrations", "", lambda now: {"": now.num_bytes_copied}),
     ("moved_pages", "Handed over in migrations", "", lambda now: {"": now.num_pages_moved}),
     ("prompt_tokens", "Computed of prompts", "", lambda now: {"": now.done.num_prompt_tokens}),

@@ -281,6 +281,13 @@ def _ended_loans(stats: EngineStats) -> _Values:
     return {(why,): count for why, count in ended.items()}
 
 
+def _recomputed(stats: EngineStats) -> _Values:
+    if stats.segments is None:
+        return {}
+    tokens = {"loan": stats.segments.mended_tokens, "request": stats.segments.redone_tokens}
+    return {(what,): count for what, count in tokens.items()}
+
+
 _SEGMENTS = (
     _of_segments("requests", "That outgrew the pool", lambda segments: segments.num_requests),
     _of_segments("tokens", "Of theirs, elsewhere", lambda segments: segments.num_tokens),
@@ -293,6 +300,13 @@ _SEGMENTS = (
     _borrowed(CounterMetricFamily, "received_bytes", "Results", lambda one: one.received_bytes),
     _borrowed(CounterMetricFamily, "wait_seconds", "For results", lambda one: one.waited_s),
     _Family(CounterMetricFamily, "vkv:borrowed_ended", "By others", ("why",), _ended_loans),
+    _Family(
+        CounterMetricFamily,
+        "vkv:borrowed_recomputed_tokens",
+        "As loans had ended: theirs alone, or all of their requests",
+        ("what",),
+        _recomputed,
+    ),
     _given(GaugeMetricFamily, "tokens", "Of others' requests", lambda given: given.num_tokens),
     _given(GaugeMetricFamily, "loans", "In how many stretches", lambda given: given.num_loans),
     _given(

@@ -26,7 +26,8 @@ def test_a_record_of_every_contestant(tmp_path: Path) -> None:
     cells = json.loads(path.read_text())["results"]["cells"]
     assert [(cell["rows"], cell["copies"]) for cell in cells] == [(1, 2), (5, 2)]
     for cell in cells:
-        assert list(cell["product_s"])[:2] == ["int4 auto", "dense"]
+        first, *_, last = cell["product_s"]
+        assert (first, last) == ("int4 auto", "dense")
         for passes in cell["product_s"].values():
             assert [len(products) for products in passes] == [2, 2]
             assert min(map(min, passes)) > 0
@@ -63,6 +64,14 @@ def test_bytes_are_those_of_codes_scales_inputs_and_outputs(tmp_path: Path) -> N
     assert table.rows[0][2] == f"{share:.0%}"
 
 
+def test_dense_products_alone(tmp_path: Path) -> None:
+    path, (table,) = run(replace(OPTIONS, kernels=("none",)), tmp_path, "x")
+    cell = json.loads(path.read_text())["results"]["cells"][0]
+    assert not any(name.startswith("int4") for name in cell["product_s"])
+    assert table.columns[1] == f"{next(iter(cell['product_s']))}, µs"
+    assert cell["moved_bytes"] == 2 * (64 * 128 + 32 * 256 + 128 + 64 + 256 + 32)
+
+
 def test_zeros_are_counted_where_a_weight_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = Int4Weight.from_codes(
         torch.zeros(64, 128, dtype=torch.uint8),
@@ -71,7 +80,7 @@ def test_zeros_are_counted_where_a_weight_has_them(monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setattr(bench, "LAYERS", {"small": ((64, 128),)})
     monkeypatch.setattr(bench, "_random_weight", lambda *_: weight)
-    assert bench._copies("small", OPTIONS).int4_bytes == 64 * 128 // 2 + 64 * 2 + 64
+    assert bench._copies("small", OPTIONS).weight_bytes == 64 * 128 // 2 + 64 * 2 + 64
 
 
 def test_each_product_is_timed_by_the_device_s_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from vkv.bench.models import checkpoints, memory, throughput
 from vkv.bench.models.cells import CELLS, Cell
 from vkv.bench.models.options import MemoryOptions, ThroughputOptions
+from vkv.bench.models.systems import SYSTEMS
 from vkv.bench.peers.peer import WORKERS, Timing, Worker, WorkerFailed
 from vkv.bench.record import Table
 from vkv.quant import int4_linears
@@ -34,6 +35,7 @@ def load(options):
         if len(prompts) == 3:
             sys.exit("gone")
         expect(sum(map(len, prompts)), sum(output_lens))
+        return [[prompt[-1]] * length for prompt, length in zip(prompts, output_lens)]
     return System(generate, options.get("weighs"), options.get("reads"))
 
 serve(load)
@@ -52,6 +54,8 @@ def test_a_worker_answers_fails_and_dies(tmp_path: Path) -> None:
     assert 0 < timing.seconds < 5
     assert 1 << 20 < timing.peak_rss_bytes < 1 << 30
     assert timing.weight_bytes == 123
+    assert timing.first_tokens == [2, 3]
+    assert worker.versions["torch"] == torch.__version__
     with pytest.raises(WorkerFailed, match="2 tokens came out where 5 were asked for"):
         worker.run([[1, 2]], [5])
     worker.run([[1]], [1])  # an error is no end
@@ -100,6 +104,7 @@ def test_a_figure_that_cannot_be_is_measured_again_and_marked(
             seconds=1,
             decode_tokens=1,
             decode_seconds=1,
+            first_tokens=[1],
             peak_rss_bytes=1,
             weight_bytes=1000,
             read_bytes=1000,
@@ -192,7 +197,7 @@ def test_every_system_on_a_tiny_model(tmp_path: Path) -> None:
         shape="llama-tiny",
         dtype="float32",
         threads=1,
-        systems=tuple(throughput.SYSTEMS),
+        systems=tuple(SYSTEMS),
         cells=cells,
         repeats=1,
         batch=2,
@@ -210,6 +215,12 @@ def test_every_system_on_a_tiny_model(tmp_path: Path) -> None:
     assert path.with_suffix(".png").stat().st_size > 1000
     assert tables[0].rows[0][0] == "vkv"
     assert [row[0] for row in tables[1].rows] == list(options.systems[1:])
+    # In float32 all say the same. A padded batch is cut at two, so that all of `r` are there.
+    alike = next(table for table in tables if table.title == "First tokens that are those of vkv")
+    assert [list(row) for row in alike.rows] == [
+        [name, "2 of 2", "2 of 2", "3 of 3"] for name in options.systems[1:]
+    ]
+    assert "transformers" in results["versions"]["vkv"]
     _check_decode_limit(json.loads(path.read_text()), tables[-1], cells[1])
 
 
@@ -237,7 +248,8 @@ def test_a_system_that_fails_leaves_the_others(tmp_path: Path) -> None:
     )
     path, tables = throughput.run(options, tmp_path, "vkv bench throughput")
     results = json.loads(path.read_text())["results"]
-    assert "No module named 'vllm'" in results["failures"]["vllm"]["r"]
+    said = results["failures"]["vllm"]["r"]
+    assert "No module named 'vllm'; install it in the peer's environment" in said
     assert len(results["tokens_per_s"]["vkv"]["r"]) == 1
     assert tables[-1].title == "Not measured"
 

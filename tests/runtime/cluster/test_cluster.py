@@ -293,3 +293,18 @@ def test_the_policy_has_more_instances_started(llm: LLM) -> None:
         assert _tokens(running.wait()) == _tokens(llm.generate(_PROMPTS, _LONG))
         scaling.below, scaling.above = -2.0, -1.0
         _until(growing, lambda stats: len(stats.instances) == 1)
+
+
+def test_instances_may_be_told_to_keep_less_memory(two: Cluster, llm: LLM) -> None:
+    right = _tokens(llm.generate(_PROMPTS, _LONG))
+    first, second = (member.id for member in two.router.members_now())
+    two.limit_memory("2MiB", instance=first)
+    try:
+        assert _tokens(two.generate(_PROMPTS, _LONG)) == right
+        two.limit_memory("1MiB")
+        for picture in two.router.ask("memory_map"):
+            assert picture.totals.physical <= 1 << 20  # what finished requests held went
+        with pytest.raises(InvalidConfig, match="were made for"):
+            two.limit_memory("1TiB", instance=second)
+    finally:
+        two.limit_memory(None)

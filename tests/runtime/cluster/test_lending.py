@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import left_over
 import pytest
 import zoo
 from vkv import LLM, SamplingParams
@@ -154,13 +155,15 @@ def test_who_drains_has_its_long_request_computed_again_elsewhere(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=str)
-def test_a_lender_that_dies_costs_computing(four: Cluster, large: LLM, how: signal.Signals) -> None:
+def test_a_lender_that_dies_costs_computing_what_it_had(
+    four: Cluster, large: LLM, how: signal.Signals
+) -> None:
     four.scale(4)
     (prompt,) = zoo.random_prompts([2300], seed=9)
     params = zoo.greedy(400)
     outputs: list[RequestOutput] = []
     thread = threading.Thread(target=lambda: outputs.extend(four.generate([prompt], params)))
-    before = _num_lent(four)
+    before, done = _num_lent(four), four.stats().done
     thread.start()
     while _num_lent(four) == before:
         time.sleep(0.01)
@@ -175,3 +178,7 @@ def test_a_lender_that_dies_costs_computing(four: Cluster, large: LLM, how: sign
     if how is signal.SIGSTOP:
         os.kill(pid, signal.SIGCONT)
     assert _tokens(outputs) == _tokens(large.generate([prompt], params))
+    left_over.until(lambda: four.stats().done.mended_tokens > done.mended_tokens, "nothing mended")
+    now = four.stats().done
+    assert now.mended_tokens - done.mended_tokens <= 2048 < len(prompt)
+    assert (now.redone_tokens, now.num_preemptions) == (done.redone_tokens, done.num_preemptions)

@@ -8,7 +8,7 @@ from torch import nn
 from vkv import LLM
 from vkv.quant import Int4Linear
 from vkv.runtime.cpu_kernels import kernels as native_kernels
-from vkv.runtime.cpu_kernels.fusing import FusedNorm, fuse_norms, fuse_rotary, gate_of
+from vkv.runtime.cpu_kernels.fusing import FusedNorm, fuse_norms, fuse_rotary, gate_of, gates_alike
 from vkv.runtime.cpu_kernels.kernels import Gate
 from vkv.runtime.cpu_kernels.packing import PackedGatedLayer, can_pack
 from vkv.runtime.model.loading import load_model
@@ -112,6 +112,30 @@ def test_what_only_looks_alike_is_left() -> None:
     )
     assert gate_of(Feedforward(nn.ReLU()), torch.float32) is None
     assert gate_of(Feedforward(nn.SiLU(), swapped=True), torch.float32) is None
+
+
+def test_layers_with_the_same_settings_have_the_same_gate() -> None:
+    """Whatever their weights are, and no others."""
+    kind = gates_alike(Feedforward(nn.SiLU()))
+    assert kind is not None
+    assert gates_alike(Feedforward(nn.SiLU())) == kind
+    others = [Feedforward(nn.GELU()), Feedforward(nn.GELU(approximate="tanh"))]
+    others += [Feedforward(nn.SiLU(), swapped=True), Feedforward(nn.SiLU())]
+    others[-1]._scale = 2.0  # type: ignore[assignment] - a private setting is one too
+    wide = Feedforward(nn.SiLU())
+    wide.up_proj = nn.Linear(8, 16, bias=False)
+    configured = Feedforward(nn.SiLU())
+    configured.config = object()  # type: ignore[assignment]
+    patched = Feedforward(nn.SiLU())
+    patched.forward = lambda x: x  # type: ignore[method-assign,assignment]
+    kinds = [gates_alike(layer) for layer in (*others, wide, configured, patched)]
+    assert None not in kinds
+    assert len({kind, *kinds}) == 1 + len(kinds)
+    learned = Feedforward(nn.PReLU())
+    assert gates_alike(learned) is None, "a parameter decides"
+    hooked = Feedforward(nn.SiLU())
+    hooked.register_forward_hook(lambda *_: None)
+    assert gates_alike(hooked) is None
 
 
 @torch.inference_mode()

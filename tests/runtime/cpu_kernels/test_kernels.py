@@ -10,7 +10,7 @@ from vkv.runtime.cpu_kernels.kernels import Gate, PanelLinear, RmsNorm, gated, r
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # of a result, relative
-ROWS = [1, 2, 5, 6, 7, 13, 40]
+ROWS = [1, 2, 5, 6, 7, 13, 40, 110]
 ACTIVATIONS = {
     Gate.SILU: functional.silu,
     Gate.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
@@ -68,17 +68,40 @@ def test_linear(
     assert torch.equal(linear.dense(), weight)
 
 
+def test_several_weights_are_one(kind: tuple[int, torch.dtype]) -> None:
+    """Of outputs that fill no panel, as if they had been joined before; also where lines cannot be
+    written past the cache, since the panels begin in between."""
+    panel, dtype = kind
+    weights = [torch.randn(columns, 38).to(dtype) for columns in (48, 16, 200)]
+    joined = torch.cat(weights)
+    bias, x = torch.randn(264).to(dtype), torch.randn(5, 38).to(dtype)
+    expected = PanelLinear(joined, bias, panel=panel)
+    words = 38 * dtype.itemsize // 4
+    count = -(-264 // panel) * words * panel
+    for first in (0, 1):
+        memory = torch.full((count + 1,), -1, dtype=torch.int32)[first:]
+        out = memory[:count].view(-1, words, panel)
+        several = PanelLinear(weights, bias, panel=panel, out=out)
+        assert torch.equal(several.dense(), joined)
+        assert first or torch.equal(several(x), expected(x))
+    gate, up = torch.randn(2, 96, 38).to(dtype)
+    gated = PanelLinear([gate, up], None, Gate.SILU, panel=panel)
+    whole = PanelLinear(torch.cat([gate, up]), None, Gate.SILU, panel=panel)
+    assert torch.equal(gated(x), whole(x))
+    assert torch.equal(gated.dense(), torch.cat([gate, up]))
+
+
 @pytest.mark.parametrize("gate", [None, *Gate])
 def test_a_row_has_one_result_to_the_bit(kind: tuple[int, torch.dtype], gate: Gate | None) -> None:
     """Beside however many others."""
     panel, dtype = kind
     linear = PanelLinear(
-        torch.randn(320, 256).to(dtype), torch.randn(320).to(dtype), gate, panel=panel
+        torch.randn(320, 600).to(dtype), torch.randn(320).to(dtype), gate, panel=panel
     )
-    x = torch.randn(40, 256).to(dtype)
+    x = torch.randn(210, 600).to(dtype)
     all_rows = linear(x)
-    for count in (*range(1, 15), 25):
-        for first in (0, 3, 40 - count):
+    for count in (*range(1, 15), 25, 97, 200):
+        for first in (0, 3, 210 - count):
             some = slice(first, first + count)
             assert torch.equal(linear(x[some]), all_rows[some]), (count, first)
 

@@ -15,7 +15,7 @@ from vkv.runtime.engine.loop import EngineLoop
 from vkv.runtime.engine.messages import Abort, Add, Finish
 from vkv.runtime.request.spec import RequestSpec
 from vkv.runtime.request.step_output import StepOutput
-from vkv.vmem.errors import DriverError, OutOfPages
+from vkv.vmem.errors import DriverError, InvalidConfig, OutOfPages
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +319,32 @@ def test_a_shortage_found_before_requests_ended_is_not_held_against_the_next(
         outs = llm.generate(prompts, [zoo.greedy(10), zoo.greedy(10)])
         assert [out.error for out in outs] == [None, None]
         assert [len(out.outputs[0].token_ids) for out in outs] == [10, 10]
+
+
+def test_with_less_memory_requests_give_way_and_their_tokens_are_the_same(llm: LLM) -> None:
+    loop, pool = llm._driver._loop, llm.engine.cache.pool
+    params = zoo.greedy(60)
+    prompts = zoo.random_prompts([70, 90, 80, 75])
+    right = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    loop.trim()
+    for number, prompt in enumerate(prompts):
+        spec = RequestSpec(request_id=str(number), prompt_token_ids=prompt, params=params)
+        loop.post(Add(spec))
+    found: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
+    before = loop.stats().num_preemptions
+    for turn in range(2000):
+        if turn == 20:
+            num_held = pool.num_held
+            loop.limit_memory((num_held + 1) * pool.driver.page_bytes)
+        for output in loop.turn():
+            assert output.failure is None
+            found[output.request_id] += output.token_ids
+        if not loop.has_work:
+            break
+    assert list(map(tuple, found.values())) == list(map(tuple, right))
+    assert loop.stats(fresh=True).num_preemptions > before
+    assert pool.num_created <= num_held + 1
+    loop.limit_memory()
+    assert pool.num_available == pool.limit_pages - pool.num_held
+    with pytest.raises(InvalidConfig, match="were made for"):
+        loop.limit_memory(1 << 40)

@@ -521,7 +521,7 @@ def test_four_pools_of_others_hold_what_four_times_ones_own_cannot(llama: PreTra
 
 
 def test_memory_that_is_called_back(llama: PreTrainedModel) -> None:
-    """A creditor's own request comes first; the borrower's is computed again, elsewhere."""
+    """A creditor's own request comes first; what it had is computed again, for elsewhere."""
     specs = _specs([3500, 1900], max_tokens=20, mixed=False)
     expected = _expected(llama, specs)
     with Engines(llama, 4) as engines:
@@ -534,7 +534,9 @@ def test_memory_that_is_called_back(llama: PreTrainedModel) -> None:
         engines.drive()
         assert [long.output_token_ids, other.output_token_ids] == expected
         assert engines.engines[1].stats().num_preemptions == 0
-        assert engines.engines[0].stats().num_preemptions == 1
+        stats = engines.engines[0].stats()
+        assert (stats.num_preemptions, stats.segments.redone_tokens) == (0, 0)
+        assert 0 < stats.segments.mended_tokens <= 2048
 
 
 def test_creditors_that_go_one_after_the_other(llama: PreTrainedModel) -> None:
@@ -616,7 +618,9 @@ def test_engines_in_other_processes_lend_until_they_die(
                 next(p for p in peers if p.holder.name == dead).process.send_signal(how)
             _drive(llm.engine)
             assert [r.output_token_ids for r in requests] == expected
-            assert llm.engine.stats().num_preemptions == (how is not None)
+            stats = llm.engine.stats()
+            assert stats.num_preemptions == 0
+            assert (stats.segments.mended_tokens > 0) == (how is not None)
             _check_nothing_left(llm.engine)
         for peer in peers:
             peer.holder.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import zoo
 from vkv import LLM, SamplingParams
+from vkv.allocator.transfer import kv_dir
 from vkv.runtime.engine.messages import Add
 from vkv.runtime.link.addresses import Address, Listener, Place, listen_near
 from vkv.runtime.link.engine_process import EngineServer
@@ -145,6 +146,27 @@ def test_a_front_that_says_nothing_is_given_up(served: tuple[LLM, _Served], is_b
     assert server.is_deserted.wait(20)
     while llm.loop.has_work:
         time.sleep(0.01)
+
+
+def test_at_rest_it_notices_what_was_copied_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or pages of finished requests would stay pinned until the next one comes."""
+    monkeypatch.setattr(kv_dir, "_LEAST_TOKENS", 20)
+    path = str(tmp_path / "engine")
+    listener, address = listen_near(path), Address("here", path)
+    options = zoo.with_defaults({"swap_memory": "1MiB", "kv_dir": tmp_path / "kv"})
+    with LLM(zoo.tiny_model("llama"), device="cpu", **options) as llm:
+        served = _Served(llm, listener, address)
+        caller = served.call()
+        caller.frames.write(encode(Add(_spec())))
+        caller.until(lambda caller: caller.num_tokens == 100, pings=True)
+        caller.until(lambda _: not llm.engine.cache.stats().pages_held, pings=True)
+        assert llm.engine.cache.stats().pages_parked
+        assert llm.engine.scheduler.tiers.is_settled
+        caller.frames.close()
+        served.close()
+        listener.close()
 
 
 def test_what_strangers_say_is_never_read() -> None:

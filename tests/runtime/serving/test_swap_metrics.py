@@ -45,6 +45,8 @@ def test_requests_longer_than_the_pool_are_told() -> None:
         lent=MoveStats(num_tokens=1024, num_bytes=250),
         num_called_back=3,
         num_lost=1,
+        mended_tokens=512,
+        redone_tokens=2300,
         borrowed=(
             Borrowed(
                 holder="instance 2",
@@ -63,7 +65,10 @@ def test_requests_longer_than_the_pool_are_told() -> None:
     told = {
         (
             sample.name,
-            next((sample.labels[n] for n in ("to", "holder", "why") if n in sample.labels), None),
+            next(
+                (sample.labels[n] for n in ("to", "holder", "why", "what") if n in sample.labels),
+                None,
+            ),
         ): sample.value
         for metric in of_engines(LABELS, [Reported(("a model", "0"), stats)])
         for sample in metric.samples
@@ -79,6 +84,8 @@ def test_requests_longer_than_the_pool_are_told() -> None:
     assert told[("vkv:borrowed_wait_seconds_total", "instance 2")] == 0.5
     assert told[("vkv:borrowed_ended_total", "called back")] == 3
     assert told[("vkv:borrowed_ended_total", "lost")] == 1
+    assert told[("vkv:borrowed_recomputed_tokens_total", "loan")] == 512
+    assert told[("vkv:borrowed_recomputed_tokens_total", "request")] == 2300
     assert told[("vkv:lent_tokens", None)] == 512
     assert told[("vkv:lent_called_back_total", None)] == 6
     assert told[("vkv:lent_slowest_call_back_seconds", None)] == 0.25

@@ -42,13 +42,14 @@ def load(options: dict[str, Any]) -> System:
 
     def generate(
         prompts: Sequence[Sequence[int]], output_lens: Sequence[int], clock: Clock
-    ) -> None:
+    ) -> list[list[int]]:
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
         sequences = _Sequences(context, vocab_size, prompts, output_lens, clock)
         sequences.prefill()
         while sequences.live:
             sequences.decode()
         expect(sum(sequences.done), sum(output_lens))
+        return sequences.outputs
 
     weight_bytes = llama.llama_model_size(model)
     block = 34 / 32 if weights == "q4_0" else 2  # bytes an element of the embedding
@@ -74,12 +75,15 @@ class _Sequences:
         self.vocab_size = vocab_size
         self.prompts = prompts
         self.output_lens = output_lens
-        self.done = [0] * len(prompts)
-        self.last = [0] * len(prompts)
+        self.outputs: list[list[int]] = [[] for _ in prompts]
+
+    @property
+    def done(self) -> list[int]:
+        return [len(tokens) for tokens in self.outputs]
 
     @property
     def live(self) -> list[int]:
-        return [i for i, done in enumerate(self.done) if done < self.output_lens[i]]
+        return [i for i, count in enumerate(self.done) if count < self.output_lens[i]]
 
     def prefill(self) -> None:
         """All prompts, flat over the sequences, in batches of at most `_BATCH` tokens."""
@@ -93,7 +97,10 @@ class _Sequences:
 
     def decode(self) -> None:
         self._run(
-            [(self.last[i], len(self.prompts[i]) + self.done[i] - 1, i, True) for i in self.live]
+            [
+                (self.outputs[i][-1], len(self.prompts[i]) + len(self.outputs[i]) - 1, i, True)
+                for i in self.live
+            ]
         )
 
     def _run(self, tokens: Sequence[tuple[int, int, int, bool]]) -> None:
@@ -113,8 +120,7 @@ class _Sequences:
                 if wanted:
                     found = llama.llama_get_logits_ith(self.context, row)
                     logits = np.ctypeslib.as_array(found, (self.vocab_size,))
-                    self.last[sequence] = int(logits.argmax())
-                    self.done[sequence] += 1
+                    self.outputs[sequence].append(int(logits.argmax()))
         finally:
             llama.llama_batch_free(batch)
 

@@ -5,10 +5,10 @@ own, where vkv is not installed. A worker is started as
 
     python WORKER.py '{"model": FOLDER, "threads": 2, "dtype": "bfloat16", …}'
 
-It loads its system, says {"ready": true}, and then answers each line with its result and the
-process's memory, or with the error that it met. A system that generates is asked
+It loads its system, says {"ready": true} and which packages it has, and then answers each line with
+its result and the process's memory, or with the error that it met. A system that generates is asked
 {"prompts": [[token ids]], "output_lens": [n, …]} and answers with the seconds that it took, the
-tokens and seconds of its decodes alone, and the bytes of its weights.
+tokens and seconds of its decodes alone, each prompt's first token, and the bytes of its weights.
 """
 
 import json
@@ -16,7 +16,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from importlib import metadata
 from typing import Any, NamedTuple
+
+_PACKAGES = (  # whose versions are told, where they are installed
+    *("vkv", "torch", "transformers", "vllm", "llama_cpp_python"),
+    *("openvino", "openvino-genai", "optimum-intel", "nncf"),
+)
 
 
 class Clock:
@@ -49,7 +56,8 @@ class Clock:
         return tokens, seconds
 
 
-Generate = Callable[[Sequence[Sequence[int]], Sequence[int], Clock], None]
+Tokens = Sequence[Sequence[int]]
+Generate = Callable[[Tokens, Sequence[int], Clock], Tokens]
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -57,7 +65,7 @@ class System(NamedTuple):
     """A system that is loaded.
 
     Attributes:
-        generate: prompts to as many tokens as are asked for; tells a clock of each.
+        generate: prompts to as many tokens as are asked for, greedily; tells a clock of each.
         weight_bytes: of its weights, if it knows.
         read_bytes: of those that a decode step reads: not of an embedding that is looked up.
     """
@@ -77,13 +85,14 @@ def serve(load: Callable[[dict[str, Any]], System]) -> None:
             clock = Clock()
             start = time.perf_counter()
             clock.group()
-            system.generate(request["prompts"], request["output_lens"], clock)
+            outputs = system.generate(request["prompts"], request["output_lens"], clock)
             seconds = time.perf_counter() - start
             tokens, decode_seconds = clock.decodes()
             return {
                 "seconds": seconds,
                 "decode_tokens": tokens,
                 "decode_seconds": decode_seconds,
+                "first_tokens": [int(output[0]) for output in outputs],
                 "weight_bytes": system.weight_bytes,
                 "read_bytes": system.read_bytes,
             }
@@ -106,7 +115,7 @@ def answer_all(load: Callable[[dict[str, Any]], Answer]) -> None:
     except Exception as error:  # noqa: BLE001 - told to the harness, whatever it is
         answers.write(json.dumps({"error": _describe(error)}) + "\n")
         return
-    answers.write(json.dumps({"ready": True}) + "\n")
+    answers.write(json.dumps({"ready": True, "versions": _versions()}) + "\n")
     for line in sys.stdin:
         try:
             answer = system(json.loads(line))
@@ -127,6 +136,14 @@ def looked_up_bytes(model: Any) -> int:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     is_tied = head is None or getattr(head, "weight", None) is embedding
     return 0 if is_tied else embedding.nbytes
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def expect(found: int, wanted: int) -> None:

@@ -64,7 +64,8 @@ def _padded(model: PreTrainedModel, cache: str, batch: int, *, compiled: bool) -
     @torch.inference_mode()
     def generate(
         prompts: Sequence[Sequence[int]], output_lens: Sequence[int], clock: Clock
-    ) -> None:
+    ) -> list[list[int]]:
+        outputs: list[list[int]] = []
         for start in range(0, len(prompts), batch):
             clock.group()
             some = prompts[start : start + batch]
@@ -86,6 +87,8 @@ def _padded(model: PreTrainedModel, cache: str, batch: int, *, compiled: bool) -
                 **({"cache_implementation": cache, **how} if cache == "static" else {}),
             )
             expect(out.shape[1], longest + steps)
+            outputs += out[:, longest:].tolist()
+        return outputs
 
     return generate
 
@@ -113,10 +116,11 @@ def _continuous(
 
     def generate(
         prompts: Sequence[Sequence[int]], output_lens: Sequence[int], clock: Clock
-    ) -> None:
-        for prompt, length in zip(prompts, output_lens, strict=True):
-            manager.add_request(list(prompt), next(names), max_new_tokens=length, streaming=True)
-        left, tokens = len(prompts), 0
+    ) -> list[list[int]]:
+        asked = [next(names) for _ in prompts]
+        for name, prompt, length in zip(asked, prompts, output_lens, strict=True):
+            manager.add_request(list(prompt), name, max_new_tokens=length, streaming=True)
+        left, outputs = len(prompts), {name: [] for name in asked}
         seen: dict[str, int] = {}
         while left:
             result = manager.get_result(timeout=1)
@@ -128,9 +132,10 @@ def _continuous(
             clock.step([result.request_id] * (count - seen.get(result.request_id, 0)))
             seen[result.request_id] = count
             if result.is_finished():
-                tokens += len(result.generated_tokens)
+                outputs[result.request_id] = list(result.generated_tokens)
                 left -= 1
-        expect(tokens, sum(output_lens))
+        expect(sum(map(len, outputs.values())), sum(output_lens))
+        return list(outputs.values())
 
     return generate
 

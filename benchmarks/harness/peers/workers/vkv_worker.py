@@ -11,6 +11,7 @@ def load(options: dict[str, Any]) -> System:
     from vkv import LLM, SamplingParams
 
     torch.set_num_threads(options["threads"])
+    given = {name: options[name] for name in ("activation_bits",) if name in options}
     llm = LLM(
         options["model"],
         device=options["device"],
@@ -21,6 +22,7 @@ def load(options: dict[str, Any]) -> System:
         max_seqs=options["max_seqs"],
         prefix_reuse=False,
         max_parked=0,
+        **given,  # which another version may not know
     )
 
     turn, clocks = llm.loop.turn, []
@@ -34,11 +36,13 @@ def load(options: dict[str, Any]) -> System:
 
     def generate(
         prompts: Sequence[Sequence[int]], output_lens: Sequence[int], clock: Clock
-    ) -> None:
+    ) -> list[list[int]]:
         clocks.append(clock)
         params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in output_lens]
         outputs = llm.generate([list(p) for p in prompts], params, progress=False)
-        expect(sum(len(o.outputs[0].token_ids) for o in outputs), sum(output_lens))
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        expect(sum(map(len, tokens)), sum(output_lens))
+        return tokens
 
     looked_up = looked_up_bytes(llm.loaded.model)
     return System(generate, llm.weight_bytes, llm.weight_bytes - looked_up)

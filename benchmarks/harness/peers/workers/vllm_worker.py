@@ -37,7 +37,7 @@ def load(options: dict[str, Any]) -> System:
 
     def generate(
         prompts: Sequence[Sequence[int]], output_lens: Sequence[int], clock: Clock
-    ) -> None:
+    ) -> list[list[int]]:
         clocks.append(clock)
         params = [
             SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
@@ -45,7 +45,9 @@ def load(options: dict[str, Any]) -> System:
         ]
         given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         outputs = llm.generate(given, params, use_tqdm=False)
-        expect(sum(len(o.outputs[0].token_ids) for o in outputs), sum(output_lens))
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        expect(sum(map(len, tokens)), sum(output_lens))
+        return tokens
 
     return System(generate)
 
