@@ -91,8 +91,8 @@ class MemoryLimit:
         """Keep to less from now on; None for as much as there was at first.
 
         Members give up what only finished requests hold beyond it. What live requests hold stays
-        theirs until they end or give way. Raises InvalidConfig for more than there was at first,
-        which the members' caches are made for.
+        theirs until they end or give way, and goes by the next `enforce`. Raises InvalidConfig for
+        more than there was at first, which the members' caches are made for.
         """
         wanted = self._given_bytes if num_bytes is None else parse_bytes(num_bytes)
         if wanted > self._given_bytes:
@@ -102,6 +102,14 @@ class MemoryLimit:
             )
         with self._guard:
             self.num_bytes = wanted
+        self.enforce()
+
+    def enforce(self) -> None:
+        """Have members give up what is beyond the limit since it went down, and what they can by
+        now; at once where nothing is."""
+        if self.room_bytes >= 0:
+            return
+        with self._guard:
             for member in list(self._members):
                 if self.room_bytes < 0:
                     member.give_up(-self.room_bytes)

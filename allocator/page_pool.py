@@ -485,7 +485,8 @@ class PagePool:
             assert owned, "a page of a file is taken for the pool's"
             assert self.num_created <= self.limit_pages, "the limit is exceeded"
             assert self._num_reserved >= 0, "negative reservation"
-            assert self.num_available >= 0, "more promised than the pool may hold"
+            own = self.limit_pages - len(self._references) - self._num_reserved
+            assert own >= 0, "more promised than the pool may hold"
             if self.shared_limit is not None:
                 before = self._num_taken
                 assert self._settle(), "the shared limit is exceeded"

@@ -66,7 +66,12 @@ class Int4Linear(nn.Module):
     def pin(self, kernel_name: str) -> None:
         """Have that kernel compute every batch. Raises QuantError if it cannot run here."""
         assert not self._settled, "laid out for other kernels"
-        self._pinned = kernel(kernel_name)
+        chosen = kernel(kernel_name)
+        if self._layouts.keys() - {chosen.name}:  # or both would be there until `settle`
+            self._weight = self._canonical()
+            self._layouts.clear()
+            trim_heap()
+        self._pinned = chosen
 
     @property
     def weight_int4(self) -> Int4Weight:

@@ -50,10 +50,12 @@ def mapped_checkpoints() -> list[tuple[int, int]]:
 def drop_file_pages(tensor: torch.Tensor, files: Sequence[tuple[int, int]]) -> None:
     """Drop the pages of a tensor that lies in one of `files`: the file has them, if need be.
 
-    A file stays mapped as long as any tensor lies in it, and its pages would stay resident.
+    A file stays mapped as long as any tensor lies in it, and its pages would stay resident. Only
+    for a tensor as it was read: what was written to it is gone with them.
     """
     if lies_in(tensor, files):
-        linux.drop_pages(tensor.data_ptr(), tensor.nbytes)
+        with suppress(OSError):  # memory that is locked
+            linux.drop_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def lies_in(tensor: torch.Tensor, files: Sequence[tuple[int, int]]) -> bool:

@@ -146,6 +146,8 @@ class NativeKernel(Int4Kernel):
         )
 
     def multiply(self, layout: _Tiles, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.dtype != torch.bfloat16:  # a pinned kernel is asked of no dtype
+            raise TypeError(f"{self.name} takes torch.bfloat16 and the inputs are {inputs.dtype}")
         inputs = inputs.contiguous()
         out = inputs.new_empty(inputs.shape[0], layout.out_features)
         if not inputs.shape[0]:

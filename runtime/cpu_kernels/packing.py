@@ -241,7 +241,11 @@ def one_dnn_packs(dtype: torch.dtype) -> bool:
 
 
 def pack(
-    model: nn.Module, run: Callable[[], Sequence[torch.Tensor]], *, repeatable: bool = False
+    model: nn.Module,
+    run: Callable[[], Sequence[torch.Tensor]],
+    *,
+    repeatable: bool = False,
+    as_read: bool = False,
 ) -> int:
     """Lay out the linears that `run()` calls, dense or in 4 bits, and fuse what is around them.
 
@@ -250,6 +254,7 @@ def pack(
     input, and once more to see that the model takes the packed ones and computes the same. If it
     does not (it reads a weight itself, say), all is put back, bit for bit, and nothing is packed.
     With `repeatable`, weights are laid out for vkv's kernels wherever it has some.
+    `as_read`: nobody has written to the weights, so that pages of their files may go.
 
     Returns the bytes of packed weights, an earlier call's included.
     """
@@ -257,7 +262,7 @@ def pack(
     with Multiplied() as multiplied:
         groups = group_by_input(plain_linears(model, _has_kernel), lambda: expected.extend(run()))
     homes, dtype = single_homes(model), expected[0].dtype  # of the logits it may be another
-    files = mapped_checkpoints()
+    files = mapped_checkpoints() if as_read else []
     undo: list[Undo] = []
     gates = _Gates(dtype)
     gated: list[tuple[nn.Module, PackedProduct]] = []

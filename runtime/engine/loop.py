@@ -84,6 +84,7 @@ class EngineLoop:
         """
         self._open_inbox(inbox)
         self.engine.step()
+        self._keep_limit()
         self.departures.settle()
         self._meet_shortage()
         if time.monotonic() - self._published_s > _PUBLISH_S or not self.engine.has_work:
@@ -107,6 +108,7 @@ class EngineLoop:
         Slots stay pinned until then, and could not be reclaimed.
         """
         self.engine.scheduler.tiers.settle()
+        self._keep_limit()
         if self.is_settled:
             self._publish()
 
@@ -212,6 +214,12 @@ class EngineLoop:
             )
         limit.resize(num_bytes)
         self._publish()
+
+    def _keep_limit(self) -> None:
+        """What has ended since the limit went down goes back, if it is beyond that."""
+        limit = self.engine.cache.pool.shared_limit
+        if limit is not None:
+            limit.enforce()
 
     def load_adapter(self, name: str, path: str) -> None:
         """As `Adapters.load`. Raises InvalidOperation while asleep."""

@@ -203,7 +203,7 @@ def _prepare_weights(
         _round_activations(model, loaded_here=loaded_here)
     wants_packing = repeatable or (pack_weights if pack_weights is not None else loaded_here)
     if wants_packing and model.device.type == "cpu" and can_pack(dtype):
-        pack(model, lambda: probe_outputs(model), repeatable=repeatable)
+        pack(model, lambda: probe_outputs(model), repeatable=repeatable, as_read=loaded_here)
     if loaded_here:
         for _, linear in int4_linears(model):  # those that packing left where they are
             linear.settle(dtype)

@@ -184,6 +184,11 @@ class Scheduler:
                 held.add(missed[0])
                 short = None
                 continue
+            if missed[0].mending is not None:  # nobody gives way for what others have lost
+                granted.pop(missed[0], None)
+                self.tiers.note_redo(missed[0])
+                self.preempt(missed[0])
+                continue
             short = missed
         short = short or aside
         is_lasting = short and not granted and not self.tiers.is_moving(self.running)
@@ -406,7 +411,7 @@ def _look_ahead(
     cache: SlotCache, batch: Sequence[ScheduledRequest], num_ahead: int, max_batch_tokens: int
 ) -> None:
     """Have the memory of the next step mapped while this one computes."""
-    if not num_ahead or not cache.pool.num_available:
+    if not num_ahead or cache.pool.num_available <= 0:
         return  # with no page to spare, it could only fail
     for item in batch:
         request, end = item.request, item.stop

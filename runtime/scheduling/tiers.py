@@ -125,6 +125,11 @@ class Tiers:
         """As of `Segments`."""
         return [] if self.segments is None else self.segments.recall(running)
 
+    def note_redo(self, request: Request) -> None:
+        """As of `Gaps`: there is no memory for what others have lost of a request."""
+        if self.segments is not None:
+            self.segments.gaps.note_redo(request)
+
     @property
     def is_leaving(self) -> bool:
         """True while slots are pinned until they have been copied: their memory is coming."""

@@ -216,7 +216,7 @@ def _back(cache: SlotCache, item: ScheduledRequest, stop: int) -> bool:
     """Back the tokens of an item's slot before `stop`; False where there is no memory to spare."""
     slot = item.request.slot
     assert slot is not None, item
-    if stop > slot.ready_tokens and not cache.pool.num_available:
+    if stop > slot.ready_tokens and cache.pool.num_available <= 0:
         return False
     try:
         cache.grow(slot, stop)

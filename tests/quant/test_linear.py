@@ -144,6 +144,20 @@ def test_a_weight_is_kept_in_one_form() -> None:
     assert torch.equal(linear.weight_int4.dequantize(), weight.dequantize())
 
 
+@pytest.mark.skipif(NativeKernel.unavailable_reason() is not None, reason="no native kernel here")
+@pytest.mark.skipif(not int8_instruction_sets(), reason="no products of integers here")
+def test_a_kernel_that_is_pinned_late_leaves_one_form_too() -> None:
+    weight, inputs = random_weight(256, 512, 64), torch.randn(2, 512).to(torch.bfloat16)
+    linear = Int4Linear(weight)
+    linear(inputs)
+    linear.pin("native-int8")
+    found = linear(inputs)
+    assert torch.equal(found, Int4Linear(weight, kernel_name="native-int8")(inputs))
+    assert linear.num_bytes < 1.1 * weight.num_bytes
+    with pytest.raises(TypeError, match="bfloat16"):
+        linear(inputs.float())
+
+
 @pytest.mark.skipif(
     kernel_class("native").unavailable_reason() is not None, reason="no native kernel here"
 )

@@ -7,6 +7,9 @@
 
 #include <stddef.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 enum {
     SHARE_BYTES = 128 << 10,
@@ -185,7 +188,9 @@ static const struct vkv_int4_kernel *kernel_of(const char *name) {
         if (!strcmp(name, "int8_avx512_vnni") && __builtin_cpu_supports("avx512vnni"))
             return &vkv_int4_int8_vnni;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    unsigned a, b, c, d; /* float16 scales; not every compiler's __builtin_cpu_supports knows it */
+    if (__get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && __builtin_cpu_supports("avx2") &&
+        __builtin_cpu_supports("fma")) {
         if (!strcmp(name, "avx2")) return &vkv_int4_avx2;
         if (!strcmp(name, "int8_avx2")) return &vkv_int4_int8_avx2;
     }

@@ -12,6 +12,7 @@ import bisect
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
+from itertools import pairwise
 
 from ....allocator import Exits, Slot, SlotCache
 from ....allocator.transfer import Lent, Remainder, put_behind
@@ -66,16 +67,21 @@ class Gaps:
         assert not request.num_pending, request
         begin = 0 if request.segment is None else request.segment.num_tokens
         here = Remainder(request.lent, request.slot, begin, request.num_computed)
+        spare = None
+        if request.mending is not None and request.num_computed == request.slot_start:
+            spare, here.slot = here.slot, None  # a gap's, and nothing of it is there yet
         found = [one for stretch in (here, *request.behind) for one in _left_of(stretch, gone)]
         if found[0].start > begin:
             found.insert(0, Remainder([], None, begin, begin))
         first, *behind = found
         mending = request.mending or Mending(behind, 0, 0)
         if first.slot is None:
-            room = self._room(behind[0].start - first.stop)
+            first.slot = spare
+        if first.slot is None:
+            room = self._room(max(b.start - a.stop for a, b in pairwise(found)))
             first.slot = self._open_slot(request, room)
             if first.slot is None:
-                self._redo(request)
+                self.note_redo(request)
                 return False
             mending.room_tokens = room
         mending.behind, mending.short_since_s = behind, None
@@ -170,11 +176,12 @@ class Gaps:
         for request in running:
             since_s = None if request.mending is None else request.mending.short_since_s
             if since_s is not None and self._clock() - since_s >= patience_s:
-                self._redo(request)
+                self.note_redo(request)
                 found.append(request)
         return found
 
-    def _redo(self, request: Request) -> None:
+    def note_redo(self, request: Request) -> None:
+        """All of a request is computed again for what was lost."""
         stretches = request.behind
         self._loans.redone_tokens += stretches[-1].stop if stretches else request.num_computed
 

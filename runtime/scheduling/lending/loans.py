@@ -260,7 +260,7 @@ class Loans:
                     continue
                 if self._move(request, one, room_at_home(request)):
                     self.num_called += has_to
-                elif has_to:
+                elif has_to and not (is_wanted and request.mending):  # which mends that as well
                     stuck.append(request)
                     break
                 else:

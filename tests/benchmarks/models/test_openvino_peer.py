@@ -120,6 +120,9 @@ def test_4_bit_forms_come_with_a_format() -> None:
     peers = {"openvino": sys.executable}
     assert list(commands(["vkv"], peers, quant=False)) == ["vkv", "openvino"]
     both = commands(["vkv"], peers, quant=True)
-    assert list(both) == ["vkv", "vkv-int4", "vkv-int4-head", "openvino", "openvino-int4"]
+    ours = ["vkv", "vkv-int4", "vkv-int4-head", "vkv-int4-int8"]
+    assert list(both) == [*ours, "openvino", "openvino-int4"]
+    fewer = commands(["vkv"], peers, quant=True, rounds_inputs=False)
+    assert list(fewer) == [*ours[:-1], "openvino", "openvino-int4"]
     assert both["openvino-int4"].own == {"weights": "int4"}
     assert [name for name in both if has_dense_weights(name)] == ["vkv", "openvino"]

@@ -10,8 +10,10 @@ import torch
 import zoo
 from quantized import round_to_nearest
 from torch import nn
+from transformers import AutoModelForCausalLM
 from vkv import LLM, SamplingParams
 from vkv.quant import Int4Linear
+from vkv.quant.weight_memory import lies_in, mapped_checkpoints
 from vkv.runtime.cpu_kernels import kernels as native_kernels
 from vkv.runtime.cpu_kernels.packing import (
     PackedLinear,
@@ -249,6 +251,17 @@ print(resident() - before, packed_bytes(llm.loaded.model))
     grown, packed = map(int, run.stdout.split())
     assert packed > 90 << 20
     assert grown < packed // 2
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="no packed kernels")
+def test_what_a_caller_wrote_over_a_checkpoint_stays(tmp_path: Path) -> None:
+    zoo.tiny_model("llama", hidden_size=512, tie_word_embeddings=True).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    embedding = model.get_input_embeddings().weight
+    assert lies_in(embedding, mapped_checkpoints()), "it is the file's memory"
+    embedding.data.fill_(0.5)
+    with LLM(model, device="cpu", max_len=64, pack_weights=True):
+        assert bool((embedding == 0.5).all())
 
 
 @pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no packed kernels")

@@ -1,5 +1,6 @@
 """What others lose of a request is computed again, exactly that, and its tokens are the same."""
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from vkv.allocator.transfer import copier
 from vkv.runtime.engine.engine import Engine
 from vkv.runtime.request.request import Request, RequestState
-from vkv.vmem.errors import InvalidOperation
+from vkv.vmem.errors import InvalidOperation, OutOfSlots
 
 _PART = 512
 _PROMPT, _OUTPUT = 2300, 40
@@ -297,6 +298,28 @@ def test_where_memory_is_short_all_is_computed_again(
     assert counted.redone > _PROMPT
     cache.close(other)
     lent.place(at_1=_PART, at_3=_PART, at_4=_PART)
+    lent.drive()
+    assert tokens_of(requests) == expected
+
+
+def test_where_slots_are_short_nobody_gives_way_and_all_is_computed_again(
+    lent: Lent, expected: list[list[int]]
+) -> None:
+    counted = _Counted(lent)
+    requests = _begun(lent)
+    for name in ("1", "2", "3"):
+        lent.servers[name].close()
+    lent.drive(lambda: requests[0].mending is not None)
+    lent.place(at_4=4 * _PART)
+    cache, others = lent.engines[0].cache, []
+    with contextlib.suppress(OutOfSlots):
+        while True:
+            others.append(cache.open())  # the gap is longer than a slot, and would need another
+    lent.drive(lambda: requests[0].state is RequestState.WAITING)
+    assert requests[1].state is not RequestState.WAITING
+    assert counted.redone > _PROMPT
+    for slot in others:
+        cache.close(slot)
     lent.drive()
     assert tokens_of(requests) == expected
 
