@@ -499,6 +499,7 @@ class LoanMachine(MovableMachine):
 
     def _end_well(self, far, slot):
         near, request, pin, lent, tokens, written = self.loan
+        written |= request.written  # it may have gone on within the pages that move
         self.loan = None
         close_all(lent.descriptors)
         far.cache.loans.keep(slot)

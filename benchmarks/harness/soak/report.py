@@ -53,13 +53,13 @@ def _counts(title: str, what: str, counts: Mapping[str, int], *, sums: bool = Tr
 
 def _left(tally: Tally) -> Table:
     """Processes that were looked at more than once, those of instances by the worst of them."""
-    of_soak = [seen for seen in tally.processes.values() if seen[0].name == FRONT]
-    others = [seen for seen in tally.processes.values() if seen[0].name != FRONT and len(seen) > 1]
+    of_soak = [seen for seen in tally.processes.values() if seen[0].name.startswith(FRONT)]
+    others = [seen for seen in tally.processes.values() if seen not in of_soak and len(seen) > 1]
     rows = []
     if tally.held_pages:
         rows.append(["pages", str(tally.held_pages[0]), str(tally.held_pages[-1])])
     for seen in of_soak:
-        rows += _rows(FRONT, seen)
+        rows += _rows(seen[0].name, seen)
     if others:
         longest = max(others, key=len)
         rows += _rows(longest[0].name, longest)

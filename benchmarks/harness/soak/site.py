@@ -108,7 +108,7 @@ class ClusterSite:
         if num_died > self._num_died:
             self._tally.lost(f"{self._name}: {num_died} instances died by themselves so far")
             self._num_died = num_died
-        names = {os.getpid(): FRONT} | {
+        names = {os.getpid(): f"{FRONT}, {self._name}"} | {
             member.pid: f"{self._name}: instance {member.id}"
             for member in self._cluster.router.members_now()
         }

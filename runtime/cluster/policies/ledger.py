@@ -309,13 +309,17 @@ class _Books:
     def give_up(self, debtor: int, lacking: int, younger: Sequence[_Need]) -> None:
         """Have the youngest give up all that they have, if that helps an older one to go on."""
         victims, found = [], 0
+        usable = {creditor for _, creditor in self._order(debtor)}
+        usable -= {creditor for one, creditor in self._shunned if one == debtor}
         for need in younger:
             if found >= lacking:
                 break
             if need.id in self.given_up or not need.num_long_tokens:
                 continue
-            there = sum(one.num_tokens for one in self._by_debtor[need.id])
+            loans = self._by_debtor[need.id]
+            there = sum(one.num_tokens for one in loans if one.creditor in usable)
             here = min(need.long_here, self._instances[need.id].max_lent_tokens)
+            here = here if need.id in usable else 0
             if there + here:
                 victims.append(need)
                 found += there + here

@@ -132,6 +132,17 @@ def test_a_creditor_calls_once_it_needs_the_memory(own: int, stays: int) -> None
     assert sum(_of(found, 0).values()) >= min(90, 80 + stays)  # it goes to another
 
 
+def test_nobody_gives_up_for_one_who_is_not_to_ask_there() -> None:
+    snapshot = _cluster(
+        _instance(1),
+        _instance(2, _request("a", 5), _request("b", 130)),
+        _instance(4, _request("c", 5), _request("d", 130), max_lent_tokens=0, is_draining=True),
+        loans=(Loan(4, 1, 80), Loan(4, 2, 20)),
+        shunned=frozenset({(2, 1)}),
+    )
+    assert not ledger.settle(snapshot).give_up
+
+
 def test_what_a_draining_creditor_has_goes_elsewhere() -> None:
     instances = _instance(0, _request("a", 130)), _instance(1, is_draining=True), _instance(2)
     found = ledger.settle(_cluster(*instances, loans=(Loan(0, 1, 80),)))

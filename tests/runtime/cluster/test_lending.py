@@ -110,7 +110,6 @@ def test_a_lender_that_drains_has_its_loans_move_on(four: Cluster, large: LLM) -
     thread.start()
     while not (loans := [loan for loan in four.stats().loans if loan.num_tokens]):
         time.sleep(0.01)
-    assert loans[0].num_tokens <= loans[0].credit_tokens
     four.drain(loans[0].creditor)
     assert four.face.admission.longest < longest
     with pytest.raises(RequestTooLarge, match="5000 prompt tokens"):

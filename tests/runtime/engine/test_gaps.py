@@ -306,9 +306,10 @@ def test_where_slots_are_short_nobody_gives_way_and_all_is_computed_again(
     lent: Lent, expected: list[list[int]]
 ) -> None:
     counted = _Counted(lent)
-    requests = _begun(lent)
-    for name in ("1", "2", "3"):
-        lent.servers[name].close()
+    lent.place(at_1=3 * _PART)
+    requests = [lent.engines[0].add(spec)[0] for spec in _specs()]
+    lent.drive(lambda: requests[0].num_output_tokens > 3)
+    lent.servers["1"].close()
     lent.drive(lambda: requests[0].mending is not None)
     lent.place(at_4=4 * _PART)
     cache, others = lent.engines[0].cache, []
