@@ -231,7 +231,7 @@ class SegmentServer:
             raise TransferError("an ask named no batch")
         query = self._receive_query(sock, ask, owner.batch)
         try:
-            results = self._attend(ask.layer, query, owner.batch, owner.loans, owner.taken)
+            results = self._attend(ask.layer, query, owner.batch, owner.loans)
         except _CalledBack as error:
             wire.send_message(sock, Told(objection=str(error), called_back=error.loans))
         except VkvError as error:
@@ -345,19 +345,14 @@ class SegmentServer:
         return query
 
     def _attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        batch: PastBatch,
-        loans: Sequence[int],
-        taken: Sequence[int],
+        self, layer: int, query: torch.Tensor, batch: PastBatch, loans: Sequence[int]
     ) -> torch.Tensor:
         keys, values = self.cache.layer(layer)
         num_rows = self._partial.num_past_rows(batch)
         results = self._partial.empty(query, num_rows, values.shape[3])
         with self._attending:
             stretches = zip(loans, batch.key_starts, batch.key_stops, strict=True)
-            if gone := tuple(n for n in loans if n not in self._loans or n not in taken):
+            if gone := tuple(number for number in loans if number not in self._loans):
                 raise _CalledBack(gone)
             for number, start, stop in stretches:
                 loan = self._loans[number]
