@@ -97,10 +97,10 @@ class Segments:
         if self.tier is not None:
             try:
                 segment = self._begin(self.tier, request, tokens)
-            except Shortage:
-                if not self._make_way():
+            except Shortage as error:
+                if not self._may_borrow():
                     raise
-                segment = self._begin(self.tier, request, tokens)
+                raise OutOfLoans(f"nobody lends to {request} now; of the tier's {error}") from error
         slot = None
         try:
             slot = self._cache.open(request.spec.owner)
@@ -132,6 +132,14 @@ class Segments:
     def _begin(self, tier: SegmentTier, request: Request, tokens: Sequence[int]) -> Segment:
         """What a file or the tier has of a request, in the tier, and the promise of memory there
         for all of its tokens, unless others have to take some in."""
+        try:
+            return self._begin_there(tier, request, tokens)
+        except Shortage:
+            if not self._make_way():
+                raise
+            return self._begin_there(tier, request, tokens)
+
+    def _begin_there(self, tier: SegmentTier, request: Request, tokens: Sequence[int]) -> Segment:
         found = None
         if self._kv_files.may_have_some:
             least = tier.far.prefix_length(tokens, request.variant) + self._part_tokens
@@ -219,9 +227,14 @@ class Segments:
         try:
             request.lent += self.loans.lend(slot, request.slot_start, num_tokens)
         except OutOfLoans:
-            if shortage is not None and not self.loans.creditors:
+            if shortage is not None and not self._may_borrow():
                 raise shortage from None
             raise
+
+    def _may_borrow(self) -> bool:
+        """Whether others take tokens in, now or once they are told to."""
+        loans = self.loans
+        return bool(loans.creditors) or (loans.limits is not None and loans.has_lenders)
 
     def _append(self, tier: SegmentTier, request: Request, slot: Slot, num_tokens: int) -> None:
         segment = request.segment or tier.begin(())

@@ -21,6 +21,7 @@ from vkv.runtime.scheduling.lending import Loans
 PAGE_BYTES = 8192  # 32 tokens of the tiny llama
 POOL = 65 * PAGE_BYTES  # 2,080 tokens: a long request has 1,024 of them in its slot
 MAX_LEN = 8192
+SHORTAGE_WAIT_S = 0.3
 
 
 def model(**changes: Any) -> PreTrainedModel:
@@ -31,7 +32,7 @@ def model(**changes: Any) -> PreTrainedModel:
 def make(model: PreTrainedModel, **options: Any) -> LLM:
     """An engine with the options of all."""
     given = {"max_len": MAX_LEN, "page_bytes": PAGE_BYTES, "max_seqs": 8}
-    options = {"shortage_wait_s": 0.3, **given, **options}
+    options = {"shortage_wait_s": SHORTAGE_WAIT_S, **given, **options}
     return LLM(model, device="cpu", **zoo.with_defaults(options))
 
 
@@ -116,6 +117,8 @@ class Lent:
         assert not any(server.loans for server in self.servers.values())
         assert not any(self.loans.num_lent(name) for name in self.servers)
         for engine in self.engines:
+            if engine.scheduler.tiers.swapping is not None:
+                engine.scheduler.tiers.swapping.tier.trim()  # which waits for copies
             engine.cache.check_invariants()
             assert engine.cache.stats().pages_held == 0
 

@@ -14,6 +14,7 @@ from ...runtime.frontend.text_stream import StreamDelta
 from ...runtime.request.outputs import RequestOutput
 from ...vmem.errors import VkvError
 from .asks import Ask, Mix, draw
+from .crew import at_work
 from .reference import Reference, ReferenceFailed
 from .right import CUT, Right, Turn, rights_of
 from .tally import Tally
@@ -121,7 +122,6 @@ class Clients:
     @contextmanager
     def asking(self, number: int, chance: random.Random) -> Iterator[None]:
         """So many ask; when it ends they have their last answer, or are said to have lost it."""
-        self._is_over.clear()
         threads = [
             threading.Thread(
                 target=self._ask_on,
@@ -131,19 +131,13 @@ class Clients:
             )
             for place in range(number)
         ]
-        for thread in threads:
-            thread.start()
-        try:
+        with at_work(threads, self._is_over, _ENDS_S, self._tell_late):
             yield
-        finally:
-            self._is_over.set()
-            deadline = time.monotonic() + _ENDS_S
-            for thread in threads:
-                thread.join(max(0.0, deadline - time.monotonic()))
-            for thread in threads:
-                if thread.is_alive() and (asked := self._asking.get(thread.name)):
-                    waited_s = time.monotonic() - asked[1]
-                    self._tally.lost(f"{asked[0]} has not ended after {waited_s:.0f} s")
+
+    def _tell_late(self, thread: threading.Thread) -> None:
+        if asked := self._asking.get(thread.name):
+            waited_s = time.monotonic() - asked[1]
+            self._tally.lost(f"{asked[0]} has not ended after {waited_s:.0f} s")
 
     def _ask_on(self, chance: random.Random) -> None:
         me = threading.current_thread().name

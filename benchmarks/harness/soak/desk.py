@@ -32,7 +32,7 @@ _MAX_LEN = 1024
 @contextmanager
 def sessions(
     options: SoakOptions, models: Models, reference: Reference, home: Path, tally: Tally
-) -> Iterator[None]:
+) -> "Iterator[Desk]":
     """Conversations one after another, while it lasts."""
     adapters = models.adapters if options.has("adapters") else {}
     voices: dict[str, Mapping[str, Any]] = {BASE: {}}
@@ -58,18 +58,25 @@ def sessions(
             )
             for _ in range(2)
         ]
-        desk = _Desk(engines, limit, supply, voices, home, options, tally)
+        desk = Desk(engines, limit, supply, voices, home, options, tally)
         thread = threading.Thread(target=desk.work, name="vkv-soak-desk", daemon=True)
         thread.start()
         try:
-            yield
+            yield desk
         finally:
             desk.is_over.set()
             thread.join()
-        desk.check_idle()
+        with desk.at_rest():
+            pass
 
 
-class _Desk:
+class Desk:
+    """Has the conversations.
+
+    Attributes:
+        is_over: set it, and no further one is begun.
+    """
+
     def __init__(
         self,
         engines: list[LLM],
@@ -85,6 +92,7 @@ class _Desk:
         self._moves_limit = options.has("limits")
         self._chance = random.Random(f"{options.seed} sessions")
         self._numbers = itertools.count()
+        self._talking = threading.Lock()
         self.is_over = threading.Event()
 
     def work(self) -> None:
@@ -92,8 +100,9 @@ class _Desk:
         while not self.is_over.wait(self._chance.uniform(*_PAUSE_S)):
             known = self._supply.next(self._chance)
             try:
-                self._converse(known)
-                self._disturb()
+                with self._talking:
+                    self._converse(known)
+                    self._disturb()
             except BaseException as error:
                 self._tally.lost(f"{known.ask} in sessions ended with {error!r}")
                 if not isinstance(error, VkvError):
@@ -140,9 +149,12 @@ class _Desk:
             engine.wake()
             self._tally.fault("sleep")
 
-    def check_idle(self) -> None:
-        """Nobody asks: nothing may be held."""
-        for engine in self._engines:
-            engine.trim()
-            if held := engine.stats().pages_held:
-                self._tally.leak(f"sessions: {held} pages are held while nothing runs")
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """While it lasts nobody talks; and then nothing may be held."""
+        with self._talking:
+            for engine in self._engines:
+                engine.trim()
+                if held := engine.stats().pages_held:
+                    self._tally.leak(f"sessions: {held} pages are held while nothing runs")
+            yield

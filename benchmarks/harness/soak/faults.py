@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from ...runtime.cluster.cluster import Cluster
 from ...runtime.cluster.stats import Member
 from ...vmem.errors import EngineDied, InvalidOperation, VkvError
+from .crew import at_work
 from .left_over import wait_until
 from .options import SoakOptions
 from .phases import LIVENESS_S, Phase
@@ -79,7 +80,6 @@ class Faults:
     @contextmanager
     def injected(self) -> Iterator[None]:
         """While it lasts; then all instances are there, and have their memory."""
-        self._is_over.clear()
         self._cluster.scale(self._size)
         threads = [
             threading.Thread(
@@ -91,17 +91,11 @@ class Faults:
             for faults, pause_s in self._works
             if faults
         ]
-        for thread in threads:
-            thread.start()
-        try:
+        with at_work(threads, self._is_over, _ENDS_S, self._tell_late):
             yield
-        finally:
-            self._is_over.set()
-            deadline = time.monotonic() + _ENDS_S
-            for thread in threads:
-                thread.join(max(0.0, deadline - time.monotonic()))
-                if thread.is_alive():
-                    self._tally.lost(f"{thread.name} has not ended after {_ENDS_S:g} s")
+
+    def _tell_late(self, thread: threading.Thread) -> None:
+        self._tally.lost(f"{thread.name} has not ended after {_ENDS_S:g} s")
 
     def _do(
         self, faults: Sequence[Fault], pause_s: tuple[float, float], chance: random.Random

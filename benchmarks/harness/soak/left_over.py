@@ -25,9 +25,21 @@ def holds_nothing(picture: MemoryMap) -> bool:
     return not held and all(strip.state == "parked" for strip in picture.strips)
 
 
-def num_open(pid: int) -> tuple[int, int]:
-    """A process's descriptors and threads."""
-    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+def descriptors(pid: int, home: Path) -> tuple[int, int]:
+    """A process's descriptors: those of files under `home`, and all others."""
+    num_files = num_others = 0
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            is_file = home in link.readlink().parents
+        except OSError:  # closed meanwhile
+            continue
+        num_files, num_others = num_files + is_file, num_others + (not is_file)
+    return num_files, num_others
+
+
+def num_threads(pid: int) -> int:
+    """A process's threads."""
+    return len(os.listdir(f"/proc/{pid}/task"))
 
 
 def rss_bytes(pid: int) -> int:

@@ -14,6 +14,7 @@ from .asks import Mix
 from .models import BASE, INT4, TUNED, Models
 from .options import SoakOptions
 
+KV_DIR = "kv"  # where instances save keys and values, in the soak's home
 PAGE_BYTES = 8192  # 32 tokens of a layer
 _POOL_TOKENS = 2080  # of an instance; a long request has 1,024 of them at home
 _LAYERS = 4
@@ -68,7 +69,7 @@ def _mixed(options: SoakOptions, models: Models, home: Path) -> Phase:
     kinds = _kinds(options) | ({"long": 1} if lends else {})
     more: dict[str, Any] = {"lending": lends}
     if options.has("swaps"):
-        more |= {"swap_memory": _POOL_BYTES // 2, "kv_dir": home / "kv", "kv_dir_limit": "32MiB"}
+        more |= {"swap_memory": _POOL_BYTES // 2, "kv_dir": home / KV_DIR, "kv_dir_limit": "32MiB"}
     if options.has("speculation"):
         more["speculative"] = "ngram"
     voices = {BASE: {}, TUNED: {"model": TUNED}} | _adapters(options, models, BASE)

@@ -6,8 +6,8 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,12 +24,30 @@ from .options import SoakOptions
 from .phases import Phase, phases
 from .reference import Reference
 from .report import draw_plot, results, tables
-from .site import ClusterSite, Site, soak_round
+from .site import ClusterSite, Site
 from .tally import Tally
 
+_NOTES_S = 0.5  # between two looks at what engines have counted
 _ROUND_S = 12.0  # of requests and faults, between two looks at what is left
 _LEAST_S = 24.0  # of a phase, once its instances are there: machines may be slow to start them
 _MOST_PHASE_S = 1200.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Soak:
+    """What all phases have in common.
+
+    Attributes:
+        chance: draws who asks for what and what is done when.
+        tell: shows what is going on.
+        at_rest: while it lasts, nothing but a phase's cluster is at work.
+    """
+
+    options: SoakOptions
+    chance: random.Random
+    tally: Tally
+    tell: Callable[[str], None]
+    at_rest: Callable[[], AbstractContextManager[None]]
 
 
 def run(options: SoakOptions, command: str) -> tuple[Path | None, list[Table], Tally]:
@@ -78,15 +96,18 @@ def _steps(options: SoakOptions, tally: Tally) -> Generator[None, None, None]:
         drawn = dict.fromkeys((phase.name for phase in turns), 0)
         with ExitStack() as stack:
             reference = stack.enter_context(Reference(models, home / "reference.log"))
+            at_rest: Callable[[], AbstractContextManager[None]] = nullcontext
             if options.has("sessions"):
-                stack.enter_context(sessions(options, models, reference, home, tally))
+                desk = sessions(options, models, reference, home, tally)
+                at_rest = stack.enter_context(desk).at_rest
+            soak = _Soak(options=options, chance=chance, tally=tally, tell=tell, at_rest=at_rest)
             phase_s = min(_MOST_PHASE_S, (ends_s - time.monotonic()) / len(turns))
             for phase in itertools.cycle(turns):
                 until_s = min(ends_s, time.monotonic() + phase_s)
                 supply = Supply(reference, phase.mix, seed=options.seed, start=drawn[phase.name])
                 try:
                     supply.wait_for_first()
-                    yield from _phase(phase, options, supply, chance, tally, until_s, tell)
+                    yield from _phase(phase, soak, supply, until_s)
                 finally:
                     supply.close()
                 drawn[phase.name] = supply.num_drawn
@@ -94,35 +115,33 @@ def _steps(options: SoakOptions, tally: Tally) -> Generator[None, None, None]:
                     return
 
 
-def _phase(
-    phase: Phase,
-    options: SoakOptions,
-    supply: Supply,
-    chance: random.Random,
-    tally: Tally,
-    until_s: float,
-    tell: Callable[[str], None],
-) -> Iterator[None]:
+def _phase(phase: Phase, soak: _Soak, supply: Supply, until_s: float) -> Iterator[None]:
     """Rounds on one cluster, one at least; ends early once something is wrong."""
-    tell(f"{phase.name}: {phase.about}")
-    with open_site(phase, options, chance, tally) as (site, front):
-        clients = Clients(front, supply, phase.voices, tally)
+    soak.tell(f"{phase.name}: {phase.about}")
+    with open_site(phase, soak.options, soak.chance, soak.tally) as (site, front):
+        clients = Clients(front, supply, phase.voices, soak.tally)
         until_s = max(until_s, time.monotonic() + _LEAST_S)
         while True:
             seconds = max(_ROUND_S / 2, min(_ROUND_S, until_s - time.monotonic()))
-            soak_round(
-                site,
-                clients,
-                options.clients,
-                seconds,
-                chance,
-                lambda: tell(f"{phase.name}: {phase.about}"),
-            )
+            _round(phase, soak, site, clients, seconds)
             if supply.error is not None:
                 raise supply.error
             yield
-            if not tally.is_right or time.monotonic() > until_s - _ROUND_S / 2:
+            if not soak.tally.is_right or time.monotonic() > until_s - _ROUND_S / 2:
                 return
+
+
+def _round(phase: Phase, soak: _Soak, site: Site, clients: Clients, seconds: float) -> None:
+    """Ask for some time while faults come; then wait for all, and look at what is left."""
+    ends_s = time.monotonic() + seconds
+    with clients.asking(soak.options.clients, soak.chance), site.faults():
+        while (left_s := ends_s - time.monotonic()) > 0:
+            time.sleep(min(_NOTES_S, left_s))
+            site.note()
+            soak.tell(f"{phase.name}: {phase.about}")
+    with soak.at_rest():
+        site.check_idle()
+    soak.tell(f"{phase.name}: {phase.about}")
 
 
 @contextmanager
@@ -132,8 +151,8 @@ def open_site(
     """The cluster of a phase."""
     with phase.open(options.instances) as cluster:
         faults = Faults(cluster, options, phase, chance, tally)
-        kv_dir = phase.options.get("kv_dir")
-        yield ClusterSite(phase.name, cluster, faults, tally, kv_dir), cluster
+        home = phase.models.base.parent
+        yield ClusterSite(phase.name, cluster, faults, tally, home), cluster
 
 
 @contextmanager

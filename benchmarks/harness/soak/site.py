@@ -1,26 +1,25 @@
-"""A phase under way: rounds of requests and faults, and after each a look at what is left."""
+"""What is soaked: what is done to it, what it has done, and what is left when nobody asks."""
 
 import os
-import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol
 
 from ...runtime.cluster.cluster import Cluster
 from ...runtime.engine.memory.memory_map import MemoryMap
+from ...runtime.scheduling.kv_files import MOST_FILES
 from ...vmem.errors import EngineDied
 from . import left_over
-from .clients import Clients
 from .faults import Faults
-from .phases import PAGE_BYTES
+from .phases import KV_DIR, PAGE_BYTES
 from .tally import Process, Tally
 
 FRONT = "the soak itself"
 _IDLE_S = 30.0  # for instances to hold nothing, once nobody asks
-_NOTES_S = 0.5  # between two looks at what engines have counted
 _MOST_OPEN = 16  # descriptors beyond the first count, and what each neighbour takes
+_MOST_FILES = 2 * MOST_FILES  # of the soak's own two engines; more than an instance has
 _MOST_THREADS = 12
 _RSS_SLACK = 64 << 20
 _RSS_SHARE = 0.3
@@ -48,7 +47,7 @@ class ClusterSite:
     Args:
         name: of its phase.
         faults: what is done to it.
-        kv_dir: where its instances save keys and values; None for nowhere.
+        home: where all files of the soak are.
     """
 
     def __init__(
@@ -57,9 +56,9 @@ class ClusterSite:
         cluster: Cluster,
         faults: Faults,
         tally: Tally,
-        kv_dir: Path | None = None,
+        home: Path,
     ) -> None:
-        self._kv_dir = kv_dir
+        self._home = home
         self._name, self._cluster, self._faults, self._tally = name, cluster, faults, tally
         self._turn = f"{name} {time.monotonic()}"
         self._before = cluster.stats()
@@ -102,8 +101,8 @@ class ClusterSite:
             self._tally.leak(f"{self._name}: parked after all was given back: {self._totals()}")
         self._tally.held_pages.append(self._num_held())
         self.note()
-        if self._kv_dir is not None and self._kv_dir.exists():
-            self._tally.there("files of keys and values, at most", len(os.listdir(self._kv_dir)))
+        if (folder := self._home / KV_DIR).exists():
+            self._tally.there("files of keys and values, at most", len(os.listdir(folder)))
         num_died = self._before.done.num_died - self._faults.num_killed
         if num_died > self._num_died:
             self._tally.lost(f"{self._name}: {num_died} instances died by themselves so far")
@@ -112,7 +111,7 @@ class ClusterSite:
             member.pid: f"{self._name}: instance {member.id}"
             for member in self._cluster.router.members_now()
         }
-        look_at(names, self._tally, most_open=_MOST_OPEN + 4 * self._size)
+        look_at(names, self._home, self._tally, most_open=_MOST_OPEN + 4 * self._size)
 
     def _holds_nothing(self) -> bool:
         return all(map(left_over.holds_nothing, self._maps()))
@@ -137,18 +136,21 @@ class ClusterSite:
         raise EngineDied("instances come and go, though nothing is done to them")
 
 
-def look_at(names: dict[int, str], tally: Tally, *, most_open: int) -> None:
+def look_at(names: dict[int, str], home: Path, tally: Tally, *, most_open: int) -> None:
     """Count what processes hold, and compare it with what each held when it was first seen so."""
     for pid, name in names.items():
         try:
-            num_descriptors, num_threads = left_over.num_open(pid)
-            now = Process(name, num_descriptors, num_threads, left_over.rss_bytes(pid))
+            num_files, num_descriptors = left_over.descriptors(pid, home)
+            num_threads, rss_bytes = left_over.num_threads(pid), left_over.rss_bytes(pid)
+            now = Process(name, num_descriptors, num_threads, rss_bytes)
         except OSError:
             tally.leak(f"{name} has ended by itself")
             continue
         seen = tally.processes.setdefault(f"{name}, {pid}", [])
         seen.append(now)
         first = seen[0]
+        if num_files > _MOST_FILES:
+            tally.leak(f"{name} has {num_files} files of keys and values open")
         if now.num_descriptors > first.num_descriptors + most_open:
             tally.leak(
                 f"{name} has {now.num_descriptors} descriptors, and had {first.num_descriptors}"
@@ -159,22 +161,3 @@ def look_at(names: dict[int, str], tally: Tally, *, most_open: int) -> None:
             tally.leak(f"{name} has {now.rss_bytes >> 20} MiB, and had {first.rss_bytes >> 20}")
     if left_over.zombies() and not left_over.wait_until(lambda: not left_over.zombies(), 10.0):
         tally.leak(f"processes that nobody collected: {left_over.zombies()}")
-
-
-def soak_round(
-    site: Site,
-    clients: Clients,
-    number: int,
-    seconds: float,
-    chance: random.Random,
-    on_tick: Callable[[], None],
-) -> None:
-    """Ask for some time while faults come; then wait for all, and look at what is left."""
-    ends_s = time.monotonic() + seconds
-    with clients.asking(number, chance), site.faults():
-        while (left_s := ends_s - time.monotonic()) > 0:
-            time.sleep(min(_NOTES_S, left_s))
-            site.note()
-            on_tick()
-    site.check_idle()
-    on_tick()

@@ -104,8 +104,8 @@ class _Here:
 class _Quiet:
     """One engine to which nothing is done."""
 
-    def __init__(self, tally: Tally) -> None:
-        self._tally = tally
+    def __init__(self, home: Path, tally: Tally) -> None:
+        self._home, self._tally = home, tally
 
     def faults(self) -> Any:
         return nullcontext()
@@ -113,7 +113,7 @@ class _Quiet:
     def note(self) -> None: ...
 
     def check_idle(self) -> None:
-        site.look_at({os.getpid(): site.FRONT}, self._tally, most_open=4)
+        site.look_at({os.getpid(): site.FRONT}, self._home, self._tally, most_open=4)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def quiet(
     def open_site(
         phase: Phase, options: SoakOptions, chance: random.Random, tally: Tally
     ) -> Iterator[Any]:
-        yield _Quiet(tally), engine
+        yield _Quiet(phase.models.base.parent, tally), engine
 
     monkeypatch.setattr(run, "open_site", open_site)
     monkeypatch.setattr(run, "_ROUND_S", 1.0)

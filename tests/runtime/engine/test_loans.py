@@ -1,11 +1,13 @@
 """Loans that are placed: they go where they may be, and come home; what is lent lets more run."""
 
+import time
 from dataclasses import replace
 
 import borrowing
 import pytest
 from borrowing import Lent, expected_of, specs_of, tokens_of
 from transformers import PreTrainedModel
+from vkv.runtime.engine.memory.segments import disconnect_creditor
 from vkv.runtime.model.segments import RemoteHolder
 
 
@@ -163,6 +165,27 @@ def test_one_that_has_to_gives_up(llama: PreTrainedModel) -> None:
         lent.place(at_1=1536)
         lent.drive()
         assert tokens_of(requests) == expected
+
+
+def test_one_that_the_tier_does_not_hold_waits_for_those_that_will_lend(
+    llama: PreTrainedModel,
+) -> None:
+    specs = specs_of([2300, 30], 40)
+    expected = expected_of(llama, specs)
+    with Lent(llama, 2, swap_memory=33 * borrowing.PAGE_BYTES) as lent:
+        disconnect_creditor(lent.engines[0], "1")
+        lent.place()  # a ledger that lends nothing yet
+        loop, engine = lent.llms[0].loop, lent.engines[0]
+        requests = [engine.add(spec)[0] for spec in specs]
+        until_s = time.monotonic() + 3 * borrowing.SHORTAGE_WAIT_S
+        while time.monotonic() < until_s:
+            assert not [output.failure for output in loop.turn() if output.failure is not None]
+        assert requests[0].slot is None
+        lent.meet("1")
+        lent.place(at_1=1536)
+        lent.drive()
+        assert tokens_of(requests) == expected
+        assert lent.loans.lent.num_tokens
 
 
 def test_what_nobody_can_hold_any_more_says_so(llama: PreTrainedModel) -> None:
