@@ -48,6 +48,16 @@ def make_fake(folder: Path, **options: object) -> Worker:
     return Worker([sys.executable, str(script)], {"threads": 1, **options}, folder / "log")
 
 
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vkv` and `vkv-paged` start at once, and repeat the last token of each prompt."""
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    for name in ("vkv", "vkv-paged"):
+        monkeypatch.setitem(SYSTEMS, name, (str(script), {"weighs": 1000, "reads": 1000}))
+    monkeypatch.setattr(throughput, "import_bytes", lambda: 1 << 20)
+
+
 def test_a_worker_answers_fails_and_dies(tmp_path: Path) -> None:
     worker = make_fake(tmp_path, weighs=123)
     timing = worker.run([[1, 2], [3]], [1, 2])
@@ -91,6 +101,7 @@ def test_groups_one_after_the_other_add_up() -> None:
     assert seconds > 0
 
 
+@pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("faster_than_memory", [True, False])
 def test_a_figure_that_cannot_be_is_measured_again_and_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster_than_memory: bool
@@ -116,7 +127,7 @@ def test_a_figure_that_cannot_be_is_measured_again_and_marked(
         dtype="float32",
         threads=1,
         systems=("vkv",),
-        cells=(Cell(name="d", kind="decode", prompt_lens=(5,), output_lens=(7,)),),
+        cells=(Cell(name="d", kind="decode", prompt_lens=(7,), output_lens=(7,)),),
         repeats=1,
     )
     path, tables = throughput.run(options, tmp_path, "vkv bench throughput")
@@ -236,6 +247,7 @@ def _check_decode_limit(record: dict, table: Table, cell: Cell) -> None:
     assert list(table.rows[-1]) == [words, f"{limit:.1f}, {reached:.0%} reached"]
 
 
+@pytest.mark.usefixtures("fakes")
 def test_a_system_that_fails_leaves_the_others(tmp_path: Path) -> None:
     options = ThroughputOptions(
         shape="llama-tiny",
@@ -243,7 +255,7 @@ def test_a_system_that_fails_leaves_the_others(tmp_path: Path) -> None:
         threads=1,
         systems=("vkv",),
         peers={"vllm": sys.executable},  # which has no vllm
-        cells=(Cell(name="r", kind="total", prompt_lens=(5,), output_lens=(7,)),),
+        cells=(Cell(name="r", kind="total", prompt_lens=(7,), output_lens=(7,)),),
         repeats=1,
     )
     path, tables = throughput.run(options, tmp_path, "vkv bench throughput")
@@ -254,6 +266,7 @@ def test_a_system_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert tables[-1].title == "Not measured"
 
 
+@pytest.mark.usefixtures("fakes")
 def test_an_interrupted_run_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +286,7 @@ def test_an_interrupted_run_keeps_what_it_has(
         dtype="float32",
         threads=1,
         systems=("vkv", "vkv-paged"),
-        cells=(Cell(name="r", kind="total", prompt_lens=(5,), output_lens=(7,)),),
+        cells=(Cell(name="r", kind="total", prompt_lens=(7,), output_lens=(7,)),),
         repeats=2,
     )
     path, tables = throughput.run(options, tmp_path, "vkv bench throughput")

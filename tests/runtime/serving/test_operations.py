@@ -17,6 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 from served import Served, children_of, events, is_alive
+from typer.testing import CliRunner
+from vkv.runtime.cli.main import app
+from vkv.vmem.errors import InvalidConfig
 
 CHAT = {"messages": [{"role": "user", "content": "What is 3 + 4?"}], "max_tokens": 8}
 LONG = {"prompt": "hello", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
@@ -300,12 +303,8 @@ def test_an_address_in_use_and_a_model_that_is_not_there(served: Served, tmp_pat
     for arguments, words in (
         (["--port", port], "cannot be listened on"),
         (["--port", "0", str(tmp_path / "nothing")], "nothing"),
-        (["--port", "0", "--key-share", "2"], "key_share is 2"),
-        (["--port", "0", "--chat-template", str(tmp_path / "none")], "chat_template"),
-        (["--port", "0", "--tool-call-parser", "nope"], "nope"),
-        (["--port", "0", "--tool-call-parser", "hf"], "response_template"),
         (["--port", "0", "--tool-call-parser", "hf", "--api-server-count", "2"], "response_templ"),
-        (["--port", "0", "--max-num-seqs", "0"], "max_seqs is 0"),
+        (["--port", "0", "--key-share", "2"], "key_share is 2"),
     ):
         told = subprocess.run(
             [sys.executable, "-m", "vkv.runtime.cli.main", "serve", *arguments],
@@ -315,6 +314,20 @@ def test_an_address_in_use_and_a_model_that_is_not_there(served: Served, tmp_pat
         )
         assert told.returncode == 2, told.stderr
         assert words in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--chat-template", "/nowhere/none", "chat_template"),
+        ("--tool-call-parser", "nope", "tool_call_parser is 'nope'"),
+        ("--max-num-seqs", "0", "max_seqs is 0"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_at_once(option: str, value: str, words: str) -> None:
+    told = CliRunner().invoke(app, ["serve", "--port", "0", option, value])
+    assert isinstance(told.exception, InvalidConfig)
+    assert words in str(told.exception)
 
 
 def _until(condition: object, within_s: float = 30.0) -> None:
