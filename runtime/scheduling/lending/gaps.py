@@ -81,7 +81,8 @@ class Gaps:
             room = self._room(max(b.start - a.stop for a, b in pairwise(found)))
             first.slot = self._open_slot(request, room)
             if first.slot is None:
-                self.note_redo(request)
+                if request.mending is None:  # else who preempts it notes that
+                    self.note_redo(request)
                 return False
             mending.room_tokens = room
         mending.behind, mending.short_since_s = behind, None
@@ -176,7 +177,6 @@ class Gaps:
         for request in running:
             since_s = None if request.mending is None else request.mending.short_since_s
             if since_s is not None and self._clock() - since_s >= patience_s:
-                self.note_redo(request)
                 found.append(request)
         return found
 

@@ -96,6 +96,27 @@ def test_a_long_one_in_line_gets_all_or_nothing() -> None:
     assert sum(_of(found, 1).values()) >= 100
 
 
+def test_who_says_that_it_lacks_something_gets_it_though_others_came_before() -> None:
+    """Its instance lets it in first, whoever came first."""
+    line = _request("a", 60, waits=True, age=9), _request("b", 90, waits=True, age=2)
+    lacks = {"lacking": (("b", 0), 40)}
+    found = ledger.settle(_cluster(_instance(0, *line, **lacks), _instance(1)))
+    assert _of(found, 0)[1] >= 40
+    running = [_request("a", 30), _request("b", 55)]
+    found = ledger.settle(_cluster(_instance(0, *running, lacking=(("b", 0), 10)), _instance(1)))
+    assert _of(found, 0) == {1: 10}
+
+
+def test_what_its_own_tier_holds_nobody_lends() -> None:
+    long = _request("a", 190)
+    found = ledger.settle(_cluster(_instance(0, long, tier_tokens=150), _instance(1)))
+    assert sum(_of(found, 0).values()) <= 40
+    two = [_instance(0, _request("a", 190, age=5), tier_tokens=150), _instance(1)]
+    young = _instance(2, _request("b", 130, age=1))
+    loan = Loan(2, 1, 80)
+    assert not ledger.settle(_cluster(*two, young, loans=(loan,))).give_up
+
+
 def test_the_oldest_has_first_and_the_youngest_gives_up() -> None:
     old, young = _request("a", 200, age=9), _request("b", 130, age=1)
     instances = _instance(0, old), _instance(1, young), _instance(2)
