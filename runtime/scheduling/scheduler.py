@@ -267,7 +267,7 @@ class Scheduler:
 
     def _apply(self, plan: Plan, granted: dict[Request, int]) -> tuple[Request, Refusal] | None:
         """Carry out a plan, as far as memory goes; returns whom it was too short for."""
-        plan, lacking = self._without_loans(plan)
+        plan, lacking = self._able(plan)
         for key in plan.preempt:
             request = self._requests[key]
             granted.pop(request, None)
@@ -300,9 +300,9 @@ class Scheduler:
             budget -= count
         return lacking
 
-    def _without_loans(self, plan: Plan) -> tuple[Plan, tuple[Request, OutOfLoans] | None]:
-        """A plan without newcomers that others would have to lend to first, and the first of them:
-        nobody gives way for that in vain."""
+    def _able(self, plan: Plan) -> tuple[Plan, tuple[Request, OutOfLoans] | None]:
+        """A plan without the first newcomer that others would have to lend to, nor those behind it;
+        and who that is. So nobody gives way for it in vain."""
         if self.tiers.segments is None:
             return plan, None
         for place, key in enumerate(plan.admit):
@@ -329,6 +329,8 @@ class Scheduler:
 
     def _remove(self, request: Request, state: RequestState) -> None:
         request.state = state
+        if self.lacking is not None and self.lacking[0] is request:
+            self.lacking = None
         del self._requests[request.key]
         self.waiting.let_in(request.key)
         self.accounts.left(request)
