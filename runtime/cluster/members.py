@@ -236,25 +236,24 @@ class Members:
             queued_tokens=sum(len(s.spec.prompt_token_ids) for s in fresh),
             residents=_residents(stats, sequences),
             requests=tuple(requests),
-            **self._lending(member, lent),
+            **_lending(member, lent, self._members.values()),
         )
 
-    def _lending(self, member: Member, lent: int) -> dict[str, Any]:
-        """What a picture says of an instance's lending."""
-        lending = member.lending
-        if lending is None:
-            return {}
-        reports = (one.lending for one in self._members.values() if one.lending is not None)
-        is_full = any(member.name in report.refusing for report in reports)
-        lacking = lending.lacking
-        most = lending.max_lent_tokens
-        return {
-            "max_lent_tokens": min(lent, most) if is_full else most,
-            "max_local_tokens": lending.max_local_tokens,
-            "tier_tokens": lending.tier_tokens,
-            "lacking": None if lacking is None else (lacking.key, lacking.num_tokens),
-            "layer_s": lending.layer_s,
-        }
+
+def _lending(member: Member, lent: int, members: Iterable[Member]) -> dict[str, Any]:
+    """What a picture says of an instance's lending, which has so many tokens of others."""
+    lending = member.lending
+    if lending is None:
+        return {}
+    is_full = any(one.lending and member.name in one.lending.refusing for one in members)
+    most, lacking = lending.max_lent_tokens, lending.lacking
+    return {
+        "max_lent_tokens": min(lent, most) if is_full else most,
+        "max_local_tokens": lending.max_local_tokens,
+        "tier_tokens": lending.tier_tokens,
+        "lacking": None if lacking is None else (lacking.key, lacking.num_tokens),
+        "layer_s": lending.layer_s,
+    }
 
 
 def _costs(members: Iterable[Member]) -> Costs:

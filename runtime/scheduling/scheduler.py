@@ -18,6 +18,7 @@ from ..speculation import Speculation
 from .accounts import Accounts
 from .lines import lines_for
 from .plan import Plan, Policy
+from .segments import Segments
 from .snapshot import Snapshot
 from .tiers import Tiers, live_donor
 from .views import running_view, waiting_view
@@ -267,7 +268,7 @@ class Scheduler:
 
     def _apply(self, plan: Plan, granted: dict[Request, int]) -> tuple[Request, Refusal] | None:
         """Carry out a plan, as far as memory goes; returns whom it was too short for."""
-        plan, lacking = self._able(plan)
+        plan, lacking = _able(plan, self._requests, self.tiers.segments)
         for key in plan.preempt:
             request = self._requests[key]
             granted.pop(request, None)
@@ -299,19 +300,6 @@ class Scheduler:
                 granted[request] = count
             budget -= count
         return lacking
-
-    def _able(self, plan: Plan) -> tuple[Plan, tuple[Request, OutOfLoans] | None]:
-        """A plan without the first newcomer that others would have to lend to, nor those behind it;
-        and who that is. So nobody gives way for it in vain."""
-        if self.tiers.segments is None:
-            return plan, None
-        for place, key in enumerate(plan.admit):
-            request = self._requests[key]
-            try:
-                self.tiers.segments.check_loans(request)
-            except OutOfLoans as refusal:
-                return plan.of_first(place), (request, refusal)
-        return plan, None
 
     def preempt(self, request: Request, *, keep: bool = True) -> None:
         """Take a request's slot away; it will be computed again. Its tokens are kept.
@@ -447,6 +435,21 @@ def _look_ahead(
         else:
             target = min(end + max_batch_tokens, request.num_tokens)
         cache.look_ahead(request.slot, target)
+
+
+def _able(
+    plan: Plan, requests: Mapping[SequenceKey, Request], segments: Segments | None
+) -> tuple[Plan, tuple[Request, OutOfLoans] | None]:
+    """A plan without the first newcomer that others would have to lend to, nor those behind it; and
+    who that is. So nobody gives way for it in vain."""
+    if segments is None:
+        return plan, None
+    for place, key in enumerate(plan.admit):
+        try:
+            segments.check_loans(requests[key])
+        except OutOfLoans as refusal:
+            return plan.of_first(place), (requests[key], refusal)
+    return plan, None
 
 
 def _without_loans(running: Sequence[Request], request: Request) -> Request | None:

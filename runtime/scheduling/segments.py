@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ...allocator import Exits, Slot, SlotCache
-from ...allocator.transfer import Segment, SegmentTier, split_off
+from ...allocator.transfer import Segment, SegmentTier, split_off, tokens_in
 from ...vmem.errors import DriverError, OutOfLoans, Shortage
 from ..request.request import Request
 from .kv_files import KVFiles
-from .lending import Gaps, Loans, tokens_in
+from .lending import Gaps, Loans
 
 
 class Segments:
@@ -129,18 +129,8 @@ class Segments:
         """Tokens of a long request that others have to take in so that it can begin, or go on."""
         if request.slot is not None:
             return self._part_tokens
-        return max(0, request.num_tokens - self.local_tokens - self._tier_room())
-
-    def tier_tokens(self, running: Sequence[Request]) -> int:
-        """Tokens of long requests that are in the tier, and those that it has room for."""
-        held = sum(r.segment.num_tokens for r in running if r.segment is not None)
-        return held + self._tier_room()
-
-    def _tier_room(self) -> int:
-        if self.tier is None:
-            return 0
-        far = self.tier.far
-        return self.tier.whole_parts(max(0, tokens_in(far, far.num_obtainable())))
+        room = 0 if self.tier is None else self.tier.room_tokens
+        return max(0, request.num_tokens - self.local_tokens - room)
 
     def _begin(self, tier: SegmentTier, request: Request, tokens: Sequence[int]) -> Segment:
         """What a file or the tier has of a request, in the tier, and the promise of memory there
@@ -160,8 +150,8 @@ class Segments:
                 tier.far, tokens, request.variant, least=least, exits=tier.exits
             )
         wanted = tier.whole_parts(request.num_tokens)
-        if self._may_borrow():
-            wanted = min(wanted, self._tier_room())
+        if self.loans.has_lenders:
+            wanted = min(wanted, tier.room_tokens)
         return tier.begin(tokens, request.variant, num_reserved=wanted, found=found)
 
     def make_room(self, request: Request, count: int) -> int:
@@ -240,19 +230,14 @@ class Segments:
             request.lent += self.loans.lend(slot, request.slot_start, num_tokens)
             return
         except OutOfLoans:
-            if not self._make_way() and self._may_borrow():
+            if not self._make_way() and self.loans.has_lenders:
                 raise
         try:
             self._append(tier, request, slot, num_tokens)
         except Shortage as shortage:
-            if not self._may_borrow():
+            if not self.loans.has_lenders:
                 raise
             raise OutOfLoans(f"nobody takes in what the tier does not: {shortage}") from shortage
-
-    def _may_borrow(self) -> bool:
-        """Whether others take tokens in, now or once they are told to."""
-        loans = self.loans
-        return bool(loans.creditors) or (loans.limits is not None and loans.has_lenders)
 
     def _append(self, tier: SegmentTier, request: Request, slot: Slot, num_tokens: int) -> None:
         segment = request.segment or tier.begin(())

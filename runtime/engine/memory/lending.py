@@ -1,9 +1,11 @@
 """What an engine says of its loans, and what it is told to borrow."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from ...request.request import Request
 from ...request.spec import SequenceKey
 from .segments import PART_TOKENS, SPARE_TOKENS, longest_alone
 
@@ -127,8 +129,15 @@ def report_of(engine: "Engine", unreachable: tuple[str, ...] = ()) -> LendingRep
         unreachable=unreachable,
         refusing=loans.refusing(),
         lacking=_lacking(engine.scheduler, segments),
-        tier_tokens=segments.tier_tokens(engine.scheduler.running),
+        tier_tokens=_tier_tokens(segments, engine.scheduler.running),
     )
+
+
+def _tier_tokens(segments: "Segments", running: Iterable[Request]) -> int:
+    if segments.tier is None:
+        return 0
+    held = sum(request.segment.num_tokens for request in running if request.segment is not None)
+    return held + segments.tier.room_tokens
 
 
 def _lacking(scheduler: "Scheduler", segments: "Segments") -> Lacking | None:

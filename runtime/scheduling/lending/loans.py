@@ -108,6 +108,7 @@ class Loans:
         self._cache = cache
         self._exits = exits
         self._part_tokens = part_tokens
+        self._token_bytes = cache.geometry.token_format.token_bytes
         self._clock = clock
         self._num_lent: Counter[str] = Counter()
         self._refused_s: dict[str, float] = {}  # when somebody took nothing in, though it might
@@ -190,7 +191,7 @@ class Loans:
         Raises OutOfLoans, with nothing lent, if they have not got room for all.
         """
         lent = self._lend(lambda a, b: self._cache.spans(slot, a, b), position, num_tokens)
-        self._count(self.lent, len(lent), num_tokens)
+        _count(self.lent, len(lent), num_tokens, self._token_bytes)
         return lent
 
     def _lend(
@@ -329,7 +330,7 @@ class Loans:
         request.lent.remove(one)
         self._exits.let_go(slot)
         self.give_back([one])
-        self._count(self.came_home, 1, num_tokens)
+        _count(self.came_home, 1, num_tokens, self._token_bytes)
 
     def _move_on(self, request: Request, one: Lent) -> None:
         """Have others take tokens of another creditor, by way of this process.
@@ -357,9 +358,10 @@ class Loans:
         place = lent.index(one)
         lent[place : place + 1] = found
         self.give_back([one])
-        self._count(self.moved_on, 1, one.stop - one.start)
+        _count(self.moved_on, 1, one.stop - one.start, self._token_bytes)
 
-    def _count(self, stats: MoveStats, num_moves: int, num_tokens: int) -> None:
-        stats.num_moves += num_moves
-        stats.num_tokens += num_tokens
-        stats.num_bytes += num_tokens * self._cache.geometry.token_format.token_bytes
+
+def _count(stats: MoveStats, num_moves: int, num_tokens: int, token_bytes: int) -> None:
+    stats.num_moves += num_moves
+    stats.num_tokens += num_tokens
+    stats.num_bytes += num_tokens * token_bytes
