@@ -512,6 +512,7 @@ static void work(void *data) {
 }
 
 int64_t vkv_attend(const struct vkv_attention *args) {
+    if (!args->num_seqs) return 0;
     int64_t target, total;
     struct plan plan = make_plan(args, &target);
     if (args->workspace_bytes < plan.total_bytes) return plan.total_bytes;

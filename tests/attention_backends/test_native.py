@@ -264,6 +264,15 @@ def test_one_backend_serves_many_batches_and_layers():
             assert_matches(backend, ReferenceBackend(), make_problem(case))
 
 
+def test_of_no_sequence_there_is_nothing_to_do():
+    problem = make_problem(Case(chunks=((1, 9),)))
+    out, lse = NativeBackend().forward_lse(
+        problem.query[:0], *problem.args[1:3], batch_of((), ()), problem.layer
+    )
+    assert out.shape == (0, *problem.query.shape[1:])
+    assert lse.shape == out.shape[:2]
+
+
 @st.composite
 def cases(draw) -> Case:
     kv_heads = draw(st.sampled_from([1, 2, 3]))

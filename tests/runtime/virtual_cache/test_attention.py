@@ -159,6 +159,15 @@ def test_each_way_gives_the_same(dtype, softcap, sinks, num_queries, monkeypatch
         torch.testing.assert_close(found.double(), expected, atol=bound, rtol=bound)
 
 
+def test_an_empty_batch_has_an_empty_result():
+    module = torch.nn.Module()
+    module.is_causal = True
+    shapes = (0, 5, 8, 16), (0, 5, 2, 16), (0, 5, 2, 24)
+    states = (torch.randn(shape).transpose(1, 2) for shape in shapes)  # heads side by side
+    out, _ = attention.vkv_attention(module, *states, None)
+    assert out.shape == (0, 5, 8, 24)
+
+
 def test_gradients_flow_as_through_sdpa():
     theirs, ours = (copy.deepcopy(model) for model in models("llama"))
     theirs.set_attn_implementation("sdpa")
