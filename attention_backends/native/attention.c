@@ -73,7 +73,7 @@ struct block {
 };
 
 struct plan {
-    int64_t num_shares, num_parts, scratch_bytes, part_bytes;
+    int64_t num_shares, num_parts, cost, scratch_bytes, part_bytes;
     int64_t shares_at, left_at, parts_at, scratch_at, total_bytes;
     int32_t max_rows, query_words, value_width, levels;
 };
@@ -206,29 +206,35 @@ static int64_t parts_of_keys(const struct vkv_attention *args, int32_t tile_quer
     return parts;
 }
 
-/* Queries of a tile, and KV heads of a share: many, unless threads would be left without work. */
-static void tile_shape(const struct vkv_attention *args, int32_t *tile_queries,
-                       int32_t *tile_heads) {
+/* How work is cut: rows of a share, queries of a tile and KV heads of a share, each at most. */
+struct tiling {
+    int32_t rows, queries, heads;
+};
+
+/* Large ones, unless threads would be left without work. */
+static struct tiling tiling_of(const struct vkv_attention *args) {
     const int32_t group = args->num_heads / args->num_kv_heads;
     const int32_t num_tokens = args->query_starts[args->num_seqs];
     const int64_t wanted = args->num_threads > 1 ? SHARES_A_THREAD * args->num_threads : 1;
-    int64_t rows = (int64_t)num_tokens * args->num_heads / wanted;
-    rows = min64(max64(rows, MIN_ROWS), MAX_ROWS);
-    *tile_queries = (int32_t)max64(1, rows / group);
-    *tile_heads = 1;
+    const int64_t rows = (int64_t)num_tokens * args->num_heads / wanted;
+    struct tiling tiling = {.rows = (int32_t)min64(max64(rows, MIN_ROWS), MAX_ROWS), .heads = 1};
+    tiling.queries = (int32_t)max64(1, tiling.rows / group);
     if (args->key_head_stride != args->key_dim || args->value_head_stride != args->value_dim)
-        return; /* each head is a stream of its own */
-    /* A decode's tile is one query: take several heads at once, which lie side by side. */
-    const int64_t queries = max64(1, num_tokens / args->num_seqs);
-    int64_t heads = min64(max64(1, rows / (group * min64(queries, *tile_queries))),
-                          args->num_kv_heads);
+        return tiling; /* each head is a stream of its own */
+    tiling.heads = args->num_kv_heads;
     if (args->num_threads > 1) { /* few short sequences: fewer heads, so that there are shares */
-        const int64_t parts = parts_of_keys(args, *tile_queries);
-        while (heads > 1 &&
-               parts * ((args->num_kv_heads + heads - 1) / heads) < 2 * args->num_threads)
-            heads = (heads + 1) / 2;
+        const int64_t parts = parts_of_keys(args, tiling.queries), kv_heads = args->num_kv_heads;
+        while (tiling.heads > 1 &&
+               parts * ((kv_heads + tiling.heads - 1) / tiling.heads) < 2 * args->num_threads)
+            tiling.heads = (tiling.heads + 1) / 2;
     }
-    *tile_heads = (int32_t)heads;
+    return tiling;
+}
+
+/* KV heads of a share with so many queries. Of a decode, which has one, several at once, which lie
+ * side by side; of a prompt chunk beside it no more than its rows allow. */
+static int32_t heads_of_share(const struct tiling *tiling, int32_t group, int32_t num_queries) {
+    return (int32_t)min64(max64(1, tiling->rows / (group * num_queries)), tiling->heads);
 }
 
 /* What a share costs, in keys times rows, with the packing counted as some rows more. */
@@ -244,64 +250,73 @@ static int32_t last_part_of(const struct vkv_attention *args, int32_t seq) {
     return first_part_of(args, seq) + (args->kv_lens[seq] + PART - 1) / PART;
 }
 
+/* Cuts the keys of a share, which has its queries and KV heads, in shares of about `target`. */
+static void cut_keys(const struct vkv_attention *args, struct share share, int64_t target,
+                     struct share *shares, struct plan *plan) {
+    const int32_t num_queries = share.last_query - share.first_query;
+    const int32_t num_heads = share.last_head - share.first_head;
+    share.num_rows = num_queries * num_heads * (args->num_heads / args->num_kv_heads);
+    plan->max_rows = (int32_t)max64(plan->max_rows, share.num_rows);
+    const int32_t last =
+        (int32_t)min64(args->kv_lens[share.seq], share.first_position + num_queries);
+    int32_t first = 0;
+    if (args->window && share.first_position >= args->window)
+        first = (int32_t)min64(last, share.first_position - args->window + 1);
+    const int64_t work = cost(last - first, share.num_rows, num_heads);
+    plan->cost += work;
+    const int32_t first_part = first / PART;
+    const int32_t parts = (int32_t)max64(1, (last + PART - 1) / PART - first_part);
+    const int64_t wanted = target ? max64(min64(work / target, parts), 1) : 1;
+    const int32_t stretch = (int32_t)((parts + wanted - 1) / wanted); /* in parts */
+    share.num_shares = (parts + stretch - 1) / stretch;
+    share.num_parts = parts;
+    share.first_part = (int32_t)plan->num_parts;
+    share.tile_part = first_part_of(args, share.seq) + first_part;
+    for (int32_t p = 0; p < parts; p += stretch, plan->num_shares++) {
+        share.part = p;
+        share.first_key = p ? (first_part + p) * PART : first;
+        share.last_key = (int32_t)min64(last, (int64_t)(first_part + p + stretch) * PART);
+        if (shares) shares[plan->num_shares] = share;
+    }
+    if (share.num_shares > 1) plan->num_parts += parts;
+}
+
 /* Cuts the work; with `shares` NULL only counts. Each tile is cut in shares of about `target`. */
 static void cut(const struct vkv_attention *args, struct share *shares, int64_t target,
-                int64_t *num_shares, int64_t *num_parts, int64_t *total_cost) {
+                struct plan *plan) {
     const int32_t group = args->num_heads / args->num_kv_heads;
-    int32_t tile_queries, tile_heads;
-    tile_shape(args, &tile_queries, &tile_heads);
-    *num_shares = *num_parts = *total_cost = 0;
+    const struct tiling tiling = tiling_of(args);
+    plan->num_shares = plan->num_parts = plan->cost = plan->max_rows = 0;
     for (int32_t b = 0; b < args->num_seqs; b++) {
         const int32_t begin = args->query_starts[b], end = args->query_starts[b + 1];
         const int32_t before = /* tokens before the queries, from row 0 on */
             args->positions ? args->positions[b] : args->kv_lens[b] - (end - begin);
-        for (int32_t q = begin; q < end; q += tile_queries)
-            for (int32_t h = 0; h < args->num_kv_heads; h += tile_heads) {
-                struct share share = {.seq = b, .first_query = q, .first_head = h};
-                share.last_query = (int32_t)min64(end, q + tile_queries);
-                share.last_head = (int32_t)min64(args->num_kv_heads, h + tile_heads);
-                share.first_position = before + q - begin;
-                share.num_rows =
-                    (share.last_query - q) * group * (share.last_head - share.first_head);
-                const int32_t last =
-                    (int32_t)min64(args->kv_lens[b], before + share.last_query - begin);
-                int32_t first = 0;
-                if (args->window && share.first_position >= args->window)
-                    first = (int32_t)min64(last, share.first_position - args->window + 1);
-                const int64_t work =
-                    cost(last - first, share.num_rows, share.last_head - share.first_head);
-                *total_cost += work;
-                const int32_t first_part = first / PART;
-                const int32_t parts = (int32_t)max64(1, (last + PART - 1) / PART - first_part);
-                const int64_t wanted = target ? max64(min64(work / target, parts), 1) : 1;
-                const int32_t stretch = (int32_t)((parts + wanted - 1) / wanted); /* in parts */
-                share.num_shares = (parts + stretch - 1) / stretch;
-                share.num_parts = parts;
-                share.first_part = (int32_t)*num_parts;
-                share.tile_part = first_part_of(args, b) + first_part;
-                for (int32_t p = 0; p < parts; p += stretch, ++*num_shares) {
-                    share.part = p;
-                    share.first_key = p ? (first_part + p) * PART : first;
-                    share.last_key = (int32_t)min64(last, (int64_t)(first_part + p + stretch) * PART);
-                    if (shares) shares[*num_shares] = share;
-                }
-                if (share.num_shares > 1) *num_parts += parts;
+        const int32_t queries = (int32_t)min64(end - begin, tiling.queries);
+        for (int32_t q = begin; q < end; q += queries) {
+            const int32_t heads = heads_of_share(&tiling, group, queries);
+            for (int32_t h = 0; h < args->num_kv_heads; h += heads) {
+                const struct share share = {
+                    .seq = b,
+                    .first_query = q,
+                    .last_query = (int32_t)min64(end, q + queries),
+                    .first_head = h,
+                    .last_head = (int32_t)min64(args->num_kv_heads, h + heads),
+                    .first_position = before + q - begin,
+                };
+                cut_keys(args, share, target, shares, plan);
             }
+        }
     }
 }
 
 static struct plan make_plan(const struct vkv_attention *args, int64_t *target) {
     struct plan plan = {0};
-    int32_t tile_queries, tile_heads;
-    int64_t total;
     *target = 0;
-    cut(args, NULL, 0, &plan.num_shares, &plan.num_parts, &total);
+    cut(args, NULL, 0, &plan);
     if (args->num_threads > 1) {
-        *target = max64(1, total / (SHARES_A_THREAD * args->num_threads));
-        cut(args, NULL, *target, &plan.num_shares, &plan.num_parts, &total);
+        *target = max64(1, plan.cost / (SHARES_A_THREAD * args->num_threads));
+        cut(args, NULL, *target, &plan);
     }
-    tile_shape(args, &tile_queries, &tile_heads);
-    plan.max_rows = tile_queries * tile_heads * (args->num_heads / args->num_kv_heads);
     plan.query_words = (int32_t)round_up(args->key_dim, 32);
     plan.value_width = (int32_t)round_up(args->value_dim, 16);
     int32_t num_parts = 1;
@@ -513,12 +528,12 @@ static void work(void *data) {
 
 int64_t vkv_attend(const struct vkv_attention *args) {
     if (!args->num_seqs) return 0;
-    int64_t target, total;
+    int64_t target;
     struct plan plan = make_plan(args, &target);
     if (args->workspace_bytes < plan.total_bytes) return plan.total_bytes;
     struct share *shares = (void *)((char *)args->workspace + plan.shares_at);
     int32_t *left = (void *)((char *)args->workspace + plan.left_at);
-    cut(args, shares, target, &plan.num_shares, &plan.num_parts, &total);
+    cut(args, shares, target, &plan);
     for (int64_t i = 0; i < plan.num_shares; i++)
         if (shares[i].num_shares > 1) left[shares[i].first_part] = shares[i].num_shares;
     struct job job = {.args = args, .plan = &plan};

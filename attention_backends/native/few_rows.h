@@ -205,7 +205,7 @@ static void NAME(attend_few)(const struct vkv_attention *args, const struct shar
                        first * key_stride + share->first_head * key_head;
     const char *values = (const char *)args->values + item * slot * args->value_slot_stride +
                          first * value_stride + share->first_head * value_head;
-    /* A share has one head, or heads that lie side by side (tile_shape): a token's are one row. */
+    /* A share has one head, or heads that lie side by side (tiling_of): a token's are one row. */
     const int64_t num_heads = share->last_head - share->first_head;
     struct ahead key_rows = {.row = keys,
                              .stride = key_stride,

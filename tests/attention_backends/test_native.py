@@ -264,6 +264,36 @@ def test_one_backend_serves_many_batches_and_layers():
             assert_matches(backend, ReferenceBackend(), make_problem(case))
 
 
+def workspace_bytes(
+    chunks: Sequence[tuple[int, int]], heads: tuple[int, int], dim: int, num_threads: int
+) -> int:
+    """What the kernel asks for, told of a problem whose tensors need not be there."""
+    batch = batch_of(chunks, range(len(chunks)))
+    args = native.AttentionArgs(
+        query_starts=batch.cu_seqlens_q.data_ptr(),
+        kv_lens=batch.seqused_k.data_ptr(),
+        slots=batch.slot_ids.data_ptr(),
+        key_head_stride=dim,
+        value_head_stride=dim,
+        num_seqs=len(chunks),
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        key_dim=dim,
+        value_dim=dim,
+        num_threads=num_threads,
+    )
+    attend = native.library().vkv_attend
+    attend.restype = ctypes.c_int64
+    return attend(ctypes.byref(args))
+
+
+def test_a_share_has_few_rows_of_a_prompt_beside_decodes():
+    """At most 512: the workspace holds a share's rows for each thread."""
+    chunks = ((1, 300),) * 31 + ((512, 512),)
+    alone = workspace_bytes(chunks[-1:], (32, 32), 128, num_threads=2)
+    assert workspace_bytes(chunks, (32, 32), 128, num_threads=2) < 1.2 * alone < 4 << 20
+
+
 def test_of_no_sequence_there_is_nothing_to_do():
     problem = make_problem(Case(chunks=((1, 9),)))
     out, lse = NativeBackend().forward_lse(
