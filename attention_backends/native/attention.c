@@ -39,10 +39,12 @@ struct share {
     int32_t first_position; /* of first_query, within its sequence */
     int32_t num_rows;
     int32_t num_shares; /* that the keys of this tile are cut in */
-    int32_t first_part; /* of several: index of the tile's first part in the workspace */
-    int32_t num_parts;  /* of the tile; they lie side by side */
+    int32_t num_parts;  /* of the tile */
     int32_t part;       /* which of them is this share's first */
     int32_t tile_part;  /* the tile's first part, among those of the sequence */
+    /* Of several, which leave their parts in the workspace: */
+    int32_t cut_tile; /* index of the tile among those that are cut */
+    int64_t kept_at;  /* where its parts lie side by side, in bytes behind those of other tiles */
 };
 
 /* What a thread works in. */
@@ -73,8 +75,8 @@ struct block {
 };
 
 struct plan {
-    int64_t num_shares, num_parts, cost, scratch_bytes, part_bytes;
-    int64_t shares_at, left_at, parts_at, scratch_at, total_bytes;
+    int64_t num_shares, num_cut_tiles, kept_bytes, cost, scratch_bytes;
+    int64_t shares_at, left_at, kept_at, scratch_at, total_bytes;
     int32_t max_rows, query_words, value_width, levels;
 };
 
@@ -250,6 +252,11 @@ static int32_t last_part_of(const struct vkv_attention *args, int32_t seq) {
     return first_part_of(args, seq) + (args->kv_lens[seq] + PART - 1) / PART;
 }
 
+/* Bytes of a part that is kept in the workspace. */
+static int64_t bytes_of_part(const struct plan *plan, int32_t num_rows) {
+    return round_up((int64_t)sizeof(float) * num_rows * (plan->value_width + 2), 64);
+}
+
 /* Cuts the keys of a share, which has its queries and KV heads, in shares of about `target`. */
 static void cut_keys(const struct vkv_attention *args, struct share share, int64_t target,
                      struct share *shares, struct plan *plan) {
@@ -270,7 +277,8 @@ static void cut_keys(const struct vkv_attention *args, struct share share, int64
     const int32_t stretch = (int32_t)((parts + wanted - 1) / wanted); /* in parts */
     share.num_shares = (parts + stretch - 1) / stretch;
     share.num_parts = parts;
-    share.first_part = (int32_t)plan->num_parts;
+    share.cut_tile = (int32_t)plan->num_cut_tiles;
+    share.kept_at = plan->kept_bytes;
     share.tile_part = first_part_of(args, share.seq) + first_part;
     for (int32_t p = 0; p < parts; p += stretch, plan->num_shares++) {
         share.part = p;
@@ -278,7 +286,10 @@ static void cut_keys(const struct vkv_attention *args, struct share share, int64
         share.last_key = (int32_t)min64(last, (int64_t)(first_part + p + stretch) * PART);
         if (shares) shares[plan->num_shares] = share;
     }
-    if (share.num_shares > 1) plan->num_parts += parts;
+    if (share.num_shares > 1) {
+        plan->num_cut_tiles++;
+        plan->kept_bytes += parts * bytes_of_part(plan, share.num_rows);
+    }
 }
 
 /* Cuts the work; with `shares` NULL only counts. Each tile is cut in shares of about `target`. */
@@ -286,7 +297,7 @@ static void cut(const struct vkv_attention *args, struct share *shares, int64_t 
                 struct plan *plan) {
     const int32_t group = args->num_heads / args->num_kv_heads;
     const struct tiling tiling = tiling_of(args);
-    plan->num_shares = plan->num_parts = plan->cost = plan->max_rows = 0;
+    plan->num_shares = plan->num_cut_tiles = plan->kept_bytes = plan->cost = plan->max_rows = 0;
     for (int32_t b = 0; b < args->num_seqs; b++) {
         const int32_t begin = args->query_starts[b], end = args->query_starts[b + 1];
         const int32_t before = /* tokens before the queries, from row 0 on */
@@ -310,15 +321,14 @@ static void cut(const struct vkv_attention *args, struct share *shares, int64_t 
 }
 
 static struct plan make_plan(const struct vkv_attention *args, int64_t *target) {
-    struct plan plan = {0};
+    struct plan plan = {.query_words = (int32_t)round_up(args->key_dim, 32),
+                        .value_width = (int32_t)round_up(args->value_dim, 16)};
     *target = 0;
     cut(args, NULL, 0, &plan);
     if (args->num_threads > 1) {
         *target = max64(1, plan.cost / (SHARES_A_THREAD * args->num_threads));
         cut(args, NULL, *target, &plan);
     }
-    plan.query_words = (int32_t)round_up(args->key_dim, 32);
-    plan.value_width = (int32_t)round_up(args->value_dim, 16);
     int32_t num_parts = 1;
     for (int32_t b = 0; b < args->num_seqs; b++)
         num_parts = (int32_t)max64(num_parts, last_part_of(args, b));
@@ -330,11 +340,10 @@ static struct plan make_plan(const struct vkv_attention *args, int64_t *target) 
     plan.scratch_bytes =
         round_up(plan.max_rows * row_bytes + block_bytes + 16 * SOFTMAX_ROWS * BLOCK, 64) +
         64 * (7 + 3 * num_sums);
-    plan.part_bytes = round_up(4 * plan.max_rows * (plan.value_width + 2), 64);
     plan.shares_at = 0;
     plan.left_at = round_up(plan.num_shares * (int64_t)sizeof(struct share), 64);
-    plan.parts_at = round_up(plan.left_at + 4 * plan.num_parts, 64);
-    plan.scratch_at = plan.parts_at + plan.num_parts * plan.part_bytes;
+    plan.kept_at = round_up(plan.left_at + 4 * plan.num_cut_tiles, 64);
+    plan.scratch_at = plan.kept_at + plan.kept_bytes;
     plan.total_bytes = plan.scratch_at + args->num_threads * plan.scratch_bytes;
     return plan;
 }
@@ -431,13 +440,13 @@ static void write_rows(const struct vkv_attention *args, const struct share *sha
             }
 }
 
-/* A part in the workspace. */
+/* A part of a share's tile, kept in the workspace. */
 static struct sums kept_part(const struct vkv_attention *args, const struct plan *plan,
-                             int64_t part) {
-    float *at = (float *)((char *)args->workspace + plan->parts_at + part * plan->part_bytes);
-    return (struct sums){.out = at,
-                         .peaks = at + (int64_t)plan->max_rows * plan->value_width,
-                         .weights = at + (int64_t)plan->max_rows * (plan->value_width + 1)};
+                             const struct share *share, int64_t part) {
+    float *const at = (float *)((char *)args->workspace + plan->kept_at + share->kept_at +
+                                part * bytes_of_part(plan, share->num_rows));
+    float *const peaks = at + (int64_t)share->num_rows * plan->value_width;
+    return (struct sums){.out = at, .peaks = peaks, .weights = peaks + share->num_rows};
 }
 
 /* -- threads --------------------------------------------------------------------------------- */
@@ -493,21 +502,24 @@ static void attend_share(const struct job *job, const struct share *share, struc
         if (is_whole) {
             add_part(args, share, s, 1);
         } else {
-            const struct sums kept = kept_part(args, plan, share->first_part + part);
+            const struct sums kept = kept_part(args, plan, share, part);
             copy_sums(&kept, &s->part, share->num_rows, s->value_width);
         }
         at = end;
     }
-    if (!is_whole) {
-        int32_t *left = (int32_t *)((char *)args->workspace + plan->left_at) + share->first_part;
-        if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL)) return;
-        begin_tile(args, share, s);
-        for (part = 0; part < share->num_parts; part++) {
-            s->part = kept_part(args, plan, share->first_part + part);
-            add_part(args, share, s, 1);
-        }
+    if (is_whole) {
+        end_tile(args, share, s);
+        return;
     }
-    end_tile(args, share, s);
+    int32_t *left = (int32_t *)((char *)args->workspace + plan->left_at) + share->cut_tile;
+    if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL)) return;
+    struct scratch sum = *s; /* takes the memory of parts in exchange, too small for other tiles */
+    begin_tile(args, share, &sum);
+    for (part = 0; part < share->num_parts; part++) {
+        sum.part = kept_part(args, plan, share, part);
+        add_part(args, share, &sum, 1);
+    }
+    end_tile(args, share, &sum);
 }
 
 static void work(void *data) {
@@ -535,7 +547,7 @@ int64_t vkv_attend(const struct vkv_attention *args) {
     int32_t *left = (void *)((char *)args->workspace + plan.left_at);
     cut(args, shares, target, &plan);
     for (int64_t i = 0; i < plan.num_shares; i++)
-        if (shares[i].num_shares > 1) left[shares[i].first_part] = shares[i].num_shares;
+        if (shares[i].num_shares > 1) left[shares[i].cut_tile] = shares[i].num_shares;
     struct job job = {.args = args, .plan = &plan};
     if (args->num_threads > 1 && args->parallel && plan.num_shares > 1)
         args->parallel(work, &job, (unsigned)args->num_threads, 0);

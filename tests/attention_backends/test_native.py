@@ -294,6 +294,12 @@ def test_a_share_has_few_rows_of_a_prompt_beside_decodes():
     assert workspace_bytes(chunks, (32, 32), 128, num_threads=2) < 1.2 * alone < 4 << 20
 
 
+def test_parts_of_decodes_take_no_room_for_the_rows_of_a_prompt():
+    decodes, chunk = ((1, 128 << 10),) * 2, ((512, 512),)
+    apart = [workspace_bytes(chunks, (32, 8), 128, num_threads=16) for chunks in (decodes, chunk)]
+    assert workspace_bytes(decodes + chunk, (32, 8), 128, num_threads=16) < 2 * sum(apart)
+
+
 def test_of_no_sequence_there_is_nothing_to_do():
     problem = make_problem(Case(chunks=((1, 9),)))
     out, lse = NativeBackend().forward_lse(
