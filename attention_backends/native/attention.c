@@ -34,6 +34,10 @@ enum {
 
 #define LOG2E 1.44269504f
 
+static int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
 struct share {
     int32_t seq, first_query, last_query, first_head, last_head, first_key, last_key;
     int32_t first_position; /* of first_query, within its sequence */
@@ -191,10 +195,6 @@ void vkv_limit_instruction_set(const char *name) {
 }
 
 /* -- the plan -------------------------------------------------------------------------------- */
-
-static int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Parts of keys that tiles of so many queries have, of one KV head. */
 static int64_t parts_of_keys(const struct vkv_attention *args, int32_t tile_queries) {

@@ -169,6 +169,22 @@ static void NAME(copy_some)(const char *rows, int64_t stride, int first, int las
         memcpy(goal + t * row_bytes, rows + t * stride, (size_t)row_bytes);
 }
 
+/* Fetches tokens of a share's KV heads, which lie side by side, to the second cache. */
+static void NAME(fetch_tokens)(const struct vkv_attention *args, const struct share *share,
+                               int first, int last) {
+    const int64_t slot = args->slots[share->seq], num_heads = share->last_head - share->first_head;
+    const uint16_t *keys = (const uint16_t *)args->keys + slot * args->key_slot_stride +
+                           share->first_head * args->key_head_stride;
+    const uint16_t *values = (const uint16_t *)args->values + slot * args->value_slot_stride +
+                             share->first_head * args->value_head_stride;
+    for (int64_t t = first; t < last; t++) {
+        for (int64_t i = 0; i < num_heads * args->key_dim; i += 32)
+            __builtin_prefetch(keys + t * args->key_token_stride + i, 0, 2);
+        for (int64_t i = 0; i < num_heads * args->value_dim; i += 32)
+            __builtin_prefetch(values + t * args->value_token_stride + i, 0, 2);
+    }
+}
+
 /* A part of few rows, PAIR_TOKENS at a time on a grid, while as many are fetched. */
 static void NAME(attend_few)(const struct vkv_attention *args, const struct share *share,
                              struct scratch *s, int first, int last) {
@@ -183,7 +199,11 @@ static void NAME(attend_few)(const struct vkv_attention *args, const struct shar
         const int begin = t < first ? first - t : 0; /* tokens before it no query sees */
         const int end = last - t < NAME(PAIR_TOKENS) ? last - t : NAME(PAIR_TOKENS);
         const int is_whole = begin == 0 && end == NAME(PAIR_TOKENS);
-        const int ahead = t + 2 * NAME(PAIR_TOKENS) <= share->last_key ? NAME(PAIR_TOKENS) : 0;
+        const int next = t + NAME(PAIR_TOKENS);
+        const int num_next = (int)max64(0, min64(share->last_key - next, NAME(PAIR_TOKENS)));
+        const int ahead = is_whole ? num_next : 0; /* so that no token behind the last is fetched */
+        if (t <= share->first_key) NAME(fetch_tokens)(args, share, first, t + end);
+        if (!is_whole) NAME(fetch_tokens)(args, share, next, next + num_next);
         for (int h = share->first_head; h < share->last_head; h++) {
             const int base = (h - share->first_head) * rows;
             const void *keys = all_keys + t * args->key_token_stride + h * args->key_head_stride;
