@@ -255,6 +255,8 @@ static void NAME(multiply_apart)(int rows, const int32_t *a, int lda, const int3
 
 /* -- keys and values of a block -------------------------------------------------------------- */
 
+/* The block after it is fetched meanwhile, to the second cache: the first has what is laid out. */
+
 #if LANES == 16
 INLINE void NAME(transpose)(IVEC *row) { /* 16 x 16 words, in place */
     __m512i t[16], u[16];
@@ -336,7 +338,7 @@ static void NAME(pack_keys)(const struct block *block, int dim, int is_bf16, int
                 const char *row = block->keys + (t + i) * stride + d * item;
                 const int is_there = t + i >= block->skip && t + i < block->len;
                 words[i] = is_there ? NAME(load_words)(row, dim - d, is_bf16) : (IVEC){0};
-                if (t + i < block->ahead) __builtin_prefetch(row + BLOCK * stride);
+                if (t + i < block->ahead) __builtin_prefetch(row + BLOCK * stride, 0, 2);
             }
             NAME(transpose)(words);
             for (int i = 0; i < LANES && WORDS(d) + i < WORDS(dim); i++) {
@@ -366,8 +368,8 @@ static void NAME(pack_values)(const struct block *block, int dim, int width, int
             if (t + 1 >= skip && t + 1 < block->len)
                 odd = NAME(load_words)(row + stride, dim - d, 1);
             if (t + 1 < block->ahead) {
-                __builtin_prefetch(row + BLOCK * stride);
-                __builtin_prefetch(row + (BLOCK + 1) * stride);
+                __builtin_prefetch(row + BLOCK * stride, 0, 2);
+                __builtin_prefetch(row + (BLOCK + 1) * stride, 0, 2);
             }
             int32_t *goal = packed + (t / 2) * width + d;
             *(IVEC *)goal = (IVEC)_mm512_permutex2var_epi16((__m512i)even, first, (__m512i)odd);
@@ -381,7 +383,7 @@ static void NAME(pack_values)(const struct block *block, int dim, int width, int
             const char *row = block->values + t * stride + d * item;
             IVEC words = (IVEC){0};
             if (d < dim && t >= skip) words = NAME(load_words)(row, dim - d, is_bf16);
-            if (t < block->ahead && d < dim) __builtin_prefetch(row + BLOCK * stride);
+            if (t < block->ahead && d < dim) __builtin_prefetch(row + BLOCK * stride, 0, 2);
             *(IVEC *)(packed + t * width + d) = words;
         }
 #endif
