@@ -24,7 +24,9 @@
 enum {
     PART = 512,         /* keys of a part, on a grid from token 0 */
     BLOCK = 64,         /* keys at a time, on a grid that divides it */
-    FEW_TOKENS = 16,    /* and where few rows of floats are: of all heads they stay near */
+    FEW_ROWS = 8,       /* query rows of a KV head at most, to read keys and values as they lie */
+    FLOAT_STEP = 16,    /* keys at a time there, of floats: those of all KV heads stay near */
+    PAIR_STEP = 32,     /* and of pairs of bfloat16 */
     SOFTMAX_ROWS = 24,  /* query rows at a time: their scores stay in the first cache */
     MAX_ROWS = 512,     /* query rows of a share: the packing of a block is spread over them */
     MIN_ROWS = 64,      /* unless a head has fewer; below it, packing costs more than it saves */
@@ -51,6 +53,11 @@ struct share {
     int64_t kept_at;  /* where its parts lie side by side, in bytes behind those of other tiles */
 };
 
+/* Query rows of each of its KV heads. */
+static int rows_of_head(const struct vkv_attention *args, const struct share *share) {
+    return (share->last_query - share->first_query) * (args->num_heads / args->num_kv_heads);
+}
+
 /* What a thread works in. */
 struct scratch {
     int32_t *query, *keys, *values, *weights;
@@ -61,9 +68,9 @@ struct scratch {
     int query_words, value_width;
 };
 
-/* Where fetching is, FEW_TOKENS before reading: rows of all KV heads of a share, which lie side by
- * side, line by line. Of heads that lie apart a share has one. */
-struct ahead {
+/* What is fetched, FLOAT_STEP tokens before it is read: rows of all KV heads of a share, which lie
+ * side by side, line by line. Of heads that lie apart a share has one. */
+struct stream {
     const char *row;
     int64_t stride, row_bytes, at; /* at: the next line of the row */
     int64_t num_rows;              /* left */
@@ -75,7 +82,7 @@ struct block {
     int64_t key_stride, value_stride; /* bytes from token to token */
     int start, len; /* first token, on the grid, and how many */
     int skip;       /* of them, that no query sees: they are not read */
-    int ahead;      /* tokens of it whose row a block on is read later: worth fetching */
+    int num_next;   /* tokens of the share behind it: those of the next block are fetched */
 };
 
 struct plan {
@@ -239,7 +246,8 @@ static int32_t heads_of_share(const struct tiling *tiling, int32_t group, int32_
     return (int32_t)min64(max64(1, tiling->rows / (group * num_queries)), tiling->heads);
 }
 
-/* What a share costs, in keys times rows, with the packing counted as some rows more. */
+/* What a share costs, in keys times rows. To read keys and values of a KV head, and to lay them out
+ * where rows are many, counts as some rows more. */
 static int64_t cost(int64_t num_keys, int64_t num_rows, int64_t num_heads) {
     return num_keys * (num_rows + 16 * num_heads);
 }
@@ -262,7 +270,7 @@ static void cut_keys(const struct vkv_attention *args, struct share share, int64
                      struct share *shares, struct plan *plan) {
     const int32_t num_queries = share.last_query - share.first_query;
     const int32_t num_heads = share.last_head - share.first_head;
-    share.num_rows = num_queries * num_heads * (args->num_heads / args->num_kv_heads);
+    share.num_rows = rows_of_head(args, &share) * num_heads;
     plan->max_rows = (int32_t)max64(plan->max_rows, share.num_rows);
     const int32_t last =
         (int32_t)min64(args->kv_lens[share.seq], share.first_position + num_queries);

@@ -338,7 +338,7 @@ static void NAME(pack_keys)(const struct block *block, int dim, int is_bf16, int
                 const char *row = block->keys + (t + i) * stride + d * item;
                 const int is_there = t + i >= block->skip && t + i < block->len;
                 words[i] = is_there ? NAME(load_words)(row, dim - d, is_bf16) : (IVEC){0};
-                if (t + i < block->ahead) __builtin_prefetch(row + BLOCK * stride, 0, 2);
+                if (t + i < block->num_next) __builtin_prefetch(row + BLOCK * stride, 0, 2);
             }
             NAME(transpose)(words);
             for (int i = 0; i < LANES && WORDS(d) + i < WORDS(dim); i++) {
@@ -367,7 +367,7 @@ static void NAME(pack_values)(const struct block *block, int dim, int width, int
             if (t >= skip) even = NAME(load_words)(row, dim - d, 1);
             if (t + 1 >= skip && t + 1 < block->len)
                 odd = NAME(load_words)(row + stride, dim - d, 1);
-            if (t + 1 < block->ahead) {
+            if (t + 1 < block->num_next) {
                 __builtin_prefetch(row + BLOCK * stride, 0, 2);
                 __builtin_prefetch(row + (BLOCK + 1) * stride, 0, 2);
             }
@@ -383,7 +383,7 @@ static void NAME(pack_values)(const struct block *block, int dim, int width, int
             const char *row = block->values + t * stride + d * item;
             IVEC words = (IVEC){0};
             if (d < dim && t >= skip) words = NAME(load_words)(row, dim - d, is_bf16);
-            if (t < block->ahead && d < dim) __builtin_prefetch(row + BLOCK * stride, 0, 2);
+            if (t < block->num_next && d < dim) __builtin_prefetch(row + BLOCK * stride, 0, 2);
             *(IVEC *)(packed + t * width + d) = words;
         }
 #endif
@@ -562,7 +562,7 @@ static void NAME(score_block)(const struct vkv_attention *args, struct scratch *
 INLINE void NAME(attend_block)(const struct vkv_attention *args, const struct share *share,
                                struct scratch *s, int head, const struct block *block) {
     const int group = args->num_heads / args->num_kv_heads, is_bf16 = args->dtype == VKV_BFLOAT16;
-    const int rows = (share->last_query - share->first_query) * group;
+    const int rows = rows_of_head(args, share);
     const int base = (head - share->first_head) * rows, width = s->value_width;
     NAME(pack_keys)(block, args->key_dim, is_bf16, NAME(by_lanes)(args), s->keys);
     NAME(pack_values)(block, args->value_dim, width, is_bf16, s->values);
@@ -603,7 +603,7 @@ static void NAME(attend_blocks)(const struct vkv_attention *args, const struct s
                 .start = t,
                 .skip = t < first ? first - t : 0,
                 .len = left < BLOCK ? left : BLOCK,
-                .ahead = share->last_key - t - BLOCK,
+                .num_next = share->last_key - t - BLOCK,
             };
             NAME(attend_block)(args, share, s, h, &block);
         }
