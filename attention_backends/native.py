@@ -1,4 +1,4 @@
-"""vkv's own CPU kernels: attention that reads each key and value once.
+"""vkv's own CPU kernels: attention that reads a key and value once for all queries of a share.
 
 A small C library (`native/`) over contiguous strided slots. Of how memory is arranged it knows the
 strides of tokens, heads and slots alone.

@@ -94,7 +94,8 @@ INLINE VEC NAME(whole)(VEC x) {
 #endif
 }
 
-/* x * 2^y for a whole number y of at most 127, exactly; zero below -126. */
+/* x * 2^y for a whole number y of at most 127: exactly, where the result is a normal number. Below
+ * 2^-126 AVX512 rounds to a denormal; elsewhere the result is zero for y below -126. */
 INLINE VEC NAME(scale)(VEC x, VEC y) {
 #if LANES == 16
     return (VEC)_mm512_scalef_ps((__m512)x, (__m512)y);
@@ -106,7 +107,8 @@ INLINE VEC NAME(scale)(VEC x, VEC y) {
 }
 
 /* 2^x of x from -1/2 to 1/2, within 1e-7 of it; 3e-6 where weights become bfloat16, which is 700
- * times as coarse. Least largest errors, with 2^0 = 1. */
+ * times as coarse. A soft cap is made of it, too: there logits are off by 1.5e-6 of the cap at most.
+ * Least largest errors, with 2^0 = 1. */
 INLINE VEC NAME(exp2_near)(VEC x) {
 #if PAIRS
     VEC p = NAME(splat)(9.5828442e-3f);
@@ -123,7 +125,7 @@ INLINE VEC NAME(exp2_near)(VEC x) {
     return p * x + 1.0f;
 }
 
-/* 2^(x + y) for a whole number y, and their sum at most 127; zero below -126. */
+/* 2^(x + y) for a whole number y, and their sum at most 127; of a small one as `scale`. */
 INLINE VEC NAME(exp2)(VEC x, VEC y) {
     const VEC whole = NAME(whole)(x);
     return NAME(scale)(NAME(exp2_near)(x - whole), whole + y);

@@ -2,8 +2,8 @@
 
 A function of `transformers`' AttentionInterface, and beside it one that makes masks. It gives what
 `sdpa` gives, or `eager` where a model has a soft cap or sinks, over any of `transformers`' caches
-and over none. On a CPU it reads each key and value once, by the `native` kernels, wherever each
-token sees just all before it; `sdpa` copies them for each query head there.
+and over none. On a CPU, wherever each token sees just all before it, the `native` kernels read keys
+and values once for all query heads that share them; `sdpa` copies them for each head there.
 """
 
 import threading
