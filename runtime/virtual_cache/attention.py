@@ -96,13 +96,15 @@ def vkv_attention(
     Args:
         query: [batch, num_heads, num_queries, head_dim], those of the last of the tokens.
         key, value: [batch, num_kv_heads, num_tokens, head_dim], of any strides: what a
-            `VirtualCache` holds is read where it lies.
+            `VirtualCache` holds is read where it lies. A batch of 1 serves for any other.
         attention_mask: as `vkv_mask` makes it.
         others: `softcap` and `s_aux` (sinks) of those that have them.
 
     Returns:
         [batch, num_queries, num_heads, value_head_dim], and no attention weights.
     """
+    if not len(query) == len(key) == len(value):
+        query, key, value = _broadcast(query, key, value)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     layer = LayerAttention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -130,6 +132,12 @@ def vkv_attention(
         is_causal=is_causal,
         **others,
     )
+
+
+def _broadcast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """States [batch or 1, heads, tokens, dim] of one batch: as in `sdpa`, one serves for all."""
+    (batch,) = torch.broadcast_shapes(*(part.shape[:1] for part in states))
+    return tuple(part.expand(batch, -1, -1, -1) for part in states)
 
 
 # -- three ways to compute it --------------------------------------------------------------------

@@ -159,6 +159,22 @@ def test_each_way_gives_the_same(dtype, softcap, sinks, num_queries, monkeypatch
         torch.testing.assert_close(found.double(), expected, atol=bound, rtol=bound)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("num_queries", [1, 5])
+@pytest.mark.parametrize("batches", [(1, 3, 3), (3, 1, 1), (3, 3, 1)])
+def test_one_sequence_serves_for_all_of_a_batch(softcap, num_queries, batches, monkeypatch):
+    shapes = (8, num_queries, 16), (2, 40, 16), (2, 40, 24)
+    states = [torch.randn(batch, *shape) for batch, shape in zip(batches, shapes, strict=True)]
+    whole = [part.expand(3, -1, -1, -1).contiguous() for part in states]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4, True
+    for _ in range(2):
+        expected, _ = attention.vkv_attention(module, *whole, None, softcap=softcap)
+        out, _ = attention.vkv_attention(module, *states, None, softcap=softcap)
+        torch.testing.assert_close(out, expected, atol=0, rtol=0)
+        monkeypatch.setattr(attention, "_native", None)
+
+
 def test_an_empty_batch_has_an_empty_result():
     module = torch.nn.Module()
     module.is_causal = True
