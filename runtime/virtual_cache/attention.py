@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.utils.import_utils import is_tracing
 
 from ...attention_backends import AttentionBatch, LayerAttention
 from ...attention_backends.native import DTYPES, NativeBackend
@@ -38,7 +40,7 @@ def vkv_mask(
 
     For `transformers`' AttentionMaskInterface, whose arguments it has.
     """
-    may_skip = allow_is_causal_skip and not torch.compiler.is_compiling()
+    may_skip = allow_is_causal_skip and not _is_traced(attention_mask)
     may_skip = may_skip and bool(q_offset + q_length == kv_offset + kv_length)
     if (
         may_skip
@@ -61,6 +63,11 @@ def vkv_mask(
         device=device,
         **others,
     )
+
+
+def _is_traced(tensor: torch.Tensor | None) -> bool:
+    """Whether what is done with `tensor` becomes a graph, of operations of PyTorch alone."""
+    return is_tracing(tensor) or get_proxy_mode() is not None
 
 
 def _all_seen(attention_mask: torch.Tensor, num_tokens: int) -> bool:
@@ -176,7 +183,7 @@ def _native_can(
         and query.dtype == key.dtype == value.dtype
         and key.stride(-1) == value.stride(-1) == 1
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and not torch.compiler.is_compiling()
+        and not _is_traced(query)
     )
 
 

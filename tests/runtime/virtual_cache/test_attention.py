@@ -8,6 +8,7 @@ import pytest
 import torch
 import vkv
 import zoo
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 from virtual_zoo import VIRTUAL
@@ -173,6 +174,26 @@ def test_one_sequence_serves_for_all_of_a_batch(softcap, num_queries, batches, m
         out, _ = attention.vkv_attention(module, *states, None, softcap=softcap)
         torch.testing.assert_close(out, expected, atol=0, rtol=0)
         monkeypatch.setattr(attention, "_native", None)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("trace", [torch.jit.trace, lambda f, args: make_fx(f)(*args)])
+def test_a_traced_graph_has_attention_and_its_mask_in_it(trace):
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4, True
+    first, second = (tuple(torch.randn(2, heads, 6, 16) for heads in (8, 2, 2)) for _ in range(2))
+
+    masks: list[torch.Tensor | None] = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        seen = torch.ones(2, 6, dtype=torch.bool)
+        masks.append(attention.vkv_mask(2, 6, 6, attention_mask=seen))
+        return attention.vkv_attention(module, query, key, value, None)[0]
+
+    graph = trace(attend, first)
+    assert masks[0] is not None
+    expected = attention.vkv_attention(module, *second, None)[0]
+    torch.testing.assert_close(graph(*second), expected)
 
 
 def test_an_empty_batch_has_an_empty_result():
