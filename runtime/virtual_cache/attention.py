@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ...attention_backends import AttentionBatch, LayerAttention
 from ...attention_backends.native import DTYPES, NativeBackend
+from ...vmem.errors import UnsupportedAttention
 
 ATTENTION = "vkv"
 
@@ -109,6 +110,9 @@ def vkv_attention(
 
     Returns:
         [batch, num_queries, num_heads, value_head_dim], and no attention weights.
+
+    Raises UnsupportedAttention for a `position_bias` or a paged `cache` beside a soft cap or sinks;
+    without them `sdpa` has both.
     """
     if not len(query) == len(key) == len(value):
         query, key, value = _broadcast(query, key, value)
@@ -118,15 +122,22 @@ def vkv_attention(
         softcap=others.get("softcap"),
         sinks=others.get("s_aux"),
     )
-    plain = attention_mask is None and (is_causal or query.shape[2] == 1)
-    plain &= not dropout and others.get("position_bias") is None and others.get("cache") is None
+    asked = [name for name in ("position_bias", "cache") if others.get(name) is not None]
+    unmasked = attention_mask is None and "cache" not in asked
+    unmasked = unmasked and (is_causal or query.shape[2] == 1)
+    plain = unmasked and not dropout and not asked
     if plain and _native_can(query, key, value, layer):
         return _natively(query, key, value, layer), None
     if layer.softcap is not None or layer.sinks is not None:
+        if asked:
+            raise UnsupportedAttention(
+                f"{type(module).__name__} asks for {' and '.join(asked)} beside a soft cap or "
+                'sinks, which attn_implementation="vkv" does not compute together; use "eager"'
+            )
         return _eagerly(query, key, value, attention_mask, layer, is_causal, dropout), None
     if plain and query.is_cpu and query.shape[2] == 1:
         return _folded(query, key, value, layer.scale), None
-    if plain and query.shape[2] < key.shape[2]:  # where `sdpa` would see the first keys alone
+    if unmasked and 1 < query.shape[2] < key.shape[2]:  # `sdpa` would see the first keys alone
         attention_mask = _causal(query, key)
     return sdpa_attention_forward(
         module,

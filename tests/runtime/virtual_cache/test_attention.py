@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 from virtual_zoo import VIRTUAL
 from vkv.runtime.virtual_cache import attention
+from vkv.vmem.errors import UnsupportedAttention
 
 PAGE = 4096
 NUM_TOKENS = 12
@@ -194,6 +195,20 @@ def test_a_traced_graph_has_attention_and_its_mask_in_it(trace):
     assert masks[0] is not None
     expected = attention.vkv_attention(module, *second, None)[0]
     torch.testing.assert_close(graph(*second), expected)
+
+
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_a_position_bias_is_added_or_refused_by_name(num_queries):
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 1, True
+    query, key, value = (torch.randn(2, 3, n, 16) for n in (num_queries, 9, 9))
+    bias = torch.randn(2, 3, num_queries, 9)
+    logits = (query @ key.mT / 4 + bias).masked_fill(~attention._causal(query, key), -torch.inf)
+    out, _ = attention.vkv_attention(module, query, key, value, None, position_bias=bias)
+    torch.testing.assert_close(out.transpose(1, 2), logits.softmax(-1) @ value)
+    for others in ({"softcap": 2.0}, {"s_aux": torch.randn(3)}):
+        with pytest.raises(UnsupportedAttention, match=r'position_bias .* use "eager"'):
+            attention.vkv_attention(module, query, key, value, None, position_bias=bias, **others)
 
 
 def test_an_empty_batch_has_an_empty_result():
