@@ -8,6 +8,7 @@ and values once for all query heads that share them; `sdpa` copies them for each
 
 import threading
 from collections.abc import Callable
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -161,14 +162,23 @@ def _broadcast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
 # -- three ways to compute it --------------------------------------------------------------------
 
 
+@cache
+def _has_kernels() -> bool:
+    """Asked when there is something to attend to, and once: they may have to be compiled."""
+    return NativeBackend.unavailable_reason() is None
+
+
 class _Native(threading.local):
     """The kernels for a thread, and what they were told of the shapes that it met last."""
 
     MOST_SHAPES = 4  # layers of a step have one or two
 
     def __init__(self) -> None:
-        self.backend = NativeBackend()
         self.batches: dict[tuple[int, int, int], AttentionBatch] = {}
+
+    @cached_property
+    def backend(self) -> NativeBackend:
+        return NativeBackend()
 
     def batch(self, batch: int, num_queries: int, num_tokens: int) -> AttentionBatch:
         shape = batch, num_queries, num_tokens
@@ -179,7 +189,7 @@ class _Native(threading.local):
         return self.batches[shape]
 
 
-_native = _Native() if NativeBackend.unavailable_reason() is None else None
+_native = _Native()
 
 
 def _native_can(
@@ -188,20 +198,19 @@ def _native_can(
     """Whether the kernels take these; they have no gradient."""
     tensors = query, key, value, *(() if layer.sinks is None else (layer.sinks,))
     return (
-        _native is not None
-        and query.is_cpu
+        query.is_cpu
         and query.dtype in DTYPES
         and query.dtype == key.dtype == value.dtype
         and key.stride(-1) == value.stride(-1) == 1
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and not _is_traced(query)
+        and _has_kernels()
     )
 
 
 def _natively(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
 ) -> torch.Tensor:
-    assert _native is not None
     batch, _, num_queries, _ = query.shape
     out = _native.backend.forward(
         query.transpose(1, 2).flatten(0, 1),  # [batch · num_queries, heads, head_dim]

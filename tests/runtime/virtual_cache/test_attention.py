@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 from typing import Any
 
 import pytest
@@ -147,7 +148,7 @@ def test_each_way_gives_the_same(dtype, softcap, sinks, num_queries, monkeypatch
     module.num_key_value_groups, module.is_causal = 4, True
     asked = {"softcap": softcap, "s_aux": torch.randn(8) if sinks else None, "scaling": 0.4}
     double = [t.double() for t in (query, key, value)]
-    monkeypatch.setattr(attention, "_native", None)
+    monkeypatch.setattr(attention, "_has_kernels", lambda: False)
     expected, _ = attention.vkv_attention(module, *double, None, **asked)
     without, _ = attention.vkv_attention(module, query, key, value, None, **asked)
     monkeypatch.undo()
@@ -159,6 +160,25 @@ def test_each_way_gives_the_same(dtype, softcap, sinks, num_queries, monkeypatch
     for found in (ours, without, masked):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected, atol=bound, rtol=bound)
+
+
+def test_kernels_are_looked_for_when_they_are_used(monkeypatch):
+    """Not at import: that may compile them, into a folder that the environment names."""
+    asked = []
+
+    def unavailable_reason() -> str:
+        asked.append(1)
+        return "none here"
+
+    monkeypatch.setattr(attention.NativeBackend, "unavailable_reason", unavailable_reason)
+    importlib.reload(attention)
+    assert not asked
+    states = torch.randn(3, 1, 2, 4, 16)
+    for _ in range(2):
+        attention.vkv_attention(torch.nn.Module(), *states, None)
+    assert len(asked) == 1
+    monkeypatch.undo()
+    attention._has_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -174,7 +194,7 @@ def test_one_sequence_serves_for_all_of_a_batch(softcap, num_queries, batches, m
         expected, _ = attention.vkv_attention(module, *whole, None, softcap=softcap)
         out, _ = attention.vkv_attention(module, *states, None, softcap=softcap)
         torch.testing.assert_close(out, expected, atol=0, rtol=0)
-        monkeypatch.setattr(attention, "_native", None)
+        monkeypatch.setattr(attention, "_has_kernels", lambda: False)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
