@@ -224,16 +224,15 @@ def _natively(
 
 def _rows(batch: int, num_queries: int, num_tokens: int) -> AttentionBatch:
     """A batch of rows of equal length, each of which is a slot."""
-    rows = torch.arange(batch, dtype=torch.int32)
-    positions = torch.arange(num_tokens - num_queries, num_tokens).repeat(batch)
+    nowhere = torch.empty(0, dtype=torch.int64)  # nothing is stored
     return AttentionBatch(
         query_lens=(num_queries,) * batch,
         kv_lens=(num_tokens,) * batch,
         slots=tuple(range(batch)),
         cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32) * num_queries,
         seqused_k=torch.full((batch,), num_tokens, dtype=torch.int32),
-        slot_ids=rows,
-        write_index=(rows.long().repeat_interleave(num_queries), positions),
+        slot_ids=torch.arange(batch, dtype=torch.int32),
+        write_index=(nowhere, nowhere),
     )
 
 
