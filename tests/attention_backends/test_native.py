@@ -16,6 +16,7 @@ from vkv.attention_backends import AttentionBatch, LayerAttention, native
 from vkv.attention_backends.native import NativeBackend
 from vkv.attention_backends.reference import ReferenceBackend
 from vkv.vmem import open_driver
+from vkv.vmem.errors import UnsupportedAttention
 
 DECODE = ((1, 1), (1, 63), (1, 64), (1, 65), (1, 129), (1, 700))
 PREFILL = ((5, 5), (1, 1), (129, 129), (33, 33))
@@ -298,6 +299,20 @@ def test_parts_of_decodes_take_no_room_for_the_rows_of_a_prompt():
     decodes, chunk = ((1, 128 << 10),) * 2, ((512, 512),)
     apart = [workspace_bytes(chunks, (32, 8), 128, num_threads=16) for chunks in (decodes, chunk)]
     assert workspace_bytes(decodes + chunk, (32, 8), 128, num_threads=16) < 2 * sum(apart)
+
+
+def test_tensors_of_different_dtypes_are_refused():
+    """Which would be read or written as what they are not."""
+    problem = make_problem(Case(chunks=((1, 9),), dtype=torch.bfloat16))
+    query, keys, values, batch, layer = problem.args
+    backend, wide, before = NativeBackend(), (keys.float(), values.float()), keys.clone()
+    for caches in (wide, (keys, wide[1]), (wide[0], values)):
+        with pytest.raises(UnsupportedAttention, match=r"bfloat16 and the cache is torch\.float32"):
+            backend.forward(query, *caches, batch, layer)
+    new = torch.ones(1, *keys.shape[2:])
+    with pytest.raises(UnsupportedAttention, match=r"float32 and the cache is torch\.bfloat16"):
+        backend.store(new, new, keys, values, batch)
+    torch.testing.assert_close(keys, before, equal_nan=True)
 
 
 def test_of_no_sequence_there_is_nothing_to_do():
