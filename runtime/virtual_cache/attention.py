@@ -7,7 +7,7 @@ and values once for all query heads that share them; `sdpa` copies them for each
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -115,7 +115,7 @@ def vkv_attention(
     Raises UnsupportedAttention for a `position_bias` or a paged `cache` beside a soft cap or sinks;
     without them `sdpa` has both.
     """
-    if not len(query) == len(key) == len(value):
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
         query, key, value = _broadcast(query, key, value)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     layer = LayerAttention(
@@ -130,11 +130,7 @@ def vkv_attention(
     if plain and _native_can(query, key, value, layer):
         return _natively(query, key, value, layer), None
     if layer.softcap is not None or layer.sinks is not None:
-        if asked:
-            raise UnsupportedAttention(
-                f"{type(module).__name__} asks for {' and '.join(asked)} beside a soft cap or "
-                'sinks, which attn_implementation="vkv" does not compute together; use "eager"'
-            )
+        _refuse(module, asked)
         return _eagerly(query, key, value, attention_mask, layer, is_causal, dropout), None
     if plain and query.is_cpu and query.shape[2] == 1:
         return _folded(query, key, value, layer.scale), None
@@ -151,6 +147,14 @@ def vkv_attention(
         is_causal=is_causal,
         **others,
     )
+
+
+def _refuse(module: torch.nn.Module, asked: Sequence[str]) -> None:
+    if asked:
+        raise UnsupportedAttention(
+            f"{type(module).__name__} asks for {' and '.join(asked)} beside a soft cap or sinks, "
+            'which attn_implementation="vkv" does not compute together; use "eager"'
+        )
 
 
 def _broadcast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
