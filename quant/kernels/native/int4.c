@@ -178,6 +178,22 @@ void vkv_int4_write_out(const struct vkv_int4 *args, int64_t tile, const float *
     }
 }
 
+#if defined(__x86_64__)
+/* Whether float16 scales can be read: not every compiler's __builtin_cpu_supports knows it. Asked
+ * once, since a virtual processor takes a microsecond to say so. */
+static int has_f16c(void) {
+    enum { UNKNOWN, NO, YES };
+    static int kept; /* atomic */
+    int found = __atomic_load_n(&kept, __ATOMIC_RELAXED);
+    if (found == UNKNOWN) {
+        unsigned a, b, c, d;
+        found = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) ? YES : NO;
+        __atomic_store_n(&kept, found, __ATOMIC_RELAXED);
+    }
+    return found == YES;
+}
+#endif
+
 static const struct vkv_int4_kernel *kernel_of(const char *name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -188,9 +204,7 @@ static const struct vkv_int4_kernel *kernel_of(const char *name) {
         if (!strcmp(name, "int8_avx512_vnni") && __builtin_cpu_supports("avx512vnni"))
             return &vkv_int4_int8_vnni;
     }
-    unsigned a, b, c, d; /* float16 scales; not every compiler's __builtin_cpu_supports knows it */
-    if (__get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && __builtin_cpu_supports("avx2") &&
-        __builtin_cpu_supports("fma")) {
+    if (has_f16c() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         if (!strcmp(name, "avx2")) return &vkv_int4_avx2;
         if (!strcmp(name, "int8_avx2")) return &vkv_int4_int8_avx2;
     }
