@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ...vmem.errors import NativeUnavailable
+from ...vmem.errors import NativeUnavailable, QuantError
 from ...vmem.native_function import NativeFunction
 from ...vmem.native_library import load_library, openmp_parallel
 from ..weight import Int4Weight
@@ -108,6 +108,11 @@ class NativeKernel(Int4Kernel):
         return right_type and weight.group_size % _BLOCK == 0
 
     def prepare(self, weight: Int4Weight) -> _Tiles:
+        if weight.group_size % _BLOCK:  # of a pinned kernel nobody asked whether it accepts
+            raise QuantError(
+                f"the weight is in groups of {weight.group_size}, and int4 kernel {self.name!r} "
+                f"takes multiples of {_BLOCK}; pin 'dequantize', or no kernel"
+            )
         missing = -weight.out_features % _TILE
         size = weight.out_features, weight.in_features
         packed = weight.packed.contiguous()

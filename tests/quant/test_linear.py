@@ -176,6 +176,15 @@ def test_threads_do_not_change_the_native_kernel() -> None:
     assert torch.equal(alone, together)
 
 
+@pytest.mark.skipif(NativeKernel.unavailable_reason() is not None, reason="no native kernel here")
+def test_groups_that_the_native_kernel_cannot_read_are_refused() -> None:
+    weight, inputs = random_weight(32, 24, 12), torch.randn(2, 24).to(torch.bfloat16)
+    with pytest.raises(QuantError, match=r"groups of 12, and int4 kernel 'native'.*dequantize"):
+        Int4Linear(weight, kernel_name="native")(inputs)
+    exact = inputs.double() @ weight.dequantize(torch.float64).T
+    assert relative_error(Int4Linear(weight)(inputs), exact) < 1e-2
+
+
 @pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_row(instruction_set: str, special: float) -> None:
     kernel = NativeKernel(instruction_set)
