@@ -4,6 +4,7 @@ It serves every batch. Codes become numbers in registers, and for many rows in t
 """
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -79,6 +80,10 @@ class _Tiles:
     zeros: torch.Tensor | None
     out_features: int
     args: Int4Args
+
+    def __iter__(self) -> Iterator[torch.Tensor | None]:
+        """Its tensors, as of any layout."""
+        return iter((self.codes, self.scales, self.zeros))
 
 
 class NativeKernel(Int4Kernel):
@@ -162,10 +167,6 @@ class NativeKernel(Int4Kernel):
         args.num_threads = torch.get_num_threads()
         self._multiply(args)
         return out
-
-    def num_bytes(self, layout: _Tiles) -> int:
-        zeros = 0 if layout.zeros is None else layout.zeros.nbytes
-        return layout.codes.nbytes + layout.scales.nbytes + zeros
 
 
 class NativeInt8Kernel(NativeKernel):

@@ -140,6 +140,8 @@ def test_a_weight_is_kept_in_one_form() -> None:
     assert not linear.is_settled
     assert linear.num_bytes < 1.1 * weight.num_bytes
     assert torch.equal(linear.weight_int4.dequantize(), weight.dequantize())
+    kept = {tensor.data_ptr(): tensor.nbytes for tensor in linear.weight_tensors()}
+    assert sum(kept.values()) == linear.num_bytes - sum(one.nbytes for one in linear.buffers())
     linear(torch.randn(2, 512))  # by another kernel, whose layout is the weight
     assert torch.equal(linear.weight_int4.dequantize(), weight.dequantize())
 
