@@ -56,14 +56,16 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("shape", [(256, 512, 64), (100, 256, 32), (33, 1200, 400), (1, 8, 8)])
 def test_the_native_kernel_rounds_no_weight(
-    instruction_set: str, symmetric: bool, shape: tuple[int, int, int]
+    instruction_set: str, scales: torch.dtype, symmetric: bool, shape: tuple[int, int, int]
 ) -> None:
     """What it is off by is the rounding of results, and of inputs: with AVX2 to 16 bits, and where
     they are to be to 8."""
     weight = random_weight(*shape, symmetric=symmetric)
+    weight = replace(weight, scales=weight.scales.to(scales))
     kernel = NativeKernel(instruction_set)
     layout = kernel.prepare(weight)
     generator = torch.Generator().manual_seed(5)
@@ -110,16 +112,15 @@ def test_inputs_in_8_bits_have_one_result_on_all_processors(symmetric: bool) -> 
     assert torch.equal(found, other.multiply(other.prepare(weight), inputs))
 
 
-@pytest.mark.skipif(NativeKernel.unavailable_reason() is not None, reason="no native kernel here")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("shape", [(64, 128, 32), (33, 1200, 400), (1, 8, 8)], ids=str)
 def test_a_layout_has_all_of_its_weight(
-    dtype: torch.dtype, symmetric: bool, shape: tuple[int, int, int]
+    instruction_set: str, dtype: torch.dtype, symmetric: bool, shape: tuple[int, int, int]
 ) -> None:
     weight = random_weight(*shape, symmetric=symmetric)
     weight = replace(weight, scales=weight.scales.to(dtype))
-    kernel = NativeKernel()
+    kernel = NativeKernel(instruction_set)
     found = kernel.restore(kernel.prepare(weight), weight.to("meta"))
     assert torch.equal(found.packed, weight.packed)
     assert found.scales.dtype == dtype
@@ -160,19 +161,17 @@ def test_a_kernel_that_is_pinned_late_leaves_one_form_too() -> None:
         linear(inputs.float())
 
 
-@pytest.mark.skipif(
-    kernel_class("native").unavailable_reason() is not None, reason="no native kernel here"
-)
-def test_threads_do_not_change_the_native_kernel() -> None:
+def test_threads_do_not_change_the_native_kernel(instruction_set: str) -> None:
+    kernel = NativeKernel(instruction_set)
     # Tiles enough for shares of several, and a last share with fewer.
-    linear = Int4Linear(random_weight(1590, 512, 64, symmetric=False), kernel_name="native")
+    layout = kernel.prepare(random_weight(1590, 512, 64, symmetric=False))
     inputs = torch.randn(200, 512).to(torch.bfloat16)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = linear(inputs)
+        alone = kernel.multiply(layout, inputs)
         torch.set_num_threads(3)
-        together = linear(inputs)
+        together = kernel.multiply(layout, inputs)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(alone, together)
