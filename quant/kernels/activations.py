@@ -45,8 +45,9 @@ def round_to_8_bits(inputs: torch.Tensor, group_size: int) -> torch.Tensor:
     """What the kernel multiplies: [..., K] rounded stretch by stretch, in float32."""
     rounded = []
     for some in inputs.float().unflatten(-1, (-1, group_size)).split(_STRETCH, dim=-1):
-        largest = some.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # where all are 0, too
+        largest = some.abs().amax(-1, keepdim=True)
         shrink = torch.full_like(largest, _LARGEST) / largest  # a number over it is less exact
+        shrink = shrink.where(shrink.isfinite(), 0)  # all are 0, or too small to divide by
         rounded.append((some * shrink).round() * (largest / _LARGEST))
     return torch.cat(rounded, dim=-1).flatten(-2)
 

@@ -203,6 +203,22 @@ def test_what_is_not_finite_stays_in_its_row(instruction_set: str, special: floa
     assert torch.equal(found[others], expected[others])
 
 
+def test_inputs_too_small_to_be_rounded_are_zeros(instruction_set: str) -> None:
+    """A stretch is divided by its largest, and there are bfloat16 whose inverse is infinite."""
+    if instruction_set == "avx512_bf16":
+        pytest.skip("rounds no inputs")
+    kernel = NativeKernel(instruction_set)
+    layout = kernel.prepare(random_weight(64, 128, 32, symmetric=False))
+    inputs = torch.randn(3, 128).to(torch.bfloat16)
+    inputs[:, 32:64] = 0
+    expected = kernel.multiply(layout, inputs)
+    inputs[1, 32:64] = 2e-37
+    assert torch.equal(kernel.multiply(layout, inputs), expected)
+    inputs[:] = -2e-37
+    assert not kernel.multiply(layout, inputs).any()
+    assert not round_to_8_bits(inputs, 32).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_types_are_computed_too(dtype: torch.dtype) -> None:
     weight = random_weight(48, 64, 32, symmetric=False, act_order=True)

@@ -55,7 +55,8 @@ AVX2 static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_featur
     for (int64_t m = 0; m < rows; m++, inputs += in_features) {
         float largest = to_float(largest_of(inputs, length));
         if (largest == INFINITY) largest = NAN; /* its integers mean nothing */
-        const __m256 shrink = _mm256_set1_ps(largest != 0 ? LARGEST / largest : 0);
+        const float whole = LARGEST / largest; /* infinite where all are 0, or as good as that */
+        const __m256 shrink = _mm256_set1_ps(whole < INFINITY ? whole : 0);
         int32_t *fours = (int32_t *)arranged + m;
         __m256i sum = _mm256_setzero_si256();
         for (int64_t k = 0; k < length; k += BLOCK, fours += 2 * rows) {
