@@ -123,8 +123,8 @@ class NativeKernel(Int4Kernel):
         packed = weight.packed.contiguous()
         codes = empty_apart((size[0] + missing, size[1] // 2), torch.uint8)
         library().vkv_int4_pack(packed.data_ptr(), codes.data_ptr(), *size)
-        narrow = weight.scales.dtype in _SCALES
-        scales = _in_tiles(weight.scales if narrow else weight.scales.float(), missing)
+        is_known = weight.scales.dtype in _SCALES
+        scales = _in_tiles(weight.scales if is_known else weight.scales.float(), missing)
         zeros = None if weight.zeros is None else _in_tiles(weight.zeros, missing)
         args = Int4Args(
             codes=codes.data_ptr(),

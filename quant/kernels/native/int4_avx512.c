@@ -19,9 +19,10 @@
 #endif
 
 enum {
-    ROWS = 12,   /* at a time: their sums fill the registers */
-    PAIR_ROWS = 3,
-    AHEAD = 4096 /* bytes of codes that are fetched before they are needed */
+    ROWS = 12,           /* at a time: their sums fill the registers */
+    PAIR_ROWS = 3,       /* up to so many take two stretches at a time */
+    TRANSPOSED_ROWS = 4, /* from so many on, inputs are arranged in registers */
+    AHEAD = 4096         /* bytes of codes that are fetched before they are needed */
 };
 
 /* bfloat16 of 0 .. 15 less 8, twice: a look-up heeds five bits, of which the top one is another's. */
@@ -188,7 +189,7 @@ static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_features, i
     const int32_t *pairs = (const int32_t *)inputs;
     int32_t *to = arranged;
     int64_t first = 0;
-    if (rows > PAIR_ROWS)
+    if (rows >= TRANSPOSED_ROWS)
         for (; first + 16 <= length / 2; first += 16)
             transpose(pairs + first, rows, in_features / 2, to + first * rows);
     for (int64_t m = 0; m < rows; m++) {
