@@ -87,13 +87,7 @@ INLINE void multiply_eights(const int rows, const int eights, const int at,
 /* Up to two rows have registers for a whole tile at a time, whose codes are then read in order. */
 INLINE void multiply_rows(const int rows, const struct vkv_int4_stretches *stretch,
                           float *totals) {
-    /* Read once, since totals might lie among them; and one by one: the caller has only just written
-     * some of them, and a copy of the whole would wait until those had reached the cache. */
-    const struct vkv_int4_stretches of = {
-        .length = stretch->length, .codes = stretch->codes, .inputs = stretch->inputs,
-        .scales = stretch->scales, .zeros = stretch->zeros, .notes = stretch->notes,
-        .scale_type = stretch->scale_type,
-    };
+    const struct vkv_int4_stretches of = own_copy(stretch);
     const int eights = rows <= 2 ? 4 : 2;
     for (int at = 0; at < TILE; at += 8 * eights) multiply_eights(rows, eights, at, &of, totals);
 }

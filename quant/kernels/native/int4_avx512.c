@@ -70,7 +70,7 @@ enum source { LOOKED_UP, LOOKED_UP_AND_KEPT, KEPT };
 
 INLINE void multiply_rows(const int rows, const int count, const enum source source,
                           const struct vkv_int4_stretches *stretches, float *totals) {
-    const struct vkv_int4_stretches of = *stretches; /* totals might lie in the original */
+    const struct vkv_int4_stretches of = own_copy(stretches);
     const __m512i table = code_values();
     __m512 low_sums[ROWS], high_sums[ROWS]; /* [count][rows], of each half of a tile */
     UNROLLED(i, rows * count) low_sums[i] = high_sums[i] = _mm512_setzero_ps();

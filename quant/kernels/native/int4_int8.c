@@ -77,7 +77,7 @@ INLINE VNNI void scale_in_16(const int rows, const int half, const __m512i *sums
 
 INLINE VNNI void multiply_rows_vnni(const int rows, const struct vkv_int4_stretches *stretches,
                                     float *totals) {
-    const struct vkv_int4_stretches of = *stretches; /* totals might lie in the original */
+    const struct vkv_int4_stretches of = own_copy(stretches);
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512i sums[2][ROWS_VNNI];
     UNROLLED(m, rows) sums[0][m] = sums[1][m] = _mm512_setzero_si512();
