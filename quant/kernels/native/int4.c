@@ -14,6 +14,7 @@
 enum {
     SHARE_BYTES = 128 << 10,
     SHARES_A_THREAD = 8,
+    ARRANGED_APART = 64 << 10, /* inputs, from which arranging them is worth other threads */
     PASS_ROWS = 48 /* whose totals and inputs of a stretch stay in the first cache */
 };
 
@@ -158,7 +159,9 @@ static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_
         job.inputs = args->workspace;
         if (!kernel->centred || args->zeros)
             job.notes = (struct vkv_int4_note *)((char *)args->workspace + inputs_bytes);
-        run(&job, arrange, args->num_rows * args->in_features > 65536);
+        /* A thread takes a block of rows at a time. */
+        run(&job, arrange,
+            job.num_blocks > 1 && args->num_rows * args->in_features > ARRANGED_APART);
     }
     run(&job, multiply, 1);
     return 0;
