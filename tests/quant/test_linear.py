@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from parallel_calls import CountedParallel
 from quantized import random_weight
 from vkv.quant import Int4Linear, QuantError, quantize_output
 from vkv.quant.kernels.activations import round_to_8_bits
@@ -184,6 +185,23 @@ def test_groups_that_the_native_kernel_cannot_read_are_refused() -> None:
         Int4Linear(weight, kernel_name="native")(inputs)
     exact = inputs.double() @ weight.dequantize(torch.float64).T
     assert relative_error(Int4Linear(weight)(inputs), exact) < 1e-2
+
+
+def test_threads_are_called_for_what_several_can_do(instruction_set: str) -> None:
+    kernel, parallel = NativeKernel(instruction_set), CountedParallel()
+    inputs = torch.randn(25, 16640).to(torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for outputs, rows, expected in ((64, 4, [3]), (64, 25, [3, 3]), (32, 4, [])):
+            layout = kernel.prepare(random_weight(outputs, 16640, 128))
+            exact = kernel.multiply(layout, inputs[:rows])
+            layout.args.parallel = parallel.address
+            parallel.teams.clear()
+            assert torch.equal(kernel.multiply(layout, inputs[:rows]), exact)
+            assert parallel.teams == expected, "first to arrange blocks of rows, then to multiply"
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), -float("inf")])

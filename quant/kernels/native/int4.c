@@ -163,7 +163,7 @@ static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_
         run(&job, arrange,
             job.num_blocks > 1 && args->num_rows * args->in_features > ARRANGED_APART);
     }
-    run(&job, multiply, 1);
+    run(&job, multiply, job.num_tiles > job.share);
     return 0;
 }
 
