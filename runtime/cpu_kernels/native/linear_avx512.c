@@ -242,8 +242,9 @@ TARGET static void work(void *data) {
 }
 
 int64_t vkv_linear_avx512(const struct vkv_linear *args) {
-    const int threads = args->parallel ? args->num_threads : 1;
     struct job job = {.args = args, .num_panels = (args->num_columns + PANEL - 1) / PANEL};
+    /* All or one: an OpenMP runtime lets threads go that a smaller team leaves out. */
+    const int threads = args->parallel && job.num_panels > 1 ? args->num_threads : 1;
     job.num_ranges = threads < 1 ? 1 : threads < MOST_RANGES ? threads : MOST_RANGES;
     for (int64_t r = 0; r < job.num_ranges; r++) job.next_panel[r] = first_panel(&job, r);
     if (threads > 1)
