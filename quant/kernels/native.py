@@ -91,7 +91,7 @@ class NativeKernel(Int4Kernel):
 
     def __init__(self, instruction_set: str | None = None) -> None:
         self._multiply = NativeFunction(library(), "int4_multiply", Int4Args)
-        self._instruction_set = instruction_set or self._instruction_sets()[0]
+        self._instruction_set = (instruction_set or self._instruction_sets()[0]).encode()
         self._parallel = openmp_parallel()
 
     @classmethod
@@ -134,7 +134,6 @@ class NativeKernel(Int4Kernel):
             out_features=weight.out_features,
             group_size=weight.group_size,
             scale_type=_SCALES[scales.dtype],
-            instruction_set=self._instruction_set.encode(),
             parallel=self._parallel,
         )
         return _Tiles(codes, scales, zeros, weight.out_features, args)
@@ -165,14 +164,19 @@ class NativeKernel(Int4Kernel):
         args = Int4Args.from_buffer_copy(layout.args)  # threads may share the layout
         args.inputs, args.out, args.num_rows = inputs.data_ptr(), out.data_ptr(), inputs.shape[0]
         args.num_threads = torch.get_num_threads()
+        args.instruction_set = self._instruction_set
         self._multiply(args)
         return out
 
 
 class NativeInt8Kernel(NativeKernel):
-    """The same layout, multiplied by inputs that are rounded to 8 bits (`activations`)."""
+    """The same layouts, multiplied by inputs that are rounded to 8 bits (`activations`)."""
 
     name = "native-int8"
+
+    @property
+    def layout_name(self) -> str:
+        return NativeKernel.name
 
     @classmethod
     def _instruction_sets(cls) -> tuple[str, ...]:

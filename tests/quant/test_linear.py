@@ -154,8 +154,10 @@ def test_a_kernel_that_is_pinned_late_leaves_one_form_too() -> None:
     weight, inputs = random_weight(256, 512, 64), torch.randn(2, 512).to(torch.bfloat16)
     linear = Int4Linear(weight)
     linear(inputs)
+    kept = [tensor.data_ptr() for tensor in linear.weight_tensors()]
     linear.pin("native-int8")
     found = linear(inputs)
+    assert [tensor.data_ptr() for tensor in linear.weight_tensors()] == kept, "one layout for both"
     assert torch.equal(found, Int4Linear(weight, kernel_name="native-int8")(inputs))
     assert linear.num_bytes < 1.1 * weight.num_bytes
     with pytest.raises(TypeError, match="bfloat16"):
