@@ -39,6 +39,19 @@ class Int4Args(ctypes.Structure):
     )
 
 
+class _Codes(ctypes.Structure):
+    """`struct vkv_int4_codes`."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("num_threads", ctypes.c_int32),
+        ("parallel", ctypes.c_void_p),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The kernels. Raises NativeUnavailable if they are not built and cannot be compiled here."""
@@ -47,7 +60,7 @@ def library() -> ctypes.CDLL:
     library.vkv_int4_supported.restype = ctypes.c_int32
     for name in ("vkv_int4_pack", "vkv_int4_unpack"):
         function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        function.argtypes = [ctypes.POINTER(_Codes)]
         function.restype = None
     return library
 
@@ -119,10 +132,9 @@ class NativeKernel(Int4Kernel):
                 f"takes multiples of {_BLOCK}; pin 'dequantize', or no kernel"
             )
         missing = -weight.out_features % _TILE
-        size = weight.out_features, weight.in_features
-        packed = weight.packed.contiguous()
-        codes = empty_apart((size[0] + missing, size[1] // 2), torch.uint8)
-        library().vkv_int4_pack(packed.data_ptr(), codes.data_ptr(), *size)
+        shape = weight.out_features + missing, weight.in_features // 2
+        packed, codes = weight.packed.contiguous(), empty_apart(shape, torch.uint8)
+        library().vkv_int4_pack(self._codes(packed, codes))
         is_known = weight.scales.dtype in _SCALES
         scales = _in_tiles(weight.scales if is_known else weight.scales.float(), missing)
         zeros = None if weight.zeros is None else _in_tiles(weight.zeros, missing)
@@ -144,14 +156,23 @@ class NativeKernel(Int4Kernel):
     def restore(self, layout: _Tiles, outline: Int4Weight) -> Int4Weight:
         out_features = outline.out_features
         packed = torch.empty(outline.packed.shape, dtype=torch.uint8)
-        library().vkv_int4_unpack(
-            layout.codes.data_ptr(), packed.data_ptr(), out_features, outline.in_features
-        )
+        library().vkv_int4_unpack(self._codes(packed, layout.codes))
         return replace(
             outline,
             packed=packed,
             scales=_from_tiles(layout.scales, out_features),
             zeros=None if layout.zeros is None else _from_tiles(layout.zeros, out_features),
+        )
+
+    def _codes(self, packed: torch.Tensor, tiles: torch.Tensor) -> _Codes:
+        """Of a weight, [out_features, in_features / 2], in either form."""
+        return _Codes(
+            packed=packed.data_ptr(),
+            tiles=tiles.data_ptr(),
+            out_features=packed.shape[0],
+            in_features=2 * packed.shape[1],
+            num_threads=torch.get_num_threads(),
+            parallel=self._parallel,
         )
 
     def multiply(self, layout: _Tiles, inputs: torch.Tensor) -> torch.Tensor:

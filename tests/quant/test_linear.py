@@ -167,14 +167,17 @@ def test_a_kernel_that_is_pinned_late_leaves_one_form_too() -> None:
 def test_threads_do_not_change_the_native_kernel(instruction_set: str) -> None:
     kernel = NativeKernel(instruction_set)
     # Tiles enough for shares of several, and a last share with fewer.
-    layout = kernel.prepare(random_weight(1590, 512, 64, symmetric=False))
+    weight = random_weight(1590, 512, 64, symmetric=False)
     inputs = torch.randn(200, 512).to(torch.bfloat16)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
+        layout = kernel.prepare(weight)
         alone = kernel.multiply(layout, inputs)
         torch.set_num_threads(3)
         together = kernel.multiply(layout, inputs)
+        assert torch.equal(kernel.prepare(weight).codes, layout.codes)
+        assert torch.equal(kernel.restore(layout, weight.to("meta")).packed, weight.packed)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(alone, together)
