@@ -5,7 +5,7 @@ the largest there. So its result depends on no other row. It is faster where pro
 limit, and costs what `rounded_inputs` measures.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +22,13 @@ _LARGEST = 127
 _STRETCH = 256  # of kernels/native/kernel.h
 
 
-def use_8_bits(model: nn.Module, dtype: torch.dtype) -> None:
+def use_8_bits(model: nn.Module, dtype: torch.dtype, run: Callable[[], object]) -> None:
     """Have the 4-bit layers of a model round their inputs, of `dtype`, to 8 bits.
 
-    Raises QuantError, with nothing changed, if there are none, or no kernel for one of them.
+    `run` runs a few tokens through the model, to see what its layers are given.
+
+    Raises QuantError, with nothing changed, if there are none, no kernel for one of them, or inputs
+    of another type for one of them.
     """
     linears = [(name, one) for name, one in model.named_modules() if isinstance(one, Int4Linear)]
     if not linears:
@@ -37,8 +40,35 @@ def use_8_bits(model: nn.Module, dtype: torch.dtype) -> None:
                 f"{linear.device.type}, with inputs of {str(dtype).removeprefix('torch.')}, and "
                 "8-bit activations are for groups of a multiple of 8, on a CPU, in bfloat16"
             )
+    for name, given in _input_types(linears, run).items():
+        if given != dtype:
+            raise QuantError(
+                f"{name or 'the layer'} is given inputs of {str(given).removeprefix('torch.')}, "
+                "and 8-bit activations are for those in bfloat16"
+            )
     for _, linear in linears:
         linear.pin(KERNEL)
+
+
+def _input_types(
+    linears: Sequence[tuple[str, nn.Module]], run: Callable[[], object]
+) -> dict[str, torch.dtype]:
+    """What linears are given while `run()` runs, by their names."""
+    types: dict[str, torch.dtype] = {}
+
+    def noting(name: str) -> Callable[[nn.Module, Any], None]:
+        def note(_: nn.Module, args: Any) -> None:
+            types[name] = args[0].dtype
+
+        return note
+
+    hooks = [linear.register_forward_pre_hook(noting(name)) for name, linear in linears]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return types
 
 
 def round_to_8_bits(inputs: torch.Tensor, group_size: int) -> torch.Tensor:

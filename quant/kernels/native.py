@@ -177,7 +177,10 @@ class NativeKernel(Int4Kernel):
 
     def multiply(self, layout: _Tiles, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.dtype != torch.bfloat16:  # a pinned kernel is asked of no dtype
-            raise TypeError(f"{self.name} takes torch.bfloat16 and the inputs are {inputs.dtype}")
+            raise QuantError(
+                f"int4 kernel {self.name!r} takes inputs in torch.bfloat16, and these are in "
+                f"{inputs.dtype}; pin 'dequantize', or no kernel"
+            )
         inputs = inputs.contiguous()
         out = inputs.new_empty(inputs.shape[0], layout.out_features)
         if not inputs.shape[0]:

@@ -372,7 +372,7 @@ def _round_activations(model: PreTrainedModel, *, loaded_here: bool) -> None:
             "by vkv are given other kernels: leave activation_bits out"
         )
     try:
-        use_8_bits(model, model.dtype)
+        use_8_bits(model, model.dtype, lambda: probe_outputs(model))
     except QuantError as error:
         raise InvalidConfig(f"activation_bits is 8: {error}; or leave it out") from error
 

@@ -160,7 +160,7 @@ def test_a_kernel_that_is_pinned_late_leaves_one_form_too() -> None:
     assert [tensor.data_ptr() for tensor in linear.weight_tensors()] == kept, "one layout for both"
     assert torch.equal(found, Int4Linear(weight, kernel_name="native-int8")(inputs))
     assert linear.num_bytes < 1.1 * weight.num_bytes
-    with pytest.raises(TypeError, match="bfloat16"):
+    with pytest.raises(QuantError, match=r"'native-int8' takes .*bfloat16, and these are .*32"):
         linear(inputs.float())
 
 
