@@ -15,7 +15,8 @@ enum {
     SHARE_BYTES = 128 << 10,
     SHARES_A_THREAD = 8,
     ARRANGED_APART = 64 << 10, /* inputs, from which arranging them is worth other threads */
-    PASS_ROWS = 48 /* whose totals and inputs of a stretch stay in the first cache */
+    PASS_ROWS = 48 /* whose totals stay in the first cache, beside the weights kept of a stretch;
+                      inputs are read once a tile, and need not */
 };
 
 struct job {
