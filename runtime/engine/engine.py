@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Collection
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -135,10 +136,14 @@ class Engine:
             self.scheduler.add(request)
         return requests
 
-    def _check(self, spec: RequestSpec, *, goes_on: bool = False) -> int:
-        """Refuse what could never run; returns the most tokens that it may generate."""
+    def _check(
+        self, spec: RequestSpec, *, goes_on: bool = False, max_tokens: int | None = None
+    ) -> int:
+        """Refuse what could never run; returns the most tokens that it may generate, `max_tokens`
+        at most if an engine has found that before."""
         self.extras.check(spec, goes_on=goes_on)
-        return self.admission.check(spec.prompt_token_ids, spec.params, was_let_in=goes_on)
+        params = spec.params if max_tokens is None else replace(spec.params, max_tokens=max_tokens)
+        return self.admission.check(spec.prompt_token_ids, params, was_let_in=goes_on)
 
     def _ends(self, chain: ChainKey | None) -> Collection[int]:
         """Tokens that end a text of a model."""
@@ -183,9 +188,9 @@ class Engine:
         spec, (request_id, index) = continuation.spec, continuation.key
         if index >= spec.params.n:
             raise UsageError(f"request {request_id!r} has {spec.params.n} outputs, and no {index}")
-        max_tokens = self._check(spec, goes_on=True)
-        self.admission.check_tokens(continuation.output_token_ids)
         wanted = continuation.max_tokens
+        max_tokens = self._check(spec, goes_on=True, max_tokens=wanted)
+        self.admission.check_tokens(continuation.output_token_ids)
         if wanted is not None and wanted > max_tokens:
             raise RequestTooLong(
                 f"request {request_id!r} may have {wanted} tokens, and has room for {max_tokens} "
@@ -193,7 +198,7 @@ class Engine:
             )
         if self.find(continuation.key) is not None:
             raise UsageError(f"output {index} of request {request_id!r} is unfinished here")
-        request = earlier or self._make(spec, index, max_tokens if wanted is None else wanted)
+        request = earlier or self._make(spec, index, max_tokens)
         continuation.restore(request)
         return request
 
