@@ -190,8 +190,8 @@ class SegmentServer:
             target=self._answer_all, args=(sock,), name="vkv-segments", daemon=True
         )
         self._connections = [pair for pair in self._connections if pair[1].is_alive()]
-        self._connections.append((sock, thread))
         thread.start()
+        self._connections.append((sock, thread))
 
     def close(self) -> None:
         """End all connections and loans."""
