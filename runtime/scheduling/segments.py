@@ -144,10 +144,17 @@ class Segments:
         if self._kv_files.may_have_some:
             least = tier.far.prefix_length(tokens, request.variant) + self._part_tokens
             found = self._kv_files.open_slot(
-                tier.far, tokens, request.variant, least=least, exits=tier.exits
+                tier.far,
+                tokens,
+                request.variant,
+                owner=request.spec.owner,
+                least=least,
+                exits=tier.exits,
             )
         wanted = 0 if self.loans.creditors else tier.whole_parts(request.num_tokens)
-        return tier.begin(tokens, request.variant, num_reserved=wanted, found=found)
+        return tier.begin(
+            tokens, request.variant, owner=request.spec.owner, num_reserved=wanted, found=found
+        )
 
     def make_room(self, request: Request, count: int) -> int:
         """Have room in a request's slot for `count` more tokens, or as many as it may have.
@@ -237,7 +244,7 @@ class Segments:
         return bool(loans.creditors) or (loans.limits is not None and loans.has_lenders)
 
     def _append(self, tier: SegmentTier, request: Request, slot: Slot, num_tokens: int) -> None:
-        segment = request.segment or tier.begin(())
+        segment = request.segment or tier.begin((), owner=request.spec.owner)
         try:
             tier.append(segment, slot, num_tokens)
         except (Shortage, DriverError):
