@@ -424,6 +424,7 @@ class Router:
 
     async def _end_one(self, instance: int) -> None:
         self._members.remove(instance)
+        self._leaving.discard(instance)
         try:
             await asyncio.to_thread(self._kill, instance)
         except RuntimeError:  # this process ends, and begins nothing beside any more

@@ -119,8 +119,8 @@ class Lending:
 
     def _connect(self, line: CreditLine) -> None:
         there = msgspec.json.decode(line.address, type=Address)
-        before = self._lenders.pop(line.creditor, None)
-        if before is not None:
+        before = self._lenders.get(line.creditor)
+        if before is not None:  # it was lost; known until nobody asks for what it had
             before.close()
         try:
             connection = self._place.call(there, _PURPOSE, _CALL_S)
