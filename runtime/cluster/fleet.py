@@ -57,7 +57,7 @@ class Fleet:
             self._wait_for_faces({instance for instance, _ in begun})
         except BaseException:
             for instance, _ in begun:
-                self._router.end(instance)
+                self._router.end(instance, "failed")
             raise
 
     def drain(self, instance: int, timeout_s: float | None = None) -> None:
@@ -69,7 +69,7 @@ class Fleet:
                     f"instance {instance} is the only one; close the cluster, or scale it first"
                 )
             self._router.drain(instance, timeout_s)
-            self._router.end(instance)
+            self._router.end(instance, "drained")
 
     def scale(self, instances: int) -> None:
         """As of `Cluster.scale`."""

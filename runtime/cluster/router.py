@@ -29,7 +29,7 @@ from .instances.instance_link import InstanceLink
 from .instances.maps import Maps, Seen
 from .lending import longest_of
 from .loop_thread import LoopThread
-from .members import Members
+from .members import Ending, Members
 from .policies import ClusterPolicy
 from .snapshot import ClusterSnapshot
 from .stats import ClusterStats, Member, MoveUnderWay
@@ -133,9 +133,9 @@ class Router:
         """
         self._thread.run(self._drain(instance, timeout_s))
 
-    def end(self, instance: int) -> None:
+    def end(self, instance: int, why: Ending) -> None:
         """End an instance for good; what it still has goes on elsewhere, computed again."""
-        self._thread.run(self._end_one(instance))
+        self._thread.run(self._end_one(instance, why))
 
     def scaled(self) -> None:
         """As of `Decisions.has_scaled`."""
@@ -299,11 +299,11 @@ class Router:
 
     def on_gone(self, instance: int, why: str) -> None:
         """It is gone, or seems to be: its requests go on elsewhere, computed again."""
-        self._members.remove(instance, has_died=True)  # what it says from now on comes nowhere
+        self._members.remove(instance, "died")  # what it says from now on comes nowhere
         if not self._members.now():
             self.error = EngineDied(f"no instance is left: the last one, {instance}, {why}")
         loop = asyncio.get_running_loop()
-        burial = loop.create_task(self._end_one(instance))  # which may wait for its node
+        burial = loop.create_task(self._end_one(instance, "died"))  # which may wait for its node
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)
 
@@ -422,8 +422,8 @@ class Router:
         assert link is not None
         return await link.ask(question, *about)
 
-    async def _end_one(self, instance: int) -> None:
-        self._members.remove(instance)
+    async def _end_one(self, instance: int, why: Ending) -> None:
+        self._members.remove(instance, why)
         self._leaving.discard(instance)
         try:
             await asyncio.to_thread(self._kill, instance)
@@ -433,7 +433,7 @@ class Router:
 
     async def _end(self, error: VkvError) -> None:
         for member in self._members.all():
-            self._members.remove(member.id)
+            self._members.remove(member.id, "closed")
         self._fail_all(error)
         await asyncio.gather(*self._burials, return_exceptions=True)
         for futures in self._moved.values():

@@ -162,5 +162,5 @@ def test_nothing_stays_of_instances_that_left(router: Router) -> None:
         pulse = Pulse(stats=None, is_leaving=True)  # type: ignore[arg-type]
         router._thread.read(lambda i=instance, p=pulse: router.on_pulse(i, p))
     assert asked == [3, 4]
-    router.end(3)
+    router.end(3, "drained")
     assert router._leaving == {4}
