@@ -125,11 +125,15 @@ class Router:
         """An instance is ready, and this is the way to it: give it work from now on."""
         self._thread.run(self._join(member, connection))
 
-    def drain(self, instance: int, timeout_s: float | None = None) -> None:
-        """Give an instance nothing more, and wait until all that it has moved, ended, or, of what
-        does not move, goes on elsewhere.
+    def begin_drain(self, instance: int) -> None:
+        """Give an instance nothing more. Raises InvalidOperation if it is unknown."""
+        self._thread.read(lambda: self._begin_drain(instance))
 
-        Raises InvalidOperation if it is unknown, or not empty after `timeout_s`: it drains on then.
+    def drain(self, instance: int, timeout_s: float | None = None) -> None:
+        """Wait until all that an instance has, which `begin_drain` was told of, has moved, ended,
+        or, of what does not move, goes on elsewhere; or until it is gone.
+
+        Raises InvalidOperation if it is not empty after `timeout_s`: it drains on then.
         """
         self._thread.run(self._drain(instance, timeout_s))
 
@@ -373,9 +377,11 @@ class Router:
         owner = self._arbiter.owner(key)
         return owner == str(instance) or (owner is None and self._arbiter.counts.moved > before)
 
-    async def _drain(self, instance: int, timeout_s: float | None) -> None:
+    def _begin_drain(self, instance: int) -> None:
         self._members.of(instance).is_draining = True
         self._members.changed()
+
+    async def _drain(self, instance: int, timeout_s: float | None) -> None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self.decisions.lending.settle(self.decisions.picture())  # what it has of others leaves
         now_s = time.monotonic()
