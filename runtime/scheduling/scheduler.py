@@ -46,6 +46,7 @@ class Scheduler:
         accounts: what each tenant got.
         running: in the order of admission.
         exits: how slots are let go.
+        holds_back: nobody is admitted for now.
         num_places_kept: of `max_seqs`, for requests that come from elsewhere or may come back.
         shortage: what kept the last step from giving any request a token, and whom it kept.
     """
@@ -76,6 +77,7 @@ class Scheduler:
         self.accounts = Accounts(tenant_weights or {})
         self.waiting = WaitingQueue(lines_for(policy.order, self.accounts))
         self.running: list[Request] = []
+        self.holds_back = False
         self.num_places_kept = 0
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
@@ -240,7 +242,8 @@ class Scheduler:
         held: set[Request],
         num_given_up: int,
     ) -> Snapshot:
-        waiting = self.waiting.first(self.num_free_places, len(self.running))
+        num_free = self.num_free_places
+        waiting = [] if self.holds_back else self.waiting.first(num_free, len(self.running))
         by_tenant = self.policy.order.lines == "tenant"
         return Snapshot(
             max_batch_tokens=self.max_batch_tokens,
