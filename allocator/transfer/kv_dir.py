@@ -184,10 +184,16 @@ class KVDir:
 
     def discard(self, path: Path) -> None:
         """Remove a file that turned out to be of no use."""
-        entry = self._entries.pop(path, None)
-        if entry is not None:
-            self._buckets[entry.bucket].remove(entry)
+        if path in self._entries:
+            self._forget(path)
             path.unlink(missing_ok=True)
+
+    def _forget(self, path: Path) -> None:
+        entry = self._entries.pop(path)
+        bucket = self._buckets[entry.bucket]
+        bucket.remove(entry)
+        if not bucket:
+            del self._buckets[entry.bucket]
 
     # -- what comes --------------------------------------------------------------------------
 
@@ -287,7 +293,7 @@ class KVDir:
             _log.warning("%s; it is left out", error)
             return
         if path in self._entries:
-            self._buckets[entry.bucket].remove(self._entries.pop(path))
+            self._forget(path)
         self._entries[path] = entry
         self._buckets.setdefault(entry.bucket, []).append(entry)
 

@@ -134,7 +134,9 @@ class MemoryTier:
         num_tokens = len(tokens)
         key = TransferKey(f"{name} leaves {next(self._numbers)}", 0)
         try:
-            incoming = self._incoming[0].receive(key, tokens, variant, recycle=False)
+            incoming = self._incoming[0].receive(
+                key, tokens, variant, owner=slot.owner, recycle=False
+            )
         except (Shortage, DriverError):
             self.stored.num_failed += 1
             return None

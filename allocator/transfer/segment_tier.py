@@ -16,6 +16,7 @@ import torch
 
 from ...vmem.errors import DriverError, InvalidOperation, Shortage, VkvError
 from ..exits import Exits
+from ..page_pool import Owner
 from ..slot import Slot
 from ..slot_cache import SlotCache
 from .copier import CopyJob
@@ -109,16 +110,18 @@ class SegmentTier:
         tokens: Sequence[int],
         variant: str = "",
         *,
+        owner: Owner | None = None,
         num_reserved: int = 0,
         found: tuple[Slot, int] | None = None,
     ) -> Segment:
         """A segment with as much as is parked of `tokens`, and the promise of memory for the first
         `num_reserved` tokens.
 
-        `found` is a slot of `far` that begins with them already, and with how many. Raises a
-        Shortage or DriverError, with nothing changed but that what was found is parked.
+        `owner` is as of `SlotCache.adopt`. `found` is a slot of `far` that begins with them
+        already, and with how many. Raises a Shortage or DriverError, with nothing changed but that
+        what was found is parked.
         """
-        slot, num_tokens = found or self.far.adopt(tokens, variant)
+        slot, num_tokens = found or self.far.adopt(tokens, variant, owner=owner)
         num_tokens = self.whole_parts(num_tokens)
         try:
             self.far.truncate(slot, num_tokens)
@@ -180,11 +183,11 @@ def put_before(
     fill: Callable[[Spans], None],
 ) -> Slot:
     """A new slot with `num_before` rows that `fill` fills, and then the first `num_rows` of
-    another, which stays as it is.
+    another of the same owner, which stays as it is.
 
     Raises a Shortage, DriverError or what `fill` raises, with nothing changed.
     """
-    fresh = cache.open()
+    fresh = cache.open(slot.owner)
     try:
         cache.grow(fresh, num_before + num_rows)
         fill(cache.spans(fresh, 0, num_before))

@@ -57,7 +57,7 @@ class Fleet:
             self._wait_for_faces({instance for instance, _ in begun})
         except BaseException:
             for instance, _ in begun:
-                self._router.end(instance)
+                self._router.end(instance, "failed")
             raise
 
     def drain(self, instance: int, timeout_s: float | None = None) -> None:
@@ -68,11 +68,22 @@ class Fleet:
                 raise InvalidOperation(
                     f"instance {instance} is the only one; close the cluster, or scale it first"
                 )
-            self._router.drain(instance, timeout_s)
-            self._router.end(instance)
+            self._router.begin_drain(instance)
+        self._end_drained(instance, timeout_s)
+
+    def _end_drained(self, instance: int, timeout_s: float | None = None) -> None:
+        """End an instance that drains, once it is empty. Other changes need not wait for that."""
+        self._router.drain(instance, timeout_s)
+        self._router.end(instance, "drained")
 
     def scale(self, instances: int) -> None:
         """As of `Cluster.scale`."""
+        for instance in self._begin_scaling(instances):
+            self._end_drained(instance)
+
+    def _begin_scaling(self, instances: int) -> Sequence[int]:
+        """Start as many as are missing, or have as many as are too many drain, which are returned;
+        they are to be ended."""
         if instances < 1:
             raise InvalidConfig(f"instances is {instances}; a cluster has one at least")
         with self._changing:
@@ -80,10 +91,11 @@ class Fleet:
             if len(members) < instances:
                 more: list[Role] = ["both"] * (instances - len(members))
                 self.start(more)
-                return
-            snapshot = self._router.snapshot()
-            for instance in drained_first(snapshot, len(members) - instances):
-                self.drain(instance)
+                return ()
+            leaving = drained_first(self._router.snapshot(), len(members) - instances)
+            for instance in leaving:
+                self._router.begin_drain(instance)
+            return leaving
 
     def load_adapter(self, name: str, path: str) -> None:
         """As of `Cluster.load_adapter`."""
@@ -124,13 +136,16 @@ class Fleet:
             _log.warning("instance %d was told to end, and stays: %s", instance, error)
 
     def _rescale(self, instances: int) -> None:
-        """Have as many instances as the policy wants."""
+        """Have as many instances as the policy wants, which may ask again while some drain."""
+        leaving: Sequence[int] = ()
         try:
-            self.scale(instances)
+            leaving = self._begin_scaling(instances)
         except VkvError as error:
             _log.warning("there are to be %d instances, and cannot be: %s", instances, error)
         finally:
             self._router.scaled()
+        for instance in leaving:
+            self._end_drained(instance)
 
     def _wait_for_faces(self, instances: set[int]) -> None:
         deadline = time.monotonic() + _MEET_S

@@ -21,7 +21,8 @@ from .snapshot import ClusterSnapshot
 from .stats import LoanStats, Member, holder_name, instance_of
 
 _SHUN_S = 60.0  # for which nobody borrows from one that was slow
-_MISS_S = 5.0  # and from one that was lost, or could not be reached: who is dead is known by then
+_MISS_S = 5.0  # and from one that was lost, or could not be reached: who is dead is known by then,
+_SILENT_S = 2.0  # or else has answered nothing for so long: it may be stopped, and is not asked
 
 Pair = tuple[int, int]
 """A debtor and a creditor."""
@@ -54,7 +55,11 @@ class LendingDesk:
         if not lenders:
             return
         now_s = time.monotonic()
-        self._shunned = {pair: until for pair, until in self._shunned.items() if until > now_s}
+        self._shunned = {
+            pair: until
+            for pair, until in self._shunned.items()
+            if until > now_s or self._is_silent(pair[1])
+        }
         self._shun_lost(lenders, now_s)
         shunned = frozenset(self._shunned)
         found = self.ledger.settle(msgspec.structs.replace(snapshot, shunned=shunned))
@@ -94,6 +99,10 @@ class LendingDesk:
         lines = (line for order in self._obeyed.values() for line in order.lines)
         name = holder_name(creditor)
         return any(line.creditor == name and line.num_tokens for line in lines)
+
+    def _is_silent(self, instance: int) -> bool:
+        link = self._members.link(instance)
+        return link is not None and link.silent_s > _SILENT_S
 
     def _shun_lost(self, lenders: dict[int, Member], now_s: float) -> None:
         """Have nobody borrow from whom somebody has lost, or did not reach."""

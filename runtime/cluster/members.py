@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from ...vmem.errors import InvalidOperation
 from ..engine.migration.arbiter import Arbiter
@@ -24,6 +24,9 @@ from .snapshot import (
     Role,
 )
 from .stats import Done, Member
+
+Ending = Literal["died", "drained", "failed", "closed"]
+"""Why an instance ends: "failed" with others that were to start with it, "closed" with all."""
 
 
 class Members:
@@ -53,12 +56,12 @@ class Members:
         self._links[member.id] = link
         self.changed()
 
-    def remove(self, instance: int, *, has_died: bool = False) -> None:
+    def remove(self, instance: int, why: Ending) -> None:
         """Hang up on an instance. Without effect on one that is not there."""
+        end = Done(num_died=int(why == "died"), num_drained=int(why == "drained"))
         with self._leaving:
             member = self._members.pop(instance, None)
             if member is not None:
-                end = Done(num_died=1) if has_died else Done(num_drained=1)
                 self._ended = self._ended.plus([Done.of(member), end])
         link = self._links.pop(instance, None)
         if link is not None:

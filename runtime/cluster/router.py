@@ -29,7 +29,7 @@ from .instances.instance_link import InstanceLink
 from .instances.maps import Maps, Seen
 from .lending import longest_of
 from .loop_thread import LoopThread
-from .members import Members
+from .members import Ending, Members
 from .policies import ClusterPolicy
 from .snapshot import ClusterSnapshot
 from .stats import ClusterStats, Member, MoveUnderWay
@@ -125,17 +125,21 @@ class Router:
         """An instance is ready, and this is the way to it: give it work from now on."""
         self._thread.run(self._join(member, connection))
 
-    def drain(self, instance: int, timeout_s: float | None = None) -> None:
-        """Give an instance nothing more, and wait until all that it has moved, ended, or, of what
-        does not move, goes on elsewhere.
+    def begin_drain(self, instance: int) -> None:
+        """Give an instance nothing more. Raises InvalidOperation if it is unknown."""
+        self._thread.read(lambda: self._begin_drain(instance))
 
-        Raises InvalidOperation if it is unknown, or not empty after `timeout_s`: it drains on then.
+    def drain(self, instance: int, timeout_s: float | None = None) -> None:
+        """Wait until all that an instance has, which `begin_drain` was told of, has moved, ended,
+        or, of what does not move, goes on elsewhere; or until it is gone.
+
+        Raises InvalidOperation if it is not empty after `timeout_s`: it drains on then.
         """
         self._thread.run(self._drain(instance, timeout_s))
 
-    def end(self, instance: int) -> None:
+    def end(self, instance: int, why: Ending) -> None:
         """End an instance for good; what it still has goes on elsewhere, computed again."""
-        self._thread.run(self._end_one(instance))
+        self._thread.run(self._end_one(instance, why))
 
     def scaled(self) -> None:
         """As of `Decisions.has_scaled`."""
@@ -299,11 +303,11 @@ class Router:
 
     def on_gone(self, instance: int, why: str) -> None:
         """It is gone, or seems to be: its requests go on elsewhere, computed again."""
-        self._members.remove(instance, has_died=True)  # what it says from now on comes nowhere
+        self._members.remove(instance, "died")  # what it says from now on comes nowhere
         if not self._members.now():
             self.error = EngineDied(f"no instance is left: the last one, {instance}, {why}")
         loop = asyncio.get_running_loop()
-        burial = loop.create_task(self._end_one(instance))  # which may wait for its node
+        burial = loop.create_task(self._end_one(instance, "died"))  # which may wait for its node
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)
 
@@ -373,9 +377,11 @@ class Router:
         owner = self._arbiter.owner(key)
         return owner == str(instance) or (owner is None and self._arbiter.counts.moved > before)
 
-    async def _drain(self, instance: int, timeout_s: float | None) -> None:
+    def _begin_drain(self, instance: int) -> None:
         self._members.of(instance).is_draining = True
         self._members.changed()
+
+    async def _drain(self, instance: int, timeout_s: float | None) -> None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self.decisions.lending.settle(self.decisions.picture())  # what it has of others leaves
         now_s = time.monotonic()
@@ -422,8 +428,9 @@ class Router:
         assert link is not None
         return await link.ask(question, *about)
 
-    async def _end_one(self, instance: int) -> None:
-        self._members.remove(instance)
+    async def _end_one(self, instance: int, why: Ending) -> None:
+        self._members.remove(instance, why)
+        self._leaving.discard(instance)
         try:
             await asyncio.to_thread(self._kill, instance)
         except RuntimeError:  # this process ends, and begins nothing beside any more
@@ -432,7 +439,7 @@ class Router:
 
     async def _end(self, error: VkvError) -> None:
         for member in self._members.all():
-            self._members.remove(member.id)
+            self._members.remove(member.id, "closed")
         self._fail_all(error)
         await asyncio.gather(*self._burials, return_exceptions=True)
         for futures in self._moved.values():

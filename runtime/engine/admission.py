@@ -55,13 +55,13 @@ class Admission:
         self._check_prompt(prompt)
         # The last token is never computed, so it needs no room.
         room = self.max_len - len(prompt)
+        if params.max_tokens is None:  # as many as fit now, whatever fitted when it was let in
+            max_tokens = max(1, min(room, self.longest - len(prompt) + 1))
+        else:
+            max_tokens = min(params.max_tokens, room)
         longest = self.longest
         if was_let_in and self.was_longer is not None:
             longest = self.was_longer
-        if params.max_tokens is None:  # as many as fit, then
-            max_tokens = max(1, min(room, longest - len(prompt) + 1))
-        else:
-            max_tokens = min(params.max_tokens, room)
         if len(prompt) + max_tokens - 1 > longest:
             self._refuse_length(len(prompt), max_tokens)
         return max_tokens

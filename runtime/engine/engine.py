@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Collection
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from ..model.segments import HolderLost, SegmentServer
 from ..model.weights import ModelWatch
 from ..request.continuation import Continuation
 from ..request.outputs import FinishReason
-from ..request.request import Batch, Request
+from ..request.request import Batch, Request, RequestState
 from ..request.sampling_params import SamplingParams
 from ..request.sampling_state import SamplingState
 from ..request.spec import ChainKey, RequestSpec, SequenceKey
@@ -95,6 +96,7 @@ class Engine:
         self._requests: dict[str, list[Request]] = {}
         self._outputs: list[StepOutput] = []  # that no one has taken yet
         self._under_way: LaunchedStep | None = None
+        self._aside: set[Request] = set()  # that lack memory for their weights
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
@@ -135,10 +137,14 @@ class Engine:
             self.scheduler.add(request)
         return requests
 
-    def _check(self, spec: RequestSpec, *, goes_on: bool = False) -> int:
-        """Refuse what could never run; returns the most tokens that it may generate."""
+    def _check(
+        self, spec: RequestSpec, *, goes_on: bool = False, max_tokens: int | None = None
+    ) -> int:
+        """Refuse what could never run; returns the most tokens that it may generate, `max_tokens`
+        at most if an engine has found that before."""
         self.extras.check(spec, goes_on=goes_on)
-        return self.admission.check(spec.prompt_token_ids, spec.params, was_let_in=goes_on)
+        params = spec.params if max_tokens is None else replace(spec.params, max_tokens=max_tokens)
+        return self.admission.check(spec.prompt_token_ids, params, was_let_in=goes_on)
 
     def _ends(self, chain: ChainKey | None) -> Collection[int]:
         """Tokens that end a text of a model."""
@@ -183,9 +189,9 @@ class Engine:
         spec, (request_id, index) = continuation.spec, continuation.key
         if index >= spec.params.n:
             raise UsageError(f"request {request_id!r} has {spec.params.n} outputs, and no {index}")
-        max_tokens = self._check(spec, goes_on=True)
-        self.admission.check_tokens(continuation.output_token_ids)
         wanted = continuation.max_tokens
+        max_tokens = self._check(spec, goes_on=True, max_tokens=wanted)
+        self.admission.check_tokens(continuation.output_token_ids)
         if wanted is not None and wanted > max_tokens:
             raise RequestTooLong(
                 f"request {request_id!r} may have {wanted} tokens, and has room for {max_tokens} "
@@ -193,7 +199,7 @@ class Engine:
             )
         if self.find(continuation.key) is not None:
             raise UsageError(f"output {index} of request {request_id!r} is unfinished here")
-        request = earlier or self._make(spec, index, max_tokens if wanted is None else wanted)
+        request = earlier or self._make(spec, index, max_tokens)
         continuation.restore(request)
         return request
 
@@ -330,7 +336,7 @@ class Engine:
                 self.fail(request, error)
 
     def _plain_step(self) -> None:
-        batch = self._with_weights(self.scheduler.schedule())
+        batch = self._next_batch()
         if not batch.items:
             self.scheduler.tiers.wait(self.scheduler.running, _MOVE_WAIT_S)
         elif launched := self._launch(batch, None, wait=True):
@@ -343,7 +349,7 @@ class Engine:
         """
         if not all(request.can_run_ahead for request in self.scheduler.running):
             self.catch_up()
-        batch = self._with_weights(self.scheduler.schedule())
+        batch = self._next_batch()
         if not batch.items:  # all wait for their last token, or for memory that an end may bring
             if self._under_way is not None:
                 self.catch_up()
@@ -358,20 +364,33 @@ class Engine:
         if wait:
             self.catch_up()
 
+    def _next_batch(self) -> Batch:
+        """What the next step computes. While one that runs lacks weights, nobody is let in, who
+        would take the memory that it waits for."""
+        running = RequestState.RUNNING
+        self.scheduler.holds_back = any(request.state is running for request in self._aside)
+        return self._with_weights(self.scheduler.schedule())
+
     def _with_weights(self, batch: Batch) -> Batch:
         """The batch, without requests whose weights cannot be in memory now: they stand aside for a
         step, or end if they never will be.
         """
         batch, lacking = self.extras.provide(batch)
-        if not lacking:
-            return batch
         for request, error in lacking:
             if not isinstance(error, Shortage):
                 self.catch_up()
                 self.fail(request, error)
         aside = [(request, error) for request, error in lacking if isinstance(error, Shortage)]
-        if not batch.items and aside:
-            self.scheduler.shortage = aside[0]
+        self._aside -= {item.request for item in batch.items}
+        self._aside = {request for request in self._aside if not request.is_finished}
+        self._aside |= {request for request, _ in aside}
+        if not lacking:
+            return batch
+        if aside:
+            tiers = self.scheduler.tiers
+            is_coming = tiers.give_way() or tiers.is_moving(self.scheduler.running)
+            if not (batch.items or is_coming):
+                self.scheduler.shortage = aside[0]
         return Batch(tuple(item for item in batch.items if not item.request.is_finished))
 
     def _launch(

@@ -1,9 +1,12 @@
 """Where a process is reached, and by what: a Unix socket on its own node, TCP from any other."""
 
+import errno
+import logging
 import os
 import socket
 import stat
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +18,10 @@ from ...vmem.errors import InvalidOperation
 from .gate import Gate, family_of, introduce, watch_over
 
 _BACKLOG = 64
+_PAUSE_S = 0.1  # before the system is asked again for what it had none of
+_CLOSED = (errno.EBADF, errno.EINVAL)  # what a listener says that was closed, or is just now
+
+_log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -146,6 +153,27 @@ def close_listeners(listeners: Iterable[Listener]) -> None:
             with suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # wakes up who accepts
         listener.close()
+
+
+def serve_callers(listener: Listener, serve: Callable[[socket.socket], None]) -> None:
+    """Hand each that calls to `serve`, until the listener is closed. For a thread of its own.
+
+    Where the system has no descriptor or thread for a caller, it goes on after a moment.
+    """
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:
+            if error.errno in _CLOSED:
+                return
+            _log.warning("a caller could not be let in, and may wait: %s", error)
+            time.sleep(_PAUSE_S)
+            continue
+        try:
+            serve(connection)
+        except (OSError, RuntimeError) as error:  # RuntimeError: there can be no more threads
+            _log.warning("a caller could not be served, and is hung up on: %s", error)
+            connection.close()
 
 
 def listen_near(path: str) -> socket.socket:

@@ -21,7 +21,7 @@ import msgspec
 from ...allocator.transfer import Incoming, Outgoing
 from ...allocator.transfer.channels import Channel, ChannelJob, CopyChannel, PageChannel
 from ...vmem.errors import InvalidOperation, VkvError
-from .addresses import Address, Listener, Place, close_listeners, listen_at
+from .addresses import Address, Listener, Place, close_listeners, listen_at, serve_callers
 
 _TIMEOUT_S = 10.0  # that the other side may be silent
 _PURPOSE = "keys and values"
@@ -107,18 +107,13 @@ class SocketCarrier:
         self._listeners, self._address = listen_at(self._address.path, self._place, _PURPOSE)
         for listener in self._listeners:
             threading.Thread(
-                target=self._accept, args=(listener,), name="vkv-carrier", daemon=True
+                target=serve_callers, args=(listener, self._begin), name="vkv-carrier", daemon=True
             ).start()
 
-    def _accept(self, listener: Listener) -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:  # closed
-                return
-            threading.Thread(
-                target=self._serve, args=(connection,), name="vkv-carrier", daemon=True
-            ).start()
+    def _begin(self, connection: socket.socket) -> None:
+        threading.Thread(
+            target=self._serve, args=(connection,), name="vkv-carrier", daemon=True
+        ).start()
 
     def _serve(self, connection: socket.socket) -> None:
         """Take one stage."""

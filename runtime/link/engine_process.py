@@ -53,6 +53,7 @@ REFUSED = 2  # exit status: what was asked for cannot be, and standard error say
 _PULSE_S = 0.2  # between pulses while the engine works
 _SETTLE_POLL_S = 0.02  # between two looks whether what was copied and written is there
 _MOVE_POLL_S = 0.002  # between two looks at what is on its way, while nothing else is done
+_NO_ROOM_S = 0.01  # before who calls is looked at again, where the system has no room for it
 _MOST_KEPT_BYTES = 256 << 20  # of outputs that a front does not read, before it is hung up on
 
 _log = logging.getLogger(__name__)
@@ -276,6 +277,10 @@ class EngineServer:
         try:
             connection, _ = self._listener.accept()
         except BlockingIOError:  # it has hung up
+            return
+        except OSError as error:  # no descriptor is left, say: it calls on, and is heard later
+            _log.warning("a front could not be let in: %s", error)
+            time.sleep(_NO_ROOM_S)
             return
         front = _Front(Frames(connection), heard_s=time.monotonic())
         self._all_fronts.append(front)

@@ -47,6 +47,7 @@ class Scheduler:
         accounts: what each tenant got.
         running: in the order of admission.
         exits: how slots are let go.
+        holds_back: nobody is admitted for now.
         num_places_kept: of `max_seqs`, for requests that come from elsewhere or may come back.
         shortage: what kept the last step from giving any request a token, and whom it kept.
         lacking: who stood aside in the last step for want of somebody who takes its tokens in.
@@ -78,6 +79,7 @@ class Scheduler:
         self.accounts = Accounts(tenant_weights or {})
         self.waiting = WaitingQueue(lines_for(policy.order, self.accounts))
         self.running: list[Request] = []
+        self.holds_back = False
         self.num_places_kept = 0
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
@@ -245,9 +247,9 @@ class Scheduler:
         held: set[Request],
         num_given_up: int,
     ) -> Snapshot:
-        waiting = self.waiting.first(self.num_free_places, len(self.running))
-        if any(request in self.waiting for request in held):  # nobody passes it
-            waiting = []
+        num_free, waiting = self.num_free_places, list[Request]()
+        if not (self.holds_back or any(request in self.waiting for request in held)):
+            waiting = self.waiting.first(num_free, len(self.running))  # nobody passes those held
         by_tenant = self.policy.order.lines == "tenant"
         return Snapshot(
             max_batch_tokens=self.max_batch_tokens,

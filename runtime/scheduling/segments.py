@@ -147,12 +147,19 @@ class Segments:
         if self._kv_files.may_have_some:
             least = tier.far.prefix_length(tokens, request.variant) + self._part_tokens
             found = self._kv_files.open_slot(
-                tier.far, tokens, request.variant, least=least, exits=tier.exits
+                tier.far,
+                tokens,
+                request.variant,
+                owner=request.spec.owner,
+                least=least,
+                exits=tier.exits,
             )
         wanted = tier.whole_parts(request.num_tokens)
         if self.loans.has_lenders:
             wanted = min(wanted, tier.room_tokens)
-        return tier.begin(tokens, request.variant, num_reserved=wanted, found=found)
+        return tier.begin(
+            tokens, request.variant, owner=request.spec.owner, num_reserved=wanted, found=found
+        )
 
     def make_room(self, request: Request, count: int) -> int:
         """Have room in a request's slot for `count` more tokens, or as many as it may have.
@@ -240,7 +247,7 @@ class Segments:
             raise OutOfLoans(f"nobody takes in what the tier does not: {shortage}") from shortage
 
     def _append(self, tier: SegmentTier, request: Request, slot: Slot, num_tokens: int) -> None:
-        segment = request.segment or tier.begin(())
+        segment = request.segment or tier.begin((), owner=request.spec.owner)
         try:
             tier.append(segment, slot, num_tokens)
         except (Shortage, DriverError):

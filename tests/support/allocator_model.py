@@ -357,7 +357,7 @@ class Model:
         by_owner = self.cache.pool.sanitize == "tenants"
         for request in self.live:
             known = self._left[request.slot.owner] if by_owner else request.written
-            for words in _visible_words(self.cache, request.slot):
+            for words in visible_words(self.cache, request.slot):
                 shown = np.unique(words.numpy() // (_PLACES * _ELEMENTS))
                 assert known.issuperset(shown[shown != 0].tolist())
 
@@ -506,7 +506,7 @@ def shown_words(fd: int) -> Iterator[set[int]]:
     yield words - {0}
 
 
-def _visible_words(cache: SlotCache, slot: Slot) -> Iterator[torch.Tensor]:
+def visible_words(cache: SlotCache, slot: Slot) -> Iterator[torch.Tensor]:
     """All that is backed of a slot, far ends and padding included."""
     if isinstance(cache, KVCache):
         layout, driver = cache.layout, cache.pool.driver

@@ -65,6 +65,7 @@ def main(folder: str, owner: int) -> None:
             break
         *lines, text = (text + said).split(b"\n")
         found = (_descriptor(int(line)) for line in lines)
+        watched = _living(watched)  # or descriptors would run out in time
         watched += [descriptor for descriptor in found if descriptor is not None]
     for descriptor in watched:
         with suppress(ProcessLookupError):
@@ -78,6 +79,14 @@ def _descriptor(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except ProcessLookupError:
         return None
+
+
+def _living(descriptors: list[int]) -> list[int]:
+    """Those of processes that have not ended; the others are closed."""
+    ended, _, _ = select.select(descriptors, [], [], 0)
+    for descriptor in ended:
+        os.close(descriptor)
+    return [descriptor for descriptor in descriptors if descriptor not in ended]
 
 
 def _remove(folder: str, owner: int) -> None:

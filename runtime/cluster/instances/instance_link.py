@@ -92,6 +92,11 @@ class InstanceLink:
             self._fail_asked()
         return future
 
+    @property
+    def silent_s(self) -> float:
+        """For how long it has not answered; 0 if it owes no answer. A step may take that long."""
+        return 0.0 if self._pinged_s is None else self._loop.time() - self._pinged_s
+
     def close(self) -> None:
         """Hang up; nobody is told but those that have asked."""
         self._pinging.cancel()

@@ -15,7 +15,7 @@ from ....vmem.errors import InvalidOperation
 from ...engine.loop import EngineLoop
 from ...engine.memory.lending import CreditLine, LendingOrder, LendingReport, report_of
 from ...engine.memory.segments import connect_creditor, disconnect_creditor
-from ...link.addresses import Address, Listener, Place, close_listeners, listen_at
+from ...link.addresses import Address, Place, close_listeners, listen_at, serve_callers
 from ...model.segments import RemoteHolder, SegmentServer
 
 _PURPOSE = "segments"
@@ -57,7 +57,7 @@ class Lending:
         self._listeners, self.address = listen_at(path, place, _PURPOSE)
         for listener in self._listeners:
             threading.Thread(
-                target=self._accept, args=(listener,), name="vkv-lending", daemon=True
+                target=serve_callers, args=(listener, server.serve), name="vkv-lending", daemon=True
             ).start()
 
     def obey(self, order: str) -> None:
@@ -119,8 +119,8 @@ class Lending:
 
     def _connect(self, line: CreditLine) -> None:
         there = msgspec.json.decode(line.address, type=Address)
-        before = self._lenders.pop(line.creditor, None)
-        if before is not None:
+        before = self._lenders.get(line.creditor)
+        if before is not None:  # it was lost; known until nobody asks for what it had
             before.close()
         try:
             connection = self._place.call(there, _PURPOSE, _CALL_S)
@@ -130,11 +130,3 @@ class Lending:
         lender = RemoteHolder(line.creditor, connection, timeout_s=self._timeout_s)
         self._lenders[line.creditor] = lender
         connect_creditor(self._loop.engine, lender)
-
-    def _accept(self, listener: Listener) -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:  # closed
-                return
-            self._server.serve(connection)

@@ -94,6 +94,7 @@ def segment_server(loaded: LoadedModel, engine: "Engine") -> SegmentServer | Non
         spare_tokens=SPARE_TOKENS,
         pause_s=PAUSE_S,
         notice_s=NOTICE_S,
+        exits=engine.scheduler.exits,
     )
     engine.scheduler.tiers.lenders.append(server)
     engine.lender = server

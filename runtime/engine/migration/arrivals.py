@@ -94,7 +94,7 @@ class Arrivals:
         self._engine = engine
         self._scheduler = engine.scheduler
         self._check_awake = check_awake
-        self._transfers = Transfers(engine.cache)
+        self._transfers = Transfers(engine.cache, engine.scheduler.exits)
         self._moves: Moves[Arrival] = Moves()
         self._scheduler.tiers.guests.append(self)
 

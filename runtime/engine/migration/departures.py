@@ -137,7 +137,7 @@ class Departures:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._scheduler = engine.scheduler
-        self._transfers = Transfers(engine.cache)
+        self._transfers = Transfers(engine.cache, engine.scheduler.exits)
         self._keepers = [self._transfers]  # where a waiting request's keys and values may be
         swapping = self._scheduler.tiers.swapping
         if swapping is not None:

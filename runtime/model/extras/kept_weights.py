@@ -60,6 +60,7 @@ class KeptWeights(Generic[K, V]):
     def bring(self, key: K, num_bytes: int, make: Callable[[], tuple[V, int]], what: str) -> None:
         """Have what `make` returns in memory; it says what that takes, about `num_bytes`.
 
+        It may take its time, as for reading files: memory is promised before, and nothing locked.
         Raises OutOfPages, or what `make` raises, with nothing counted; `what` is for people.
         """
         with self._limit.lock:
@@ -67,20 +68,22 @@ class KeptWeights(Generic[K, V]):
                 self._here.move_to_end(key)
                 return
             self._take(what, num_bytes)
-            taken = num_bytes
-            try:
-                value, needed = make()
-                if needed != taken:
+        taken = num_bytes
+        try:
+            value, needed = make()
+            if needed != taken:
+                with self._limit.lock:
                     self._take(what, needed - taken)
-                    taken = needed
-            except BaseException as error:
-                self._limit.take(-taken)
-                if isinstance(error, MemoryError | torch.OutOfMemoryError | OSError):
-                    raise OutOfPages(
-                        f"the system has no {num_bytes} bytes for {what} ({error}); lower "
-                        "kv_memory, or wait for others to finish"
-                    ) from error
-                raise
+                taken = needed
+        except BaseException as error:
+            self._limit.take(-taken)
+            if isinstance(error, MemoryError | torch.OutOfMemoryError | OSError):
+                raise OutOfPages(
+                    f"the system has no {num_bytes} bytes for {what} ({error}); lower "
+                    "kv_memory, or wait for others to finish"
+                ) from error
+            raise
+        with self._limit.lock:
             self._here[key] = value, taken
 
     def _take(self, what: str, num_bytes: int) -> None:

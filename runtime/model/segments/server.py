@@ -74,6 +74,7 @@ class SegmentServer:
         notice_s: how long owners have to take away what is called back, all loans together that
             are called for one shortage; 0 to have the memory at once.
         timeout_s: how long an owner may be silent in the middle of an ask.
+        exits: how slots are let go; None for an own one.
 
     Attributes:
         cache: as given.
@@ -93,12 +94,13 @@ class SegmentServer:
         pause_s: float = 5.0,
         notice_s: float = 0.0,
         timeout_s: float = 10.0,
+        exits: Exits | None = None,
     ) -> None:
         self.cache = cache
         self.num_called_back = 0
         self._called_at_s = 0.0
         self.slowest_call_back_s = 0.0
-        self._exits = Exits(cache)
+        self._exits = exits or Exits(cache)
         self._limit_tokens = limit_tokens
         self._spare_tokens = spare_tokens
         self._pause_s = pause_s
@@ -144,6 +146,8 @@ class SegmentServer:
     def give_way(self) -> bool:
         """Memory is short here: call the newest loan back. False if there is none, or if its owner
         has time to take it away still (`is_leaving`)."""
+        if self._exits.retry():
+            return True
         loans, now_s, called = self.loans, time.monotonic(), self._called
         if called is not None and called not in loans:
             self._called = None
@@ -190,8 +194,8 @@ class SegmentServer:
             target=self._answer_all, args=(sock,), name="vkv-segments", daemon=True
         )
         self._connections = [pair for pair in self._connections if pair[1].is_alive()]
-        self._connections.append((sock, thread))
         thread.start()
+        self._connections.append((sock, thread))
 
     def close(self) -> None:
         """End all connections and loans."""
@@ -309,6 +313,7 @@ class SegmentServer:
             raise InvalidOperation(f"{offer} is longer than a slot, {self.cache.max_len} tokens")
         if time.monotonic() < self._takes_from_s:
             raise OutOfPages("a loan was called back just now")
+        self._exits.retry()
         wanted = self.cache.num_pages(offer.num_tokens) + self.cache.num_pages(self._spare_tokens)
         if wanted > self.cache.num_obtainable():
             raise OutOfPages(f"{wanted} pages are not to be had, those to spare included")

@@ -118,6 +118,17 @@ def test_the_limit_is_kept_by_giving_up_what_was_used_least(tmp_path: Path, cach
     folder.close()
 
 
+def test_nothing_stays_of_files_that_went(tmp_path: Path, cache: KVCache) -> None:
+    folder, model = _open(tmp_path, cache), Model(cache)
+    for first in (1, 2, 2):
+        assert _save(folder, model, [first] * 16 + [len(folder._entries)] * 30)
+    assert [len(some) for some in folder._buckets.values()] == [1, 2]
+    for path in list(folder._entries):
+        folder.discard(path)
+    assert not folder._buckets
+    folder.close()
+
+
 def test_what_exceeds_the_limit_alone_is_not_written(tmp_path: Path, cache: KVCache) -> None:
     folder, model = _open(tmp_path, cache, limit=1000), Model(cache)
     assert not _save(folder, model, list(range(100)))

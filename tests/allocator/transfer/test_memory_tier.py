@@ -13,6 +13,7 @@ from allocator_model import (
     Request,
     make_cache,
     one_thread,
+    visible_words,
 )
 from vkv.allocator import Exits
 from vkv.allocator.transfer import Copier, CopyJob, MemoryTier, copier
@@ -116,6 +117,29 @@ def test_variants_stay_apart(pair: Pair) -> None:
     assert pair.tier.longest_prefix(tokens) == 0
     assert pair.tier.fetch("b", tokens) is None
     assert pair.come_back("a", tokens, "adapter").tokens == tokens
+
+
+def test_what_one_tenant_left_in_the_tier_no_other_could_see() -> None:
+    near = make_cache(KIND["ragged"])
+    far = make_cache(KIND["ragged"], max_parked=NUM_SLOTS, sanitize="tenants")
+    tier = MemoryTier(near, far, Copier(near.layer(0)[0].device))
+    for owner, value, num_tokens in (("ann", 1, 100), ("bob", 2, 3)):
+        slot = near.open(owner)
+        near.grow(slot, num_tokens)
+        for layer in range(len(near.layout.layers)):
+            for tensor in near.layer(layer):
+                tensor[slot.index, :num_tokens] = value
+        store = tier.store(owner, slot, [value] * num_tokens, keep=False)
+        assert store is not None
+        tier.wait()
+        match = far.find([value] * num_tokens)
+        assert match is not None
+        shown = {v for words in visible_words(far, match.slot) for v in words.unique().tolist()}
+        assert shown - {0} == {value}
+        tier.drop([value] * num_tokens)
+        near.close(slot)
+    tier.close()
+    near.shutdown()
 
 
 def test_what_is_kept_for_its_owner_outlives_pressure() -> None:

@@ -4,9 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from allocator_model import KIND, NUM_SLOTS, FlakyHostDriver, make_cache, one_thread
+from allocator_model import (
+    KIND,
+    NUM_SLOTS,
+    FlakyHostDriver,
+    make_cache,
+    one_thread,
+    visible_words,
+)
 from vkv.allocator import Exits, KVCache, Slot
-from vkv.allocator.transfer import SegmentTier, split_off
+from vkv.allocator.transfer import SegmentTier, put_before, split_off
+from vkv.allocator.transfer.transfers import Spans
 from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages, Shortage
 
 __all__ = ["one_thread"]  # a fixture
@@ -197,3 +205,51 @@ def test_other_tokens_are_refused() -> None:
     near, far = make_cache(KIND["even"]), make_cache(KIND["ragged"])
     with near, far, pytest.raises(InvalidOperation, match="cannot be kept as"):
         SegmentTier(near, far, _PART)
+
+
+# -- whose bytes a slot shows --------------------------------------------------------------------
+
+
+def _shown(cache: KVCache, slot: Slot) -> set[float]:
+    """All values, but 0, in the memory of a slot, in use or not."""
+    return {v for words in visible_words(cache, slot) for v in words.unique().tolist()} - {0}
+
+
+def test_what_comes_home_is_its_tenants() -> None:
+    """Its pages, too, are cleared for whoever has them next."""
+    cache = make_cache(KIND["ragged"], sanitize="tenants")
+    exits = Exits(cache)
+    with cache:
+        for owner, byte, num_tokens in (("ann", 1, 100), ("bob", 2, 3)):
+
+            def fill(spans: Spans, byte: int = byte) -> None:
+                for piece in (piece for stream in spans for piece in stream):
+                    piece.fill_(byte)
+
+            slot = cache.open(owner)
+            home = put_before(cache, exits, slot, 0, num_tokens, fill)
+            rest = split_off(cache, exits, home, 0, num_tokens - 1)
+            values = torch.full((4,), byte, dtype=torch.uint8).view(cache.layout.dtype)
+            for one in (home, rest):
+                assert _shown(cache, one) == set(values.tolist())
+                exits.let_go(one)
+            exits.let_go(slot)
+        cache.check_invariants()
+
+
+def test_a_segment_is_its_tenants() -> None:
+    near = make_cache(KIND["ragged"], sanitize="tenants")
+    far = make_cache(KIND["ragged"], sanitize="tenants", max_parked=NUM_SLOTS)
+    tier = SegmentTier(near, far, _PART)
+    for owner, value, num_parts in (("ann", 1, 5), ("bob", 2, 1)):
+        slot = near.open(owner)
+        near.grow(slot, num_parts * _PART)
+        for layer in range(len(near.layout.layers)):
+            for tensor in near.layer(layer):
+                tensor[slot.index, : num_parts * _PART] = value
+        segment = tier.begin((), owner=owner)
+        tier.append(segment, slot, num_parts * _PART)
+        assert _shown(far, segment.slot) == {value}
+        tier.release(segment, ())
+        near.close(slot)
+    _close(tier)

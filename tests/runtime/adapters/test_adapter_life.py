@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import borrowing
 import lora
 import pytest
 import torch
@@ -12,6 +13,9 @@ import zoo
 from vkv import LLM, AsyncLLM, MemoryLimit, SamplingParams
 from vkv.allocator.transfer import kv_dir
 from vkv.runtime.adapters import products
+from vkv.runtime.engine.memory.extra_weights import ExtraWeights, Lacking
+from vkv.runtime.engine.memory.segments import segment_server
+from vkv.runtime.request.request import Batch
 from vkv.runtime.request.spec import AdapterKey, RequestSpec
 from vkv.vmem.errors import (
     BadAdapter,
@@ -342,6 +346,82 @@ def test_caches_under_one_limit_have_idle_adapters_give_way(
         assert limit.taken_bytes <= limit.num_bytes
         assert not one.stats().adapters[0].is_here
         assert _ask(one, "a")[0] == expected["a"]
+
+
+def test_lent_memory_gives_way_to_an_adapter(tmp_path: Path) -> None:
+    """Which lasts longer than a shortage may: who has lent it has time to take it away."""
+    model = borrowing.model()
+    folder = lora.save_adapter(tmp_path / "a", model)
+    with borrowing.make(model, kv_memory=borrowing.POOL, shortage_wait_s=0.1) as llm:
+        llm.load_adapter("a", folder)
+        server = segment_server(llm.loaded, llm.engine)
+        assert server is not None
+        cache = llm.engine.cache
+        slot = cache.open()
+        cache.grow(slot, 64 * 32)  # all but a page
+        server.lend(slot, 0, 64 * 32)
+        cache.close(slot)
+        (out,) = llm.generate([[1, 2, 3]], zoo.greedy(4), adapter="a")
+        assert out.error is None
+        assert not server.loans
+        assert server.num_called_back == 1
+        server.close()
+
+
+class _Lacking(ExtraWeights):
+    """Weights of some requests that there is no memory for yet."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def provide(self, batch: Batch) -> tuple[Batch, Lacking]:
+        items = [item for item in batch.items if item.request.key[0] not in self.names]
+        gone = [item.request for item in batch.items if item.request.key[0] in self.names]
+        return Batch(tuple(items)), [(one, OutOfPages("no memory")) for one in gone]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_nobody_is_let_in_before_one_that_lacks_its_weights(overlap: bool) -> None:
+    with _llm({}, overlap=overlap, max_seqs=3) as llm:
+        engine = llm.engine
+        engine.extras = lacking = _Lacking({"lacks"})
+        specs = (
+            RequestSpec(request_id=name, prompt_token_ids=[1, 2], params=zoo.greedy(20))
+            for name in ("lacks", "has", "comes")
+        )
+        (request,), (neighbour,) = engine.add(next(specs)), engine.add(next(specs))
+        for _ in range(4):
+            engine.step()
+        (newcomer,) = engine.add(next(specs))
+        while not neighbour.is_finished:
+            engine.step()
+            assert newcomer.slot is None
+        assert request.num_output_tokens == 0
+        engine.step()
+        assert newcomer.slot is None
+        assert engine.scheduler.shortage is not None
+        assert engine.scheduler.shortage[0] is request
+        lacking.names.clear()
+        while engine.has_work:
+            engine.step()
+        assert len(request.output_token_ids) == len(newcomer.output_token_ids) == 20
+
+
+def test_who_lacks_its_weights_and_goes_holds_nobody_back() -> None:
+    with _llm({}, max_seqs=3) as llm:
+        engine = llm.engine
+        engine.extras = _Lacking({"lacks"})
+        for name in ("lacks", "comes"):
+            spec = RequestSpec(request_id=name, prompt_token_ids=[1, 2], params=zoo.greedy(3))
+            (request,) = engine.add(spec)
+            engine.step()
+        assert request.slot is None
+        engine.abort("lacks")
+        engine.step()
+        assert request.slot is not None
+        while engine.has_work:
+            engine.step()
 
 
 def test_an_adapter_that_never_fits_is_refused(folders: dict[str, Path]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,29 @@ def test_an_owner_that_tidies_up_itself_outlives_it(tmp_path: Path) -> None:
     assert not folder.exists()
     caretaker.close()
     caretaker.watch(watched.pid)  # without effect
+
+
+def test_who_ended_long_ago_costs_nothing(tmp_path: Path) -> None:
+    """Or it would run out of descriptors, and then nobody tidies up."""
+
+    def num_watched() -> int:
+        found = 0
+        for link in Path(f"/proc/{caretaker._process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found += os.readlink(link) == "anon_inode:[pidfd]"
+        return found
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    caretaker = Caretaker(str(folder))
+    first, second, last = _sleeper(), _sleeper(), _sleeper()
+    caretaker.watch(first.pid)
+    caretaker.watch(second.pid)
+    _until(lambda: num_watched() == 3)  # this process's, too
+    for ended in (first, second):
+        ended.kill()
+        ended.wait()
+    caretaker.watch(last.pid)
+    _until(lambda: num_watched() == 2)
+    caretaker.close()
+    assert last.wait(15) == -signal.SIGKILL

@@ -2,9 +2,11 @@
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
 import msgspec
 import pytest
+from vkv.runtime.cluster import lending
 from vkv.runtime.cluster.lending import LendingDesk, LentAdmission, admission_of
 from vkv.runtime.cluster.members import Members
 from vkv.runtime.cluster.snapshot import ClusterSnapshot, InstanceSnapshot, RequestSnapshot
@@ -21,6 +23,8 @@ REPORT = LendingReport(longest_alone=2000, max_local_tokens=1024, max_lent_token
 
 class _Link:
     """Remembers what it is told, and answers when it is let."""
+
+    silent_s = 0.0
 
     def __init__(self) -> None:
         self.orders: list[LendingOrder] = []
@@ -123,6 +127,29 @@ def test_who_cannot_be_reached_is_not_asked() -> None:
         assert len(links[0].orders) == 2
 
     asyncio.run(told())
+
+
+def test_who_was_lost_and_is_silent_is_not_asked_before_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that is stopped: it seems to take calls, and each costs a borrower its time limit."""
+    now = [100.0]
+    monkeypatch.setattr(lending, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def told() -> list[str]:
+        members, links = _members()
+        desk = LendingDesk(members)
+        members.of(0).lending = msgspec.structs.replace(REPORT, unreachable=("instance 1",))
+        desk.settle(_with_a_long_one(members))
+        members.of(0).lending = REPORT
+        asked = []
+        for after_s, links[1].silent_s in ((0, 1.0), (6, 7.0), (50, 57.0), (0.1, 0.5)):
+            now[0] += after_s
+            desk.settle(_with_a_long_one(members))
+            asked.append(links[0].orders[-1].lines[0].creditor)
+        return asked
+
+    assert asyncio.run(told()) == [*["instance 2"] * 3, "instance 1"]
 
 
 def test_what_is_let_in_follows_who_lends() -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import lora
 import msgspec
@@ -13,7 +13,7 @@ from vkv.allocator.transfer import MoveStats
 from vkv.runtime.cluster.decisions import Decisions
 from vkv.runtime.cluster.instances.instance_link import InstanceLink
 from vkv.runtime.cluster.lending import longest_of
-from vkv.runtime.cluster.members import Members, resident_name
+from vkv.runtime.cluster.members import Ending, Members, resident_name
 from vkv.runtime.cluster.policies import CLUSTER_POLICIES, Disaggregated
 from vkv.runtime.cluster.snapshot import InstanceSnapshot, Role
 from vkv.runtime.cluster.stats import Member
@@ -175,13 +175,23 @@ def test_who_did_both_while_others_were_missing_remembers_its_role() -> None:
     for id in (0, 1):
         members.meet(id, _FACE)
     assert _switch(members) == {}
-    members.remove(1)
+    members.remove(1, "died")
     assert _switch(members) == {0: "both"}
     assert _switch(members) == {}
     members.add(Member(id=2, role="decode", pid=0), cast(InstanceLink, _NoLink()))
     members.meet(2, _FACE)
     assert _switch(members) == {0: "prefill"}
     assert (members.of(0).home, members.switched_s) == (None, 1.0)
+
+
+def test_instances_are_counted_by_why_they_ended() -> None:
+    members = Members(Arbiter())
+    for id, why in enumerate(get_args(Ending)):
+        members.add(Member(id=id, role="both", pid=0), cast(InstanceLink, _NoLink()))
+        members.remove(id, why)
+        members.remove(id, why)  # twice is once
+    _, done = members.report()
+    assert (done.num_died, done.num_drained) == (1, 1)
 
 
 def _switch(members: Members) -> dict[int, Role]:

@@ -14,7 +14,7 @@ from vkv.runtime.cluster.stats import Member
 from vkv.runtime.engine.messages import Add, Message, Resume
 from vkv.runtime.engine.migration.messages import Begin, Cancel, Cancelled, Ended, GoOn, WentOn
 from vkv.runtime.link.face import Face
-from vkv.runtime.link.messages import Outputs, Welcome, decode_to_engine, encode
+from vkv.runtime.link.messages import Outputs, Pulse, Welcome, decode_to_engine, encode
 from vkv.runtime.link.wire import Frames
 from vkv.runtime.request.continuation import Continuation
 from vkv.runtime.request.spec import RequestSpec
@@ -153,3 +153,14 @@ def test_what_neither_end_of_a_move_has_goes_on_from_its_tokens(
     router.close()
     for instance in played:
         instance.join()
+
+
+def test_nothing_stays_of_instances_that_left(router: Router) -> None:
+    asked: list[int] = []
+    router.on_leaving = asked.append
+    for instance in (3, 3, 4):
+        pulse = Pulse(stats=None, is_leaving=True)  # type: ignore[arg-type]
+        router._thread.read(lambda i=instance, p=pulse: router.on_pulse(i, p))
+    assert asked == [3, 4]
+    router.end(3, "drained")
+    assert router._leaving == {4}

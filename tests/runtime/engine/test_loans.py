@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from vkv.runtime.engine.memory.lending import report_of
 from vkv.runtime.engine.memory.segments import disconnect_creditor
 from vkv.runtime.model.segments import RemoteHolder
+from vkv.runtime.request.continuation import Continuation
 
 
 @pytest.fixture(scope="module")
@@ -307,3 +308,19 @@ def test_what_nobody_can_hold_any_more_says_so(llama: PreTrainedModel) -> None:
         assert request.num_output_tokens > 500  # as far as its own memory goes
         (failure,) = [output.failure for output in outputs if output.failure is not None]
         assert "others have left" in str(failure.error())
+
+
+def test_one_that_goes_on_may_have_as_much_as_there_is_now(llama: PreTrainedModel) -> None:
+    (spec,) = specs_of([1500], 1)
+    spec = msgspec.structs.replace(spec, params=replace(spec.params, max_tokens=None))
+    with Lent(llama, 1) as lent:
+        engine = lent.engines[0]
+        engine.admission = replace(engine.admission, longest=3000)
+        orphan = Continuation(spec=spec, output_token_ids=[1] * 500)
+        assert engine.restore(orphan).max_tokens == 3000 - 1500 + 1
+        moved = msgspec.structs.replace(orphan, max_tokens=5000)  # as where it was let in
+        assert engine.restore(moved).max_tokens == 5000
+        engine.admission = replace(engine.admission, longest=1800)
+        assert engine.resume(orphan).is_finished  # and is not computed again to fail
+        (output,) = engine.take_outputs()
+        assert output.finish_reason == "length"

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import zoo
 from transformers import PreTrainedModel
+from vkv.allocator import Slot
 from vkv.allocator.transfer.transfers import TransferState
 from vkv.runtime.engine.loop import EngineLoop
 from vkv.runtime.engine.messages import Abort, Add, Finish, Resume
@@ -19,6 +20,7 @@ from vkv.runtime.engine.migration.model_state import pack_state, unpack_state
 from vkv.runtime.request.continuation import Continuation
 from vkv.runtime.request.spec import RequestSpec
 from vkv.vmem.errors import (
+    DriverError,
     InvalidOperation,
     InvalidPrompt,
     OutOfPages,
@@ -289,6 +291,24 @@ def test_an_arrival_has_a_place_and_memory_first(rig: migrating.Rig) -> None:
     with pytest.raises(InvalidOperation, match="not expected"):
         loop.arrivals.extend(_KEY, 1, 60)
     migrating.check_idle(loop)
+
+
+def test_an_arrival_that_the_system_keeps_is_let_go_later(
+    rig: migrating.Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = rig.loops["b"]
+    loop.arrivals.begin(_continuation(), 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.engine.cache, "close", _refuse)
+        loop.arrivals.abort(_KEY, 1)
+    assert loop.engine.stats().pages_held == 2
+    loop.turn([Add(_spec("other"))])
+    _finish(loop)
+    assert loop.engine.stats().pages_held == 0
+
+
+def _refuse(slot: Slot) -> None:
+    raise DriverError("injected")
 
 
 def test_what_was_aborted_never_comes(rig: migrating.Rig) -> None:

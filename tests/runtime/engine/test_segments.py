@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import moved
+import msgspec
 import pytest
 import segment_peer
 import torch
@@ -122,6 +123,19 @@ def _compare(
     assert stats.segments is not None
     assert stats.segments.moved.num_tokens > 0
     return stats
+
+
+def test_what_is_in_the_tier_is_its_tenants(llama: PreTrainedModel) -> None:
+    """Of one that begins there, and of one that grows into it."""
+    with _llm(llama, kv_memory=_POOL, swap_memory=_TIER) as llm:
+        engine = llm.engine
+        for spec in _specs([2300, 1020], max_tokens=2000, mixed=False):
+            spec = msgspec.structs.replace(spec, tenant="ann", variant="salt")
+            (request,) = engine.add(spec)
+            while request.segment is None or not request.segment.num_tokens:
+                engine.step()
+            assert request.segment.slot.owner == spec.owner == ("ann", "salt")
+            engine.abort(spec.request_id)
 
 
 # -- tokens ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """An engine's process and those that call it: who is let in, and what follows when they go."""
 
+import errno
 import socket
 import threading
 import time
@@ -146,6 +147,25 @@ def test_a_front_that_says_nothing_is_given_up(served: tuple[LLM, _Served], is_b
     assert server.is_deserted.wait(20)
     while llm.loop.has_work:
         time.sleep(0.01)
+
+
+def test_without_a_descriptor_to_spare_fronts_are_let_in_later(
+    served: tuple[LLM, _Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, errors = socket.socket.accept, [errno.EMFILE, errno.ENFILE]
+
+    def fail_first(listener: socket.socket) -> tuple[socket.socket, object]:
+        if errors:
+            raise OSError(errors.pop(), "injected")
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", fail_first)
+    _, server = served
+    caller = server.call()
+    caller.until(lambda caller: caller.is_welcome)
+    assert not errors
+    caller.frames.close()
+    assert server.is_deserted.wait(20)
 
 
 def test_at_rest_it_notices_what_was_copied_and_written(

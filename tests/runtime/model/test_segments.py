@@ -33,7 +33,7 @@ from vkv.runtime.model.segments import (
 )
 from vkv.runtime.model.segments.messages import Ask, AskedBatch, Said, Told
 from vkv.vmem import open_driver
-from vkv.vmem.errors import InvalidOperation
+from vkv.vmem.errors import DriverError, InvalidOperation
 
 HEADS, KV_HEADS, DIM, PART = 8, 2, 32, 512
 LAYERS = (LayerAttention(scale=DIM**-0.5), LayerAttention(scale=DIM**-0.5, window=900))
@@ -301,6 +301,46 @@ def ask(holder: RemoteHolder, loan: int, start: int = 0, stop: int = 512) -> tor
     for layer, wanted in enumerate(LAYERS):
         holder.attend(layer, query, batch, wanted, results).wait()
     return results
+
+
+def _refuse_to_close(monkeypatch: pytest.MonkeyPatch, cache: KVCache, times: int) -> None:
+    """Have the system refuse to take slots of a cache back, so many times."""
+    close, refusals = cache.close, iter(range(times))
+
+    def flaky(slot: Slot) -> None:
+        if next(refusals, None) is not None:
+            raise DriverError("injected")
+        close(slot)
+
+    monkeypatch.setattr(cache, "close", flaky)
+
+
+def test_what_the_system_does_not_take_back_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_cache(1100) as cache, make_cache() as near:
+        server = make_server(cache)
+        theirs, ours = socket.socketpair()
+        server.serve(theirs)
+        holder = RemoteHolder("far", ours)
+        slot = fill(near, 1, 0, 1024)
+        _refuse_to_close(monkeypatch, cache, 2)
+        loan = holder.take(near.spans(slot, 0, 512), 0, 512)
+        assert loan is not None
+        holder.give_back(loan)
+        wait_until(lambda: not server.loans)
+        assert cache.stats().slots_open == 1  # which is nobody's
+        assert not server.give_way()  # nor is it to be had at once
+        assert server.give_way()
+        assert cache.stats().slots_open == 0
+
+        _refuse_to_close(monkeypatch, cache, 1)
+        loan = holder.take(near.spans(slot, 0, 512), 0, 512)
+        assert loan is not None
+        holder.give_back(loan)
+        assert holder.take(near.spans(slot, 0, 1024), 0, 1024) is not None  # which needs its memory
+        holder.close()
+        server.close()
+        assert cache.stats().slots_open == 0
+        cache.check_invariants()
 
 
 def test_a_loan_that_was_called_back_is_lost(pair: tuple[SegmentServer, RemoteHolder]) -> None:

@@ -1,6 +1,7 @@
 """Which file a request begins with, and what is left where that goes wrong."""
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class CacheExits(Exits):
     """Of a cache that is made later."""
 
     def __init__(self) -> None:
-        self._stuck = []
+        self._stuck = deque()
 
 
 def make_model(files: KVFiles, kind: str, driver: FlakyHostDriver, **options: float) -> Model:
