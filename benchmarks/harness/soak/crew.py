@@ -25,8 +25,16 @@ def at_work(
     finally:
         is_over.set()
         deadline = time.monotonic() + ends_s
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        try:
+            _join(threads, deadline)
+        except KeyboardInterrupt:  # they are at work with what is closed next
+            _join(threads, deadline)
+            raise
         for thread in threads:
             if thread.is_alive():
                 tell_late(thread)
+
+
+def _join(threads: Sequence[threading.Thread], deadline: float) -> None:
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
