@@ -214,7 +214,9 @@ def test_a_leak_is_named(quiet: list[str], monkeypatch: pytest.MonkeyPatch) -> N
     assert "the soak itself has 20 descriptors, and had 10" in " ".join(done.output.split())
 
 
-def test_pages_that_stay_are_named(engine: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_that_stay_are_named(
+    engine: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     loop = engine.loop
     params = SamplingParams(max_tokens=50, ignore_eos=True)
     loop.post(Add(RequestSpec(request_id="stays", prompt_token_ids=[1, 2, 3], params=params)))
@@ -231,12 +233,12 @@ def test_pages_that_stay_are_named(engine: LLM, monkeypatch: pytest.MonkeyPatch)
     faults: Any = SimpleNamespace(num_killed=0)
     monkeypatch.setattr(site, "_IDLE_S", 0.1)
     before, after = Tally(), Tally()
-    site.ClusterSite("mixed", cluster, faults, before).check_idle()
+    site.ClusterSite("mixed", cluster, faults, before, tmp_path).check_idle()
     assert before.leaks[0].startswith("mixed: held while nothing runs")
     assert before.held_pages[0] > 0
     loop.post(Abort("stays"))
     loop.carry_out()
-    site.ClusterSite("mixed", cluster, faults, after).check_idle()
+    site.ClusterSite("mixed", cluster, faults, after, tmp_path).check_idle()
     assert after.is_right, after
     assert after.held_pages == [0]
 
