@@ -1,4 +1,4 @@
-"""vkv's own CPU kernels: attention that reads each key and value once.
+"""vkv's own CPU kernels: attention that reads a key and value once for all queries of a share.
 
 A small C library (`native/`) over contiguous strided slots. Of how memory is arranged it knows the
 strides of tokens, heads and slots alone.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..vmem.errors import NativeUnavailable
+from ..vmem.errors import NativeUnavailable, UnsupportedAttention
 from ..vmem.native_function import NativeFunction
 from ..vmem.native_library import load_library, openmp_parallel
 from .base import (
@@ -131,6 +131,8 @@ class NativeBackend(AttentionBackend):
     ) -> None:
         sequences = self._sequences.get(batch, None, lambda: _on_host(batch))
         for rows, target in ((key, key_cache), (value, value_cache)):
+            if rows.dtype != target.dtype:
+                raise _mixed(f"new keys or values are {rows.dtype}", target)
             if rows.stride(2) != 1:
                 rows = rows.contiguous()
             args = Rows(
@@ -234,6 +236,9 @@ class NativeBackend(AttentionBackend):
         sums: torch.Tensor | None = None,
     ) -> None:
         """Fill `out` and, if given, `lse`; or `sums` alone."""
+        if not query.dtype == key_cache.dtype == value_cache.dtype:
+            other = key_cache if query.dtype != key_cache.dtype else value_cache
+            raise _mixed(f"queries are {query.dtype}", other)
         if query.stride(2) != 1:
             query = query.contiguous()
         sinks = None if layer.sinks is None else layer.sinks.detach().float().contiguous()
@@ -279,6 +284,13 @@ class NativeBackend(AttentionBackend):
 def address(tensor: torch.Tensor | None) -> int | None:
     """Where a tensor's numbers begin."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def _mixed(found: str, cache: torch.Tensor) -> UnsupportedAttention:
+    return UnsupportedAttention(
+        f"{found} and the cache is {cache.dtype}, and kernels take both for the same; load all of "
+        "the model's weights in one dtype, such as dtype='bfloat16'"
+    )
 
 
 def _on_host(batch: AttentionBatch) -> _Sequences:

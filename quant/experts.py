@@ -168,7 +168,7 @@ class Expert(nn.Module):
             weight = _reordered(weight, order.to(weight.packed.device))
             bias = None if bias is None else bias[order.to(bias.device)]
         del self.gate_proj, self.up_proj
-        self.gate_up_proj = Int4Linear(weight, bias, kernel_name=gate.pinned)
+        self.gate_up_proj = Int4Linear(weight, bias)
         self._first = ("gate_up_proj",)
 
 

@@ -43,7 +43,7 @@ class Int4Linear(nn.Module):
         self._outline = self._weight.to("meta")
         self._device = weight.packed.device
         self._settled = False
-        self._layouts: dict[str, Any] = {}
+        self._layouts: dict[str, Any] = {}  # by `layout_name`
         self._choices: dict[tuple[torch.dtype, int], Int4Kernel] = {}
         if kernel_name is not None:
             self.pin(kernel_name)
@@ -67,7 +67,7 @@ class Int4Linear(nn.Module):
         """Have that kernel compute every batch. Raises QuantError if it cannot run here."""
         assert not self._settled, "laid out for other kernels"
         chosen = kernel(kernel_name)
-        if self._layouts.keys() - {chosen.name}:  # or both would be there until `settle`
+        if self._layouts.keys() - {chosen.layout_name}:  # or both would be there until `settle`
             self._weight = self._canonical()
             self._layouts.clear()
             trim_heap()
@@ -133,17 +133,17 @@ class Int4Linear(nn.Module):
         if self._settled:
             return
         chosen = {self.kernel_for(self._device, dtype, rows) for rows in range(1, MANY_ROWS + 1)}
-        self._layouts = {one.name: self._layout(one) for one in chosen}
+        self._layouts = {one.layout_name: self._layout(one) for one in chosen}
         self._weight, self._settled = None, True
         trim_heap()
 
     def _layout(self, chosen: Int4Kernel) -> Any:
-        if chosen.name not in self._layouts:
-            self._layouts[chosen.name] = chosen.prepare(self._canonical())
+        if chosen.layout_name not in self._layouts:
+            self._layouts[chosen.layout_name] = chosen.prepare(self._canonical())
             if chosen.restores(self._outline):
                 self._weight = None
             trim_heap()
-        return self._layouts[chosen.name]
+        return self._layouts[chosen.layout_name]
 
     def _canonical(self) -> Int4Weight:
         """What kernels lay out: as it is kept, or had back from a layout."""

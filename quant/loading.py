@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..vmem import linux
 from ..vmem.errors import QuantError, UnsupportedQuantization
 from .formats.scheme import Scheme
 from .formats.table import (
@@ -42,7 +44,7 @@ from .linear import Int4Linear
 from .names import ModelNames, bind_to_weights
 from .stored_experts import expert_linear, stored_experts
 from .weight import Int4Weight
-from .weight_memory import drop_file_pages, lies_in, mapped_checkpoints, trim_heap
+from .weight_memory import drop_file_pages, lies_in, trim_heap
 
 _log = logging.getLogger(__name__)
 _METHOD = "vkv_int4"
@@ -81,10 +83,12 @@ def adopt(
     config: PretrainedConfig,
     device: torch.device,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    files: Sequence[str | Path] = (),
 ) -> bool:
     """Have `from_pretrained` read the checkpoint of this config with vkv's readers.
 
-    `tensors` are the checkpoint's, where it is given them (`state_dict`) and not its files.
+    `tensors` are the checkpoint's, where it is given them (`state_dict`) and not its files; `files`
+    are then those that they are mapped from.
 
     Returns False, with nothing changed, if its weights are not quantised or another quantiser of
     `transformers` reads them: on a GPU also that of `fp8`, which has kernels there. That of MXFP4
@@ -113,8 +117,8 @@ def adopt(
         return False
     _register()
     header = {name: (one.dtype, tuple(one.shape)) for name, one in (tensors or {}).items()}
-    said = {"quant_method": _METHOD, "described": described, "header": header}
-    config.quantization_config = said  # type: ignore[attr-defined]
+    said = {"described": described, "header": header, "files": tuple(files)}
+    config.quantization_config = {"quant_method": _METHOD, **said}  # type: ignore[attr-defined]
     return True
 
 
@@ -164,14 +168,20 @@ class _StoredLinear(nn.Module):
 
 
 class _Int4Config(QuantizationConfigMixin):
-    """What `adopt` has to say: the checkpoint's own words, and its tensors if not in files."""
+    """What `adopt` has to say: the checkpoint's own words, and its tensors if it was given them."""
 
     def __init__(
-        self, *, described: dict[str, Any], header: _Header | None = None, **_: Any
+        self,
+        *,
+        described: dict[str, Any],
+        header: _Header | None = None,
+        files: Sequence[str | Path] = (),
+        **_: Any,
     ) -> None:
         self.quant_method = _METHOD  # type: ignore[assignment]
         self.described = described
         self.header = header or {}
+        self.files = files
 
 
 class _Int4Quantizer(HfQuantizer):
@@ -181,6 +191,7 @@ class _Int4Quantizer(HfQuantizer):
         assert scheme is not None, "adopt() has seen to it"
         self.scheme = scheme
         self.given, quantization_config.header = quantization_config.header, {}
+        self.files, quantization_config.files = quantization_config.files, ()
         self.of_experts: set[tuple[str, str]] = set()  # renamings of their `weight`
 
     @property
@@ -203,6 +214,7 @@ class _Int4Quantizer(HfQuantizer):
     ) -> PreTrainedModel:
         required, optional = tensor_names(self.scheme.format)
         names = ModelNames(model, (*required, *optional))
+        self.files = (*self.files, *(checkpoint_files or ()))
         stored = self.given or _read_headers(checkpoint_files or ())
         kind = self.scheme.format
         in_files = {names(renamed(name, kind)): name for name in stored}
@@ -240,7 +252,7 @@ class _Int4Quantizer(HfQuantizer):
                 "memory of their files in bfloat16",
                 *_READ_AS_DENSE[self.scheme.format],
             )
-        files = mapped_checkpoints()
+        files = linux.mapped_files(self.files)
         while stored:  # one at a time, so that a layer's tensors go before the next is read
             layer, module = stored.pop()
             model.set_submodule(layer, module.read(layer, self.scheme, files))

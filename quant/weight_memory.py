@@ -42,11 +42,6 @@ def trim_heap() -> None:
         trim(ctypes.c_size_t(0))
 
 
-def mapped_checkpoints() -> list[tuple[int, int]]:
-    """Where safetensors files are mapped, as (start, end)."""
-    return linux.mapped_files(".safetensors")
-
-
 def drop_file_pages(tensor: torch.Tensor, files: Sequence[tuple[int, int]]) -> None:
     """Drop the pages of a tensor that lies in one of `files`: the file has them, if need be.
 

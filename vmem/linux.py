@@ -8,7 +8,7 @@ import ctypes
 import mmap as _mmap
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from errno import EINTR
 from pathlib import Path
@@ -142,13 +142,15 @@ def _fields(path: Path) -> dict[str, int]:
     return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdigit()}
 
 
-def mapped_files(suffix: str) -> list[tuple[int, int]]:
-    """Where files whose names end in `suffix` are mapped, as (start, end), neighbours joined."""
+def mapped_files(paths: Iterable[str | Path]) -> list[tuple[int, int]]:
+    """Where files are mapped, as (start, end), neighbours joined; links are followed."""
+    resolved = {os.path.realpath(path) for path in paths}
     found: list[tuple[int, int]] = []
     for line in Path("/proc/self/maps").read_text().splitlines():
-        if not line.endswith(suffix):
+        span, *_, path = line.split(maxsplit=5)
+        if path not in resolved:
             continue
-        start, end = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
+        start, end = (int(part, 16) for part in span.split("-"))
         if found and found[-1][1] == start:
             start = found.pop()[0]
         found.append((start, end))

@@ -13,6 +13,7 @@ from .segment_tier import (
     put_behind,
     split_off,
     staging,
+    tokens_in,
 )
 from .transfers import Incoming, Outgoing, Spans, TransferKey, Transfers, TransferState
 
@@ -39,4 +40,5 @@ __all__ = [
     "put_behind",
     "split_off",
     "staging",
+    "tokens_in",
 ]

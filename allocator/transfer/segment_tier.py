@@ -6,6 +6,7 @@
 Unlike what a `MemoryTier` keeps, they do not come back: they are attended where they are.
 """
 
+import bisect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -94,6 +95,11 @@ class SegmentTier:
         self.part_tokens = part_tokens
         self.exits = Exits(far)
         self.moved = MoveStats()
+
+    @property
+    def room_tokens(self) -> int:
+        """Tokens, in whole parts, that it could take of a sequence that is not there yet."""
+        return self.whole_parts(max(0, tokens_in(self.far, self.far.num_obtainable())))
 
     def whole_parts(self, num_tokens: int) -> int:
         """The most tokens, of so many, that can move."""
@@ -227,3 +233,8 @@ def _copy(owner: SlotCache, source: Spans, target: Spans) -> CopyJob:
     if job.error is not None:
         raise DriverError(f"{job.num_bytes} bytes of KV could not be copied") from job.error
     return job
+
+
+def tokens_in(cache: SlotCache, num_pages: int) -> int:
+    """The most tokens that a slot can have with so many pages; below 0 without any."""
+    return bisect.bisect_right(range(cache.max_len), num_pages, key=cache.num_pages) - 1

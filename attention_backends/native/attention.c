@@ -24,7 +24,9 @@
 enum {
     PART = 512,         /* keys of a part, on a grid from token 0 */
     BLOCK = 64,         /* keys at a time, on a grid that divides it */
-    FEW_TOKENS = 16,    /* and where few rows of floats are: of all heads they stay near */
+    FEW_ROWS = 8,       /* query rows of a KV head at most, to read keys and values as they lie */
+    FLOAT_STEP = 16,    /* keys at a time there, of floats: those of all KV heads stay near */
+    PAIR_STEP = 32,     /* and of pairs of bfloat16 */
     SOFTMAX_ROWS = 24,  /* query rows at a time: their scores stay in the first cache */
     MAX_ROWS = 512,     /* query rows of a share: the packing of a block is spread over them */
     MIN_ROWS = 64,      /* unless a head has fewer; below it, packing costs more than it saves */
@@ -34,16 +36,27 @@ enum {
 
 #define LOG2E 1.44269504f
 
+static int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
 struct share {
     int32_t seq, first_query, last_query, first_head, last_head, first_key, last_key;
     int32_t first_position; /* of first_query, within its sequence */
     int32_t num_rows;
     int32_t num_shares; /* that the keys of this tile are cut in */
-    int32_t first_part; /* of several: index of the tile's first part in the workspace */
-    int32_t num_parts;  /* of the tile; they lie side by side */
+    int32_t num_parts;  /* of the tile */
     int32_t part;       /* which of them is this share's first */
     int32_t tile_part;  /* the tile's first part, among those of the sequence */
+    /* Of several, which leave their parts in the workspace: */
+    int32_t cut_tile; /* index of the tile among those that are cut */
+    int64_t kept_at;  /* where its parts lie side by side, in bytes behind those of other tiles */
 };
+
+/* Query rows of each of its KV heads. */
+static int rows_of_head(const struct vkv_attention *args, const struct share *share) {
+    return (share->last_query - share->first_query) * (args->num_heads / args->num_kv_heads);
+}
 
 /* What a thread works in. */
 struct scratch {
@@ -55,9 +68,9 @@ struct scratch {
     int query_words, value_width;
 };
 
-/* Where fetching is, FEW_TOKENS before reading: rows of all KV heads of a share, which lie side by
- * side, line by line. Of heads that lie apart a share has one. */
-struct ahead {
+/* What is fetched, FLOAT_STEP tokens before it is read: rows of all KV heads of a share, which lie
+ * side by side, line by line. Of heads that lie apart a share has one. */
+struct stream {
     const char *row;
     int64_t stride, row_bytes, at; /* at: the next line of the row */
     int64_t num_rows;              /* left */
@@ -69,12 +82,12 @@ struct block {
     int64_t key_stride, value_stride; /* bytes from token to token */
     int start, len; /* first token, on the grid, and how many */
     int skip;       /* of them, that no query sees: they are not read */
-    int ahead;      /* tokens of it whose row a block on is read later: worth fetching */
+    int num_next;   /* tokens of the share behind it: those of the next block are fetched */
 };
 
 struct plan {
-    int64_t num_shares, num_parts, scratch_bytes, part_bytes;
-    int64_t shares_at, left_at, parts_at, scratch_at, total_bytes;
+    int64_t num_shares, num_cut_tiles, kept_bytes, cost, scratch_bytes;
+    int64_t shares_at, left_at, kept_at, scratch_at, total_bytes;
     int32_t max_rows, query_words, value_width, levels;
 };
 
@@ -190,10 +203,6 @@ void vkv_limit_instruction_set(const char *name) {
 
 /* -- the plan -------------------------------------------------------------------------------- */
 
-static int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
 /* Parts of keys that tiles of so many queries have, of one KV head. */
 static int64_t parts_of_keys(const struct vkv_attention *args, int32_t tile_queries) {
     int64_t parts = 0;
@@ -206,32 +215,39 @@ static int64_t parts_of_keys(const struct vkv_attention *args, int32_t tile_quer
     return parts;
 }
 
-/* Queries of a tile, and KV heads of a share: many, unless threads would be left without work. */
-static void tile_shape(const struct vkv_attention *args, int32_t *tile_queries,
-                       int32_t *tile_heads) {
+/* How work is cut: rows of a share, queries of a tile and KV heads of a share, each at most. */
+struct tiling {
+    int32_t rows, queries, heads;
+};
+
+/* Large ones, unless threads would be left without work. */
+static struct tiling tiling_of(const struct vkv_attention *args) {
     const int32_t group = args->num_heads / args->num_kv_heads;
     const int32_t num_tokens = args->query_starts[args->num_seqs];
     const int64_t wanted = args->num_threads > 1 ? SHARES_A_THREAD * args->num_threads : 1;
-    int64_t rows = (int64_t)num_tokens * args->num_heads / wanted;
-    rows = min64(max64(rows, MIN_ROWS), MAX_ROWS);
-    *tile_queries = (int32_t)max64(1, rows / group);
-    *tile_heads = 1;
+    const int64_t rows = (int64_t)num_tokens * args->num_heads / wanted;
+    struct tiling tiling = {.rows = (int32_t)min64(max64(rows, MIN_ROWS), MAX_ROWS), .heads = 1};
+    tiling.queries = (int32_t)max64(1, tiling.rows / group);
     if (args->key_head_stride != args->key_dim || args->value_head_stride != args->value_dim)
-        return; /* each head is a stream of its own */
-    /* A decode's tile is one query: take several heads at once, which lie side by side. */
-    const int64_t queries = max64(1, num_tokens / args->num_seqs);
-    int64_t heads = min64(max64(1, rows / (group * min64(queries, *tile_queries))),
-                          args->num_kv_heads);
+        return tiling; /* each head is a stream of its own */
+    tiling.heads = args->num_kv_heads;
     if (args->num_threads > 1) { /* few short sequences: fewer heads, so that there are shares */
-        const int64_t parts = parts_of_keys(args, *tile_queries);
-        while (heads > 1 &&
-               parts * ((args->num_kv_heads + heads - 1) / heads) < 2 * args->num_threads)
-            heads = (heads + 1) / 2;
+        const int64_t parts = parts_of_keys(args, tiling.queries), kv_heads = args->num_kv_heads;
+        while (tiling.heads > 1 &&
+               parts * ((kv_heads + tiling.heads - 1) / tiling.heads) < 2 * args->num_threads)
+            tiling.heads = (tiling.heads + 1) / 2;
     }
-    *tile_heads = (int32_t)heads;
+    return tiling;
 }
 
-/* What a share costs, in keys times rows, with the packing counted as some rows more. */
+/* KV heads of a share with so many queries. Of a decode, which has one, several at once, which lie
+ * side by side; of a prompt chunk beside it no more than its rows allow. */
+static int32_t heads_of_share(const struct tiling *tiling, int32_t group, int32_t num_queries) {
+    return (int32_t)min64(max64(1, tiling->rows / (group * num_queries)), tiling->heads);
+}
+
+/* What a share costs, in keys times rows. To read keys and values of a KV head, and to lay them out
+ * where rows are many, counts as some rows more. */
 static int64_t cost(int64_t num_keys, int64_t num_rows, int64_t num_heads) {
     return num_keys * (num_rows + 16 * num_heads);
 }
@@ -244,66 +260,83 @@ static int32_t last_part_of(const struct vkv_attention *args, int32_t seq) {
     return first_part_of(args, seq) + (args->kv_lens[seq] + PART - 1) / PART;
 }
 
+/* Bytes of a part that is kept in the workspace. */
+static int64_t bytes_of_part(const struct plan *plan, int32_t num_rows) {
+    return round_up((int64_t)sizeof(float) * num_rows * (plan->value_width + 2), 64);
+}
+
+/* Cuts the keys of a share, which has its queries and KV heads, in shares of about `target`. */
+static void cut_keys(const struct vkv_attention *args, struct share share, int64_t target,
+                     struct share *shares, struct plan *plan) {
+    const int32_t num_queries = share.last_query - share.first_query;
+    const int32_t num_heads = share.last_head - share.first_head;
+    share.num_rows = rows_of_head(args, &share) * num_heads;
+    plan->max_rows = (int32_t)max64(plan->max_rows, share.num_rows);
+    const int32_t last =
+        (int32_t)min64(args->kv_lens[share.seq], share.first_position + num_queries);
+    int32_t first = 0;
+    if (args->window && share.first_position >= args->window)
+        first = (int32_t)min64(last, share.first_position - args->window + 1);
+    const int64_t work = cost(last - first, share.num_rows, num_heads);
+    plan->cost += work;
+    const int32_t first_part = first / PART;
+    const int32_t parts = (int32_t)max64(1, (last + PART - 1) / PART - first_part);
+    const int64_t wanted = target ? max64(min64(work / target, parts), 1) : 1;
+    const int32_t stretch = (int32_t)((parts + wanted - 1) / wanted); /* in parts */
+    share.num_shares = (parts + stretch - 1) / stretch;
+    share.num_parts = parts;
+    share.cut_tile = (int32_t)plan->num_cut_tiles;
+    share.kept_at = plan->kept_bytes;
+    share.tile_part = first_part_of(args, share.seq) + first_part;
+    for (int32_t p = 0; p < parts; p += stretch, plan->num_shares++) {
+        share.part = p;
+        share.first_key = p ? (first_part + p) * PART : first;
+        share.last_key = (int32_t)min64(last, (int64_t)(first_part + p + stretch) * PART);
+        if (shares) shares[plan->num_shares] = share;
+    }
+    if (share.num_shares > 1) {
+        plan->num_cut_tiles++;
+        plan->kept_bytes += parts * bytes_of_part(plan, share.num_rows);
+    }
+}
+
 /* Cuts the work; with `shares` NULL only counts. Each tile is cut in shares of about `target`. */
 static void cut(const struct vkv_attention *args, struct share *shares, int64_t target,
-                int64_t *num_shares, int64_t *num_parts, int64_t *total_cost) {
+                struct plan *plan) {
     const int32_t group = args->num_heads / args->num_kv_heads;
-    int32_t tile_queries, tile_heads;
-    tile_shape(args, &tile_queries, &tile_heads);
-    *num_shares = *num_parts = *total_cost = 0;
+    const struct tiling tiling = tiling_of(args);
+    plan->num_shares = plan->num_cut_tiles = plan->kept_bytes = plan->cost = plan->max_rows = 0;
     for (int32_t b = 0; b < args->num_seqs; b++) {
         const int32_t begin = args->query_starts[b], end = args->query_starts[b + 1];
         const int32_t before = /* tokens before the queries, from row 0 on */
             args->positions ? args->positions[b] : args->kv_lens[b] - (end - begin);
-        for (int32_t q = begin; q < end; q += tile_queries)
-            for (int32_t h = 0; h < args->num_kv_heads; h += tile_heads) {
-                struct share share = {.seq = b, .first_query = q, .first_head = h};
-                share.last_query = (int32_t)min64(end, q + tile_queries);
-                share.last_head = (int32_t)min64(args->num_kv_heads, h + tile_heads);
-                share.first_position = before + q - begin;
-                share.num_rows =
-                    (share.last_query - q) * group * (share.last_head - share.first_head);
-                const int32_t last =
-                    (int32_t)min64(args->kv_lens[b], before + share.last_query - begin);
-                int32_t first = 0;
-                if (args->window && share.first_position >= args->window)
-                    first = (int32_t)min64(last, share.first_position - args->window + 1);
-                const int64_t work =
-                    cost(last - first, share.num_rows, share.last_head - share.first_head);
-                *total_cost += work;
-                const int32_t first_part = first / PART;
-                const int32_t parts = (int32_t)max64(1, (last + PART - 1) / PART - first_part);
-                const int64_t wanted = target ? max64(min64(work / target, parts), 1) : 1;
-                const int32_t stretch = (int32_t)((parts + wanted - 1) / wanted); /* in parts */
-                share.num_shares = (parts + stretch - 1) / stretch;
-                share.num_parts = parts;
-                share.first_part = (int32_t)*num_parts;
-                share.tile_part = first_part_of(args, b) + first_part;
-                for (int32_t p = 0; p < parts; p += stretch, ++*num_shares) {
-                    share.part = p;
-                    share.first_key = p ? (first_part + p) * PART : first;
-                    share.last_key = (int32_t)min64(last, (int64_t)(first_part + p + stretch) * PART);
-                    if (shares) shares[*num_shares] = share;
-                }
-                if (share.num_shares > 1) *num_parts += parts;
+        const int32_t queries = (int32_t)min64(end - begin, tiling.queries);
+        for (int32_t q = begin; q < end; q += queries) {
+            const int32_t heads = heads_of_share(&tiling, group, queries);
+            for (int32_t h = 0; h < args->num_kv_heads; h += heads) {
+                const struct share share = {
+                    .seq = b,
+                    .first_query = q,
+                    .last_query = (int32_t)min64(end, q + queries),
+                    .first_head = h,
+                    .last_head = (int32_t)min64(args->num_kv_heads, h + heads),
+                    .first_position = before + q - begin,
+                };
+                cut_keys(args, share, target, shares, plan);
             }
+        }
     }
 }
 
 static struct plan make_plan(const struct vkv_attention *args, int64_t *target) {
-    struct plan plan = {0};
-    int32_t tile_queries, tile_heads;
-    int64_t total;
+    struct plan plan = {.query_words = (int32_t)round_up(args->key_dim, 32),
+                        .value_width = (int32_t)round_up(args->value_dim, 16)};
     *target = 0;
-    cut(args, NULL, 0, &plan.num_shares, &plan.num_parts, &total);
+    cut(args, NULL, 0, &plan);
     if (args->num_threads > 1) {
-        *target = max64(1, total / (SHARES_A_THREAD * args->num_threads));
-        cut(args, NULL, *target, &plan.num_shares, &plan.num_parts, &total);
+        *target = max64(1, plan.cost / (SHARES_A_THREAD * args->num_threads));
+        cut(args, NULL, *target, &plan);
     }
-    tile_shape(args, &tile_queries, &tile_heads);
-    plan.max_rows = tile_queries * tile_heads * (args->num_heads / args->num_kv_heads);
-    plan.query_words = (int32_t)round_up(args->key_dim, 32);
-    plan.value_width = (int32_t)round_up(args->value_dim, 16);
     int32_t num_parts = 1;
     for (int32_t b = 0; b < args->num_seqs; b++)
         num_parts = (int32_t)max64(num_parts, last_part_of(args, b));
@@ -315,11 +348,10 @@ static struct plan make_plan(const struct vkv_attention *args, int64_t *target) 
     plan.scratch_bytes =
         round_up(plan.max_rows * row_bytes + block_bytes + 16 * SOFTMAX_ROWS * BLOCK, 64) +
         64 * (7 + 3 * num_sums);
-    plan.part_bytes = round_up(4 * plan.max_rows * (plan.value_width + 2), 64);
     plan.shares_at = 0;
     plan.left_at = round_up(plan.num_shares * (int64_t)sizeof(struct share), 64);
-    plan.parts_at = round_up(plan.left_at + 4 * plan.num_parts, 64);
-    plan.scratch_at = plan.parts_at + plan.num_parts * plan.part_bytes;
+    plan.kept_at = round_up(plan.left_at + 4 * plan.num_cut_tiles, 64);
+    plan.scratch_at = plan.kept_at + plan.kept_bytes;
     plan.total_bytes = plan.scratch_at + args->num_threads * plan.scratch_bytes;
     return plan;
 }
@@ -416,13 +448,13 @@ static void write_rows(const struct vkv_attention *args, const struct share *sha
             }
 }
 
-/* A part in the workspace. */
+/* A part of a share's tile, kept in the workspace. */
 static struct sums kept_part(const struct vkv_attention *args, const struct plan *plan,
-                             int64_t part) {
-    float *at = (float *)((char *)args->workspace + plan->parts_at + part * plan->part_bytes);
-    return (struct sums){.out = at,
-                         .peaks = at + (int64_t)plan->max_rows * plan->value_width,
-                         .weights = at + (int64_t)plan->max_rows * (plan->value_width + 1)};
+                             const struct share *share, int64_t part) {
+    float *const at = (float *)((char *)args->workspace + plan->kept_at + share->kept_at +
+                                part * bytes_of_part(plan, share->num_rows));
+    float *const peaks = at + (int64_t)share->num_rows * plan->value_width;
+    return (struct sums){.out = at, .peaks = peaks, .weights = peaks + share->num_rows};
 }
 
 /* -- threads --------------------------------------------------------------------------------- */
@@ -478,21 +510,24 @@ static void attend_share(const struct job *job, const struct share *share, struc
         if (is_whole) {
             add_part(args, share, s, 1);
         } else {
-            const struct sums kept = kept_part(args, plan, share->first_part + part);
+            const struct sums kept = kept_part(args, plan, share, part);
             copy_sums(&kept, &s->part, share->num_rows, s->value_width);
         }
         at = end;
     }
-    if (!is_whole) {
-        int32_t *left = (int32_t *)((char *)args->workspace + plan->left_at) + share->first_part;
-        if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL)) return;
-        begin_tile(args, share, s);
-        for (part = 0; part < share->num_parts; part++) {
-            s->part = kept_part(args, plan, share->first_part + part);
-            add_part(args, share, s, 1);
-        }
+    if (is_whole) {
+        end_tile(args, share, s);
+        return;
     }
-    end_tile(args, share, s);
+    int32_t *left = (int32_t *)((char *)args->workspace + plan->left_at) + share->cut_tile;
+    if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL)) return;
+    struct scratch sum = *s; /* takes the memory of parts in exchange, too small for other tiles */
+    begin_tile(args, share, &sum);
+    for (part = 0; part < share->num_parts; part++) {
+        sum.part = kept_part(args, plan, share, part);
+        add_part(args, share, &sum, 1);
+    }
+    end_tile(args, share, &sum);
 }
 
 static void work(void *data) {
@@ -512,14 +547,15 @@ static void work(void *data) {
 }
 
 int64_t vkv_attend(const struct vkv_attention *args) {
-    int64_t target, total;
+    if (!args->num_seqs) return 0;
+    int64_t target;
     struct plan plan = make_plan(args, &target);
     if (args->workspace_bytes < plan.total_bytes) return plan.total_bytes;
     struct share *shares = (void *)((char *)args->workspace + plan.shares_at);
     int32_t *left = (void *)((char *)args->workspace + plan.left_at);
-    cut(args, shares, target, &plan.num_shares, &plan.num_parts, &total);
+    cut(args, shares, target, &plan);
     for (int64_t i = 0; i < plan.num_shares; i++)
-        if (shares[i].num_shares > 1) left[shares[i].first_part] = shares[i].num_shares;
+        if (shares[i].num_shares > 1) left[shares[i].cut_tile] = shares[i].num_shares;
     struct job job = {.args = args, .plan = &plan};
     if (args->num_threads > 1 && args->parallel && plan.num_shares > 1)
         args->parallel(work, &job, (unsigned)args->num_threads, 0);

@@ -7,13 +7,9 @@
  * put in order once, when a share is done.
  */
 
-enum { NAME(FEW_ROWS) = 8 };
-
 /* Whether a share's rows are few, and can be read as they lie. */
 INLINE int NAME(are_few)(const struct vkv_attention *args, const struct share *share) {
-    const int group = args->num_heads / args->num_kv_heads;
-    return (share->last_query - share->first_query) * group <= NAME(FEW_ROWS) &&
-           NAME(by_lanes)(args);
+    return rows_of_head(args, share) <= FEW_ROWS && NAME(by_lanes)(args);
 }
 
 /* 2 * LANES elements: of bfloat16 the even ones and the odd ones, of floats a half and a half. */
@@ -64,9 +60,9 @@ INLINE VEC NAME(sums)(VEC *x) {
 
 /* Fetches the next lines of the rows to come, to the second cache. As many as are read meanwhile,
  * since memory has only so many reads under way, and for the second four rows (NULL) none. */
-INLINE void NAME(fetch)(struct ahead *ahead, int64_t num_bytes) {
-    if (!ahead) return;
-    struct ahead to = *ahead; /* in registers */
+INLINE void NAME(fetch)(struct stream *stream, int64_t num_bytes) {
+    if (!stream) return;
+    struct stream to = *stream; /* in registers */
     for (; num_bytes > 0 && to.num_rows > 0; num_bytes -= 64) {
         __builtin_prefetch(to.row + to.at, 0, 2);
         to.at += 64;
@@ -75,7 +71,7 @@ INLINE void NAME(fetch)(struct ahead *ahead, int64_t num_bytes) {
         to.row += to.stride;
         to.num_rows--;
     }
-    *ahead = to;
+    *stream = to;
 }
 
 INLINE int NAME(within)(int i, int first, int last) { return i < first ? first : i < last ? i : last; }
@@ -83,14 +79,14 @@ INLINE int NAME(within)(int i, int first, int last) { return i < first ? first :
 /* scores[rows][LANES] of tokens `first` to `last`; others mean nothing, and are not read. */
 INLINE void NAME(score_rows)(const int rows, const int is_bf16, const char *keys, int64_t stride,
                              int first, int last, int dim, const int32_t *query, int query_words,
-                             float *scores, struct ahead *ahead) {
+                             float *scores, struct stream *stream) {
     const int item = is_bf16 ? 2 : 4;
     VEC parts[4][LANES]; /* of a token each, to be summed */
     for (int i = 0; i < LANES; i += 2) {
         const char *k = keys + NAME(within)(i, first, last) * stride;
         const char *l = keys + NAME(within)(i + 1, first, last) * stride;
         VEC a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
-        NAME(fetch)(ahead, 2 * dim * item);
+        NAME(fetch)(stream, 2 * dim * item);
         for (int d = 0; d < dim; d += 2 * LANES) {
             VEC k0, k1, l0, l1;
             NAME(load_two)(k + d * item, is_bf16, &k0, &k1);
@@ -112,18 +108,18 @@ INLINE void NAME(score_rows)(const int rows, const int is_bf16, const char *keys
         parts[2][i] = a2, parts[2][i + 1] = b2;
         parts[3][i] = a3, parts[3][i + 1] = b3;
     }
-    for (int r = 0; r < rows; r++) NAME(store)(scores + r * FEW_TOKENS, NAME(sums)(parts[r]));
+    for (int r = 0; r < rows; r++) NAME(store)(scores + r * FLOAT_STEP, NAME(sums)(parts[r]));
 }
 
-/* out[rows][width] += weights[rows][FEW_TOKENS] times the values of `len` tokens. */
+/* out[rows][width] += weights[rows][FLOAT_STEP] times the values of `len` tokens. */
 INLINE void NAME(add_values)(const int rows, const int is_bf16, const char *values, int64_t stride,
                              int len, int dim, const int32_t *weights, float *out, int width,
-                             struct ahead *ahead) {
+                             struct stream *stream) {
     const int item = is_bf16 ? 2 : 4;
     for (int d = 0; d < dim; d += 2 * LANES) {
         const char *row = values + d * item;
         VEC a0, a1, a2, a3, b0, b1, b2, b3;
-        NAME(fetch)(ahead, len * 2 * LANES * item);
+        NAME(fetch)(stream, len * 2 * LANES * item);
 #define ROW(r, a, b)                                 \
     if (r < rows) {                                  \
         a = NAME(load)(out + r * width + d);         \
@@ -136,7 +132,7 @@ INLINE void NAME(add_values)(const int rows, const int is_bf16, const char *valu
             NAME(load_two)(row, is_bf16, &x, &y);
 #define ROW(r, a, b)                                                       \
     if (r < rows) {                                                        \
-        const VEC weight = (VEC)NAME(isplat)(weights[r * FEW_TOKENS + t]); \
+        const VEC weight = (VEC)NAME(isplat)(weights[r * FLOAT_STEP + t]); \
         a += weight * x;                                                   \
         b += weight * y;                                                   \
     }
@@ -169,33 +165,32 @@ INLINE void NAME(add_values)(const int rows, const int is_bf16, const char *valu
 
 static void NAME(score_few)(int rows, int is_bf16, const char *keys, int64_t stride, int first,
                             int last, int dim, const int32_t *query, int query_words,
-                            float *scores, struct ahead *ahead) {
+                            float *scores, struct stream *stream) {
 #define CALL(n, bf16)                                                               \
     NAME(score_rows)(n, bf16, keys, stride, first, last, dim, query + r * query_words, \
-                     query_words, scores + r * FEW_TOKENS, r ? NULL : ahead)
+                     query_words, scores + r * FLOAT_STEP, r ? NULL : stream)
     FOR_EACH_FEW(CALL)
 #undef CALL
 }
 
 static void NAME(add_few)(int rows, int is_bf16, const char *values, int64_t stride, int len,
                           int dim, const int32_t *weights, float *out, int width,
-                          struct ahead *ahead) {
+                          struct stream *stream) {
 #define CALL(n, bf16)                                                            \
-    NAME(add_values)(n, bf16, values, stride, len, dim, weights + r * FEW_TOKENS, \
-                     out + r * width, width, r ? NULL : ahead)
+    NAME(add_values)(n, bf16, values, stride, len, dim, weights + r * FLOAT_STEP, \
+                     out + r * width, width, r ? NULL : stream)
     FOR_EACH_FEW(CALL)
 #undef CALL
 }
 
 #undef FOR_EACH_FEW
 
-/* A part of few rows, FEW_TOKENS at a time, while as much of the next is fetched as is read: in one
+/* A part of few rows, FLOAT_STEP at a time, while as much of the next is fetched as is read: in one
  * stream where values lie right behind keys. */
 static void NAME(attend_few)(const struct vkv_attention *args, const struct share *share,
                              struct scratch *s, int first, int last) {
     const int is_bf16 = args->dtype == VKV_BFLOAT16, item = is_bf16 ? 2 : 4;
-    const int group = args->num_heads / args->num_kv_heads, width = s->value_width;
-    const int rows = (share->last_query - share->first_query) * group; /* of a KV head */
+    const int rows = rows_of_head(args, share), width = s->value_width;
     const int64_t slot = args->slots[share->seq];
     const int64_t key_stride = item * args->key_token_stride;
     const int64_t value_stride = item * args->value_token_stride;
@@ -205,42 +200,42 @@ static void NAME(attend_few)(const struct vkv_attention *args, const struct shar
                        first * key_stride + share->first_head * key_head;
     const char *values = (const char *)args->values + item * slot * args->value_slot_stride +
                          first * value_stride + share->first_head * value_head;
-    /* A share has one head, or heads that lie side by side (tile_shape): a token's are one row. */
+    /* A share has one head, or heads that lie side by side (tiling_of): a token's are one row. */
     const int64_t num_heads = share->last_head - share->first_head;
-    struct ahead key_rows = {.row = keys,
-                             .stride = key_stride,
-                             .row_bytes = num_heads * item * args->key_dim,
-                             .num_rows = share->last_key - first};
-    struct ahead value_rows = {.row = values,
-                               .stride = value_stride,
-                               .row_bytes = num_heads * item * args->value_dim,
-                               .num_rows = key_rows.num_rows};
-    struct ahead *keys_ahead = &key_rows, *values_ahead = &value_rows;
+    struct stream key_rows = {.row = keys,
+                              .stride = key_stride,
+                              .row_bytes = num_heads * item * args->key_dim,
+                              .num_rows = share->last_key - first};
+    struct stream value_rows = {.row = values,
+                                .stride = value_stride,
+                                .row_bytes = num_heads * item * args->value_dim,
+                                .num_rows = key_rows.num_rows};
+    struct stream *of_keys = &key_rows, *of_values = &value_rows;
     if (key_stride == value_stride && values == keys + key_rows.row_bytes) {
         key_rows.row_bytes += value_rows.row_bytes;
         value_rows.num_rows = 0;
-        values_ahead = keys_ahead;
+        of_values = of_keys;
     }
-    NAME(fetch)(&key_rows, FEW_TOKENS * key_rows.row_bytes);
-    NAME(fetch)(&value_rows, FEW_TOKENS * value_rows.row_bytes);
-    int skip = first % FEW_TOKENS; /* tokens that no query sees */
+    NAME(fetch)(&key_rows, FLOAT_STEP * key_rows.row_bytes);
+    NAME(fetch)(&value_rows, FLOAT_STEP * value_rows.row_bytes);
+    int skip = first % FLOAT_STEP; /* tokens that no query sees */
     keys -= skip * key_stride;
     values -= skip * value_stride;
-    for (int start = first - skip; start < last; start += FEW_TOKENS, skip = 0) {
-        const int left = last - start, len = left < FEW_TOKENS ? left : FEW_TOKENS;
+    for (int start = first - skip; start < last; start += FLOAT_STEP, skip = 0) {
+        const int left = last - start, len = left < FLOAT_STEP ? left : FLOAT_STEP;
         for (int h = 0; h < num_heads; h++) {
             const int32_t *query = s->query + h * rows * s->query_words;
             for (int t = skip / LANES * LANES; t < len; t += LANES)
                 NAME(score_few)(rows, is_bf16, keys + t * key_stride + h * key_head, key_stride,
                                 t < skip ? skip - t : 0, (len - t < LANES ? len - t : LANES) - 1,
-                                args->key_dim, query, s->query_words, s->scores + t, keys_ahead);
-            NAME(weigh)(FEW_TOKENS, args, share, s, h * rows, 0, rows, start, len);
+                                args->key_dim, query, s->query_words, s->scores + t, of_keys);
+            NAME(weigh)(FLOAT_STEP, args, share, s, h * rows, 0, rows, start, len);
             NAME(add_few)(rows, is_bf16, values + skip * value_stride + h * value_head,
                           value_stride, len - skip, args->value_dim, s->weights + skip,
-                          s->part.out + h * rows * width, width, values_ahead);
+                          s->part.out + h * rows * width, width, of_values);
         }
-        keys += FEW_TOKENS * key_stride;
-        values += FEW_TOKENS * value_stride;
+        keys += FLOAT_STEP * key_stride;
+        values += FLOAT_STEP * value_stride;
     }
     if (is_bf16) NAME(put_in_order)(s->part.out, share->num_rows * width);
 }

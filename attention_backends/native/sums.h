@@ -7,7 +7,7 @@
  * of, and whoever has all nodes adds them up to the same bits as if all keys had been in one place.
  *
  * What is summed is relative to 2^peak, a whole number no less than any score, or -FLT_MAX where no
- * key was seen. To scale it rounds nothing (tile.h).
+ * key was seen. To scale it rounds nothing, unless what comes of it is below 2^-126 (tile.h).
  */
 
 /* Of rows [KV head][query][head of the KV head]. */

@@ -94,7 +94,8 @@ INLINE VEC NAME(whole)(VEC x) {
 #endif
 }
 
-/* x * 2^y for a whole number y of at most 127, exactly; zero below -126. */
+/* x * 2^y for a whole number y of at most 127: exactly, where the result is a normal number. Below
+ * 2^-126 AVX512 rounds to a denormal; elsewhere the result is zero for y below -126. */
 INLINE VEC NAME(scale)(VEC x, VEC y) {
 #if LANES == 16
     return (VEC)_mm512_scalef_ps((__m512)x, (__m512)y);
@@ -106,7 +107,8 @@ INLINE VEC NAME(scale)(VEC x, VEC y) {
 }
 
 /* 2^x of x from -1/2 to 1/2, within 1e-7 of it; 3e-6 where weights become bfloat16, which is 700
- * times as coarse. Least largest errors, with 2^0 = 1. */
+ * times as coarse. A soft cap is made of it, too: there logits are off by 1.5e-6 of the cap at most.
+ * Least largest errors, with 2^0 = 1. */
 INLINE VEC NAME(exp2_near)(VEC x) {
 #if PAIRS
     VEC p = NAME(splat)(9.5828442e-3f);
@@ -123,7 +125,7 @@ INLINE VEC NAME(exp2_near)(VEC x) {
     return p * x + 1.0f;
 }
 
-/* 2^(x + y) for a whole number y, and their sum at most 127; zero below -126. */
+/* 2^(x + y) for a whole number y, and their sum at most 127; of a small one as `scale`. */
 INLINE VEC NAME(exp2)(VEC x, VEC y) {
     const VEC whole = NAME(whole)(x);
     return NAME(scale)(NAME(exp2_near)(x - whole), whole + y);
@@ -255,6 +257,8 @@ static void NAME(multiply_apart)(int rows, const int32_t *a, int lda, const int3
 
 /* -- keys and values of a block -------------------------------------------------------------- */
 
+/* The block after it is fetched meanwhile, to the second cache: the first has what is laid out. */
+
 #if LANES == 16
 INLINE void NAME(transpose)(IVEC *row) { /* 16 x 16 words, in place */
     __m512i t[16], u[16];
@@ -336,7 +340,7 @@ static void NAME(pack_keys)(const struct block *block, int dim, int is_bf16, int
                 const char *row = block->keys + (t + i) * stride + d * item;
                 const int is_there = t + i >= block->skip && t + i < block->len;
                 words[i] = is_there ? NAME(load_words)(row, dim - d, is_bf16) : (IVEC){0};
-                if (t + i < block->ahead) __builtin_prefetch(row + BLOCK * stride);
+                if (t + i < block->num_next) __builtin_prefetch(row + BLOCK * stride, 0, 2);
             }
             NAME(transpose)(words);
             for (int i = 0; i < LANES && WORDS(d) + i < WORDS(dim); i++) {
@@ -365,9 +369,9 @@ static void NAME(pack_values)(const struct block *block, int dim, int width, int
             if (t >= skip) even = NAME(load_words)(row, dim - d, 1);
             if (t + 1 >= skip && t + 1 < block->len)
                 odd = NAME(load_words)(row + stride, dim - d, 1);
-            if (t + 1 < block->ahead) {
-                __builtin_prefetch(row + BLOCK * stride);
-                __builtin_prefetch(row + (BLOCK + 1) * stride);
+            if (t + 1 < block->num_next) {
+                __builtin_prefetch(row + BLOCK * stride, 0, 2);
+                __builtin_prefetch(row + (BLOCK + 1) * stride, 0, 2);
             }
             int32_t *goal = packed + (t / 2) * width + d;
             *(IVEC *)goal = (IVEC)_mm512_permutex2var_epi16((__m512i)even, first, (__m512i)odd);
@@ -381,7 +385,7 @@ static void NAME(pack_values)(const struct block *block, int dim, int width, int
             const char *row = block->values + t * stride + d * item;
             IVEC words = (IVEC){0};
             if (d < dim && t >= skip) words = NAME(load_words)(row, dim - d, is_bf16);
-            if (t < block->ahead && d < dim) __builtin_prefetch(row + BLOCK * stride);
+            if (t < block->num_next && d < dim) __builtin_prefetch(row + BLOCK * stride, 0, 2);
             *(IVEC *)(packed + t * width + d) = words;
         }
 #endif
@@ -560,7 +564,7 @@ static void NAME(score_block)(const struct vkv_attention *args, struct scratch *
 INLINE void NAME(attend_block)(const struct vkv_attention *args, const struct share *share,
                                struct scratch *s, int head, const struct block *block) {
     const int group = args->num_heads / args->num_kv_heads, is_bf16 = args->dtype == VKV_BFLOAT16;
-    const int rows = (share->last_query - share->first_query) * group;
+    const int rows = rows_of_head(args, share);
     const int base = (head - share->first_head) * rows, width = s->value_width;
     NAME(pack_keys)(block, args->key_dim, is_bf16, NAME(by_lanes)(args), s->keys);
     NAME(pack_values)(block, args->value_dim, width, is_bf16, s->values);
@@ -601,7 +605,7 @@ static void NAME(attend_blocks)(const struct vkv_attention *args, const struct s
                 .start = t,
                 .skip = t < first ? first - t : 0,
                 .len = left < BLOCK ? left : BLOCK,
-                .ahead = share->last_key - t - BLOCK,
+                .num_next = share->last_key - t - BLOCK,
             };
             NAME(attend_block)(args, share, s, h, &block);
         }

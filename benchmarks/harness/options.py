@@ -128,7 +128,10 @@ class Folder:
 
 def shape_option(default: str) -> Any:
     """A named shape of `models.shapes`."""
-    return option(default, help="llama-tiny, llama-455m, qwen2-0.5b or llama3-8b; random weights.")
+    return option(
+        default,
+        help="llama-tiny, llama-28m, llama-455m, qwen2-0.5b or llama3-8b; random weights.",
+    )
 
 
 def dtype_option(default: str) -> Any:

@@ -4,13 +4,14 @@ It serves every batch. Codes become numbers in registers, and for many rows in t
 """
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from ...vmem.errors import NativeUnavailable
+from ...vmem.errors import NativeUnavailable, QuantError
 from ...vmem.native_function import NativeFunction
 from ...vmem.native_library import load_library, openmp_parallel
 from ..weight import Int4Weight
@@ -38,6 +39,19 @@ class Int4Args(ctypes.Structure):
     )
 
 
+class _Codes(ctypes.Structure):
+    """`struct vkv_int4_codes`."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("num_threads", ctypes.c_int32),
+        ("parallel", ctypes.c_void_p),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The kernels. Raises NativeUnavailable if they are not built and cannot be compiled here."""
@@ -46,7 +60,7 @@ def library() -> ctypes.CDLL:
     library.vkv_int4_supported.restype = ctypes.c_int32
     for name in ("vkv_int4_pack", "vkv_int4_unpack"):
         function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        function.argtypes = [ctypes.POINTER(_Codes)]
         function.restype = None
     return library
 
@@ -80,13 +94,17 @@ class _Tiles:
     out_features: int
     args: Int4Args
 
+    def __iter__(self) -> Iterator[torch.Tensor | None]:
+        """Its tensors, as of any layout."""
+        return iter((self.codes, self.scales, self.zeros))
+
 
 class NativeKernel(Int4Kernel):
     name = "native"
 
     def __init__(self, instruction_set: str | None = None) -> None:
         self._multiply = NativeFunction(library(), "int4_multiply", Int4Args)
-        self._instruction_set = instruction_set or self._instruction_sets()[0]
+        self._instruction_set = (instruction_set or self._instruction_sets()[0]).encode()
         self._parallel = openmp_parallel()
 
     @classmethod
@@ -108,13 +126,17 @@ class NativeKernel(Int4Kernel):
         return right_type and weight.group_size % _BLOCK == 0
 
     def prepare(self, weight: Int4Weight) -> _Tiles:
+        if weight.group_size % _BLOCK:  # of a pinned kernel nobody asked whether it accepts
+            raise QuantError(
+                f"the weight is in groups of {weight.group_size}, and int4 kernel {self.name!r} "
+                f"takes multiples of {_BLOCK}; pin 'dequantize', or no kernel"
+            )
         missing = -weight.out_features % _TILE
-        size = weight.out_features, weight.in_features
-        packed = weight.packed.contiguous()
-        codes = empty_apart((size[0] + missing, size[1] // 2), torch.uint8)
-        library().vkv_int4_pack(packed.data_ptr(), codes.data_ptr(), *size)
-        narrow = weight.scales.dtype in _SCALES
-        scales = _in_tiles(weight.scales if narrow else weight.scales.float(), missing)
+        shape = weight.out_features + missing, weight.in_features // 2
+        packed, codes = weight.packed.contiguous(), empty_apart(shape, torch.uint8)
+        library().vkv_int4_pack(self._codes(packed, codes))
+        is_known = weight.scales.dtype in _SCALES
+        scales = _in_tiles(weight.scales if is_known else weight.scales.float(), missing)
         zeros = None if weight.zeros is None else _in_tiles(weight.zeros, missing)
         args = Int4Args(
             codes=codes.data_ptr(),
@@ -124,7 +146,6 @@ class NativeKernel(Int4Kernel):
             out_features=weight.out_features,
             group_size=weight.group_size,
             scale_type=_SCALES[scales.dtype],
-            instruction_set=self._instruction_set.encode(),
             parallel=self._parallel,
         )
         return _Tiles(codes, scales, zeros, weight.out_features, args)
@@ -135,9 +156,7 @@ class NativeKernel(Int4Kernel):
     def restore(self, layout: _Tiles, outline: Int4Weight) -> Int4Weight:
         out_features = outline.out_features
         packed = torch.empty(outline.packed.shape, dtype=torch.uint8)
-        library().vkv_int4_unpack(
-            layout.codes.data_ptr(), packed.data_ptr(), out_features, outline.in_features
-        )
+        library().vkv_int4_unpack(self._codes(packed, layout.codes))
         return replace(
             outline,
             packed=packed,
@@ -145,9 +164,23 @@ class NativeKernel(Int4Kernel):
             zeros=None if layout.zeros is None else _from_tiles(layout.zeros, out_features),
         )
 
+    def _codes(self, packed: torch.Tensor, tiles: torch.Tensor) -> _Codes:
+        """Of a weight, [out_features, in_features / 2], in either form."""
+        return _Codes(
+            packed=packed.data_ptr(),
+            tiles=tiles.data_ptr(),
+            out_features=packed.shape[0],
+            in_features=2 * packed.shape[1],
+            num_threads=torch.get_num_threads(),
+            parallel=self._parallel,
+        )
+
     def multiply(self, layout: _Tiles, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.dtype != torch.bfloat16:  # a pinned kernel is asked of no dtype
-            raise TypeError(f"{self.name} takes torch.bfloat16 and the inputs are {inputs.dtype}")
+            raise QuantError(
+                f"int4 kernel {self.name!r} takes inputs in torch.bfloat16, and these are in "
+                f"{inputs.dtype}; pin 'dequantize', or no kernel"
+            )
         inputs = inputs.contiguous()
         out = inputs.new_empty(inputs.shape[0], layout.out_features)
         if not inputs.shape[0]:
@@ -155,18 +188,19 @@ class NativeKernel(Int4Kernel):
         args = Int4Args.from_buffer_copy(layout.args)  # threads may share the layout
         args.inputs, args.out, args.num_rows = inputs.data_ptr(), out.data_ptr(), inputs.shape[0]
         args.num_threads = torch.get_num_threads()
+        args.instruction_set = self._instruction_set
         self._multiply(args)
         return out
 
-    def num_bytes(self, layout: _Tiles) -> int:
-        zeros = 0 if layout.zeros is None else layout.zeros.nbytes
-        return layout.codes.nbytes + layout.scales.nbytes + zeros
-
 
 class NativeInt8Kernel(NativeKernel):
-    """The same layout, multiplied by inputs that are rounded to 8 bits (`activations`)."""
+    """The same layouts, multiplied by inputs that are rounded to 8 bits (`activations`)."""
 
     name = "native-int8"
+
+    @property
+    def layout_name(self) -> str:
+        return NativeKernel.name
 
     @classmethod
     def _instruction_sets(cls) -> tuple[str, ...]:

@@ -34,6 +34,11 @@ class Int4Kernel(ABC):
 
     name: ClassVar[str]
 
+    @property
+    def layout_name(self) -> str:
+        """Kernels of one such name read the same layouts, those of the kernel that is called so."""
+        return self.name
+
     @classmethod
     def unavailable_reason(cls) -> str | None:
         """Why this kernel cannot run on this machine, or None. Cheap, and never raises."""

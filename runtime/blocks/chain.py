@@ -133,7 +133,7 @@ class Chain:
 
         Raises BadCheckpoint if its file is gone or damaged.
         """
-        mapped = map_tensors(self._store.block_path(block.digest))
+        mapped = map_tensors(self.file_of(block))
         names = dict(zip(block.relative_names, block.tensors, strict=True))
         if mapped.keys() != names.keys():
             raise BadCheckpoint(
@@ -141,6 +141,15 @@ class Chain:
                 "the model again"
             )
         return {names[relative]: tensor for relative, tensor in mapped.items()}
+
+    def file_of(self, block: Block) -> Path:
+        """Where a block's tensors are mapped from."""
+        return self._store.block_path(block.digest)
+
+    @property
+    def tensor_files(self) -> list[Path]:
+        """Those of all blocks."""
+        return [self.file_of(block) for block in self.blocks]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of the checkpoint's tensors, as of `read`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ...vmem.errors import InvalidConfig
-from ..model.loading import ReadTensors
+from ..model.loading import StoredTensors
 from .chain import MANIFEST, Chain, read_manifest
 from .zoo import BlockZoo
 
@@ -58,8 +58,8 @@ def _only(zoo: BlockZoo) -> Path:
 
 def locate(
     source: Source, model: Source = None
-) -> tuple[str | Path | PreTrainedModel | None, ReadTensors | None]:
-    """What to load a model from, and what reads its weights if they are not in that folder.
+) -> tuple[str | Path | PreTrainedModel | None, StoredTensors | None]:
+    """What to load a model from, and its weights if they are not in that folder.
 
     Arguments and errors are those of `pick`.
     """
@@ -69,7 +69,7 @@ def locate(
         if (folder / MANIFEST).is_file():
             chain = read_manifest(folder.resolve())
             _warn_of_others(chain)
-            return folder, chain.tensors
+            return folder, chain
     return found, None
 
 

@@ -171,9 +171,9 @@ def _with_all(
 
 def load_plain(chain: Chain) -> PreTrainedModel:
     """A model with `transformers`' own attention, its weights mapped."""
-    reads = chain.tensors if (chain.folder / MANIFEST).is_file() else None
+    stored = chain if (chain.folder / MANIFEST).is_file() else None
     device = torch.device("cpu")
-    return read_checkpoint(chain.folder, None, device, reads, attention="eager").eval()
+    return read_checkpoint(chain.folder, None, device, stored, attention="eager").eval()
 
 
 def _check(prompts: Prompts) -> None:

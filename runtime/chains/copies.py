@@ -84,10 +84,10 @@ def copy_block(chain: Chain, block: Block, sites: Sites, layout: Layout) -> Bloc
     body = _Body(part, names)
     del part
     body.to(layout.device)
+    calls = [sites.anatomy.calls[name] for name in names]
     if layout.activation_bits == 8 and any(True for _ in int4_linears(body)):
-        use_8_bits(body, layout.dtype)
+        use_8_bits(body, layout.dtype, lambda: body.run(calls))
     if layout.is_packed:
-        calls = [sites.anatomy.calls[name] for name in names]
         pack(body, lambda: body.run(calls), repeatable=layout.repeatable)
     for _, linear in int4_linears(body):  # those that packing left where they are
         linear.settle(layout.dtype)

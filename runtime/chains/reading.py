@@ -8,6 +8,7 @@ other weights are memory that nobody has touched.
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def read_block(
     )
     config = writing_part(config)
     kind: Any = auto_class(config)._model_mapping[type(config)]
-    _settle_quantisation(config, tensors, device)
+    _settle_quantisation(config, tensors, device, chain.file_of(block))
     partial = type(kind.__name__, (_Partial, kind), {"__module__": kind.__module__})
 
     def read() -> Any:
@@ -75,7 +76,7 @@ def read_block(
 
 
 def _settle_quantisation(
-    config: PretrainedConfig, tensors: Mapping[str, torch.Tensor], device: torch.device
+    config: PretrainedConfig, tensors: Mapping[str, torch.Tensor], device: torch.device, file: Path
 ) -> None:
     """Have quantised weights read as those of a whole model, if there are any in the block."""
     described = described_in(config)
@@ -85,7 +86,7 @@ def _settle_quantisation(
     required, optional = tensor_names(scheme.format) if scheme else ((), ())
     marks = {*required, *optional} - {"weight", "bias"}
     if scheme is None or any(name.rpartition(".")[2] in marks for name in tensors):
-        adopt(config, device, tensors)
+        adopt(config, device, tensors, (file,))
         return
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):

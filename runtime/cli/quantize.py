@@ -187,6 +187,8 @@ def _show(console: Console, result: QuantizedModel, report: dict[str, Any], out:
     if "perplexity_activation_bits_8" in report:
         rounded = report["perplexity_activation_bits_8"]
         console.print(f"with activation_bits=8 besides: {rounded:.4g}")
+    elif "perplexity_after" in report:
+        console.print("with activation_bits=8 besides: not measured, of mixtures of experts")
     if result.dense:
         console.print(f"left dense: {len(result.dense)}, among them {result.dense[0]}")
     dense = sum(2 * w.out_features * w.in_features for w in result.weights.values())

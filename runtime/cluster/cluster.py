@@ -45,8 +45,8 @@ class Cluster:
     its requests go on elsewhere, computed again from what they had.
 
     Args:
-        source: a checkpoint folder, a hub id, or None for the built-in model; may also be given as
-            `model`. Or a zoo of blocks, which all nodes must have in the same place.
+        source: a checkpoint folder, a GGUF file, a hub id, or None for the built-in model; may also
+            be given as `model`. Or a zoo of blocks, which all nodes must have in the same place.
         model: with a zoo, the name of a model in it.
         instances: how many.
         roles: "prefill", "decode" or "both", one an instance; None for all of them "both".
@@ -61,7 +61,9 @@ class Cluster:
         stages: how sequences are copied where their pages cannot change hands.
         liveness_s: an instance that answers nothing for so long counts as dead, and is killed. It
             answers between two steps, so it must be more than the longest of them.
-        device, dtype, options: as of `LLM`, for each instance.
+        device, dtype: as of `LLM`, by name.
+        options: fields of `EngineConfig`, for each instance; neither a built model nor `tokenizer`
+            can be sent to other processes.
 
     Attributes:
         policy: decides where requests go, and which of them move.

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from ...vmem.errors import InvalidOperation
 from ..engine.migration.arbiter import Arbiter
@@ -198,7 +198,7 @@ class Members:
         self, member: Member, sequences: list[Owned], loans: Sequence[Loan]
     ) -> InstanceSnapshot:
         """One instance. It is known of a request that its prompt is computed by its first token."""
-        stats, face, lending = member.stats, member.face, member.lending
+        stats, face = member.stats, member.face
         spread = member.long_requests
         elsewhere = sum(loan.num_tokens for loan in loans if loan.debtor == member.id)
         lent = sum(loan.num_tokens for loan in loans if loan.creditor == member.id)
@@ -218,7 +218,7 @@ class Members:
                 waited_s=max(0.0, time.monotonic() - sequence.spec.arrival_time_s),
                 is_migratable=sequence.key not in spread
                 and self._arbiter.handshake(sequence.key) is None,
-                most_tokens=most_tokens(sequence.spec),
+                most_tokens=most_tokens(sequence.spec) or _most_without_end(member, sequence),
             )
             for place, sequence in enumerate([*begun, *fresh])
         ]
@@ -239,10 +239,24 @@ class Members:
             queued_tokens=sum(len(s.spec.prompt_token_ids) for s in fresh),
             residents=_residents(stats, sequences),
             requests=tuple(requests),
-            max_lent_tokens=0 if lending is None else lending.max_lent_tokens,
-            max_local_tokens=None if lending is None else lending.max_local_tokens,
-            layer_s=None if lending is None else lending.layer_s,
+            **_lending(member, lent, self._members.values()),
         )
+
+
+def _lending(member: Member, lent: int, members: Iterable[Member]) -> dict[str, Any]:
+    """What a picture says of an instance's lending, which has so many tokens of others."""
+    lending = member.lending
+    if lending is None:
+        return {}
+    is_full = any(one.lending and member.name in one.lending.refusing for one in members)
+    most, lacking = lending.max_lent_tokens, lending.lacking
+    return {
+        "max_lent_tokens": min(lent, most) if is_full else most,
+        "max_local_tokens": lending.max_local_tokens,
+        "tier_tokens": lending.tier_tokens,
+        "lacking": None if lacking is None else (lacking.key, lacking.num_tokens),
+        "layer_s": lending.layer_s,
+    }
 
 
 def _costs(members: Iterable[Member]) -> Costs:
@@ -261,6 +275,15 @@ def most_tokens(spec: RequestSpec) -> int:
     """Those that a sequence may have in the end; 0 if that is not known."""
     most = spec.params.max_tokens
     return 0 if most is None else len(spec.prompt_token_ids) + most
+
+
+def _most_without_end(member: Member, sequence: Owned) -> int:
+    """Tokens of a sequence whose number nobody gave; 0 while its instance takes it for short."""
+    num_tokens = len(sequence.spec.prompt_token_ids) + len(sequence.output_token_ids)
+    lending = member.lending
+    if lending is None or num_tokens < lending.max_local_tokens:
+        return 0
+    return (member.longest or 0) + 1
 
 
 def _residents(stats: EngineStats | None, sequences: Sequence[Owned]) -> frozenset[str]:

@@ -92,6 +92,10 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         max_lent_tokens: the most that it may hold for others' requests; 0 where it lends nothing.
         max_local_tokens: the most that it has itself of a request that may outgrow its memory;
             None where no request may.
+        tier_tokens: of requests that are longer than its memory, those that its own host memory
+            holds or has room for.
+        lacking: the request that stands still until others lend so many tokens more; None if none
+            does, or if that is not known.
         layer_s: what a layer of its steps takes, by the median; None if that is not known.
     """
 
@@ -112,6 +116,8 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     requests: tuple[RequestSnapshot, ...] = ()
     max_lent_tokens: int = 0
     max_local_tokens: int | None = None
+    tier_tokens: int = 0
+    lacking: tuple[SequenceKey, int] | None = None
     layer_s: float | None = None
 
     @property

@@ -12,6 +12,7 @@ only modules are exchanged, and all of it is undone without loss if the model do
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -19,7 +20,8 @@ from torch import nn
 from torch.nn import functional
 
 from ...quant import Int4Linear, concatenate, empty_apart, split, trim_heap
-from ...quant.weight_memory import drop_file_pages, mapped_checkpoints
+from ...quant.weight_memory import drop_file_pages
+from ...vmem import linux
 from . import kernels as native_kernels
 from .experts import Multiplied, PackedExperts, RowWeight, pack_experts, pack_row_weights
 from .fusing import (
@@ -245,7 +247,7 @@ def pack(
     run: Callable[[], Sequence[torch.Tensor]],
     *,
     repeatable: bool = False,
-    as_read: bool = False,
+    files: Iterable[str | Path] = (),
 ) -> int:
     """Lay out the linears that `run()` calls, dense or in 4 bits, and fuse what is around them.
 
@@ -254,7 +256,8 @@ def pack(
     input, and once more to see that the model takes the packed ones and computes the same. If it
     does not (it reads a weight itself, say), all is put back, bit for bit, and nothing is packed.
     With `repeatable`, weights are laid out for vkv's kernels wherever it has some.
-    `as_read`: nobody has written to the weights, so that pages of their files may go.
+    `files` are those that weights were mapped from, which nobody has written to since: pages of
+    what is laid out go.
 
     Returns the bytes of packed weights, an earlier call's included.
     """
@@ -262,7 +265,7 @@ def pack(
     with Multiplied() as multiplied:
         groups = group_by_input(plain_linears(model, _has_kernel), lambda: expected.extend(run()))
     homes, dtype = single_homes(model), expected[0].dtype  # of the logits it may be another
-    files = mapped_checkpoints() if as_read else []
+    mapped = linux.mapped_files(files)
     undo: list[Undo] = []
     gates = _Gates(dtype)
     gated: list[tuple[nn.Module, PackedProduct]] = []
@@ -274,7 +277,7 @@ def pack(
             gate = gates.of(parent) if is_gated and id(parent) in homes else None
             linears = [place.linear for place in group]
             product = PackedProduct(linears, gate, repeatable=repeatable)
-            undo.append(_exchange_linears(group, product, files))
+            undo.append(_exchange_linears(group, product, mapped))
             products.append(product)
             trim_heap()
             if gate is not None:

@@ -71,7 +71,7 @@ def load(
 ) -> LoadedModel:
     """The model that an engine of this `config` runs; arguments as of `LLM`."""
     generation = read_generation_config(config.generation_config)
-    place, read_tensors = locate(source, model)
+    place, stored = locate(source, model)
     loaded = load_model(
         place,
         tokenizer=tokenizer,
@@ -81,7 +81,7 @@ def load(
         repeatable=config.repeatable,
         lm_head_bits=config.lm_head_bits,
         activation_bits=config.activation_bits,
-        read_tensors=read_tensors,
+        stored=stored,
     )
     if config.generation_config == "auto":
         generation = getattr(loaded.model, "generation_config", None)

@@ -43,7 +43,7 @@ class EngineConfig:
 
     Attributes:
         max_seqs: requests that run at once.
-        max_len: tokens of a request, prompt and output; None for what the model was made for.
+        max_len: tokens of a request, prompt and output; by default what the model was made for.
         kv_memory: the most bytes that keys and values may take: an integer, a text such as
             "64MiB", a `MemoryLimit` that several engines share, or "auto": half of a machine's
             free memory, or what the largest step leaves on a GPU (measured, `memory_profile`).
@@ -55,7 +55,7 @@ class EngineConfig:
         kv_dir: a folder that keys and values of finished and preempted requests are saved to, and
             come back from in any process that uses it with this model; None for none.
         kv_dir_limit: the most bytes that its files may take; those used least recently go.
-        max_batch_tokens: tokens of one step; None for 256 on a CPU, 2048 on a GPU.
+        max_batch_tokens: tokens of one step; by default 256 on a CPU, 2048 on a GPU.
         kv: contiguous slots in virtual memory, or the paged baseline.
         attention: a backend's name, or "auto".
         page_bytes: size of a physical page; None for a size that suits the model.
@@ -72,7 +72,7 @@ class EngineConfig:
             neighbours, on chunks, prefixes or preemption, nor on the number of threads; on a CPU.
             False takes what is fastest, which is the same kernels but for processors with a
             matrix unit. True refuses a model of which it does not hold.
-        lm_head_bits: 4 or 8 to quantise the output layer at load; None leaves it as it is.
+        lm_head_bits: 4 or 8 to quantise the output layer at load; by default it stays as it is.
         activation_bits: 8 to round inputs of 4- and 8-bit layers to 8 bits, on a CPU: faster for
             many rows, and less exact; `vkv quantize` measures by how much. 16 rounds none.
         generation_config: where sampling parameters come from if a call gives none: "auto" for the
@@ -106,8 +106,8 @@ class EngineConfig:
         models: of a zoo that has the model, others that run beside it, by name: requests name the
             one that they are for. `LLM` takes all that can, if it is given the zoo.
         adapters: LoRA adapters to begin with, by name the folder of each (`LLM.load_adapter`).
-        idle_trim_s: seconds without a request after which `LLM` gives the memory of finished ones
-            back by itself; None for never.
+        idle_trim_s: seconds without a request after which memory of finished ones is given back by
+            itself; by default never.
         shortage_wait_s: how long a request may wait for memory that nobody of this engine can
             give back, before it fails; neighbours under a common `MemoryLimit` may.
     """

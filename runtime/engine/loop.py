@@ -1,7 +1,6 @@
 """The one loop around an engine: messages in, a step, outputs out."""
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -152,30 +151,38 @@ class EngineLoop:
 
     def _meet_shortage(self) -> None:
         """Where memory is short for all, wait a little; in the end the one that lacks it fails."""
-        shortage = self.engine.scheduler.shortage if self.engine.has_work else None
-        if shortage is None:
+        short, now = self._short_for_good(), time.monotonic()
+        if short is None:
+            self._short_since = None
+        elif self._short_since is None or self._short_since[0] is not short[0]:
+            self._short_since = short[0], now
+        elif now - self._short_since[1] >= self._shortage_wait_s:
+            request, error = short
+            _log.warning("no memory for %r in %g s: %s", request, self._shortage_wait_s, error)
+            self.engine.catch_up()
+            self.engine.fail(request, error)
             self._short_since = None
             return
-        request, error = shortage
-        now = time.monotonic()
-        if self._short_since is None or self._short_since[0] is not request:
-            self._short_since = request, now
-        wait_s = self._shortage_wait_s
-        if self.engine.loans_are_placed:
-            most = self.engine.admission.longest
-            if request.num_tokens <= most:
-                wait_s = math.inf if isinstance(error, OutOfLoans) else wait_s  # its turn comes
-            else:
-                error = OutOfLoans(
-                    f"the request has {request.num_tokens} tokens by now, and all that lend to "
-                    f"this engine hold {most} with it: others have left"
-                )
-        if now - self._short_since[1] < wait_s:
+        if self.engine.has_work and self.engine.scheduler.shortage is not None:
             time.sleep(_PAUSE_S)
-            return
-        _log.warning("no memory for %r in %g s: %s", request, self._shortage_wait_s, error)
-        self.engine.fail(request, error)
-        self._short_since = None
+
+    def _short_for_good(self) -> tuple[Request, Exception] | None:
+        """Who does not get memory by waiting for its turn, as one does that others are to lend to;
+        and what it lacks. None for nobody."""
+        scheduler, is_placed = self.engine.scheduler, self.engine.loans_are_placed
+        short = scheduler.shortage or (scheduler.lacking if is_placed else None)
+        if not self.engine.has_work:
+            return None
+        if short is None or not is_placed:
+            return short
+        request, error = short
+        most = self.engine.admission.longest
+        if request.num_tokens > most:
+            return request, OutOfLoans(
+                f"the request has {request.num_tokens} tokens by now, and all that lend to this "
+                f"engine hold {most} with it: others have left"
+            )
+        return None if isinstance(error, OutOfLoans) else short
 
     # -- the machine under it ----------------------------------------------------------------
 

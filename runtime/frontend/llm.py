@@ -41,8 +41,8 @@ class LLM:
     """A causal language model over virtual-memory KV. Several threads may use it at once.
 
     Args:
-        source: a checkpoint folder, a hub id, a `transformers` model built elsewhere, or None for
-            the built-in tiny chat model; may also be given as `model`. Or a zoo of blocks.
+        source: a checkpoint folder, a GGUF file, a hub id, a `transformers` model built elsewhere,
+            or None for the built-in tiny chat model; may also be given as `model`. Or a zoo.
         model: with a zoo, the name of a model in it; by default the one that shares most with the
             others. Those of the zoo that can run beside it do, and prompts name them (`generate`).
         tokenizer: a tokenizer, which is copied, or its folder, if it is not with the model.
@@ -197,6 +197,7 @@ class LLM:
         No token is lost if another stream or thread steps the engine meanwhile. Nothing is queued
         before the first delta is asked for. Closing or dropping the iterator, as leaving a `for`
         loop does, ends the request and gives its pages back. An error of the request is raised.
+        A `UsageError` is raised at the call.
         """
         self._driver.check_ready()
         request = self._front_end.stream(
@@ -225,7 +226,10 @@ class LLM:
                 self._driver.abandon([request])
 
     def render_chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's next message begins."""
+        """Token ids of a conversation, up to where the assistant's next message begins.
+
+        Raises InvalidPrompt.
+        """
         return self._front_end.render_chat(messages, options)
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -233,7 +237,10 @@ class LLM:
         return self._front_end.default_params
 
     def check(self, tokens: Sequence[int], params: SamplingParams) -> int:
-        """Refuse what could never run; returns the most tokens that could be generated."""
+        """Refuse what could never run; returns the most tokens that could be generated.
+
+        Raises RequestTooLong, RequestTooLarge or another `UsageError`.
+        """
         return self._front_end.check(tokens, params)
 
     # -- adapters ----------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -39,8 +39,6 @@ from .recurrent_state import STATE_LAYER_TYPES, keeps_state
 
 _KNOWN_LAYER_TYPES = {"full_attention", "attention", "sliding_attention"}
 _WITHOUT_MEMORY = {"moe", "mlp"}  # layers in their own right in some hybrids
-# The tensors of a checkpoint by name, for a folder that has all but these.
-ReadTensors = Callable[[], Mapping[str, torch.Tensor]]
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -54,6 +52,19 @@ _HARMLESS_TENSORS = re.compile(
     r"|\.attention\.(bias|masked_bias)|(^|\.)position_ids|^v_head\..*"
     r"|^(talker|token2wav|code2wav)\..*)$"
 )
+
+
+class StoredTensors(Protocol):
+    """The tensors of a checkpoint, for a folder that has all but these."""
+
+    @property
+    def tensor_files(self) -> Sequence[Path]:
+        """Where they are mapped from."""
+        ...
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """By name."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +140,7 @@ def load_model(
     repeatable: bool = False,
     lm_head_bits: int | None = None,
     activation_bits: int = 16,
-    read_tensors: ReadTensors | None = None,
+    stored: StoredTensors | None = None,
 ) -> LoadedModel:
     """Load a causal language model and prepare it for contiguous slots.
 
@@ -143,7 +154,7 @@ def load_model(
         repeatable: lay them out, in any case, for kernels of which a row's result depends on no
             other row.
         lm_head_bits, activation_bits: as of `EngineConfig`, of a model loaded here.
-        read_tensors: where `source` is a folder without weights, what reads them.
+        stored: the weights, where `source` is a folder without them.
 
     Raises BadCheckpoint of what cannot be read, UnsupportedModel of what cannot run here.
     """
@@ -152,18 +163,18 @@ def load_model(
     if isinstance(source, PreTrainedModel):
         _check_architecture(source.config, type(source))
         _check_object(source)
-        model, files, home = source, (), None
+        model, files, mapped, home = source, (), (), None
         model.set_attn_implementation(ATTENTION_NAME)
     else:
         home = resolve(source)
-        model, files = _with_files(home, wanted_dtype, device, read_tensors)
+        model, files, mapped = _with_files(home, wanted_dtype, device, stored)
     model = model.to(device, wanted_dtype).eval()  # type: ignore[arg-type]
     text_config = model.config.get_text_config()
     _check_interface(model)
     probed = probe_attention(model)
     _check_logits(model, probed.num_logits)
     model_dtype = model.dtype  # which packing takes away with the weights
-    _prepare_weights(model, home, pack_weights, repeatable, lm_head_bits, activation_bits)
+    _prepare_weights(model, home, mapped, pack_weights, repeatable, lm_head_bits, activation_bits)
     held_tokenizer = load_tokenizer(tokenizer if tokenizer is not None else home)
     return LoadedModel(
         name=_name(source, home),
@@ -190,6 +201,7 @@ def _name(source: str | Path | PreTrainedModel | None, home: str | Path | None) 
 def _prepare_weights(
     model: PreTrainedModel,
     home: str | Path | None,
+    files: Sequence[Path],
     pack_weights: bool | None,
     repeatable: bool,
     lm_head_bits: int | None,
@@ -203,7 +215,7 @@ def _prepare_weights(
         _round_activations(model, loaded_here=loaded_here)
     wants_packing = repeatable or (pack_weights if pack_weights is not None else loaded_here)
     if wants_packing and model.device.type == "cpu" and can_pack(dtype):
-        pack(model, lambda: probe_outputs(model), repeatable=repeatable, as_read=loaded_here)
+        pack(model, lambda: probe_outputs(model), repeatable=repeatable, files=files)
     if loaded_here:
         for _, linear in int4_linears(model):  # those that packing left where they are
             linear.settle(dtype)
@@ -224,19 +236,21 @@ def _with_files(
     home: str | Path,
     dtype: torch.dtype | None,
     device: torch.device,
-    read_tensors: ReadTensors | None,
-) -> tuple[PreTrainedModel, tuple[FileMark, ...]]:
-    """A model, and the files that it is, as they were before they were read."""
+    stored: StoredTensors | None,
+) -> tuple[PreTrainedModel, tuple[FileMark, ...], tuple[Path, ...]]:
+    """A model, its files as they were before they were read, and those that it is mapped from."""
     files = model_files(home)
-    model = read_checkpoint(home, dtype, device, read_tensors)
-    return model, files or model_files(home, model.config)  # of a hub id, known by now
+    model = read_checkpoint(home, dtype, device, stored)
+    files = files or model_files(home, model.config)  # of a hub id, known by now
+    elsewhere = () if stored is None else stored.tensor_files
+    return model, files, (*(file.path for file in files), *elsewhere)
 
 
 def read_checkpoint(
     home: str | Path,
     dtype: torch.dtype | None,
     device: torch.device,
-    read_tensors: ReadTensors | None = None,
+    stored: StoredTensors | None = None,
     *,
     attention: str = ATTENTION_NAME,
 ) -> PreTrainedModel:
@@ -254,8 +268,9 @@ def read_checkpoint(
     auto = auto_class(config)
     model_class: Any = auto._model_mapping[type(config)]  # type: ignore[index]
     _check_architecture(config, model_class)
-    tensors = None if read_tensors is None else dict(read_tensors())
-    quantized = reading("quantisation", home, lambda: adopt(config, device, tensors))
+    tensors = None if stored is None else dict(stored.tensors())
+    mapped = () if stored is None else stored.tensor_files
+    quantized = reading("quantisation", home, lambda: adopt(config, device, tensors, mapped))
     if quantized and device.type == "cpu" and dtype is None and config.dtype == torch.float16:
         dtype = torch.bfloat16  # the checkpoint's float16 is a GPU's; a CPU has no kernels for it
     loaded: Any = reading(
@@ -357,7 +372,7 @@ def _round_activations(model: PreTrainedModel, *, loaded_here: bool) -> None:
             "by vkv are given other kernels: leave activation_bits out"
         )
     try:
-        use_8_bits(model, model.dtype)
+        use_8_bits(model, model.dtype, lambda: probe_outputs(model))
     except QuantError as error:
         raise InvalidConfig(f"activation_bits is 8: {error}; or leave it out") from error
 

@@ -86,7 +86,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep tokens at least this likely relative to the likeliest one, in [0, 1]."""
     seed: int | None = None
-    """Makes the request repeatable, in any batch; None draws a fresh seed, as does vLLM's -1."""
+    """Makes the draws the same in any batch, and so the tokens as far as the logits are
+    (`LLM(repeatable=True)`). By default a fresh seed is drawn, as with vLLM's -1."""
     repetition_penalty: float = 1.0
     """Above 0: divides positive and multiplies negative logits of all tokens seen so far."""
     presence_penalty: float = 0.0
@@ -175,7 +176,10 @@ class SamplingParams:
         return self.temperature < GREEDY_TEMPERATURE
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Refuse token ids, and numbers of alternatives, that the model's vocabulary lacks."""
+        """Refuse token ids, and numbers of alternatives, that the model's vocabulary lacks.
+
+        Raises InvalidSamplingParams.
+        """
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             largest = max(getattr(self, name) or (), default=0)
             if largest >= vocab_size:

@@ -1,7 +1,7 @@
 """What a policy decides, and what a policy is."""
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import msgspec
 
@@ -36,6 +36,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     admit: tuple[SequenceKey, ...] = ()
     admit_tokens: int = 0
     whole_prompts: bool = False
+
+    def of_first(self, count: int) -> Self:
+        """The same with so many newcomers. If they take others' places, those come in their
+        order."""
+        preempt = self.preempt[:count] if self.admit else self.preempt
+        return msgspec.structs.replace(
+            self,
+            preempt=preempt,
+            admit=self.admit[:count],
+            admit_tokens=self.admit_tokens if count else 0,
+        )
 
 
 class Order(Protocol):

@@ -18,6 +18,7 @@ from ..speculation import Speculation
 from .accounts import Accounts
 from .lines import lines_for
 from .plan import Plan, Policy
+from .segments import Segments
 from .snapshot import Snapshot
 from .tiers import Tiers, live_donor
 from .views import running_view, waiting_view
@@ -49,6 +50,7 @@ class Scheduler:
         holds_back: nobody is admitted for now.
         num_places_kept: of `max_seqs`, for requests that come from elsewhere or may come back.
         shortage: what kept the last step from giving any request a token, and whom it kept.
+        lacking: who stood aside in the last step for want of somebody who takes its tokens in.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.shortage: tuple[Request, Refusal] | None = None
+        self.lacking: tuple[Request, OutOfLoans] | None = None
         self._clock = clock or _monotonic_s
         self._requests: dict[SequenceKey, Request] = {}
         self._growth_pages = cache.num_pages(cache.growth_tokens)
@@ -155,44 +158,46 @@ class Scheduler:
         self.exits.retry()
         self._let_in()
         granted: dict[Request, int] = {}
-        held: set[Request] = set()
+        held: set[Request] = set()  # until what leaves has left
+        aside: set[Request] = set()  # until others lend more
         num_before = self.num_preemptions
         short: tuple[Request, Refusal] | None = None
-        aside: tuple[Request, Refusal] | None = None  # long, and lacks what others lend
+        self.lacking = None
         while True:
             num_given_up = self.num_preemptions - num_before + len(held)
-            snapshot = self._snapshot(granted, short[0] if short else None, held, num_given_up)
+            snapshot = self._snapshot(granted, short and short[0], held | aside, num_given_up)
             missed = self._apply(self.policy.plan(snapshot), granted)
             if missed is None:
                 break
-            if isinstance(missed[1], OutOfLoans):  # no memory of this engine would help
-                loser = _without_loans(self.running, missed[0])
-                if loser is missed[0]:
-                    held.add(missed[0])
-                elif loser is not None:
+            request, refusal = missed
+            if isinstance(refusal, OutOfLoans):  # no memory of this engine would help
+                self.lacking = self.lacking or (request, refusal)
+                short = None
+                loser = _without_loans(self.running, request)
+                if loser is None or loser is request:
+                    aside.add(request)
+                else:
                     granted.pop(loser, None)
                     self.preempt(loser)
-                short, aside = (missed, aside) if loser is None else (None, missed)
                 continue
             if self.tiers.give_way():
                 continue
-            if _lend_out(self.cache, self.tiers, self.running, missed[0], granted):
+            if _lend_out(self.cache, self.tiers, self.running, request, granted):
                 continue
             if self.tiers.is_leaving:
                 # What it lacks is being copied out: it stands aside for this step, and nobody gives
                 # way for it once more.
-                if missed[0] not in self.running:
+                if request not in self.running:
                     break
-                held.add(missed[0])
+                held.add(request)
                 short = None
                 continue
-            if missed[0].mending is not None:  # nobody gives way for what others have lost
-                granted.pop(missed[0], None)
-                self.tiers.note_redo(missed[0])
-                self.preempt(missed[0])
+            if request.mending is not None:  # nobody gives way for what others have lost
+                granted.pop(request, None)
+                self.preempt(request)
                 continue
             short = missed
-        short = short or aside
+        short = short or self.lacking
         is_lasting = short and not granted and not self.tiers.is_moving(self.running)
         self.shortage = short if is_lasting else None
         batch = [ScheduledRequest(request, count) for request, count in granted.items()]
@@ -242,8 +247,9 @@ class Scheduler:
         held: set[Request],
         num_given_up: int,
     ) -> Snapshot:
-        num_free = self.num_free_places
-        waiting = [] if self.holds_back else self.waiting.first(num_free, len(self.running))
+        num_free, waiting = self.num_free_places, list[Request]()
+        if not (self.holds_back or any(request in self.waiting for request in held)):
+            waiting = self.waiting.first(num_free, len(self.running))  # nobody passes those held
         by_tenant = self.policy.order.lines == "tenant"
         return Snapshot(
             max_batch_tokens=self.max_batch_tokens,
@@ -264,6 +270,7 @@ class Scheduler:
 
     def _apply(self, plan: Plan, granted: dict[Request, int]) -> tuple[Request, Refusal] | None:
         """Carry out a plan, as far as memory goes; returns whom it was too short for."""
+        plan, lacking = _able(plan, self._requests, self.tiers.segments)
         for key in plan.preempt:
             request = self._requests[key]
             granted.pop(request, None)
@@ -294,7 +301,7 @@ class Scheduler:
             if count:  # or it waits for what is fetched
                 granted[request] = count
             budget -= count
-        return None
+        return lacking
 
     def preempt(self, request: Request, *, keep: bool = True) -> None:
         """Take a request's slot away; it will be computed again. Its tokens are kept.
@@ -302,6 +309,8 @@ class Scheduler:
         With `keep` the slot is parked, so that what is left of it by then is found again, and what
         it holds is copied to the tier behind, if there is one.
         """
+        if request.mending is not None:
+            self.tiers.note_redo(request)
         self._release(request, keep=keep, comes_back=True)
         request.state = RequestState.WAITING
         request.num_computed = 0
@@ -310,6 +319,8 @@ class Scheduler:
 
     def _remove(self, request: Request, state: RequestState) -> None:
         request.state = state
+        if self.lacking is not None and self.lacking[0] is request:
+            self.lacking = None
         del self._requests[request.key]
         self.waiting.let_in(request.key)
         self.accounts.left(request)
@@ -428,15 +439,31 @@ def _look_ahead(
         cache.look_ahead(request.slot, target)
 
 
+def _able(
+    plan: Plan, requests: Mapping[SequenceKey, Request], segments: Segments | None
+) -> tuple[Plan, tuple[Request, OutOfLoans] | None]:
+    """A plan without the first newcomer that others would have to lend to, nor those behind it; and
+    who that is. So nobody gives way for it in vain."""
+    if segments is None:
+        return plan, None
+    for place, key in enumerate(plan.admit):
+        try:
+            segments.check_loans(requests[key])
+        except OutOfLoans as refusal:
+            return plan.of_first(place), (requests[key], refusal)
+    return plan, None
+
+
 def _without_loans(running: Sequence[Request], request: Request) -> Request | None:
-    """Who does without what others lend, of which there is too little: of those with loans the last
-    admitted gives way, and the last itself stands aside for a step. None where it waits."""
+    """Who does without what others lend, of which there is too little: of those that have tokens
+    elsewhere the last admitted gives way, and the last itself stands aside for a step. None where
+    it waits."""
     if request not in running:
         return None
     if request.mending is not None:  # others need not give way: all of it may be computed again
         return request
     later = running[running.index(request) + 1 :]
-    return next((other for other in reversed(later) if other.all_lent), request)
+    return next((other for other in reversed(later) if other.is_spread), request)
 
 
 def _lend_out(

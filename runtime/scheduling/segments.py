@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ...allocator import Exits, Slot, SlotCache
-from ...allocator.transfer import Segment, SegmentTier, split_off
+from ...allocator.transfer import Segment, SegmentTier, split_off, tokens_in
 from ...vmem.errors import DriverError, OutOfLoans, Shortage
 from ..request.request import Request
 from .kv_files import KVFiles
-from .lending import Gaps, Loans, tokens_in
+from .lending import Gaps, Loans
 
 
 class Segments:
@@ -93,14 +93,9 @@ class Segments:
         that may be found computed. Raises a Shortage or DriverError, with the request as it was.
         """
         segment = None
-        self._check_loans(request)
+        self.check_loans(request)
         if self.tier is not None:
-            try:
-                segment = self._begin(self.tier, request, tokens)
-            except Shortage as error:
-                if not self._may_borrow():
-                    raise
-                raise OutOfLoans(f"nobody lends to {request} now; of the tier's {error}") from error
+            segment = self._begin(self.tier, request, tokens)
         slot = None
         try:
             slot = self._cache.open(request.spec.owner)
@@ -118,20 +113,28 @@ class Segments:
         request.segment = segment
         return slot, count
 
-    def _check_loans(self, request: Request) -> None:
-        """Raises OutOfLoans if what has to be elsewhere may not be lent now: so that no two begin
-        that then wait for each other."""
-        if self.loans.limits is None or self.tier is not None:
+    def check_loans(self, request: Request) -> None:
+        """Raises OutOfLoans if a request that waits is long, and what has to be elsewhere may not
+        be lent now: so that no two begin that then wait for each other."""
+        loans = self.loans
+        if loans.limits is None or not loans.has_lenders or not self.is_long(request):
             return
-        wanted = request.num_tokens - self.local_tokens
-        if wanted > self.loans.room():
-            raise OutOfLoans(
-                f"{wanted} tokens of {request} have to be lent, and {self.loans.room()} may be now"
-            )
+        if loans.has_to_give_up:
+            raise OutOfLoans(f"{request} waits until older ones have what they need of others")
+        wanted = self.num_lacking(request)
+        if wanted > loans.room():
+            raise OutOfLoans(f"{wanted} tokens of {request} have to be lent; {loans.room()} may be")
+
+    def num_lacking(self, request: Request) -> int:
+        """Tokens of a long request that others have to take in so that it can begin, or go on."""
+        if request.slot is not None:
+            return self._part_tokens
+        room = 0 if self.tier is None else self.tier.room_tokens
+        return max(0, request.num_tokens - self.local_tokens - room)
 
     def _begin(self, tier: SegmentTier, request: Request, tokens: Sequence[int]) -> Segment:
         """What a file or the tier has of a request, in the tier, and the promise of memory there
-        for all of its tokens, unless others have to take some in."""
+        for all of its tokens, or as many as it has room for where others take some in."""
         try:
             return self._begin_there(tier, request, tokens)
         except Shortage:
@@ -151,7 +154,9 @@ class Segments:
                 least=least,
                 exits=tier.exits,
             )
-        wanted = 0 if self.loans.creditors else tier.whole_parts(request.num_tokens)
+        wanted = tier.whole_parts(request.num_tokens)
+        if self.loans.has_lenders:
+            wanted = min(wanted, tier.room_tokens)
         return tier.begin(
             tokens, request.variant, owner=request.spec.owner, num_reserved=wanted, found=found
         )
@@ -221,27 +226,25 @@ class Segments:
     def _move(self, request: Request, slot: Slot, num_tokens: int, *, is_long: bool = True) -> None:
         """Have the first rows of a slot elsewhere: those of long requests in the tier as long as it
         has room, and all of the request before them is there."""
-        shortage: Shortage | None = None
-        if self.tier is not None and not request.lent and is_long:
-            try:
-                self._append(self.tier, request, slot, num_tokens)
-                return
-            except Shortage as error:
-                shortage = error
-            if not self.loans.creditors and self._make_way():
-                self._append(self.tier, request, slot, num_tokens)
-                return
+        tier = self.tier if is_long and not request.lent else None
+        if tier is None:
+            request.lent += self.loans.lend(slot, request.slot_start, num_tokens)
+            return
+        with suppress(Shortage):
+            self._append(tier, request, slot, num_tokens)
+            return
         try:
             request.lent += self.loans.lend(slot, request.slot_start, num_tokens)
+            return
         except OutOfLoans:
-            if shortage is not None and not self._may_borrow():
-                raise shortage from None
-            raise
-
-    def _may_borrow(self) -> bool:
-        """Whether others take tokens in, now or once they are told to."""
-        loans = self.loans
-        return bool(loans.creditors) or (loans.limits is not None and loans.has_lenders)
+            if not self._make_way() and self.loans.has_lenders:
+                raise
+        try:
+            self._append(tier, request, slot, num_tokens)
+        except Shortage as shortage:
+            if not self.loans.has_lenders:
+                raise
+            raise OutOfLoans(f"nobody takes in what the tier does not: {shortage}") from shortage
 
     def _append(self, tier: SegmentTier, request: Request, slot: Slot, num_tokens: int) -> None:
         segment = request.segment or tier.begin((), owner=request.spec.owner)
@@ -297,7 +300,6 @@ class Segments:
         slots up for it."""
         stuck = self.loans.settle(running, self._room_at_home)
         if self.loans.has_to_give_up:
-            self.loans.has_to_give_up = False
             stuck += [r for r in running[::-1] if self.is_long(r) and r not in stuck]
         stuck += self.gaps.given_up(r for r in running[::-1] if r not in stuck)
         return [request for request in stuck if request.slot is not None]

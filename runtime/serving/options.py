@@ -31,15 +31,16 @@ class ServeOptions:
         served_model_name: the names that requests may use for the model; the first is in answers.
         root_path: the path under which a proxy shows this server.
         ssl_certfile: a certificate, for HTTPS.
-        ssl_keyfile: its key.
-        api_server_count: processes that take requests; one where one suffices.
+        ssl_keyfile: the certificate's key.
+        api_server_count: processes that take requests; more than one where one is the bottleneck.
         instances: engines, each a process; with several, requests move between them as the cluster
-            policy says. They are actors of Ray. One is a plain engine, unless a policy is named.
+            policy says. They are actors of Ray. One is a plain engine, unless `--cluster-policy`,
+            `--roles` or `--max-instances` is given.
         max_instances: with more than `instances`, as many are started as are needed, and ended when
             they are not; with the policy llumnix alone.
         roles: what each instance is for: prefill, decode or both, with commas.
-        cluster_policy: round_robin, least_loaded, least_time, llumnix or disaggregated; by default
-            llumnix, or where there are roles disaggregated.
+        cluster_policy: one of round_robin, least_loaded, least_time, llumnix, disaggregated; by
+            default llumnix, or disaggregated where there are roles.
         lending: instances lend each other memory, so that more requests run at once; by default
             for requests that are longer than one instance's memory alone.
         ray_address: of a Ray cluster to join, auto for the one that this machine is a node of; its
@@ -49,7 +50,7 @@ class ServeOptions:
         key_share: the part of all places that one of several keys may hold; more get 429.
         tenants_share_prefixes: a prompt may begin with what was computed for another tenant's. By
             default, each tenant's keys and values are found by its own requests alone.
-        max_body_bytes: of a request.
+        max_body_bytes: the most bytes of a request's body.
         max_n: the most outputs that one request may ask for.
         shutdown_timeout: seconds that requests under way have to finish after SIGTERM.
         restart_engine: start the engine again if its process dies.

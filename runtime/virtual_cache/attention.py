@@ -2,21 +2,25 @@
 
 A function of `transformers`' AttentionInterface, and beside it one that makes masks. It gives what
 `sdpa` gives, or `eager` where a model has a soft cap or sinks, over any of `transformers`' caches
-and over none. On a CPU it reads each key and value once, by the `native` kernels, wherever each
-token sees just all before it; `sdpa` copies them for each query head there.
+and over none. On a CPU, wherever each token sees just all before it, the `native` kernels read keys
+and values once for all query heads that share them; `sdpa` copies them for each head there.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.utils.import_utils import is_tracing
 
 from ...attention_backends import AttentionBatch, LayerAttention
 from ...attention_backends.native import DTYPES, NativeBackend
+from ...vmem.errors import UnsupportedAttention
 
 ATTENTION = "vkv"
 
@@ -38,7 +42,7 @@ def vkv_mask(
 
     For `transformers`' AttentionMaskInterface, whose arguments it has.
     """
-    may_skip = allow_is_causal_skip and not torch.compiler.is_compiling()
+    may_skip = allow_is_causal_skip and not _is_traced(attention_mask)
     may_skip = may_skip and bool(q_offset + q_length == kv_offset + kv_length)
     if (
         may_skip
@@ -61,6 +65,11 @@ def vkv_mask(
         device=device,
         **others,
     )
+
+
+def _is_traced(tensor: torch.Tensor | None) -> bool:
+    """Whether what is done with `tensor` becomes a graph, of operations of PyTorch alone."""
+    return is_tracing(tensor) or get_proxy_mode() is not None
 
 
 def _all_seen(attention_mask: torch.Tensor, num_tokens: int) -> bool:
@@ -96,28 +105,36 @@ def vkv_attention(
     Args:
         query: [batch, num_heads, num_queries, head_dim], those of the last of the tokens.
         key, value: [batch, num_kv_heads, num_tokens, head_dim], of any strides: what a
-            `VirtualCache` holds is read where it lies.
+            `VirtualCache` holds is read where it lies. A batch of 1 serves for any other.
         attention_mask: as `vkv_mask` makes it.
         others: `softcap` and `s_aux` (sinks) of those that have them.
 
     Returns:
         [batch, num_queries, num_heads, value_head_dim], and no attention weights.
+
+    Raises UnsupportedAttention for a `position_bias` or a paged `cache` beside a soft cap or sinks;
+    without them `sdpa` has both.
     """
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        query, key, value = _broadcast(query, key, value)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     layer = LayerAttention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=others.get("softcap"),
         sinks=others.get("s_aux"),
     )
-    plain = attention_mask is None and (is_causal or query.shape[2] == 1)
-    plain &= not dropout and others.get("position_bias") is None and others.get("cache") is None
+    asked = [name for name in ("position_bias", "cache") if others.get(name) is not None]
+    unmasked = attention_mask is None and "cache" not in asked
+    unmasked = unmasked and (is_causal or query.shape[2] == 1)
+    plain = unmasked and not dropout and not asked
     if plain and _native_can(query, key, value, layer):
         return _natively(query, key, value, layer), None
     if layer.softcap is not None or layer.sinks is not None:
+        _refuse(module, asked)
         return _eagerly(query, key, value, attention_mask, layer, is_causal, dropout), None
     if plain and query.is_cpu and query.shape[2] == 1:
         return _folded(query, key, value, layer.scale), None
-    if plain and query.shape[2] < key.shape[2]:  # where `sdpa` would see the first keys alone
+    if unmasked and 1 < query.shape[2] < key.shape[2]:  # `sdpa` would see the first keys alone
         attention_mask = _causal(query, key)
     return sdpa_attention_forward(
         module,
@@ -132,7 +149,27 @@ def vkv_attention(
     )
 
 
+def _refuse(module: torch.nn.Module, asked: Sequence[str]) -> None:
+    if asked:
+        raise UnsupportedAttention(
+            f"{type(module).__name__} asks for {' and '.join(asked)} beside a soft cap or sinks, "
+            'which attn_implementation="vkv" does not compute together; use "eager"'
+        )
+
+
+def _broadcast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """States [batch or 1, heads, tokens, dim] of one batch: as in `sdpa`, one serves for all."""
+    (batch,) = torch.broadcast_shapes(*(part.shape[:1] for part in states))
+    return tuple(part.expand(batch, -1, -1, -1) for part in states)
+
+
 # -- three ways to compute it --------------------------------------------------------------------
+
+
+@cache
+def _has_kernels() -> bool:
+    """Asked when there is something to attend to, and once: they may have to be compiled."""
+    return NativeBackend.unavailable_reason() is None
 
 
 class _Native(threading.local):
@@ -141,8 +178,11 @@ class _Native(threading.local):
     MOST_SHAPES = 4  # layers of a step have one or two
 
     def __init__(self) -> None:
-        self.backend = NativeBackend()
         self.batches: dict[tuple[int, int, int], AttentionBatch] = {}
+
+    @cached_property
+    def backend(self) -> NativeBackend:
+        return NativeBackend()
 
     def batch(self, batch: int, num_queries: int, num_tokens: int) -> AttentionBatch:
         shape = batch, num_queries, num_tokens
@@ -153,7 +193,7 @@ class _Native(threading.local):
         return self.batches[shape]
 
 
-_native = _Native() if NativeBackend.unavailable_reason() is None else None
+_native = _Native()
 
 
 def _native_can(
@@ -162,20 +202,19 @@ def _native_can(
     """Whether the kernels take these; they have no gradient."""
     tensors = query, key, value, *(() if layer.sinks is None else (layer.sinks,))
     return (
-        _native is not None
-        and query.is_cpu
+        query.is_cpu
         and query.dtype in DTYPES
         and query.dtype == key.dtype == value.dtype
         and key.stride(-1) == value.stride(-1) == 1
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and not torch.compiler.is_compiling()
+        and not _is_traced(query)
+        and _has_kernels()
     )
 
 
 def _natively(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
 ) -> torch.Tensor:
-    assert _native is not None
     batch, _, num_queries, _ = query.shape
     out = _native.backend.forward(
         query.transpose(1, 2).flatten(0, 1),  # [batch · num_queries, heads, head_dim]
@@ -189,16 +228,15 @@ def _natively(
 
 def _rows(batch: int, num_queries: int, num_tokens: int) -> AttentionBatch:
     """A batch of rows of equal length, each of which is a slot."""
-    rows = torch.arange(batch, dtype=torch.int32)
-    positions = torch.arange(num_tokens - num_queries, num_tokens).repeat(batch)
+    nowhere = torch.empty(0, dtype=torch.int64)  # nothing is stored
     return AttentionBatch(
         query_lens=(num_queries,) * batch,
         kv_lens=(num_tokens,) * batch,
         slots=tuple(range(batch)),
         cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32) * num_queries,
         seqused_k=torch.full((batch,), num_tokens, dtype=torch.int32),
-        slot_ids=rows,
-        write_index=(rows.long().repeat_interleave(num_queries), positions),
+        slot_ids=torch.arange(batch, dtype=torch.int32),
+        write_index=(nowhere, nowhere),
     )
 
 

@@ -1,9 +1,9 @@
 """Tensors in virtual memory that grow in place: where `VirtualCache` keeps keys and values.
 
 On a CPU every head of every sequence has a *lane* of addresses, in which its tokens follow each
-other: kernels there read one head at a time, twice to five times as fast as over tokens whose
-heads lie side by side. On a GPU, where pages are megabytes, one lane has whole tokens of all
-sequences. All lanes of a layer's keys, or of its values, grow together.
+other: kernels there read one head at a time, faster than over tokens whose heads lie side by side.
+On a GPU, where pages are megabytes, one lane has whole tokens of all sequences. All lanes of a
+layer's keys, or of its values, grow together.
 """
 
 import copy

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from parallel_calls import CountedParallel
 from quantized import random_weight
 from vkv.quant import Int4Linear, QuantError, quantize_output
 from vkv.quant.kernels.activations import round_to_8_bits
@@ -56,14 +57,16 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("shape", [(256, 512, 64), (100, 256, 32), (33, 1200, 400), (1, 8, 8)])
 def test_the_native_kernel_rounds_no_weight(
-    instruction_set: str, symmetric: bool, shape: tuple[int, int, int]
+    instruction_set: str, scales: torch.dtype, symmetric: bool, shape: tuple[int, int, int]
 ) -> None:
     """What it is off by is the rounding of results, and of inputs: with AVX2 to 16 bits, and where
     they are to be to 8."""
     weight = random_weight(*shape, symmetric=symmetric)
+    weight = replace(weight, scales=weight.scales.to(scales))
     kernel = NativeKernel(instruction_set)
     layout = kernel.prepare(weight)
     generator = torch.Generator().manual_seed(5)
@@ -110,16 +113,15 @@ def test_inputs_in_8_bits_have_one_result_on_all_processors(symmetric: bool) -> 
     assert torch.equal(found, other.multiply(other.prepare(weight), inputs))
 
 
-@pytest.mark.skipif(NativeKernel.unavailable_reason() is not None, reason="no native kernel here")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("shape", [(64, 128, 32), (33, 1200, 400), (1, 8, 8)], ids=str)
 def test_a_layout_has_all_of_its_weight(
-    dtype: torch.dtype, symmetric: bool, shape: tuple[int, int, int]
+    instruction_set: str, dtype: torch.dtype, symmetric: bool, shape: tuple[int, int, int]
 ) -> None:
     weight = random_weight(*shape, symmetric=symmetric)
     weight = replace(weight, scales=weight.scales.to(dtype))
-    kernel = NativeKernel()
+    kernel = NativeKernel(instruction_set)
     found = kernel.restore(kernel.prepare(weight), weight.to("meta"))
     assert torch.equal(found.packed, weight.packed)
     assert found.scales.dtype == dtype
@@ -140,6 +142,8 @@ def test_a_weight_is_kept_in_one_form() -> None:
     assert not linear.is_settled
     assert linear.num_bytes < 1.1 * weight.num_bytes
     assert torch.equal(linear.weight_int4.dequantize(), weight.dequantize())
+    kept = {tensor.data_ptr(): tensor.nbytes for tensor in linear.weight_tensors()}
+    assert sum(kept.values()) == linear.num_bytes - sum(one.nbytes for one in linear.buffers())
     linear(torch.randn(2, 512))  # by another kernel, whose layout is the weight
     assert torch.equal(linear.weight_int4.dequantize(), weight.dequantize())
 
@@ -150,30 +154,59 @@ def test_a_kernel_that_is_pinned_late_leaves_one_form_too() -> None:
     weight, inputs = random_weight(256, 512, 64), torch.randn(2, 512).to(torch.bfloat16)
     linear = Int4Linear(weight)
     linear(inputs)
+    kept = [tensor.data_ptr() for tensor in linear.weight_tensors()]
     linear.pin("native-int8")
     found = linear(inputs)
+    assert [tensor.data_ptr() for tensor in linear.weight_tensors()] == kept, "one layout for both"
     assert torch.equal(found, Int4Linear(weight, kernel_name="native-int8")(inputs))
     assert linear.num_bytes < 1.1 * weight.num_bytes
-    with pytest.raises(TypeError, match="bfloat16"):
+    with pytest.raises(QuantError, match=r"'native-int8' takes .*bfloat16, and these are .*32"):
         linear(inputs.float())
 
 
-@pytest.mark.skipif(
-    kernel_class("native").unavailable_reason() is not None, reason="no native kernel here"
-)
-def test_threads_do_not_change_the_native_kernel() -> None:
+def test_threads_do_not_change_the_native_kernel(instruction_set: str) -> None:
+    kernel = NativeKernel(instruction_set)
     # Tiles enough for shares of several, and a last share with fewer.
-    linear = Int4Linear(random_weight(1590, 512, 64, symmetric=False), kernel_name="native")
+    weight = random_weight(1590, 512, 64, symmetric=False)
     inputs = torch.randn(200, 512).to(torch.bfloat16)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = linear(inputs)
+        layout = kernel.prepare(weight)
+        alone = kernel.multiply(layout, inputs)
         torch.set_num_threads(3)
-        together = linear(inputs)
+        together = kernel.multiply(layout, inputs)
+        assert torch.equal(kernel.prepare(weight).codes, layout.codes)
+        assert torch.equal(kernel.restore(layout, weight.to("meta")).packed, weight.packed)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(alone, together)
+
+
+@pytest.mark.skipif(NativeKernel.unavailable_reason() is not None, reason="no native kernel here")
+def test_groups_that_the_native_kernel_cannot_read_are_refused() -> None:
+    weight, inputs = random_weight(32, 24, 12), torch.randn(2, 24).to(torch.bfloat16)
+    with pytest.raises(QuantError, match=r"groups of 12, and int4 kernel 'native'.*dequantize"):
+        Int4Linear(weight, kernel_name="native")(inputs)
+    exact = inputs.double() @ weight.dequantize(torch.float64).T
+    assert relative_error(Int4Linear(weight)(inputs), exact) < 1e-2
+
+
+def test_threads_are_called_for_what_several_can_do(instruction_set: str) -> None:
+    kernel, parallel = NativeKernel(instruction_set), CountedParallel()
+    inputs = torch.randn(25, 16640).to(torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for outputs, rows, expected in ((64, 4, [3]), (64, 25, [3, 3]), (32, 4, [])):
+            layout = kernel.prepare(random_weight(outputs, 16640, 128))
+            exact = kernel.multiply(layout, inputs[:rows])
+            layout.args.parallel = parallel.address
+            parallel.teams.clear()
+            assert torch.equal(kernel.multiply(layout, inputs[:rows]), exact)
+            assert parallel.teams == expected, "first to arrange blocks of rows, then to multiply"
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), -float("inf")])
@@ -191,6 +224,22 @@ def test_what_is_not_finite_stays_in_its_row(instruction_set: str, special: floa
         assert not found[2].isfinite().any()
     others = [0, 1, 3]
     assert torch.equal(found[others], expected[others])
+
+
+def test_inputs_too_small_to_be_rounded_are_zeros(instruction_set: str) -> None:
+    """A stretch is divided by its largest, and there are bfloat16 whose inverse is infinite."""
+    if instruction_set == "avx512_bf16":
+        pytest.skip("rounds no inputs")
+    kernel = NativeKernel(instruction_set)
+    layout = kernel.prepare(random_weight(64, 128, 32, symmetric=False))
+    inputs = torch.randn(3, 128).to(torch.bfloat16)
+    inputs[:, 32:64] = 0
+    expected = kernel.multiply(layout, inputs)
+    inputs[1, 32:64] = 2e-37
+    assert torch.equal(kernel.multiply(layout, inputs), expected)
+    inputs[:] = -2e-37
+    assert not kernel.multiply(layout, inputs).any()
+    assert not round_to_8_bits(inputs, 32).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

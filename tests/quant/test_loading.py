@@ -12,6 +12,7 @@ import zoo
 from quantized import KINDS, quantize_folder, random_weight, round_to_nearest, written
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 from vkv import LLM, SamplingParams
 from vkv.quant import Int4Linear
 from vkv.quant.kernels.table import kernel_class
@@ -313,6 +314,23 @@ def test_activations_that_cannot_be_rounded_are_refused(dense: Path, tmp_path: P
     int4, _ = quantize_folder(dense, tmp_path, "gptq", group_size=8)
     with pytest.raises(InvalidConfig, match=r"q_proj is in groups of 8.* in bfloat16"):
         LLM(int4, device="cpu", dtype="float32", activation_bits=8)
+
+
+@pytest.mark.skipif(
+    kernel_class("native-int8").unavailable_reason() is not None, reason="no kernels here"
+)
+def test_a_layer_with_inputs_of_another_type_is_named(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels for rounded inputs take no float32, which some models have within."""
+    int4, _ = quantize_folder(dense, tmp_path, "gptq", group_size=8)
+
+    def forward(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj((self.act_fn(self.gate_proj(x)) * self.up_proj(x)).float()).to(x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with pytest.raises(InvalidConfig, match=r"layers.0.mlp.down_proj is given inputs of float32"):
+        LLM(int4, device="cpu", dtype="bfloat16", activation_bits=8)
 
 
 @pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])

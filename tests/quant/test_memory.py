@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from quantized import quantize_folder, random_weight
+from quantized import move_to_blobs, quantize_folder, random_weight
 from safetensors.torch import load_file
 from vkv import LLM
 from vkv.quant import Int4Linear, empty_apart, trim_heap
 from vkv.quant.kernels.native import NativeKernel
-from vkv.quant.weight_memory import lies_in, mapped_checkpoints
+from vkv.quant.weight_memory import lies_in
+from vkv.vmem import linux
 
 
 def test_memory_apart_is_advised_to_lie_on_huge_pages_and_goes_back() -> None:
@@ -52,29 +53,30 @@ def test_codes_lie_on_huge_pages() -> None:
     assert "hg" in _flags_at(layout.codes.data_ptr())
 
 
-@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])
-def test_pages_of_a_file_whose_weights_were_read_go_back(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "linked"), [("gptq", True), ("compressed-tensors", False)])
+def test_pages_of_a_file_whose_weights_were_read_go_back(
+    tmp_path: Path, kind: str, linked: bool
+) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 8192}
     zoo.tiny_model("llama", **sizes).save_pretrained(tmp_path / "source")
     folder, _ = quantize_folder(tmp_path / "source", tmp_path, kind, group_size=32)
-    codes = sum(
-        tensor.nbytes
-        for name, tensor in load_file(folder / "model.safetensors").items()
-        if tensor.dtype == torch.int32
-    )
-    before = _of_files_bytes()
+    if linked:
+        move_to_blobs(folder)
+    file = (folder / "model.safetensors").resolve()
+    codes = sum(t.nbytes for t in load_file(file).values() if t.dtype == torch.int32)
+    before = _resident_of(file)
     with LLM(folder, device="cpu", dtype="float32", kv_memory="4MiB") as llm:
         embedding = llm.loaded.model.get_input_embeddings().weight
-        assert lies_in(embedding, mapped_checkpoints()), "or no page would stay"
-        assert _of_files_bytes() - before < codes // 2
+        assert lies_in(embedding, linux.mapped_files([file])), "or no page would stay"
+        assert _resident_of(file) - before < codes // 2
 
 
-def _of_files_bytes() -> int:
-    """Resident pages of mapped checkpoints."""
+def _resident_of(file: Path) -> int:
+    """Bytes of a mapped file's resident pages."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = line.endswith(".safetensors")
+            inside = line.endswith(str(file))
         elif inside and line.startswith("Rss:"):
             total += int(line.split()[1]) << 10
     return total

@@ -197,6 +197,21 @@ def test_the_command_writes_a_folder_that_vkv_runs(tmp_path, text):
     assert "4821" in output.outputs[0].text
 
 
+def test_the_command_says_what_it_does_not_measure(tmp_path, text):
+    """Experts are tensors while they are quantised, of which no module has the inputs."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    zoo.tiny_model("qwen3_moe", vocab_size=1536).save_pretrained(source)
+    AutoTokenizer.from_pretrained(model_path()).save_pretrained(source)
+    (tmp_path / "text.txt").write_text(text[:4000])
+    options = ["--group", "8", "--calibration", tmp_path / "text.txt", "--sequence-tokens", "64"]
+    result = run(source, out, "--method", "rtn", *options)
+    assert result.exit_code == 0, result.output
+    assert "with activation_bits=8 besides: not measured, of mixtures of experts" in result.output
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert "perplexity_after" in report
+    assert "perplexity_activation_bits_8" not in report
+
+
 def test_the_command_says_what_is_wrong(tmp_path):
     def message(*arguments: str | Path, error: type[Exception]) -> str:
         result = run(*arguments)

@@ -1,6 +1,7 @@
 """Small 4-bit checkpoints: a random model, rounded to nearest, written as each format stores it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,15 @@ def _rows_of(part: str, *, split: bool) -> dict[str, slice]:
     if split:
         return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
     return {"gate_up": slice(None)}
+
+
+def move_to_blobs(folder: Path) -> None:
+    """Make a model's folder one of the hub's cache: links to files that are called by a digest."""
+    blobs = folder.with_name(f"{folder.name}-blobs")
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        blob = file.rename(blobs / f"{number:064x}")
+        file.symlink_to(os.path.relpath(blob, folder))
 
 
 def matrix(*shape: int, seed: int = 0) -> torch.Tensor:

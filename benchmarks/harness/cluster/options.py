@@ -20,7 +20,7 @@ from ..options import (
 if TYPE_CHECKING:
     import torch
 
-POLICIES = ("round_robin", "least_loaded", "llumnix", "disaggregated")
+POLICIES = ("round_robin", "least_loaded", "least_time", "llumnix", "disaggregated")
 ROLES = ("prefill", "decode", "both")
 DEFAULT_TABLE = "opt-13b-a100-distserve"
 
@@ -39,7 +39,7 @@ class Load:
         most_tokens: of a prompt with its output, which is cut; None for no limit.
     """
 
-    workload: str = option("sharegpt", help="As of `vkv bench serve`, and sharegpt-turns.")
+    workload: str = option("sharegpt", help="As of `vkv bench serve`.")
     num_requests: int = option(1000, least=1, help="How many.")
     cv: float = option(1.0, help="Variation of the times between arrivals: 1 Poisson, else Gamma.")
     scale: float = option(1.0, help="Multiplies all lengths.")

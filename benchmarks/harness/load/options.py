@@ -74,7 +74,8 @@ class ServeOptions:
         "fastgen",
         names=("--workload",),
         parse=words,
-        help="fastgen (its four quadrants), sharegpt, burstgpt, arxiv; with commas.",
+        help="fastgen (its four quadrants), sharegpt, sharegpt-turns, burstgpt, arxiv, documents, "
+        "skewed, powerlaw-256-256 and its like; with commas.",
     )
     num_requests: int = option(32, help="Requests of each workload.")
     scale: float = option(1.0, help="Multiplies all lengths.")

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ...runtime.engine.memory.memory_map import MemoryMap
@@ -25,21 +26,18 @@ def holds_nothing(picture: MemoryMap) -> bool:
     return not held and all(strip.state == "parked" for strip in picture.strips)
 
 
-def descriptors(pid: int, home: Path) -> tuple[int, int]:
-    """A process's descriptors: those of files under `home`, and all others."""
-    num_files = num_others = 0
+def num_open(pid: int) -> tuple[int, int]:
+    """A process's descriptors and threads."""
+    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+
+
+def num_files(pid: int, home: Path) -> int:
+    """Of a process's descriptors, those of files under `home`."""
+    found = 0
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            is_file = home in link.readlink().parents
-        except OSError:  # closed meanwhile
-            continue
-        num_files, num_others = num_files + is_file, num_others + (not is_file)
-    return num_files, num_others
-
-
-def num_threads(pid: int) -> int:
-    """A process's threads."""
-    return len(os.listdir(f"/proc/{pid}/task"))
+        with suppress(OSError):  # closed meanwhile
+            found += home in link.readlink().parents
+    return found
 
 
 def rss_bytes(pid: int) -> int:

@@ -140,9 +140,10 @@ def look_at(names: dict[int, str], home: Path, tally: Tally, *, most_open: int) 
     """Count what processes hold, and compare it with what each held when it was first seen so."""
     for pid, name in names.items():
         try:
-            num_files, num_descriptors = left_over.descriptors(pid, home)
-            num_threads, rss_bytes = left_over.num_threads(pid), left_over.rss_bytes(pid)
-            now = Process(name, num_descriptors, num_threads, rss_bytes)
+            num_descriptors, num_threads = left_over.num_open(pid)
+            num_files = left_over.num_files(pid, home)  # of which an engine keeps some open
+            rss_bytes = left_over.rss_bytes(pid)
+            now = Process(name, num_descriptors - num_files, num_threads, rss_bytes)
         except OSError:
             tally.leak(f"{name} has ended by itself")
             continue

@@ -14,7 +14,9 @@
 enum {
     SHARE_BYTES = 128 << 10,
     SHARES_A_THREAD = 8,
-    PASS_ROWS = 48 /* whose totals and inputs of a stretch stay in the first cache */
+    ARRANGED_APART = 64 << 10, /* inputs, from which arranging them is worth other threads */
+    PASS_ROWS = 48 /* whose totals stay in the first cache, beside the weights kept of a stretch;
+                      inputs are read once a tile, and need not */
 };
 
 struct job {
@@ -158,9 +160,11 @@ static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_
         job.inputs = args->workspace;
         if (!kernel->centred || args->zeros)
             job.notes = (struct vkv_int4_note *)((char *)args->workspace + inputs_bytes);
-        run(&job, arrange, args->num_rows * args->in_features > 65536);
+        /* A thread takes a block of rows at a time. */
+        run(&job, arrange,
+            job.num_blocks > 1 && args->num_rows * args->in_features > ARRANGED_APART);
     }
-    run(&job, multiply, 1);
+    run(&job, multiply, job.num_tiles > job.share);
     return 0;
 }
 
@@ -178,6 +182,22 @@ void vkv_int4_write_out(const struct vkv_int4 *args, int64_t tile, const float *
     }
 }
 
+#if defined(__x86_64__)
+/* Whether float16 scales can be read: not every compiler's __builtin_cpu_supports knows it. Asked
+ * once, since a virtual processor takes a microsecond to say so. */
+static int has_f16c(void) {
+    enum { UNKNOWN, NO, YES };
+    static int kept; /* atomic */
+    int found = __atomic_load_n(&kept, __ATOMIC_RELAXED);
+    if (found == UNKNOWN) {
+        unsigned a, b, c, d;
+        found = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) ? YES : NO;
+        __atomic_store_n(&kept, found, __ATOMIC_RELAXED);
+    }
+    return found == YES;
+}
+#endif
+
 static const struct vkv_int4_kernel *kernel_of(const char *name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -188,9 +208,7 @@ static const struct vkv_int4_kernel *kernel_of(const char *name) {
         if (!strcmp(name, "int8_avx512_vnni") && __builtin_cpu_supports("avx512vnni"))
             return &vkv_int4_int8_vnni;
     }
-    unsigned a, b, c, d; /* float16 scales; not every compiler's __builtin_cpu_supports knows it */
-    if (__get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && __builtin_cpu_supports("avx2") &&
-        __builtin_cpu_supports("fma")) {
+    if (has_f16c() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         if (!strcmp(name, "avx2")) return &vkv_int4_avx2;
         if (!strcmp(name, "int8_avx2")) return &vkv_int4_int8_avx2;
     }
@@ -206,52 +224,4 @@ int32_t vkv_int4_supported(const char *instruction_set) {
 int64_t vkv_int4_multiply(const struct vkv_int4 *args) {
     const struct vkv_int4_kernel *kernel = kernel_of(args->instruction_set);
     return kernel ? multiply_rows(args, kernel) : -1;
-}
-
-/* -- how codes lie ---------------------------------------------------------------------------- */
-
-/* Eight nibbles: those of even places in the lower half, those of odd places in the upper. */
-static inline uint32_t apart(uint32_t x) {
-    uint32_t even = x & 0x0f0f0f0f, odd = x >> 4 & 0x0f0f0f0f;
-    even = (even | even >> 4) & 0x00ff00ff, odd = (odd | odd >> 4) & 0x00ff00ff;
-    return ((even | even >> 8) & 0xffff) | (odd | odd >> 8) << 16;
-}
-
-static inline uint32_t together(uint32_t x) {
-    uint32_t even = x & 0xffff, odd = x >> 16;
-    even = (even | even << 8) & 0x00ff00ff, odd = (odd | odd << 8) & 0x00ff00ff;
-    even = (even | even << 4) & 0x0f0f0f0f, odd = (odd | odd << 4) & 0x0f0f0f0f;
-    return even | odd << 4;
-}
-
-enum { LINE_BLOCKS = 16 }; /* of a cache line of one output's codes */
-
-void vkv_int4_pack(const uint8_t *packed, void *codes, int64_t out_features, int64_t in_features) {
-    const int64_t blocks = in_features / BLOCK;
-    for (int64_t first = 0; first < out_features; first += TILE)
-        for (int64_t line = 0; line < blocks; line += LINE_BLOCKS)
-            for (int64_t n = first; n < first + TILE; n++) {
-                uint32_t *to = (uint32_t *)codes + first * blocks + (n - first);
-                const int64_t last = least(line + LINE_BLOCKS, blocks);
-                for (int64_t b = line; b < last; b++) {
-                    uint32_t eight = 0;
-                    if (n < out_features) memcpy(&eight, packed + (n * blocks + b) * 4, 4);
-                    to[b * TILE] = apart(eight);
-                }
-            }
-}
-
-void vkv_int4_unpack(const void *codes, uint8_t *packed, int64_t out_features,
-                     int64_t in_features) {
-    const int64_t blocks = in_features / BLOCK;
-    for (int64_t first = 0; first < out_features; first += TILE)
-        for (int64_t line = 0; line < blocks; line += LINE_BLOCKS)
-            for (int64_t n = first; n < least(first + TILE, out_features); n++) {
-                const uint32_t *from = (const uint32_t *)codes + first * blocks + (n - first);
-                const int64_t last = least(line + LINE_BLOCKS, blocks);
-                for (int64_t b = line; b < last; b++) {
-                    const uint32_t eight = together(from[b * TILE]);
-                    memcpy(packed + (n * blocks + b) * 4, &eight, 4);
-                }
-            }
 }

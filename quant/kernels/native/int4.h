@@ -46,10 +46,16 @@ int64_t vkv_int4_multiply(const struct vkv_int4 *args);
 /* Whether this processor has the instruction set, and there is a kernel for it. */
 int32_t vkv_int4_supported(const char *instruction_set);
 
-/* Codes two a byte, the first in the low nibble, uint8 [out_features][in_features / 2], to tiles and
- * back. Behind the last output they are 0. */
-void vkv_int4_pack(const uint8_t *packed, void *codes, int64_t out_features, int64_t in_features);
-void vkv_int4_unpack(const void *codes, uint8_t *packed, int64_t out_features,
-                     int64_t in_features);
+/* Codes two a byte, the first in the low nibble, to tiles and back. Behind the last output tiles are
+ * 0. */
+struct vkv_int4_codes {
+    uint8_t *packed; /* [out_features][in_features / 2] */
+    void *tiles;
+    int64_t out_features, in_features;
+    int32_t num_threads;
+    vkv_parallel parallel;
+};
+void vkv_int4_pack(const struct vkv_int4_codes *args);
+void vkv_int4_unpack(const struct vkv_int4_codes *args);
 
 #endif

@@ -8,7 +8,8 @@
 #include "kernel.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "vectors.h"
+
 #include <math.h>
 
 #if defined(__clang__)
@@ -21,25 +22,8 @@
 enum {
     ROWS = 4,     /* at a time; six were no faster for many rows, and overflowed the registers */
     AHEAD = 4096, /* bytes of codes that are fetched before they are needed */
-    LARGEST = 32767,
-    NEUTRAL = 8 /* the zero of weights that have none */
+    LARGEST = 32767
 };
-
-static inline int32_t sum_lanes(__m256i x) {
-    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
-}
-
-/* The largest without its sign: a NaN is larger than all numbers, and stays. */
-static inline uint16_t largest_of(const uint16_t *inputs, int64_t length) {
-    const __m128i size = _mm_set1_epi16(0x7fff), ones = _mm_set1_epi16(-1);
-    __m128i largest = _mm_setzero_si128();
-    for (int64_t k = 0; k < length; k += 8)
-        largest = _mm_max_epu16(
-            largest, _mm_and_si128(_mm_loadu_si128((const __m128i *)(inputs + k)), size));
-    return (uint16_t)~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(largest, ones)), 0);
-}
 
 /* Pairs of inputs of 16 bits, [length / 2][rows]. */
 static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_features, int64_t length,
@@ -47,7 +31,8 @@ static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_features, i
     for (int64_t m = 0; m < rows; m++, inputs += in_features) {
         float largest = to_float(largest_of(inputs, length));
         if (largest == INFINITY) largest = NAN; /* its integers mean nothing */
-        const __m256 shrink = _mm256_set1_ps(largest != 0 ? LARGEST / largest : 0);
+        const float whole = LARGEST / largest; /* infinite where all are 0, or as good as that */
+        const __m256 shrink = _mm256_set1_ps(whole < INFINITY ? whole : 0);
         int32_t *pairs = (int32_t *)arranged + m;
         __m256i sum = _mm256_setzero_si256();
         for (int64_t k = 0; k < length; k += 8) {
@@ -67,24 +52,12 @@ static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_features, i
 /* Loops are unrolled, so that every sum has a register. */
 #define UNROLLED(i, count) _Pragma("GCC unroll 4") for (int i = 0; i < count; i++)
 
-static inline __m256 zeros_at(const uint8_t *zeros) {
-    if (!zeros) return _mm256_set1_ps(NEUTRAL);
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)zeros)));
-}
-
-static inline __m256 scales_at(const void *scales, int32_t type, int64_t at) {
-    if (type == VKV_INT4_FLOAT32) return _mm256_loadu_ps((const float *)scales + at);
-    const __m128i narrow = _mm_loadu_si128((const __m128i *)((const uint16_t *)scales + at));
-    if (type == VKV_INT4_FLOAT16) return _mm256_cvtph_ps(narrow);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
-}
-
 /* totals [rows][TILE] += the products of a stretch with some eights of outputs, from `at` on. */
-static inline __attribute__((always_inline)) void
-multiply_eights(const int rows, const int eights, const int at, const uint8_t *codes,
-                const int32_t *inputs, int64_t num_blocks, const void *scales, int32_t scale_type,
-                const uint8_t *zeros, const struct vkv_int4_note *notes, float *totals) {
-    codes += 4 * at;
+INLINE void multiply_eights(const int rows, const int eights, const int at,
+                            const struct vkv_int4_stretches *of, float *totals) {
+    const uint8_t *codes = of->codes + 4 * at;
+    const int32_t *inputs = (const int32_t *)of->inputs;
+    const int64_t num_blocks = of->length / BLOCK;
     __m256i sums[4][ROWS];
     UNROLLED(e, eights) UNROLLED(m, rows) sums[e][m] = _mm256_setzero_si256();
     for (int64_t b = 0; b < num_blocks; b++, codes += 128, inputs += 4 * rows) {
@@ -108,34 +81,15 @@ multiply_eights(const int rows, const int eights, const int at, const uint8_t *c
             }
         }
     }
-    UNROLLED(e, eights) {
-        const __m256 zero = zeros_at(zeros ? zeros + at + 8 * e : NULL);
-        const __m256 scale = scales_at(scales, scale_type, at + 8 * e);
-        UNROLLED(m, rows) {
-            float *total = totals + m * TILE + at + 8 * e;
-            const __m256 sum = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(&notes[m].sum),
-                                                _mm256_cvtepi32_ps(sums[e][m]));
-            const __m256 factor = _mm256_mul_ps(scale, _mm256_broadcast_ss(&notes[m].factor));
-            _mm256_storeu_ps(total, _mm256_fmadd_ps(factor, sum, _mm256_loadu_ps(total)));
-        }
-    }
+    UNROLLED(e, eights) scale_in_8(rows, at + 8 * e, sums[e], of, totals);
 }
 
 /* Up to two rows have registers for a whole tile at a time, whose codes are then read in order. */
-static inline __attribute__((always_inline)) void
-multiply_rows(const int rows, const struct vkv_int4_stretches *stretch, float *totals) {
-    /* Read once, since totals might lie among them; and one by one: the caller has only just written
-     * some of them, and a copy of the whole would wait until those had reached the cache. */
-    const uint8_t *codes = stretch->codes, *zeros = stretch->zeros;
-    const int32_t *inputs = (const int32_t *)stretch->inputs;
-    const struct vkv_int4_note *notes = stretch->notes;
-    const void *scales = stretch->scales;
-    const int32_t scale_type = stretch->scale_type;
-    const int64_t num_blocks = stretch->length / BLOCK;
+INLINE void multiply_rows(const int rows, const struct vkv_int4_stretches *stretch,
+                          float *totals) {
+    const struct vkv_int4_stretches of = own_copy(stretch);
     const int eights = rows <= 2 ? 4 : 2;
-    for (int at = 0; at < TILE; at += 8 * eights)
-        multiply_eights(rows, eights, at, codes, inputs, num_blocks, scales, scale_type, zeros,
-                        notes, totals);
+    for (int at = 0; at < TILE; at += 8 * eights) multiply_eights(rows, eights, at, &of, totals);
 }
 
 /* The number of rows becomes a constant, so that sums stay in registers. */

@@ -8,7 +8,7 @@
 #include "kernel.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "vectors.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), \
@@ -19,9 +19,10 @@
 #endif
 
 enum {
-    ROWS = 12,   /* at a time: their sums fill the registers */
-    PAIR_ROWS = 3,
-    AHEAD = 4096 /* bytes of codes that are fetched before they are needed */
+    ROWS = 12,           /* at a time: their sums fill the registers */
+    PAIR_ROWS = 3,       /* up to so many take two stretches at a time */
+    TRANSPOSED_ROWS = 4, /* from so many on, inputs are arranged in registers */
+    AHEAD = 4096         /* bytes of codes that are fetched before they are needed */
 };
 
 /* bfloat16 of 0 .. 15 less 8, twice: a look-up heeds five bits, of which the top one is another's. */
@@ -44,24 +45,16 @@ static inline __m512 add_product(__m512 sum, __m512i weights, __m512i inputs) {
 /* Loops over sums are unrolled, so that every one has a register. */
 #define UNROLLED(i, count) _Pragma("GCC unroll 12") for (int i = 0; i < count; i++)
 
-static inline __m512 scales_at(const struct vkv_int4_stretches *of, int64_t at) {
-    if (of->scale_type == VKV_INT4_FLOAT32) return _mm512_loadu_ps((const float *)of->scales + at);
-    const __m256i narrow = _mm256_loadu_si256((const void *)((const uint16_t *)of->scales + at));
-    if (of->scale_type == VKV_INT4_FLOAT16) return _mm512_cvtph_ps(narrow);
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
-}
-
 /* totals [rows][TILE] += scales * (sums + (8 - zeros) * inputs), of one of the stretches and half
  * of the tile. */
-static inline __attribute__((always_inline)) void
-scale_in(const int rows, const int half, const int stretch, __m512 *sums, float *totals,
-         const struct vkv_int4_stretches *of) {
+INLINE void scale_in(const int rows, const int half, const int stretch, __m512 *sums,
+                     float *totals, const struct vkv_int4_stretches *of) {
     const int64_t at = stretch * of->scales_apart + 16 * half;
-    const __m512 scale = scales_at(of, at);
+    const __m512 scale = scales_16(of->scales, of->scale_type, at);
     if (of->zeros) {
         const struct vkv_int4_note *notes = of->notes + stretch * rows;
         const __m128i bytes = _mm_loadu_si128((const __m128i *)(of->zeros + at));
-        const __m512i less = _mm512_sub_epi32(_mm512_set1_epi32(8), _mm512_cvtepu8_epi32(bytes));
+        const __m512i less = _mm512_sub_epi32(_mm512_set1_epi32(NEUTRAL), _mm512_cvtepu8_epi32(bytes));
         const __m512 shift = _mm512_cvtepi32_ps(less);
         UNROLLED(m, rows)
             sums[m] = _mm512_fmadd_ps(shift, _mm512_set1_ps(notes[m].sum), sums[m]);
@@ -75,10 +68,9 @@ scale_in(const int rows, const int half, const int stretch, __m512 *sums, float 
 /* Where weights come from: codes that are looked up, or what an earlier block of rows kept. */
 enum source { LOOKED_UP, LOOKED_UP_AND_KEPT, KEPT };
 
-static inline __attribute__((always_inline)) void
-multiply_rows(const int rows, const int count, const enum source source,
-              const struct vkv_int4_stretches *stretches, float *totals) {
-    const struct vkv_int4_stretches of = *stretches; /* totals might lie in the original */
+INLINE void multiply_rows(const int rows, const int count, const enum source source,
+                          const struct vkv_int4_stretches *stretches, float *totals) {
+    const struct vkv_int4_stretches of = own_copy(stretches);
     const __m512i table = code_values();
     __m512 low_sums[ROWS], high_sums[ROWS]; /* [count][rows], of each half of a tile */
     UNROLLED(i, rows * count) low_sums[i] = high_sums[i] = _mm512_setzero_ps();
@@ -188,7 +180,7 @@ static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_features, i
     const int32_t *pairs = (const int32_t *)inputs;
     int32_t *to = arranged;
     int64_t first = 0;
-    if (rows > PAIR_ROWS)
+    if (rows >= TRANSPOSED_ROWS)
         for (; first + 16 <= length / 2; first += 16)
             transpose(pairs + first, rows, in_features / 2, to + first * rows);
     for (int64_t m = 0; m < rows; m++) {

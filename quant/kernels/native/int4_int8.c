@@ -8,7 +8,8 @@
 #include "kernel.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "vectors.h"
+
 #include <math.h>
 
 enum {
@@ -16,13 +17,10 @@ enum {
     ROWS_AVX2 = 4,
     AHEAD = 4096,    /* bytes of codes that are fetched before they are needed */
     LARGEST = 127,
-    NEUTRAL = 8,     /* the zero of weights that have none */
     BLOCKS_OF_16 = 4 /* whose products an integer of 16 bits holds: 8 times 2 * 15 * 127 */
 };
 
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
-#define INLINE static inline __attribute__((always_inline))
 /* Loops are unrolled, so that every sum has a register. */
 #define UNROLLED(i, count) _Pragma("GCC unroll 12") for (int i = 0; i < count; i++)
 
@@ -32,22 +30,6 @@ enum {
 
 /* -- inputs ------------------------------------------------------------------------------------ */
 
-INLINE AVX2 int32_t sum_lanes(__m256i x) {
-    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
-}
-
-/* The largest without its sign: a NaN is larger than all numbers, and stays. */
-INLINE AVX2 uint16_t largest_of(const uint16_t *inputs, int64_t length) {
-    const __m128i size = _mm_set1_epi16(0x7fff), ones = _mm_set1_epi16(-1);
-    __m128i largest = _mm_setzero_si128();
-    for (int64_t k = 0; k < length; k += BLOCK)
-        largest = _mm_max_epu16(
-            largest, _mm_and_si128(_mm_loadu_si128((const __m128i *)(inputs + k)), size));
-    return (uint16_t)~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(largest, ones)), 0);
-}
-
 /* Fours of inputs of 8 bits, [length / 4][rows]. */
 AVX2 static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_features, int64_t length,
                          void *arranged, struct vkv_int4_note *notes) {
@@ -55,7 +37,8 @@ AVX2 static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_featur
     for (int64_t m = 0; m < rows; m++, inputs += in_features) {
         float largest = to_float(largest_of(inputs, length));
         if (largest == INFINITY) largest = NAN; /* its integers mean nothing */
-        const __m256 shrink = _mm256_set1_ps(largest != 0 ? LARGEST / largest : 0);
+        const float whole = LARGEST / largest; /* infinite where all are 0, or as good as that */
+        const __m256 shrink = _mm256_set1_ps(whole < INFINITY ? whole : 0);
         int32_t *fours = (int32_t *)arranged + m;
         __m256i sum = _mm256_setzero_si256();
         for (int64_t k = 0; k < length; k += BLOCK, fours += 2 * rows) {
@@ -75,17 +58,10 @@ AVX2 static void arrange(const uint16_t *inputs, int64_t rows, int64_t in_featur
 
 /* -- AVX512-VNNI ------------------------------------------------------------------------------- */
 
-INLINE VNNI __m512 scales_16(const struct vkv_int4_stretches *of, int64_t at) {
-    if (of->scale_type == VKV_INT4_FLOAT32) return _mm512_loadu_ps((const float *)of->scales + at);
-    const __m256i narrow = _mm256_loadu_si256((const void *)((const uint16_t *)of->scales + at));
-    if (of->scale_type == VKV_INT4_FLOAT16) return _mm512_cvtph_ps(narrow);
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
-}
-
 /* totals [rows][TILE] += scales * factors * (sums - zeros * inputs), of half a tile. */
 INLINE VNNI void scale_in_16(const int rows, const int half, const __m512i *sums, float *totals,
                              const struct vkv_int4_stretches *of) {
-    const __m512 scale = scales_16(of, 16 * half);
+    const __m512 scale = scales_16(of->scales, of->scale_type, 16 * half);
     __m512 zero = _mm512_set1_ps(NEUTRAL);
     if (of->zeros)
         zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
@@ -101,7 +77,7 @@ INLINE VNNI void scale_in_16(const int rows, const int half, const __m512i *sums
 
 INLINE VNNI void multiply_rows_vnni(const int rows, const struct vkv_int4_stretches *stretches,
                                     float *totals) {
-    const struct vkv_int4_stretches of = *stretches; /* totals might lie in the original */
+    const struct vkv_int4_stretches of = own_copy(stretches);
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512i sums[2][ROWS_VNNI];
     UNROLLED(m, rows) sums[0][m] = sums[1][m] = _mm512_setzero_si512();
@@ -142,29 +118,6 @@ VNNI static void multiply_vnni(int64_t rows, const struct vkv_int4_stretches *of
 
 /* -- AVX2 -------------------------------------------------------------------------------------- */
 
-INLINE AVX2 __m256 scales_8(const struct vkv_int4_stretches *of, int64_t at) {
-    if (of->scale_type == VKV_INT4_FLOAT32) return _mm256_loadu_ps((const float *)of->scales + at);
-    const __m128i narrow = _mm_loadu_si128((const void *)((const uint16_t *)of->scales + at));
-    if (of->scale_type == VKV_INT4_FLOAT16) return _mm256_cvtph_ps(narrow);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
-}
-
-INLINE AVX2 void scale_in_8(const int rows, int64_t at, const __m256i *sums, float *totals,
-                            const struct vkv_int4_stretches *of) {
-    const __m256 scale = scales_8(of, at);
-    __m256 zero = _mm256_set1_ps(NEUTRAL);
-    if (of->zeros)
-        zero = _mm256_cvtepi32_ps(
-            _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(of->zeros + at))));
-    UNROLLED(m, rows) {
-        float *total = totals + m * TILE + at;
-        const __m256 sum = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(&of->notes[m].sum),
-                                            _mm256_cvtepi32_ps(sums[m]));
-        const __m256 factor = _mm256_mul_ps(scale, _mm256_broadcast_ss(&of->notes[m].factor));
-        _mm256_storeu_ps(total, _mm256_fmadd_ps(factor, sum, _mm256_loadu_ps(total)));
-    }
-}
-
 /* Of eight outputs, from `at` on. */
 INLINE AVX2 void multiply_eight(const int rows, int64_t at, const struct vkv_int4_stretches *of,
                                 float *totals) {
@@ -193,7 +146,7 @@ INLINE AVX2 void multiply_eight(const int rows, int64_t at, const struct vkv_int
         UNROLLED(m, rows)
             sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(narrow[m], ones));
     }
-    scale_in_8(rows, at, sums, totals, of);
+    scale_in_8(rows, at, sums, of, totals);
 }
 
 AVX2 static void multiply_avx2(int64_t rows, const struct vkv_int4_stretches *of, float *totals) {

@@ -49,8 +49,9 @@ class Settlement(msgspec.Struct, frozen=True):
 class Ledger:
     """Places what requests have elsewhere. The same question gets the same answer.
 
-    **Debtors** have requests that are longer than their memory, or more of them than fit. **Room**
-    is what an instance's own requests leave of `max_lent_tokens`, those that wait included.
+    **Debtors** have requests that are longer than their memory, or more of them than fit; what one
+    says that it lacks counts above what its requests let one expect. **Room** is what an instance's
+    own requests leave of `max_lent_tokens`, those that wait included.
 
     **Order.** First what running requests cannot do without, of the instance with the oldest first;
     then what is lent already; then the first in line, if it is longer than an instance's memory:
@@ -101,8 +102,11 @@ class Ledger:
         slow = self._slow(snapshot)
         if not any(instance.max_lent_tokens for instance in snapshot.instances):
             return Settlement()
+        lent: dict[int, int] = defaultdict(int)
+        for loan in snapshot.loans:
+            lent[loan.debtor] += loan.num_tokens
         needs = [
-            _Need(i, self.part_tokens)
+            _Need(i, self.part_tokens, lent[i.id])
             for i in snapshot.instances
             if i.max_local_tokens is not None and i.role == "both"
         ]
@@ -163,12 +167,12 @@ class _Need:
         wish: tokens elsewhere with which all could run.
         long_here: of `here`, those of running requests that are longer than its memory.
         num_long_tokens: all of theirs.
-        first: the first in line, if it is longer than its memory.
+        first: the first in line, if others have to lend to it before it runs.
         oldest_s, waited_s: age of the oldest that runs, of the long ones if there are any, and of
             the oldest in line.
     """
 
-    def __init__(self, instance: InstanceSnapshot, part_tokens: int) -> None:
+    def __init__(self, instance: InstanceSnapshot, part_tokens: int, num_lent: int) -> None:
         self._instance = instance
         self._part = part_tokens
         self.id = instance.id
@@ -177,8 +181,19 @@ class _Need:
         if instance.max_running is not None:
             waiting = waiting[: max(0, instance.max_running - len(running))]
         long = [r for r in running if self._is_long(r)]
-        first = next((r for r in waiting if self._is_long(r)), None)
+        lacking, self._lacking_tokens = instance.lacking or (None, 0)
+        self._first_lacks = any(r.key == lacking for r in waiting)
+        first = next(
+            (
+                r
+                for r in waiting
+                if r.key == lacking or (not self._first_lacks and self._is_long(r))
+            ),
+            None,
+        )
         behind = waiting.index(first) if first is not None else len(waiting)
+        if self._first_lacks:
+            behind = 0  # in its instance's own line, which need not be that of arrival
         self.first = first if behind == 0 else None
         short_line = sum(r.num_tokens for r in waiting[:behind])  # nobody passes a long one
         self.long_here = sum(map(self.part_here, long))
@@ -186,13 +201,19 @@ class _Need:
         self.here = running_here + short_line
         self.num_long_tokens = sum(r.num_tokens for r in long)
         spare = instance.capacity_tokens - instance.max_lent_tokens
-        self.must = sum(self.part_elsewhere(r, 1) for r in long)
+        tier = instance.tier_tokens
+        elsewhere = sum(self.part_elsewhere(r, 1) for r in long)
+        self._tier_left = max(0, tier - elsewhere)
+        self.must = max(0, elsewhere - tier)
+        if lacking is not None and not self._first_lacks:
+            self.must = max(self.must, num_lent + self._lacking_tokens)
         self.must += _up(max(0, running_here - instance.capacity_tokens), part_tokens)
         self.excess = self.here + spare - instance.capacity_tokens
         self.wish = sum(
             max(r.num_tokens // part_tokens * part_tokens, self.part_elsewhere(r, part_tokens))
             for r in long
         )
+        self.wish = max(0, self.wish - tier)
         if waiting or running_here > instance.capacity_tokens - spare // 2:
             self.wish += _up(self.excess, part_tokens)
         self.wish = max(self.wish, self.must)
@@ -202,6 +223,15 @@ class _Need:
     def _is_long(self, request: RequestSnapshot) -> bool:
         most = max(request.num_tokens, request.most_tokens - 1)  # the last is never computed
         return most > self._instance.capacity_tokens
+
+    @property
+    def first_elsewhere(self) -> int:
+        """Tokens of the first in line that others have to hold, so that it can begin."""
+        if self.first is None:
+            return 0
+        if self._first_lacks:
+            return _up(self._lacking_tokens, self._part)
+        return max(0, self.part_elsewhere(self.first) - self._tier_left)
 
     def part_here(self, request: RequestSnapshot) -> int:
         """Tokens of a request that its instance holds itself."""
@@ -339,7 +369,7 @@ class _Books:
         request = need.first
         if request is None:
             return True
-        here, elsewhere = need.part_here(request), need.part_elsewhere(request)
+        here, elsewhere = need.part_here(request), need.first_elsewhere
         others = [pair for pair in self._order(need.id) if pair not in self._shunned]
         room = sum(self._free(creditor) // self._part * self._part for _, creditor in others)
         lent = sum(count for (_, creditor), count in self._granted.items() if creditor == need.id)

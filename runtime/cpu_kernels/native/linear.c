@@ -1,8 +1,6 @@
 /* Linear layers: which kernel reads their weights. */
 #include "kernels.h"
 
-#include <stddef.h>
-
 #if defined(__x86_64__)
 
 static int has_avx512(int32_t dtype) {

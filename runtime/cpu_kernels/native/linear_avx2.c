@@ -239,6 +239,7 @@ TARGET static void multiply(void *data) {
     }
 }
 
+/* On all threads or one: an OpenMP runtime lets those go that a smaller team leaves out. */
 static void run(struct job *job, void (*work)(void *), int threaded) {
     if (threaded && job->args->num_threads > 1 && job->args->parallel)
         job->args->parallel(work, job, (unsigned)job->args->num_threads, 0);
@@ -258,8 +259,8 @@ int64_t vkv_linear_avx2(const struct vkv_linear *args) {
     if (job.share > even) job.share = even;
     job.share += job.share % 2; /* in twos */
     if (job.share < 2) job.share = 2;
-    run(&job, widen, elements > THREADED_ELEMENTS);
-    run(&job, multiply, 1);
+    run(&job, widen, job.num_tiles > 1 && elements > THREADED_ELEMENTS);
+    run(&job, multiply, num_panels(args) > job.share);
     return 0;
 }
 

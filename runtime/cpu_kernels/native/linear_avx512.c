@@ -173,11 +173,11 @@ INLINE void finish(const int is_bf16, const struct vkv_linear *args, int64_t pan
     }
 }
 
-/* The words from `word` on of a panel against all tiles. What they fetch follows in memory: this
- * panel's next block, or the next panel's first one unless there is none. */
+/* The words from `word` on of a panel against all tiles. Several tiles fetch `next` meanwhile, unless
+ * it is NULL; a single one, what follows in memory. */
 TARGET static void multiply_block(const struct vkv_linear *args, int64_t panel, int word,
-                                  int num_words, int64_t first_row, int num_rows, int is_last,
-                                  float *sums) {
+                                  int num_words, int64_t first_row, int num_rows,
+                                  const int32_t *next, float *sums) {
     const int is_bf16 = args->dtype == VKV_BFLOAT16, tiles = (num_rows + ROWS - 1) / ROWS;
     const int least = num_rows / tiles, more = num_rows % tiles; /* divided evenly */
     const int lines = tiles == 1 ? LINES : tiles < LINES ? 2 : 1;
@@ -186,11 +186,11 @@ TARGET static void multiply_block(const struct vkv_linear *args, int64_t panel, 
     struct block block = {
         .weight = args->weight + (panel * args->num_words + word) * PANEL,
         .inputs = (const char *)args->inputs + first_row * stride + 4 * word,
-        .ahead_bytes = is_last ? 0 : share, .sums = sums, .stride = stride,
+        .ahead_bytes = next || tiles == 1 ? share : 0, .sums = sums, .stride = stride,
         .num_words = num_words, .from_zero = word == 0 && !args->bias && !args->addend,
     };
-    block.ahead = (const char *)block.weight;
-    if (!is_last) block.ahead += tiles == 1 ? AHEAD_BYTES : 64 * LINES * num_words;
+    block.ahead = (const char *)(next && tiles > 1 ? next : block.weight);
+    if (tiles == 1) block.ahead += AHEAD_BYTES;
     for (int t = 0; t < tiles; t++) {
         const int rows = least + (t < more);
         block.next_inputs = block.inputs + (t + 1 < tiles ? rows * stride : 0);
@@ -201,17 +201,18 @@ TARGET static void multiply_block(const struct vkv_linear *args, int64_t panel, 
     }
 }
 
-/* Up to MOST_ROWS rows against a panel. */
+/* Up to MOST_ROWS rows against a panel; `next` is read after it, or NULL. */
 TARGET static void multiply(const struct vkv_linear *args, int64_t panel, int64_t first_row,
-                            int num_rows, int is_last) {
+                            int num_rows, const int32_t *next) {
     float sums[MOST_ROWS * PANEL] __attribute__((aligned(64)));
     if (args->bias || args->addend) begin(args, panel, first_row, num_rows, sums);
     const int block_words = num_rows > 3 * ROWS ? LONG_WORDS : SHORT_WORDS;
     const int most = num_rows > ROWS ? block_words : args->num_words;
     for (int word = 0, words; word < args->num_words; word += words) {
         words = args->num_words - word < most ? args->num_words - word : most;
-        const int ends = is_last && num_rows > ROWS && word + words == args->num_words;
-        multiply_block(args, panel, word, words, first_row, num_rows, ends, sums);
+        const int32_t *more = args->weight + (panel * args->num_words + word + words) * PANEL;
+        if (word + words == args->num_words) more = next;
+        multiply_block(args, panel, word, words, first_row, num_rows, more, sums);
     }
     if (args->dtype == VKV_BFLOAT16) finish(1, args, panel, first_row, num_rows, sums);
     else finish(0, args, panel, first_row, num_rows, sums);
@@ -232,9 +233,11 @@ TARGET static void work(void *data) {
             const int64_t panel =
                 __atomic_fetch_add(&job->next_panel[range], 1, __ATOMIC_RELAXED);
             if (panel >= end) break;
+            const int32_t *weight = args->weight + panel * args->num_words * PANEL;
+            const int32_t *other = panel + 1 < end ? weight + args->num_words * PANEL : NULL;
             for (int p = 0, row = 0; p < parts; p++) {
                 const int rows = (args->num_rows - row + parts - p - 1) / (parts - p);
-                multiply(args, panel, row, rows, panel + 1 == end);
+                multiply(args, panel, row, rows, p + 1 < parts ? weight : other);
                 row += rows;
             }
         }
@@ -242,8 +245,9 @@ TARGET static void work(void *data) {
 }
 
 int64_t vkv_linear_avx512(const struct vkv_linear *args) {
-    const int threads = args->parallel ? args->num_threads : 1;
     struct job job = {.args = args, .num_panels = (args->num_columns + PANEL - 1) / PANEL};
+    /* All or one: an OpenMP runtime lets threads go that a smaller team leaves out. */
+    const int threads = args->parallel && job.num_panels > 1 ? args->num_threads : 1;
     job.num_ranges = threads < 1 ? 1 : threads < MOST_RANGES ? threads : MOST_RANGES;
     for (int64_t r = 0; r < job.num_ranges; r++) job.next_panel[r] = first_panel(&job, r);
     if (threads > 1)

@@ -1,13 +1,17 @@
 """What an engine says of its loans, and what it is told to borrow."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from ...request.request import Request
 from ...request.spec import SequenceKey
 from .segments import PART_TOKENS, SPARE_TOKENS, longest_alone
 
 if TYPE_CHECKING:
+    from ...scheduling.scheduler import Scheduler
+    from ...scheduling.segments import Segments
     from ..engine import Engine
 
 _SPARED = 16  # an engine keeps one of so many parts of its memory for its own requests at least
@@ -26,6 +30,19 @@ class HeldLoan(msgspec.Struct, frozen=True):
     answer_s: float | None = None
 
 
+class Lacking(msgspec.Struct, frozen=True):
+    """A request that stands still until others take tokens of it in.
+
+    Attributes:
+        num_tokens: so many, beside those that they have.
+        is_waiting: it has no slot.
+    """
+
+    key: SequenceKey
+    num_tokens: int
+    is_waiting: bool
+
+
 class LendingReport(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine has with others.
 
@@ -37,6 +54,10 @@ class LendingReport(msgspec.Struct, frozen=True, kw_only=True):
         loans: what others have of its requests.
         spread: those requests.
         unreachable: creditors that it might have tokens at, and did not reach, or lost.
+        refusing: creditors that took nothing in a moment ago, though they were to have room.
+        lacking: who stands still until others lend more.
+        tier_tokens: tokens of requests longer than its memory that are in its own tier, and those
+            that it has room for.
     """
 
     longest_alone: int
@@ -46,6 +67,9 @@ class LendingReport(msgspec.Struct, frozen=True, kw_only=True):
     loans: tuple[HeldLoan, ...] = ()
     spread: tuple[SequenceKey, ...] = ()
     unreachable: tuple[str, ...] = ()
+    refusing: tuple[str, ...] = ()
+    lacking: Lacking | None = None
+    tier_tokens: int = 0
 
 
 class CreditLine(msgspec.Struct, frozen=True):
@@ -85,7 +109,10 @@ def report_of(engine: "Engine", unreachable: tuple[str, ...] = ()) -> LendingRep
         return None
     loans, cache = segments.loans, engine.cache
     growth_tokens = cache.growth_tokens
-    most = cache.pool.limit_pages // cache.num_pages(growth_tokens) * growth_tokens
+    num_pages = cache.pool.limit_pages
+    if (limit := cache.pool.shared_limit) is not None:  # which may be less than it was
+        num_pages = min(num_pages, limit.num_bytes // cache.pool.driver.page_bytes)
+    most = num_pages // cache.num_pages(growth_tokens) * growth_tokens
     spare = max(SPARE_TOKENS, most // _SPARED)
     step_s = loans.step_s
     return LendingReport(
@@ -100,4 +127,21 @@ def report_of(engine: "Engine", unreachable: tuple[str, ...] = ()) -> LendingRep
         ),
         spread=tuple(r.key for r in engine.scheduler.running if r.is_spread),
         unreachable=unreachable,
+        refusing=loans.refusing(),
+        lacking=_lacking(engine.scheduler, segments),
+        tier_tokens=_tier_tokens(segments, engine.scheduler.running),
     )
+
+
+def _tier_tokens(segments: "Segments", running: Iterable[Request]) -> int:
+    if segments.tier is None:
+        return 0
+    held = sum(request.segment.num_tokens for request in running if request.segment is not None)
+    return held + segments.tier.room_tokens
+
+
+def _lacking(scheduler: "Scheduler", segments: "Segments") -> Lacking | None:
+    if scheduler.lacking is None:
+        return None
+    request, _ = scheduler.lacking
+    return Lacking(request.key, segments.num_lacking(request), request.slot is None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ....allocator import KVCache, SlotCache
-from ....allocator.transfer import SegmentTier
+from ....allocator.transfer import SegmentTier, tokens_in
 from ....attention_backends import AttentionBackend, create_backend, partial_attention
 from ....vmem.errors import InvalidOperation, UnsupportedAttention
 from ...execution.model_runner import ModelRunner
@@ -18,7 +18,6 @@ from ...model.segments import (
     SegmentedAttention,
     SegmentServer,
 )
-from ...scheduling.lending import tokens_in
 from ...scheduling.scheduler import Scheduler
 from ...scheduling.segments import Segments
 from ...scheduling.tiers import Tiers

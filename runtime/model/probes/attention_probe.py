@@ -34,6 +34,12 @@ class AttentionProbe:
                 f"layer {layer} attends twice in a step, and a slot holds one set of keys and "
                 "values for a layer; use a model that attends once"
             )
+        if not query.dtype == key.dtype == value.dtype:
+            raise UnsupportedModel(
+                f"layer {layer} attends with queries of {query.dtype}, keys of {key.dtype} and "
+                f"values of {value.dtype}, and slots and kernels have one dtype; load all of the "
+                "model's weights in one, such as dtype='bfloat16'"
+            )
         self.attention[layer] = wanted
         self.inputs[layer] = torch.cat([part.flatten(1) for part in (query, key, value)], dim=1)
         self.geometry[layer] = LayerGeometry(

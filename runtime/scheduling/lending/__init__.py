@@ -1,6 +1,6 @@
 """Tokens of requests that other engines have."""
 
-from .gaps import Gaps, tokens_in
+from .gaps import Gaps
 from .loans import Creditor, Loans
 
-__all__ = ["Creditor", "Gaps", "Loans", "tokens_in"]
+__all__ = ["Creditor", "Gaps", "Loans"]

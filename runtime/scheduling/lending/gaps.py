@@ -8,14 +8,13 @@ the first gap, and whole parts of them move elsewhere where they are too many fo
 all there, it goes on behind the gap.
 """
 
-import bisect
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from itertools import pairwise
 
 from ....allocator import Exits, Slot, SlotCache
-from ....allocator.transfer import Lent, Remainder, put_behind
+from ....allocator.transfer import Lent, Remainder, put_behind, tokens_in
 from ....vmem.errors import DriverError, Shortage
 from ...request.request import Mending, Request
 from .loans import Loans
@@ -81,7 +80,8 @@ class Gaps:
             room = self._room(max(b.start - a.stop for a, b in pairwise(found)))
             first.slot = self._open_slot(request, room)
             if first.slot is None:
-                self.note_redo(request)
+                if request.mending is None:  # else who preempts it notes that
+                    self.note_redo(request)
                 return False
             mending.room_tokens = room
         mending.behind, mending.short_since_s = behind, None
@@ -176,7 +176,6 @@ class Gaps:
         for request in running:
             since_s = None if request.mending is None else request.mending.short_since_s
             if since_s is not None and self._clock() - since_s >= patience_s:
-                self.note_redo(request)
                 found.append(request)
         return found
 
@@ -201,8 +200,3 @@ def _left_of(stretch: Remainder, gone: Collection[Lent]) -> list[Remainder]:
     if lent or stretch.slot is not None:
         found.append(Remainder(lent, stretch.slot, start, stretch.stop))
     return found
-
-
-def tokens_in(cache: SlotCache, num_pages: int) -> int:
-    """The most tokens that a slot can have with so many pages; below 0 without any."""
-    return bisect.bisect_right(range(cache.max_len), num_pages, key=cache.num_pages) - 1

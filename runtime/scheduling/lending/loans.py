@@ -17,6 +17,7 @@ from ...request.request import Request
 
 _STAGED_PARTS = 8  # of a loan that moves on, in this process's memory at a time
 _RETRY_S = 0.25  # after what could come home did not
+_REFUSES_S = 2.0  # for which who took nothing in is not asked to take more
 _BUDGET_S = 0.05  # of moving between two steps, beyond the loan that is under way
 _STEPS = 64  # whose times are remembered
 
@@ -79,7 +80,8 @@ class Loans:
         limits: the most tokens that may be at each; None where nobody places loans, and each takes
             what it has room for.
         called: creditors from which what is beyond the limit leaves at once.
-        has_to_give_up: requests that are longer than the pool are to make room for others'.
+        has_to_give_up: requests that are longer than the pool make room for others', and none
+            begins, as long as that is so.
         lent, moved_on, came_home: what moved there, from one to another, and back.
         num_called: loans that left since they were called.
         num_called_back, num_lost: loans that others ended, and that went with others; their tokens
@@ -106,8 +108,10 @@ class Loans:
         self._cache = cache
         self._exits = exits
         self._part_tokens = part_tokens
+        self._token_bytes = cache.geometry.token_format.token_bytes
         self._clock = clock
         self._num_lent: Counter[str] = Counter()
+        self._refused_s: dict[str, float] = {}  # when somebody took nothing in, though it might
         self._retry_at_s = 0.0
         self._steps_s: deque[float] = deque(maxlen=_STEPS)
 
@@ -138,6 +142,12 @@ class Loans:
     def num_lent(self, name: str) -> int:
         """Tokens that a creditor has."""
         return self._num_lent[name]
+
+    def refusing(self) -> tuple[str, ...]:
+        """Creditors that took nothing in a moment ago, though they were to have room."""
+        since_s = self._clock() - _REFUSES_S
+        self._refused_s = {name: at for name, at in self._refused_s.items() if at > since_s}
+        return tuple(self._refused_s)
 
     def room(self, but: str | None = None) -> int:
         """Tokens that others may still take; no promise that they do."""
@@ -181,7 +191,7 @@ class Loans:
         Raises OutOfLoans, with nothing lent, if they have not got room for all.
         """
         lent = self._lend(lambda a, b: self._cache.spans(slot, a, b), position, num_tokens)
-        self._count(self.lent, len(lent), num_tokens)
+        _count(self.lent, len(lent), num_tokens, self._token_bytes)
         return lent
 
     def _lend(
@@ -222,7 +232,9 @@ class Loans:
                     _log.warning("%s takes no more tokens in: %s", name, error)
                     self.creditors.pop(name, None)
                     continue
-                if loan is not None:
+                if loan is None and end - start == self._part_tokens:
+                    self._refused_s[name] = self._clock()
+                elif loan is not None:
                     self._num_lent[name] += end - start
                     return Lent(name, loan, position + start, position + end)
         return None
@@ -231,6 +243,8 @@ class Loans:
         """They are not needed any more."""
         for one in lent:
             self._num_lent[one.holder] -= one.stop - one.start
+            if not self._num_lent[one.holder]:
+                del self._num_lent[one.holder]
             if one.holder in self.creditors:
                 self.creditors[one.holder].give_back(one.loan)
 
@@ -257,6 +271,8 @@ class Loans:
                 )
                 has_to = is_wanted or (one.holder in self.called and self._is_beyond(one.holder))
                 if request.num_pending or not (has_to or self._may_leave(one.holder)):
+                    continue
+                if request.mending is not None and self._clock() < self._retry_at_s:
                     continue
                 if self._move(request, one, room_at_home(request)):
                     self.num_called += has_to
@@ -314,7 +330,7 @@ class Loans:
         request.lent.remove(one)
         self._exits.let_go(slot)
         self.give_back([one])
-        self._count(self.came_home, 1, num_tokens)
+        _count(self.came_home, 1, num_tokens, self._token_bytes)
 
     def _move_on(self, request: Request, one: Lent) -> None:
         """Have others take tokens of another creditor, by way of this process.
@@ -342,9 +358,10 @@ class Loans:
         place = lent.index(one)
         lent[place : place + 1] = found
         self.give_back([one])
-        self._count(self.moved_on, 1, one.stop - one.start)
+        _count(self.moved_on, 1, one.stop - one.start, self._token_bytes)
 
-    def _count(self, stats: MoveStats, num_moves: int, num_tokens: int) -> None:
-        stats.num_moves += num_moves
-        stats.num_tokens += num_tokens
-        stats.num_bytes += num_tokens * self._cache.geometry.token_format.token_bytes
+
+def _count(stats: MoveStats, num_moves: int, num_tokens: int, token_bytes: int) -> None:
+    stats.num_moves += num_moves
+    stats.num_tokens += num_tokens
+    stats.num_bytes += num_tokens * token_bytes

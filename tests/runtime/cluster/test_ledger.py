@@ -96,6 +96,27 @@ def test_a_long_one_in_line_gets_all_or_nothing() -> None:
     assert sum(_of(found, 1).values()) >= 100
 
 
+def test_who_says_that_it_lacks_something_gets_it_though_others_came_before() -> None:
+    """Its instance lets it in first, whoever came first."""
+    line = _request("a", 60, waits=True, age=9), _request("b", 90, waits=True, age=2)
+    lacks = {"lacking": (("b", 0), 40)}
+    found = ledger.settle(_cluster(_instance(0, *line, **lacks), _instance(1)))
+    assert _of(found, 0)[1] >= 40
+    running = [_request("a", 30), _request("b", 55)]
+    found = ledger.settle(_cluster(_instance(0, *running, lacking=(("b", 0), 10)), _instance(1)))
+    assert _of(found, 0) == {1: 10}
+
+
+def test_what_its_own_tier_holds_nobody_lends() -> None:
+    long = _request("a", 190)
+    found = ledger.settle(_cluster(_instance(0, long, tier_tokens=150), _instance(1)))
+    assert sum(_of(found, 0).values()) <= 40
+    two = [_instance(0, _request("a", 190, age=5), tier_tokens=150), _instance(1)]
+    young = _instance(2, _request("b", 130, age=1))
+    loan = Loan(2, 1, 80)
+    assert not ledger.settle(_cluster(*two, young, loans=(loan,))).give_up
+
+
 def test_the_oldest_has_first_and_the_youngest_gives_up() -> None:
     old, young = _request("a", 200, age=9), _request("b", 130, age=1)
     instances = _instance(0, old), _instance(1, young), _instance(2)
@@ -204,7 +225,8 @@ def test_what_it_is_made_of_is_checked() -> None:
 
 
 @st.composite
-def _snapshots(draw: st.DrawFn) -> ClusterSnapshot:
+def _snapshots(draw: st.DrawFn, *, says: bool = False) -> ClusterSnapshot:
+    """A cluster; with `says`, of which some say what they lack and what their tiers hold."""
     count = draw(st.integers(1, 5))
     lengths = st.sampled_from([5, 20, 45, 60, 90, 130, 200, 350])
     instances = []
@@ -219,10 +241,17 @@ def _snapshots(draw: st.DrawFn) -> ClusterSnapshot:
             )
             for place in range(draw(st.integers(0, 4)))
         ]
+        more: dict[str, object] = {}
+        if says:
+            keys = [request.key for request in requests] or [("gone", 0)]
+            lacks = st.tuples(st.sampled_from(keys), st.integers(1, 12).map(lambda n: n * PART))
+            more["lacking"] = draw(st.none() | lacks)
+            more["tier_tokens"] = draw(st.sampled_from([0, 0, 50, 200]))
         instances.append(
             _instance(
                 id,
                 *requests,
+                **more,
                 node=draw(st.sampled_from("xy")),
                 is_draining=draw(st.integers(0, 9)) == 0,
                 max_lent_tokens=draw(st.sampled_from([0, LENT, LENT, LENT])),
@@ -241,7 +270,32 @@ def _snapshots(draw: st.DrawFn) -> ClusterSnapshot:
     return _cluster(*instances, loans=tuple(loans), shunned=shunned)
 
 
-@given(_snapshots())
+@given(
+    st.lists(st.sampled_from([20, 40, 60, 130]), min_size=1, max_size=5),
+    st.integers(0, 4),
+    st.integers(1, 2 * LENT // PART),
+    st.integers(0, 3),
+)
+def test_who_lacks_something_gets_it_of_those_that_hold_nothing(
+    lengths: list[int], which: int, num_parts: int, num_running: int
+) -> None:
+    """Whatever else is in its line, in whichever order; unless there is no room for it at home."""
+    requests = [
+        _request(str(place), length, waits=place >= num_running, age=9 - place)
+        for place, length in enumerate(lengths)
+    ]
+    lacks = requests[which % len(requests)]
+    one = _instance(0, *requests, lacking=(lacks.key, num_parts * PART))
+    found = ledger.settle(_cluster(one, _instance(1), _instance(2)))
+    here = [min(r.num_tokens, LOCAL) if _is_long(r) else r.num_tokens for r in requests]
+    held = sum(here[:num_running])
+    elsewhere = sum(r.num_tokens - LOCAL + PART for r in requests[:num_running] if _is_long(r))
+    fits = held + here[which % len(requests)] <= CAPACITY
+    if not lacks.is_waiting or (fits and elsewhere + num_parts * PART <= 2 * LENT):
+        assert sum(_of(found, 0).values()) >= num_parts * PART
+
+
+@given(_snapshots() | _snapshots(says=True))
 def test_caps_hold_and_nothing_is_lent_twice(snapshot: ClusterSnapshot) -> None:
     found = ledger.settle(snapshot)
     assert found == Ledger(part_tokens=PART).settle(snapshot)

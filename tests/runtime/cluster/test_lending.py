@@ -86,6 +86,17 @@ def test_two_long_ones_share_what_there_is(four: Cluster, large: LLM) -> None:
     assert _tokens(four.generate(prompts, params)) == _tokens(large.generate(prompts, params))
 
 
+def test_one_whose_length_nobody_gave_gets_what_it_lacks(four: Cluster, large: LLM) -> None:
+    (prompt,) = zoo.random_prompts([1100], seed=31)
+    (expected,) = _tokens(large.generate([prompt], zoo.greedy(5)))
+    token_ids: list[int] = []
+    for delta in four.stream(prompt, SamplingParams(temperature=0, ignore_eos=True)):
+        token_ids += delta.token_ids
+        if len(token_ids) >= 5:
+            break
+    assert token_ids[:5] == expected
+
+
 def test_what_all_together_do_not_hold_is_refused(four: Cluster) -> None:
     (prompt,) = zoo.random_prompts([8000])
     with pytest.raises(RequestTooLarge, match="8000 prompt tokens"):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from parallel_calls import CountedParallel
 from torch.nn import functional
 from vkv.runtime.cpu_kernels import kernels as native_kernels
 from vkv.runtime.cpu_kernels.kernels import Gate, PanelLinear, RmsNorm, gated, rotate
@@ -48,6 +49,22 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor, *, terms: int = 1) 
     scale = exact.abs() + exact.abs().mean()
     off = ((found.double() - exact).abs() / scale).max().item()
     assert off <= ROUNDING[found.dtype] + 1e-7 * terms, f"off by {off:.2e}"
+
+
+@pytest.mark.parametrize("rows", [1, 6, 100])
+def test_threads_are_called_for_what_several_can_do(
+    kind: tuple[int, torch.dtype], rows: int
+) -> None:
+    panel, dtype = kind
+    x = torch.randn(rows, 1024).to(dtype)
+    for panels, expected in ((1, 0), (6, 1)):
+        linear = PanelLinear(torch.randn(panels * panel, 1024).to(dtype), None, panel=panel)
+        exact, parallel = linear(x), CountedParallel()
+        linear._args.parallel = parallel.address
+        torch.set_num_threads(3)
+        assert torch.equal(linear(x), exact)
+        widening = int(panel == 16 and rows > 6 and rows * 1024 > 64 << 10)
+        assert parallel.teams == [3] * (expected + widening)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from quantized import round_to_nearest
+from quantized import move_to_blobs, round_to_nearest
 from torch import nn
 from transformers import AutoModelForCausalLM
 from vkv import LLM, SamplingParams
 from vkv.quant import Int4Linear
-from vkv.quant.weight_memory import lies_in, mapped_checkpoints
+from vkv.quant.weight_memory import lies_in
 from vkv.runtime.cpu_kernels import kernels as native_kernels
 from vkv.runtime.cpu_kernels.packing import (
     PackedLinear,
@@ -22,6 +22,7 @@ from vkv.runtime.cpu_kernels.packing import (
     pack,
     packed_bytes,
 )
+from vkv.vmem import linux
 
 DTYPES = [
     pytest.param(
@@ -235,7 +236,8 @@ def test_the_built_in_model_is_packed() -> None:
 def test_a_loaded_checkpoint_does_not_stay_twice_in_memory(tmp_path: Path) -> None:
     """Packed weights take the place of the mapped file's, of which only the rest stays."""
     model = zoo.tiny_model("llama", hidden_size=512, intermediate_size=4096, num_hidden_layers=4)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    move_to_blobs(tmp_path / "model")
     script = f"""
 import vkv
 def resident():
@@ -243,7 +245,7 @@ def resident():
     return int(fields["RssFile"].split()[0]) * 1024
 vkv.LLM(device="cpu", max_len=64).close()  # all libraries are loaded by now
 before = resident()
-llm = vkv.LLM({str(tmp_path)!r}, device="cpu", max_len=64)
+llm = vkv.LLM({str(tmp_path / "model")!r}, device="cpu", max_len=64)
 from vkv.runtime.cpu_kernels.packing import packed_bytes
 print(resident() - before, packed_bytes(llm.loaded.model))
 """
@@ -258,7 +260,8 @@ def test_what_a_caller_wrote_over_a_checkpoint_stays(tmp_path: Path) -> None:
     zoo.tiny_model("llama", hidden_size=512, tie_word_embeddings=True).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     embedding = model.get_input_embeddings().weight
-    assert lies_in(embedding, mapped_checkpoints()), "it is the file's memory"
+    mapped = linux.mapped_files(tmp_path.glob("*.safetensors"))
+    assert lies_in(embedding, mapped), "it is the file's memory"
     embedding.data.fill_(0.5)
     with LLM(model, device="cpu", max_len=64, pack_weights=True):
         assert bool((embedding == 0.5).all())

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from borrowing import Lent, expected_of, specs_of, tokens_of
 from transformers import PreTrainedModel
+from vkv.runtime.engine.memory.lending import report_of
 from vkv.runtime.engine.memory.segments import disconnect_creditor
 from vkv.runtime.model.segments import RemoteHolder
 from vkv.runtime.request.continuation import Continuation
@@ -188,6 +189,107 @@ def test_one_that_the_tier_does_not_hold_waits_for_those_that_will_lend(
         lent.drive()
         assert tokens_of(requests) == expected
         assert lent.loans.lent.num_tokens
+
+
+def test_newcomers_go_on_beside_one_that_waits_for_others(llama: PreTrainedModel) -> None:
+    specs = specs_of([1530, 50], 600, 20)
+    expected = expected_of(llama, specs)
+    with Lent(llama, 2) as lent:
+        lent.place(at_1=512)
+        engine = lent.engines[0]
+        (long,) = engine.add(specs[0])
+        lent.drive(lambda: engine.scheduler.lacking is not None)
+        (short,) = engine.add(specs[1])
+        lent.drive(lambda: short.is_finished)
+        assert long.slot is not None
+        assert long.num_tokens < 1600
+        lent.place(at_1=1536)
+        lent.drive()
+        assert tokens_of([long, short]) == expected
+        assert not engine.stats().num_preemptions
+
+
+def test_nobody_gives_way_for_one_that_waits_for_others(llama: PreTrainedModel) -> None:
+    specs = specs_of([40, 50, 60, 1500], 60, 60, 60, 700)
+    expected = expected_of(llama, specs)
+    with Lent(llama, 2, scheduling_policy="priority", max_seqs=3) as lent:
+        lent.place()
+        engine = lent.engines[0]
+        requests = [engine.add(msgspec.structs.replace(s, priority=1))[0] for s in specs[:3]]
+        lent.drive(lambda: all(request.num_output_tokens for request in requests))
+        requests += engine.add(specs[3])
+        lent.drive(lambda: all(request.is_finished for request in requests[:3]))
+        assert not engine.stats().num_preemptions
+        assert requests[3].slot is None
+        lent.place(at_1=1536)
+        lent.drive()
+        assert tokens_of(requests) == expected
+
+
+def test_two_that_want_the_same_tier_run_one_after_the_other(llama: PreTrainedModel) -> None:
+    """Both begin; for what they generate neither the tier has room, nor anybody lends."""
+    specs = specs_of([1530, 1530], 600)
+    expected = expected_of(llama, specs)
+    with Lent(llama, 2, swap_memory=49 * borrowing.PAGE_BYTES) as lent:
+        lent.place(at_1=0)
+        requests = [lent.engines[0].add(spec)[0] for spec in specs]
+        lent.drive(lambda: all(request.slot is not None for request in requests))
+        lent.drive()
+        assert tokens_of(requests) == expected
+        assert lent.engines[0].stats().num_preemptions
+
+
+def test_none_that_gives_up_comes_back_before_it_may(llama: PreTrainedModel) -> None:
+    specs = specs_of([2300, 30], 40, 80)
+    expected = expected_of(llama, specs)
+    with Lent(llama, 2) as lent:
+        lent.place(at_1=1536)
+        requests = [lent.engines[0].add(spec)[0] for spec in specs]
+        lent.drive(lambda: requests[0].num_output_tokens > 3)
+        lent.place(give_up=True, at_1=1536)
+        lent.drive(lambda: requests[1].is_finished)
+        assert requests[0].slot is None
+        assert lent.engines[0].stats().num_preemptions == 1
+        lent.place(at_1=1536)
+        lent.drive()
+        assert tokens_of(requests) == expected
+
+
+def test_a_long_wait_in_line_does_not_count_once_it_is_too_long_for_all(
+    llama: PreTrainedModel,
+) -> None:
+    (spec,) = specs_of([2300], 10)
+    (expected,) = expected_of(llama, [spec])
+    with Lent(llama, 2) as lent:
+        lent.place()
+        loop, engine = lent.llms[0].loop, lent.engines[0]
+        (request,) = engine.add(spec)
+        admission = engine.admission
+        for longest in (admission.longest, 1000, admission.longest):
+            engine.admission = replace(admission, longest=longest)
+            until_s = time.monotonic() + (2 if longest > 1000 else 0.2) * borrowing.SHORTAGE_WAIT_S
+            while time.monotonic() < until_s:
+                assert not [o.failure for o in loop.turn() if o.failure is not None]
+        lent.place(at_1=1536)
+        lent.drive()
+        assert tokens_of([request]) == [expected]
+
+
+def test_who_takes_nothing_in_is_named_for_a_while(llama: PreTrainedModel) -> None:
+    specs = specs_of([1900, 2300], 150, 10)
+    with Lent(llama, 2) as lent:
+        (own,) = lent.engines[1].add(specs[0])  # the creditor has no room
+        lent.drive(lambda: own.num_output_tokens > 3)
+        lent.place(at_1=1536)
+        engine = lent.engines[0]
+        engine.add(specs[1])
+        lent.drive(lambda: engine.scheduler.lacking is not None)
+        report = report_of(engine)
+        assert report is not None
+        assert report.refusing == ("1",)
+        assert report.lacking is not None
+        assert not report.lacking.is_waiting
+        lent.drive()
 
 
 def test_what_nobody_can_hold_any_more_says_so(llama: PreTrainedModel) -> None:

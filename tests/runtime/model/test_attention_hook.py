@@ -8,6 +8,7 @@ import zoo
 from vkv.attention_backends import LayerAttention
 from vkv.runtime.model.attention_hook import attention_step, vkv_attention
 from vkv.runtime.model.loading import load_model
+from vkv.runtime.model.probes.attention_probe import AttentionProbe
 from vkv.vmem.errors import UnsupportedModel
 
 CPU = torch.device("cpu")
@@ -85,3 +86,11 @@ def test_a_config_that_attends_both_ways_is_refused() -> None:
     model.config.is_causal = False
     with pytest.raises(UnsupportedModel, match="is_causal=False in its config"):
         load_model(model, device=CPU)
+
+
+@pytest.mark.parametrize("odd", range(3))
+def test_a_layer_of_several_dtypes_is_refused(odd: int) -> None:
+    states = [torch.zeros(3, 2, 8, dtype=torch.bfloat16) for _ in range(3)]
+    states[odd] = states[odd].float()
+    with pytest.raises(UnsupportedModel, match=r"layer 5 .*torch\.float32.* in one, such as"):
+        AttentionProbe().attend(5, *states, LayerAttention(scale=1.0))

@@ -2,18 +2,23 @@
 
 import copy
 import functools
+import importlib
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 import vkv
 import zoo
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 from virtual_zoo import VIRTUAL
 from vkv.runtime.virtual_cache import attention
+from vkv.vmem.errors import UnsupportedAttention
 
 PAGE = 4096
+HAS_KERNELS = attention.NativeBackend.unavailable_reason() is None
 NUM_TOKENS = 12
 # Of those that ask for attention by name: plain, windows, chunks, soft caps, sinks, recurrent
 # state beside it, keys and values of other sizes.
@@ -72,14 +77,15 @@ def generate(
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often attention was computed in each way."""
-    counts = dict.fromkeys(("_natively", "_folded", "_eagerly", "sdpa_attention_forward"), 0)
-    for name in counts:
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, bool]]:
+    """How often attention was computed in each way, and whether for one token a sequence."""
+    counts: Counter[tuple[str, bool]] = Counter()
+    for name in ("_natively", "_folded", "_eagerly", "sdpa_attention_forward"):
         way = getattr(attention, name)
 
         def counted(*args: Any, name: str = name, way: Any = way, **kwargs: Any) -> Any:
-            counts[name] += 1
+            query = next(arg for arg in args if isinstance(arg, torch.Tensor))
+            counts[name, query.shape[2] == 1] += 1
             return way(*args, **kwargs)
 
         monkeypatch.setattr(attention, name, counted)
@@ -96,8 +102,12 @@ def test_generate_gives_the_tokens_of_eager_attention(name, mode, calls):
     ids = prompts(1 if lookup else 2, repeating=lookup)
     expected = generate(theirs, ids, None, **MODES[mode])
     assert torch.equal(generate(ours, ids, virtual(ours), **MODES[mode]), expected)
+    if not HAS_KERNELS:
+        return
     if name != "llama4_text":  # whose chunks only a mask knows
-        assert calls["_natively"] > sum(calls.values()) // 2
+        assert {way for way, is_decode in calls if is_decode} == {"_natively"}
+    if name == "llama":  # which asks for no mask
+        assert {way for way, _ in calls} == {"_natively"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,7 +155,7 @@ def test_each_way_gives_the_same(dtype, softcap, sinks, num_queries, monkeypatch
     module.num_key_value_groups, module.is_causal = 4, True
     asked = {"softcap": softcap, "s_aux": torch.randn(8) if sinks else None, "scaling": 0.4}
     double = [t.double() for t in (query, key, value)]
-    monkeypatch.setattr(attention, "_native", None)
+    monkeypatch.setattr(attention, "_has_kernels", lambda: False)
     expected, _ = attention.vkv_attention(module, *double, None, **asked)
     without, _ = attention.vkv_attention(module, query, key, value, None, **asked)
     monkeypatch.undo()
@@ -157,6 +167,85 @@ def test_each_way_gives_the_same(dtype, softcap, sinks, num_queries, monkeypatch
     for found in (ours, without, masked):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected, atol=bound, rtol=bound)
+
+
+def test_kernels_are_looked_for_when_they_are_used(monkeypatch):
+    """Not at import: that may compile them, into a folder that the environment names."""
+    asked = []
+
+    def unavailable_reason() -> str:
+        asked.append(1)
+        return "none here"
+
+    monkeypatch.setattr(attention.NativeBackend, "unavailable_reason", unavailable_reason)
+    importlib.reload(attention)
+    assert not asked
+    states = torch.randn(3, 1, 2, 4, 16)
+    for _ in range(2):
+        attention.vkv_attention(torch.nn.Module(), *states, None)
+    assert len(asked) == 1
+    monkeypatch.undo()
+    attention._has_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("num_queries", [1, 5])
+@pytest.mark.parametrize("batches", [(1, 3, 3), (3, 1, 1), (3, 3, 1)])
+def test_one_sequence_serves_for_all_of_a_batch(softcap, num_queries, batches, monkeypatch):
+    shapes = (8, num_queries, 16), (2, 40, 16), (2, 40, 24)
+    states = [torch.randn(batch, *shape) for batch, shape in zip(batches, shapes, strict=True)]
+    whole = [part.expand(3, -1, -1, -1).contiguous() for part in states]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4, True
+    for _ in range(2):
+        expected, _ = attention.vkv_attention(module, *whole, None, softcap=softcap)
+        out, _ = attention.vkv_attention(module, *states, None, softcap=softcap)
+        torch.testing.assert_close(out, expected, atol=0, rtol=0)
+        monkeypatch.setattr(attention, "_has_kernels", lambda: False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("trace", [torch.jit.trace, lambda f, args: make_fx(f)(*args)])
+def test_a_traced_graph_has_attention_and_its_mask_in_it(trace):
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4, True
+    first, second = (tuple(torch.randn(2, heads, 6, 16) for heads in (8, 2, 2)) for _ in range(2))
+
+    masks: list[torch.Tensor | None] = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        seen = torch.ones(2, 6, dtype=torch.bool)
+        masks.append(attention.vkv_mask(2, 6, 6, attention_mask=seen))
+        return attention.vkv_attention(module, query, key, value, None)[0]
+
+    graph = trace(attend, first)
+    assert masks[0] is not None
+    expected = attention.vkv_attention(module, *second, None)[0]
+    torch.testing.assert_close(graph(*second), expected)
+
+
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_a_position_bias_is_added_or_refused_by_name(num_queries):
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 1, True
+    query, key, value = (torch.randn(2, 3, n, 16) for n in (num_queries, 9, 9))
+    bias = torch.randn(2, 3, num_queries, 9)
+    logits = (query @ key.mT / 4 + bias).masked_fill(~attention._causal(query, key), -torch.inf)
+    out, _ = attention.vkv_attention(module, query, key, value, None, position_bias=bias)
+    torch.testing.assert_close(out.transpose(1, 2), logits.softmax(-1) @ value)
+    for others in ({"softcap": 2.0}, {"s_aux": torch.randn(3)}):
+        with pytest.raises(UnsupportedAttention, match=r'position_bias .* use "eager"'):
+            attention.vkv_attention(module, query, key, value, None, position_bias=bias, **others)
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="no C compiler, no built kernels")
+def test_an_empty_batch_has_an_empty_result():
+    module = torch.nn.Module()
+    module.is_causal = True
+    shapes = (0, 5, 8, 16), (0, 5, 2, 16), (0, 5, 2, 24)
+    states = (torch.randn(shape).transpose(1, 2) for shape in shapes)  # heads side by side
+    out, _ = attention.vkv_attention(module, *states, None)
+    assert out.shape == (0, 5, 8, 24)
 
 
 def test_gradients_flow_as_through_sdpa():
