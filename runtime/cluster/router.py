@@ -160,7 +160,7 @@ class Router:
     def ask(self, question: Question, *about: str) -> list[int | MemoryMap | None]:
         """Have all instances do something between steps; what came of it, in their order.
 
-        Raises what it raises in any of them, EngineDied if one is gone meanwhile.
+        Raises what it raises in any of them, EngineDied if one is gone meanwhile but by a drain.
         """
         return self._thread.run(self._ask_all(question, *about))
 
@@ -417,8 +417,19 @@ class Router:
         self._send()
 
     async def _ask_all(self, question: Question, *about: str) -> list[int | MemoryMap | None]:
-        links = [self._members.link(member.id) for member in self._members.now()]
-        return list(await asyncio.gather(*(link.ask(question, *about) for link in links if link)))
+        asked = (self._ask_member(member, question, *about) for member in self._members.now())
+        return list(await asyncio.gather(*asked))
+
+    async def _ask_member(
+        self, member: Member, question: Question, *about: str
+    ) -> int | MemoryMap | None:
+        link = self._members.link(member.id)
+        try:
+            return None if link is None else await link.ask(question, *about)
+        except EngineDied:
+            if member.is_draining:  # it was to end, and has
+                return None
+            raise
 
     async def _ask_one(
         self, instance: int, question: Question, *about: str

@@ -14,12 +14,12 @@ from vkv.runtime.cluster.stats import Member
 from vkv.runtime.engine.messages import Add, Message, Resume
 from vkv.runtime.engine.migration.messages import Begin, Cancel, Cancelled, Ended, GoOn, WentOn
 from vkv.runtime.link.face import Face
-from vkv.runtime.link.messages import Outputs, Pulse, Welcome, decode_to_engine, encode
+from vkv.runtime.link.messages import Answer, Ask, Outputs, Pulse, Welcome, decode_to_engine, encode
 from vkv.runtime.link.wire import Frames
 from vkv.runtime.request.continuation import Continuation
 from vkv.runtime.request.spec import RequestSpec
 from vkv.runtime.request.step_output import StepOutput
-from vkv.vmem.errors import VkvError
+from vkv.vmem.errors import EngineDied, VkvError
 
 _KEY = ("a", 0)
 
@@ -164,3 +164,45 @@ def test_nothing_stays_of_instances_that_left(router: Router) -> None:
     assert asked == [3, 4]
     router.end(3, "drained")
     assert router._leaving == {4}
+
+
+@pytest.mark.parametrize("drains", [True, False])
+def test_who_drains_may_end_while_all_are_asked(
+    router: Router, tmp_path: Path, drains: bool
+) -> None:
+    asked = threading.Event()
+
+    def say_nothing(message: Any) -> Sequence[Any]:
+        if isinstance(message, Ask) and message.question == "load_adapter":
+            asked.set()
+        return []
+
+    def answer(message: Any) -> Sequence[Any]:
+        return [Answer(message.number, 7)] if isinstance(message, Ask) else []
+
+    played = [
+        _Played(tmp_path / str(number), how) for number, how in enumerate((say_nothing, answer))
+    ]
+    for number in range(2):
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.connect(str(tmp_path / str(number)))
+        router.join(Member(id=number, role="both", pid=0), connection)
+    found: list[Any] = []
+
+    def ask() -> None:
+        try:
+            found.extend(router.ask("load_adapter", "a", "/there"))
+        except EngineDied as error:
+            found.append(type(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert asked.wait(10)
+    if drains:
+        router.begin_drain(0)
+    router.end(0, "drained")
+    thread.join(10)
+    assert found == ([None, 7] if drains else [EngineDied])
+    router.close()
+    for one in played:
+        one.join()
