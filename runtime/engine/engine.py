@@ -41,6 +41,7 @@ from .stats import EngineStats, SegmentStats, SwapStats
 _log = logging.getLogger(__name__)
 
 _MOVE_WAIT_S = 0.05  # for keys and values on their way, before messages are looked at again
+_MOST_ASIDE = 16  # steps, in which others have had their turn
 
 
 class Engine:
@@ -96,7 +97,7 @@ class Engine:
         self._requests: dict[str, list[Request]] = {}
         self._outputs: list[StepOutput] = []  # that no one has taken yet
         self._under_way: LaunchedStep | None = None
-        self._aside: set[Request] = set()  # that lack memory for their weights
+        self._aside: dict[Request, int] = {}  # that lack memory for weights, and for how many steps
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
@@ -365,10 +366,12 @@ class Engine:
             self.catch_up()
 
     def _next_batch(self) -> Batch:
-        """What the next step computes. While one that runs lacks weights, nobody is let in, who
-        would take the memory that it waits for."""
-        running = RequestState.RUNNING
-        self.scheduler.holds_back = any(request.state is running for request in self._aside)
+        """What the next step computes. Once one that runs has lacked weights for more steps than
+        taking turns explains, nobody is let in, who would take the memory that it waits for."""
+        self.scheduler.holds_back = any(
+            num_steps >= _MOST_ASIDE and request.state is RequestState.RUNNING
+            for request, num_steps in self._aside.items()
+        )
         return self._with_weights(self.scheduler.schedule())
 
     def _with_weights(self, batch: Batch) -> Batch:
@@ -381,9 +384,14 @@ class Engine:
                 self.catch_up()
                 self.fail(request, error)
         aside = [(request, error) for request, error in lacking if isinstance(error, Shortage)]
-        self._aside -= {item.request for item in batch.items}
-        self._aside = {request for request in self._aside if not request.is_finished}
-        self._aside |= {request for request, _ in aside}
+        ran = {item.request for item in batch.items}
+        self._aside = {
+            request: num_steps
+            for request, num_steps in self._aside.items()
+            if not (request.is_finished or request in ran)
+        }
+        for request, _ in aside:
+            self._aside[request] = self._aside.get(request, 0) + 1
         if not lacking:
             return batch
         if aside:

@@ -387,11 +387,11 @@ def test_nobody_is_let_in_before_one_that_lacks_its_weights(overlap: bool) -> No
         engine = llm.engine
         engine.extras = lacking = _Lacking({"lacks"})
         specs = (
-            RequestSpec(request_id=name, prompt_token_ids=[1, 2], params=zoo.greedy(20))
+            RequestSpec(request_id=name, prompt_token_ids=[1, 2], params=zoo.greedy(30))
             for name in ("lacks", "has", "comes")
         )
         (request,), (neighbour,) = engine.add(next(specs)), engine.add(next(specs))
-        for _ in range(4):
+        for _ in range(20):
             engine.step()
         (newcomer,) = engine.add(next(specs))
         while not neighbour.is_finished:
@@ -405,7 +405,7 @@ def test_nobody_is_let_in_before_one_that_lacks_its_weights(overlap: bool) -> No
         lacking.names.clear()
         while engine.has_work:
             engine.step()
-        assert len(request.output_token_ids) == len(newcomer.output_token_ids) == 20
+        assert len(request.output_token_ids) == len(newcomer.output_token_ids) == 30
 
 
 def test_who_lacks_its_weights_and_goes_holds_nobody_back() -> None:
@@ -415,7 +415,8 @@ def test_who_lacks_its_weights_and_goes_holds_nobody_back() -> None:
         for name in ("lacks", "comes"):
             spec = RequestSpec(request_id=name, prompt_token_ids=[1, 2], params=zoo.greedy(3))
             (request,) = engine.add(spec)
-            engine.step()
+            for _ in range(20 if name == "lacks" else 1):
+                engine.step()
         assert request.slot is None
         engine.abort("lacks")
         engine.step()
