@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from vkv import LLM, SamplingParams
@@ -90,26 +90,25 @@ def test_each_instance_has_its_own_and_the_cluster_all(engine: tuple[Face, Engin
     assert _of(told, "vkv:cluster_recomputed_total") == 3
 
 
-@pytest.mark.parametrize("has_died", [True, False])
+@pytest.mark.parametrize("why", ["died", "drained"])
 def test_totals_stay_when_an_instance_ends(
-    engine: tuple[Face, EngineStats], has_died: bool
+    engine: tuple[Face, EngineStats], why: Literal["died", "drained"]
 ) -> None:
     face, stats = engine
     instances = _Instances(face)
-    instances.join(0, is_draining=not has_died)
+    instances.join(0, is_draining=why == "drained")
     instances.join(1)
     for number in (0, 1):
         instances.members.note(number, Pulse(stats, carried_bytes=100, handed_pages=7))
     before = _told(instances)
-    instances.members.remove(0, has_died=has_died)
-    instances.members.remove(0, has_died=has_died)  # without effect
+    instances.members.remove(0, why)
+    instances.members.remove(0, why)  # without effect
     after = _told(instances)
     assert not any(("instance", "0") in labels for _, labels in after)
     gone = {key for key in before if key not in after}
     assert all(("instance", "0") in labels for _, labels in gone)
     grown = {name for (name, labels), value in after.items() if value > before[name, labels]}
     assert grown == {"vkv:cluster_ended_instances_total"}
-    why = "died" if has_died else "drained"
     assert _of(after, "vkv:cluster_ended_instances_total", why=why) == 1
     for (name, labels), value in after.items():
         assert not name.endswith("_total") or value >= before[name, labels], name
