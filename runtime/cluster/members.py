@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -177,8 +177,15 @@ class Members:
             for sequence in self._arbiter.unfinished:
                 if sequence.owner is not None:
                     by_owner.setdefault(sequence.owner, []).append(sequence)
+            # What an idle one said last is of before it was idle.
+            refusing = {
+                name
+                for member in self._members.values()
+                if member.lending is not None and str(member.id) in by_owner
+                for name in member.lending.refusing
+            }
             self._snapshot = tuple(
-                self._picture(member, by_owner.get(str(member.id), []), loans)
+                self._picture(member, by_owner.get(str(member.id), []), loans, refusing)
                 for member in self._members.values()
             )
             self._measured = _costs(self._members.values())
@@ -195,7 +202,11 @@ class Members:
         )
 
     def _picture(
-        self, member: Member, sequences: list[Owned], loans: Sequence[Loan]
+        self,
+        member: Member,
+        sequences: list[Owned],
+        loans: Sequence[Loan],
+        refusing: Collection[str],
     ) -> InstanceSnapshot:
         """One instance. It is known of a request that its prompt is computed by its first token."""
         stats, face = member.stats, member.face
@@ -239,16 +250,16 @@ class Members:
             queued_tokens=sum(len(s.spec.prompt_token_ids) for s in fresh),
             residents=_residents(stats, sequences),
             requests=tuple(requests),
-            **_lending(member, lent, self._members.values()),
+            **_lending(member, lent, is_full=member.name in refusing),
         )
 
 
-def _lending(member: Member, lent: int, members: Iterable[Member]) -> dict[str, Any]:
-    """What a picture says of an instance's lending, which has so many tokens of others."""
+def _lending(member: Member, lent: int, *, is_full: bool) -> dict[str, Any]:
+    """What a picture says of an instance's lending, which has so many tokens of others, and takes
+    in no more if it `is_full`."""
     lending = member.lending
     if lending is None:
         return {}
-    is_full = any(one.lending and member.name in one.lending.refusing for one in members)
     most, lacking = lending.max_lent_tokens, lending.lacking
     return {
         "max_lent_tokens": min(lent, most) if is_full else most,

@@ -167,6 +167,28 @@ def test_what_is_not_all_in_its_instance_does_not_move() -> None:
     assert [key for key, one in pictures.items() if not one.is_migratable] == [long]
 
 
+def test_who_takes_nothing_in_is_full_while_somebody_says_so() -> None:
+    arbiter = Arbiter()
+    members = Members(arbiter)
+    report = LendingReport(longest_alone=2080, max_local_tokens=1024, max_lent_tokens=1536)
+    for id in (1, 2):
+        member = Member(id=id, role="both", pid=0)
+        members.add(member, cast(Any, _NoLink()))
+        members.meet(id, _FACE)
+        member.lending = report
+    full = members.of(2)
+    members.of(1).lending = msgspec.structs.replace(report, refusing=(full.name,))
+
+    def most_lent() -> list[int]:
+        members.changed()
+        return [one.max_lent_tokens for one in members.snapshot(num_dispatched=0).instances]
+
+    assert most_lent() == [1536, 1536]  # who said so is idle since, and says nothing new
+    arbiter.add(_specs(1)[0], "1")
+    assert most_lent() == [1536, 0]
+    assert full.lending == report
+
+
 def test_who_did_both_while_others_were_missing_remembers_its_role() -> None:
     members = Members(Arbiter())
     roles: list[Role] = ["prefill", "decode"]
