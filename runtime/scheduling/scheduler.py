@@ -16,9 +16,9 @@ from ..request.request import Batch, Padding, Request, RequestState, ScheduledRe
 from ..request.spec import SequenceKey
 from ..speculation import Speculation
 from .accounts import Accounts
+from .lending.turns import able, lend_out, who_does_without
 from .lines import lines_for
 from .plan import Plan, Policy
-from .segments import Segments
 from .snapshot import Snapshot
 from .tiers import Tiers, live_donor
 from .views import running_view, waiting_view
@@ -173,7 +173,7 @@ class Scheduler:
             if isinstance(refusal, OutOfLoans):  # no memory of this engine would help
                 self.lacking = self.lacking or (request, refusal)
                 short = None
-                loser = _without_loans(self.running, request)
+                loser = who_does_without(self.running, request)
                 if loser is None or loser is request:
                     aside.add(request)
                 else:
@@ -182,7 +182,10 @@ class Scheduler:
                 continue
             if self.tiers.give_way():
                 continue
-            if _lend_out(self.cache, self.tiers, self.running, request, granted):
+            wanted = self.cache.growth_tokens
+            if request.slot is None:
+                wanted = _tokens_to_admit(request, bool(self.running), wanted)
+            if lend_out(self.cache, self.tiers, self.running, request, granted, wanted):
                 continue
             if self.tiers.is_leaving:
                 # What it lacks is being copied out: it stands aside for this step, and nobody gives
@@ -270,7 +273,7 @@ class Scheduler:
 
     def _apply(self, plan: Plan, granted: dict[Request, int]) -> tuple[Request, Refusal] | None:
         """Carry out a plan, as far as memory goes; returns whom it was too short for."""
-        plan, lacking = _able(plan, self._requests, self.tiers.segments)
+        plan, lacking = able(plan, self._requests, self.tiers.segments)
         for key in plan.preempt:
             request = self._requests[key]
             granted.pop(request, None)
@@ -437,56 +440,6 @@ def _look_ahead(
         else:
             target = min(end + max_batch_tokens, request.num_tokens)
         cache.look_ahead(request.slot, target)
-
-
-def _able(
-    plan: Plan, requests: Mapping[SequenceKey, Request], segments: Segments | None
-) -> tuple[Plan, tuple[Request, OutOfLoans] | None]:
-    """A plan without the first newcomer that others would have to lend to, nor those behind it; and
-    who that is. So nobody gives way for it in vain."""
-    if segments is None:
-        return plan, None
-    for place, key in enumerate(plan.admit):
-        try:
-            segments.check_loans(requests[key])
-        except OutOfLoans as refusal:
-            return plan.of_first(place), (requests[key], refusal)
-    return plan, None
-
-
-def _without_loans(running: Sequence[Request], request: Request) -> Request | None:
-    """Who does without what others lend, of which there is too little: of those that have tokens
-    elsewhere the last admitted gives way, and the last itself stands aside for a step. None where
-    it waits."""
-    if request not in running:
-        return None
-    if request.mending is not None:  # others need not give way: all of it may be computed again
-        return request
-    later = running[running.index(request) + 1 :]
-    return next((other for other in reversed(later) if other.is_spread), request)
-
-
-def _lend_out(
-    cache: SlotCache,
-    tiers: Tiers,
-    running: Sequence[Request],
-    request: Request,
-    granted: dict[Request, int],
-) -> bool:
-    """Have others take tokens in, so that a request gets memory. False if that cannot be."""
-    wanted = cache.growth_tokens
-    if request.slot is None:
-        wanted = _tokens_to_admit(request, bool(running), wanted)
-    chosen = tiers.lend_out(running, request, wanted)
-    if chosen is None:
-        return False
-    if count := granted.get(chosen):  # its slot is another
-        assert chosen.slot is not None
-        try:
-            cache.grow(chosen.slot, chosen.num_computed - chosen.slot_start + count)
-        except (Shortage, DriverError):
-            del granted[chosen]
-    return True
 
 
 def _tokens_to_admit(request: Request, others_run: bool, growth_tokens: int) -> int:
