@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -507,8 +508,9 @@ class Attack:
         if zombies := left_over.zombies():
             self.wrong.append(f"zombies: {zombies}")
         names = {member.id for member in self.cluster.router.members_now()}
-        if strange := left_over.strange_sockets(self.cluster, names):
-            self.wrong.append(f"sockets are left: {strange}")
+        strange = partial(left_over.strange_sockets, self.cluster, names)
+        if not left_over.wait_until(lambda: not strange(), 10.0):  # who died last is being buried
+            self.wrong.append(f"sockets are left: {strange()}")
 
     def unfinished(self) -> list[str]:
         """All that is known of what has not ended."""

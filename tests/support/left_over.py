@@ -7,7 +7,7 @@ from typing import Any
 from vkv.bench.soak.left_over import holds_nothing, num_open, wait_until, zombies
 from vkv.runtime.cluster.cluster import Cluster
 
-__all__ = ["holds_nothing", "num_open", "strange_sockets", "until", "zombies"]
+__all__ = ["holds_nothing", "num_open", "strange_sockets", "until", "wait_until", "zombies"]
 
 
 def until(is_so: Callable[[], bool], why: Any, within_s: float = 30.0) -> None:
@@ -17,5 +17,5 @@ def until(is_so: Callable[[], bool], why: Any, within_s: float = 30.0) -> None:
 
 def strange_sockets(cluster: Cluster, members: Collection[int]) -> list[str]:
     """Sockets of instances that are no more."""
-    left = {name.partition(".")[0] for name in os.listdir(cluster._launcher._folder.name)}
-    return [name for name in left if name.isdigit() and int(name) not in members]
+    numbers = {name: name.partition(".")[0] for name in os.listdir(cluster._launcher._folder.name)}
+    return [n for n, number in numbers.items() if number.isdigit() and int(number) not in members]
