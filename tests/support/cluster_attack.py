@@ -509,7 +509,8 @@ class Attack:
             self.wrong.append(f"zombies: {zombies}")
         names = {member.id for member in self.cluster.router.members_now()}
         strange = partial(left_over.strange_sockets, self.cluster, names)
-        if not left_over.wait_until(lambda: not strange(), 10.0):  # who died last is being buried
+        # Who died last is being buried, and a way that was to be cut waits 15 s for its stage.
+        if not left_over.wait_until(lambda: not strange(), 40.0):
             self.wrong.append(f"sockets are left: {strange()}")
 
     def unfinished(self) -> list[str]:
