@@ -137,15 +137,15 @@ class Fleet:
 
     def _rescale(self, instances: int) -> None:
         """Have as many instances as the policy wants, which may ask again while some drain."""
-        leaving: Sequence[int] = ()
         try:
-            leaving = self._begin_scaling(instances)
+            try:
+                leaving = self._begin_scaling(instances)
+            finally:
+                self._router.scaled()
+            for instance in leaving:
+                self._end_drained(instance)
         except VkvError as error:
             _log.warning("there are to be %d instances, and cannot be: %s", instances, error)
-        finally:
-            self._router.scaled()
-        for instance in leaving:
-            self._end_drained(instance)
 
     def _wait_for_faces(self, instances: set[int]) -> None:
         deadline = time.monotonic() + _MEET_S

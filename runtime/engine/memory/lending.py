@@ -35,12 +35,10 @@ class Lacking(msgspec.Struct, frozen=True):
 
     Attributes:
         num_tokens: so many, beside those that they have.
-        is_waiting: it has no slot.
     """
 
     key: SequenceKey
     num_tokens: int
-    is_waiting: bool
 
 
 class LendingReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,4 +142,4 @@ def _lacking(scheduler: "Scheduler", segments: "Segments") -> Lacking | None:
     if scheduler.lacking is None:
         return None
     request, _ = scheduler.lacking
-    return Lacking(request.key, segments.num_lacking(request), request.slot is None)
+    return Lacking(request.key, segments.num_lacking(request))

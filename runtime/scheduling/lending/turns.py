@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def able(
     plan: Plan, requests: Mapping[SequenceKey, Request], segments: "Segments | None"
 ) -> tuple[Plan, tuple[Request, OutOfLoans] | None]:
-    """A plan without the first newcomer that others would have to lend to, nor those behind it; and
-    who that is. So nobody gives way for it in vain."""
-    if segments is None:
+    """A plan in which nobody gives way in vain: without the first newcomer that others would have
+    to lend to, nor those behind it. And who that is."""
+    if segments is None or not plan.preempt:  # where nobody gives way, it is refused in its turn
         return plan, None
     for place, key in enumerate(plan.admit):
         try:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from borrowing import Lent, expected_of, specs_of, tokens_of
 from transformers import PreTrainedModel
-from vkv.runtime.engine.memory.lending import report_of
+from vkv.runtime.engine.memory.lending import Lacking, report_of
 from vkv.runtime.engine.memory.segments import disconnect_creditor
 from vkv.runtime.model.segments import RemoteHolder
 from vkv.runtime.request.continuation import Continuation
@@ -282,13 +282,13 @@ def test_who_takes_nothing_in_is_named_for_a_while(llama: PreTrainedModel) -> No
         lent.drive(lambda: own.num_output_tokens > 3)
         lent.place(at_1=1536)
         engine = lent.engines[0]
-        engine.add(specs[1])
+        (long,) = engine.add(specs[1])
         lent.drive(lambda: engine.scheduler.lacking is not None)
         report = report_of(engine)
         assert report is not None
         assert report.refusing == ("1",)
-        assert report.lacking is not None
-        assert not report.lacking.is_waiting
+        assert report.lacking == Lacking(long.key, 512)
+        assert long.slot is not None
         lent.drive()
 
 
