@@ -249,6 +249,7 @@ def test_none_that_gives_up_comes_back_before_it_may(llama: PreTrainedModel) -> 
         lent.place(give_up=True, at_1=1536)
         lent.drive(lambda: requests[1].is_finished)
         assert requests[0].slot is None
+        assert not requests[0].is_finished
         assert lent.engines[0].stats().num_preemptions == 1
         lent.place(at_1=1536)
         lent.drive()
