@@ -3,6 +3,8 @@
 import os
 import random
 import re
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,7 +15,7 @@ from typing import Any, Self
 import pytest
 from typer.testing import CliRunner
 from vkv import LLM, SamplingParams
-from vkv.bench.soak import left_over, run, site
+from vkv.bench.soak import crew, left_over, run, site
 from vkv.bench.soak.asks import Ask, Mix, draw
 from vkv.bench.soak.models import BASE, Models, save_models
 from vkv.bench.soak.options import PARTS, SoakOptions
@@ -212,6 +214,51 @@ def test_a_leak_is_named(quiet: list[str], monkeypatch: pytest.MonkeyPatch) -> N
     done = _soak(*quiet[2:], "--minutes", "0.5")
     assert done.exit_code == 1, done.output
     assert "the soak itself has 20 descriptors, and had 10" in " ".join(done.output.split())
+
+
+def test_files_of_keys_and_values_are_counted_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me, tally = os.getpid(), Tally()
+    with (tmp_path / "one").open("w"):
+        (tmp_path / "one").unlink()  # which an engine may have mapped still
+        assert left_over.num_files(me, tmp_path) == 1
+        site.look_at({me: "it"}, tmp_path, tally, most_open=0)
+    site.look_at({me: "it"}, tmp_path, tally, most_open=0)
+    before, after = tally.processes[f"it, {me}"]
+    assert before.num_descriptors == after.num_descriptors
+    assert tally.is_right
+    monkeypatch.setattr(left_over, "num_files", lambda pid, home: 129)
+    site.look_at({me: "it"}, tmp_path, tally, most_open=200)
+    assert tally.leaks == ["it has 129 files of keys and values open"]
+
+
+def test_an_interruption_waits_for_those_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over, done, late = threading.Event(), list[str](), list[threading.Thread]()
+
+    def work() -> None:
+        is_over.wait()
+        time.sleep(0.2)
+        done.append("all of it")
+
+    join = crew._join
+
+    def interrupted(*given: Any) -> None:
+        monkeypatch.setattr(crew, "_join", join)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(crew, "_join", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        crew.at_work([threading.Thread(target=work)], is_over, 10.0, late.append),
+    ):
+        pass
+    assert done
+    stuck = threading.Thread(target=time.sleep, args=(1.0,))
+    with crew.at_work([stuck], is_over, 0.0, late.append):
+        pass
+    assert late == [stuck]
+    stuck.join()
 
 
 def test_pages_that_stay_are_named(
