@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from standin import StandInCudaDriver
-from standin.process import kernel_mappings
+from standin.process import kernel_mappings_of
 from vkv.vmem import HostDriver, is_of_file
 from vkv.vmem.errors import InvalidConfig, InvalidOperation
 
@@ -178,9 +178,9 @@ class HostMachine(DriverMachine):
 
     @invariant()
     def counts_the_mappings_of_the_kernel(self):
-        counted = joined = 0
+        ranges = [(address, count * self.page_bytes) for address, count in self.reserved.items()]
+        counted, joined = len(kernel_mappings_of(ranges)), 0
         for address, num_pages in self.reserved.items():
-            counted += len(kernel_mappings(address, num_pages * self.page_bytes))
             pages = [self.driver.page_at(address + i * self.page_bytes) for i in range(num_pages)]
             joined += sum(map(self._continues, pages, pages[1:]))
         assert self.driver.num_mappings == counted + joined
