@@ -8,8 +8,6 @@ import torch
 from vkv.bench import limits
 from vkv.bench.limits import Limits, LimitsProbe
 
-pytestmark = pytest.mark.usefixtures("quick_limits")
-
 
 def _probe(**options: int) -> LimitsProbe:
     return LimitsProbe(torch.device("cpu"), torch.float32, **options)

@@ -19,7 +19,6 @@ from vkv.bench.options import StartupOptions
 from vkv.bench.record import INCOMPLETE, Findings, Record, Table
 from vkv.bench.report import report
 
-pytestmark = pytest.mark.usefixtures("quick_limits")
 CPU = torch.device("cpu")
 
 

@@ -20,7 +20,6 @@ from vkv.runtime.cli import main as cli
 from vkv.runtime.cli.options import Options
 from vkv.vmem.errors import InvalidConfig
 
-pytestmark = pytest.mark.usefixtures("quick_limits")
 SHAPES = (
     Shape(batch=3, context=70, head_dim=16),
     Shape(batch=1, context=100, queries=33, num_heads=4, num_kv_heads=4, head_dim=16),

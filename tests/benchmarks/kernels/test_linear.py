@@ -12,7 +12,6 @@ from vkv.bench.kernels.linear import LAYERS, LinearOptions, all_kernels, run
 from vkv.bench.models.shapes import SHAPES
 from vkv.quant import Int4Linear, Int4Weight
 
-pytestmark = pytest.mark.usefixtures("quick_limits")
 OPTIONS = LinearOptions(layers=("small",), rows=(1, 5), repeats=2, max_bytes=1 << 16)
 
 

@@ -3,10 +3,7 @@
 import json
 from pathlib import Path
 
-import pytest
 from vkv.bench.kernels.move import WAYS, MoveOptions, run
-
-pytestmark = pytest.mark.usefixtures("quick_limits")
 
 
 def test_every_way_moves_every_size_and_pages_copy_nothing(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from vkv.runtime.engine.devices import CpuProfile
 from vkv.vmem import HostDriver, Page
 from vkv.vmem.errors import InvalidConfig
 
-pytestmark = pytest.mark.usefixtures("quick_limits")
 STEPS, PAGE_BYTES = 24, 4096
 OPTIONS = StallOptions(
     heads="4:2x32",  # 16 tokens a page

@@ -12,8 +12,6 @@ from vkv.bench.kernels.vmm import OPERATIONS, VmmOptions, run
 from vkv.vmem import HostDriver
 from vkv.vmem.errors import InvalidConfig
 
-pytestmark = pytest.mark.usefixtures("quick_limits")
-
 
 def _record(options: VmmOptions, folder: Path) -> dict[str, Any]:
     path, tables = run(options, folder, "vkv bench vmm")

@@ -3,11 +3,8 @@
 import json
 from pathlib import Path
 
-import pytest
 from vkv.bench.load.chains import ALONE, APART, TOGETHER, run
 from vkv.bench.load.options import ChainsOptions
-
-pytestmark = pytest.mark.usefixtures("quick_limits")
 
 
 def test_all_ways_answer_all_requests(tmp_path: Path) -> None:

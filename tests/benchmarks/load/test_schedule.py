@@ -15,7 +15,7 @@ from vkv.vmem.errors import InvalidConfig
     ("policy", "name"),
     [("fcfs", "schedule"), ("priority", "schedule-priority"), ("fair", "schedule-fair")],
 )
-def test_it_records_every_line(quick_limits: None, tmp_path: Path, policy: str, name: str) -> None:
+def test_it_records_every_line(tmp_path: Path, policy: str, name: str) -> None:
     arguments = ["bench", "schedule", "--queued", "3,40", "--num-finished", "20", "--repeats", "2"]
     arguments += ["--scheduling-policy", policy]
     result = CliRunner().invoke(cli.app, [*arguments, "--out", str(tmp_path)])

@@ -246,7 +246,6 @@ def _run(folder: Path, **options: Any) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-@pytest.mark.usefixtures("quick_limits")
 def test_all_four_quadrants_by_both_policies(tmp_path: Path) -> None:
     record = _run(tmp_path, num_requests=5, clients=(3,), scale=0.05, budgets=(32,))
     runs = record["results"]["runs"]
@@ -268,13 +267,11 @@ def test_all_four_quadrants_by_both_policies(tmp_path: Path) -> None:
     assert [table["title"] for table in record["tables"]][-1].startswith("SplitFuse to prefill")
 
 
-@pytest.mark.usefixtures("quick_limits")
 def test_outputs_of_one_token_have_no_gaps(tmp_path: Path) -> None:
     record = _run(tmp_path, workloads=("fastgen-1200-60",), num_requests=2, scale=0.01)
     assert {n for run in record["results"]["runs"] for n in run["output_lens"]} == {1}
 
 
-@pytest.mark.usefixtures("quick_limits")
 def test_rates_take_the_place_of_clients(tmp_path: Path) -> None:
     record = _run(
         tmp_path,
@@ -291,7 +288,6 @@ def test_rates_take_the_place_of_clients(tmp_path: Path) -> None:
     assert len(record["tables"]) == 2
 
 
-@pytest.mark.usefixtures("quick_limits")
 def test_budgets_are_compared_by_policy(tmp_path: Path) -> None:
     record = _run(
         tmp_path,

@@ -7,8 +7,6 @@ import pytest
 from vkv.bench.models.adapters import BASE, SEVERAL, AdaptersOptions, run
 from vkv.vmem.errors import InvalidConfig
 
-pytestmark = pytest.mark.usefixtures("quick_limits")
-
 
 @pytest.mark.parametrize("targets", ["all", "attention"])
 def test_every_way_is_timed(tmp_path: Path, targets: str) -> None:

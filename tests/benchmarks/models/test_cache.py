@@ -8,8 +8,6 @@ from vkv.bench.models import cache
 from vkv.bench.models.cache import CacheOptions, run
 from vkv.vmem.errors import InvalidConfig
 
-pytestmark = pytest.mark.usefixtures("quick_limits")
-
 
 def test_a_record_of_every_kind(tmp_path: Path) -> None:
     options = CacheOptions(

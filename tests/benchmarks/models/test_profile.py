@@ -11,12 +11,9 @@ from vkv.bench.models.profile import BatchProfile, ProfileOptions, run
 from vkv.runtime.cpu_kernels import kernels as native_kernels
 from vkv.vmem.errors import InvalidConfig
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_limits"),
-    pytest.mark.skipif(
-        not native_kernels.available(torch.float32), reason="no C compiler, no built kernels"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not native_kernels.available(torch.float32), reason="no C compiler, no built kernels"
+)
 
 
 def _record(options: ProfileOptions, folder: Path) -> dict[str, Any]:

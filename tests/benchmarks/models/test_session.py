@@ -8,8 +8,6 @@ from vkv.bench.models import session
 from vkv.bench.models.options import SessionOptions
 from vkv.bench.models.session import WAYS, run
 
-pytestmark = pytest.mark.usefixtures("quick_limits")
-
 SMALL = SessionOptions(
     shape="llama-tiny", dtype="float32", threads=1, tokens=600, processes=2, repeats=1
 )

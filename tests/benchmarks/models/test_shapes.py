@@ -22,7 +22,7 @@ every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
 @pytest.fixture
-def small_shapes(monkeypatch: pytest.MonkeyPatch, quick_limits: None) -> None:
+def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The heads of every shape, one layer of them, and little else."""
     for name, options in SHAPES.items():
         small = {"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 16}
