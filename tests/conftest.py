@@ -1,5 +1,6 @@
 """Fixtures every folder's tests share: drivers of virtual memory, and the marker for GPUs."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -43,6 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Tests collect garbage: none is among the modules and the tests that are there by now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

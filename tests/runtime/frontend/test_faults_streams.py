@@ -19,15 +19,6 @@ def model() -> PreTrainedModel:
     return zoo.tiny_model("llama")
 
 
-@pytest.fixture(autouse=True)
-def quick_collections(model: PreTrainedModel) -> Iterator[None]:
-    """The collector looks at what tests make, and not at all of PyTorch each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def first(model: PreTrainedModel) -> Iterator[LLM]:
     with LLM(model, device="cpu", **zoo.with_defaults({})) as llm:
