@@ -144,6 +144,7 @@ def test_every_bench_keeps_the_steps_before_ctrl_c(
 def test_startup_times_each_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = {"nothing": ("-c", "pass"), "import vkv": ("-c", "import vkv")}
     monkeypatch.setattr(startup, "COMMANDS", commands)
+    monkeypatch.setattr(startup, "RAY", ("-c", "pass"))
     options = StartupOptions(repeats=2, peers={"other": sys.executable})
     path, (table,) = startup.run(options, tmp_path, "vkv bench startup")
     record = json.loads(path.read_text())
@@ -152,3 +153,8 @@ def test_startup_times_each_command(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names = [*commands, *ray, *(f"{name}, other" for name in commands)]
     assert {n: len(s) for n, s in record["results"]["seconds"].items()} == dict.fromkeys(names, 2)
     assert [row[0] for row in table.rows] == names
+
+
+def test_what_startup_times_of_ray_runs() -> None:
+    pytest.importorskip("ray", reason="instances are actors of Ray: pip install 'vkv[cluster]'")
+    assert startup._start((sys.executable, *startup.RAY)) > 0
