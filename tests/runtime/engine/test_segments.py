@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from vkv import LLM, SamplingParams
 from vkv.allocator import KVCache, Slot
 from vkv.allocator.transfer import copier
+from vkv.allocator.transfer.channels import wire
 from vkv.attention_backends import PastBatch, choose_backend, partial_attention
 from vkv.runtime.engine.devices import CudaProfile
 from vkv.runtime.engine.engine import Engine
@@ -591,6 +592,11 @@ class Peer:
                 env={**os.environ, "PYTHONPATH": os.path.dirname(segment_peer.__file__)},
             )
         self.holder = RemoteHolder(name, ours, timeout_s=10)
+        self._sock = ours
+
+    def patience(self, timeout_s: float) -> None:
+        """For how long its answers are waited for from now on."""
+        wire.prepare(self._sock, timeout_s)
 
     def hear(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -611,36 +617,43 @@ class Peer:
             pipe.close()
 
 
-@pytest.mark.parametrize("how", [None, signal.SIGKILL, signal.SIGSTOP], ids=str)
-def test_engines_in_other_processes_lend_until_they_die(
-    llama: PreTrainedModel, how: signal.Signals | None
-) -> None:
+def _lend(llama: PreTrainedModel, peers: Sequence[Peer], how: signal.Signals | None) -> Peer | None:
+    """One long request and a short one, while the peer that lends first gets a signal; that peer,
+    if any does."""
     specs = _specs([2900, 40], max_tokens=30, mixed=False)
-    expected = _expected(llama, specs)
+    dead = None
+    with _llm(llama, kv_memory=_POOL) as llm:
+        for peer in peers:
+            add_creditor(llm.engine, peer.holder, 2048)
+        requests = [llm.engine.add(spec)[0] for spec in specs]
+        while requests[0].num_output_tokens < 4:
+            llm.engine.step()
+        if how is not None:
+            (dead,) = (p for p in peers if p.holder.name == requests[0].lent[0].holder)
+            dead.process.send_signal(how)
+            dead.patience(0.5)
+        _drive(llm.engine)
+        assert [r.output_token_ids for r in requests] == _expected(llama, specs)
+        stats = llm.engine.stats()
+        assert stats.num_preemptions == 0
+        assert (stats.segments.mended_tokens > 0) == (how is not None)
+        _check_nothing_left(llm.engine)
+    return dead
+
+
+def test_engines_in_other_processes_lend_until_they_die(llama: PreTrainedModel) -> None:
+    """None of three does; then one of them is killed, and of the other two one is stopped."""
     (own,) = _expected(llama, _specs([300], max_tokens=8, mixed=False))
     peers = [Peer(f"process {i}") for i in range(3)]
+    living = list(peers)
     try:
         assert all(peer.hear()["ready"] for peer in peers)
-        with _llm(llama, kv_memory=_POOL) as llm:
-            for peer in peers:
-                add_creditor(llm.engine, peer.holder, 2048)
-            requests = [llm.engine.add(spec)[0] for spec in specs]
-            while requests[0].num_output_tokens < 4:
-                llm.engine.step()
-            dead = requests[0].lent[0].holder
-            if how is not None:
-                next(p for p in peers if p.holder.name == dead).process.send_signal(how)
-            _drive(llm.engine)
-            assert [r.output_token_ids for r in requests] == expected
-            stats = llm.engine.stats()
-            assert stats.num_preemptions == 0
-            assert (stats.segments.mended_tokens > 0) == (how is not None)
-            _check_nothing_left(llm.engine)
-        for peer in peers:
-            peer.holder.close()
-        for peer in peers:
-            if how is None or peer.holder.name != dead:
-                assert peer.stop()["tokens"] == own
+        for how in (None, signal.SIGKILL, signal.SIGSTOP):
+            dead = _lend(llama, living, how)
+            living = [peer for peer in living if peer is not dead]
+        (last,) = living
+        last.holder.close()
+        assert last.stop()["tokens"] == own
     finally:
         for peer in peers:
             peer.close()
