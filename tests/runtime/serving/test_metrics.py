@@ -1,8 +1,5 @@
 """What Prometheus reads."""
 
-from pathlib import Path
-
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from served import Served
 
@@ -59,15 +56,3 @@ def test_what_the_engine_holds(served: Served) -> None:
     assert value(found, "vkv:engine_up") == 1
     assert value(found, "vllm:num_requests_running") == 0
     assert any(name == "vkv:driver_calls_total" for name, _ in found)
-
-
-@pytest.mark.parametrize("count", [2])
-def test_several_fronts_tell_of_all(tmp_path: Path, count: int) -> None:
-    import httpx
-
-    with Served("--api-server-count", str(count), log=tmp_path / "log") as server:
-        for _ in range(6):  # a connection each, so that both have some
-            httpx.post(server.url + "/v1/chat/completions", json=CHAT, timeout=60)
-        server.wait_until_idle()
-        assert value(samples(server), "vllm:request_success_total", finished_reason="stop") == 6
-        assert server.stop() == 0

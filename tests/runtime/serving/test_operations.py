@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import ssl
@@ -11,12 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from served import Served, children_of, events, is_alive
+from served import Served, events, is_alive
 from typer.testing import CliRunner
 from vkv.runtime.cli.main import app
 from vkv.vmem.errors import InvalidConfig
@@ -232,20 +233,55 @@ def test_a_stopped_engine_is_no_healthy_one(tmp_path: Path) -> None:
         _until(lambda: not is_alive(engine))
 
 
-@pytest.mark.parametrize("patience_s", [30, 0])
-def test_sigterm_ends_what_is_under_way(tmp_path: Path, patience_s: int) -> None:
+def _over_tls(folder: Path) -> tuple[list[str], httpx.Client]:
+    """Arguments of a server with a certificate of its own, and a client that believes it."""
+    key, certificate = folder / "key", folder / "certificate"
+    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
+    files = ("-keyout", str(key), "-out", str(certificate))
+    command = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2")
+    subprocess.run([*command, *names, *files], check=True, capture_output=True)
+    arguments = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+    return arguments, httpx.Client(verify=ssl.create_default_context(cafile=certificate))
+
+
+def _at_a_unix_socket(folder: Path) -> tuple[list[str], httpx.Client]:
+    path = str(folder / "socket")
+    return ["--uds", path], httpx.Client(transport=httpx.HTTPTransport(uds=path))
+
+
+@pytest.mark.parametrize(
+    ("reached", "base_url", "patience_s"),
+    [(_over_tls, "https://127.0.0.1:", 30), (_at_a_unix_socket, "unix:", 0)],
+    ids=["over TLS, in time", "at a Unix socket, too late"],
+)
+def test_sigterm_ends_what_is_under_way(
+    tmp_path: Path,
+    reached: Callable[[Path], tuple[list[str], httpx.Client]],
+    base_url: str,
+    patience_s: int,
+) -> None:
     """In its time if that suffices, else with the reason "abort"; and nothing is left behind."""
-    arguments = ["--shutdown-timeout", str(patience_s), "--api-server-count", "1"]
-    with Served(*arguments, log=tmp_path / "log") as server:
+    if reached is _over_tls and shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate, and is not there")
+    arguments, client = reached(tmp_path)
+    arguments += ["--shutdown-timeout", str(patience_s), "--api-server-count", "1"]
+    with Served(*arguments, log=tmp_path / "log", wait=False) as server:
+        assert server.url.startswith(base_url)
+        client.base_url = server.client.base_url  # "http://local" for a Unix socket
+        client.timeout = 60
+        server.client.close()
+        server.client = client
+        server.wait_until_ready()
+        assert client.get("/version").status_code == 200
         children = server.children()
         body = {**LONG, "max_tokens": 300, "stream": True}
-        with server.client.stream("POST", "/v1/completions", json=body) as answer:
+        with client.stream("POST", "/v1/completions", json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
             server.process.send_signal(signal.SIGTERM)
             if patience_s:
-                _until(lambda: httpx.get(server.url + "/ready").status_code == 503)
-                assert httpx.post(server.url + "/v1/completions", json=LONG).status_code == 503
+                _until(lambda: client.get("/ready").status_code == 503)
+                assert client.post("/v1/completions", json=LONG).status_code == 503
             data = events(lines)
         assert data[-1] == "[DONE]"
         reason = json.loads(data[-2])["choices"][0]["finish_reason"]
@@ -254,41 +290,43 @@ def test_sigterm_ends_what_is_under_way(tmp_path: Path, patience_s: int) -> None
         assert not [pid for pid in children if is_alive(pid)]
 
 
-def test_https_and_a_unix_socket(tmp_path: Path) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate, and is not there")
-    key, certificate = tmp_path / "key", tmp_path / "certificate"
-    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
-    files = ("-keyout", str(key), "-out", str(certificate))
-    command = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2")
-    subprocess.run([*command, *names, *files], check=True, capture_output=True)
-    arguments = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
-    with Served(*arguments, log=tmp_path / "log", wait=False) as server:
-        assert server.url.startswith("https://")
-        with httpx.Client(verify=ssl.create_default_context(cafile=certificate)) as client:
-            assert client.get(server.url + "/health").status_code == 200
-    uds = tmp_path / "socket"
-    with Served("--uds", str(uds), log=tmp_path / "log-of-uds", wait=False) as server:
-        transport = httpx.HTTPTransport(uds=str(uds))
-        with httpx.Client(transport=transport, base_url="http://local") as client:
-            assert client.get("/version").status_code == 200
-
-
-def test_several_front_processes(tmp_path: Path) -> None:
-    with Served("--api-server-count", "2", log=tmp_path / "log") as server:
-        fronts = [p for p in server.children() if p != server.engine()]
-        assert len(fronts) == 2
-        greedy = {**CHAT, "temperature": 0}
-        answers = [
-            httpx.post(server.url + "/v1/chat/completions", json=greedy, timeout=60)
-            for _ in range(8)
-        ]
-        assert {answer.status_code for answer in answers} == {200}
-        assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 1
-        os.kill(fronts[0], signal.SIGKILL)
-        _until(lambda: len(children_of(server.process.pid)) == 3)
-        _until(lambda: _is_ready(server))
+@pytest.fixture(scope="module")
+def fronts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of two front processes."""
+    log = tmp_path_factory.mktemp("fronts") / "log"
+    with Served("--api-server-count", "2", log=log) as server:
+        yield server
         assert server.stop() == 0
+
+
+def test_a_front_that_dies_is_started_again(fronts: Served) -> None:
+    engine = fronts.engine()
+    first, second = (pid for pid in fronts.children() if pid != engine)
+    greedy = {**CHAT, "temperature": 0}
+    answers = [
+        httpx.post(fronts.url + "/v1/chat/completions", json=greedy, timeout=60) for _ in range(8)
+    ]
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 1
+    os.kill(first, signal.SIGKILL)
+    _until(lambda: {*fronts.children()} - {first} > {second, engine})
+    _until(lambda: _is_ready(fronts))
+
+
+def test_several_fronts_tell_of_all(fronts: Served) -> None:
+    before = _num_stopped(fronts)
+    for _ in range(6):  # a connection each, so that both have some
+        body = {**CHAT, "max_tokens": 64, "temperature": 0}
+        httpx.post(fronts.url + "/v1/chat/completions", json=body, timeout=60)
+    fronts.wait_until_idle()
+    assert _num_stopped(fronts) - before == 6
+
+
+def _num_stopped(server: Served) -> float:
+    """Requests that ended by themselves, as whichever front is asked counts them."""
+    of_one = r'^vllm:request_success_total\{.*finished_reason="stop".*\} (\S+)$'
+    text = httpx.get(server.url + "/metrics").text
+    return sum(map(float, re.findall(of_one, text, flags=re.MULTILINE)))
 
 
 def _is_ready(server: Served) -> bool:
@@ -298,13 +336,17 @@ def _is_ready(server: Served) -> bool:
         return False
 
 
-def test_an_address_in_use_and_a_model_that_is_not_there(served: Served, tmp_path: Path) -> None:
+def test_an_address_in_use(served: Served) -> None:
     port = served.url.rpartition(":")[2]
+    told = CliRunner().invoke(app, ["serve", "--port", port])
+    assert isinstance(told.exception, InvalidConfig)
+    assert "cannot be listened on" in str(told.exception)
+
+
+def test_what_only_the_engine_can_say_ends_the_server(tmp_path: Path) -> None:
     for arguments, words in (
-        (["--port", port], "cannot be listened on"),
         (["--port", "0", str(tmp_path / "nothing")], "nothing"),
         (["--port", "0", "--tool-call-parser", "hf", "--api-server-count", "2"], "response_templ"),
-        (["--port", "0", "--key-share", "2"], "key_share is 2"),
     ):
         told = subprocess.run(
             [sys.executable, "-m", "vkv.runtime.cli.main", "serve", *arguments],
@@ -322,6 +364,7 @@ def test_an_address_in_use_and_a_model_that_is_not_there(served: Served, tmp_pat
         ("--chat-template", "/nowhere/none", "chat_template"),
         ("--tool-call-parser", "nope", "tool_call_parser is 'nope'"),
         ("--max-num-seqs", "0", "max_seqs is 0"),
+        ("--key-share", "2", "key_share is 2"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_at_once(option: str, value: str, words: str) -> None:
