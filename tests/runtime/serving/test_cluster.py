@@ -24,12 +24,17 @@ _KEY = "of-the-operator"
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of two instances, whose end leaves no process."""
     log = tmp_path_factory.mktemp("cluster") / "log"
-    arguments = ["--instances", "2", "--cluster-policy", "round_robin", "--api-key", _KEY]
+    arguments = ["--instances", "2", "--roles", "both,both", "--cluster-policy", "round_robin"]
+    arguments += ["--api-key", _KEY]
     some = ["--device", "cpu", "--dtype", "float32", "--max-num-seqs", "4"]
     with Served(*arguments, *some, log=log) as served:
         served.client.headers["authorization"] = f"Bearer {_KEY}"
         yield served
+        pids = [member["pid"] for member in _state(served)["instances"]]
+        assert served.stop() == 0
+        assert not any(map(is_alive, pids))
 
 
 def _body(max_tokens: int, **more: Any) -> dict[str, Any]:
@@ -164,17 +169,9 @@ def test_the_command_scales_and_drains(served: Served) -> None:
     assert "instance 77 is not there" in told.stderr
 
 
-def test_the_end_leaves_no_process(tmp_path: Path) -> None:
-    with Served(
-        "--instances", "1", "--roles", "both", "--device", "cpu", log=tmp_path / "log"
-    ) as one:
-        pids = [member["pid"] for member in _state(one)["instances"]]
-        assert one.stop() == 0
-    assert not any(map(is_alive, pids))
-
-
 def test_a_model_that_is_not_there_ends_the_server(tmp_path: Path) -> None:
-    served = Served("/nowhere/at/all", "--instances", "2", log=tmp_path / "log", wait=False)
+    arguments = ["/nowhere/at/all", "--instances", "1", "--roles", "both"]
+    served = Served(*arguments, log=tmp_path / "log", wait=False)
     assert served.process.wait(60) == 2
     assert "/nowhere/at/all" in served.log()
 
