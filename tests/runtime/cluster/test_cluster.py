@@ -250,7 +250,7 @@ def test_options_that_cannot_be_are_named(options: dict[str, Any], why: str) -> 
 def test_a_model_that_does_not_load_says_so(cluster: Cluster) -> None:
     assert cluster  # Ray runs
     with pytest.raises(UsageError, match="nowhere"):
-        Cluster("/nowhere/at/all", **_OPTIONS)
+        Cluster("/nowhere/at/all", instances=1, **_OPTIONS)
 
 
 def test_without_an_instance_requests_end_with_an_error(llm: LLM) -> None:
