@@ -16,11 +16,13 @@ import pytest
 import quantized
 import torch
 import zoo as tiny
-from served import Served
+from typer.testing import CliRunner
 from vkv import LLM, AsyncLLM, SamplingParams
 from vkv.runtime.blocks.chain import MANIFEST, Chain
 from vkv.runtime.blocks.places import pick
 from vkv.runtime.blocks.zoo import BlockZoo
+from vkv.runtime.cli.main import app
+from vkv.runtime.serving.options import ServeOptions
 from vkv.vmem.errors import BadCheckpoint, BadZoo, InvalidConfig, UnknownModel, UnsupportedModel
 
 _MODELS: dict[str, dict[str, Any]] = {
@@ -170,18 +172,30 @@ def test_tasks_use_a_model_of_a_zoo(tmp_path: Path) -> None:
     assert asyncio.run(answer(zoo, model="one")) == expected
 
 
-def test_a_server_has_the_name_of_its_model(tmp_path: Path) -> None:
+def test_a_server_has_the_name_of_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`serving/test_models.py` has one in processes of its own, of a zoo of several."""
     zoo = BlockZoo.create(tmp_path / "zoo")
     zoo.add(fine_tunes.save_model(tmp_path / "model"), "one")
-    arguments = (str(zoo.path), "--model", "one", "--kv-memory", "8MiB", "--max-model-len", "64")
-    with Served(*arguments, log=tmp_path / "log") as server:
-        (model,) = server.client.get("/v1/models").json()["data"]
-        assert model["id"] == "one"
-        asked = {"model": "one", "prompt": "hello", "max_tokens": 4, "temperature": 0}
-        answer = server.client.post("/v1/completions", json=asked).json()
-        with LLM(zoo, kv_memory="8MiB", max_len=64) as llm:
-            (expected,) = llm.generate("hello", SamplingParams(temperature=0, max_tokens=4))
-        assert answer["choices"][0]["text"] == expected.outputs[0].text
+    told: dict[str, Any] = {}
+
+    def serve(options: ServeOptions, *, model: str, engine: dict[str, Any], **how: Any) -> int:
+        told.update(how, names=options.served_model_name, source=model, engine=engine)
+        return 0
+
+    monkeypatch.setattr("vkv.runtime.serving.processes.run.serve", serve)
+    arguments = [str(zoo.path), "--model", "one", "--kv-memory", "8MiB", "--max-model-len", "64"]
+    done = CliRunner().invoke(app, ["serve", *arguments])
+    assert done.exit_code == 0, done.output
+    assert told["names"] == ("one",)
+    with (
+        LLM(told["source"], device=told["device"], dtype=told["dtype"], **told["engine"]) as served,
+        LLM(zoo, kv_memory="8MiB", max_len=64) as llm,
+    ):
+        params = SamplingParams(temperature=0, max_tokens=4)
+        outputs = [one.generate("hello", params)[0].outputs[0] for one in (served, llm)]
+        assert outputs[0].text == outputs[1].text
 
 
 def test_a_folder_of_the_zoo_is_a_model_by_itself(tmp_path: Path) -> None:
