@@ -3,11 +3,13 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import ready_python
 import standin
 import torch
 from hypothesis import settings
@@ -118,6 +120,18 @@ def llm(llama_folder: Path) -> Iterator["LLM"]:
         yield llm
         if not llm.is_closed:
             llm.engine.cache.check_invariants()
+
+
+@pytest.fixture(scope="session")
+def _stand_in_for_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with ready_python.serving(tmp_path_factory.mktemp("ready")) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def quick_processes(_stand_in_for_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are started as `sys.executable` have the large packages imported already."""
+    monkeypatch.setattr(sys, "executable", str(_stand_in_for_python))
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def test_two_instances_run_what_one_cannot(saved: Checkpoints) -> None:
 # -- decodes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_queries_and_results_travel_and_never_a_key(saved: Checkpoints) -> None:
     options, found = _options(creditors=(2,), segments=(4,), batches=(2,)), {}
     for _ in decode.measure(options, saved, found):

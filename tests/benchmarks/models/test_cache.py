@@ -9,6 +9,7 @@ from vkv.bench.models.cache import CacheOptions, run
 from vkv.vmem.errors import InvalidConfig
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_a_record_of_every_kind(tmp_path: Path) -> None:
     options = CacheOptions(
         shape="llama-tiny",

@@ -13,6 +13,7 @@ SMALL = SessionOptions(
 )
 
 
+@pytest.mark.usefixtures("quick_processes")
 @pytest.mark.timeout(240)
 def test_a_record_of_every_way(tmp_path: Path) -> None:
     path, (times, memory) = run(SMALL, tmp_path, "vkv bench session")

@@ -198,6 +198,7 @@ def test_tokens_are_counted_by_kind() -> None:
     assert replace(cell, output_lens=(4, 9)).held_tokens == 25
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_every_system_on_a_tiny_model(tmp_path: Path) -> None:
     cells = (
         Cell(name="p", kind="prefill", prompt_lens=(20, 20), output_lens=(1, 1)),
@@ -302,6 +303,7 @@ def test_an_interrupted_run_keeps_what_it_has(
     assert tables[1].rows == [["vkv-paged", f"{ratio:.2f}"]]
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_4_bit_weights_beside_dense_ones(tmp_path: Path) -> None:
     options = ThroughputOptions(
         shape="llama-tiny",
