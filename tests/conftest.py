@@ -134,6 +134,17 @@ def quick_processes(_stand_in_for_python: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "executable", str(_stand_in_for_python))
 
 
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """Ray for all clusters of a module, of which each would start and end its own."""
+    pytest.importorskip("ray", reason="instances are actors of Ray: pip install 'vkv[cluster]'")
+    from vkv.runtime.cluster.instances.launcher import Launcher
+
+    launcher = Launcher()
+    yield
+    launcher.close()
+
+
 @pytest.fixture
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks measure the machine's limits on next to nothing, so in no time."""

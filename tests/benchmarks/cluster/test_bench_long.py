@@ -73,8 +73,8 @@ def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], said: str) 
 # -- the longest context -------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_ray")
 def test_two_instances_run_what_one_cannot(saved: Checkpoints) -> None:
-    pytest.importorskip("ray", reason="instances are actors of Ray: pip install 'vkv[cluster]'")
     options, found = _options(), {}
     for _ in context.measure(options, saved, found):
         pass
@@ -175,8 +175,8 @@ def test_a_few_are_long_and_many_short() -> None:
     assert len(lengths("skewed", 7)) == 7
 
 
+@pytest.mark.usefixtures("one_ray")
 def test_a_cluster_serves_the_same_requests_with_lending_and_without(saved: Checkpoints) -> None:
-    pytest.importorskip("ray", reason="instances are actors of Ray: pip install 'vkv[cluster]'")
     options = _options(lenders=2, num_requests=16, pairs=1, rate=1000.0, max_batch_tokens=256)
     found = lending.Lent()
     for _ in lending.measure(options, saved, found):

@@ -31,7 +31,7 @@ def pool() -> Sequence[Item]:
 
 
 @pytest.fixture(scope="module", params=["pages", "copies"])
-def attack(request: pytest.FixtureRequest, pool: Sequence[Item]) -> Iterator[Attack]:
+def attack(request: pytest.FixtureRequest, pool: Sequence[Item], one_ray: None) -> Iterator[Attack]:
     with cluster_attack.attacked(
         request.param, pool, seed=1, size=_SIZE, liveness_s=30.0, max_len=1024
     ) as attack:
