@@ -239,6 +239,7 @@ driver.close()
 """
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_processes_share_one_copy(tmp_path):
     path = tmp_path / "shared"
     path.write_bytes(bytes(4 << 20))

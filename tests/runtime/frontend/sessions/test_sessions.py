@@ -590,6 +590,7 @@ for reader in readers:
 """
 
 
+@pytest.mark.usefixtures("quick_processes")
 @pytest.mark.timeout(240)
 def test_eight_processes_share_one_copy(llama_folder: Path, path: Path) -> None:
     done = subprocess.run(
