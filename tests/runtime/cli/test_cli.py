@@ -299,6 +299,7 @@ def test_a_mistake_is_a_message_and_not_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # or it would stay set
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # of which Typer sets its own
     monkeypatch.setattr(sys, "argv", ["vkv", *arguments])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
     with pytest.raises(SystemExit) as ended:  # and nothing else, which would be a traceback
