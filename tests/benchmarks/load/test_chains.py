@@ -1,12 +1,28 @@
 """`vkv bench chains`: that all ways serve the same requests, and that blocks are shared."""
 
 import json
+import multiprocessing
+from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
+from vkv.bench.load import chain_workers
 from vkv.bench.load.chains import ALONE, APART, TOGETHER, run
 from vkv.bench.load.options import ChainsOptions
 
 
+@pytest.fixture
+def quick_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All four are forked from one process that has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([chain_workers.__name__])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+    yield
+    forkserver._forkserver._stop()
+
+
+@pytest.mark.usefixtures("quick_workers")
 def test_all_ways_answer_all_requests(tmp_path: Path) -> None:
     options = ChainsOptions(
         shape="llama-tiny",
