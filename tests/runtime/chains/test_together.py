@@ -117,12 +117,13 @@ def test_plain_modules_and_all_logits(tenants: BlockZoo, alone: chains.Alone) ->
     for name, prompt, out in zip(names, prompts, outs, strict=True):
         model = chains.reference(alone.folder(name))
         scores = zoo.full_logits(model, prompt).log_softmax(-1)
-        for position, table in enumerate(out.prompt_logprobs or []):
-            if table is not None:
-                expected = scores[position - 1, prompt[position]]
-                assert torch.isclose(
-                    torch.tensor(table[prompt[position]].logprob), expected, atol=1e-3
-                )
+        assert out.prompt_logprobs is not None
+        first, *tables = out.prompt_logprobs
+        assert first is None
+        for position, (token, table) in enumerate(zip(prompt[1:], tables, strict=True)):
+            assert table is not None
+            found = torch.tensor(table[token].logprob)
+            assert torch.isclose(found, scores[position, token], atol=1e-3)
 
 
 def test_preempted_and_swapped_requests_keep_their_models(
