@@ -103,7 +103,9 @@ def test_weights_are_mapped_and_not_copied(tmp_path: Path) -> None:
             where = [file for place, file in files.items() if parameter.data_ptr() in place]
             assert len(where) == 1, f"{name} is a copy"
         llm.generate(tiny.random_prompts((20, 30)), tiny.greedy(5))
-        for taken in _memory_of(zoo.path).values():
+        memory = _memory_of(zoo.path)
+        assert memory
+        for taken in memory.values():
             assert taken["Rss:"] > 0
             assert taken["Anonymous:"] == 0, "and nobody has written to them"
 

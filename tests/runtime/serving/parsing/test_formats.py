@@ -201,6 +201,7 @@ def test_mistral_has_marks_of_its_own_for_reasoning() -> None:
 @pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "qwen3_coder"])
 def test_without_tools_or_by_choice_nothing_is_a_call(name: str) -> None:
     texts = [text for own, text, _ in TABLE if own == name]
+    assert texts
     for text in texts:
         assert read(by_names(name), text, tools=None) == Answer(text)
         assert read(by_names(name), text, tool_choice="none") == Answer(text)
