@@ -82,7 +82,7 @@ class Router:
         self._burials: set[asyncio.Task[None]] = set()
         self._decided_s = 0.0
         self._is_closed = False
-        self._thread = LoopThread("vkv-router")
+        self._thread = LoopThread("vkv-router", self._owner)
         self._thread.post(self._tick)
 
     # -- as of `EnginePort`, from any thread ---------------------------------------------------
