@@ -93,6 +93,12 @@ class Decisions:
             self.held.remove(spec)
         return dropped
 
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """Give a request that is held another priority. Its place in the line stays."""
+        for place, spec in enumerate(self.held):
+            if spec.request_id == request_id:
+                self.held[place] = msgspec.structs.replace(spec, priority=priority)
+
     def place_orphans(self) -> None:
         """Have what nobody has any more go on somewhere, if anybody is left: also where the policy,
         which may be a user's own, fails."""

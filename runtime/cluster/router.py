@@ -227,6 +227,8 @@ class Router:
         if isinstance(message, Abort):
             for spec in self.decisions.drop(message.request_id):
                 self._route(_aborted(spec))
+        elif isinstance(message, SetPriority):
+            self.decisions.set_priority(message.request_id, message.priority)
         self._arbiter.tell(message)
         self._members.changed()
         self._send()

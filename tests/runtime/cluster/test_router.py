@@ -15,7 +15,7 @@ from vkv import SamplingParams
 from vkv.runtime.cluster.policies import RoundRobin
 from vkv.runtime.cluster.router import Router
 from vkv.runtime.cluster.stats import Member
-from vkv.runtime.engine.messages import Add, Message, Resume
+from vkv.runtime.engine.messages import Add, Message, Resume, SetPriority
 from vkv.runtime.engine.migration.messages import Begin, Cancel, Cancelled, Ended, GoOn, WentOn
 from vkv.runtime.link.face import Face
 from vkv.runtime.link.messages import Answer, Ask, Outputs, Pulse, Welcome, decode_to_engine, encode
@@ -279,3 +279,24 @@ def test_a_forked_child_is_refused_what_its_parent_has_a_thread_for(router: Rout
 
     assert standin.process.run_in_fork(child) == len(acts)
     assert router.stats().instances == ()
+
+
+def test_who_is_held_back_gets_another_priority_too(router: Router, tmp_path: Path) -> None:
+    added: list[Add] = []
+
+    def note(message: Any) -> Sequence[Any]:
+        added.extend([message] if isinstance(message, Add) else [])
+        return [_output(1, 0, ends=True)] if isinstance(message, Add) else []
+
+    sink = _Sink()
+    router.submit([sink])
+    router.post(SetPriority("another", 3))
+    router.post(SetPriority(_KEY[0], -1))
+    played = _Played(tmp_path / "0", note)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(str(tmp_path / "0"))
+    router.join(Member(id=0, role="both", pid=0), connection)
+    assert sink.ended.wait(10)
+    assert [one.spec.priority for one in added] == [-1]
+    router.close()
+    played.join()
