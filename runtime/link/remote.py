@@ -90,7 +90,11 @@ class RemoteEngine:
             await asyncio.sleep(_CALL_AGAIN_S)
 
     def _call(self) -> None:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:  # no descriptor is left, say: there may be one the next time
+            _log.warning("the engine's process could not be called: %s", error)
+            return
         connection.setblocking(False)  # to connect would wait where the line of callers is full
         try:
             connection.connect(self._path)
