@@ -6,6 +6,8 @@ import logging
 import socket
 from typing import Protocol
 
+import msgspec
+
 from ....vmem.errors import EngineDied
 from ...engine.memory.memory_map import MemoryMap
 from ...engine.messages import Message
@@ -15,6 +17,7 @@ from ...link.face import Face
 from ...link.messages import (
     Answer,
     Ask,
+    FromEngine,
     Outputs,
     Pulse,
     Question,
@@ -150,13 +153,21 @@ class InstanceLink:
         except EOFError as error:
             self._end(str(error))
             return
-        for message in messages:
+        for packed in messages:
             if self._frames is None:  # what came before has ended it
                 return
-            self._take(message)
+            try:
+                message = decode_from_engine(packed)
+            except msgspec.MsgspecError as error:
+                self._end(f"it says what nobody says here ({error}); use one vkv on all nodes")
+                return
+            try:
+                self._take(message)
+            except Exception:  # noqa: BLE001 - logged; what came behind it counts all the same
+                _log.exception("what instance %d said was not heeded", self.instance)
 
-    def _take(self, packed: bytes) -> None:
-        message, instance, listener = decode_from_engine(packed), self.instance, self._listener
+    def _take(self, message: FromEngine) -> None:
+        instance, listener = self.instance, self._listener
         if isinstance(message, Outputs):
             listener.on_outputs(instance, message.outputs)
         elif isinstance(message, Pulse):

@@ -11,11 +11,18 @@ from typing import Any
 import pytest
 from vkv.runtime.link import remote
 from vkv.runtime.link.remote import RemoteEngine
+from vkv.runtime.link.wire import Frames
 
 
 async def _calls(listener: socket.socket) -> socket.socket:
     loop = asyncio.get_running_loop()
     return (await asyncio.wait_for(loop.sock_accept(listener), 10))[0]
+
+
+async def _until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not is_so():
+            await asyncio.sleep(0.005)
 
 
 @pytest.fixture
@@ -58,5 +65,15 @@ def test_without_a_descriptor_to_spare_the_engine_is_called_later(
     async def act(engine: RemoteEngine) -> None:
         (await _calls(listener)).close()
         assert not numbers
+
+    _run(listener, act)
+
+
+def test_what_nobody_says_ends_the_connection_and_no_more(listener: socket.socket) -> None:
+    async def act(engine: RemoteEngine) -> None:
+        with await _calls(listener) as connection:
+            Frames(connection).write(b"\xc1")  # which is no msgpack
+            await _until(lambda: engine.has_died)
+        (await _calls(listener)).close()  # it is called again
 
     _run(listener, act)
