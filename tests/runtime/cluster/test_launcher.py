@@ -13,6 +13,8 @@ from vkv.runtime.cluster.instances import launcher as launching
 from vkv.runtime.cluster.instances.launcher import Launcher
 from vkv.vmem.errors import InvalidOperation
 
+pytest.importorskip("ray", reason="instances are actors of Ray: pip install 'vkv[cluster]'")
+
 
 class RayError(Exception):
     """As of Ray."""
