@@ -11,7 +11,7 @@ from ..blocks.places import Source
 from .policies import CLUSTER_POLICIES, ClusterPolicy
 from .snapshot import Role
 
-_LEAST_LIVENESS_S = 0.1
+_LIVENESS_S = (0.1, 86400.0)  # of three times as much the system keeps no TCP connection alive
 _ROLES = ("prefill", "decode", "both")
 
 
@@ -52,10 +52,11 @@ def check_processes(threads: int | None, liveness_s: float) -> None:
         raise InvalidConfig(
             f"threads is {threads}; give each instance one at least, or None to part the processors"
         )
-    if not liveness_s >= _LEAST_LIVENESS_S:
+    least, most = _LIVENESS_S
+    if not least <= liveness_s <= most:
         raise InvalidConfig(
-            f"liveness_s is {liveness_s}; use {_LEAST_LIVENESS_S:g} s at least, and more than the "
-            "longest step, or instances that work are taken for dead"
+            f"liveness_s is {liveness_s}; use {least:g} to {most:g} s, and more than the longest "
+            "step takes, or instances that work are taken for dead"
         )
 
 
