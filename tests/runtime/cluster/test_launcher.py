@@ -1,7 +1,5 @@
 """Instances on a Ray that is played here: what is left once a cluster has ended, and by whom."""
 
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -9,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import standin.process
 from vkv.runtime.cluster.instances import launcher as launching
 from vkv.runtime.cluster.instances.launcher import Launcher
 from vkv.vmem.errors import InvalidOperation
@@ -32,22 +31,22 @@ class _Ray:
     def __init__(self) -> None:
         self.late: list[str] = []
         self._ended = threading.Event()
-        self._is_there = False
+        self.is_there = False
 
     def is_initialized(self) -> bool:
-        return self._is_there
+        return self.is_there
 
     def init(self, **options: Any) -> None:
-        self._is_there = True
+        self.is_there = True
 
     def shutdown(self) -> None:
-        self._is_there = False
+        self.is_there = False
 
     def nodes(self) -> list[Any]:
         return []
 
     def get_runtime_context(self) -> Any:
-        return SimpleNamespace(get_node_id=lambda: "here")
+        return SimpleNamespace(get_node_id=lambda: "ab" * 28)
 
     def remote(self, kind: type) -> Any:
         self._note("remote")
@@ -70,7 +69,7 @@ class _Ray:
         threading.Timer(0.2, self._ended.set).start()
 
     def _note(self, what: str) -> None:
-        if not self._is_there:
+        if not self.is_there:
             self.late.append(what)
 
 
@@ -88,7 +87,20 @@ def test_nobody_asks_a_ray_that_was_shut_down(monkeypatch: pytest.MonkeyPatch) -
     ray = _Ray()
     monkeypatch.setattr(launching, "_import_ray", lambda: ray)
     launcher = Launcher()
-    launcher.begin(0, **_ORDER)
+    try:
+        launcher.begin(0, **_ORDER)
+        _close_while_one_starts(launcher)
+    finally:
+        launcher.close()
+    for late in (lambda: launcher.begin(1, **_ORDER), lambda: launcher.wait(1)):
+        with pytest.raises(InvalidOperation, match="has been closed"):
+            late()
+    launcher.kill(1)
+    assert ray.late == []
+    assert not Path(launcher.path(0)).parent.exists()
+
+
+def _close_while_one_starts(launcher: Launcher) -> None:
     found: list[Exception] = []
 
     def wait() -> None:
@@ -104,41 +116,19 @@ def test_nobody_asks_a_ray_that_was_shut_down(monkeypatch: pytest.MonkeyPatch) -
     waiting.join(10)
     assert not waiting.is_alive()
     assert len(found) == 1
-    for late in (lambda: launcher.begin(1, **_ORDER), lambda: launcher.wait(1)):
-        with pytest.raises(InvalidOperation, match="has been closed"):
-            late()
-    launcher.kill(1)
-    launcher.close()
-    assert ray.late == []
-    assert not Path(launcher.path(0)).parent.exists()
 
 
-_FORK = """
-import os, sys
-from pathlib import Path
-from test_launcher import _Ray
-from vkv.runtime.cluster.instances import launcher as launching
-
-ray = _Ray()
-launching._import_ray = lambda: ray
-launcher = launching.Launcher()
-folder = Path(launcher.path(0)).parent
-child = os.fork()
-if not child:
-    launcher.close()
-    sys.exit(7 * ray.is_initialized())  # as it does without a word about the cluster
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-assert folder.exists()
-assert launcher._caretaker._process.poll() is None
-launcher.close()
-assert not folder.exists()
-"""
-
-
-def test_a_forked_child_that_ends_takes_nothing_of_its_parents_with_it() -> None:
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _FORK],
-        check=True,
-        timeout=120,
-        cwd=Path(__file__).parent,
-    )
+def test_a_forked_child_that_ends_takes_nothing_of_its_parents_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = _Ray()
+    monkeypatch.setattr(launching, "_import_ray", lambda: ray)
+    launcher = Launcher()
+    folder = Path(launcher.path(0)).parent
+    try:
+        assert standin.process.run_in_fork(lambda: launcher.close() or 7 * ray.is_there) == 7
+        assert folder.exists()
+        assert launcher._caretaker._process.poll() is None
+    finally:
+        launcher.close()
+    assert not folder.exists()
