@@ -48,7 +48,7 @@ class InstanceLink:
 
     An instance that hangs up is gone, and so is one that answers nothing for `liveness_s`, as a
     stopped process does, or a machine that cannot be reached. A step that takes longer than that
-    looks the same.
+    looks the same. Time in which this loop stood still itself, as where all was frozen, counts not.
 
     Args:
         connection: to it; this object's from now on.
@@ -72,7 +72,8 @@ class InstanceLink:
         self._pinged_s: float | None = None  # unanswered since
         self._asked: dict[int, asyncio.Future[int | MemoryMap | None]] = {}
         self._loop.add_reader(self._frames, self._read)
-        self._pinging = self._loop.call_later(_PING_S, self._ping)
+        self._due_s = self._loop.time() + _PING_S
+        self._pinging = self._loop.call_at(self._due_s, self._ping)
 
     def send(self, message: Message | Command | Ask) -> None:
         """Send, or keep what the system does not take at once. Without effect once it is gone."""
@@ -112,6 +113,8 @@ class InstanceLink:
 
     def _ping(self) -> None:
         now_s = self._loop.time()
+        if self._pinged_s is not None:
+            self._pinged_s += max(0.0, now_s - self._due_s)  # nobody looked for an answer then
         if self._pinged_s is None:
             self._pinged_s = now_s
             self.send(Ask(next(self._numbers), "ping"))
@@ -119,7 +122,8 @@ class InstanceLink:
             self._end(f"it has answered nothing for {now_s - self._pinged_s:.0f} s")
             return
         if self._frames is not None:
-            self._pinging = self._loop.call_later(min(_PING_S, self._liveness_s / 2), self._ping)
+            self._due_s = now_s + min(_PING_S, self._liveness_s / 2)
+            self._pinging = self._loop.call_at(self._due_s, self._ping)
 
     def _fail_asked(self) -> None:
         for future in self._asked.values():

@@ -2,10 +2,13 @@
 
 import asyncio
 import socket
+import time
 from typing import Any
 
+import pytest
+from vkv.runtime.cluster.instances import instance_link
 from vkv.runtime.cluster.instances.instance_link import InstanceLink
-from vkv.runtime.link.messages import Outputs, encode
+from vkv.runtime.link.messages import Answer, Outputs, decode_to_engine, encode
 from vkv.runtime.link.wire import Frames
 from vkv.runtime.request.step_output import StepOutput
 
@@ -66,3 +69,34 @@ def test_an_instance_that_says_what_nobody_says_is_gone() -> None:
     assert listener.token_ids == [2]
     (why,) = listener.gone
     assert "use one vkv on all nodes" in why
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_only_an_instance_that_is_silent_while_it_is_listened_to_is_gone(
+    monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """All is frozen for a while between a ping and its answer."""
+    monkeypatch.setattr(instance_link, "_PING_S", 0.05)
+    listener = _Listener()
+
+    async def run() -> None:
+        here, there = socket.socketpair()
+        with there:
+            link = InstanceLink(7, here, listener, liveness_s=0.4)
+            frames = Frames(there)
+            heard: list[Any] = []
+            while not heard:
+                await asyncio.sleep(0.005)
+                heard = [decode_to_engine(message) for message in frames.read()]
+            time.sleep(1.0)
+            await asyncio.sleep(0.1)
+            if answers:
+                frames.write(encode(Answer(heard[0].number)))
+                await asyncio.sleep(0.2)
+            async with asyncio.timeout(20):
+                while not (answers or listener.gone):
+                    await asyncio.sleep(0.005)
+            link.close()
+
+    asyncio.run(run())
+    assert len(listener.gone) == (not answers)
