@@ -29,7 +29,13 @@ from ..request.spec import AdapterKey
 from .fleet import Fleet
 from .instances.launcher import Launcher
 from .lending import LentAdmission, admission_of
-from .options import checked_model, checked_policy, checked_roles, instance_options
+from .options import (
+    check_processes,
+    checked_model,
+    checked_policy,
+    checked_roles,
+    instance_options,
+)
 from .policies import ClusterPolicy
 from .router import Router
 from .snapshot import Role
@@ -96,6 +102,7 @@ class Cluster:
         **options: Any,
     ) -> None:
         roles = checked_roles(roles, instances)
+        check_processes(threads, liveness_s)
         chosen, following = gather(source, model)
         options = following | options
         EngineConfig(**options)  # to refuse it here, and not in every process

@@ -68,7 +68,7 @@ class Decisions:
                 needs=self._members.needs(spec),
                 most_tokens=most_tokens(spec),
             )
-            chosen = self._policy.dispatch(self.picture(), newcomer)
+            chosen = self._choose(newcomer)
             if chosen is None:
                 return
             self.held.popleft()
@@ -78,6 +78,14 @@ class Decisions:
                 key = spec.request_id, index
                 self._members.gave(chosen, msgspec.structs.replace(newcomer, key=key))
 
+    def _choose(self, newcomer: Newcomer) -> int | None:
+        """The instance that the policy chooses, which is there; None for none."""
+        chosen = self._policy.dispatch(self.picture(), newcomer)
+        if chosen is None or self._members.link(chosen) is not None:
+            return chosen
+        _log.error("policy %r chose instance %r, which is not there", self._policy.name, chosen)
+        return None
+
     def drop(self, request_id: str) -> Sequence[RequestSpec]:
         """Hold a request no longer; what was held of it."""
         dropped = [spec for spec in self.held if spec.request_id == request_id]
@@ -85,20 +93,31 @@ class Decisions:
             self.held.remove(spec)
         return dropped
 
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """Give a request that is held another priority. Its place in the line stays."""
+        for place, spec in enumerate(self.held):
+            if spec.request_id == request_id:
+                self.held[place] = msgspec.structs.replace(spec, priority=priority)
+
     def place_orphans(self) -> None:
-        """Have what nobody has any more go on somewhere, if anybody is left."""
+        """Have what nobody has any more go on somewhere, if anybody is left: also where the policy,
+        which may be a user's own, fails."""
         if not self._members.now():
             return
         for orphan in self._arbiter.take_orphans():
-            snapshot = self.picture()
             newcomer = Newcomer(
                 key=orphan.key,
                 num_tokens=len(orphan.token_ids),
                 priority=orphan.spec.priority,
                 needs=self._members.needs(orphan.spec),
             )
-            chosen = self._policy.dispatch(snapshot, newcomer)
+            try:
+                chosen = self._choose(newcomer)
+            except Exception:  # noqa: BLE001 - logged; an orphan is given once, and would be lost
+                _log.exception("policy %r failed", self._policy.name)
+                chosen = None
             if chosen is None:  # backpressure is for newcomers: these were let in
+                snapshot = self.picture()
                 able = snapshot.working or snapshot.instances
                 chosen = min(able, key=lambda i: i.num_requests).id
             self._arbiter.resume(orphan, str(chosen))

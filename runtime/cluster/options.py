@@ -11,6 +11,7 @@ from ..blocks.places import Source
 from .policies import CLUSTER_POLICIES, ClusterPolicy
 from .snapshot import Role
 
+_LIVENESS_S = (0.1, 86400.0)  # of three times as much the system keeps no TCP connection alive
 _ROLES = ("prefill", "decode", "both")
 
 
@@ -43,6 +44,20 @@ def checked_roles(roles: Sequence[Role] | None, instances: int) -> list[Role]:
         if all(role not in (one, "both") for role in roles):
             raise InvalidConfig(f"roles {list(roles)} leave nobody to {one}; make one 'both'")
     return list(roles)
+
+
+def check_processes(threads: int | None, liveness_s: float) -> None:
+    """Raises InvalidConfig for what no instance could work with."""
+    if threads is not None and threads < 1:
+        raise InvalidConfig(
+            f"threads is {threads}; give each instance one at least, or None to part the processors"
+        )
+    least, most = _LIVENESS_S
+    if not least <= liveness_s <= most:
+        raise InvalidConfig(
+            f"liveness_s is {liveness_s}; use {least:g} to {most:g} s, and more than the longest "
+            "step takes, or instances that work are taken for dead"
+        )
 
 
 def checked_policy(policy: str | ClusterPolicy | None, roles: Sequence[Role]) -> ClusterPolicy:

@@ -82,7 +82,7 @@ class Router:
         self._burials: set[asyncio.Task[None]] = set()
         self._decided_s = 0.0
         self._is_closed = False
-        self._thread = LoopThread("vkv-router")
+        self._thread = LoopThread("vkv-router", self._owner)
         self._thread.post(self._tick)
 
     # -- as of `EnginePort`, from any thread ---------------------------------------------------
@@ -227,6 +227,8 @@ class Router:
         if isinstance(message, Abort):
             for spec in self.decisions.drop(message.request_id):
                 self._route(_aborted(spec))
+        elif isinstance(message, SetPriority):
+            self.decisions.set_priority(message.request_id, message.priority)
         self._arbiter.tell(message)
         self._members.changed()
         self._send()

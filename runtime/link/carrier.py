@@ -177,7 +177,13 @@ class SocketCarrier:
             ) from error
         with self._lock:
             self._carrying.append(job)
-        threading.Thread(target=_run, args=(job, channel), name="vkv-carry", daemon=True).start()
+        thread = threading.Thread(target=_run, args=(job, channel), name="vkv-carry", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # there can be no more threads: this move ends, no more
+            _log.warning("nothing goes to %s: %s", offer.address, error)
+            job.cancel()
+            channel.close()
         return job
 
     def _channel(

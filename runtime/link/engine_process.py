@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from ...vmem.errors import InvalidOperation, UsageError, VkvError
 from ..engine.build import build_loop, load
 from ..engine.config import EngineConfig
@@ -294,6 +296,10 @@ class EngineServer:
         try:
             messages = [decode_to_engine(message) for message in front.frames.read()]
         except EOFError:
+            self._drop(front)
+            return
+        except msgspec.MsgspecError as error:  # it is of another version; others are not
+            _log.error("a front process says what nobody says here, and is given up: %s", error)
             self._drop(front)
             return
         front.heard_s = time.monotonic()

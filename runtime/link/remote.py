@@ -8,6 +8,8 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from ...vmem.errors import EngineDied, InvalidOperation, UsageError
 from ...vmem.process import ProcessOwner
 from ..engine.memory.memory_map import MemoryMap
@@ -90,7 +92,11 @@ class RemoteEngine:
             await asyncio.sleep(_CALL_AGAIN_S)
 
     def _call(self) -> None:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:  # no descriptor is left, say: there may be one the next time
+            _log.warning("the engine's process could not be called: %s", error)
+            return
         connection.setblocking(False)  # to connect would wait where the line of callers is full
         try:
             connection.connect(self._path)
@@ -201,8 +207,14 @@ class RemoteEngine:
         except EOFError:
             self._died()
             return
-        for message in messages:
-            self._take(decode_from_engine(message))
+        for packed in messages:
+            try:
+                message = decode_from_engine(packed)
+            except msgspec.MsgspecError as error:  # what follows cannot be trusted
+                _log.error("the engine's process says what nobody says here: %s", error)
+                self._died()
+                return
+            self._take(message)
 
     def _died(self) -> None:
         _log.error("the engine's process is gone")

@@ -35,7 +35,7 @@ def main(by: str) -> None:
         while cluster.stats().num_migrations < 3:
             time.sleep(0.02)
         pids = [member.pid for member in cluster.stats().instances]
-        what = {"pids": pids, "folder": cluster._launcher._folder.name}
+        what = {"pids": pids, "folder": cluster._launcher._folder}
         sys.stdout.write(json.dumps(what) + "\n")
         sys.stdout.flush()
         time.sleep(600)

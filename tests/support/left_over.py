@@ -17,5 +17,5 @@ def until(is_so: Callable[[], bool], why: Any, within_s: float = 30.0) -> None:
 
 def strange_sockets(cluster: Cluster, members: Collection[int]) -> list[str]:
     """Sockets of instances that are no more."""
-    numbers = {name: name.partition(".")[0] for name in os.listdir(cluster._launcher._folder.name)}
+    numbers = {name: name.partition(".")[0] for name in os.listdir(cluster._launcher._folder)}
     return [n for n, number in numbers.items() if number.isdigit() and int(number) not in members]

@@ -48,7 +48,9 @@ def prepare(sock: socket.socket, timeout_s: float) -> None:
 
 def wait_for_more(sock: socket.socket) -> bool:
     """Wait until the other side says something, as long as it takes; False once it has closed."""
-    select.select([sock], [], [])
+    waiting = select.poll()  # unlike `select`, of any descriptor, however many are open
+    waiting.register(sock, select.POLLIN)
+    waiting.poll()
     try:
         return bool(sock.recv(1, socket.MSG_PEEK))
     except OSError:

@@ -128,6 +128,9 @@ class InstanceActor:
             self.clean()
             self._arrived = Arrived(pid=pid, born=born, host=host, failure=Failure.of(error))
             return
+        except BaseException:  # Ray tells it, and ends this process
+            self.clean()
+            raise
         # Ray's own handler would end the process, and with it what could have moved away.
         signal.signal(signal.SIGTERM, lambda *_: self._server.ask_to_leave())
         gc.collect()

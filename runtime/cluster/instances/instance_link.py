@@ -6,6 +6,8 @@ import logging
 import socket
 from typing import Protocol
 
+import msgspec
+
 from ....vmem.errors import EngineDied
 from ...engine.memory.memory_map import MemoryMap
 from ...engine.messages import Message
@@ -15,6 +17,7 @@ from ...link.face import Face
 from ...link.messages import (
     Answer,
     Ask,
+    FromEngine,
     Outputs,
     Pulse,
     Question,
@@ -45,7 +48,7 @@ class InstanceLink:
 
     An instance that hangs up is gone, and so is one that answers nothing for `liveness_s`, as a
     stopped process does, or a machine that cannot be reached. A step that takes longer than that
-    looks the same.
+    looks the same. Time in which this loop stood still itself, as where all was frozen, counts not.
 
     Args:
         connection: to it; this object's from now on.
@@ -69,7 +72,8 @@ class InstanceLink:
         self._pinged_s: float | None = None  # unanswered since
         self._asked: dict[int, asyncio.Future[int | MemoryMap | None]] = {}
         self._loop.add_reader(self._frames, self._read)
-        self._pinging = self._loop.call_later(_PING_S, self._ping)
+        self._due_s = self._loop.time() + _PING_S
+        self._pinging = self._loop.call_at(self._due_s, self._ping)
 
     def send(self, message: Message | Command | Ask) -> None:
         """Send, or keep what the system does not take at once. Without effect once it is gone."""
@@ -109,6 +113,8 @@ class InstanceLink:
 
     def _ping(self) -> None:
         now_s = self._loop.time()
+        if self._pinged_s is not None:
+            self._pinged_s += max(0.0, now_s - self._due_s)  # nobody looked for an answer then
         if self._pinged_s is None:
             self._pinged_s = now_s
             self.send(Ask(next(self._numbers), "ping"))
@@ -116,7 +122,8 @@ class InstanceLink:
             self._end(f"it has answered nothing for {now_s - self._pinged_s:.0f} s")
             return
         if self._frames is not None:
-            self._pinging = self._loop.call_later(min(_PING_S, self._liveness_s / 2), self._ping)
+            self._due_s = now_s + min(_PING_S, self._liveness_s / 2)
+            self._pinging = self._loop.call_at(self._due_s, self._ping)
 
     def _fail_asked(self) -> None:
         for future in self._asked.values():
@@ -150,13 +157,21 @@ class InstanceLink:
         except EOFError as error:
             self._end(str(error))
             return
-        for message in messages:
+        for packed in messages:
             if self._frames is None:  # what came before has ended it
                 return
-            self._take(message)
+            try:
+                message = decode_from_engine(packed)
+            except msgspec.MsgspecError as error:
+                self._end(f"it says what nobody says here ({error}); use one vkv on all nodes")
+                return
+            try:
+                self._take(message)
+            except Exception:  # noqa: BLE001 - logged; what came behind it counts all the same
+                _log.exception("what instance %d said was not heeded", self.instance)
 
-    def _take(self, packed: bytes) -> None:
-        message, instance, listener = decode_from_engine(packed), self.instance, self._listener
+    def _take(self, message: FromEngine) -> None:
+        instance, listener = self.instance, self._listener
         if isinstance(message, Outputs):
             listener.on_outputs(instance, message.outputs)
         elif isinstance(message, Pulse):

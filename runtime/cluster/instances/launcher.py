@@ -4,11 +4,14 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import signal
 import socket
 import tempfile
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 
 from ....vmem.errors import InvalidConfig, InvalidOperation
+from ....vmem.process import ProcessOwner
 from ...link.addresses import Place
 from .actor import FRONT_END, Arrived, InstanceActor, InstanceOrder
 from .caretaker import Caretaker
@@ -26,6 +30,8 @@ _RAY_PATH_BYTES = 70  # what Ray puts behind a folder's name
 _CALL_S = 10.0  # for an instance that is ready to take a connection
 _END_S = 2.0  # for an instance of another node to clean up, and for its neighbours to end it
 _TELL_S = 30.0  # between two words about an instance that has no place yet
+_LOOK_S = 1.0  # between two looks whether all is to end
+_LEAVE_S = 10.0  # for those that ask Ray, once all is to end
 
 _log = logging.getLogger(__name__)
 
@@ -59,10 +65,19 @@ class Launcher:
         self._ray = _import_ray()
         self._owns_ray = not self._ray.is_initialized()
         self._is_alone = address is None
-        self._folder = tempfile.TemporaryDirectory(prefix="vkv-cluster-")  # nobody else may look in
-        self._caretaker = Caretaker(self._folder.name)
+        self._owner = ProcessOwner("this cluster")
+        self._asking = threading.Condition()
+        self._num_asking = 0  # threads that ask Ray for something
+        self._has_ended = False
+        # Nobody else may look in. The caretaker removes it: a forked child that ends must not.
+        self._folder = tempfile.mkdtemp(prefix="vkv-cluster-")
         self._instances: dict[int, _Instance] = {}
         self._ending: list[threading.Thread] = []
+        try:
+            self._caretaker = Caretaker(self._folder)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         try:
             self._place = self._meet_ray(address, silence_s)
         except BaseException:
@@ -85,7 +100,7 @@ class Launcher:
                 address=address or "local",  # or one that is there by chance would be joined
                 include_dashboard=None if address else False,
                 log_to_driver=False,
-                **({} if address else _local(self._folder.name)),
+                **({} if address else _local(self._folder)),
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             if address is None:
@@ -97,7 +112,25 @@ class Launcher:
 
     def path(self, instance: int) -> str:
         """Of the socket of an instance on this node."""
-        return str(Path(self._folder.name) / str(instance))
+        return str(Path(self._folder) / str(instance))
+
+    @contextmanager
+    def _asks_ray(self) -> Iterator[None]:
+        """Ray is asked meanwhile, and so stays: once it is shut down, whoever asks it for something
+        would start another.
+
+        Raises InvalidOperation after the end.
+        """
+        with self._asking:
+            if self._has_ended:
+                raise InvalidOperation("this cluster has been closed; create another")
+            self._num_asking += 1
+        try:
+            yield
+        finally:
+            with self._asking:
+                self._num_asking -= 1
+                self._asking.notify_all()
 
     # -- what nodes have -----------------------------------------------------------------------
 
@@ -167,9 +200,10 @@ class Launcher:
             silence_s=self._place.silence_s,
             lends=lends,
         )
-        needs, what = self._needs(device, threads)
-        actor = self._ray.remote(InstanceActor).options(max_restarts=0, **needs)
-        self._instances[instance] = _Instance(actor=actor.remote(order), what=what)
+        with self._asks_ray():
+            needs, what = self._needs(device, threads)
+            actor = self._ray.remote(InstanceActor).options(max_restarts=0, **needs)
+            self._instances[instance] = _Instance(actor=actor.remote(order), what=what)
 
     def _needs(self, device: str, threads: int | None) -> tuple[dict[str, Any], str]:
         """What Ray is to give an instance, and the same in words.
@@ -203,20 +237,30 @@ class Launcher:
 
         Raises what loading raised, or InvalidOperation if its process ended.
         """
-        one = self._instances[instance]
-        there = one.actor.ready.remote()
-        while not self._ray.wait([there], timeout=_TELL_S)[0]:
-            _log.warning("instance %d loads, or waits for %s on one node", instance, one.what)
-        try:
-            arrived: Arrived = self._ray.get(there)
-        except self._ray.exceptions.RayError as error:
-            raise InvalidOperation(f"an instance did not start: {error}") from error
+        with self._asks_ray():
+            one = self._instances[instance]
+            arrived = self._arrival(instance, one)
         if arrived.failure is not None:
             error = arrived.failure.error()
             raise error if self._is_alone else type(error)(f"on node {arrived.host}: {error}")
         one.arrived = arrived
         if arrived.node == self._place.node:
             self._caretaker.watch(arrived.pid)
+        return arrived
+
+    def _arrival(self, instance: int, one: _Instance) -> Arrived:
+        there = one.actor.ready.remote()
+        told_s = time.monotonic()
+        while not self._ray.wait([there], timeout=_LOOK_S)[0]:
+            if self._has_ended:
+                raise InvalidOperation("this cluster was closed while an instance started")
+            if time.monotonic() - told_s >= _TELL_S:
+                told_s = time.monotonic()
+                _log.warning("instance %d loads, or waits for %s on one node", instance, one.what)
+        try:
+            arrived: Arrived = self._ray.get(there)
+        except self._ray.exceptions.RayError as error:
+            raise InvalidOperation(f"an instance did not start: {error}") from error
         return arrived
 
     def connect(self, instance: int) -> socket.socket:
@@ -239,8 +283,12 @@ class Launcher:
 
         On this node it is gone then. On another it is told to end, by Ray and by its neighbours,
         which is waited for only while there are any: they may share pages with it. Whatever else it
-        still does, nobody listens to it, and nobody lets it write.
+        still does, nobody listens to it, and nobody lets it write. After `close` it is gone.
         """
+        with suppress(InvalidOperation), self._asks_ray():
+            self._kill(instance)
+
+    def _kill(self, instance: int) -> None:
         one = self._instances.pop(instance, None)
         if one is None:
             return
@@ -262,6 +310,10 @@ class Launcher:
         for path in (self.path(instance) + end for end in ("", ".kv", ".lend")):
             Path(path).unlink(missing_ok=True)
 
+    def _kill_all(self) -> None:
+        for instance in list(self._instances):
+            self._kill(instance)
+
     def _neighbours(self, arrived: Arrived) -> list[Any]:
         return [
             other.actor
@@ -282,16 +334,25 @@ class Launcher:
                 _log.warning("nobody on %s says that an instance has ended", one.arrived.host)
 
     def close(self) -> None:
-        """End all instances, and Ray if it was started here. Closing twice is harmless."""
-        for instance in list(self._instances):
-            self.kill(instance)
+        """End all instances, and Ray if it was started here. Closing twice is harmless.
+
+        Without effect in a child of a fork: they are its parent's.
+        """
+        if not self._owner.is_mine:
+            return
+        with self._asking:
+            self._has_ended = True
+        self._kill_all()
+        with self._asking:  # who waits for one that is gone hears of it
+            self._asking.wait_for(lambda: not self._num_asking, _LEAVE_S)
+        self._kill_all()  # what was begun in this moment
         for ending in self._ending:
             ending.join()
         if self._owns_ray:
             self._owns_ray = False
             self._ray.shutdown()
         self._caretaker.close()
-        self._folder.cleanup()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _local(folder: str) -> dict[str, Any]:

@@ -31,7 +31,9 @@ class Maps:
         """The newest map of each that has ever answered."""
         there = {link.instance: link for link in links}
         self._newest = {n: newest for n, newest in self._newest.items() if n in there}
-        self._asked = {n: asked for n, asked in self._asked.items() if n in there}
+        for number in self._asked.keys() - there.keys():
+            if (asked := self._asked.pop(number)).done():
+                _answer(asked)  # or it would be said that nobody heard why there is none
         for number, link in there.items():
             if number not in self._asked:
                 self._asked[number] = link.ask("memory_map")

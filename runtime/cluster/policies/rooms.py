@@ -12,29 +12,34 @@ class Rooms:
 
     Args:
         snapshot: before the round.
-        kept: share of each instance's capacity that moves leave free, for requests to grow into.
+        kept: share of each instance's capacity that moves leave free, for requests to grow into;
+            not for the first on one that has none, which would else fit nowhere for good.
     """
 
     def __init__(self, snapshot: ClusterSnapshot, kept: float = 0.0) -> None:
         self._snapshot = snapshot
         self._tokens: dict[int, float] = {}
         self._slots: dict[int, float] = {}
+        self._spare: dict[int, float] = {}  # of what is kept, for the first alone
         for instance in snapshot.working:
             self._tokens[instance.id] = (1 - kept) * instance.capacity_tokens - _spoken_for(
                 instance
             )
             most = float("inf") if instance.max_running is None else instance.max_running
             self._slots[instance.id] = most - instance.num_requests
+            is_empty = not instance.num_requests
+            self._spare[instance.id] = kept * instance.capacity_tokens if is_empty else 0.0
 
     def fits(self, instance: InstanceSnapshot, request: RequestSnapshot) -> bool:
         """Whether a request could go on there: its tokens, and the next one."""
-        tokens = self._tokens.get(instance.id, 0)
+        tokens = self._tokens.get(instance.id, 0) + self._spare.get(instance.id, 0)
         return tokens >= request.num_tokens + 1 and self._slots[instance.id] >= 1
 
     def take(self, instance: InstanceSnapshot, request: RequestSnapshot) -> None:
         """Count a request that will move there."""
         self._tokens[instance.id] -= request.num_tokens + 1
         self._slots[instance.id] -= 1
+        self._spare[instance.id] = 0.0
 
     def tokens(self, instance: InstanceSnapshot) -> float:
         """What is left."""

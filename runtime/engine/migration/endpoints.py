@@ -287,8 +287,11 @@ class MigrationTarget:
             thread = threading.Thread(
                 target=_compile, args=(grammars, outputs), name="vkv-prepare", daemon=True
             )
+            try:
+                thread.start()
+            except RuntimeError as error:  # there can be no more threads
+                return [Refused(*move, "prepare", str(error))]
             self._compiling[move] = command, thread
-            thread.start()
         return []
 
     def _make_ready(self, command: Prepare) -> list[FromTarget]:

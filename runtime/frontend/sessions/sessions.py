@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from ....allocator import KVFacts, KVFile, KVFileWriter
@@ -78,9 +79,11 @@ class Sessions:
         self._fingerprint()  # which may take seconds, while others go on
         for _ in range(_MOST_TRIES):
             request = self._request(what, by)
-            if (writer := self._compute_and_write(request, path, extra)) is not None:
-                with writer:
-                    writer.commit()
+            with ExitStack() as undo:  # a signal's handler may raise where the file is handed over
+                writer = self._compute_and_write(request, path, extra, undo)
+                if writer is None:
+                    continue
+                writer.commit()
                 return Session(
                     path=Path(path),
                     tokens=tuple(request.spec.prompt_token_ids),
@@ -109,9 +112,10 @@ class Sessions:
         return request
 
     def _compute_and_write(
-        self, request: RequestText, path: str | os.PathLike[str], extra: bytes
+        self, request: RequestText, path: str | os.PathLike[str], extra: bytes, undo: ExitStack
     ) -> KVFileWriter | None:
-        """Have all tokens in a slot, and write them; None if another request was faster."""
+        """Have all tokens in a slot, and write them; None if another request was faster. `undo`
+        discards what is written."""
 
         def take() -> KVFileWriter | bool | None:
             if not request.is_finished:
@@ -120,7 +124,7 @@ class Sessions:
                 raise request.error
             if request.is_aborted:
                 raise InvalidOperation("this LLM was closed while it saved; create another")
-            return self._write(request, path, extra) or False
+            return self._write(request, path, extra, undo) or False
 
         self._driver.submit([request])
         try:
@@ -130,7 +134,7 @@ class Sessions:
             self._driver.abandon([request])
 
     def _write(
-        self, request: RequestText, path: str | os.PathLike[str], extra: bytes
+        self, request: RequestText, path: str | os.PathLike[str], extra: bytes, undo: ExitStack
     ) -> KVFileWriter | None:
         """Write what is parked of the request's tokens, if that is all of them."""
         cache, exits = self._engine.cache, self._engine.scheduler.exits
@@ -146,12 +150,8 @@ class Sessions:
                 variant=variant,
                 extra=extra,
             )
-            writer = KVFileWriter(path, facts)
-            try:
-                writer.write(cache.spans(slot, 0, num_held))
-            except BaseException:
-                writer.discard()
-                raise
+            writer = undo.enter_context(KVFileWriter(path, facts))
+            writer.write(cache.spans(slot, 0, num_held))
             return writer
         finally:
             exits.let_go(slot, tokens[:num_held], variant)
@@ -166,15 +166,14 @@ class Sessions:
                 "prefix_reuse is False, so that no prompt would begin with a session; leave it True"
             )
         file = KVFile.open(path)
-        try:
+        with ExitStack() as undo:
+            undo.callback(file.close)
             self._fingerprint()
-            return self._driver.wait_for(lambda: self._take_in(file))
-        except BaseException:
-            file.close()
-            raise
+            return self._driver.wait_for(lambda: self._take_in(file, undo))
 
-    def _take_in(self, file: KVFile) -> Session:
-        """Let requests begin with the file, if it is of this model and this cache."""
+    def _take_in(self, file: KVFile, undo: ExitStack) -> Session:
+        """Let requests begin with the file, if it is of this model and this cache; `undo` closes it
+        otherwise, and not once it is theirs, whatever a signal's handler raises then."""
         self._driver.check_ready()
         self._engine.notice_changes()
         is_usable = file.num_sound > 0
@@ -192,8 +191,7 @@ class Sessions:
         )
         if is_usable:
             self._engine.scheduler.tiers.kv_files.add(file)
-        else:
-            file.close()
+            undo.pop_all()
         return session
 
     # -- both --------------------------------------------------------------------------------

@@ -240,6 +240,10 @@ def test_bad_input_is_refused_before_anything_runs(two: Cluster) -> None:
         ({"policy": "luck"}, "use one of"),
         ({"max_sqs": 3}, "did you mean 'max_seqs'"),
         ({"model": object()}, "save it"),
+        ({"threads": 0}, "one at least"),
+        ({"liveness_s": 0}, "taken for dead"),
+        ({"liveness_s": float("nan")}, "taken for dead"),
+        ({"liveness_s": float("inf")}, "86400 s"),
     ],
 )
 def test_options_that_cannot_be_are_named(options: dict[str, Any], why: str) -> None:

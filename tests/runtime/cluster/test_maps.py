@@ -1,6 +1,7 @@
 """Maps of several instances: none waits for one that is silent, and what was counted stays."""
 
 import asyncio
+import gc
 import time
 from typing import Any
 
@@ -82,6 +83,24 @@ def test_one_that_is_silent_is_shown_as_it_was_and_asked_once(
         assert set(await seen.look([])) == set()
 
     asyncio.run(test())
+
+
+def test_an_instance_that_ends_while_it_is_asked_is_no_error() -> None:
+    unheard: list[Any] = []
+
+    async def test() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: unheard.append(what))
+        seen, gone, stays = Maps(), _Link(0), _Link(1)
+        links: Any = [gone, stays]
+        await seen.look(links)
+        assert gone.answer is not None
+        gone.answer.set_exception(EngineDied("it is gone"))
+        gone.answer = None
+        await seen.look(links[1:])
+        gc.collect()
+
+    asyncio.run(test())
+    assert unheard == []
 
 
 def _counting(drawn: MemoryMap, steps: int) -> Seen:

@@ -501,8 +501,18 @@ def test_a_burst_never_fills_a_decode_instance(snapshot: ClusterSnapshot) -> Non
     after = _carried_out(snapshot, moves)
     given_to = {move.target for move in moves}
     for instance in after.instances:
-        if instance.id in given_to:
+        if instance.id in given_to and instance.num_requests > 1:
             assert instance.used_tokens < (1 - kept) * instance.capacity_tokens
+
+
+def test_a_request_of_nearly_all_memory_is_pulled_by_who_has_nothing() -> None:
+    """Else it would fit nowhere for good, and newcomers would be held back for it."""
+    policy = Disaggregated(kept=0.1)
+    prefill = _instance(0, _request("long", 950, waited_s=9.0), _request("a", 5), role="prefill")
+    idle, busy = _instance(1, role="decode"), _instance(2, _request("x", 1), role="decode")
+    moves = policy.migrations(_cluster(prefill, idle, busy))
+    assert [(move.key[0], move.target) for move in moves] == [("long", 1), ("a", 2)]
+    assert [move.key[0] for move in policy.migrations(_cluster(prefill, busy))] == ["a"]
 
 
 def test_roles_switch_towards_the_side_that_is_full() -> None:

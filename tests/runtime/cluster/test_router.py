@@ -1,17 +1,21 @@
 """The way to instances, which are played here: what it does of what they answer."""
 
+import contextlib
+import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import standin.process
 from vkv import SamplingParams
 from vkv.runtime.cluster.policies import RoundRobin
 from vkv.runtime.cluster.router import Router
 from vkv.runtime.cluster.stats import Member
-from vkv.runtime.engine.messages import Add, Message, Resume
+from vkv.runtime.engine.messages import Add, Message, Resume, SetPriority
 from vkv.runtime.engine.migration.messages import Begin, Cancel, Cancelled, Ended, GoOn, WentOn
 from vkv.runtime.link.face import Face
 from vkv.runtime.link.messages import Answer, Ask, Outputs, Pulse, Welcome, decode_to_engine, encode
@@ -19,7 +23,7 @@ from vkv.runtime.link.wire import Frames
 from vkv.runtime.request.continuation import Continuation
 from vkv.runtime.request.spec import RequestSpec
 from vkv.runtime.request.step_output import StepOutput
-from vkv.vmem.errors import EngineDied, VkvError
+from vkv.vmem.errors import EngineDied, ForkedProcess, InvalidOperation, VkvError
 
 _KEY = ("a", 0)
 
@@ -206,3 +210,93 @@ def test_who_drains_may_end_while_all_are_asked(
     router.close()
     for one in played:
         one.join()
+
+
+def test_whoever_waits_hears_of_the_end(router: Router, tmp_path: Path) -> None:
+    """A drain that never ends, a move that nobody answers, a question: none waits for ever."""
+    begun = threading.Event()
+
+    def note(message: Any) -> Sequence[Any]:
+        if isinstance(message, Begin):
+            begun.set()
+        return []
+
+    played = [_Played(tmp_path / str(number), note) for number in range(2)]
+    for number in range(2):
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.connect(str(tmp_path / str(number)))
+        router.join(Member(id=number, role="both", pid=0), connection)
+    while not all(m.has_arrived for m in router.members()):
+        time.sleep(0.01)
+    sink = _Sink()
+    sink.fail = lambda error: None  # type: ignore[method-assign]
+    router.submit([sink])
+    while (source := router.stats().requests.get(_KEY)) is None:
+        time.sleep(0.01)
+    waits: list[Callable[[], Any]] = [
+        lambda: router.migrate(_KEY, 1 - source),
+        lambda: router.drain(source),
+        lambda: router.ask("trim"),
+        lambda: router.ask_one(1, "trim"),
+    ]
+    found: list[type[BaseException]] = []
+
+    def wait(act: Callable[[], Any]) -> None:
+        try:
+            act()  # which may find no instance any more
+        except BaseException as error:  # noqa: BLE001 - to be looked at
+            found.append(type(error))
+
+    threads = [threading.Thread(target=wait, args=(act,), daemon=True) for act in waits]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(10)
+    router.close()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert set(found) <= {InvalidOperation, EngineDied}
+    for late in (router.stats, router.members, lambda: router.drain(0)):
+        with pytest.raises(InvalidOperation, match="create another"):
+            late()
+    for one in played:
+        one.join()
+
+
+def test_a_forked_child_is_refused_what_its_parent_has_a_thread_for(router: Router) -> None:
+    acts = (router.stats, router.members, lambda: router.ask("trim"), lambda: router.end(0, "died"))
+
+    def child() -> int:
+        signal.alarm(20)  # one that waits is killed by it
+        num_refused = 0
+        for act in acts:
+            with contextlib.suppress(ForkedProcess):
+                act()
+                num_refused -= 1
+            num_refused += 1
+        router.close()  # of no effect
+        return num_refused
+
+    assert standin.process.run_in_fork(child) == len(acts)
+    assert router.stats().instances == ()
+
+
+def test_who_is_held_back_gets_another_priority_too(router: Router, tmp_path: Path) -> None:
+    added: list[Add] = []
+
+    def note(message: Any) -> Sequence[Any]:
+        added.extend([message] if isinstance(message, Add) else [])
+        return [_output(1, 0, ends=True)] if isinstance(message, Add) else []
+
+    sink = _Sink()
+    router.submit([sink])
+    router.post(SetPriority("another", 3))
+    router.post(SetPriority(_KEY[0], -1))
+    played = _Played(tmp_path / "0", note)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(str(tmp_path / "0"))
+    router.join(Member(id=0, role="both", pid=0), connection)
+    assert sink.ended.wait(10)
+    assert [one.spec.priority for one in added] == [-1]
+    router.close()
+    played.join()

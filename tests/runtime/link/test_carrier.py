@@ -1,6 +1,7 @@
 """Tokens on their way between two processes, on one node and on two; and what ends a move alone."""
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,6 +43,33 @@ def test_a_refused_call_ends_the_move_alone(tmp_path: Path, by_pages: bool) -> N
     carrier.close()
     with pytest.raises(InvalidOperation, match="begin another move"):
         carrier.carry(outgoing, address, 0, 9)
+
+
+def test_without_a_thread_to_spare_a_move_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carrier = SocketCarrier(str(tmp_path / "kv"))
+    fence = SimpleNamespace(wait=lambda: None)
+    incoming: Any = SimpleNamespace(
+        by_pages=False, num_held=0, spans=lambda *_: [], record_fence=lambda: fence
+    )
+    outgoing: Any = SimpleNamespace(
+        key=TransferKey("a/0", 1), num_tokens=9, spans=lambda *_: [], record_fence=lambda: fence
+    )
+    address = carrier.offer(incoming)
+    begin = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "vkv-carry":
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    job = carrier.carry(outgoing, address, 0, 9)
+    assert job.is_done
+    assert isinstance(job.error, InvalidOperation)
+    carrier.withdraw(incoming)
+    carrier.close()
 
 
 _NUM_TOKENS = 140

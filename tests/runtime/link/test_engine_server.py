@@ -149,6 +149,20 @@ def test_a_front_that_says_nothing_is_given_up(served: tuple[LLM, _Served], is_b
         time.sleep(0.01)
 
 
+def test_a_front_that_says_what_nobody_says_is_hung_up_on_alone(
+    served: tuple[LLM, _Served],
+) -> None:
+    _, server = served
+    other, wrong = server.call(), server.call()
+    other.until(lambda caller: caller.is_welcome)
+    other.frames.write(encode(Add(_spec())))
+    wrong.frames.write(b"\xc1")  # which is no msgpack
+    wrong.until(lambda caller: caller.is_hung_up_on)
+    other.until(lambda caller: caller.num_tokens == 100, pings=True)
+    other.frames.close()
+    assert server.is_deserted.wait(20)
+
+
 def test_without_a_descriptor_to_spare_fronts_are_let_in_later(
     served: tuple[LLM, _Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -527,3 +527,24 @@ def test_where_no_more_files_may_be_opened_none_is_left_open() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     ours.close(), theirs.close()
     assert descriptors() == before
+
+
+def test_many_open_files_are_no_end_of_a_connection() -> None:
+    """A slot of a movable cache takes a descriptor: there may be more than `select` knows."""
+    with ExitStack() as stack:
+        near, far = socket.socketpair()
+        stack.enter_context(near)
+        low, high = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if high != resource.RLIM_INFINITY and high < 2048:
+            pytest.skip(f"this process may open {high} files")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(low, 2048), high))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (low, high))
+        while (number := os.dup(far.fileno())) < 1024:
+            stack.callback(os.close, number)
+        far.close()
+        sock = stack.enter_context(socket.socket(fileno=number))
+        near.send(b"x")
+        assert wire.wait_for_more(sock)
+        assert sock.recv(1) == b"x"
+        near.close()
+        assert not wire.wait_for_more(sock)

@@ -126,6 +126,15 @@ def test_what_could_never_fit_fails_and_harms_nobody() -> None:
     assert report.attainment(slo).both == 0.5
 
 
+def test_a_prompt_of_nearly_all_memory_holds_nobody_back_for_good() -> None:
+    trace = [
+        TraceRequest(arrival_s=0.0, prompt_tokens=1900, output_tokens=20),
+        TraceRequest(arrival_s=1.0, prompt_tokens=50, output_tokens=20),
+    ]
+    report = simulate(_config(("prefill", "decode")), Disaggregated(), trace)
+    assert len(report.whole) == 2
+
+
 # -- clusters ------------------------------------------------------------------------------------
 
 _POLICIES: dict[str, tuple[ClusterPolicy, tuple[Role, ...]]] = {

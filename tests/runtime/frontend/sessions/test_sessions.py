@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import stat
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from vkv.vmem.errors import (
     KVFileDamaged,
     KVFileError,
     KVFileInaccessible,
+    KVFileMismatch,
     RequestTooLong,
     UnsupportedModel,
 )
@@ -65,7 +67,7 @@ def _descriptors() -> list[str]:
             target = os.readlink(f"/proc/self/fd/{number}")
         except FileNotFoundError:
             continue
-        if "memfd:vkv" in target or ".kv" in target:
+        if "memfd:vkv" in target or ".kv" in target or "/.vkv-" in target:
             found.append(target)
     return sorted(found)
 
@@ -513,6 +515,54 @@ def test_a_write_that_fails_leaves_the_engine_whole(
         assert list(path.parent.iterdir()) == [path]
         zoo.assert_idle(llm)
     assert go_on(llm) == (expected, 300)  # parked all the while
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_nothing_of_it(
+    make_llm: Make, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits until all is written, and comes where the file is handed over."""
+    llm, write = make_llm(), KVFileWriter.write
+    before = path.read_bytes()
+
+    def write_interrupted(writer: KVFileWriter, streams: Any) -> None:
+        write(writer, streams)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(KVFileWriter, "write", write_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.save_session(path, PROMPT)
+    assert list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == before
+    assert not [name for name in _descriptors() if ".part" in name]
+    zoo.assert_idle(llm)
+
+
+@pytest.mark.parametrize("is_usable", [True, False])
+def test_ctrl_c_while_a_file_is_taken_in_closes_no_descriptor_twice(
+    make_llm: Make,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    expected: list[int],
+    is_usable: bool,
+) -> None:
+    llm, close = make_llm(), KVFile.close
+    closed: list[KVFile] = []
+
+    def note_close(file: KVFile) -> None:
+        closed.append(file)
+        close(file)
+
+    def check(file: KVFile, *_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        if not is_usable:
+            raise KVFileMismatch("injected")
+
+    monkeypatch.setattr(KVFile, "close", note_close)
+    monkeypatch.setattr(KVFile, "check_fits", check)
+    with pytest.raises(KeyboardInterrupt):
+        llm.open_session(path)
+    assert len(closed) == (not is_usable)
+    assert go_on(llm) == (expected, 300 if is_usable else 0)
 
 
 def test_a_file_that_cannot_be_mapped_is_read(
