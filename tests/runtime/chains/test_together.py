@@ -7,6 +7,7 @@ import chains
 import pytest
 import torch
 import zoo
+from guessing import guess_restlessly
 from vkv import LLM
 from vkv.runtime.blocks.zoo import BlockZoo
 
@@ -138,14 +139,17 @@ def test_preempted_and_swapped_requests_keep_their_models(
             llm.engine.cache.check_invariants()
 
 
-def test_speculation_and_seeds(tenants: BlockZoo) -> None:
-    """Guessed tokens are verified by the model that they are guessed for."""
+def test_speculation_and_seeds(tenants: BlockZoo, family: dict[str, Path]) -> None:
+    """Guessed tokens are verified by the model that they are guessed for, whoever guesses them."""
     repeating = [[3, 4, 5, 6] * 6, [7, 8, 9] * 7]
     names = ["kin", chains.BASE, "head", "early"]
     found = []
-    for more in ({}, {"speculative": "ngram"}):
-        with LLM(tenants, model=chains.BASE, **zoo.with_defaults(more)) as llm:
+    for guesser in (None, "ngram", "surrogate", str(family[chains.BASE])):
+        options = zoo.with_defaults({"speculative": guesser})
+        with LLM(tenants, model=chains.BASE, **options) as llm:
+            if guesser is not None:
+                guess_restlessly(llm)
             outs = llm.generate(repeating * 2, zoo.greedy(20), model=names)
             found.append([list(out.outputs[0].token_ids) for out in outs])
-            assert bool(llm.stats().num_drafted) == bool(more)
-    assert found[0] == found[1]
+            assert bool(llm.stats().num_accepted) == (guesser is not None)
+    assert found == found[:1] * 4
