@@ -193,7 +193,7 @@ class Adapters:
     def provide(self, keys: Iterable[AdapterKey]) -> dict[AdapterKey, VkvError]:
         """Have the adapters of a step in memory; returns those that are not, each with why.
 
-        OutOfPages for those that lack memory now, a `UsageError` for those that never will be here.
+        OutOfPages for those that lack memory now, another error for those that cannot be read.
         Adapters that come first get memory first. All stay until the next call.
         """
         wanted = dict.fromkeys(keys)

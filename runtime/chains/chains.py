@@ -200,7 +200,7 @@ class Chains:
     def provide(self, keys: Iterable[ChainKey]) -> dict[ChainKey, VkvError]:
         """Have the blocks of a step's models in memory; returns those that lack some, and why.
 
-        OutOfPages for those that lack memory now, a `UsageError` for those that never will be here.
+        OutOfPages for those that lack memory now, another error for those that cannot be read.
         Models that come first get memory first. All stay until the next call.
         """
         wanted = list(dict.fromkeys(keys))
