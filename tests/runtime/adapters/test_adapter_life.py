@@ -467,6 +467,24 @@ def test_one_that_cannot_be_read_harms_nobody(
     assert _ask(llm, "a")[0] == expected["a"]
 
 
+def test_a_folder_is_found_wherever_the_process_goes(
+    llm: LLM,
+    folders: dict[str, Path],
+    expected: dict[str | None, list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home = folders["a"].parent
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    llm.unload_adapter("a")
+    llm.unload_adapter("b")
+    llm.load_adapter("a", "a")
+    llm.load_adapter("b", "~/b")
+    monkeypatch.chdir(tmp_path)
+    assert [_ask(llm, name)[0] for name in ("a", "b")] == [expected["a"], expected["b"]]
+
+
 def test_one_that_lacks_memory_for_long_fails_alone(folders: dict[str, Path]) -> None:
     limit = MemoryLimit(_adapter_bytes(folders) + (64 << 10))
     with _llm(folders, kv_memory=limit, shortage_wait_s=0.05, max_len=64) as llm:
