@@ -24,6 +24,7 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> BlockZoo:
         tokenizer = zoo.letter_tokenizer()
         tokenizer.chat_template = f"{name}:" + "{{ messages[-1]['content'] }}"
         tokenizer.save_pretrained(folder)
+    (family["late"] / "generation_config.json").write_text('{"max_new_tokens": 3}')
     return chains.make_zoo(home, family)
 
 
@@ -56,10 +57,17 @@ def test_a_zoo_in_one_process(tenants: BlockZoo, texts: dict[str, str]) -> None:
                 plain = await client.post("/v1/completions", json=_ASKED)
                 assert plain.json()["model"] == "base"
                 assert plain.json()["choices"][0]["text"] == texts["base"]
-                said = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+                said_hi = {"messages": [{"role": "user", "content": "hi"}]}
+                said = {**said_hi, "max_tokens": 2}
                 for name in texts:  # each by its own template
                     answer = await client.post("/v1/chat/completions", json={**said, "model": name})
                     assert answer.json()["usage"]["prompt_tokens"] == len(f"{name}:hi")
+                    counted = await client.post("/tokenize", json={**said_hi, "model": name})
+                    assert counted.json()["count"] == len(f"{name}:hi")
+                    freely = {"prompt": "hello", "ignore_eos": True, "model": name}
+                    answer = await client.post("/v1/completions", json=freely)
+                    num_tokens = 3 if name == "late" else 16  # as its generation config says
+                    assert answer.json()["usage"]["completion_tokens"] == num_tokens
                 refused = await client.post("/v1/completions", json={**_ASKED, "model": "x"})
                 assert refused.status_code == 404
                 assert "'late'" in refused.json()["error"]["message"]
