@@ -296,6 +296,8 @@ class Engine:
             num_bytes += self.scheduler.speculation.drafter.trim()
         if not self.has_work:
             num_bytes += self.extras.forget()
+            if self.runner.recordings is not None:
+                self.runner.recordings.drop_gone()
         return num_bytes
 
     def weights_changed(self) -> None:
