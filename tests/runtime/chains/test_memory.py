@@ -13,7 +13,7 @@ import chains
 import pytest
 import torch
 import zoo
-from vkv import LLM, AsyncLLM, MemoryLimit, SamplingParams
+from vkv import LLM, AsyncLLM, MemoryLimit, SamplingParams, StructuredOutputsParams
 from vkv.runtime.blocks.zoo import BlockZoo
 from vkv.runtime.chains import copies
 from vkv.runtime.model.extras.overlays import overlays_of
@@ -237,6 +237,28 @@ def test_each_model_ends_and_samples_as_it_says(family: dict[str, Path], tmp_pat
         request.token_ids.append(5)
         assert llm.engine._ends(request.chain) == {5}
         llm.engine.abort(request.key[0])
+
+
+def test_a_grammar_ends_as_its_model_does(family: dict[str, Path], tmp_path: Path) -> None:
+    folders, ends = {}, {chains.BASE: 5, "early": 6}
+    for name, end in ends.items():
+        folders[name] = shutil.copytree(family[name], tmp_path / name)
+        (folders[name] / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    names = [*ends, *ends]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=4,
+            structured_outputs=StructuredOutputsParams(regex="[a-z]*"),
+            logit_bias={end: 100},
+        )
+        for end in (5, 6, 6, 5)  # each one's own, and the other's
+    ]
+    with _llm(chains.make_zoo(tmp_path, folders), tokenizer=zoo.letter_tokenizer()) as llm:
+        outs = [out.outputs[0] for out in llm.generate([_PROMPT] * 4, params, model=names)]
+    assert [list(out.token_ids) for out in outs[:2]] == [[5], [6]]
+    assert {out.finish_reason for out in outs[:2]} == {"stop"}
+    assert all(len(out.token_ids) == 4 and out.text.islower() for out in outs[2:])
 
 
 def _spec(key: Any) -> Any:
