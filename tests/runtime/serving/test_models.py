@@ -68,6 +68,11 @@ def test_a_zoo_in_one_process(tenants: BlockZoo, texts: dict[str, str]) -> None:
                     answer = await client.post("/v1/completions", json=freely)
                     num_tokens = 3 if name == "late" else 16  # as its generation config says
                     assert answer.json()["usage"]["completion_tokens"] == num_tokens
+                for name in texts:  # which an adapter of that name could not be asked by
+                    asked_to_load = {"lora_name": name, "lora_path": "anywhere"}
+                    answer = await client.post("/v1/load_lora_adapter", json=asked_to_load)
+                    assert answer.status_code == 400
+                    assert "is a model's own name" in answer.json()["error"]["message"]
                 refused = await client.post("/v1/completions", json={**_ASKED, "model": "x"})
                 assert refused.status_code == 404
                 assert "'late'" in refused.json()["error"]["message"]
