@@ -79,6 +79,26 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     alone.close()
 
 
+def test_equal_blocks_in_two_places_of_a_model(tmp_path: Path) -> None:
+    """Of one kind, in no layer: embeddings of tokens and of positions that are the same."""
+    changes = {"max_position_embeddings": zoo.VOCAB_SIZE}
+    family = chains.save_family(tmp_path, "gpt2", {"twin": ()}, **changes)
+    twin = zoo.tiny_model("gpt2", **changes)
+    with torch.no_grad():
+        numbers = torch.randn(twin.transformer.wte.weight.shape)
+        for part in (twin.transformer.wte, twin.transformer.wpe):
+            part.weight.copy_(numbers)
+    twin.save_pretrained(family["twin"])
+    options = {"max_len": 64}
+    alone = chains.Alone(family, **options)
+    with LLM(
+        chains.make_zoo(tmp_path, family), model=chains.BASE, **zoo.with_defaults(options)
+    ) as llm:
+        names = ["twin", chains.BASE]
+        chains.check_alone(_ask(llm, names, [9, 9], [8, 8]), names, alone)
+    alone.close()
+
+
 def test_any_model_may_be_the_engines_own(tenants: BlockZoo, alone: chains.Alone) -> None:
     with LLM(tenants.path, model="kin", **zoo.with_defaults({})) as llm:
         names = [*_NAMES]
