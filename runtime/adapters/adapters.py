@@ -105,7 +105,7 @@ class Adapters:
         """Read a folder that is about to be loaded, so that `load` need not: from any thread, while
         steps run. What is wrong with it `load` says."""
         with suppress(BadAdapter, ValueError):
-            self._digests.of(Path(path))
+            self._digests.of(_folder(path))
 
     def load(self, name: str, path: str | Path) -> AdapterKey:
         """Have requests use the adapter in a folder by `name`; its weights come later.
@@ -114,7 +114,7 @@ class Adapters:
         the model, a `UsageError` for a name that another has.
         """
         _check_name(name)
-        folder = Path(path)
+        folder = _folder(path)
         if not os.path.isdir(folder):  # a `Path` raises for names that are too long
             raise BadAdapter(
                 f"there is no folder {folder}; give that of a LoRA adapter as PEFT's "
@@ -193,7 +193,7 @@ class Adapters:
     def provide(self, keys: Iterable[AdapterKey]) -> dict[AdapterKey, VkvError]:
         """Have the adapters of a step in memory; returns those that are not, each with why.
 
-        OutOfPages for those that lack memory now, a `UsageError` for those that never will be here.
+        OutOfPages for those that lack memory now, another error for those that cannot be read.
         Adapters that come first get memory first. All stay until the next call.
         """
         wanted = dict.fromkeys(keys)
@@ -297,6 +297,11 @@ def find_adapter(names: Mapping[str, AdapterKey], name: str) -> AdapterKey:
 def known_names(stats: Sequence[AdapterStats]) -> dict[str, AdapterKey]:
     """By name, what new requests may use."""
     return {one.name: AdapterKey(one.name, one.digest) for one in stats if not one.is_leaving}
+
+
+def _folder(path: str | Path) -> Path:
+    """The folder that is meant now: it is read again later, wherever the process is by then."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def _check_name(name: object) -> None:

@@ -181,6 +181,8 @@ def _config(path: Path, said: Mapping[str, Any]) -> LoraConfig:
     if not targets or not _is_names(targets):
         _refuse(path, "target_modules", targets, "give names of modules, or a regular expression")
     layers = said.get("layers_to_transform")
+    if layers == []:  # which PEFT takes for all
+        layers = None
     if isinstance(layers, int):
         layers = [layers]
     are_numbers = isinstance(layers, list) and all(type(layer) is int for layer in layers)

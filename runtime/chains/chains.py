@@ -21,7 +21,7 @@ from .sites import Sites
 from .steps import ChainStep, Modules, Run
 from .voices import Voice, voice_of
 
-_Place = tuple[str, str, int | None]  # a block's digest, kind and layer
+_Place = tuple[str, str, int | None, str]  # a block's digest, kind, layer, and where in these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ class Chains:
     def provide(self, keys: Iterable[ChainKey]) -> dict[ChainKey, VkvError]:
         """Have the blocks of a step's models in memory; returns those that lack some, and why.
 
-        OutOfPages for those that lack memory now, a `UsageError` for those that never will be here.
+        OutOfPages for those that lack memory now, another error for those that cannot be read.
         Models that come first get memory first. All stay until the next call.
         """
         wanted = list(dict.fromkeys(keys))
@@ -249,7 +249,7 @@ class Chains:
         """What a step's rows are sorted by: those that share blocks come together."""
         if key is None or key not in self._relatives:
             return ()
-        return tuple(digest for digest, _, _ in self._relatives[key].own)
+        return tuple(digest for digest, *_ in self._relatives[key].own)
 
     def step(
         self,
@@ -356,4 +356,4 @@ def find_voice(voices: Mapping[str, Voice | None], name: str) -> Voice | None:
 
 
 def _place(block: Block) -> _Place:
-    return block.digest, block.kind, block.layer
+    return block.digest, block.kind, block.layer, block.prefix

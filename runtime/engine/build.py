@@ -136,7 +136,7 @@ def build_loop(loaded: LoadedModel, config: EngineConfig) -> EngineLoop:
             _build_scheduler(loaded, config, cache, tiers, profile, speculation),
             _build_admission(loaded, config, cache, tiers, why_not_longer),
             eos_token_ids=loaded.eos_token_ids,
-            grammars=_build_grammars(loaded),
+            grammars=_build_grammars(loaded, chains),
             watch=ModelWatch(loaded),
             fingerprint=fingerprint,
             extras=ExtraWeights(adapters, chains),
@@ -352,10 +352,14 @@ def _order(config: EngineConfig) -> Order:
     return Fair() if config.scheduling_policy == "fair" else Fcfs()
 
 
-def _build_grammars(loaded: LoadedModel) -> Grammars | None:
+def _build_grammars(loaded: LoadedModel, chains: Chains | None) -> Grammars | None:
+    """For all models that run together: they have one vocabulary, and ends of their own."""
     if loaded.tokenizer is None:
         return None
-    return Grammars(loaded.tokenizer, loaded.vocab_size, loaded.eos_token_ids)
+    ends = set(loaded.eos_token_ids)
+    for voice in chains.voices.values() if chains is not None else ():
+        ends |= voice.eos_token_ids if voice is not None else set()
+    return Grammars(loaded.tokenizer, loaded.vocab_size, ends)
 
 
 def _build_admission(

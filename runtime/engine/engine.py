@@ -153,6 +153,7 @@ class Engine:
         return own if chain is None else self.extras.eos_token_ids(chain, own)
 
     def _make(self, spec: RequestSpec, index: int, max_tokens: int) -> Request:
+        ends = () if spec.params.ignore_eos else self._ends(spec.chain)
         return Request(
             spec,
             index=index,
@@ -161,9 +162,9 @@ class Engine:
                 spec.params,
                 spec.prompt_token_ids,
                 index=index,
-                eos_token_ids=() if spec.params.ignore_eos else self._ends(spec.chain),
+                eos_token_ids=ends,
                 bad_words=spec.bad_words,
-                grammar=self._grammar(spec.params),
+                grammar=self._grammar(spec.params, ends),
                 seed=spec.seed,
             ),
             leader=(spec.request_id, 0) if index else None,
@@ -230,12 +231,11 @@ class Engine:
                 self._outputs.append(told_end(request, end))
                 self._leave(request, keep=True)
 
-    def _grammar(self, params: SamplingParams) -> TokenGrammar | None:
+    def _grammar(self, params: SamplingParams, ends: Collection[int]) -> TokenGrammar | None:
         """A place in the grammar that an output is to follow, which is compiled if nobody did."""
         if params.structured_outputs is None:
             return None
-        grammars = check_grammars(self.grammars)
-        return grammars.start(params.structured_outputs, ignore_ends=params.ignore_eos)
+        return check_grammars(self.grammars).start(params.structured_outputs, ends)
 
     def abort(self, request_id: str) -> None:
         """Drop all that is unfinished of a request; its pages go back at once."""
@@ -296,6 +296,8 @@ class Engine:
             num_bytes += self.scheduler.speculation.drafter.trim()
         if not self.has_work:
             num_bytes += self.extras.forget()
+            if self.runner.recordings is not None:
+                self.runner.recordings.drop_gone()
         return num_bytes
 
     def weights_changed(self) -> None:

@@ -69,7 +69,7 @@ class Grammars:
     Args:
         tokenizer: the model's, which nobody changes.
         vocab_size: the width of the logits. They may be more than the tokenizer's tokens, or fewer.
-        end_token_ids: all tokens that end an output.
+        end_token_ids: all tokens that end an output, of whichever model.
     """
 
     def __init__(
@@ -101,16 +101,20 @@ class Grammars:
         with self._lock:
             return outputs in self._kept
 
-    def start(self, outputs: StructuredOutputsParams, *, ignore_ends: bool = False) -> TokenGrammar:
+    def start(
+        self, outputs: StructuredOutputsParams, ends: Collection[int] | None = None
+    ) -> TokenGrammar:
         """A new output's place in its grammar, which is prepared if it was not.
 
-        With `ignore_ends` the end tokens come only where nothing else can. Raises as `prepare`.
+        End tokens that are not among `ends`, None for all, come only where nothing else can. Raises
+        as `prepare`.
         """
         matcher = self._find(outputs)
+        allowed = self._end_token_ids if ends is None else ends
         return TokenGrammar(
             matcher.deep_copy(),
             self._the_vocabulary(),
-            barred_ends=self._end_token_ids if ignore_ends else (),
+            barred_ends=[one for one in self._end_token_ids if one not in allowed],
             # Copies share what llguidance learnt of the grammar, and so its end, too.
             on_failure=functools.partial(self._forget, outputs, matcher),
         )

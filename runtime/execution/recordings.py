@@ -262,6 +262,7 @@ class DecodeRecordings:
         `last_tokens` has the pending ones among these tokens, as in `StepInputs.fill`.
         They are overwritten by the next call. None if the model cannot be recorded.
         """
+        self.drop_gone()
         runs = _runs(batch)
         known = self._known(batch, runs)
         if known is None:
@@ -288,6 +289,13 @@ class DecodeRecordings:
         self.num_replays += 1
         return logits[: len(batch)]
 
+    def drop_gone(self) -> None:
+        """Drop recordings with blocks that were given back: they would keep their memory."""
+        num_gone = 0 if self._chains is None else self._chains.num_gone
+        if self._num_gone != num_gone:
+            self._num_gone = num_gone
+            self._of_chains.clear()
+
     def forget(self) -> None:
         """Drop all recordings: addresses that they hold, of weights for one, will change."""
         self._recordings.clear()
@@ -304,11 +312,7 @@ class DecodeRecordings:
         return self._known_of(runs) if runs else self._recordings
 
     def _known_of(self, runs: Runs) -> _Known | None:
-        """The recordings of steps of several models; those of blocks that are gone go."""
-        assert self._chains is not None, "a request is of another model"
-        if self._num_gone != self._chains.num_gone:
-            self._num_gone = self._chains.num_gone
-            self._of_chains.clear()
+        """The recordings of steps of several models."""
         self._num_alike = self._num_alike + 1 if runs == self._last_runs else 1
         self._last_runs = runs
         if self._refused_chains or (

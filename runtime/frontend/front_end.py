@@ -116,6 +116,10 @@ class FrontEnd:
         """For prompts of a model that come without parameters; None for the engine's own."""
         return self._speech(model).default_params
 
+    def tokenizer_of(self, model: str | None) -> PreTrainedTokenizerBase | None:
+        """Of a model that has one; nobody is to change it."""
+        return self._speech(model).tokenizer
+
     def chat_defaults(self, model: str | None = None) -> SamplingParams:
         """The same for conversations."""
         return self._speech(model).chat_params
@@ -282,9 +286,12 @@ class FrontEnd:
             check_grammars(self.grammars).prepare(params.structured_outputs)
         return max_tokens
 
-    def render_chat(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's next message begins."""
-        return self._own.chat_template.render(messages, options).token_ids or []
+    def render_chat(
+        self, messages: Sequence[Message], options: ChatOptions, model: str | None = None
+    ) -> list[int]:
+        """Token ids of a conversation with a model, up to where the assistant's next message
+        begins."""
+        return self._speech(model).chat_template.render(messages, options).token_ids or []
 
     def _tokenise(self, prompt: PlainPrompt, speech: _Speech) -> list[int]:
         if prompt.token_ids is not None:

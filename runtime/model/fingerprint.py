@@ -39,7 +39,7 @@ def model_files(home: str | Path, config: PretrainedConfig | None = None) -> tup
 
     `home` is a folder, a GGUF file, or the hub id that a model of this `config` was loaded by.
     """
-    path = Path(home)
+    path = Path(home).absolute()  # they are read later, wherever the process is by then
     if path.is_file():
         return (_mark(path),)
     if not path.is_dir():

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from starlette.requests import Request
+from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapters import AdapterStats, known_names
 from ..execution.grammars import Grammars
@@ -54,7 +55,7 @@ class Server:
         self.created = int(time.time())
         self._face: Face | None = None
         self._requests: AsyncRequests | None = None
-        self._answers: AnswerFormat | None = None
+        self._answers: dict[str | None, AnswerFormat] = {}  # by model, None for the engine's own
         self._admittance: Admittance | None = None
         self._metrics: Metrics | None = None
 
@@ -68,11 +69,7 @@ class Server:
             return
         if self.options.chat_template is not None and face.tokenizer is not None:
             face.tokenizer.chat_template = self.options.read_chat_template()
-        self._answers = answer_format(
-            face.tokenizer,
-            tool_call_parser=self.options.tool_call_parser,
-            reasoning_parser=self.options.reasoning_parser,
-        )
+        self._answers[None] = self._format_of(face.tokenizer)
         if grammars is None and face.tokenizer is not None:  # to refuse before anything is sent
             grammars = Grammars(face.tokenizer, face.admission.vocab_size)
         adapters = lambda: known_names(self.adapters)  # noqa: E731
@@ -105,10 +102,20 @@ class Server:
         """Where requests run. Raises ApiError 503 while the model loads."""
         return _there(self._requests)
 
-    @property
-    def answers(self) -> AnswerFormat:
-        """How the model's answers are to be read. Raises ApiError 503 while it loads."""
-        return _there(self._answers)
+    def answers(self, model: str | None) -> AnswerFormat:
+        """How a model's answers are to be read, None for the engine's own. Raises ApiError 503
+        while it loads, InvalidConfig for a parser that was asked for and does not go with it."""
+        front_end = self.requests.front_end
+        if model not in self._answers:
+            self._answers[model] = self._format_of(front_end.tokenizer_of(model))
+        return self._answers[model]
+
+    def _format_of(self, tokenizer: PreTrainedTokenizerBase | None) -> AnswerFormat:
+        return answer_format(
+            tokenizer,
+            tool_call_parser=self.options.tool_call_parser,
+            reasoning_parser=self.options.reasoning_parser,
+        )
 
     @property
     def admittance(self) -> Admittance:

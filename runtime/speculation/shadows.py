@@ -16,12 +16,12 @@ from ..request.request import Batch, Request, ScheduledRequest
 
 
 def shadow_of(request: Request) -> Request:
-    """A request that asks for the same tokens, and for nothing else."""
+    """A request that asks for the same tokens, of whatever model guesses them, and nothing else."""
     params = request.params
     if params.logprobs is not None or params.prompt_logprobs is not None:
         params = replace(params, logprobs=None, prompt_logprobs=None)
     return Request(
-        msgspec.structs.replace(request.spec, params=params, adapter=None),
+        msgspec.structs.replace(request.spec, params=params, adapter=None, chain=None),
         max_tokens=request.max_tokens,
         sampling=request.sampling.fork(params),
         index=request.key[1],

@@ -72,7 +72,7 @@ def save_adapter(
     tensors = {}
     for name, module in linears(model, endings).items():
         layers = said["layers_to_transform"]
-        if layers is not None and int(name.split(".")[-3]) not in layers:
+        if layers and int(name.split(".")[-3]) not in layers:
             continue
         own = said["rank_pattern"].get(name.split(".")[-1], rank)
         outputs, inputs = shape(module)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ....allocator import MemoryLimit, SlotCache
 from ....vmem.errors import InvalidConfig
+from ...blocks.places import locate
 from ...execution.model_runner import ModelRunner
 from ...model.forward import Forward
 from ...model.loading import LoadedModel, load_model
@@ -38,8 +39,8 @@ def max_rows(config: EngineConfig) -> int:
 def load_draft(loaded: LoadedModel, config: EngineConfig) -> LoadedModel | None:
     """The model that guesses for another, if `speculative` names one.
 
-    Raises InvalidConfig if `speculative` asks for what cannot be, BadCheckpoint and
-    UnsupportedModel as `load_model` does.
+    Raises InvalidConfig if `speculative` asks for what cannot be, BadZoo as `locate` does,
+    BadCheckpoint and UnsupportedModel as `load_model`.
     """
     if config.speculative is None:
         return None
@@ -57,11 +58,13 @@ def load_draft(loaded: LoadedModel, config: EngineConfig) -> LoadedModel | None:
             "speculative is the very model that is to verify; use 'surrogate', or another model"
         )
     is_object = isinstance(source, PreTrainedModel)
+    place, stored = locate(source)
     draft = load_model(
-        source,
+        place,
         device=loaded.device,
         dtype="auto" if is_object else loaded.dtype,
         pack_weights=config.pack_weights,
+        stored=stored,
     )
     if draft.vocab_size != loaded.vocab_size:
         raise InvalidConfig(

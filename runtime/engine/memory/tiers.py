@@ -93,7 +93,7 @@ def _build_kv_dir(
             "files do not hold; leave kv_dir out"
         )
     return KVDir(
-        Path(config.kv_dir).expanduser(),
+        Path(config.kv_dir).expanduser().absolute(),
         parse_bytes(config.kv_dir_limit),
         cache,
         fingerprint.value(),

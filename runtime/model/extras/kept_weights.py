@@ -1,5 +1,7 @@
 """Weights in memory beside the model's: counted under a limit, and given back where it is short."""
 
+import errno
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
@@ -7,10 +9,12 @@ from typing import Generic, TypeVar
 import torch
 
 from ....allocator import MemoryLimit
-from ....vmem.errors import OutOfPages, UsageError, VkvError
+from ....vmem.errors import DriverError, OutOfPages, StepFailed, VkvError
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+_log = logging.getLogger(__name__)
 
 
 class KeptWeights(Generic[K, V]):
@@ -77,7 +81,7 @@ class KeptWeights(Generic[K, V]):
                 taken = needed
         except BaseException as error:
             self._limit.take(-taken)
-            if isinstance(error, MemoryError | torch.OutOfMemoryError | OSError):
+            if _lacks_memory(error):
                 raise OutOfPages(
                     f"the system has no {num_bytes} bytes for {what} ({error}); lower "
                     "kv_memory, or wait for others to finish"
@@ -130,15 +134,36 @@ class KeptWeights(Generic[K, V]):
                     num_bytes -= self.put_away(key)
 
 
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Whether it says that the system has no memory; PyTorch, of a CPU's, in words alone."""
+    if error is None:
+        return False
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return "can't allocate memory" in str(error) or _lacks_memory(error.__cause__)
+
+
 def bring_each(keys: Iterable[K], bring: Callable[[K], None]) -> dict[K, VkvError]:
     """Bring each, the first ones first; returns those that cannot be here, each with why.
 
-    OutOfPages for those that lack memory now, a `UsageError` for those that never will be here.
+    OutOfPages for those that lack memory now, another error for those that cannot be read. Nothing
+    is raised: whoever asks for the others has them.
     """
     lacking: dict[K, VkvError] = {}
     for key in keys:
         try:
             bring(key)
-        except (UsageError, OutOfPages) as error:
+        except DriverError as error:  # of a cache that was to give memory up
+            lacking[key] = OutOfPages(str(error))
+        except VkvError as error:
             lacking[key] = error
+        except Exception as error:  # noqa: BLE001 - told to those that ask for it, and logged
+            _log.exception("weights beside the model's cannot be had")
+            failed = StepFailed(
+                f"weights beside the model's cannot be had: {type(error).__name__}: {error}"
+            )
+            failed.__cause__ = error
+            lacking[key] = failed
     return lacking

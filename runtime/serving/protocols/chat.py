@@ -148,6 +148,7 @@ class ChatJob:
         self.created = int(time.time())
         self.model = server.model_name(asked.model)
         self.choice = asked.choice()
+        self._format = server.answers(server.maker(asked.model).model)
         self.text = self._prepare(asked.standing(tenant))
         self.answers = [Answer(self) for _ in range(self.text.spec.params.n)]
 
@@ -195,7 +196,7 @@ class ChatJob:
         """False where calls and reasoning are marked by special tokens."""
         if self.asked.skip_special_tokens is not None:
             return None
-        return None if self.server.answers.skip_special_tokens else False
+        return None if self._format.skip_special_tokens else False
 
     def _options(self) -> ChatOptions:
         asked = self.asked
@@ -220,9 +221,7 @@ class ChatJob:
         """A reader for one of the outputs."""
         is_held = self.choice in ("none", "auto") and self._structure() is not None
         prompt = "" if is_held else self.text.prompt or ""  # held text holds no thoughts
-        return self.server.answers.parser(
-            tools=self.asked.tools, tool_choice=self.choice, prompt=prompt
-        )
+        return self._format.parser(tools=self.asked.tools, tool_choice=self.choice, prompt=prompt)
 
     def usage(self) -> dict[str, Any]:
         """What it cost so far."""

@@ -109,8 +109,9 @@ class CompletionJob:
             raise ApiError(
                 400, "response_format and structured_outputs both hold the answer; use one"
             )
+        by = self.server.maker(asked.model)
         params = self.server.params(
-            front_end.default_params,
+            front_end.defaults(by.model),
             asked,
             max_tokens=asked.max_tokens if self.shows_output else 1,
             logprobs=asked.logprobs,
@@ -127,7 +128,6 @@ class CompletionJob:
             given["prompt"] = prompt
         else:
             given["prompt_token_ids"] = prompt
-        by = self.server.maker(asked.model)
         return front_end.request(given, params, standing=self.standing, by=by)
 
     def last_words(self, error: ApiError) -> bytes:

@@ -21,8 +21,10 @@ from vkv.vmem.errors import (
     BadAdapter,
     InvalidSamplingParams,
     OutOfPages,
+    StepFailed,
     UnknownAdapter,
     UsageError,
+    VkvError,
 )
 
 _PROMPT = zoo.random_prompts([48])[0]
@@ -431,25 +433,56 @@ def test_an_adapter_that_never_fits_is_refused(folders: dict[str, Path]) -> None
         llm.load_adapter("a", folders["a"])
 
 
-def test_one_that_the_system_has_no_memory_for_harms_nobody(
-    llm: LLM, expected: dict[str | None, list[int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(12, "Cannot allocate memory"), OutOfPages),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfPages),
+        (ZeroDivisionError("a mistake"), StepFailed),
+    ],
+    ids=repr,
+)
+def test_one_that_cannot_be_read_harms_nobody(
+    error: Exception,
+    told: type[VkvError],
+    llm: LLM,
+    expected: dict[str | None, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def no_memory(*_: object) -> torch.Tensor:
-        raise OSError(12, "Cannot allocate memory")
+    def fail(*_: object) -> torch.Tensor:
+        raise error
 
     _ask(llm, "b")
     before = _taken(llm)
-    monkeypatch.setattr(products, "empty_apart", no_memory)
+    monkeypatch.setattr(products, "empty_apart", fail)
     monkeypatch.setattr(llm.loop, "_shortage_wait_s", 0.05)
     outs = llm.generate([_PROMPT] * 3, zoo.greedy(16), adapter=["b", "a", None])
     assert [out.error is None for out in outs] == [True, False, True]
-    assert isinstance(outs[1].error, OutOfPages)
+    assert type(outs[1].error) is told
     assert list(outs[0].outputs[0].token_ids) == expected["b"]
     assert list(outs[2].outputs[0].token_ids) == expected[None]
     llm.trim()
     monkeypatch.undo()
     assert _taken(llm) <= before
     assert _ask(llm, "a")[0] == expected["a"]
+
+
+def test_a_folder_is_found_wherever_the_process_goes(
+    llm: LLM,
+    folders: dict[str, Path],
+    expected: dict[str | None, list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home = folders["a"].parent
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    llm.unload_adapter("a")
+    llm.unload_adapter("b")
+    llm.load_adapter("a", "a")
+    llm.load_adapter("b", "~/b")
+    monkeypatch.chdir(tmp_path)
+    assert [_ask(llm, name)[0] for name in ("a", "b")] == [expected["a"], expected["b"]]
 
 
 def test_one_that_lacks_memory_for_long_fails_alone(folders: dict[str, Path]) -> None:

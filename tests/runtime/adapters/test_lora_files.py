@@ -61,6 +61,7 @@ def _merged(folder: Path, scales: dict[str, float] | None = None) -> list[int]:
         ),
         ({"layers_to_transform": [1], "layers_pattern": "layers"}, None),
         ({"layers_to_transform": [0]}, None),
+        ({"layers_to_transform": []}, None),
         ({"endings": ("down_proj",)}, None),
         ({"endings": ("gate_proj",)}, None),
         ({"endings": ("lm_head", "q_proj")}, None),

@@ -1,9 +1,11 @@
 """Blocks come when they are needed, give way where memory is short, and go."""
 
 import asyncio
+import gc
 import json
 import logging
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import chains
 import pytest
 import torch
 import zoo
-from vkv import LLM, AsyncLLM, MemoryLimit
+from vkv import LLM, AsyncLLM, MemoryLimit, SamplingParams, StructuredOutputsParams
 from vkv.runtime.blocks.zoo import BlockZoo
 from vkv.runtime.chains import copies
 from vkv.runtime.model.extras.overlays import overlays_of
+from vkv.runtime.request.spec import RequestSpec
 from vkv.vmem.errors import (
     BadCheckpoint,
     ChainMismatch,
@@ -92,7 +95,7 @@ def test_models_that_do_not_fit_together_take_turns(tenants: BlockZoo, alone: ch
 def test_recordings_go_with_the_blocks_that_they_read(
     tenants: BlockZoo, alone: chains.Alone
 ) -> None:
-    names, prompts = ["kin", "early", chains.BASE], zoo.random_prompts([4, 4, 4])
+    names, prompts = ["kin", "early", "words", chains.BASE], zoo.random_prompts([4, 4, 4, 4])
     with _llm(tenants, max_parked=0) as llm:
         recordings = llm.engine.runner.recordings
         assert recordings is not None
@@ -101,11 +104,22 @@ def test_recordings_go_with_the_blocks_that_they_read(
             outs = llm.generate(prompts, zoo.greedy(16), model=names)
             chains.check_alone(outs, names, alone)
             assert recordings.num_replays > before + 4
+            weights = _weights_beside(llm)
+            assert weights
             llm.trim()
+            gc.collect()
+            assert not any(weight() is not None for weight in weights)
             assert not any(block.num_bytes for block in llm.stats().blocks)
             del outs
             junk = [torch.full((4096,), float("nan")) for _ in range(64)]  # where blocks were
             del junk
+
+
+def _weights_beside(llm: LLM) -> list[weakref.ref[torch.Tensor]]:
+    """Parameters of the blocks that are in memory for other models than the engine's own."""
+    memory = llm.engine.extras._chains._memory  # type: ignore[union-attr]
+    modules = [module for place in memory for module in memory[place].modules.values()]
+    return [weakref.ref(one) for module in modules for one in module.parameters()]
 
 
 def test_one_that_never_fits_fails_alone(tenants: BlockZoo, alone: chains.Alone) -> None:
@@ -225,10 +239,29 @@ def test_each_model_ends_and_samples_as_it_says(family: dict[str, Path], tmp_pat
         llm.engine.abort(request.key[0])
 
 
-def _spec(key: Any) -> Any:
-    from vkv import SamplingParams
-    from vkv.runtime.request.spec import RequestSpec
+def test_a_grammar_ends_as_its_model_does(family: dict[str, Path], tmp_path: Path) -> None:
+    folders, ends = {}, {chains.BASE: 5, "early": 6}
+    for name, end in ends.items():
+        folders[name] = shutil.copytree(family[name], tmp_path / name)
+        (folders[name] / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    names = [*ends, *ends]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=4,
+            structured_outputs=StructuredOutputsParams(regex="[a-z]*"),
+            logit_bias={end: 100},
+        )
+        for end in (5, 6, 6, 5)  # each one's own, and the other's
+    ]
+    with _llm(chains.make_zoo(tmp_path, folders), tokenizer=zoo.letter_tokenizer()) as llm:
+        outs = [out.outputs[0] for out in llm.generate([_PROMPT] * 4, params, model=names)]
+    assert [list(out.token_ids) for out in outs[:2]] == [[5], [6]]
+    assert {out.finish_reason for out in outs[:2]} == {"stop"}
+    assert all(len(out.token_ids) == 4 and out.text.islower() for out in outs[2:])
 
+
+def _spec(key: Any) -> Any:
     return RequestSpec(
         request_id="x", prompt_token_ids=[1], params=SamplingParams(max_tokens=4), chain=key
     )

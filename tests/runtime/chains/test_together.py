@@ -7,6 +7,7 @@ import chains
 import pytest
 import torch
 import zoo
+from guessing import guess_restlessly
 from vkv import LLM
 from vkv.runtime.blocks.zoo import BlockZoo
 
@@ -78,6 +79,26 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     alone.close()
 
 
+def test_equal_blocks_in_two_places_of_a_model(tmp_path: Path) -> None:
+    """Of one kind, in no layer: embeddings of tokens and of positions that are the same."""
+    changes = {"max_position_embeddings": zoo.VOCAB_SIZE}
+    family = chains.save_family(tmp_path, "gpt2", {"twin": ()}, **changes)
+    twin = zoo.tiny_model("gpt2", **changes)
+    with torch.no_grad():
+        numbers = torch.randn(twin.transformer.wte.weight.shape)
+        for part in (twin.transformer.wte, twin.transformer.wpe):
+            part.weight.copy_(numbers)
+    twin.save_pretrained(family["twin"])
+    options = {"max_len": 64}
+    alone = chains.Alone(family, **options)
+    with LLM(
+        chains.make_zoo(tmp_path, family), model=chains.BASE, **zoo.with_defaults(options)
+    ) as llm:
+        names = ["twin", chains.BASE]
+        chains.check_alone(_ask(llm, names, [9, 9], [8, 8]), names, alone)
+    alone.close()
+
+
 def test_any_model_may_be_the_engines_own(tenants: BlockZoo, alone: chains.Alone) -> None:
     with LLM(tenants.path, model="kin", **zoo.with_defaults({})) as llm:
         names = [*_NAMES]
@@ -139,14 +160,17 @@ def test_preempted_and_swapped_requests_keep_their_models(
             llm.engine.cache.check_invariants()
 
 
-def test_speculation_and_seeds(tenants: BlockZoo) -> None:
-    """Guessed tokens are verified by the model that they are guessed for."""
+def test_speculation_and_seeds(tenants: BlockZoo, family: dict[str, Path]) -> None:
+    """Guessed tokens are verified by the model that they are guessed for, whoever guesses them."""
     repeating = [[3, 4, 5, 6] * 6, [7, 8, 9] * 7]
     names = ["kin", chains.BASE, "head", "early"]
     found = []
-    for more in ({}, {"speculative": "ngram"}):
-        with LLM(tenants, model=chains.BASE, **zoo.with_defaults(more)) as llm:
+    for guesser in (None, "ngram", "surrogate", str(family[chains.BASE])):
+        options = zoo.with_defaults({"speculative": guesser})
+        with LLM(tenants, model=chains.BASE, **options) as llm:
+            if guesser is not None:
+                guess_restlessly(llm)
             outs = llm.generate(repeating * 2, zoo.greedy(20), model=names)
             found.append([list(out.outputs[0].token_ids) for out in outs])
-            assert bool(llm.stats().num_drafted) == bool(more)
-    assert found[0] == found[1]
+            assert bool(llm.stats().num_accepted) == (guesser is not None)
+    assert found == found[:1] * 4

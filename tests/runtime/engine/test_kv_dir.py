@@ -1,6 +1,7 @@
 """`kv_dir`: the next process and the next request begin with what was saved; same tokens."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import moved
@@ -41,6 +42,25 @@ def test_the_next_process_begins_where_this_one_ended(
     with LLM(model, device="cpu", **zoo.with_defaults({})) as llm:
         (alone,) = llm.generate([again], zoo.greedy(20))
     assert second.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
+def test_a_process_may_go_elsewhere(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders are those that were meant at the start: the model's, too, which names the files."""
+    first, second = zoo.random_prompts([60, 61])
+    shutil.copytree(llama_folder, tmp_path / "model")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with LLM("model", **zoo.with_defaults({})) as llm:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        llm.save_session(tmp_path / "session", first)
+    monkeypatch.chdir(tmp_path)
+    with LLM("model", **zoo.with_defaults({"kv_dir": "kept"})) as llm:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert llm.open_session(tmp_path / "session").is_usable
+        llm.generate([second], zoo.greedy(4))
+    assert list((tmp_path / "kept").iterdir())
 
 
 @pytest.mark.parametrize("swap", [None, 8 << 20], ids=["alone", "behind memory"])

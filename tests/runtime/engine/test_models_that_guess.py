@@ -10,7 +10,7 @@ import pytest
 import zoo
 from guessing import PROMPTS, Restless, everything, guess_restlessly, results
 from transformers import PreTrainedModel
-from vkv import LLM, MemoryLimit, SamplingParams
+from vkv import LLM, BlockZoo, MemoryLimit, SamplingParams
 from vkv.runtime.speculation import DraftModel, Surrogate
 from vkv.vmem.errors import InvalidConfig
 
@@ -248,9 +248,16 @@ def test_a_draft_that_breaks_is_not_asked_again() -> None:
         assert speculation.drafter._cache.stats().pages_held == 0  # type: ignore[union-attr]
 
 
-def test_a_folder_is_a_draft_model(tmp_path: Path) -> None:
-    zoo.save_checkpoint(tmp_path)
-    with _open(str(tmp_path)) as llm, _open() as plain:
+@pytest.mark.parametrize("where", ["a folder", "a zoo", "a folder of a zoo"])
+def test_a_folder_is_a_draft_model(where: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    zoo.save_checkpoint(folder)
+    if where != "a folder":
+        blocks = BlockZoo.create(tmp_path / "zoo")
+        chain = blocks.add(folder, "small").chain
+        folder = blocks.path if where == "a zoo" else chain.folder
+    with _open(str(folder)) as llm, _open() as plain:
         assert isinstance(llm.engine.scheduler.speculation.drafter, DraftModel)  # type: ignore[union-attr]
         assert results(llm, everything()) == results(plain, everything())
 

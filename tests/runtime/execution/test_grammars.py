@@ -258,11 +258,11 @@ def test_all_end_tokens_may_end_an_output_and_only_a_whole_one(walker: Walker) -
 
 def test_ends_that_are_ignored_come_only_where_nothing_else_can(walker: Walker) -> None:
     outputs = StructuredOutputsParams(regex="a+")
-    grammar = walker.grammars.start(outputs, ignore_ends=True)
+    grammar = walker.grammars.start(outputs, ends=())
     a = walker.table.index(b"a")
     grammar.advance(a)
     assert {walker.table[i] for i in allowed(grammar)} == {b"a"}
-    grammar = walker.grammars.start(StructuredOutputsParams(regex="a"), ignore_ends=True)
+    grammar = walker.grammars.start(StructuredOutputsParams(regex="a"), ends=())
     grammar.advance(a)
     assert grammar.is_complete
     assert set(allowed(grammar)) == {1, 2}

@@ -1,11 +1,12 @@
 """Weights under a limit: counted before they are read, and read while others use the limit."""
 
+import errno
 import threading
 
 import pytest
 from vkv.allocator import MemoryLimit
-from vkv.runtime.model.extras.kept_weights import KeptWeights
-from vkv.vmem.errors import OutOfPages
+from vkv.runtime.model.extras.kept_weights import KeptWeights, bring_each
+from vkv.vmem.errors import BadCheckpoint, DriverError, OutOfPages, StepFailed, VkvError
 
 
 @pytest.fixture
@@ -53,8 +54,16 @@ def test_what_fails_is_not_counted(kept: KeptWeights[str, str]) -> None:
     def make(error: BaseException) -> tuple[str, int]:
         raise error
 
-    for error in (OSError("gone"), KeyboardInterrupt()):
-        with pytest.raises(OutOfPages if isinstance(error, OSError) else KeyboardInterrupt):
+    without_memory = BadCheckpoint("cannot read it")  # as `reading` has it
+    without_memory.__cause__ = MemoryError("none left")
+    for error, told in [
+        (OSError(errno.ENOMEM, "none left"), OutOfPages),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OutOfPages),
+        (without_memory, OutOfPages),
+        (FileNotFoundError("gone"), FileNotFoundError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ]:
+        with pytest.raises(told):
             kept.bring("a", 40, lambda error=error: make(error), "a")
         assert limit.taken_bytes == 0
     with pytest.raises(OutOfPages, match="a needs"):
@@ -65,3 +74,27 @@ def test_what_fails_is_not_counted(kept: KeptWeights[str, str]) -> None:
     assert (list(kept), limit.taken_bytes) == (["a", "b"], 100)
     _bring(kept, "c", 10)
     assert (list(kept), limit.taken_bytes) == (["b", "c"], 80)
+
+
+def test_one_that_cannot_be_had_keeps_nobody_from_the_others() -> None:
+    errors: dict[str, Exception] = {
+        "driver": DriverError("not unmapped"),
+        "file": BadCheckpoint("damaged"),
+        "bug": ZeroDivisionError("by zero"),
+    }
+    brought: list[str] = []
+
+    def bring(key: str) -> None:
+        if key in errors:
+            raise errors[key]
+        brought.append(key)
+
+    lacking = bring_each(["a", *errors, "b"], bring)
+    assert brought == ["a", "b"]
+    kinds: dict[str, type[VkvError]] = {
+        "driver": OutOfPages,
+        "file": BadCheckpoint,
+        "bug": StepFailed,
+    }
+    assert {key: type(error) for key, error in lacking.items()} == kinds
+    assert "ZeroDivisionError: by zero" in str(lacking["bug"])

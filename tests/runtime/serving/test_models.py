@@ -14,6 +14,7 @@ from vkv.runtime.serving.local import app_of
 
 _ASKED = {"prompt": "hello there", "temperature": 0, "max_tokens": 8, "ignore_eos": True}
 _PARTS = {"early": ("layers.0.self_attn",), "late": ("layers.1.mlp", "lm_head")}
+_BEHIND = {"late": "<think>"}  # its template opens the reasoning of an answer
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,12 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> BlockZoo:
     family = chains.save_family(home, "llama", _PARTS)
     for name, folder in family.items():
         tokenizer = zoo.letter_tokenizer()
-        tokenizer.chat_template = f"{name}:" + "{{ messages[-1]['content'] }}"
+        template = f"{name}:" + "{{ messages[-1]['content'] }}"
+        if name in _BEHIND:
+            template += "{# </think> #}" + _BEHIND[name]
+        tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
+    (family["late"] / "generation_config.json").write_text('{"max_new_tokens": 3}')
     return chains.make_zoo(home, family)
 
 
@@ -56,10 +61,26 @@ def test_a_zoo_in_one_process(tenants: BlockZoo, texts: dict[str, str]) -> None:
                 plain = await client.post("/v1/completions", json=_ASKED)
                 assert plain.json()["model"] == "base"
                 assert plain.json()["choices"][0]["text"] == texts["base"]
-                said = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+                said_hi = {"messages": [{"role": "user", "content": "hi"}]}
+                said = {**said_hi, "temperature": 0, "max_tokens": 4, "ignore_eos": True}
                 for name in texts:  # each by its own template
+                    num_tokens = len(f"{name}:hi{_BEHIND.get(name, '')}")
                     answer = await client.post("/v1/chat/completions", json={**said, "model": name})
-                    assert answer.json()["usage"]["prompt_tokens"] == len(f"{name}:hi")
+                    assert answer.json()["usage"]["prompt_tokens"] == num_tokens
+                    message = answer.json()["choices"][0]["message"]
+                    assert bool(message["content"]) == (name not in _BEHIND)
+                    assert bool(message.get("reasoning")) == (name in _BEHIND)
+                    counted = await client.post("/tokenize", json={**said_hi, "model": name})
+                    assert counted.json()["count"] == num_tokens
+                    freely = {"prompt": "hello", "ignore_eos": True, "model": name}
+                    answer = await client.post("/v1/completions", json=freely)
+                    most = 3 if name == "late" else 16  # as its generation config says
+                    assert answer.json()["usage"]["completion_tokens"] == most
+                for name in texts:  # which an adapter of that name could not be asked by
+                    asked_to_load = {"lora_name": name, "lora_path": "anywhere"}
+                    answer = await client.post("/v1/load_lora_adapter", json=asked_to_load)
+                    assert answer.status_code == 400
+                    assert "is a model's own name" in answer.json()["error"]["message"]
                 refused = await client.post("/v1/completions", json={**_ASKED, "model": "x"})
                 assert refused.status_code == 404
                 assert "'late'" in refused.json()["error"]["message"]
