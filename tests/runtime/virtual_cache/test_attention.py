@@ -238,6 +238,35 @@ def test_a_position_bias_is_added_or_refused_by_name(num_queries):
             attention.vkv_attention(module, query, key, value, None, position_bias=bias, **others)
 
 
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])
+def test_what_a_dense_mask_does_not_say_is_refused_by_name(name):
+    """Which keys an indexer chose, which models put into the mask for "eager" and "sdpa" alone."""
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 1, True
+    states = (torch.randn(2, 3, n, 16) for n in (5, 9, 9))
+    asked = {name: torch.zeros(2, 5, 4, dtype=torch.long)}
+    with pytest.raises(UnsupportedAttention, match=rf'Module asks for {name}, .* use "eager"'):
+        attention.vkv_attention(module, *states, attention_mask=None, **asked)
+
+
+def test_a_model_that_chooses_keys_is_refused_before_it_attends_to_all():
+    model = zoo.tiny_model(
+        "minimax_m3_vl_text",
+        layer_types=["full_attention", "minimax_m3_sparse"],
+        index_n_heads=2,
+        index_head_dim=8,
+        index_block_size=4,
+        index_topk_blocks=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    ids = prompts(1)
+    assert generate(model, ids, virtual(model)).shape == (1, 33 + NUM_TOKENS)
+    model.set_attn_implementation(vkv.ATTENTION)
+    with pytest.raises(UnsupportedAttention, match=r'asks for block_indices, .* use "eager"'):
+        generate(model, ids, virtual(model))
+
+
 @pytest.mark.skipif(not HAS_KERNELS, reason="no C compiler, no built kernels")
 def test_an_empty_batch_has_an_empty_result():
     module = torch.nn.Module()
