@@ -3,7 +3,10 @@
 import copy
 import functools
 import importlib
+import inspect
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import vkv
 import zoo
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import models as models_of_transformers
 from transformers.cache_utils import Cache
 from virtual_zoo import VIRTUAL
 from vkv.runtime.virtual_cache import attention
@@ -247,6 +251,23 @@ def test_what_a_dense_mask_does_not_say_is_refused_by_name(name):
     asked = {name: torch.zeros(2, 5, 4, dtype=torch.long)}
     with pytest.raises(UnsupportedAttention, match=rf'Module asks for {name}, .* use "eager"'):
         attention.vkv_attention(module, *states, attention_mask=None, **asked)
+
+
+def test_no_model_passes_attention_what_is_not_known_here():
+    """A version of `transformers` with another keyword is noticed, before it is left out."""
+    known = {
+        *inspect.signature(attention.vkv_attention).parameters,
+        *attention._NOT_COMPUTED,
+        *("position_bias", "softcap", "s_aux"),
+        *("sliding_window", "position_ids"),  # in the mask; in queries and keys
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # flash attention's
+        *("deterministic", "output_attentions"),
+    }
+    found: set[str] = set()
+    for path in Path(models_of_transformers.__file__).parent.glob("*/modeling_*.py"):
+        for call in re.findall(r"= attention_interface\(\n(.*?)\n +\)\n", path.read_text(), re.S):
+            found.update(re.findall(r"^ +(\w+)=", call, re.M))
+    assert {"scaling", "position_bias", "indices"} <= found <= known
 
 
 def test_a_model_that_chooses_keys_is_refused_before_it_attends_to_all():
