@@ -300,7 +300,9 @@ def _logprobs(
         some = slice(start, start + _MAX_FLOAT32_ROWS)
         scores = logits[some].float().log_softmax(dim=-1)  # [some, vocab]
         tokens = token_ids[some].to(scores.device)[:, None]  # [some, 1]
-        own = scores.gather(1, tokens)  # [some, 1]
+        # Of more embeddings than logits, a prompt's token may have none.
+        own = scores.gather(1, tokens.clamp(max=scores.shape[-1] - 1))  # [some, 1]
+        own = own.masked_fill(tokens >= scores.shape[-1], -math.inf)
         own_ranks = (scores > own).sum(dim=-1, keepdim=True) + 1  # [some, 1]
         top = scores.topk(min(max(num_top[some]), scores.shape[-1]))  # [some, max(num_top)]
         values = torch.cat([own, top.values], dim=-1).tolist()

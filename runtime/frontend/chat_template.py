@@ -36,7 +36,7 @@ _NOT_HERE = {  # arguments of vLLM's `chat`
     "sampling_params": "it is params here",
     "use_tqdm": "it is progress here",
     "chat_template_content_format": "what a template takes is found by trying; leave it out",
-    "lora_request": "adapters are not served; merge it into the model",
+    "lora_request": "load the adapter by load_adapter, and name it: adapter=…",
     "mm_processor_kwargs": "models take text alone here; leave it out",
     "tokenization_kwargs": "use SamplingParams(truncate_prompt_tokens=…), or leave it out",
 }

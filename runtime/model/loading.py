@@ -165,10 +165,11 @@ def load_model(
         _check_object(source)
         model, files, mapped, home = source, (), (), None
         model.set_attn_implementation(ATTENTION_NAME)
+        _cast(model, wanted_dtype)
     else:
         home = resolve(source)
         model, files, mapped = _with_files(home, wanted_dtype, device, stored)
-    model = model.to(device, wanted_dtype).eval()  # type: ignore[arg-type]
+    model = model.to(device).eval()  # type: ignore[arg-type]
     text_config = model.config.get_text_config()
     _check_interface(model)
     probed = probe_attention(model)
@@ -190,6 +191,26 @@ def load_model(
         max_positions=min(_max_positions(text_config), _max_without_window(model, probed)),
         files=files,
     )
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Have a model in `dtype`, as `from_pretrained` reads one; None leaves it as it is.
+
+    Rotary frequencies, which are computed, stay in float32: in 16 bits the angles of later tokens
+    would be those of other positions. So does what the architecture keeps in it.
+    """
+    if dtype is None:
+        return
+    kept = "|".join(["inv_freq$", *model._get_dtype_plan(dtype)]).replace("*", ".*")
+    exact = {
+        name: tensor.data
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.dtype == torch.float32 and re.search(kept, name)
+    }
+    model.to(dtype)  # type: ignore[arg-type]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in exact:
+            tensor.data = exact[name]
 
 
 def _name(source: str | Path | PreTrainedModel | None, home: str | Path | None) -> str:

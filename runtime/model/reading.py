@@ -104,9 +104,8 @@ def _check_folder(path: Path) -> None:
     adapter = path / "adapter_config.json"
     if adapter.is_file():
         raise UnsupportedModel(
-            f"{path} holds an adapter{_base_of(adapter)}, and no model alone: give the folder of "
-            "its model, and this one to load_adapter (vkv serve --adapter NAME=FOLDER), or what "
-            "PEFT's merge_and_unload makes of both"
+            f"{path} holds an adapter{_base_of(adapter)}; give its model's folder, and this one to "
+            "LLM.load_adapter, or to vkv serve as --adapter NAME=FOLDER"
         )
     if (path / "config.json").is_file():
         return

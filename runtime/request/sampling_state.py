@@ -137,7 +137,9 @@ class SamplingState:
         """
         if self._in_prompt is None or self._output_counts is None:
             with torch.inference_mode(False):  # or they could not be changed outside of it
-                prompt = torch.tensor(self._prompt_token_ids, dtype=torch.long, device=device)
+                # Of more embeddings than logits, some tokens never come.
+                known = [token for token in self._prompt_token_ids if token < vocab_size]
+                prompt = torch.tensor(known, dtype=torch.long, device=device)
                 self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
                 self._in_prompt[prompt] = True
                 before = torch.tensor(self._uncounted, dtype=torch.long)

@@ -9,7 +9,7 @@ and values once for all query heads that share them; `sdpa` copies them for each
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -23,6 +23,9 @@ from ...attention_backends.native import DTYPES, NativeBackend
 from ...vmem.errors import UnsupportedAttention
 
 ATTENTION = "vkv"
+# What models pass beside a dense mask where attention is neither "eager" nor "sdpa": the keys that
+# an indexer chose for each query, and sinks of each query's own.
+_NOT_COMPUTED = ("indices", "block_indices", "sinks")
 
 
 def vkv_mask(
@@ -112,9 +115,11 @@ def vkv_attention(
     Returns:
         [batch, num_queries, num_heads, value_head_dim], and no attention weights.
 
-    Raises UnsupportedAttention for a `position_bias` or a paged `cache` beside a soft cap or sinks;
-    without them `sdpa` has both.
+    Raises UnsupportedAttention for keys chosen by an indexer, or sinks for every token; for a
+    `position_bias` or a paged `cache` beside a soft cap or sinks, without which `sdpa` has both.
     """
+    if chosen := [name for name in _NOT_COMPUTED if others.get(name) is not None]:
+        _refuse(module, chosen, "")
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         query, key, value = _broadcast(query, key, value)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -130,7 +135,8 @@ def vkv_attention(
     if plain and _native_can(query, key, value, layer):
         return _natively(query, key, value, layer), None
     if layer.softcap is not None or layer.sinks is not None:
-        _refuse(module, asked)
+        if asked:
+            _refuse(module, asked, " beside a soft cap or sinks")
         return _eagerly(query, key, value, attention_mask, layer, is_causal, dropout), None
     if plain and query.is_cpu and query.shape[2] == 1:
         return _folded(query, key, value, layer.scale), None
@@ -149,12 +155,11 @@ def vkv_attention(
     )
 
 
-def _refuse(module: torch.nn.Module, asked: Sequence[str]) -> None:
-    if asked:
-        raise UnsupportedAttention(
-            f"{type(module).__name__} asks for {' and '.join(asked)} beside a soft cap or sinks, "
-            'which attn_implementation="vkv" does not compute together; use "eager"'
-        )
+def _refuse(module: torch.nn.Module, asked: Sequence[str], beside: str) -> NoReturn:
+    raise UnsupportedAttention(
+        f"{type(module).__name__} asks for {' and '.join(asked)}{beside}, which "
+        'attn_implementation="vkv" does not compute; use "eager"'
+    )
 
 
 def _broadcast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:

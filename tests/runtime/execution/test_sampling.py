@@ -391,6 +391,17 @@ def test_tokens_beyond_the_logits_may_be_named() -> None:
     assert sample_one(torch.tensor([9.0, 8.0, 7.0]), state).token_id == 1
 
 
+def test_tokens_beyond_the_logits_may_stand_in_a_prompt() -> None:
+    """Those of images, for one: they have no score, and a penalty does not meet them."""
+    logits = torch.tensor([9.0, 8.0, 7.0])
+    state = SamplingState(SamplingParams(temperature=0, repetition_penalty=2.0), [0, 5, 3])
+    assert sample_one(logits, state).token_id == 1
+    first, second = prompt_logprobs(logits.expand(2, -1), torch.tensor([1, 5]), 1)
+    assert list(first) == [1, 0]
+    assert second[5] == Logprob(-math.inf, 4)
+    assert second[0] == first[0]
+
+
 # --- bars --------------------------------------------------------------------------------------
 
 

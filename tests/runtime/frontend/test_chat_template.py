@@ -115,7 +115,7 @@ def test_variables_reach_the_template() -> None:
         ({"continue_final_message": 1}, "continue_final_message is 1; use True or False"),
         ({"chat_templat": _PLAIN}, "'chat_templat': did you mean 'chat_template'"),
         ({"sampling_params": None}, "it is params here"),
-        ({"lora_request": None}, "adapters are not served"),
+        ({"lora_request": None}, "load the adapter by load_adapter"),
     ],
 )
 def test_what_a_template_would_not_see_is_refused(options: dict[str, Any], words: str) -> None:

@@ -306,6 +306,21 @@ def test_weights_and_cache_take_the_dtype_asked_for() -> None:
         assert len(_generate(llm, zoo.random_prompts([5]))[0]) == 4
 
 
+@pytest.mark.parametrize("given_as", ["folder", "object"])
+def test_a_dtype_rounds_what_transformers_rounds(given_as: str, tmp_path: Path) -> None:
+    """Not rotary frequencies, nor a router's bias: tokens far on would be at other positions."""
+    model = zoo.tiny_model("deepseek_v3")
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    source = model if given_as == "object" else tmp_path
+    cpu = torch.device("cpu")
+    ours = load_model(source, device=cpu, dtype="bfloat16", pack_weights=False).model
+    expected = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}
+    assert sum(tensor.dtype == torch.float32 for tensor in expected.values()) == 4
+    found = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "harmless"),
     [

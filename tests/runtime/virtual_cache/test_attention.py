@@ -3,7 +3,10 @@
 import copy
 import functools
 import importlib
+import inspect
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import vkv
 import zoo
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import models as models_of_transformers
 from transformers.cache_utils import Cache
 from virtual_zoo import VIRTUAL
 from vkv.runtime.virtual_cache import attention
@@ -236,6 +240,52 @@ def test_a_position_bias_is_added_or_refused_by_name(num_queries):
     for others in ({"softcap": 2.0}, {"s_aux": torch.randn(3)}):
         with pytest.raises(UnsupportedAttention, match=r'position_bias .* use "eager"'):
             attention.vkv_attention(module, query, key, value, None, position_bias=bias, **others)
+
+
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])
+def test_what_a_dense_mask_does_not_say_is_refused_by_name(name):
+    """Which keys an indexer chose, which models put into the mask for "eager" and "sdpa" alone."""
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 1, True
+    states = (torch.randn(2, 3, n, 16) for n in (5, 9, 9))
+    asked = {name: torch.zeros(2, 5, 4, dtype=torch.long)}
+    with pytest.raises(UnsupportedAttention, match=rf'Module asks for {name}, .* use "eager"'):
+        attention.vkv_attention(module, *states, attention_mask=None, **asked)
+
+
+def test_no_model_passes_attention_what_is_not_known_here():
+    """A version of `transformers` with another keyword is noticed, before it is left out."""
+    known = {
+        *inspect.signature(attention.vkv_attention).parameters,
+        *attention._NOT_COMPUTED,
+        *("position_bias", "softcap", "s_aux"),
+        *("sliding_window", "position_ids"),  # in the mask; in queries and keys
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # flash attention's
+        *("deterministic", "output_attentions"),
+    }
+    found: set[str] = set()
+    for path in Path(models_of_transformers.__file__).parent.glob("*/modeling_*.py"):
+        for call in re.findall(r"= attention_interface\(\n(.*?)\n +\)\n", path.read_text(), re.S):
+            found.update(re.findall(r"^ +(\w+)=", call, re.M))
+    assert {"scaling", "position_bias", "indices"} <= found <= known
+
+
+def test_a_model_that_chooses_keys_is_refused_before_it_attends_to_all():
+    model = zoo.tiny_model(
+        "minimax_m3_vl_text",
+        layer_types=["full_attention", "minimax_m3_sparse"],
+        index_n_heads=2,
+        index_head_dim=8,
+        index_block_size=4,
+        index_topk_blocks=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    ids = prompts(1)
+    assert generate(model, ids, virtual(model)).shape == (1, 33 + NUM_TOKENS)
+    model.set_attn_implementation(vkv.ATTENTION)
+    with pytest.raises(UnsupportedAttention, match=r'asks for block_indices, .* use "eager"'):
+        generate(model, ids, virtual(model))
 
 
 @pytest.mark.skipif(not HAS_KERNELS, reason="no C compiler, no built kernels")

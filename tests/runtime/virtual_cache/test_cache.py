@@ -187,6 +187,29 @@ def test_the_example_remembers_the_turn_before(
     assert "4821" in capsys.readouterr().out.splitlines()[1]
 
 
+def test_the_example_computes_anew_what_the_template_writes_otherwise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As of models that think, whose thoughts are left out of later prompts."""
+    zoo.save_checkpoint(tmp_path)
+    tokenizer = zoo.letter_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content if loop.last else '-' }};{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hf_generate.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    runpy.run_path(str(ROOT / "examples" / "hf_generate.py"), run_name="__main__")
+    model, said = AutoModelForCausalLM.from_pretrained(tmp_path), ""
+    for text in ("u:one;", "u:-;a:-;u:two;"):
+        prompt = tokenizer(text, return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(**prompt, max_new_tokens=128, do_sample=False)
+        start = prompt["input_ids"].shape[1]
+        said += tokenizer.decode(output[0, start:], skip_special_tokens=True) + "\n"
+    assert capsys.readouterr().out == said
+
+
 # -- one layer against the one it stands for -------------------------------------------------
 
 
