@@ -187,11 +187,11 @@ class CompletionJob:
     def _echoed_logprobs(
         self, text: RequestText, token_ids: list[int], tables: list[dict[int, Logprob]]
     ) -> dict[str, Any]:
-        """Of the prompt, and of the output behind it."""
-        prompt = list(text.spec.prompt_token_ids)
-        known = [*(text.output().prompt_logprobs or ()), *tables]
-        first = self._token_text(prompt[0])
-        return completion_logprobs([*prompt, *token_ids], known, 0, first)
+        """Of the prompt, and of the output behind it; as far as it came, if it was aborted."""
+        known = text.output().prompt_logprobs or ()
+        prompt = list(text.spec.prompt_token_ids)[: len(known)]
+        first = self._token_text(prompt[0]) if prompt else ""
+        return completion_logprobs([*prompt, *token_ids], [*known, *tables], 0, first)
 
     def _token_text(self, token_id: int) -> str:
         tokenizer = self.server.requests.front_end.tokenizer

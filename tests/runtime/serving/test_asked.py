@@ -1,0 +1,84 @@
+"""What a request asks for is done, or refused by name: nothing is taken and left."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from vkv import AsyncLLM
+from vkv.runtime.serving.local import app_of
+from vkv.runtime.serving.protocols import chat
+from vkv.runtime.serving.server import Server
+
+TEMPLATE = Path(__file__).parents[2] / "support" / "tool_template.jinja"
+SAID = [{"role": "user", "content": "What is 3 + 4?"}]
+CALL = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+TWO_CALLS = {"choice": [CALL + CALL]}
+NOW = {"name": "now", "parameters": {"type": "object", "properties": {}}}
+PLAIN: dict[str, Any] = {"temperature": 0, "max_tokens": 2}
+
+
+@asynccontextmanager
+async def _client(max_seqs: int = 4, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Of a server in this process, of the built-in model."""
+    async with AsyncLLM(device="cpu", max_seqs=max_seqs) as llm:
+        app = app_of(llm, chat_template=TEMPLATE, tool_call_parser="hermes", **options)
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://local", timeout=60
+        ) as client:
+            yield client
+
+
+def _visit(work: Callable[[httpx.AsyncClient], Awaitable[None]], **options: Any) -> None:
+    async def visit() -> None:
+        async with _client(**options) as client:
+            await work(client)
+
+    asyncio.run(visit())
+
+
+def _chunks(answer: httpx.Response) -> list[dict[str, Any]]:
+    assert answer.status_code == 200, answer.text
+    data = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert data.pop() == "[DONE]"
+    return [json.loads(one) for one in data]
+
+
+async def _aborted_in_line(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any], name: str
+) -> httpx.Response:
+    """What a request is answered that is aborted while another has the only slot."""
+    long = {"prompt": "hello", "max_tokens": 1900, "ignore_eos": True}
+    running = asyncio.ensure_future(client.post("/v1/completions", json=long))
+    while not (await client.get("/v1/load")).json()["running"]:
+        await asyncio.sleep(0.01)
+    headers = {"x-request-id": "mine"}
+    waiting = asyncio.ensure_future(client.post(path, json=body, headers=headers))
+    while (await client.get("/v1/load")).json()["server_load"] < 2:
+        await asyncio.sleep(0.01)
+    await client.post("/abort_requests", json={"request_id": name})
+    answer = await waiting
+    await client.post("/abort_requests", json={"abort_all": True})
+    await running
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_that_is_aborted_in_the_line(stream: bool) -> None:
+    """Nothing is known of its prompt then."""
+    echo = {"prompt": "hello", "echo": True, "logprobs": 1, "stream": stream}
+
+    async def work(client: httpx.AsyncClient) -> None:
+        answer = await _aborted_in_line(client, "/v1/completions", echo, "cmpl-mine")
+        told = _chunks(answer)[0] if stream else answer.json()
+        assert told["choices"][0]["finish_reason"] == "abort"
+        assert told["choices"][0]["text"] == "hello"
+        assert told["choices"][0]["logprobs"]["tokens"] == []
+
+    _visit(work, max_seqs=1)
