@@ -268,12 +268,16 @@ class ChatJob:
         options = self.asked.stream_options
         head = self._head("chat.completion.chunk")
         always = bool(options and options.continuous_usage_stats)
+        first: dict[str, Any] = {}  # of the first chunk alone
+        if self.asked.return_token_ids:
+            first["prompt_token_ids"] = list(self.text.spec.prompt_token_ids)
         bits = self.server.deltas([self.text], self.id)
         async with aclosing(bits):
             async for some in bits:
                 for _, delta in some:
                     for choice in self.answers[delta.index].chunks(delta):
-                        chunk = {**head, "choices": [choice]}
+                        chunk = {**head, "choices": [choice], **first}
+                        first = {}
                         if always:
                             chunk["usage"] = self.usage()
                         yield event(chunk)

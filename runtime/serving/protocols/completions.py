@@ -164,8 +164,7 @@ class CompletionJob:
             "index": index,
             "text": shown + "".join(choice.text),
             "logprobs": self._logprobs(text, choice.token_ids, choice.tables, len(shown)),
-            "finish_reason": choice.last.finish_reason if self.shows_output else "length",
-            "stop_reason": choice.last.stop_reason if self.shows_output else None,
+            **self._end(choice.last),
         }
         if asked.prompt_logprobs is not None:
             told["prompt_logprobs"] = prompt_logprobs(text)
@@ -173,6 +172,13 @@ class CompletionJob:
             told["token_ids"] = choice.token_ids
             told["prompt_token_ids"] = list(text.spec.prompt_token_ids)
         return told
+
+    def _end(self, last: StreamDelta) -> dict[str, Any]:
+        """Why an output has ended, if it has. A token that nobody asked for is no reason."""
+        reason, stop = last.finish_reason, last.stop_reason
+        if not self.shows_output and reason == "stop":
+            reason, stop = "length", None
+        return {"finish_reason": reason, "stop_reason": stop}
 
     def _logprobs(
         self, text: RequestText, token_ids: list[int], tables: list[dict[int, Logprob]], begin: int
@@ -248,8 +254,7 @@ class CompletionJob:
             "index": number * self.n + delta.index,
             "text": shown + (delta.text if self.shows_output else ""),
             "logprobs": None,
-            "finish_reason": delta.finish_reason,
-            "stop_reason": delta.stop_reason,
+            **self._end(delta),
         }
         if asked.logprobs is not None:
             tables = list(delta.logprobs or ()) if self.shows_output else []
@@ -259,7 +264,7 @@ class CompletionJob:
                 told["logprobs"] = completion_logprobs(token_ids, tables, choice.num_characters)
         choice.num_characters += len(told["text"])
         if asked.return_token_ids:
-            told["token_ids"] = list(delta.token_ids)
+            told["token_ids"] = token_ids
             told["prompt_token_ids"] = list(text.spec.prompt_token_ids) if is_first else None
         return told
 

@@ -49,6 +49,23 @@ def _chunks(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(one) for one in data]
 
 
+def test_token_ids_of_a_stream() -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        body = {"messages": SAID, **PLAIN, "return_token_ids": True}
+        whole = (await client.post("/v1/chat/completions", json=body)).json()
+        answer = await client.post("/v1/chat/completions", json={**body, "stream": True})
+        first, *others = _chunks(answer)
+        assert first["prompt_token_ids"] == whole["prompt_token_ids"]
+        assert not any("prompt_token_ids" in other for other in others)
+        body = {"prompt": "hello", "max_tokens": 0, "echo": True, "return_token_ids": True}
+        whole = (await client.post("/v1/completions", json=body)).json()["choices"][0]
+        (told,) = _chunks(await client.post("/v1/completions", json={**body, "stream": True}))
+        for name in ("text", "token_ids", "prompt_token_ids", "finish_reason", "stop_reason"):
+            assert told["choices"][0][name] == whole[name], name
+
+    _visit(work)
+
+
 async def _aborted_in_line(
     client: httpx.AsyncClient, path: str, body: dict[str, Any], name: str
 ) -> httpx.Response:
