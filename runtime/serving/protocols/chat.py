@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -310,6 +311,8 @@ class Answer:
         if any(part.reasoning for part in parts) and not any(part.content for part in parts):
             self.num_reasoning_tokens += len(delta.token_ids)
         self._has_calls |= any(part.tool_calls for part in parts)
+        if self._has_calls and self._job.asked.parallel_tool_calls is False:
+            parts = [_with_one_call(part) for part in parts]
         if not self._job.asked.include_reasoning:
             parts = [MessageDelta(content=p.content, tool_calls=p.tool_calls) for p in parts]
         return parts
@@ -398,6 +401,12 @@ class Answer:
         assert self._last is not None
         reason = self._last.finish_reason or "stop"
         return "tool_calls" if reason == "stop" and self._has_calls else reason
+
+
+def _with_one_call(part: MessageDelta) -> MessageDelta:
+    """Without calls behind the first: only a grammar keeps a model from writing more."""
+    first = tuple(call for call in part.tool_calls if not call.index)
+    return replace(part, tool_calls=first)
 
 
 def _body(part: MessageDelta) -> dict[str, Any]:

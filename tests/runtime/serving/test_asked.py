@@ -66,6 +66,27 @@ def test_token_ids_of_a_stream() -> None:
     _visit(work)
 
 
+@pytest.mark.parametrize(("parallel", "count"), [(None, 2), (True, 2), (False, 1)])
+def test_calls_beside_each_other(parallel: bool | None, count: int) -> None:
+    """One that is told not to may write several all the same."""
+
+    async def work(client: httpx.AsyncClient) -> None:
+        body = {"messages": SAID, "tools": [{"type": "function", "function": NOW}]}
+        body |= {"structured_outputs": TWO_CALLS, "max_tokens": 200}
+        if parallel is not None:
+            body["parallel_tool_calls"] = parallel
+        told = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+        assert len(told["message"]["tool_calls"]) == count
+        assert told["finish_reason"] == "tool_calls"
+        chunks = _chunks(await client.post("/v1/chat/completions", json={**body, "stream": True}))
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        calls = {call["index"] for delta in deltas for call in delta.get("tool_calls", ())}
+        assert calls == set(range(count))
+        assert not any(delta.get("content") for delta in deltas)
+
+    _visit(work)
+
+
 async def _aborted_in_line(
     client: httpx.AsyncClient, path: str, body: dict[str, Any], name: str
 ) -> httpx.Response:
