@@ -155,10 +155,11 @@ class ChatJob:
     def _prepare(self, standing: Standing) -> RequestText:
         asked, front_end = self.asked, self.server.requests.front_end
         by = self.server.maker(asked.model)
+        newer, older = asked.max_completion_tokens, asked.max_tokens
         params = self.server.params(
             front_end.chat_defaults(by.model),
             asked,
-            max_tokens=asked.max_completion_tokens or asked.max_tokens,
+            max_tokens=older if newer is None else newer,
             logprobs=asked.num_logprobs(),
             structured_outputs=self._structure(),
             skip_special_tokens=self._skip_special_tokens(),

@@ -49,6 +49,27 @@ def _chunks(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(one) for one in data]
 
 
+def test_what_would_do_nothing_is_refused() -> None:
+    wrong = (
+        ("/v1/chat/completions", {"messages": SAID, "max_completion_tokens": 0}, "max_tokens"),
+        *(
+            (path, {**body, **PLAIN, "stream": True, "prompt_logprobs": 1}, "prompt_logprobs")
+            for path, body in (
+                ("/v1/chat/completions", {"messages": SAID}),
+                ("/v1/completions", {"prompt": "hello"}),
+            )
+        ),
+    )
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for path, body, says in wrong:
+            answer = await client.post(path, json=body)
+            assert answer.status_code == 400, (body, answer.text)
+            assert says in answer.json()["error"]["message"]
+
+    _visit(work)
+
+
 def test_token_ids_of_a_stream() -> None:
     async def work(client: httpx.AsyncClient) -> None:
         body = {"messages": SAID, **PLAIN, "return_token_ids": True}
