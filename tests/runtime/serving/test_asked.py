@@ -70,6 +70,21 @@ def test_what_would_do_nothing_is_refused() -> None:
     _visit(work)
 
 
+def test_what_a_response_cannot_tell_of_its_request_is_refused() -> None:
+    wrong: dict[str, Any] = {"user": "\ud800", "metadata": {"a": "\ud800"}}
+
+    async def work(client: httpx.AsyncClient) -> None:
+        headers = {"content-type": "application/json"}
+        for name, value in wrong.items():
+            for stream in (False, True):
+                body = json.dumps({"input": "a", name: value, "stream": stream})
+                answer = await client.post("/v1/responses", content=body, headers=headers)
+                assert answer.status_code == 400, answer.text
+                assert answer.json()["error"]["param"] == name
+
+    _visit(work)
+
+
 def test_token_ids_of_a_stream() -> None:
     async def work(client: httpx.AsyncClient) -> None:
         body = {"messages": SAID, **PLAIN, "return_token_ids": True}
