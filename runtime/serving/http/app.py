@@ -14,7 +14,7 @@ from ..page import page_router
 from ..protocols import anthropic, chat, completions, operations, responses, tokens
 from ..protocols.fields import Strict
 from ..server import Server
-from .errors import ApiError, refusal
+from .errors import ApiError, internal_error, refusal
 from .gate import ANTHROPIC_PATHS, Gate, path_of
 from .streams import Gone, json_response
 
@@ -40,6 +40,7 @@ def build_app(server: Server, more: Sequence[APIRouter] = ()) -> Callable[..., A
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _plain)
     app.add_exception_handler(Gone, _gone)
+    app.add_exception_handler(Exception, _failed)
     return Gate(app, server.options)
 
 
@@ -79,6 +80,10 @@ async def _plain(request: Request, error: Any) -> Response:
     return await _told(
         request, ApiError(error.status_code, message, more_headers=error.headers or {})
     )
+
+
+async def _failed(request: Request, error: Any) -> Response:
+    return await _told(request, internal_error())  # it is raised again, for the log
 
 
 async def _gone(request: Request, error: Any) -> Response:

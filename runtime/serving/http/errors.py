@@ -60,6 +60,12 @@ class ApiError(Exception):
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
 
+def internal_error() -> ApiError:
+    """What nobody thought of."""
+    return ApiError(500, "the server failed; its log says how", "internal_error")
+
+
+_TOO_LONG = (RequestTooLong, RequestTooLarge)  # agents shorten conversations by their code
 _INVALID = "invalid_request_error"
 _KINDS = {
     401: "authentication_error",

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ....vmem.errors import VkvError
-from .errors import ApiError, refusal
+from .errors import ApiError, internal_error, refusal
 from .gate import Receive, Scope, Send
 
 _log = logging.getLogger(__name__)
@@ -120,8 +120,7 @@ class EventStream(Response):
             if not self._has_begun:
                 raise
             _log.exception("a stream failed")
-            told = ApiError(500, "the server failed; its log says how", "internal_error")
-            await self._put(send, self._last_words(told))
+            await self._put(send, self._last_words(internal_error()))
         finally:
             await self._events.aclose()
         async with self._writing:

@@ -156,3 +156,23 @@ def test_an_echo_that_is_aborted_in_the_line(stream: bool) -> None:
         assert told["choices"][0]["logprobs"]["tokens"] == []
 
     _visit(work, max_seqs=1)
+
+
+def test_what_nobody_thought_of_is_told_in_the_protocols_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(chat, "usage", fail)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        body = {"messages": SAID, **PLAIN}
+        answer = await client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["type"] == "server_error"
+        assert answer.headers["x-request-id"]
+        answer = await client.post("/v1/messages", json=body)
+        assert (answer.status_code, answer.json()["type"]) == (500, "error")
+
+    _visit(work)
