@@ -97,6 +97,10 @@ async def _invalid(request: Request, error: Any) -> Response:
     name = ".".join(where)
     if first["type"] == "extra_forbidden":
         message = _unknown_field(request, where[-1])
+    elif first["type"] == "model_attributes_type" and not where and not _says_json(request):
+        kind = request.headers.get("content-type")
+        came = f"comes as {kind!r}" if kind else "comes without a type"
+        message = f"the body {came}, and JSON is read; send 'content-type: application/json'"
     elif first["type"] == "json_invalid":
         message, name = f"the body is no JSON: {first.get('ctx', {}).get('error', '')}", ""
     elif len({error["loc"][:2] for error in error.errors()}) < len(error.errors()):
@@ -105,6 +109,10 @@ async def _invalid(request: Request, error: Any) -> Response:
     else:
         message = f"{name or 'the body'}: {first['msg']}"
     return await _told(request, ApiError(400, message, "invalid_value", name or None))
+
+
+def _says_json(request: Request) -> bool:
+    return "json" in request.headers.get("content-type", "").lower()
 
 
 def _unknown_field(request: Request, name: str) -> str:

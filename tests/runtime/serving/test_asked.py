@@ -85,6 +85,18 @@ def test_what_a_response_cannot_tell_of_its_request_is_refused() -> None:
     _visit(work)
 
 
+def test_a_body_of_another_type_is_told_which_it_is_to_be() -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}):
+            answer = await client.post(
+                "/v1/completions", content=b'{"prompt": "a"}', headers=headers
+            )
+            assert answer.status_code == 400
+            assert "content-type: application/json" in answer.json()["error"]["message"]
+
+    _visit(work)
+
+
 def test_token_ids_of_a_stream() -> None:
     async def work(client: httpx.AsyncClient) -> None:
         body = {"messages": SAID, **PLAIN, "return_token_ids": True}
