@@ -282,9 +282,15 @@ class FrontEnd:
             check_grammars(self.grammars).prepare(params.structured_outputs)
         return max_tokens
 
-    def render_chat(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:
+    def render_chat(
+        self, messages: Sequence[Message], options: ChatOptions, model: str | None = None
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins."""
-        return self._own.chat_template.render(messages, options).token_ids or []
+        return self._speech(model).chat_template.render(messages, options).token_ids or []
+
+    def template_takes(self, variable: str, options: ChatOptions, model: str | None = None) -> bool:
+        """Whether a model's template makes use of a variable. Raises InvalidPrompt without one."""
+        return self._speech(model).chat_template.takes(variable, options)
 
     def _tokenise(self, prompt: PlainPrompt, speech: _Speech) -> list[int]:
         if prompt.token_ids is not None:

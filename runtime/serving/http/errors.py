@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ....vmem.errors import EngineDied, InvalidOperation, Shortage, UsageError, VkvError
+from ....vmem.errors import (
+    EngineDied,
+    InvalidOperation,
+    RequestTooLarge,
+    RequestTooLong,
+    Shortage,
+    UsageError,
+    VkvError,
+)
 from ...execution.sampler import NO_TOKEN
 
 
@@ -84,6 +92,8 @@ _ANTHROPIC_KINDS = {
 
 def refusal(error: VkvError) -> ApiError:
     """What a request's error comes to."""
+    if isinstance(error, _TOO_LONG):
+        return ApiError(400, str(error), "context_length_exceeded")
     if isinstance(error, UsageError):
         return ApiError(400, str(error), "invalid_value")
     if isinstance(error, Shortage):

@@ -24,6 +24,7 @@ from .shapes.base import described
 from .shapes.openai import ChatCompletion
 from .usage import usage
 
+NO_THOUGHTS = {"enable_thinking": False}
 _IN_CALLS = " ?"  # between JSON's tokens; nobody reads calls, and more of it only takes time
 
 
@@ -137,6 +138,33 @@ class ChatRequest(Sampling):
         return choice
 
 
+def chat_options(server: Server, asked: ChatRequest) -> ChatOptions:
+    """How a request wants its conversation written. Raises ApiError."""
+    options = ChatOptions()
+    more = dict(asked.chat_template_kwargs or {})
+    if asked.reasoning_effort is not None:
+        more.setdefault("reasoning_effort", asked.reasoning_effort)
+    if asked.tools:
+        options["tools"] = asked.tools
+    check_own_template(server, asked.chat_template)
+    if asked.chat_template is not None:
+        options["chat_template"] = asked.chat_template
+    if more == NO_THOUGHTS and not _may_think(server, asked, options):
+        more = {}  # what nobody would do need not be forbidden
+    if more:
+        options["chat_template_kwargs"] = more
+    if asked.add_generation_prompt is not None:
+        options["add_generation_prompt"] = asked.add_generation_prompt
+    if asked.continue_final_message:
+        options["continue_final_message"] = True
+    return options
+
+
+def _may_think(server: Server, asked: ChatRequest, options: ChatOptions) -> bool:
+    front_end, model = server.requests.front_end, server.maker(asked.model).model
+    return front_end.template_takes("enable_thinking", options, model)
+
+
 class ChatJob:
     """One request under way: its outputs, each read by a parser of its own."""
 
@@ -167,7 +195,7 @@ class ChatJob:
         return front_end.chat_request(
             asked.messages,
             params,
-            self._options(),
+            chat_options(self.server, asked),
             salt_of(self.server.options, standing.tenant, asked.cache_salt),
             standing,
             by,
@@ -198,25 +226,6 @@ class ChatJob:
         if self.asked.skip_special_tokens is not None:
             return None
         return None if self.server.answers.skip_special_tokens else False
-
-    def _options(self) -> ChatOptions:
-        asked = self.asked
-        options = ChatOptions()
-        more = dict(asked.chat_template_kwargs or {})
-        if asked.reasoning_effort is not None:
-            more.setdefault("reasoning_effort", asked.reasoning_effort)
-        if asked.tools:
-            options["tools"] = asked.tools
-        check_own_template(self.server, asked.chat_template)
-        if asked.chat_template is not None:
-            options["chat_template"] = asked.chat_template
-        if more:
-            options["chat_template_kwargs"] = more
-        if asked.add_generation_prompt is not None:
-            options["add_generation_prompt"] = asked.add_generation_prompt
-        if asked.continue_final_message:
-            options["continue_final_message"] = True
-        return options
 
     def parser(self) -> MessageParser:
         """A reader for one of the outputs."""

@@ -135,6 +135,35 @@ def test_calls_beside_each_other(parallel: bool | None, count: int) -> None:
     _visit(work)
 
 
+def test_a_model_that_never_thinks_may_be_told_not_to() -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        body = {"messages": SAID, **PLAIN}
+        plain = (await client.post("/v1/messages", json=body)).json()
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            asked = {"messages": SAID} if path.endswith("tokens") else body
+            for kind, status in (("disabled", 200), ("enabled", 400)):
+                told = await client.post(path, json={**asked, "thinking": {"type": kind}})
+                assert told.status_code == status, told.text
+                if status == 200 and path == "/v1/messages":
+                    assert told.json()["content"] == plain["content"]
+
+    _visit(work)
+
+
+def test_tokens_of_a_conversation_that_is_too_long_are_counted() -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        body = {"messages": [{"role": "user", "content": "hello " * 3000}]}
+        counted = await client.post("/v1/messages/count_tokens", json=body)
+        assert counted.status_code == 200, counted.text
+        refused = await client.post("/v1/chat/completions", json=body)
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        tokenized = (await client.post("/tokenize", json=body)).json()
+        assert counted.json() == {"input_tokens": tokenized["count"]}
+        assert tokenized["count"] > tokenized["max_model_len"]
+
+    _visit(work)
+
+
 async def _aborted_in_line(
     client: httpx.AsyncClient, path: str, body: dict[str, Any], name: str
 ) -> httpx.Response:
