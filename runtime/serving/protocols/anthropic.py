@@ -20,7 +20,11 @@ from .responding import respond
 from .shapes.anthropic import Count, Message
 from .shapes.base import AnthropicError, described
 
-_STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "abort": "end_turn"}
+_STOP_REASONS = {
+    "length": "max_tokens",
+    "abort": "max_tokens",  # cut off as well, and of what there is for that the nearest
+    "tool_calls": "tool_use",
+}
 
 
 class OutputFormat(Strict):

@@ -199,6 +199,18 @@ def test_an_echo_that_is_aborted_in_the_line(stream: bool) -> None:
     _visit(work, max_seqs=1)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_message_that_is_aborted_has_not_ended_its_turn(stream: bool) -> None:
+    body = {"messages": SAID, "max_tokens": 9, "stream": stream}
+
+    async def work(client: httpx.AsyncClient) -> None:
+        answer = await _aborted_in_line(client, "/v1/messages", body, "msg_mine")
+        assert '"stop_reason":"max_tokens"' in answer.text
+        assert '"output_tokens":0' in answer.text
+
+    _visit(work, max_seqs=1)
+
+
 def test_what_nobody_thought_of_is_told_in_the_protocols_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
