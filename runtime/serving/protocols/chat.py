@@ -456,7 +456,7 @@ def router(server: Server) -> APIRouter:
             server,
             request,
             lambda: ChatJob(server, asked, request.state.request_id, server.tenant(request)),
-            num_characters=sum(len(str(message.get("content"))) for message in asked.messages),
+            num_characters=len(str(asked.messages)),  # calls and thoughts included
             compiles=bool(asked.structured_outputs or asked.response_format or asked.tools),
             stream=asked.stream,
         )

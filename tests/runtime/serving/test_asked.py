@@ -150,6 +150,27 @@ def test_a_model_that_never_thinks_may_be_told_not_to() -> None:
     _visit(work)
 
 
+def test_how_long_a_conversation_is_counts_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait for no long one to be read."""
+    arguments = '{"text": "' + "a" * 30_000 + '"}'
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    body = {"messages": [*SAID, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    lengths = []
+    prepare = Server.prepare
+
+    async def noted(server: Server, make: Any, num_characters: int, **more: Any) -> Any:
+        lengths.append(num_characters)
+        return await prepare(server, make, num_characters, **more)
+
+    monkeypatch.setattr(Server, "prepare", noted)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        await client.post("/v1/chat/completions", json=body)
+        assert lengths[0] >= len(arguments)
+
+    _visit(work)
+
+
 def test_tokens_of_a_conversation_that_is_too_long_are_counted() -> None:
     async def work(client: httpx.AsyncClient) -> None:
         body = {"messages": [{"role": "user", "content": "hello " * 3000}]}
