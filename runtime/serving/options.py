@@ -52,6 +52,8 @@ class ServeOptions:
             default, each tenant's keys and values are found by its own requests alone.
         max_body_bytes: the most bytes of a request's body.
         max_n: the most outputs that one request may ask for.
+        max_logprobs: the most alternatives of a token whose log probabilities a request may ask
+            for; -1 for all. Each takes time of everybody's.
         shutdown_timeout: seconds that requests under way have to finish after SIGTERM.
         restart_engine: start the engine again if its process dies.
         stuck_after: seconds without a step, while requests wait, until /health says 503.
@@ -88,6 +90,7 @@ class ServeOptions:
     tenants_share_prefixes: bool = False
     max_body_bytes: int = 16 * MiB
     max_n: int = 16
+    max_logprobs: int = 20
     shutdown_timeout: float = 30.0
     restart_engine: bool = False
     stuck_after: float = 60.0
@@ -112,6 +115,7 @@ class ServeOptions:
             ("max_num_queued_tokens", 0),
             ("max_body_bytes", 1),
             ("max_n", 1),
+            ("max_logprobs", -1),
         ):
             if getattr(self, name) < least:
                 raise InvalidConfig(f"{name} is {getattr(self, name)}; it must be at least {least}")

@@ -97,6 +97,44 @@ def test_a_body_of_another_type_is_told_which_it_is_to_be() -> None:
     _visit(work)
 
 
+def test_all_log_probabilities() -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        numbers = {}
+        for top in (-1, 3):
+            body = {"messages": SAID, **PLAIN, "logprobs": True, "top_logprobs": top}
+            told = (await client.post("/v1/chat/completions", json=body)).json()
+            numbers[top] = {
+                len(t["top_logprobs"]) for t in told["choices"][0]["logprobs"]["content"]
+            }
+        body = {"prompt": "a", **PLAIN, "logprobs": 10**9}
+        refused = (await client.post("/v1/completions", json=body)).json()["error"]["message"]
+        assert numbers[3] == {3}
+        (number,) = numbers[-1]
+        assert f"at most the vocabulary's {number}" in refused
+
+    _visit(work, max_logprobs=-1)
+
+
+def test_no_more_log_probabilities_than_the_server_allows() -> None:
+    chat, plain = "/v1/chat/completions", "/v1/completions"
+    asked: tuple[tuple[str, dict[str, Any]], ...] = (
+        (chat, {"messages": SAID, "logprobs": True, "top_logprobs": 21}),
+        (chat, {"messages": SAID, "prompt_logprobs": 21}),
+        (plain, {"prompt": "a", "logprobs": -1}),
+        (plain, {"prompt": "a", "logprobs": 21, "echo": True}),
+    )
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for path, body in asked:
+            refused = await client.post(path, json={**body, **PLAIN})
+            assert refused.status_code == 400, body
+            assert "--max-logprobs" in refused.json()["error"]["message"]
+        most = {"messages": SAID, "logprobs": True, "top_logprobs": 20}
+        assert (await client.post(chat, json={**most, **PLAIN})).status_code == 200
+
+    _visit(work)
+
+
 def test_token_ids_of_a_stream() -> None:
     async def work(client: httpx.AsyncClient) -> None:
         body = {"messages": SAID, **PLAIN, "return_token_ids": True}
