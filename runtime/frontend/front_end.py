@@ -116,6 +116,10 @@ class FrontEnd:
         """For prompts of a model that come without parameters; None for the engine's own."""
         return self._speech(model).default_params
 
+    def tokenizer_of(self, model: str | None = None) -> PreTrainedTokenizerBase | None:
+        """A model's; None for the engine's own model."""
+        return self._speech(model).tokenizer
+
     def chat_defaults(self, model: str | None = None) -> SamplingParams:
         """The same for conversations."""
         return self._speech(model).chat_params

@@ -89,6 +89,8 @@ class CompletionJob:
         self.id = f"cmpl-{asked.request_id or request_id}"
         self.created = int(time.time())
         self.model = server.model_name(asked.model)
+        self._by = server.maker(asked.model)
+        self._tokenizer = server.requests.front_end.tokenizer_of(self._by.model)
         self.shows_output = asked.max_tokens != 0
         if not self.shows_output and not asked.echo:
             raise ApiError(
@@ -110,7 +112,7 @@ class CompletionJob:
                 400, "response_format and structured_outputs both hold the answer; use one"
             )
         params = self.server.params(
-            front_end.default_params,
+            front_end.defaults(self._by.model),
             asked,
             max_tokens=asked.max_tokens if self.shows_output else 1,
             logprobs=asked.logprobs,
@@ -119,16 +121,15 @@ class CompletionJob:
         )
         salt = salt_of(self.server.options, self.standing.tenant, asked.cache_salt)
         given: dict[str, Any] = {"cache_salt": salt or None}
-        if isinstance(prompt, str) and asked.add_special_tokens is False and front_end.tokenizer:
+        if isinstance(prompt, str) and asked.add_special_tokens is False and self._tokenizer:
             given["prompt_token_ids"] = encode(
-                front_end.tokenizer, prompt, what="the prompt", add_special_tokens=False
+                self._tokenizer, prompt, what="the prompt", add_special_tokens=False
             )
         if isinstance(prompt, str):
             given["prompt"] = prompt
         else:
             given["prompt_token_ids"] = prompt
-        by = self.server.maker(asked.model)
-        return front_end.request(given, params, standing=self.standing, by=by)
+        return front_end.request(given, params, standing=self.standing, by=self._by)
 
     def last_words(self, error: ApiError) -> bytes:
         """How the stream ends by an error."""
@@ -196,20 +197,16 @@ class CompletionJob:
         """Of the prompt, and of the output behind it; as far as it came, if it was aborted."""
         known = text.output().prompt_logprobs or ()
         prompt = list(text.spec.prompt_token_ids)[: len(known)]
-        first = self._token_text(prompt[0]) if prompt else ""
+        first = self._decoded(prompt[:1])
         return completion_logprobs([*prompt, *token_ids], [*known, *tables], 0, first)
-
-    def _token_text(self, token_id: int) -> str:
-        tokenizer = self.server.requests.front_end.tokenizer
-        return "" if tokenizer is None else str(tokenizer.decode([token_id]))
 
     def _prompt_text(self, text: RequestText) -> str:
         if text.prompt is not None:
             return text.prompt
-        tokenizer = self.server.requests.front_end.tokenizer
-        if tokenizer is None:
-            return ""
-        return str(tokenizer.decode(list(text.spec.prompt_token_ids)))
+        return self._decoded(list(text.spec.prompt_token_ids))
+
+    def _decoded(self, token_ids: list[int]) -> str:
+        return "" if self._tokenizer is None else str(self._tokenizer.decode(token_ids))
 
     def usage(self) -> dict[str, Any]:
         """What it cost so far."""

@@ -168,10 +168,10 @@ def _add_adapters(routes: APIRouter, server: Server) -> None:
     async def load_lora_adapter(asked: LoadAdapterRequest) -> Response:
         """Have requests use an adapter by naming it as their model."""
         check_may_change(server.options, given)
-        if asked.lora_name in server.names:
+        if asked.lora_name in (*server.names, *server.others):
             raise ApiError(
                 400,
-                f"{asked.lora_name!r} is the model's own name; use another",
+                f"{asked.lora_name!r} is a model's own name; use another",
                 "invalid_value",
                 "lora_name",
             )

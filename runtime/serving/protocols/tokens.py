@@ -44,8 +44,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("/tokenize", response_model=None, responses=described(Tokens, 404, body=True))
     async def tokenize(asked: TokenizeRequest) -> Response:
         """Token ids of a text, or of a conversation as the model reads it."""
-        server.model_name(asked.model)
-        tokenizer = _tokenizer(server)
+        tokenizer = _tokenizer(server, asked.model)
         tokens = await server.prepare(
             lambda: _tokens(server, asked), len(asked.prompt or "") or 1 << 20
         )
@@ -62,7 +61,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("/detokenize", response_model=None, responses=described(Text, 404, body=True))
     async def detokenize(asked: DetokenizeRequest) -> Response:
         """The text of token ids."""
-        server.model_name(asked.model)
+        tokenizer = _tokenizer(server, asked.model)
         vocab_size = server.face.admission.vocab_size
         for token in asked.tokens:
             if not 0 <= token < vocab_size:
@@ -72,17 +71,18 @@ def router(server: Server) -> APIRouter:
                     "invalid_value",
                     "tokens",
                 )
-        tokenizer = _tokenizer(server)
         text = await server.prepare(lambda: tokenizer.decode(asked.tokens), len(asked.tokens))
         return json_response({"prompt": text})
 
     return routes
 
 
-def _tokenizer(server: Server) -> Any:
-    tokenizer = server.requests.front_end.tokenizer
+def _tokenizer(server: Server, model: str | None) -> Any:
+    """The tokenizer of a model, or of the one that an adapter is of. Raises ApiError."""
+    name = server.model_name(model)
+    tokenizer = server.requests.front_end.tokenizer_of(server.maker(model).model)
     if tokenizer is None:
-        raise ApiError(400, f"{server.names[0]} has no tokenizer; send prompts as token ids")
+        raise ApiError(400, f"{name} has no tokenizer; send prompts as token ids")
     return tokenizer
 
 
@@ -92,7 +92,7 @@ def _tokens(server: Server, asked: TokenizeRequest) -> list[int]:
         raise ApiError(400, "give either a prompt or messages", "invalid_value", "prompt")
     if asked.prompt is not None:
         return encode(
-            _tokenizer(server),
+            _tokenizer(server, asked.model),
             asked.prompt,
             what="the prompt",
             add_special_tokens=asked.add_special_tokens is not False,
@@ -112,4 +112,5 @@ def _tokens(server: Server, asked: TokenizeRequest) -> list[int]:
             options[name] = value
     if asked.continue_final_message:
         options["continue_final_message"] = True
-    return front_end.render_chat(asked.messages or [], options)
+    model = server.maker(asked.model).model
+    return front_end.render_chat(asked.messages or [], options, model)

@@ -65,7 +65,7 @@ def test_adapters_come_and_go(llm: AsyncLLM, adapter: Path) -> None:
     ("asked", "says"),
     [
         ({"lora_name": "mine", "lora_path": "/no/such/folder"}, "there is no folder /no/such"),
-        ({"lora_name": "base", "lora_path": "/tmp"}, "is the model's own name"),
+        ({"lora_name": "base", "lora_path": "/tmp"}, "is a model's own name"),
         ({"lora_name": "mine"}, "lora_path"),
     ],
 )
