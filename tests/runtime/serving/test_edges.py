@@ -5,17 +5,21 @@ import logging
 import os
 import signal
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from vkv import AsyncLLM
-from vkv.runtime.serving import generation
+from vkv.runtime.serving import cluster_engine, generation
+from vkv.runtime.serving.http.app import build_app
 from vkv.runtime.serving.http.errors import ApiError
 from vkv.runtime.serving.local import app_of
 from vkv.runtime.serving.options import ServeOptions
 from vkv.runtime.serving.places import Admittance
 from vkv.runtime.serving.processes import run
+from vkv.runtime.serving.server import Server
+from vkv.vmem.errors import InvalidConfig, InvalidOperation
 
 ENDLESS_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
@@ -89,6 +93,35 @@ def test_a_path_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> N
     lines = [record.getMessage() for record in caplog.records if record.name == "vkv.access"]
     assert lines
     assert not any("\n" in line for line in lines)
+
+
+class _Quiet:
+    """An engine that is there, and has said nothing yet of what it holds."""
+
+    is_ready = True
+    has_died = False
+    stats = None
+    stuck_s = 99.0
+
+    async def memory_map(self) -> None:
+        """Nobody asks."""
+
+
+def _status_of(path: str, **options: Any) -> int:
+    """Of a server of such an engine."""
+
+    async def work() -> httpx.Response:
+        engine: Any = _Quiet()
+        app = build_app(Server(ServeOptions(**options), engine))
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://local") as client:
+            return await client.get(path)
+
+    return asyncio.run(work()).status_code
+
+
+def test_how_much_is_under_way_before_the_first_word_of_it() -> None:
+    assert _status_of("/v1/load") == 503
 
 
 class _DeadEngine:
