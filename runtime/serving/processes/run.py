@@ -157,8 +157,7 @@ class Supervisor:
     ) -> None:
         self._front = Front(self._options, engine, routes)
         await self._front.run(self._listener)
-        if self._front.is_refused:
-            self._status = REFUSED
+        self._status = self._front.status or self._status
 
     async def _run_cluster(self) -> int:
         """Serve instances, which the front starts and ends; returns the exit status."""

@@ -145,6 +145,24 @@ class _Socket:
         """There is none."""
 
 
+def test_instances_that_cannot_be_started_end_the_command(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(**_: object) -> None:
+        raise InvalidOperation("instance 0 ended before it had loaded its model")
+
+    monkeypatch.setattr(cluster_engine, "Cluster", fail)
+    options = ServeOptions(port=0, instances=2)
+
+    async def work() -> int:
+        supervisor = run.Supervisor(options, (None, "cpu", "auto", {}), run.listen(options))
+        async with asyncio.timeout(60):
+            return await supervisor.run()
+
+    assert asyncio.run(work()) == 1
+    assert "instance 0 ended" in caplog.text
+
+
 def test_sigterm_while_it_rests_before_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "EngineSocket", _Socket)
     monkeypatch.setattr(run, "_FIRST_REST_S", 300.0)
