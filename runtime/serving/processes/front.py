@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # which imports what only engines need
 
 _CLOSE_S = 2.0  # for connections that are open when all requests have ended
 _LOOK_S = 0.05
+AT_ONCE = signal.SIGUSR1  # what the parent says to one that ends already
 
 _log = logging.getLogger(__name__)
 
@@ -160,7 +161,8 @@ def main() -> None:
 async def _run(order: FrontOrder) -> None:
     front = Front(order.options, RemoteEngine(order.engine_path))
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, front.end)
+    loop.add_signal_handler(signal.SIGTERM, front.drain)  # service managers tell all processes
+    loop.add_signal_handler(AT_ONCE, front.end)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # the parent decides
     await front.run(socket.socket(fileno=order.listener))
     if front.status:

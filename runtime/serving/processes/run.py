@@ -25,7 +25,7 @@ from ..metrics import SHARED
 from ..options import ServeOptions
 from ..parsing import check_names
 from .children import Child, EngineSocket
-from .front import Front, FrontOrder
+from .front import AT_ONCE, Front, FrontOrder
 from .logs import configure_logs
 
 if TYPE_CHECKING:
@@ -190,12 +190,13 @@ class Supervisor:
         return self._status
 
     def _end(self) -> None:
+        number = AT_ONCE if self._ending.is_set() else signal.SIGTERM
         self._ending.set()
         if self._front is not None:
             self._front.end()
         for front in self._fronts:
             with contextlib.suppress(ProcessLookupError):
-                front.signal(signal.SIGTERM)
+                front.signal(number)
 
     async def _keep_engine(self) -> None:
         """Start the engine, and again if it dies and that was asked for."""

@@ -288,6 +288,14 @@ def test_several_front_processes(tmp_path: Path) -> None:
         os.kill(fronts[0], signal.SIGKILL)
         _until(lambda: len(children_of(server.process.pid)) == 3)
         _until(lambda: _is_ready(server))
+        body = {**LONG, "max_tokens": 300, "stream": True}
+        with server.client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            for pid in (*server.children(), server.process.pid):  # as service managers do
+                os.kill(pid, signal.SIGTERM)
+            data = events(lines)
+        assert json.loads(data[-2])["choices"][0]["finish_reason"] == "length"
         assert server.stop() == 0
 
 
