@@ -12,6 +12,7 @@ from .keys import read_keys, tenant_weights
 
 LogFormat = Literal["line", "json"]
 MiB = 1 << 20
+_LAST_PORT = 65535
 _NOT_NEGATIVE = ("shutdown_timeout", "stuck_after", "sse_keep_alive_interval", "max_chunk_rate")
 
 
@@ -119,6 +120,8 @@ class ServeOptions:
         ):
             if getattr(self, name) < least:
                 raise InvalidConfig(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.port > _LAST_PORT:
+            raise InvalidConfig(f"port is {self.port}; it must be at most {_LAST_PORT}")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if not 0 <= value < math.inf:

@@ -163,6 +163,18 @@ def test_instances_that_cannot_be_started_end_the_command(
     assert "instance 0 ended" in caplog.text
 
 
+def test_a_unix_socket_is_taken_over_of_the_dead_alone(tmp_path: Path) -> None:
+    options = ServeOptions(uds=str(tmp_path / "socket"))
+    first = run.listen(options)
+    with pytest.raises(InvalidConfig, match="another server does; use another --uds"):
+        run.listen(options)
+    first.close()
+    run.listen(options).close()
+    for path in ("/no/such/folder/socket", str(tmp_path / ("long" * 50))):
+        with pytest.raises(InvalidConfig, match=r"cannot be listened on: [^N].*another --uds"):
+            run.listen(ServeOptions(uds=path))
+
+
 def test_sigterm_while_it_rests_before_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "EngineSocket", _Socket)
     monkeypatch.setattr(run, "_FIRST_REST_S", 300.0)

@@ -313,6 +313,7 @@ def test_an_address_in_use_and_a_model_that_is_not_there(served: Served, tmp_pat
         (["--port", "0", str(tmp_path / "nothing")], "nothing"),
         (["--port", "0", "--tool-call-parser", "hf", "--api-server-count", "2"], "response_templ"),
         (["--port", "0", "--key-share", "2"], "key_share is 2"),
+        (["--port", "0", "--ssl-certfile", __file__, "--ssl-keyfile", __file__], "ssl_certfile"),
     ):
         told = subprocess.run(
             [sys.executable, "-m", "vkv.runtime.cli.main", "serve", *arguments],
@@ -330,6 +331,7 @@ def test_an_address_in_use_and_a_model_that_is_not_there(served: Served, tmp_pat
         ("--chat-template", "/nowhere/none", "chat_template"),
         ("--tool-call-parser", "nope", "tool_call_parser is 'nope'"),
         ("--max-num-seqs", "0", "max_seqs is 0"),
+        ("--port", "65536", "port is 65536"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_at_once(option: str, value: str, words: str) -> None:
