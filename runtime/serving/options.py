@@ -57,8 +57,9 @@ class ServeOptions:
             for; -1 for all. Each takes time of everybody's.
         shutdown_timeout: seconds that requests under way have to finish after SIGTERM.
         restart_engine: start the engine again if its process dies.
-        stuck_after: seconds without a step, while requests wait, until /health says 503.
-        sse_keep_alive_interval: seconds without an event until a stream gets a comment.
+        stuck_after: seconds without a step, while requests wait, until /health says 503; 0 for
+            never.
+        sse_keep_alive_interval: seconds without an event until a stream gets a comment; 0 for none.
         max_chunk_rate: chunks a second that a front process sends to all streams together; above
             it, chunks hold more tokens. 0 for a chunk each token.
         log_format: access and error logs as lines or as JSON.

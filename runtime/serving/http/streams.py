@@ -74,7 +74,7 @@ class EventStream(Response):
     Args:
         events: whole events. What it raises is told in the stream, or as the response.
         last_words: events that tell of an error, in the protocol's words.
-        keep_alive_s: without an event, until a comment is sent.
+        keep_alive_s: without an event, until a comment is sent; 0 for none.
     """
 
     media_type = "text/event-stream"
@@ -128,7 +128,7 @@ class EventStream(Response):
 
     async def _keep(self, send: Send) -> None:
         """Comments wherever nothing else was sent for so long."""
-        while True:
+        while self._keep_alive_s:
             idle_s = time.monotonic() - self._sent_s
             await asyncio.sleep(max(0.01, self._keep_alive_s - idle_s))
             if time.monotonic() - self._sent_s >= self._keep_alive_s:

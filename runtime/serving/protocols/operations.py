@@ -207,7 +207,7 @@ def _problem(server: Server) -> str | None:
     """Why the server is not well; None if it is. A model that still loads is no illness."""
     if server.engine.has_died and not server.engine.is_ready:
         return "the engine's process has died"
-    if server.engine.stuck_s > server.options.stuck_after:
+    if 0 < server.options.stuck_after < server.engine.stuck_s:
         return f"requests have waited {server.engine.stuck_s:.0f} s without a step"
     return None
 

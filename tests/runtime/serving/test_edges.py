@@ -124,6 +124,10 @@ def test_how_much_is_under_way_before_the_first_word_of_it() -> None:
     assert _status_of("/v1/load") == 503
 
 
+def test_how_long_an_engine_may_rest() -> None:
+    assert [_status_of("/health", stuck_after=s) for s in (60, 100, 0)] == [503, 200, 200]
+
+
 class _DeadEngine:
     """An engine's process that has ended."""
 
