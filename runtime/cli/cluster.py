@@ -1,5 +1,6 @@
 """`vkv cluster`: what a server of several instances has, and what it is told to do."""
 
+import http.client
 import json
 import os
 import threading
@@ -22,6 +23,7 @@ Key = Annotated[
     str | None, typer.Option(help="A key that it takes. Default: $VKV_API_KEY.", show_default=False)
 ]
 _URL = "http://127.0.0.1:8000"
+_NO_ANSWER = (OSError, ValueError, http.client.HTTPException)  # cut off, no such server, no URL
 _LOOK_S = 0.5  # between two looks at how far an order has come
 _COLUMNS = (
     "id",
@@ -139,7 +141,7 @@ def _ask(url: str, path: str, key: str | None, body: dict[str, int] | None = Non
             raise InvalidOperation(_message(error)) from error
     except urllib.error.URLError as error:
         raise InvalidConfig(f"no server answers at {url} ({error.reason}); see --url") from error
-    except (OSError, ValueError) as error:  # it went away in mid-answer, or is no such server
+    except _NO_ANSWER as error:
         raise InvalidConfig(f"{url} gives no answer of vkv's ({error}); see --url") from error
 
 

@@ -132,6 +132,7 @@ _OTHERS = (
     "tenants_share_prefixes",
     "max_body_bytes",
     "max_n",
+    "max_logprobs",
     "shutdown_timeout",
     "restart_engine",
     "stuck_after",

@@ -72,6 +72,10 @@ class ChatTemplate:
         tokens = encode(self._tokenizer, text, what="the conversation", add_special_tokens=False)
         return PlainPrompt(text=text, token_ids=tokens)
 
+    def takes(self, variable: str, options: ChatOptions) -> bool:
+        """Whether the template makes use of a variable. Raises InvalidPrompt if there is none."""
+        return _names(self._choose(options), variable)
+
     def _choose(self, options: ChatOptions) -> str:
         """The template's text."""
         given = options.get("chat_template")
@@ -122,7 +126,7 @@ class ChatTemplate:
             if name in more and name in _OPTIONS:
                 raise InvalidPrompt(f"chat_template_kwargs has {name!r}; pass it as an argument")
             reserved = name in taken and name not in ("tools", "documents")
-            if reserved or not re.search(rf"\b{re.escape(str(name))}\b", template):
+            if reserved or not _names(template, str(name)):
                 raise InvalidPrompt(
                     f"the chat template of {self._model} has no variable {name!r}; leave it out, "
                     "or pass a chat_template= that has"
@@ -189,6 +193,10 @@ class ChatTemplate:
 def _printable(error: Exception) -> str:
     """What it says, which may have a lone surrogate of the conversation's in it."""
     return str(error).encode(errors="backslashreplace").decode()
+
+
+def _names(template: str, variable: str) -> bool:
+    return re.search(rf"\b{re.escape(variable)}\b", template) is not None
 
 
 def check_names(options: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ class FrontEnd:
         """For prompts of a model that come without parameters; None for the engine's own."""
         return self._speech(model).default_params
 
-    def tokenizer_of(self, model: str | None) -> PreTrainedTokenizerBase | None:
+    def tokenizer_of(self, model: str | None = None) -> PreTrainedTokenizerBase | None:
         """Of a model that has one; nobody is to change it."""
         return self._speech(model).tokenizer
 
@@ -292,6 +292,10 @@ class FrontEnd:
         """Token ids of a conversation with a model, up to where the assistant's next message
         begins."""
         return self._speech(model).chat_template.render(messages, options).token_ids or []
+
+    def template_takes(self, variable: str, options: ChatOptions, model: str | None = None) -> bool:
+        """Whether a model's template makes use of a variable. Raises InvalidPrompt without one."""
+        return self._speech(model).chat_template.takes(variable, options)
 
     def _tokenise(self, prompt: PlainPrompt, speech: _Speech) -> list[int]:
         if prompt.token_ids is not None:

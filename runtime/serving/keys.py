@@ -32,6 +32,10 @@ def read_keys(given: Sequence[str], file: Path | None) -> tuple[Key, ...]:
     A key of which the file says no name is a tenant of its own, called by its number. Raises
     InvalidConfig, which shows no key.
     """
+    if not all(text.strip() for text in given):
+        raise InvalidConfig(
+            "an api_key is empty, and would let everybody in; give a key, or leave it out"
+        )
     texts = [*given, *os.environ.get("VKV_API_KEY", "").split(",")]
     said: dict[str, dict[str, str]] = {text.strip(): {} for text in texts if text.strip()}
     if file is not None:

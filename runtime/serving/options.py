@@ -12,6 +12,7 @@ from .keys import read_keys, tenant_weights
 
 LogFormat = Literal["line", "json"]
 MiB = 1 << 20
+_LAST_PORT = 65535
 _NOT_NEGATIVE = ("shutdown_timeout", "stuck_after", "sse_keep_alive_interval", "max_chunk_rate")
 
 
@@ -52,10 +53,13 @@ class ServeOptions:
             default, each tenant's keys and values are found by its own requests alone.
         max_body_bytes: the most bytes of a request's body.
         max_n: the most outputs that one request may ask for.
+        max_logprobs: the most alternatives of a token whose log probabilities a request may ask
+            for; -1 for all. Each takes time of everybody's.
         shutdown_timeout: seconds that requests under way have to finish after SIGTERM.
         restart_engine: start the engine again if its process dies.
-        stuck_after: seconds without a step, while requests wait, until /health says 503.
-        sse_keep_alive_interval: seconds without an event until a stream gets a comment.
+        stuck_after: seconds without a step, while requests wait, until /health says 503; 0 for
+            never.
+        sse_keep_alive_interval: seconds without an event until a stream gets a comment; 0 for none.
         max_chunk_rate: chunks a second that a front process sends to all streams together; above
             it, chunks hold more tokens. 0 for a chunk each token.
         log_format: access and error logs as lines or as JSON.
@@ -88,6 +92,7 @@ class ServeOptions:
     tenants_share_prefixes: bool = False
     max_body_bytes: int = 16 * MiB
     max_n: int = 16
+    max_logprobs: int = 20
     shutdown_timeout: float = 30.0
     restart_engine: bool = False
     stuck_after: float = 60.0
@@ -112,9 +117,12 @@ class ServeOptions:
             ("max_num_queued_tokens", 0),
             ("max_body_bytes", 1),
             ("max_n", 1),
+            ("max_logprobs", -1),
         ):
             if getattr(self, name) < least:
                 raise InvalidConfig(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.port > _LAST_PORT:
+            raise InvalidConfig(f"port is {self.port}; it must be at most {_LAST_PORT}")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if not 0 <= value < math.inf:

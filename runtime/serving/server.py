@@ -20,7 +20,7 @@ from ..frontend.prompts import ITSELF, Maker
 from ..frontend.text_stream import RequestText
 from ..link.engine_link import EngineLink
 from ..link.face import Face
-from ..request.sampling_params import SamplingParams
+from ..request.sampling_params import ALL_TOKENS, SamplingParams
 from .generation import Delta, deltas
 from .http.errors import ApiError
 from .metrics import Metrics
@@ -200,7 +200,10 @@ class Server:
                 "n",
             )
         given = {name: value for name, value in more.items() if value is not None}
-        return dataclasses.replace(base, **{**fields.sampling_values(), **given})
+        params = dataclasses.replace(base, **{**fields.sampling_values(), **given})
+        for name in ("logprobs", "prompt_logprobs"):
+            _check_logprobs(name, getattr(params, name), self.options.max_logprobs)
+        return params
 
     async def prepare(
         self, make: Callable[[], _T], num_characters: int, *, compiles: bool = False
@@ -230,6 +233,18 @@ def _there(what: _T | None) -> _T:
     if what is None:
         raise ApiError(503, "the model is loading; try again", "loading", retry_after_s=2)
     return what
+
+
+def _check_logprobs(name: str, value: int | None, most: int) -> None:
+    if value is not None and 0 <= most < value:
+        asked = "all of them" if value == ALL_TOKENS else value
+        raise ApiError(
+            400,
+            f"{name} asks for {asked}, and {most} are allowed; ask for fewer, or start the server "
+            "with more --max-logprobs",
+            "invalid_value",
+            name,
+        )
 
 
 def check_own_template(server: Server, given: str | None) -> None:

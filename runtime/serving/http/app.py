@@ -14,7 +14,7 @@ from ..page import page_router
 from ..protocols import anthropic, chat, completions, operations, responses, tokens
 from ..protocols.fields import Strict
 from ..server import Server
-from .errors import ApiError, refusal
+from .errors import ApiError, internal_error, refusal
 from .gate import ANTHROPIC_PATHS, Gate, path_of
 from .streams import Gone, json_response
 
@@ -40,6 +40,7 @@ def build_app(server: Server, more: Sequence[APIRouter] = ()) -> Callable[..., A
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _plain)
     app.add_exception_handler(Gone, _gone)
+    app.add_exception_handler(Exception, _failed)
     return Gate(app, server.options)
 
 
@@ -81,6 +82,10 @@ async def _plain(request: Request, error: Any) -> Response:
     )
 
 
+async def _failed(request: Request, error: Any) -> Response:
+    return await _told(request, internal_error())  # it is raised again, for the log
+
+
 async def _gone(request: Request, error: Any) -> Response:
     return Response(status_code=499)  # nobody reads it
 
@@ -92,6 +97,10 @@ async def _invalid(request: Request, error: Any) -> Response:
     name = ".".join(where)
     if first["type"] == "extra_forbidden":
         message = _unknown_field(request, where[-1])
+    elif first["type"] == "model_attributes_type" and not where and not _says_json(request):
+        kind = request.headers.get("content-type")
+        came = f"comes as {kind!r}" if kind else "comes without a type"
+        message = f"the body {came}, and JSON is read; send 'content-type: application/json'"
     elif first["type"] == "json_invalid":
         message, name = f"the body is no JSON: {first.get('ctx', {}).get('error', '')}", ""
     elif len({error["loc"][:2] for error in error.errors()}) < len(error.errors()):
@@ -100,6 +109,10 @@ async def _invalid(request: Request, error: Any) -> Response:
     else:
         message = f"{name or 'the body'}: {first['msg']}"
     return await _told(request, ApiError(400, message, "invalid_value", name or None))
+
+
+def _says_json(request: Request) -> bool:
+    return "json" in request.headers.get("content-type", "").lower()
 
 
 def _unknown_field(request: Request, name: str) -> str:

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ....vmem.errors import EngineDied, InvalidOperation, Shortage, UsageError, VkvError
+from ....vmem.errors import (
+    EngineDied,
+    InvalidOperation,
+    RequestTooLarge,
+    RequestTooLong,
+    Shortage,
+    UsageError,
+    VkvError,
+)
 from ...execution.sampler import NO_TOKEN
 
 
@@ -60,6 +68,12 @@ class ApiError(Exception):
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
 
+def internal_error() -> ApiError:
+    """What nobody thought of."""
+    return ApiError(500, "the server failed; its log says how", "internal_error")
+
+
+_TOO_LONG = (RequestTooLong, RequestTooLarge)  # agents shorten conversations by their code
 _INVALID = "invalid_request_error"
 _KINDS = {
     401: "authentication_error",
@@ -78,6 +92,8 @@ _ANTHROPIC_KINDS = {
 
 def refusal(error: VkvError) -> ApiError:
     """What a request's error comes to."""
+    if isinstance(error, _TOO_LONG):
+        return ApiError(400, str(error), "context_length_exceeded")
     if isinstance(error, UsageError):
         return ApiError(400, str(error), "invalid_value")
     if isinstance(error, Shortage):

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ....vmem.errors import VkvError
-from .errors import ApiError, refusal
+from .errors import ApiError, internal_error, refusal
 from .gate import Receive, Scope, Send
 
 _log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class EventStream(Response):
     Args:
         events: whole events. What it raises is told in the stream, or as the response.
         last_words: events that tell of an error, in the protocol's words.
-        keep_alive_s: without an event, until a comment is sent.
+        keep_alive_s: without an event, until a comment is sent; 0 for none.
     """
 
     media_type = "text/event-stream"
@@ -120,8 +120,7 @@ class EventStream(Response):
             if not self._has_begun:
                 raise
             _log.exception("a stream failed")
-            told = ApiError(500, "the server failed; its log says how", "internal_error")
-            await self._put(send, self._last_words(told))
+            await self._put(send, self._last_words(internal_error()))
         finally:
             await self._events.aclose()
         async with self._writing:
@@ -129,7 +128,7 @@ class EventStream(Response):
 
     async def _keep(self, send: Send) -> None:
         """Comments wherever nothing else was sent for so long."""
-        while True:
+        while self._keep_alive_s:
             idle_s = time.monotonic() - self._sent_s
             await asyncio.sleep(max(0.01, self._keep_alive_s - idle_s))
             if time.monotonic() - self._sent_s >= self._keep_alive_s:

@@ -15,7 +15,7 @@ import uvicorn
 import uvloop
 from fastapi import APIRouter
 
-from ....vmem.errors import UsageError
+from ....vmem.errors import UsageError, VkvError
 from ...link.engine_process import REFUSED, die_with_parent
 from ...link.face import Face
 from ...link.remote import RemoteEngine
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # which imports what only engines need
 
 _CLOSE_S = 2.0  # for connections that are open when all requests have ended
 _LOOK_S = 0.05
+AT_ONCE = signal.SIGUSR1  # what the parent says to one that ends already
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class Front:
         routes: further ones, for operators.
 
     Attributes:
-        is_refused: an option does not fit the model, so that it ends; the log says which.
+        status: to exit with: REFUSED if an option does not fit the model, 1 if there will be no
+            engine; the log says why.
     """
 
     def __init__(
@@ -62,8 +64,8 @@ class Front:
         self.server = Server(options, engine)
         engine.on_welcome = self._meet
         engine.on_refusal = self._refuse
-        self.is_refused = False
-        self._options = options
+        self.status = 0
+        self._patience_s = options.shutdown_timeout
         self._http = _Http(
             uvicorn.Config(
                 build_app(self.server, routes),
@@ -84,11 +86,21 @@ class Front:
     async def run(self, listener: socket.socket) -> None:
         """Serve until `end` was called, and all that was under way has ended."""
         connecting = asyncio.ensure_future(self._engine.stay_connected())
+        connecting.add_done_callback(self._check_connection)
         try:
             await self._http.serve(sockets=[listener])
         finally:
             connecting.cancel()
             self._engine.close()
+
+    def _check_connection(self, connecting: "asyncio.Task[None]") -> None:
+        """End if what was to find the engine has failed: nobody else would."""
+        if connecting.cancelled() or (error := connecting.exception()) is None:
+            return
+        cause = None if isinstance(error, VkvError) else error  # whose message says it all
+        _log.error("there will be no engine: %s", error, exc_info=cause)
+        self.status = 1
+        self.drain()
 
     def _meet(self, face: Face) -> None:
         try:
@@ -98,19 +110,22 @@ class Front:
 
     def _refuse(self, error: UsageError) -> None:
         _log.error("%s", error)
-        self.is_refused = True
-        self.end()
+        self.status = REFUSED
+        self.drain()
 
     def end(self) -> None:
         """Take no more requests, and end when those under way have; called again: at once."""
+        if self._draining is not None:
+            self._patience_s = 0.0
+        self.drain()
+
+    def drain(self) -> None:
+        """The same, however often it is called."""
         if self._draining is None:
             self.server.is_draining = True
             self._draining = asyncio.ensure_future(self._drain())
-        else:
-            self._patience_s = 0.0
 
     async def _drain(self) -> None:
-        self._patience_s = self._options.shutdown_timeout
         waited_s = 0.0
         while self.server.num_under_way and waited_s < self._patience_s:
             await asyncio.sleep(_LOOK_S)
@@ -146,8 +161,9 @@ def main() -> None:
 async def _run(order: FrontOrder) -> None:
     front = Front(order.options, RemoteEngine(order.engine_path))
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, front.end)
+    loop.add_signal_handler(signal.SIGTERM, front.drain)  # service managers tell all processes
+    loop.add_signal_handler(AT_ONCE, front.end)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # the parent decides
     await front.run(socket.socket(fileno=order.listener))
-    if front.is_refused:
-        sys.exit(REFUSED)
+    if front.status:
+        sys.exit(front.status)

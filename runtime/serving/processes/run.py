@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..metrics import SHARED
 from ..options import ServeOptions
 from ..parsing import check_names
 from .children import Child, EngineSocket
-from .front import Front, FrontOrder
+from .front import AT_ONCE, Front, FrontOrder
 from .logs import configure_logs
 
 if TYPE_CHECKING:
@@ -60,10 +61,25 @@ def serve(
         options = dataclasses.replace(options, served_model_name=(model or BUILT_IN,))
     if taken := {*engine.get("adapters", ())}.intersection(options.served_model_name):
         raise InvalidConfig(f"{min(taken)!r} names the model and an adapter; rename one of them")
+    check_certificate(options)
     listener = listen(options)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         supervisor = Supervisor(options, (model, device, dtype, engine), listener)
         return runner.run(supervisor.run())
+
+
+def check_certificate(options: ServeOptions) -> None:
+    """Raises InvalidConfig for a certificate that HTTPS could not be served with."""
+    if options.ssl_certfile is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
+    except OSError as error:  # ssl.SSLError is one
+        raise InvalidConfig(
+            f"ssl_certfile {options.ssl_certfile} with ssl_keyfile {options.ssl_keyfile}: {error}; "
+            "give a certificate and its key, as PEM"
+        ) from error
 
 
 def listen(options: ServeOptions) -> socket.socket:
@@ -71,8 +87,7 @@ def listen(options: ServeOptions) -> socket.socket:
     if options.uds is not None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         address: Any = options.uds
-        if Path(options.uds).is_socket():
-            Path(options.uds).unlink()
+        _unlink_old(options.uds)
     else:
         try:
             family, kind, _, _, address = socket.getaddrinfo(
@@ -87,11 +102,24 @@ def listen(options: ServeOptions) -> socket.socket:
     except OSError as error:
         listener.close()
         where = options.uds or f"{options.host}:{options.port}"
+        remedy = "use another --port, or 0 for any" if options.uds is None else "use another --uds"
         raise InvalidConfig(
-            f"{where} cannot be listened on: {error.strerror}; use another --port, or 0 for any"
+            f"{where} cannot be listened on: {error.strerror or error}; {remedy}"
         ) from error
     listener.listen(2048)
     return listener
+
+
+def _unlink_old(path: str) -> None:
+    """Take a socket away that is left of a server. Raises InvalidConfig if that still listens."""
+    if not Path(path).is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
+        if caller.connect_ex(path) == 0:
+            raise InvalidConfig(
+                f"{path} cannot be listened on: another server does; use another --uds"
+            )
+    Path(path).unlink()
 
 
 def shown_address(options: ServeOptions, listener: socket.socket) -> str:
@@ -157,8 +185,7 @@ class Supervisor:
     ) -> None:
         self._front = Front(self._options, engine, routes)
         await self._front.run(self._listener)
-        if self._front.is_refused:
-            self._status = REFUSED
+        self._status = self._front.status or self._status
 
     async def _run_cluster(self) -> int:
         """Serve instances, which the front starts and ends; returns the exit status."""
@@ -191,12 +218,13 @@ class Supervisor:
         return self._status
 
     def _end(self) -> None:
+        number = AT_ONCE if self._ending.is_set() else signal.SIGTERM
         self._ending.set()
         if self._front is not None:
             self._front.end()
         for front in self._fronts:
             with contextlib.suppress(ProcessLookupError):
-                front.signal(signal.SIGTERM)
+                front.signal(number)
 
     async def _keep_engine(self) -> None:
         """Start the engine, and again if it dies and that was asked for."""

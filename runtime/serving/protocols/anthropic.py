@@ -14,13 +14,17 @@ from ..http.errors import ApiError
 from ..http.streams import event, json_response
 from ..parsing import MessageDelta
 from ..server import Server
-from .chat import ChatJob, ChatRequest
+from .chat import ChatJob, ChatRequest, chat_options
 from .fields import Strict
 from .responding import respond
 from .shapes.anthropic import Count, Message
 from .shapes.base import AnthropicError, described
 
-_STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "abort": "end_turn"}
+_STOP_REASONS = {
+    "length": "max_tokens",
+    "abort": "max_tokens",  # cut off as well, and of what there is for that the nearest
+    "tool_calls": "tool_use",
+}
 
 
 class OutputFormat(Strict):
@@ -395,13 +399,20 @@ def router(server: Server) -> APIRouter:
         response_model=None,
         responses=described(Count, 404, body=True, error=AnthropicError),
     )
-    async def count_tokens(request: Request, asked: CountRequest) -> Response:
+    async def count_tokens(asked: CountRequest) -> Response:
         """How many tokens a conversation has."""
         server.check_ready()
         chat = asked.as_chat()
-        job = await server.prepare(
-            lambda: ChatJob(server, chat, request.state.request_id), len(str(asked.messages))
-        )
-        return json_response({"input_tokens": len(job.text.spec.prompt_token_ids)})
+        count = await server.prepare(lambda: _count(server, chat), len(str(asked.messages)))
+        return json_response({"input_tokens": count})
 
     return routes
+
+
+def _count(server: Server, chat: ChatRequest) -> int:
+    """Tokens of a conversation, of more than the model takes, too. Raises as `ChatJob`."""
+    server.model_name(chat.model)
+    server.answers.parser(tools=chat.tools, tool_choice=chat.choice(), prompt="")  # checks them
+    model = server.maker(chat.model).model
+    options = chat_options(server, chat)
+    return len(server.requests.front_end.render_chat(chat.messages, options, model))

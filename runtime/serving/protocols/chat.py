@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -23,6 +24,7 @@ from .shapes.base import described
 from .shapes.openai import ChatCompletion
 from .usage import usage
 
+NO_THOUGHTS = {"enable_thinking": False}
 _IN_CALLS = " ?"  # between JSON's tokens; nobody reads calls, and more of it only takes time
 
 
@@ -136,6 +138,33 @@ class ChatRequest(Sampling):
         return choice
 
 
+def chat_options(server: Server, asked: ChatRequest) -> ChatOptions:
+    """How a request wants its conversation written. Raises ApiError."""
+    options = ChatOptions()
+    more = dict(asked.chat_template_kwargs or {})
+    if asked.reasoning_effort is not None:
+        more.setdefault("reasoning_effort", asked.reasoning_effort)
+    if asked.tools:
+        options["tools"] = asked.tools
+    check_own_template(server, asked.chat_template)
+    if asked.chat_template is not None:
+        options["chat_template"] = asked.chat_template
+    if more == NO_THOUGHTS and not _may_think(server, asked, options):
+        more = {}  # what nobody would do need not be forbidden
+    if more:
+        options["chat_template_kwargs"] = more
+    if asked.add_generation_prompt is not None:
+        options["add_generation_prompt"] = asked.add_generation_prompt
+    if asked.continue_final_message:
+        options["continue_final_message"] = True
+    return options
+
+
+def _may_think(server: Server, asked: ChatRequest, options: ChatOptions) -> bool:
+    front_end, model = server.requests.front_end, server.maker(asked.model).model
+    return front_end.template_takes("enable_thinking", options, model)
+
+
 class ChatJob:
     """One request under way: its outputs, each read by a parser of its own."""
 
@@ -155,10 +184,11 @@ class ChatJob:
     def _prepare(self, standing: Standing) -> RequestText:
         asked, front_end = self.asked, self.server.requests.front_end
         by = self.server.maker(asked.model)
+        newer, older = asked.max_completion_tokens, asked.max_tokens
         params = self.server.params(
             front_end.chat_defaults(by.model),
             asked,
-            max_tokens=asked.max_completion_tokens or asked.max_tokens,
+            max_tokens=older if newer is None else newer,
             logprobs=asked.num_logprobs(),
             structured_outputs=self._structure(),
             skip_special_tokens=self._skip_special_tokens(),
@@ -166,7 +196,7 @@ class ChatJob:
         return front_end.chat_request(
             asked.messages,
             params,
-            self._options(),
+            chat_options(self.server, asked),
             salt_of(self.server.options, standing.tenant, asked.cache_salt),
             standing,
             by,
@@ -197,25 +227,6 @@ class ChatJob:
         if self.asked.skip_special_tokens is not None:
             return None
         return None if self._format.skip_special_tokens else False
-
-    def _options(self) -> ChatOptions:
-        asked = self.asked
-        options = ChatOptions()
-        more = dict(asked.chat_template_kwargs or {})
-        if asked.reasoning_effort is not None:
-            more.setdefault("reasoning_effort", asked.reasoning_effort)
-        if asked.tools:
-            options["tools"] = asked.tools
-        check_own_template(self.server, asked.chat_template)
-        if asked.chat_template is not None:
-            options["chat_template"] = asked.chat_template
-        if more:
-            options["chat_template_kwargs"] = more
-        if asked.add_generation_prompt is not None:
-            options["add_generation_prompt"] = asked.add_generation_prompt
-        if asked.continue_final_message:
-            options["continue_final_message"] = True
-        return options
 
     def parser(self) -> MessageParser:
         """A reader for one of the outputs."""
@@ -267,12 +278,16 @@ class ChatJob:
         options = self.asked.stream_options
         head = self._head("chat.completion.chunk")
         always = bool(options and options.continuous_usage_stats)
+        first: dict[str, Any] = {}  # of the first chunk alone
+        if self.asked.return_token_ids:
+            first["prompt_token_ids"] = list(self.text.spec.prompt_token_ids)
         bits = self.server.deltas([self.text], self.id)
         async with aclosing(bits):
             async for some in bits:
                 for _, delta in some:
                     for choice in self.answers[delta.index].chunks(delta):
-                        chunk = {**head, "choices": [choice]}
+                        chunk = {**head, "choices": [choice], **first}
+                        first = {}
                         if always:
                             chunk["usage"] = self.usage()
                         yield event(chunk)
@@ -305,6 +320,8 @@ class Answer:
         if any(part.reasoning for part in parts) and not any(part.content for part in parts):
             self.num_reasoning_tokens += len(delta.token_ids)
         self._has_calls |= any(part.tool_calls for part in parts)
+        if self._has_calls and self._job.asked.parallel_tool_calls is False:
+            parts = [_with_one_call(part) for part in parts]
         if not self._job.asked.include_reasoning:
             parts = [MessageDelta(content=p.content, tool_calls=p.tool_calls) for p in parts]
         return parts
@@ -395,6 +412,12 @@ class Answer:
         return "tool_calls" if reason == "stop" and self._has_calls else reason
 
 
+def _with_one_call(part: MessageDelta) -> MessageDelta:
+    """Without calls behind the first: only a grammar keeps a model from writing more."""
+    first = tuple(call for call in part.tool_calls if not call.index)
+    return replace(part, tool_calls=first)
+
+
 def _body(part: MessageDelta) -> dict[str, Any]:
     """The `delta` of a chunk."""
     body: dict[str, Any] = {}
@@ -432,7 +455,7 @@ def router(server: Server) -> APIRouter:
             server,
             request,
             lambda: ChatJob(server, asked, request.state.request_id, server.tenant(request)),
-            num_characters=sum(len(str(message.get("content"))) for message in asked.messages),
+            num_characters=len(str(asked.messages)),  # calls and thoughts included
             compiles=bool(asked.structured_outputs or asked.response_format or asked.tools),
             stream=asked.stream,
         )

@@ -89,6 +89,8 @@ class CompletionJob:
         self.id = f"cmpl-{asked.request_id or request_id}"
         self.created = int(time.time())
         self.model = server.model_name(asked.model)
+        self._by = server.maker(asked.model)
+        self._tokenizer = server.requests.front_end.tokenizer_of(self._by.model)
         self.shows_output = asked.max_tokens != 0
         if not self.shows_output and not asked.echo:
             raise ApiError(
@@ -109,9 +111,8 @@ class CompletionJob:
             raise ApiError(
                 400, "response_format and structured_outputs both hold the answer; use one"
             )
-        by = self.server.maker(asked.model)
         params = self.server.params(
-            front_end.defaults(by.model),
+            front_end.defaults(self._by.model),
             asked,
             max_tokens=asked.max_tokens if self.shows_output else 1,
             logprobs=asked.logprobs,
@@ -120,15 +121,15 @@ class CompletionJob:
         )
         salt = salt_of(self.server.options, self.standing.tenant, asked.cache_salt)
         given: dict[str, Any] = {"cache_salt": salt or None}
-        if isinstance(prompt, str) and asked.add_special_tokens is False and front_end.tokenizer:
+        if isinstance(prompt, str) and asked.add_special_tokens is False and self._tokenizer:
             given["prompt_token_ids"] = encode(
-                front_end.tokenizer, prompt, what="the prompt", add_special_tokens=False
+                self._tokenizer, prompt, what="the prompt", add_special_tokens=False
             )
         if isinstance(prompt, str):
             given["prompt"] = prompt
         else:
             given["prompt_token_ids"] = prompt
-        return front_end.request(given, params, standing=self.standing, by=by)
+        return front_end.request(given, params, standing=self.standing, by=self._by)
 
     def last_words(self, error: ApiError) -> bytes:
         """How the stream ends by an error."""
@@ -164,8 +165,7 @@ class CompletionJob:
             "index": index,
             "text": shown + "".join(choice.text),
             "logprobs": self._logprobs(text, choice.token_ids, choice.tables, len(shown)),
-            "finish_reason": choice.last.finish_reason if self.shows_output else "length",
-            "stop_reason": choice.last.stop_reason if self.shows_output else None,
+            **self._end(choice.last),
         }
         if asked.prompt_logprobs is not None:
             told["prompt_logprobs"] = prompt_logprobs(text)
@@ -173,6 +173,13 @@ class CompletionJob:
             told["token_ids"] = choice.token_ids
             told["prompt_token_ids"] = list(text.spec.prompt_token_ids)
         return told
+
+    def _end(self, last: StreamDelta) -> dict[str, Any]:
+        """Why an output has ended, if it has. A token that nobody asked for is no reason."""
+        reason, stop = last.finish_reason, last.stop_reason
+        if not self.shows_output and reason == "stop":
+            reason, stop = "length", None
+        return {"finish_reason": reason, "stop_reason": stop}
 
     def _logprobs(
         self, text: RequestText, token_ids: list[int], tables: list[dict[int, Logprob]], begin: int
@@ -187,23 +194,19 @@ class CompletionJob:
     def _echoed_logprobs(
         self, text: RequestText, token_ids: list[int], tables: list[dict[int, Logprob]]
     ) -> dict[str, Any]:
-        """Of the prompt, and of the output behind it."""
-        prompt = list(text.spec.prompt_token_ids)
-        known = [*(text.output().prompt_logprobs or ()), *tables]
-        first = self._token_text(prompt[0])
-        return completion_logprobs([*prompt, *token_ids], known, 0, first)
-
-    def _token_text(self, token_id: int) -> str:
-        tokenizer = self.server.requests.front_end.tokenizer
-        return "" if tokenizer is None else str(tokenizer.decode([token_id]))
+        """Of the prompt, and of the output behind it; as far as it came, if it was aborted."""
+        known = text.output().prompt_logprobs or ()
+        prompt = list(text.spec.prompt_token_ids)[: len(known)]
+        first = self._decoded(prompt[:1])
+        return completion_logprobs([*prompt, *token_ids], [*known, *tables], 0, first)
 
     def _prompt_text(self, text: RequestText) -> str:
         if text.prompt is not None:
             return text.prompt
-        tokenizer = self.server.requests.front_end.tokenizer
-        if tokenizer is None:
-            return ""
-        return str(tokenizer.decode(list(text.spec.prompt_token_ids)))
+        return self._decoded(list(text.spec.prompt_token_ids))
+
+    def _decoded(self, token_ids: list[int]) -> str:
+        return "" if self._tokenizer is None else str(self._tokenizer.decode(token_ids))
 
     def usage(self) -> dict[str, Any]:
         """What it cost so far."""
@@ -248,8 +251,7 @@ class CompletionJob:
             "index": number * self.n + delta.index,
             "text": shown + (delta.text if self.shows_output else ""),
             "logprobs": None,
-            "finish_reason": delta.finish_reason,
-            "stop_reason": delta.stop_reason,
+            **self._end(delta),
         }
         if asked.logprobs is not None:
             tables = list(delta.logprobs or ()) if self.shows_output else []
@@ -259,7 +261,7 @@ class CompletionJob:
                 told["logprobs"] = completion_logprobs(token_ids, tables, choice.num_characters)
         choice.num_characters += len(told["text"])
         if asked.return_token_ids:
-            told["token_ids"] = list(delta.token_ids)
+            told["token_ids"] = token_ids
             told["prompt_token_ids"] = list(text.spec.prompt_token_ids) if is_first else None
         return told
 

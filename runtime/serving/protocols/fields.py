@@ -97,6 +97,14 @@ class Sampling(Asked):
 
     def sampling_values(self) -> dict[str, Any]:
         """What was given of `SamplingParams`, under its names. Raises ApiError."""
+        if self.stream and self.prompt_logprobs is not None:
+            raise ApiError(
+                400,
+                f"prompt_logprobs is {self.prompt_logprobs} in a stream, whose chunks have none; "
+                "leave one of them out",
+                "invalid_value",
+                "prompt_logprobs",
+            )
         values = {
             name: value
             for name in SAMPLING_NAMES

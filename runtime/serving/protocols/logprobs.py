@@ -10,10 +10,11 @@ _LEAST = -9999.0  # JSON has no infinities
 
 
 def chat_logprobs(delta: StreamDelta, num_top: int) -> list[dict[str, Any]]:
-    """An entry for each token: itself, and the `num_top` likeliest at its place."""
+    """An entry for each token: itself, and the `num_top` likeliest at its place; -1 for all."""
     entries = []
+    most = None if num_top == -1 else num_top
     for token_id, table in zip(delta.token_ids, delta.logprobs or (), strict=False):
-        likely = sorted(table.values(), key=lambda entry: -entry.logprob)[:num_top]
+        likely = sorted(table.values(), key=lambda entry: -entry.logprob)[:most]
         entries.append(
             {**_entry(table[token_id]), "top_logprobs": [_entry(entry) for entry in likely]}
         )

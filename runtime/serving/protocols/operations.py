@@ -207,7 +207,7 @@ def _problem(server: Server) -> str | None:
     """Why the server is not well; None if it is. A model that still loads is no illness."""
     if server.engine.has_died and not server.engine.is_ready:
         return "the engine's process has died"
-    if server.engine.stuck_s > server.options.stuck_after:
+    if 0 < server.options.stuck_after < server.engine.stuck_s:
         return f"requests have waited {server.engine.stuck_s:.0f} s without a step"
     return None
 
@@ -229,8 +229,7 @@ def _card(server: Server, name: str) -> dict[str, Any]:
 
 def _load(server: Server) -> dict[str, Any]:
     stats = server.engine.stats
-    assert stats is not None or not server.engine.is_ready
-    if stats is None:
+    if stats is None:  # an engine says what it is before it says what it holds
         raise ApiError(503, "the model is loading; try again", "loading", retry_after_s=2)
     return {
         "server_load": server.admittance.num_requests,

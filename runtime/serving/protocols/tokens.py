@@ -44,7 +44,6 @@ def router(server: Server) -> APIRouter:
     @routes.post("/tokenize", response_model=None, responses=described(Tokens, 404, body=True))
     async def tokenize(asked: TokenizeRequest) -> Response:
         """Token ids of a text, or of a conversation as the model reads it."""
-        server.model_name(asked.model)
         tokenizer = _tokenizer(server, asked.model)
         tokens = await server.prepare(
             lambda: _tokens(server, asked), len(asked.prompt or "") or 1 << 20
@@ -62,7 +61,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("/detokenize", response_model=None, responses=described(Text, 404, body=True))
     async def detokenize(asked: DetokenizeRequest) -> Response:
         """The text of token ids."""
-        server.model_name(asked.model)
+        tokenizer = _tokenizer(server, asked.model)
         vocab_size = server.face.admission.vocab_size
         for token in asked.tokens:
             if not 0 <= token < vocab_size:
@@ -72,7 +71,6 @@ def router(server: Server) -> APIRouter:
                     "invalid_value",
                     "tokens",
                 )
-        tokenizer = _tokenizer(server, asked.model)
         text = await server.prepare(lambda: tokenizer.decode(asked.tokens), len(asked.tokens))
         return json_response({"prompt": text})
 
@@ -80,9 +78,11 @@ def router(server: Server) -> APIRouter:
 
 
 def _tokenizer(server: Server, model: str | None) -> Any:
+    """The tokenizer of a model, or of the one that an adapter is of. Raises ApiError."""
+    name = server.model_name(model)
     tokenizer = server.requests.front_end.tokenizer_of(server.maker(model).model)
     if tokenizer is None:
-        raise ApiError(400, f"{server.names[0]} has no tokenizer; send prompts as token ids")
+        raise ApiError(400, f"{name} has no tokenizer; send prompts as token ids")
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -132,11 +133,21 @@ def test_what_the_server_refuses_is_said(server: _Server) -> None:
     assert "has one engine" in str(_run(server, "scale", "3").exception)
 
 
+def _say_what_is_no_http(listener: socket.socket) -> None:
+    caller, _ = listener.accept()
+    with caller:
+        caller.recv(1024)
+        caller.sendall(b"SSH-2.0-nobody\r\n")
+
+
 def test_a_server_that_is_not_there_is_named() -> None:
     runner = CliRunner()
-    for url in ("http://127.0.0.1:1", "127.0.0.1:8000"):
-        found = runner.invoke(cluster, ["status", "--url", url]).exception
-        assert isinstance(found, InvalidConfig)
-        assert url in str(found)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=_say_what_is_no_http, args=(other,), daemon=True).start()
+        urls = ["http://127.0.0.1:1", "127.0.0.1:8000", "http://127.0.0.1:port", "http://h/ x"]
+        for url in (*urls, f"http://127.0.0.1:{other.getsockname()[1]}"):
+            found = runner.invoke(cluster, ["status", "--url", url]).exception
+            assert isinstance(found, InvalidConfig), url
+            assert url in str(found)
     for words in (["scale", "0"], ["drain", "one"]):
         assert runner.invoke(cluster, words).exit_code == 2

@@ -5,17 +5,21 @@ import logging
 import os
 import signal
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from vkv import AsyncLLM
-from vkv.runtime.serving import generation
+from vkv.runtime.serving import cluster_engine, generation
+from vkv.runtime.serving.http.app import build_app
 from vkv.runtime.serving.http.errors import ApiError
 from vkv.runtime.serving.local import app_of
 from vkv.runtime.serving.options import ServeOptions
 from vkv.runtime.serving.places import Admittance
 from vkv.runtime.serving.processes import run
+from vkv.runtime.serving.server import Server
+from vkv.vmem.errors import InvalidConfig, InvalidOperation
 
 ENDLESS_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
@@ -91,6 +95,39 @@ def test_a_path_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> N
     assert not any("\n" in line for line in lines)
 
 
+class _Quiet:
+    """An engine that is there, and has said nothing yet of what it holds."""
+
+    is_ready = True
+    has_died = False
+    stats = None
+    stuck_s = 99.0
+
+    async def memory_map(self) -> None:
+        """Nobody asks."""
+
+
+def _status_of(path: str, **options: Any) -> int:
+    """Of a server of such an engine."""
+
+    async def work() -> httpx.Response:
+        engine: Any = _Quiet()
+        app = build_app(Server(ServeOptions(**options), engine))
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://local") as client:
+            return await client.get(path)
+
+    return asyncio.run(work()).status_code
+
+
+def test_how_much_is_under_way_before_the_first_word_of_it() -> None:
+    assert _status_of("/v1/load") == 503
+
+
+def test_how_long_an_engine_may_rest() -> None:
+    assert [_status_of("/health", stuck_after=s) for s in (60, 100, 0)] == [503, 200, 200]
+
+
 class _DeadEngine:
     """An engine's process that has ended."""
 
@@ -110,6 +147,36 @@ class _Socket:
 
     def close(self) -> None:
         """There is none."""
+
+
+def test_instances_that_cannot_be_started_end_the_command(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(**_: object) -> None:
+        raise InvalidOperation("instance 0 ended before it had loaded its model")
+
+    monkeypatch.setattr(cluster_engine, "Cluster", fail)
+    options = ServeOptions(port=0, instances=2)
+
+    async def work() -> int:
+        supervisor = run.Supervisor(options, (None, "cpu", "auto", {}), run.listen(options))
+        async with asyncio.timeout(60):
+            return await supervisor.run()
+
+    assert asyncio.run(work()) == 1
+    assert "instance 0 ended" in caplog.text
+
+
+def test_a_unix_socket_is_taken_over_of_the_dead_alone(tmp_path: Path) -> None:
+    options = ServeOptions(uds=str(tmp_path / "socket"))
+    first = run.listen(options)
+    with pytest.raises(InvalidConfig, match="another server does; use another --uds"):
+        run.listen(options)
+    first.close()
+    run.listen(options).close()
+    for path in ("/no/such/folder/socket", str(tmp_path / ("long" * 50))):
+        with pytest.raises(InvalidConfig, match=r"cannot be listened on: [^N].*another --uds"):
+            run.listen(ServeOptions(uds=path))
 
 
 def test_sigterm_while_it_rests_before_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,3 +59,12 @@ def test_what_is_wrong_is_said_and_no_key_is_shown(file: Path, line: str, words:
     assert "sesame" not in str(error.value)
     with pytest.raises(InvalidConfig, match="api_key_file"):
         ServeOptions(api_key_file=file.parent / "nowhere")
+
+
+def test_an_empty_key_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the environment it means that there is none; on a command line a variable is not set."""
+    for given in (["", "k1"], [" "]):
+        with pytest.raises(InvalidConfig, match="api_key is empty"):
+            ServeOptions(api_key=given)
+    monkeypatch.setenv("VKV_API_KEY", "")
+    assert ServeOptions().keys == ()

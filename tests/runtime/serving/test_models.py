@@ -2,12 +2,15 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import chains
 import httpx
 import pytest
 import zoo
 from served import Served
+from tokenizers import normalizers
+from transformers import GenerationConfig
 from vkv import AsyncLLM
 from vkv.runtime.blocks.zoo import BlockZoo
 from vkv.runtime.serving.local import app_of
@@ -84,6 +87,52 @@ def test_a_zoo_in_one_process(tenants: BlockZoo, texts: dict[str, str]) -> None:
                 refused = await client.post("/v1/completions", json={**_ASKED, "model": "x"})
                 assert refused.status_code == 404
                 assert "'late'" in refused.json()["error"]["message"]
+
+    asyncio.run(visit())
+
+
+def test_each_model_is_spoken_to_in_its_own_way(tmp_path: Path) -> None:
+    """Its tokenizer, its template, and how it samples."""
+    family = chains.save_family(tmp_path, "llama", {"late": ("lm_head",)})
+    for name, folder in family.items():
+        tokenizer = zoo.letter_tokenizer()
+        tokenizer.chat_template = f"{name}:" + "{{ messages[-1]['content'] }}"
+        if name == "late":
+            tokenizer.backend_tokenizer.normalizer = normalizers.Replace("hello", "~")
+            GenerationConfig(max_new_tokens=3).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    models = chains.make_zoo(tmp_path, family)
+    said = {"messages": [{"role": "user", "content": "hello"}]}
+
+    async def visit() -> None:
+        async with AsyncLLM(models, model="base", **zoo.with_defaults({})) as llm:
+            transport = httpx.ASGITransport(app=app_of(llm))
+            async with httpx.AsyncClient(transport=transport, base_url="http://local") as client:
+
+                async def ask(path: str, name: str, **body: object) -> dict[str, Any]:
+                    answer = await client.post(path, json={"model": name, **body})
+                    assert answer.status_code == 200, answer.text
+                    return answer.json()
+
+                for name, known in (("base", "hello"), ("late", "~")):
+                    count = len(known)
+                    told = await ask("/tokenize", name, prompt="hello")
+                    assert told["count"] == count
+                    text = await ask("/detokenize", name, tokens=told["tokens"])
+                    assert text == {"prompt": known}
+                    chat = await ask("/tokenize", name, **said)
+                    assert chat["count"] == len(f"{name}:") + count
+                    counted = await ask("/v1/messages/count_tokens", name, **said)
+                    assert counted == {"input_tokens": chat["count"]}
+                    body = {"prompt": told["tokens"], "echo": True, "ignore_eos": True}
+                    answer = await ask("/v1/completions", name, **body, logprobs=0)
+                    assert answer["choices"][0]["text"].startswith(known)
+                    assert answer["choices"][0]["logprobs"]["tokens"][0] == known[0]
+                    number = answer["usage"]["completion_tokens"]
+                    assert number == (16 if name == "base" else 3)
+                asked = {"lora_name": "late", "lora_path": str(family["late"])}
+                refused = await client.post("/v1/load_lora_adapter", json=asked)
+                assert "is a model's own name" in refused.json()["error"]["message"]
 
     asyncio.run(visit())
 

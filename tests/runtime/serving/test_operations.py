@@ -292,10 +292,18 @@ def test_sigterm_ends_what_is_under_way(
 
 @pytest.fixture(scope="module")
 def fronts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server of two front processes."""
+    """A server of two front processes, which all are told to end at once in the end."""
     log = tmp_path_factory.mktemp("fronts") / "log"
     with Served("--api-server-count", "2", log=log) as server:
         yield server
+        body = {**LONG, "max_tokens": 300, "stream": True}
+        with server.client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            for pid in (*server.children(), server.process.pid):  # as service managers do
+                os.kill(pid, signal.SIGTERM)
+            data = events(lines)
+        assert json.loads(data[-2])["choices"][0]["finish_reason"] == "length"
         assert server.stop() == 0
 
 
@@ -343,6 +351,13 @@ def test_an_address_in_use(served: Served) -> None:
     assert "cannot be listened on" in str(told.exception)
 
 
+def test_a_certificate_that_is_none() -> None:
+    files = ["--ssl-certfile", __file__, "--ssl-keyfile", __file__]
+    told = CliRunner().invoke(app, ["serve", "--port", "0", *files])
+    assert isinstance(told.exception, InvalidConfig)
+    assert f"ssl_certfile {__file__}" in str(told.exception)
+
+
 def test_what_only_the_engine_can_say_ends_the_server(tmp_path: Path) -> None:
     for arguments, words in (
         (["--port", "0", str(tmp_path / "nothing")], "nothing"),
@@ -365,6 +380,7 @@ def test_what_only_the_engine_can_say_ends_the_server(tmp_path: Path) -> None:
         ("--tool-call-parser", "nope", "tool_call_parser is 'nope'"),
         ("--max-num-seqs", "0", "max_seqs is 0"),
         ("--key-share", "2", "key_share is 2"),
+        ("--port", "65536", "port is 65536"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_at_once(option: str, value: str, words: str) -> None:

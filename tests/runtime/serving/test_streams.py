@@ -74,3 +74,4 @@ def test_comments_where_nothing_comes() -> None:
     chunks = [message["body"] for message in sent(waits(), 0.02)[1:]]
     assert chunks[0].startswith(b":")
     assert chunks[-2:] == [FIRST, b""]
+    assert [message["body"] for message in sent(waits(), 0)[1:]] == [FIRST, b""]  # 0 for none

@@ -28,7 +28,7 @@ class ResponseJob:
     def __init__(
         self, server: Server, asked: ResponsesRequest, request_id: str, tenant: str
     ) -> None:
-        self.asked = asked
+        self._asked = asked.told()
         self.job = ChatJob(server, asked.as_chat(), request_id, tenant)
         name = asked.request_id or request_id
         self.job.id = f"resp_{name}"
@@ -118,7 +118,7 @@ class ResponseJob:
             "temperature": params.temperature,
             "top_p": params.top_p,
             "usage": None if status == "in_progress" else self._usage(),
-            **self.asked.told(),
+            **self._asked,
         }
 
     def _usage(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from ...http.errors import ApiError
+from ...http.streams import encode_json
 from ..chat import ChatRequest
 from ..fields import HARMLESS, Asked, Strict
 from .input_items import conversation
@@ -176,9 +177,9 @@ class ResponsesRequest(Asked):
         return {}
 
     def told(self) -> dict[str, Any]:
-        """What a response tells of its request."""
+        """What a response tells of its request. Raises ApiError for what cannot be told."""
         text = self.text.model_dump(by_alias=True, exclude_none=True) if self.text else {}
-        return {
+        told = {
             "instructions": self.instructions,
             "metadata": self.metadata or {},
             "parallel_tool_calls": self.parallel_tool_calls is not False,
@@ -195,6 +196,21 @@ class ResponsesRequest(Asked):
             "service_tier": "default",
             "user": self.user,
         }
+        for name, value in told.items():
+            _check_text(name, value)
+        return told
+
+
+def _check_text(name: str, value: Any) -> None:
+    try:
+        encode_json(value)
+    except UnicodeEncodeError as error:
+        raise ApiError(
+            400,
+            f"{name} has half of a surrogate pair, which is no character; leave it out",
+            "invalid_value",
+            name,
+        ) from error
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
