@@ -295,6 +295,13 @@ class DecodeRecordings:
         self._of_chains.clear()
         self.recorder.forget()
 
+    def _drop(self, recordings: dict[Any, Any]) -> None:
+        """Drop some recordings; the memory that all share goes with the last, and is not had again
+        by its old name."""
+        recordings.clear()
+        if not self.num_recordings:
+            self.recorder.forget()
+
     def _known(self, batch: Batch, runs: Runs) -> _Known | None:
         """The recordings for batches of this kind; None if it is not recorded."""
         if self.refused is not None:
@@ -308,7 +315,7 @@ class DecodeRecordings:
         assert self._chains is not None, "a request is of another model"
         if self._num_gone != self._chains.num_gone:
             self._num_gone = self._chains.num_gone
-            self._of_chains.clear()
+            self._drop(self._of_chains)
         self._num_alike = self._num_alike + 1 if runs == self._last_runs else 1
         self._last_runs = runs
         if self._refused_chains or (
@@ -325,7 +332,7 @@ class DecodeRecordings:
         assert self._adapters is not None, "a request has an adapter"
         if self._num_installs != self._adapters.num_installs:
             self._num_installs = self._adapters.num_installs
-            self._with_adapters.clear()
+            self._drop(self._with_adapters)
         return self._adapters.products.records
 
     def _fill(self, step: AdapterStep | None, batch: Batch, size: int) -> None:
@@ -378,7 +385,7 @@ class DecodeRecordings:
     def _refuse(self, error: Exception, *, of_chains: bool = False) -> None:
         if of_chains:
             self._refused_chains = True
-            self._of_chains.clear()
+            self._drop(self._of_chains)
         else:
             self.refused = str(error)
             self.forget()
