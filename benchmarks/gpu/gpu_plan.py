@@ -113,7 +113,7 @@ _TESTS: dict[str, tuple[str, ...]] = {  # what each step of tests is
     "moves": (_MOVES,),
     "backends": (_BACKENDS,),
     "adapters": (_ADAPTERS,),
-    "4 bits": ("tests/quant",),
+    "4 bits": tuple(f"tests/quant/test_{what}.py" for what in ("humming", "loading", "triton")),
     "random traffic": (_FIRST, "-k", "random_traffic"),
     "other tests": (
         "tests/vmem",

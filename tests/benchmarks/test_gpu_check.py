@@ -238,6 +238,47 @@ def test_every_test_for_a_gpu_is_in_a_step(gpu_plan: ModuleType) -> None:
     assert max(limits) <= 150  # so that one that hangs costs a fifth of a call, at most
 
 
+def _imported(path: Path) -> set[str]:
+    """What a module imports when it is imported itself, by the first part of the name."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).split(".")[0])
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ):
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def test_the_steps_tests_import_what_that_machine_has(
+    gpu_plan: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file that cannot be imported fails the step, though it may have no test for a GPU."""
+    kit = _script("gpu_kit", monkeypatch)
+    brought = {kit._name(wanted).replace("-", "_") for wanted in (*kit.ALWAYS, *kit.IF_MISSING)}
+    there = {"vkv", "torch", "numpy", "transformers", "tokenizers", "safetensors"}
+    support = {path.stem: path for path in (ROOT / "tests" / "support").glob("*.py")}
+    support["standin"] = ROOT / "tests" / "support" / "standin" / "__init__.py"
+    named = [ROOT / w for words in gpu_plan._TESTS.values() for w in words if w[:6] == "tests/"]
+    paths = [path for at in named for path in ([at] if at.suffix else at.rglob("test_*.py"))]
+    paths.append(ROOT / "tests" / "conftest.py")
+    seen: set[Path] = set()
+    while paths:
+        path = paths.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        names = _imported(path) - sys.stdlib_module_names - brought - there
+        paths += [support[name] for name in names & support.keys()]
+        assert names <= support.keys(), (path.relative_to(ROOT), names - support.keys())
+    assert len(seen) > 30
+
+
 def test_every_step_is_told_what_to_expect(gpu_plan: ModuleType) -> None:
     table = (ROOT / "benchmarks" / "gpu" / "README.md").read_text()
     for step in gpu_plan.plan("cuda", []):
