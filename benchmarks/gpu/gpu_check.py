@@ -148,11 +148,14 @@ class Check:
             return
         shutil.rmtree(self.site, ignore_errors=True)
         self.site.mkdir()
+        wheels = []
         for wheel in sorted((kit / "wheels").glob("*.whl")):
             name = wheel.name.split("-")[0].replace("_", "-").lower()
-            if name not in json.loads(contents)["always"] and _is_installed(name):
-                continue
-            if problem := self._install(wheel):
+            if name in json.loads(contents)["always"] or not _is_installed(name):
+                wheels.append(wheel)
+        # At once, since pip takes as long to start as to install; by itself each where one fails.
+        for wheel in wheels if wheels and self._install(wheels) else ():
+            if problem := self._install([wheel]):
                 # Made for the machine with the GPU; the one that rehearses may have another Python.
                 (unfit if "not a supported wheel" in problem else problems).append(problem)
         if modules.exists():
@@ -163,14 +166,17 @@ class Check:
             stamp.write_text(contents)
         self._note("install", "failed" if is_bad else "passed", start, "; ".join(problems + unfit))
 
-    def _install(self, wheel: Path) -> str:
+    def _install(self, wheels: Sequence[Path]) -> str:
         """What went wrong, or nothing."""
         pip = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
         command = [sys.executable, *pip, "--disable-pip-version-check", "--target", self.site]
-        done = subprocess.run(
-            [*command, wheel], capture_output=True, text=True, check=False, timeout=120
-        )
-        return f"{wheel.name}: {done.stderr.strip()[-300:]}" if done.returncode else ""
+        try:
+            done = subprocess.run(
+                [*command, *wheels], capture_output=True, text=True, check=False, timeout=120
+            )
+        except subprocess.TimeoutExpired as error:
+            return f"{wheels[0].name}: {error}"
+        return f"{wheels[0].name}: {done.stderr.strip()[-300:]}" if done.returncode else ""
 
     def backends(self) -> list[str]:
         """Attention backends that can run here; none if even asking fails."""
@@ -178,15 +184,18 @@ class Check:
             "from vkv.attention_backends import describe_backends;"
             "print(*(b['name'] for b in describe_backends() if b['available']))"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=self.records,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=90,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=self.records,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=90,
+            )
+        except subprocess.TimeoutExpired:
+            return []
         return done.stdout.split()
 
     # -- running --

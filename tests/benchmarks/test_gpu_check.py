@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 import time
 import tomllib
@@ -172,6 +173,50 @@ def test_without_a_kit_it_says_how_to_get_one(gpu_check: ModuleType, tmp_path: P
     check.install()
     assert check.outcomes["install"].status == "failed"
     assert "make gpu-kit" in check.outcomes["install"].detail
+
+
+def test_what_takes_too_long_to_ask_or_install_ends_nothing(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fresh machine reads PyTorch from a disk that it has not read before."""
+    (tmp_path / "kit.json").write_text('{"always": ["b"]}')
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "b-1-py3-none-any.whl").touch()
+
+    def slow(command: list, **options: float) -> None:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    check = make_check(gpu_check, tmp_path)
+    monkeypatch.setattr(gpu_check.subprocess, "run", slow)
+    check.install()
+    assert check.outcomes["install"].status == "failed"
+    assert "b-1-py3-none-any.whl: " in check.outcomes["install"].detail
+    assert check.backends() == []
+
+
+def test_wheels_are_installed_at_once_and_one_by_one_where_that_fails(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kit.json").write_text('{"always": []}')
+    (tmp_path / "wheels").mkdir()
+    for name in ("one", "pytest", "two"):
+        (tmp_path / "wheels" / f"{name}-1-py3-none-any.whl").touch()
+    for bad in (None, "two-1-py3-none-any.whl"):
+        asked = []
+
+        def run(
+            command: list, *, bad: str | None = bad, asked: list = asked, **_: object
+        ) -> object:
+            asked.append([one.name for one in command if isinstance(one, Path)][1:])
+            return argparse.Namespace(returncode=bad in asked[-1], stderr="why")
+
+        check = make_check(gpu_check, tmp_path)
+        monkeypatch.setattr(gpu_check.subprocess, "run", run)
+        check.install()
+        one, two = "one-1-py3-none-any.whl", "two-1-py3-none-any.whl"  # pytest is there already
+        assert asked == [[one, two], *([[one], [two]] if bad else [])]
+        assert check.outcomes["install"].status == ("failed" if bad else "passed")
+        (tmp_path / "site" / "kit.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
