@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _RESERVE_S = 8.0  # kept for the summary
 _MOST_SHOWN = 11_000  # characters of output, all told
 _ENDED = ("passed", "failed", "timed out")
+_CUDA_ERROR = re.compile(r"CUDA (?:error|out of memory)|CUDA_ERROR|cudaError|CU[A-Z]+_STATUS")
 _CUT_SHORT = "under way"  # of a step that nobody saw end: tried again, after all others
 
 
@@ -254,21 +255,20 @@ class Check:
         return self.records / f"{step.name.replace(' ', '-').replace('/', '-')[:100]}.xml"
 
     def _read_report(self, step: Step) -> tuple[str, list[str]]:
-        """Counts in words, and the names of the tests that failed."""
+        """Counts in words, and the names of the tests that failed by an error of CUDA's."""
         path = self._report_path(step)
         if not path.exists():
             return "", []
-        failed, skipped, cases = [], 0, list(ElementTree.parse(path).iter("testcase"))
-        for case in cases:
-            if case.find("failure") is not None or case.find("error") is not None:
-                failed.append(_node_id(case))
-            skipped += case.find("skipped") is not None
-        passed = len(cases) - len(failed) - skipped
-        return f"{passed} passed, {len(failed)} failed, {skipped} skipped", failed
+        cases = list(ElementTree.parse(path).iter("testcase"))
+        failures = {_node_id(case): words for case in cases if (words := _failure(case))}
+        skipped = sum(case.find("skipped") is not None for case in cases)
+        passed = len(cases) - len(failures) - skipped
+        counts = f"{passed} passed, {len(failures)} failed, {skipped} skipped"
+        return counts, [name for name, words in failures.items() if _CUDA_ERROR.search(words)]
 
     def _look_into(self, step: Step, failed: Sequence[str]) -> None:
-        """Run failed tests again, alone: one illegal access fails every test after it. After one
-        that hung, or took the process with it, run those that come after."""
+        """Run `failed` tests again, alone: one illegal access fails every test after it. After one
+        that hung, or took the process with it, run those that have not passed before."""
         for name in failed[:4]:
             options = ("-q", "-x", "-W", "default", "-p", "no:cacheprovider", "--timeout=50")
             command = ("-m", "pytest", *options, "--timeout-method=thread", name)
@@ -278,7 +278,8 @@ class Check:
             words = [word for word in step.command if not word.startswith("--junitxml")]
             name = f"after {ended.split('::')[-1]}: {step.name}"
             report = f"--junitxml=RECORDS/{name.replace(' ', '-').replace('/', '-')[:100]}.xml"
-            command = (*words, report, "--deselect", ended)
+            without = [f"--deselect={test}" for test in (ended, *_passed_tests(self._log(step)))]
+            command = (*words, report, *without)
             self.run(dataclasses.replace(step, name=name, command=command))
 
     # -- telling --
@@ -343,12 +344,31 @@ def _last_test(log: Path) -> str:
     return re.split(r" *(?:\+{5}|Fatal Python error)", lines[-1])[0].strip()
 
 
+def _passed_tests(log: Path) -> list[str]:
+    """The tests that passed or were skipped, but those whose name begins another's: pytest takes
+    what is to be left out for a beginning."""
+    names = re.findall(r"^(tests/\S+::.*?) (?:PASSED|SKIPPED)\b", _text(log), re.MULTILINE)
+    return [name for name in names if name.endswith("]") or not _begins_another(name)]
+
+
+def _begins_another(name: str) -> bool:
+    path, own = name.split("::")[0], name.split("::")[-1]
+    written = re.findall(r"def (test_\w+)", (ROOT / path).read_text())
+    return any(other.startswith(own) and other != own for other in written)
+
+
 def _is_installed(name: str) -> bool:
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:
         return importlib.util.find_spec(name.replace("-", "_")) is not None
     return True
+
+
+def _failure(case: ElementTree.Element) -> str:
+    """What a test failed by; "" if it did not."""
+    found = [e for e in (case.find("failure"), case.find("error")) if e is not None]
+    return "".join(f"{element.get('message', '')} {element.text}" for element in found)
 
 
 def _node_id(case: ElementTree.Element) -> str:

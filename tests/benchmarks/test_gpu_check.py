@@ -122,27 +122,37 @@ def test_after_a_test_that_hangs_the_others_run(
     monkeypatch.setattr(gpu_plan, "MOST_OF_A_TEST_S", 1)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(
-        "import time\n"
-        "def test_first(): pass\n"
+        "import time, pytest\n"
+        "@pytest.mark.parametrize('word', ['g=1, split', 'g=all'])\n"
+        "def test_first(word): pass\n"
+        "def test_begins(): pass\n"
+        "def test_bad(): assert not 'bad'\n"
         "def test_hangs(): time.sleep(60)\n"
+        "def test_begins_another(): pass\n"
         "def test_last(): pass\n"
     )
     check = make_check(gpu_check, tmp_path)
     check.run(gpu_plan.pytest_step("some", ["tests/test_it.py"], 30))
     found = [(outcome.name, outcome.status) for outcome in check.outcomes.values()]
-    assert found == [("some", "failed"), ("after test_hangs: some", "passed")]
-    assert check.outcomes["after test_hangs: some"].detail.startswith("2 passed, 0 failed")
+    assert found == [("some", "failed"), ("after test_hangs: some", "failed")]
+    # What passed is not run again; what failed is, for its traceback, which came to nobody.
+    detail = check.outcomes["after test_hangs: some"].detail
+    assert detail.startswith("3 passed, 1 failed, 0 skipped")
+    assert "not 'bad'" in detail
 
 
-def test_failed_tests_are_counted_and_run_again_alone(
+def test_what_may_have_failed_by_another_s_error_is_run_again_alone(
     gpu_check: ModuleType, gpu_plan: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     (tmp_path / "test_it.py").write_text(
         "broken = []\n"
+        "def check():\n"
+        "    if broken: raise RuntimeError('CUDA error: an illegal memory access')\n"
         "class TestThem:\n"
-        "    def test_bad(self): broken.append(1); assert not broken\n"
-        "def test_fallout(): assert not broken\n"
+        "    def test_bad(self): broken.append(1); check()\n"
+        "def test_fallout(): check()\n"
+        "def test_wrong(): assert not 'anything to do with it'\n"
         "def test_good(): pass\n"
     )
     check = make_check(gpu_check, tmp_path)
@@ -153,7 +163,7 @@ def test_failed_tests_are_counted_and_run_again_alone(
         ("alone: test_it.py::TestThem::test_bad", "failed"),
         ("alone: test_it.py::test_fallout", "passed"),
     ]
-    assert check.outcomes["some tests"].detail.startswith("1 passed, 2 failed, 0 skipped")
+    assert check.outcomes["some tests"].detail.startswith("1 passed, 3 failed, 0 skipped")
 
 
 @pytest.mark.parametrize(("code", "is_kept"), [("", True), ("raise SystemExit('no')", False)])
