@@ -76,6 +76,34 @@ def test_a_failing_step_stops_no_other(gpu_check: ModuleType, tmp_path: Path) ->
     assert (tmp_path / "copy" / "records.tgz").stat().st_size > 100
 
 
+def test_where_nothing_can_pass_a_call_ends_and_the_next_goes_on(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [
+        gpu_check.Step("facts", ("-c", "raise SystemExit('no driver')"), 20, is_first=True),
+        gpu_check.Step("other", ("-c", ""), 20),
+    ]
+    monkeypatch.setattr(gpu_check, "plan", lambda *_: steps)
+    monkeypatch.setattr(gpu_check.Check, "backends", lambda _: [])
+    words = ["gpu_check.py", "--device", "cpu", "--kit", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    for expected in (["failed"], ["failed", "passed"]):
+        assert gpu_check.main() == 1
+        said = json.loads((tmp_path / "state.json").read_text())["steps"]
+        assert [step["status"] for step in said if step["name"] != "install"] == expected
+
+
+def test_what_a_step_left_on_the_disk_goes_with_it(gpu_check: ModuleType, tmp_path: Path) -> None:
+    check = make_check(gpu_check, tmp_path)
+    leaves = "import tempfile; print(tempfile.mkdtemp()); raise SystemExit(3)"
+    step = gpu_check.Step("bad", ("-c", leaves), 20)
+    check.run(step)
+    assert "exit 3" in check.outcomes["bad"].detail
+    left = Path(check._log(step).read_text().strip())
+    assert left.is_absolute()
+    assert not left.exists()
+
+
 def test_a_second_call_goes_on_where_the_first_stopped(
     gpu_check: ModuleType, tmp_path: Path
 ) -> None:
