@@ -64,6 +64,8 @@ class CudaDriver(VmemDriver):
         self._numbers = itertools.count()
         self._handles: dict[Page, int] = {}  # of live pages
         self._unwritten: set[Page] = set()  # created, never mapped, so not zeroed yet
+        self._imported: set[Page] = set()  # made by another driver
+        self._refused: set[Page] = set()  # that CUDA would not export, once
         self._events: set[Any] = set()  # of fences not waited for yet
         with ExitStack() as undo:
             self._context = _check(cuda, "cuDevicePrimaryCtxRetain", self._device)
@@ -144,6 +146,8 @@ class CudaDriver(VmemDriver):
 
     def _release(self, pages: Sequence[Page]) -> None:
         self._unwritten.difference_update(pages)
+        self._imported.difference_update(pages)
+        self._refused.difference_update(pages)
         with ExitStack() as remaining:  # one refusal does not keep the others
             for page in pages:
                 remaining.callback(self._call, "release", "cuMemRelease", self._handles.pop(page))
@@ -151,7 +155,8 @@ class CudaDriver(VmemDriver):
     # -- pages that change hands: each an allocation of its own, so each by itself -------------
 
     def _bundle_of(self, page: Page) -> int | None:
-        return page if _is_exportable(self._properties) else None
+        can_go = _is_exportable(self._properties) and page not in self._refused
+        return page if can_go else None
 
     def _bundle_size(self, bundle: int) -> int:
         return 1
@@ -163,8 +168,12 @@ class CudaDriver(VmemDriver):
                 name = "cuMemExportToShareableHandle"
                 try:
                     fd = int(self._call("lend", name, self._handles[page], self._handle_type, 0))
-                except _NotSupported:
-                    self._export_none()
+                except DriverError as error:
+                    # Whoever asks again is told beforehand, and copies it. Of what was imported
+                    # the reference does not say whether it can be exported.
+                    self._refused.add(page)
+                    if isinstance(error, _NotSupported) and page not in self._imported:
+                        self._export_none()
                     raise
                 descriptors.append(fd)
                 undo.callback(os.close, fd)
@@ -182,7 +191,9 @@ class CudaDriver(VmemDriver):
                 handles.append(int(self._call("borrow", name, fd, self._handle_type)))
                 undo.callback(self._call, "borrow", "cuMemRelease", handles[-1])
             undo.pop_all()
-        return self._number(handles)
+        pages = self._number(handles)
+        self._imported.update(pages)
+        return pages
 
     def _note_owned(self, pages: Sequence[Page], is_owned: bool) -> None:
         pass  # memory lives as long as any process has a handle, a mapping or a descriptor of it

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _RESERVE_S = 8.0  # kept for the summary
 _MOST_SHOWN = 11_000  # characters of output, all told
 _ENDED = ("passed", "failed", "timed out")
+_CUDA_ERROR = re.compile(r"CUDA (?:error|out of memory)|CUDA_ERROR|cudaError|CU[A-Z]+_STATUS")
 _CUT_SHORT = "under way"  # of a step that nobody saw end: tried again, after all others
 
 
@@ -56,6 +58,8 @@ def main() -> int:
     check.install()
     for step in check.order(plan(options.device, check.backends())):
         check.run(step)
+        if step.is_first and check.outcomes[step.name].status != "passed":
+            break  # without a device or a driver: time that the next call can have
     check.summarise()
     print(check.shown(), flush=True)
     return any(outcome.status in ("failed", "timed out") for outcome in check.outcomes.values())
@@ -148,11 +152,14 @@ class Check:
             return
         shutil.rmtree(self.site, ignore_errors=True)
         self.site.mkdir()
+        wheels = []
         for wheel in sorted((kit / "wheels").glob("*.whl")):
             name = wheel.name.split("-")[0].replace("_", "-").lower()
-            if name not in json.loads(contents)["always"] and _is_installed(name):
-                continue
-            if problem := self._install(wheel):
+            if name in json.loads(contents)["always"] or not _is_installed(name):
+                wheels.append(wheel)
+        # At once, since pip takes as long to start as to install; by itself each where one fails.
+        for wheel in wheels if wheels and self._install(wheels) else ():
+            if problem := self._install([wheel]):
                 # Made for the machine with the GPU; the one that rehearses may have another Python.
                 (unfit if "not a supported wheel" in problem else problems).append(problem)
         if modules.exists():
@@ -163,14 +170,17 @@ class Check:
             stamp.write_text(contents)
         self._note("install", "failed" if is_bad else "passed", start, "; ".join(problems + unfit))
 
-    def _install(self, wheel: Path) -> str:
+    def _install(self, wheels: Sequence[Path]) -> str:
         """What went wrong, or nothing."""
         pip = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
         command = [sys.executable, *pip, "--disable-pip-version-check", "--target", self.site]
-        done = subprocess.run(
-            [*command, wheel], capture_output=True, text=True, check=False, timeout=120
-        )
-        return f"{wheel.name}: {done.stderr.strip()[-300:]}" if done.returncode else ""
+        try:
+            done = subprocess.run(
+                [*command, *wheels], capture_output=True, text=True, check=False, timeout=120
+            )
+        except subprocess.TimeoutExpired as error:
+            return f"{wheels[0].name}: {error}"
+        return f"{wheels[0].name}: {done.stderr.strip()[-300:]}" if done.returncode else ""
 
     def backends(self) -> list[str]:
         """Attention backends that can run here; none if even asking fails."""
@@ -178,15 +188,18 @@ class Check:
             "from vkv.attention_backends import describe_backends;"
             "print(*(b['name'] for b in describe_backends() if b['available']))"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=self.records,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=90,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=self.records,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=90,
+            )
+        except subprocess.TimeoutExpired:
+            return []
         return done.stdout.split()
 
     # -- running --
@@ -221,11 +234,15 @@ class Check:
         log = self._log(step)
         words = [word.replace("RECORDS", str(self.records)) for word in step.command]
         self._report_path(step).unlink(missing_ok=True)
-        with log.open("w") as output:
+        # What is ended leaves its files: a benchmark's model is a quarter of such a machine's disk.
+        with (
+            tempfile.TemporaryDirectory(prefix="vkv-", ignore_cleanup_errors=True) as scratch,
+            log.open("w") as output,
+        ):
             process = subprocess.Popen(
                 [sys.executable, *words],
                 cwd=ROOT if step.is_test else self.records,
-                env=self.environment,
+                env={**self.environment, "TMPDIR": scratch},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -245,21 +262,20 @@ class Check:
         return self.records / f"{step.name.replace(' ', '-').replace('/', '-')[:100]}.xml"
 
     def _read_report(self, step: Step) -> tuple[str, list[str]]:
-        """Counts in words, and the names of the tests that failed."""
+        """Counts in words, and the names of the tests that failed by an error of CUDA's."""
         path = self._report_path(step)
         if not path.exists():
             return "", []
-        failed, skipped, cases = [], 0, list(ElementTree.parse(path).iter("testcase"))
-        for case in cases:
-            if case.find("failure") is not None or case.find("error") is not None:
-                failed.append(_node_id(case))
-            skipped += case.find("skipped") is not None
-        passed = len(cases) - len(failed) - skipped
-        return f"{passed} passed, {len(failed)} failed, {skipped} skipped", failed
+        cases = list(ElementTree.parse(path).iter("testcase"))
+        failures = {_node_id(case): words for case in cases if (words := _failure(case))}
+        skipped = sum(case.find("skipped") is not None for case in cases)
+        passed = len(cases) - len(failures) - skipped
+        counts = f"{passed} passed, {len(failures)} failed, {skipped} skipped"
+        return counts, [name for name, words in failures.items() if _CUDA_ERROR.search(words)]
 
     def _look_into(self, step: Step, failed: Sequence[str]) -> None:
-        """Run failed tests again, alone: one illegal access fails every test after it. After one
-        that hung, or took the process with it, run those that come after."""
+        """Run `failed` tests again, alone: one illegal access fails every test after it. After one
+        that hung, or took the process with it, run those that have not passed before."""
         for name in failed[:4]:
             options = ("-q", "-x", "-W", "default", "-p", "no:cacheprovider", "--timeout=50")
             command = ("-m", "pytest", *options, "--timeout-method=thread", name)
@@ -269,7 +285,8 @@ class Check:
             words = [word for word in step.command if not word.startswith("--junitxml")]
             name = f"after {ended.split('::')[-1]}: {step.name}"
             report = f"--junitxml=RECORDS/{name.replace(' ', '-').replace('/', '-')[:100]}.xml"
-            command = (*words, report, "--deselect", ended)
+            without = [f"--deselect={test}" for test in (ended, *_passed_tests(self._log(step)))]
+            command = (*words, report, *without)
             self.run(dataclasses.replace(step, name=name, command=command))
 
     # -- telling --
@@ -334,12 +351,31 @@ def _last_test(log: Path) -> str:
     return re.split(r" *(?:\+{5}|Fatal Python error)", lines[-1])[0].strip()
 
 
+def _passed_tests(log: Path) -> list[str]:
+    """The tests that passed or were skipped, but those whose name begins another's: pytest takes
+    what is to be left out for a beginning."""
+    names = re.findall(r"^(tests/\S+::.*?) (?:PASSED|SKIPPED)\b", _text(log), re.MULTILINE)
+    return [name for name in names if name.endswith("]") or not _begins_another(name)]
+
+
+def _begins_another(name: str) -> bool:
+    path, own = name.split("::")[0], name.split("::")[-1]
+    written = re.findall(r"def (test_\w+)", (ROOT / path).read_text())
+    return any(other.startswith(own) and other != own for other in written)
+
+
 def _is_installed(name: str) -> bool:
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:
         return importlib.util.find_spec(name.replace("-", "_")) is not None
     return True
+
+
+def _failure(case: ElementTree.Element) -> str:
+    """What a test failed by; "" if it did not."""
+    found = [e for e in (case.find("failure"), case.find("error")) if e is not None]
+    return "".join(f"{element.get('message', '')} {element.text}" for element in found)
 
 
 def _node_id(case: ElementTree.Element) -> str:

@@ -20,6 +20,7 @@ class Step:
         least_s: time below which it is not worth starting.
         is_test: whether it is a run of pytest, whose failures are looked into.
         tries: a package of the kit without which later steps go on if this one does not pass.
+        is_first: whether a call ends where it does not pass: nothing else could.
     """
 
     name: str
@@ -28,12 +29,13 @@ class Step:
     least_s: float = 20.0
     is_test: bool = False
     tries: str = ""
+    is_first: bool = False
 
 
 def plan(device: str, backends: Sequence[str]) -> list[Step]:
     """All steps, best first. `backends` are the attention backends that can run here."""
     return [
-        Step("facts", ("-c", _FACTS), 40),
+        Step("facts", ("-c", _FACTS), 60, is_first=True),
         _tests("memory", device, 100),
         _tests("pages between processes", device, 90),
         _tests("engine", device, 150),
@@ -113,7 +115,7 @@ _TESTS: dict[str, tuple[str, ...]] = {  # what each step of tests is
     "moves": (_MOVES,),
     "backends": (_BACKENDS,),
     "adapters": (_ADAPTERS,),
-    "4 bits": ("tests/quant",),
+    "4 bits": tuple(f"tests/quant/test_{what}.py" for what in ("humming", "loading", "triton")),
     "random traffic": (_FIRST, "-k", "random_traffic"),
     "other tests": (
         "tests/vmem",

@@ -294,7 +294,7 @@ class DecodeRecordings:
         num_gone = 0 if self._chains is None else self._chains.num_gone
         if self._num_gone != num_gone:
             self._num_gone = num_gone
-            self._of_chains.clear()
+            self._drop(self._of_chains)
 
     def forget(self) -> None:
         """Drop all recordings: addresses that they hold, of weights for one, will change."""
@@ -302,6 +302,13 @@ class DecodeRecordings:
         self._with_adapters.clear()
         self._of_chains.clear()
         self.recorder.forget()
+
+    def _drop(self, recordings: dict[Any, Any]) -> None:
+        """Drop some recordings; the memory that all share goes with the last, and is not had again
+        by its old name."""
+        recordings.clear()
+        if not self.num_recordings:
+            self.recorder.forget()
 
     def _known(self, batch: Batch, runs: Runs) -> _Known | None:
         """The recordings for batches of this kind; None if it is not recorded."""
@@ -329,7 +336,7 @@ class DecodeRecordings:
         assert self._adapters is not None, "a request has an adapter"
         if self._num_installs != self._adapters.num_installs:
             self._num_installs = self._adapters.num_installs
-            self._with_adapters.clear()
+            self._drop(self._with_adapters)
         return self._adapters.products.records
 
     def _fill(self, step: AdapterStep | None, batch: Batch, size: int) -> None:
@@ -382,7 +389,7 @@ class DecodeRecordings:
     def _refuse(self, error: Exception, *, of_chains: bool = False) -> None:
         if of_chains:
             self._refused_chains = True
-            self._of_chains.clear()
+            self._drop(self._of_chains)
         else:
             self.refused = str(error)
             self.forget()

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 import time
 import tomllib
@@ -75,6 +76,34 @@ def test_a_failing_step_stops_no_other(gpu_check: ModuleType, tmp_path: Path) ->
     assert (tmp_path / "copy" / "records.tgz").stat().st_size > 100
 
 
+def test_where_nothing_can_pass_a_call_ends_and_the_next_goes_on(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [
+        gpu_check.Step("facts", ("-c", "raise SystemExit('no driver')"), 20, is_first=True),
+        gpu_check.Step("other", ("-c", ""), 20),
+    ]
+    monkeypatch.setattr(gpu_check, "plan", lambda *_: steps)
+    monkeypatch.setattr(gpu_check.Check, "backends", lambda _: [])
+    words = ["gpu_check.py", "--device", "cpu", "--kit", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    for expected in (["failed"], ["failed", "passed"]):
+        assert gpu_check.main() == 1
+        said = json.loads((tmp_path / "state.json").read_text())["steps"]
+        assert [step["status"] for step in said if step["name"] != "install"] == expected
+
+
+def test_what_a_step_left_on_the_disk_goes_with_it(gpu_check: ModuleType, tmp_path: Path) -> None:
+    check = make_check(gpu_check, tmp_path)
+    leaves = "import tempfile; print(tempfile.mkdtemp()); raise SystemExit(3)"
+    step = gpu_check.Step("bad", ("-c", leaves), 20)
+    check.run(step)
+    assert "exit 3" in check.outcomes["bad"].detail
+    left = Path(check._log(step).read_text().strip())
+    assert left.is_absolute()
+    assert not left.exists()
+
+
 def test_a_second_call_goes_on_where_the_first_stopped(
     gpu_check: ModuleType, tmp_path: Path
 ) -> None:
@@ -121,27 +150,37 @@ def test_after_a_test_that_hangs_the_others_run(
     monkeypatch.setattr(gpu_plan, "MOST_OF_A_TEST_S", 1)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(
-        "import time\n"
-        "def test_first(): pass\n"
+        "import time, pytest\n"
+        "@pytest.mark.parametrize('word', ['g=1, split', 'g=all'])\n"
+        "def test_first(word): pass\n"
+        "def test_begins(): pass\n"
+        "def test_bad(): assert not 'bad'\n"
         "def test_hangs(): time.sleep(60)\n"
+        "def test_begins_another(): pass\n"
         "def test_last(): pass\n"
     )
     check = make_check(gpu_check, tmp_path)
     check.run(gpu_plan.pytest_step("some", ["tests/test_it.py"], 30))
     found = [(outcome.name, outcome.status) for outcome in check.outcomes.values()]
-    assert found == [("some", "failed"), ("after test_hangs: some", "passed")]
-    assert check.outcomes["after test_hangs: some"].detail.startswith("2 passed, 0 failed")
+    assert found == [("some", "failed"), ("after test_hangs: some", "failed")]
+    # What passed is not run again; what failed is, for its traceback, which came to nobody.
+    detail = check.outcomes["after test_hangs: some"].detail
+    assert detail.startswith("3 passed, 1 failed, 0 skipped")
+    assert "not 'bad'" in detail
 
 
-def test_failed_tests_are_counted_and_run_again_alone(
+def test_what_may_have_failed_by_another_s_error_is_run_again_alone(
     gpu_check: ModuleType, gpu_plan: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     (tmp_path / "test_it.py").write_text(
         "broken = []\n"
+        "def check():\n"
+        "    if broken: raise RuntimeError('CUDA error: an illegal memory access')\n"
         "class TestThem:\n"
-        "    def test_bad(self): broken.append(1); assert not broken\n"
-        "def test_fallout(): assert not broken\n"
+        "    def test_bad(self): broken.append(1); check()\n"
+        "def test_fallout(): check()\n"
+        "def test_wrong(): assert not 'anything to do with it'\n"
         "def test_good(): pass\n"
     )
     check = make_check(gpu_check, tmp_path)
@@ -152,7 +191,7 @@ def test_failed_tests_are_counted_and_run_again_alone(
         ("alone: test_it.py::TestThem::test_bad", "failed"),
         ("alone: test_it.py::test_fallout", "passed"),
     ]
-    assert check.outcomes["some tests"].detail.startswith("1 passed, 2 failed, 0 skipped")
+    assert check.outcomes["some tests"].detail.startswith("1 passed, 3 failed, 0 skipped")
 
 
 @pytest.mark.parametrize(("code", "is_kept"), [("", True), ("raise SystemExit('no')", False)])
@@ -172,6 +211,50 @@ def test_without_a_kit_it_says_how_to_get_one(gpu_check: ModuleType, tmp_path: P
     check.install()
     assert check.outcomes["install"].status == "failed"
     assert "make gpu-kit" in check.outcomes["install"].detail
+
+
+def test_what_takes_too_long_to_ask_or_install_ends_nothing(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fresh machine reads PyTorch from a disk that it has not read before."""
+    (tmp_path / "kit.json").write_text('{"always": ["b"]}')
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "b-1-py3-none-any.whl").touch()
+
+    def slow(command: list, **options: float) -> None:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    check = make_check(gpu_check, tmp_path)
+    monkeypatch.setattr(gpu_check.subprocess, "run", slow)
+    check.install()
+    assert check.outcomes["install"].status == "failed"
+    assert "b-1-py3-none-any.whl: " in check.outcomes["install"].detail
+    assert check.backends() == []
+
+
+def test_wheels_are_installed_at_once_and_one_by_one_where_that_fails(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kit.json").write_text('{"always": []}')
+    (tmp_path / "wheels").mkdir()
+    for name in ("one", "pytest", "two"):
+        (tmp_path / "wheels" / f"{name}-1-py3-none-any.whl").touch()
+    for bad in (None, "two-1-py3-none-any.whl"):
+        asked = []
+
+        def run(
+            command: list, *, bad: str | None = bad, asked: list = asked, **_: object
+        ) -> object:
+            asked.append([one.name for one in command if isinstance(one, Path)][1:])
+            return argparse.Namespace(returncode=bad in asked[-1], stderr="why")
+
+        check = make_check(gpu_check, tmp_path)
+        monkeypatch.setattr(gpu_check.subprocess, "run", run)
+        check.install()
+        one, two = "one-1-py3-none-any.whl", "two-1-py3-none-any.whl"  # pytest is there already
+        assert asked == [[one, two], *([[one], [two]] if bad else [])]
+        assert check.outcomes["install"].status == ("failed" if bad else "passed")
+        (tmp_path / "site" / "kit.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -236,6 +319,47 @@ def test_every_test_for_a_gpu_is_in_a_step(gpu_plan: ModuleType) -> None:
         assert any(path.is_relative_to(covered) for covered in paths), path
     limits = [step.limit_s for step in gpu_plan.plan("cuda", [])]
     assert max(limits) <= 150  # so that one that hangs costs a fifth of a call, at most
+
+
+def _imported(path: Path) -> set[str]:
+    """What a module imports when it is imported itself, by the first part of the name."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).split(".")[0])
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ):
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def test_the_steps_tests_import_what_that_machine_has(
+    gpu_plan: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file that cannot be imported fails the step, though it may have no test for a GPU."""
+    kit = _script("gpu_kit", monkeypatch)
+    brought = {kit._name(wanted).replace("-", "_") for wanted in (*kit.ALWAYS, *kit.IF_MISSING)}
+    there = {"vkv", "torch", "numpy", "transformers", "tokenizers", "safetensors"}
+    support = {path.stem: path for path in (ROOT / "tests" / "support").glob("*.py")}
+    support["standin"] = ROOT / "tests" / "support" / "standin" / "__init__.py"
+    named = [ROOT / w for words in gpu_plan._TESTS.values() for w in words if w[:6] == "tests/"]
+    paths = [path for at in named for path in ([at] if at.suffix else at.rglob("test_*.py"))]
+    paths.append(ROOT / "tests" / "conftest.py")
+    seen: set[Path] = set()
+    while paths:
+        path = paths.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        names = _imported(path) - sys.stdlib_module_names - brought - there
+        paths += [support[name] for name in names & support.keys()]
+        assert names <= support.keys(), (path.relative_to(ROOT), names - support.keys())
+    assert len(seen) > 30
 
 
 def test_every_step_is_told_what_to_expect(gpu_plan: ModuleType) -> None:

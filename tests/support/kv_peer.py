@@ -206,6 +206,7 @@ def _serve(pipe: Any, sock: socket.socket, args: Sequence[Any], options: dict[st
     if options.get("device") == "standin":
         standin.load().reset()
     peer = Peer(sock, *args, **options)
+    pipe.send(("ready", None))
     while True:
         method, arguments, named = pipe.recv()
         try:
@@ -222,6 +223,7 @@ def two_processes(channel: str, *, tcp: bool = False, **options: Any) -> Iterato
     ours, theirs = connected(tcp)
     remote = Remote(theirs, channel, **options)
     peer = Peer(ours, channel, **options)
+    remote.result(120)  # a process that imports PyTorch is silent for longer than channels wait
     try:
         yield peer, remote
     finally:

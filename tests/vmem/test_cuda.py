@@ -246,6 +246,40 @@ def test_what_turns_out_not_to_be_exported_is_not_tried_again(cuda_standin, stan
     assert driver.bundle_of(pages[0]) is None
 
 
+def test_a_page_that_is_not_exported_is_not_tried_again_and_others_are(
+    cuda_standin, standin_driver_factory
+):
+    driver = standin_driver_factory()
+    one, other = driver.create(2)
+    cuda_standin.fail_at(1)
+    with pytest.raises(DriverError, match="cuMemExportToShareableHandle"):
+        driver.lend([one])
+    assert driver.bundle_of(one) is None
+    fds, _ = driver.lend([other])
+    for fd in fds:
+        os.close(fd)
+    driver.release([one])
+    assert not driver._refused
+
+
+def test_where_nothing_imported_is_exported_what_is_made_here_still_is(
+    cuda_standin, standin_driver_factory
+):
+    """The reference does not say whether it can be."""
+    driver = standin_driver_factory()
+    page, other = driver.create(2)
+    fds, runs = driver.lend([page])
+    (imported,) = driver.borrow(fds, runs)
+    os.close(fds[0])
+    cuda_standin.refuse_exportable()
+    with pytest.raises(DriverError, match="NOT_SUPPORTED"):
+        driver.lend([imported])
+    assert driver.bundle_of(imported) is None
+    assert driver.bundle_of(other) == other
+    driver.release([imported])
+    assert not driver._imported
+
+
 def test_drivers_of_one_gpu_name_its_memory_alike(standin_driver_factory):
     names = {standin_driver_factory().memory_name for _ in range(2)}
     assert len(names) == 1

@@ -4,12 +4,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import torch
 
 from ....vmem import Fence
-from ....vmem.errors import InvalidOperation
+from ....vmem.errors import DriverError, InvalidOperation
 from ..transfers import Incoming, Outgoing
 
 _log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class ChannelJob:
     def cancel(self) -> None:
         """Give up, and with it the channel if it is under way. Waits until nothing is touched."""
         if self._starts():
+            with suppress(DriverError):
+                self._after.wait()  # a fence that nobody waits for is never given back
             self._end(InvalidOperation("the stage was cancelled"))
         elif not self.is_done:
             self._interrupt()

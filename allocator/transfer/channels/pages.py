@@ -49,8 +49,12 @@ class PageChannel(SocketChannel):
             raise InvalidOperation(
                 f"pages go at once: tokens 0 to {outgoing.num_tokens}, not {start} to {stop}"
             )
-        after = after or outgoing.record_fence()
         lent = outgoing.lend()  # which waits for work of its own
+        try:
+            after = after or outgoing.record_fence()
+        except BaseException:
+            wire.close_all(lent.descriptors)
+            raise
         stage = Stage(
             name=outgoing.key.name,
             epoch=outgoing.key.epoch,

@@ -1,6 +1,7 @@
 """Recorded decode steps: padding, sizes and buffers, with recordings that are run again."""
 
 import logging
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
@@ -12,7 +13,7 @@ import pytest
 import torch
 import zoo
 from lora import save_adapter
-from rerun import record_by_rerun
+from rerun import Rerun, record_by_rerun
 from vkv import LLM, SamplingParams
 from vkv.runtime.engine.build import why_not_recorded
 from vkv.runtime.execution import recordings
@@ -306,3 +307,45 @@ def test_padded_recordings_serve_any_adapters(flash_standin: str, tmp_path: Path
             if recorded:
                 assert {size for size, _ in _graphs(llm)._with_adapters} >= {4, 7}
     assert tokens[:2] == tokens[2:]
+
+
+class _PooledRerun(Rerun):
+    """Recordings share a pool, as PyTorch's allocator has it: once the last that uses it is gone,
+    none can be made under its name (`TORCH_INTERNAL_ASSERT(it->second->use_count > 0)`)."""
+
+    def __init__(self) -> None:
+        self._users: weakref.WeakSet[Any] | None = None
+
+    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        if self._users is None:
+            self._users = weakref.WeakSet()
+        elif not self._users:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+
+        def replay() -> torch.Tensor:
+            return run()
+
+        self._users.add(replay)
+        return replay
+
+    def forget(self) -> None:
+        self._users = None
+
+
+def test_steps_are_recorded_again_after_the_last_recording_went(
+    flash_standin: str, tmp_path: Path
+) -> None:
+    """Adapters that act on further modules make those of before useless, and here there are no
+    others."""
+    model = zoo.tiny_model("llama")
+    save_adapter(tmp_path / "a", model, endings=("q_proj",))
+    save_adapter(tmp_path / "b", model, endings=("up_proj",))
+    with _open("llama", flash_standin) as llm:
+        graphs = _graphs(llm)
+        graphs.recorder = _PooledRerun()
+        for name in "ab":
+            llm.load_adapter(name, tmp_path / name)
+            llm.generate([[1, 2, 3]], zoo.greedy(8), adapter=name)
+            assert graphs.refused is None
+            assert graphs._with_adapters
+            assert not graphs._recordings

@@ -16,12 +16,19 @@ import msgspec
 import pytest
 from allocator_model import KIND, Model, make_cache, make_paged, one_thread
 from kv_peer import Peer, connected, descriptors, digest
+from standin import StandIn
 from vkv.allocator import KVCache, KVLayout, PagePool
 from vkv.allocator.transfer import Copier, TransferKey, Transfers, TransferState
 from vkv.allocator.transfer.channels import CopyChannel, PageChannel, wire
 from vkv.allocator.transfer.channels.sockets import Answer, Stage
 from vkv.vmem import HostDriver
-from vkv.vmem.errors import InvalidConfig, InvalidOperation, OutOfPages, TransferError
+from vkv.vmem.errors import (
+    DriverError,
+    InvalidConfig,
+    InvalidOperation,
+    OutOfPages,
+    TransferError,
+)
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -478,6 +485,29 @@ def test_a_stage_can_be_cancelled_before_it_runs_and_while_it_does() -> None:
         running()
         assert isinstance(job.error, TransferError)
         incoming.abort()
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_a_stage_that_does_not_run_leaves_no_fence_behind(
+    cuda_standin: StandIn, channel: str
+) -> None:
+    """Each is an event of CUDA's, which goes when it is waited for."""
+    with peers(channel, device="standin") as (near, _):
+        near.fill("a", 90)
+        before = cuda_standin.held()["num_events"]
+        outgoing = near.transfers.send(TransferKey("a", 0), near.slots["a"], 90)
+        job = near.channel.send(outgoing, 0, 90)
+        job.cancel()
+        assert job.is_done
+        outgoing.abort()
+        assert cuda_standin.held()["num_events"] == before
+        if channel == "pages":
+            outgoing = near.transfers.send(TransferKey("a", 1), near.slots["a"], 90)
+            cuda_standin.refuse_exportable()
+            with pytest.raises(DriverError):
+                near.channel.send(outgoing, 0, 90)
+            outgoing.abort()
+            assert cuda_standin.held()["num_events"] == before
 
 
 # -- descriptors ---------------------------------------------------------------------------------
