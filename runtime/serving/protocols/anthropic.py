@@ -412,7 +412,7 @@ def router(server: Server) -> APIRouter:
 def _count(server: Server, chat: ChatRequest) -> int:
     """Tokens of a conversation, of more than the model takes, too. Raises as `ChatJob`."""
     server.model_name(chat.model)
-    server.answers.parser(tools=chat.tools, tool_choice=chat.choice(), prompt="")  # checks them
     model = server.maker(chat.model).model
+    server.answers(model).parser(tools=chat.tools, tool_choice=chat.choice(), prompt="")  # checks
     options = chat_options(server, chat)
     return len(server.requests.front_end.render_chat(chat.messages, options, model))
