@@ -85,9 +85,9 @@ def check_certificate(options: ServeOptions) -> None:
 def listen(options: ServeOptions) -> socket.socket:
     """The socket that callers reach. Raises InvalidConfig."""
     if options.uds is not None:
+        _unlink_old(options.uds)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         address: Any = options.uds
-        _unlink_old(options.uds)
     else:
         try:
             family, kind, _, _, address = socket.getaddrinfo(
