@@ -13,7 +13,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    PreTrainedConfig,
+)
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
@@ -39,13 +44,18 @@ def vkv_mask(
     *,
     allow_is_causal_skip: bool = True,
     device: torch.device | str = "cpu",
+    config: PreTrainedConfig | None = None,
     **others: Any,
 ) -> torch.Tensor | None:
     """The mask that `sdpa` would be given; None where each token sees just all before it.
 
-    For `transformers`' AttentionMaskInterface, whose arguments it has.
+    For `transformers`' AttentionMaskInterface, whose arguments it has. Raises UnsupportedAttention
+    for a model that does not take such masks.
     """
-    may_skip = allow_is_causal_skip and not _is_traced(attention_mask)
+    is_traced = _is_traced(attention_mask)
+    if not is_traced:
+        _check_takes_masks(type(config))
+    may_skip = allow_is_causal_skip and not is_traced
     may_skip = may_skip and bool(q_offset + q_length == kv_offset + kv_length)
     if (
         may_skip
@@ -67,6 +77,28 @@ def vkv_mask(
         allow_is_causal_skip=may_skip,
         device=device,
         **others,
+    )
+
+
+@cache
+def _check_takes_masks(config: type) -> None:
+    """Refuse models that `transformers` would refuse "sdpa", of which masks are made here.
+
+    It asks nothing for functions that it does not know. Attention of a model's own would add up
+    logits and a mask of bools, or have none, and layers that do not say that they are causal see
+    what comes after.
+    """
+    models: Any = AutoModel._model_mapping
+    model = models.get(config, None)
+    model = model[0] if isinstance(model, tuple) else model
+    if model is None or (
+        model._can_set_attn_implementation()
+        and (model._supports_sdpa or model._supports_attention_backend)
+    ):
+        return
+    raise UnsupportedAttention(
+        f'{model.__name__} works neither with "sdpa" nor with functions like it, so that '
+        'attn_implementation="vkv" would compute something else; use "eager"'
     )
 
 

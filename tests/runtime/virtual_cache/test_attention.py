@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_configs
 import torch
 import vkv
 import zoo
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 from transformers import models as models_of_transformers
 from transformers.cache_utils import Cache
 from virtual_zoo import VIRTUAL
@@ -251,6 +252,16 @@ def test_what_a_dense_mask_does_not_say_is_refused_by_name(name):
     asked = {name: torch.zeros(2, 5, 4, dtype=torch.long)}
     with pytest.raises(UnsupportedAttention, match=rf'Module asks for {name}, .* use "eager"'):
         attention.vkv_attention(module, *states, attention_mask=None, **asked)
+
+
+@pytest.mark.parametrize("name", ["bloom", "codegen", "xglm", "bigbird_pegasus"])
+def test_models_that_do_not_take_such_masks_are_refused(name):
+    """Attention of their own, or layers that do not say that they are causal."""
+    config = tiny_configs.config_of(name)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=vkv.ATTENTION).eval()
+    ids = prompts(1)
+    with pytest.raises(UnsupportedAttention, match=r'works neither with "sdpa" .* use "eager"'):
+        model(ids)
 
 
 def test_no_model_passes_attention_what_is_not_known_here():
