@@ -1,7 +1,6 @@
 """Maps of several instances: none waits for one that is silent, and what was counted stays."""
 
 import asyncio
-import gc
 import time
 from typing import Any
 
@@ -97,7 +96,6 @@ def test_an_instance_that_ends_while_it_is_asked_is_no_error() -> None:
         gone.answer.set_exception(EngineDied("it is gone"))
         gone.answer = None
         await seen.look(links[1:])
-        gc.collect()
 
     asyncio.run(test())
     assert unheard == []
