@@ -54,6 +54,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Or it would outlive the interpreter, and libraries would complain of leaks as that ends."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def loaded_standin() -> standin.StandIn:
     if torch.cuda.is_available():

@@ -17,7 +17,7 @@ def quick_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All four are forked from one process that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([chain_workers.__name__])
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda *_: context)
     yield
     forkserver._forkserver._stop()
 
