@@ -22,7 +22,9 @@ _WHY_LARGE = r"One class|many\s+methods|hence their number|They\s+are many"  # t
 FOREIGN = {
     "_apply_gate",
     "_attn_implementation",
+    "_can_set_attn_implementation",
     "_from_model_config",
+    "_get_dtype_plan",
     "_is_hf_initialized",
     "_keys_to_ignore_on_load_unexpected",
     "_model_mapping",
@@ -34,6 +36,8 @@ FOREIGN = {
     "_fields_",
     "_schema",
     "_cdata",
+    "_supports_attention_backend",
+    "_supports_sdpa",
 }
 
 

@@ -161,7 +161,6 @@ def load_model(
     register()
     wanted_dtype = parse_dtype(dtype)
     if isinstance(source, PreTrainedModel):
-        _check_architecture(source.config, type(source))
         _check_object(source)
         model, files, mapped, home = source, (), (), None
         model.set_attn_implementation(ATTENTION_NAME)
@@ -428,7 +427,8 @@ def _check_architecture(config: PretrainedConfig, model_class: type) -> None:
 
 
 def _check_object(model: PreTrainedModel) -> None:
-    """Refuse a model object that says no tokens, or whose weights are elsewhere."""
+    """Refuse a model object that cannot work, says no tokens, or whose weights are elsewhere."""
+    _check_architecture(model.config, type(model))
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(
             f"{type(model).__name__} has no output layer over the vocabulary, so it generates no "

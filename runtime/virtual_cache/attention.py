@@ -7,9 +7,9 @@ and values once for all query heads that share them; `sdpa` copies them for each
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -31,6 +31,7 @@ ATTENTION = "vkv"
 # What models pass beside a dense mask where attention is neither "eager" nor "sdpa": the keys that
 # an indexer chose for each query, and sinks of each query's own.
 _NOT_COMPUTED = ("indices", "block_indices", "sinks")
+_OF_SDPA = ("position_bias", "cache")  # which it takes without a soft cap or sinks
 
 
 def vkv_mask(
@@ -150,8 +151,7 @@ def vkv_attention(
     Raises UnsupportedAttention for keys chosen by an indexer, or sinks for every token; for a
     `position_bias` or a paged `cache` beside a soft cap or sinks, without which `sdpa` has both.
     """
-    if chosen := [name for name in _NOT_COMPUTED if others.get(name) is not None]:
-        _refuse(module, chosen, "")
+    _refuse(module, others, _NOT_COMPUTED)
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         query, key, value = _broadcast(query, key, value)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -160,15 +160,14 @@ def vkv_attention(
         softcap=others.get("softcap"),
         sinks=others.get("s_aux"),
     )
-    asked = [name for name in ("position_bias", "cache") if others.get(name) is not None]
+    asked = [name for name in _OF_SDPA if others.get(name) is not None]
     unmasked = attention_mask is None and "cache" not in asked
     unmasked = unmasked and (is_causal or query.shape[2] == 1)
     plain = unmasked and not dropout and not asked
     if plain and _native_can(query, key, value, layer):
         return _natively(query, key, value, layer), None
     if layer.softcap is not None or layer.sinks is not None:
-        if asked:
-            _refuse(module, asked, " beside a soft cap or sinks")
+        _refuse(module, others, _OF_SDPA, " beside a soft cap or sinks")
         return _eagerly(query, key, value, attention_mask, layer, is_causal, dropout), None
     if plain and query.is_cpu and query.shape[2] == 1:
         return _folded(query, key, value, layer.scale), None
@@ -187,11 +186,15 @@ def vkv_attention(
     )
 
 
-def _refuse(module: torch.nn.Module, asked: Sequence[str], beside: str) -> NoReturn:
-    raise UnsupportedAttention(
-        f"{type(module).__name__} asks for {' and '.join(asked)}{beside}, which "
-        'attn_implementation="vkv" does not compute; use "eager"'
-    )
+def _refuse(
+    module: torch.nn.Module, others: Mapping[str, Any], names: Sequence[str], beside: str = ""
+) -> None:
+    """Refuse a module that passes what is not computed."""
+    if asked := [name for name in names if others.get(name) is not None]:
+        raise UnsupportedAttention(
+            f"{type(module).__name__} asks for {' and '.join(asked)}{beside}, which "
+            'attn_implementation="vkv" does not compute; use "eager"'
+        )
 
 
 def _broadcast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
