@@ -69,7 +69,7 @@ class Server:
             return
         if self.options.chat_template is not None and face.tokenizer is not None:
             face.tokenizer.chat_template = self.options.read_chat_template()
-        self._answers[None] = self._format_of(face.tokenizer)
+        self._answers[None] = _format(self.options, face.tokenizer)
         if grammars is None and face.tokenizer is not None:  # to refuse before anything is sent
             grammars = Grammars(face.tokenizer, face.admission.vocab_size)
         adapters = lambda: known_names(self.adapters)  # noqa: E731
@@ -107,15 +107,8 @@ class Server:
         while it loads, InvalidConfig for a parser that was asked for and does not go with it."""
         front_end = self.requests.front_end
         if model not in self._answers:
-            self._answers[model] = self._format_of(front_end.tokenizer_of(model))
+            self._answers[model] = _format(self.options, front_end.tokenizer_of(model))
         return self._answers[model]
-
-    def _format_of(self, tokenizer: PreTrainedTokenizerBase | None) -> AnswerFormat:
-        return answer_format(
-            tokenizer,
-            tool_call_parser=self.options.tool_call_parser,
-            reasoning_parser=self.options.reasoning_parser,
-        )
 
     @property
     def admittance(self) -> Admittance:
@@ -227,6 +220,14 @@ class Server:
         num_tokens = sum(len(text.spec.prompt_token_ids) for text in texts)
         num_requests = sum(text.spec.params.n for text in texts)
         return self.admittance.place(num_requests, num_tokens, request.state.key)
+
+
+def _format(options: ServeOptions, tokenizer: PreTrainedTokenizerBase | None) -> AnswerFormat:
+    return answer_format(
+        tokenizer,
+        tool_call_parser=options.tool_call_parser,
+        reasoning_parser=options.reasoning_parser,
+    )
 
 
 def _there(what: _T | None) -> _T:
