@@ -23,6 +23,22 @@ app = typer.Typer(
 )
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        import importlib.metadata
+
+        typer.echo(f"vkv {importlib.metadata.version('vkv')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_show_version, help="Show it, and exit."
+    ),
+) -> None: ...
+
+
 @app.command(cls=LazyCommand)
 def chat() -> Command:
     """Chat with a model. Reads from a pipe too: a line is a turn."""

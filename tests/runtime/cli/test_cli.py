@@ -1,5 +1,6 @@
 """The `vkv` command, as a user types it."""
 
+import importlib.metadata
 import io
 import json
 import subprocess
@@ -36,6 +37,10 @@ def run(*arguments: str, stdin: str = "") -> str:
     result = CliRunner().invoke(cli.app, list(arguments), input=stdin, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def test_the_version() -> None:
+    assert run("--version") == f"vkv {importlib.metadata.version('vkv')}\n"
 
 
 def test_chat_through_a_pipe_remembers_what_it_was_told() -> None:
