@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...frontend.prompts import Standing
 from ...request.sampling_params import SamplingParams
@@ -18,6 +18,14 @@ class Strict(BaseModel):
 
     not_here: ClassVar[dict[str, str]] = {}
     """Fields that others have, and what to do without them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_nulls_out(cls, given: Any) -> Any:
+        """A field that is null asks for nothing: clients write those that were not given so."""
+        if not isinstance(given, dict):
+            return given
+        return {k: v for k, v in given.items() if v is not None or k in cls.model_fields}
 
 
 class StreamOptions(Strict):

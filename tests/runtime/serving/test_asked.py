@@ -49,6 +49,22 @@ def _chunks(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(one) for one in data]
 
 
+def test_a_null_asks_for_nothing() -> None:
+    async def ask(client: httpx.AsyncClient) -> None:
+        body = {"messages": SAID, **PLAIN}
+        path = "/v1/chat/completions"
+        nulls = {"functions": None, "guided_json": None, "stream_options": None}
+        plain, with_nulls = [
+            (await client.post(path, json=asked)).json() for asked in (body, {**body, **nulls})
+        ]
+        assert with_nulls["choices"] == plain["choices"]
+        nested = {"stream": True, "stream_options": {"include_usage": True, "unknown": None}}
+        assert _chunks(await client.post(path, json={**body, **nested}))[-1]["usage"]
+        assert (await client.post(path, json={**body, "functions": []})).status_code == 400
+
+    _visit(ask)
+
+
 def test_what_would_do_nothing_is_refused() -> None:
     wrong = (
         ("/v1/chat/completions", {"messages": SAID, "max_completion_tokens": 0}, "max_tokens"),
