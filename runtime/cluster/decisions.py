@@ -1,6 +1,7 @@
 """What the policy of a cluster is asked, and what is done as it says."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from .lending import LendingDesk
 from .members import Members, most_tokens
 from .policies import ClusterPolicy
 from .snapshot import ClusterSnapshot, Newcomer
+
+_TRY_AGAIN_S = 5.0  # after a start, or an end, of instances that could not be
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class Decisions:
         self.lending = LendingDesk(members)
         self._num_dispatched = 0
         self._is_scaling = True  # until the first instances are there
+        self._scales_from_s = -math.inf
 
     def picture(self) -> ClusterSnapshot:
         """The cluster as the policy sees it."""
@@ -128,7 +132,8 @@ class Decisions:
         snapshot = self.picture()
         self.lending.settle(snapshot)
         wanted = self._policy.scale(snapshot)
-        if wanted != len(snapshot.working) and not self._is_scaling:
+        may_scale = not self._is_scaling and snapshot.time_s >= self._scales_from_s
+        if wanted != len(snapshot.working) and may_scale:
             self._is_scaling = True
             self._members.scaled_s = snapshot.time_s
             self.on_scale(wanted)
@@ -144,7 +149,9 @@ class Decisions:
             except InvalidOperation as error:  # it has just ended
                 _log.debug("%s does not move: %s", move, error)
 
-    def has_scaled(self) -> None:
-        """What `on_scale` asked for is done, or cannot be: the policy may ask again."""
+    def has_scaled(self, *, done: bool = True) -> None:
+        """What `on_scale` asked for is done: the policy may ask again. If it could not be, after a
+        while: what fails at once, as a start without memory, would fail ten times a second."""
         self._is_scaling = False
         self._members.scaled_s = time.monotonic()
+        self._scales_from_s = self._members.scaled_s + (0.0 if done else _TRY_AGAIN_S)

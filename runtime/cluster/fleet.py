@@ -138,10 +138,12 @@ class Fleet:
     def _rescale(self, instances: int) -> None:
         """Have as many instances as the policy wants, which may ask again while some drain."""
         try:
+            done = False
             try:
                 leaving = self._begin_scaling(instances)
+                done = True
             finally:
-                self._router.scaled()
+                self._router.scaled(done=done)
             for instance in leaving:
                 self._end_drained(instance)
         except VkvError as error:

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ...vmem.errors import EngineDied, InvalidOperation, VkvError
 from ...vmem.process import ProcessOwner
@@ -141,9 +142,9 @@ class Router:
         """End an instance for good; what it still has goes on elsewhere, computed again."""
         self._thread.run(self._end_one(instance, why))
 
-    def scaled(self) -> None:
+    def scaled(self, *, done: bool = True) -> None:
         """As of `Decisions.has_scaled`."""
-        self._thread.post(self.decisions.has_scaled)
+        self._thread.post(partial(self.decisions.has_scaled, done=done))
 
     def migrate(self, key: SequenceKey, instance: int) -> bool:
         """Move a sequence; waits until that is over. True if it is there, or ended there.

@@ -1,5 +1,6 @@
 """What becomes of requests where a policy, which may be a user's own, fails."""
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,3 +89,27 @@ def test_who_is_not_there_gets_nothing(
     arbiter.died("1")
     decisions.place_orphans()
     assert arbiter.owner(("a", 0)) == "0"
+
+
+def test_what_fails_at_once_is_tried_again_after_a_while(
+    cluster: tuple[_Wrong, Arbiter, Members, Decisions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, _, _, decisions = cluster
+    monkeypatch.setattr(policy, "scale", lambda snapshot: 3)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    asked: list[int] = []
+    decisions.on_scale = asked.append
+    decisions.has_scaled()
+    decisions.rebalance()
+    decisions.rebalance()  # it is under way
+    assert asked == [3]
+    decisions.has_scaled(done=False)
+    decisions.rebalance()
+    assert asked == [3]
+    now += 6
+    decisions.rebalance()
+    assert asked == [3, 3]
+    decisions.has_scaled()
+    decisions.rebalance()
+    assert asked == [3, 3, 3]

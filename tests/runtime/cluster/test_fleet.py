@@ -24,6 +24,7 @@ class _Router:
         self.asked: list[tuple[str, ...]] = []
         self.empty = threading.Event()
         self.num_scaled = 0
+        self.scaling_failed = False
         self.decisions = SimpleNamespace(on_scale=None)
         self.on_leaving: Callable[[int], None] = lambda instance: None
 
@@ -57,8 +58,9 @@ class _Router:
     def ask(self, *question: str) -> None:
         self.asked.append(question)
 
-    def scaled(self) -> None:
+    def scaled(self, *, done: bool = True) -> None:
         self.num_scaled += 1
+        self.scaling_failed = not done
 
 
 class _Launcher:
@@ -148,3 +150,15 @@ def test_those_that_start_with_one_that_fails_were_not_drained(
         fleet.start(["both", "both"])
     assert router.ended == [(3, "failed"), (4, "failed")]
     assert set(router.there) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_policy_hears_whether_it_could_be(
+    fails: bool, fleet: Fleet, router: _Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fails:
+        monkeypatch.setattr(_Launcher, "fails", 3)
+    on_scale: Any = router.decisions.on_scale
+    on_scale(4)
+    _until(lambda: router.num_scaled)
+    assert router.scaling_failed == fails
