@@ -105,7 +105,7 @@ class Adapters:
         """Read a folder that is about to be loaded, so that `load` need not: from any thread, while
         steps run. What is wrong with it `load` says."""
         with suppress(BadAdapter, ValueError):
-            self._digests.of(_folder(path))
+            self._digests.of(adapter_folder(path))
 
     def load(self, name: str, path: str | Path) -> AdapterKey:
         """Have requests use the adapter in a folder by `name`; its weights come later.
@@ -114,7 +114,7 @@ class Adapters:
         the model, a `UsageError` for a name that another has.
         """
         _check_name(name)
-        folder = _folder(path)
+        folder = adapter_folder(path)
         if not os.path.isdir(folder):  # a `Path` raises for names that are too long
             raise BadAdapter(
                 f"there is no folder {folder}; give that of a LoRA adapter as PEFT's "
@@ -299,7 +299,7 @@ def known_names(stats: Sequence[AdapterStats]) -> dict[str, AdapterKey]:
     return {one.name: AdapterKey(one.name, one.digest) for one in stats if not one.is_leaving}
 
 
-def _folder(path: str | Path) -> Path:
+def adapter_folder(path: str | os.PathLike[str]) -> Path:
     """The folder that is meant now: it is read again later, wherever the process is by then."""
     return Path(os.path.abspath(os.path.expanduser(path)))
 

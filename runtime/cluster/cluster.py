@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack
 
 from ...allocator import parse_bytes
 from ...vmem import janitor
-from ..adapters.adapters import known_names
+from ..adapters.adapters import adapter_folder, known_names
 from ..blocks.places import Source
 from ..chains.family import gather
 from ..engine.admission import Admission
@@ -223,7 +223,7 @@ class Cluster:
 
         If one refuses it, none has it.
         """
-        self._fleet.load_adapter(name, os.path.abspath(path))
+        self._fleet.load_adapter(name, str(adapter_folder(path)))
 
     def unload_adapter(self, name: str) -> None:
         """As `LLM.unload_adapter`, in all instances."""

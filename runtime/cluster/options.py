@@ -1,12 +1,12 @@
 """What a cluster is asked to be, checked before anything is started."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...vmem import linux
 from ...vmem.errors import InvalidConfig
+from ..adapters.adapters import adapter_folder
 from ..blocks.places import Source
 from .policies import CLUSTER_POLICIES, ClusterPolicy
 from .snapshot import Role
@@ -20,7 +20,7 @@ def instance_options(options: Mapping[str, Any], sharing: int | None) -> dict[st
     memory a part of that."""
     found = dict(options)
     adapters = options.get("adapters") or {}
-    found["adapters"] = {name: os.path.abspath(path) for name, path in adapters.items()}
+    found["adapters"] = {name: str(adapter_folder(path)) for name, path in adapters.items()}
     if options.get("kv", "virtual") == "virtual":
         found.setdefault("movable", True)
     if sharing is not None:

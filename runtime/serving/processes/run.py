@@ -54,7 +54,8 @@ def serve(
         engine = {**engine, "tenant_weights": options.tenant_weights}
         EngineConfig(**engine)  # to refuse it here, and not in the engine's process
     if adapters := engine.get("adapters"):
-        engine = {**engine, "adapters": {name: os.path.abspath(p) for name, p in adapters.items()}}
+        folders = {n: os.path.abspath(os.path.expanduser(p)) for n, p in adapters.items()}
+        engine = {**engine, "adapters": folders}
     configure_logs(options.log_format)
     check_names(options.tool_call_parser, options.reasoning_parser)
     if not options.served_model_name:

@@ -58,13 +58,19 @@ def test_requests_go_to_where_their_adapter_is_in_memory(
 
 
 def test_all_instances_have_the_same(
-    cluster: Cluster, llama_folder: Path, folders: dict[str, Path], tmp_path: Path
+    cluster: Cluster,
+    llama_folder: Path,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with LLM(llama_folder, adapters=folders, **_OPTIONS) as llm:
         expected = _tokens(llm)
     with pytest.raises(UnknownAdapter, match="there are a"):
         _tokens(cluster)
-    cluster.load_adapter("b", folders["b"])
+    with monkeypatch.context() as at_home:
+        at_home.setenv("HOME", str(folders["b"].parent))
+        cluster.load_adapter("b", "~/b")
     assert _tokens(cluster) == expected
     cluster.scale(3)  # which has what was loaded since
     cluster.scale(1)
