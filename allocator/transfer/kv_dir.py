@@ -132,7 +132,7 @@ class KVDir:
         self.num_saved = self.num_failed = 0
         self._cache = cache
         self._model = model
-        self._transfers = Transfers(cache)
+        self._transfers = Transfers(cache, most_ended=1)  # nobody says anything twice of them
         self._writer = Copier(torch.device("cpu"), max_bytes=limit_bytes)
         self._numbers = itertools.count()
         self._entries: OrderedDict[Path, _Entry] = OrderedDict()  # least recently used first

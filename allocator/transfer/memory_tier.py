@@ -17,6 +17,8 @@ from ..slot_cache import SlotCache
 from .copier import Copier, CopyJob
 from .transfers import Incoming, Outgoing, TransferKey, Transfers
 
+_MOST_ENDED = 64  # transfers of a process's own, of which nobody says anything twice
+
 
 @dataclass(kw_only=True)
 class MoveStats:
@@ -115,8 +117,11 @@ class MemoryTier:
         self._copier = copier
         self._exits = Exits(near), Exits(far)
         # By direction, there and back: an end of its own for each, since names begin anew in each.
-        self._outgoing = Transfers(near), Transfers(far)
-        self._incoming = Transfers(far, self._exits[1]), Transfers(near, self._exits[0])
+        self._outgoing = tuple(Transfers(end, most_ended=_MOST_ENDED) for end in (near, far))
+        self._incoming = (
+            Transfers(far, self._exits[1], most_ended=_MOST_ENDED),
+            Transfers(near, self._exits[0], most_ended=_MOST_ENDED),
+        )
         self._numbers = itertools.count()
         self._stores: list[tuple[str, Store, Sequence[int], str, bool]] = []
         self._kept: dict[str, Slot] = {}  # in `far`, pinned until its owner is back

@@ -48,8 +48,6 @@ Spans = list[list[torch.Tensor]]
 
 _log = logging.getLogger(__name__)
 
-_MOST_ENDED = 4096  # transfers whose end is remembered, for verbs that come twice
-
 
 class TransferKey(NamedTuple):
     """Names one attempt to move one sequence.
@@ -85,7 +83,12 @@ class _Side:
         self.num_tokens = num_tokens
         self.state = TransferState.UNDER_WAY
         self._cache = cache
-        self._slot = slot
+        self._held: Slot | None = slot  # until it has ended, for an end is remembered for long
+
+    @property
+    def _slot(self) -> Slot:
+        assert self._held is not None, f"transfer {self.key} has ended"
+        return self._held
 
     @property
     def slot_index(self) -> int:
@@ -177,6 +180,8 @@ class Outgoing(_Side):
             self._cache.unpin(self._slot)
         except (Shortage, DriverError) as error:  # whoever ends a move is in the middle of a step
             _log.warning("%s was not unmapped, and will be reclaimed: %s", self._slot, error)
+        finally:
+            self._held = None
 
 
 class Incoming(_Side):
@@ -277,7 +282,8 @@ class Incoming(_Side):
         if self.state is TransferState.UNDER_WAY:
             self.state = TransferState.ABORTED
             tokens, self._tokens = self._tokens[: self.num_held], ()
-            self._exits.let_go(self._slot, tokens, self._variant)
+            slot, self._held = self._slot, None
+            self._exits.let_go(slot, tokens, self._variant)
 
     def claim(self) -> Slot | None:
         """The slot, for the request that the tokens are of; None if it is not to be had."""
@@ -285,7 +291,8 @@ class Incoming(_Side):
             return None
         self._is_claimed = True
         self._tokens = ()
-        return self._slot
+        slot, self._held = self._slot, None
+        return slot
 
     def park(self) -> None:
         """Leave what was committed to whoever asks for such tokens first."""
@@ -303,10 +310,14 @@ class Transfers:
     Args:
         cache: whose slots they are.
         exits: how slots are let go; None for an own one.
+        most_ended: transfers whose end is remembered, for verbs that come twice.
     """
 
-    def __init__(self, cache: SlotCache, exits: Exits | None = None) -> None:
+    def __init__(
+        self, cache: SlotCache, exits: Exits | None = None, *, most_ended: int = 4096
+    ) -> None:
         self.cache = cache
+        self._most_ended = most_ended
         self.exits = exits or Exits(cache)
         self._outgoing: OrderedDict[str, Outgoing] = OrderedDict()
         self._incoming: OrderedDict[str, Incoming] = OrderedDict()
@@ -384,10 +395,9 @@ class Transfers:
         self._forget(known)
         return side
 
-    @staticmethod
-    def _forget(known: OrderedDict[str, AnySide]) -> None:
+    def _forget(self, known: OrderedDict[str, AnySide]) -> None:
         """Drop the oldest that have ended; those under way are few, and stay."""
-        if len(known) > _MOST_ENDED:
-            for name, side in list(known.items())[: _MOST_ENDED // 2]:
+        if len(known) > self._most_ended:
+            for name, side in list(known.items())[: max(1, self._most_ended // 2)]:
                 if side.state is not TransferState.UNDER_WAY:
                     del known[name]

@@ -117,14 +117,18 @@ def draw_plot(tally: Tally, path: Path) -> None:
     """Memory of each process whenever nothing ran, and requests by kind."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    instances = "instances"
     for seen in tally.processes.values():
-        if len(seen) > 1:
-            left.plot([one.rss_bytes / 2**20 for one in seen], label=seen[0].name, marker=".")
+        mib = [one.rss_bytes / 2**20 for one in seen]
+        if seen[0].name.startswith(FRONT):
+            left.plot(mib, label=seen[0].name)
+        elif len(seen) > 1:  # there may be a hundred of them, which share a name here
+            left.plot(mib, label=instances, color="grey", linewidth=0.7)
+            instances = "_"
     left.set(xlabel="rounds", ylabel="MiB of its own", title="while nothing runs")
-    left.legend(fontsize=6)
+    left.legend()
     right.barh(list(tally.requests), list(tally.requests.values()))
     right.set(title="requests")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,5 +1,6 @@
 """What a tier has, what it copies for it, and that nothing is lost on the way."""
 
+import gc
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from allocator_model import (
 )
 from vkv.allocator import Exits
 from vkv.allocator.transfer import Copier, CopyJob, MemoryTier, copier
+from vkv.allocator.transfer.transfers import Incoming, Outgoing
 from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages, Shortage
 
 __all__ = ["one_thread"]  # a fixture
@@ -83,6 +85,21 @@ def test_tokens_leave_and_come_back(pair: Pair) -> None:
     num_ranges = pair.near.geometry.num_ranges
     for moved in (pair.tier.stored, pair.tier.fetched):
         assert (moved.num_moves, moved.num_copies, moved.num_tokens) == (1, num_ranges, 70)
+
+
+def test_what_has_moved_leaves_nothing_behind(pair: Pair) -> None:
+    """Of moves that have ended, none of which anybody asks for again, few are remembered."""
+
+    def num_sides() -> int:
+        gc.collect()
+        return sum(isinstance(one, Outgoing | Incoming) for one in gc.get_objects())
+
+    before = num_sides()
+    for turn in range(100):
+        request = pair.request([turn] * 20)
+        pair.leave("a", request, keep=False)
+        pair.model.close(pair.come_back("a", [turn] * 20))
+    assert num_sides() - before < 300  # of 400
 
 
 def test_the_next_turn_copies_its_increment_alone(pair: Pair) -> None:

@@ -3,6 +3,7 @@
 import pytest
 from allocator_model import KIND, KINDS, Kind, Model, make_cache, make_paged, one_thread
 from vkv.allocator import KVLayout, SlotCache
+from vkv.allocator.slot import Slot
 from vkv.allocator.transfer import Copier, CopyJob, TransferKey, Transfers, TransferState
 from vkv.vmem.errors import InvalidOperation, OutOfPages
 
@@ -88,6 +89,23 @@ def test_only_what_the_receiver_lacks_is_copied() -> None:
 
 
 # -- the states ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["commit", "abort"])
+def test_what_has_ended_is_remembered_without_its_slot(end: str) -> None:
+    """A slot of many layers is large, and thousands of ends are remembered."""
+    with make_cache(KIND["even"]) as near, make_cache(KIND["even"]) as far:
+        (request,) = _filled(near).live
+        here, there = Transfers(near), Transfers(far)
+        outgoing, incoming = here.send(KEY, request.slot, 70), there.receive(KEY, request.tokens)
+        for side in (incoming, outgoing):
+            getattr(side, end)()
+        slot = incoming.claim()
+        if slot is not None:
+            far.close(slot)
+        assert here.send(KEY, request.slot, 70) is outgoing
+        for side in (incoming, outgoing):
+            assert not any(isinstance(held, Slot) for held in vars(side).values())
 
 
 def test_every_verb_may_come_twice() -> None:
