@@ -261,9 +261,13 @@ def test_a_driver_without_segments_hands_over_page_by_page(cuda_standin):
         assert (near.bundle_of(pages[0]), near.bundle_size(pages[0])) == (pages[0], 1)
         before = len(descriptors()) - cuda_standin.num_files()
         for call in (1, 2, 3):
+            refused_once = near.create(3)
             cuda_standin.fail_at(call)
             with pytest.raises(DriverError):
-                near.lend(pages[::-1])
+                near.lend(refused_once)
+            with pytest.raises(InvalidOperation, match="cannot be handed"):  # from then on
+                near.lend(refused_once)
+            near.release(refused_once)
             assert len(descriptors()) == before + cuda_standin.num_files()
         fds, runs = near.lend(pages[::-1])
         cuda_standin.fail_at(2)
