@@ -52,11 +52,7 @@ class ModelFace(Protocol):
 
 
 class _Speech:
-    """What prompts of one model are made with.
-
-    Attributes:
-        has_own_tokens: other ones than the engine's own model.
-    """
+    """What prompts of one model are made with."""
 
     def __init__(
         self,
@@ -67,7 +63,6 @@ class _Speech:
     ) -> None:
         self.tokenizer = tokenizer
         self.chain = chain
-        self.has_own_tokens = False
         self.default_params = SamplingParams(**defaults)
         self.chat_params = SamplingParams(**{"max_tokens": None, **defaults})
         if tokenizer is not None:
@@ -242,9 +237,7 @@ class FrontEnd:
             return self._own
         if model not in self._speeches:
             tokenizer = voice.tokenizer or self.tokenizer
-            speech = _Speech(model, tokenizer, voice.sampling_defaults, voice.key)
-            speech.has_own_tokens = _vocabulary(tokenizer) != _vocabulary(self.tokenizer)
-            self._speeches[model] = speech
+            self._speeches[model] = _Speech(model, tokenizer, voice.sampling_defaults, voice.key)
         return self._speeches[model]
 
     def _request(
@@ -326,10 +319,6 @@ class FrontEnd:
         begin = None if speech.tokenizer is None else speech.tokenizer.bos_token_id
         head = tokens[:1] if tokens[0] == begin and most > 1 else []
         return head + tokens[len(tokens) - most + len(head) :]
-
-
-def _vocabulary(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int] | None:
-    return None if tokenizer is None else tokenizer.get_vocab()
 
 
 def _bad_words(params: SamplingParams, speech: _Speech) -> tuple[tuple[int, ...], ...]:

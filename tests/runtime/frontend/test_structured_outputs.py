@@ -4,24 +4,15 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import fine_tunes
 import jsonschema
 import pytest
 import schemas
 import vocabularies
 import zoo
 from transformers import PreTrainedModel
-from vkv import (
-    LLM,
-    AsyncLLM,
-    BlockZoo,
-    RequestOutput,
-    SamplingParams,
-    StructuredOutputsParams,
-)
+from vkv import LLM, AsyncLLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from vkv.vmem.errors import InvalidOperation, InvalidSamplingParams
 
 _VOCAB_SIZE = 520  # more than the tokenizer has
@@ -302,27 +293,3 @@ def test_the_built_in_model() -> None:
             (out,) = llm.generate("what is your name?", _params(kind))
             assert out.outputs[0].finish_reason == "stop"
             _check(kind, out.outputs[0].text)
-
-
-def test_a_model_of_other_tokens_beside_the_first_is_refused(tmp_path: Path) -> None:
-    """Masks are made of the first one's tokens, and would bar what the other means."""
-    base = fine_tunes.save_model(tmp_path / "base", vocab_size=_VOCAB_SIZE, eos_token_id=[1, 2])
-    tokenizer = vocabularies.byte_level()
-    tokenizer.save_pretrained(base)
-    for name in ("kin", "other"):
-        fine_tunes.save_tuned(base, tmp_path / name, layers=[1])
-    tokenizer.chat_template = "{{ messages }}"
-    tokenizer.save_pretrained(tmp_path / "kin")
-    tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(tmp_path / "other")
-    tenants = BlockZoo.create(tmp_path / "zoo")
-    for name in ("base", "kin", "other"):
-        tenants.add(tmp_path / name, name)
-    params = _params({"regex": "[a-z]{3}"})
-    with LLM(tenants, model="base", **zoo.with_defaults({})) as llm:
-        (out,) = llm.generate([_PROMPTS[0]], params, model="kin")
-        assert re.fullmatch("[a-z]{3}", out.outputs[0].text)
-        with pytest.raises(InvalidSamplingParams, match="'other' has tokens of its own"):
-            llm.generate([_PROMPTS[0]], params, model="other")
-        (out,) = llm.generate([_PROMPTS[0]], zoo.greedy(3), model="other")
-        assert len(out.outputs[0].token_ids) == 3
