@@ -346,7 +346,9 @@ def _after(instance: InstanceSnapshot, found: Settlement) -> InstanceSnapshot:
     elif waiting and _is_long(waiting[0]):
         elsewhere = sum(max(0, r.num_tokens - LOCAL) for r in (*running, waiting[0]) if _is_long(r))
         has_slot = instance.max_running is None or len(running) < instance.max_running
-        if has_slot and sum(_of(found, instance.id).values()) >= elsewhere:
+        here = sum(min(r.num_tokens, LOCAL) if _is_long(r) else r.num_tokens for r in running)
+        has_room = here + min(waiting[0].num_tokens, LOCAL) <= CAPACITY
+        if has_slot and has_room and sum(_of(found, instance.id).values()) >= elsewhere:
             first, *waiting = waiting
             running.append(msgspec.structs.replace(first, is_waiting=False))
     return msgspec.structs.replace(
