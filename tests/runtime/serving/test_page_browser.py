@@ -105,7 +105,8 @@ def _backed(page: Any) -> int:
 
 def _tokens(page: Any) -> int:
     """Tokens of the slot that is chosen, as the line under the strips says."""
-    return int(re.search(r"([\d\u202f]+) tokens? of", page.locator("#detail").inner_text())[1])
+    told = re.search(r"([\d\u202f]+) tokens? of", page.locator("#detail").inner_text())
+    return int(told[1].replace("\u202f", ""))
 
 
 def _skip(page: Any, time_ms: int) -> None:
