@@ -398,6 +398,6 @@ class Transfers:
     def _forget(self, known: OrderedDict[str, AnySide]) -> None:
         """Drop the oldest that have ended; those under way are few, and stay."""
         if len(known) > self._most_ended:
-            for name, side in list(known.items())[: max(1, self._most_ended // 2)]:
+            for name, side in list(known.items())[: len(known) - self._most_ended // 2]:
                 if side.state is not TransferState.UNDER_WAY:
                     del known[name]
