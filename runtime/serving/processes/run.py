@@ -18,6 +18,7 @@ from fastapi import APIRouter
 from prometheus_client.multiprocess import mark_process_dead
 
 from ....vmem.errors import InvalidConfig
+from ...adapters.adapters import adapter_folder
 from ...cluster.policies import Llumnix, Scaling
 from ...engine.config import EngineConfig
 from ...link.engine_process import REFUSED
@@ -54,7 +55,7 @@ def serve(
         engine = {**engine, "tenant_weights": options.tenant_weights}
         EngineConfig(**engine)  # to refuse it here, and not in the engine's process
     if adapters := engine.get("adapters"):
-        folders = {n: os.path.abspath(os.path.expanduser(p)) for n, p in adapters.items()}
+        folders = {name: str(adapter_folder(path)) for name, path in adapters.items()}
         engine = {**engine, "adapters": folders}
     configure_logs(options.log_format)
     check_names(options.tool_call_parser, options.reasoning_parser)

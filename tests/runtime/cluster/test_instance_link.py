@@ -3,6 +3,8 @@
 import asyncio
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -39,20 +41,26 @@ def _output(token_id: int) -> bytes:
     return encode(Outputs([StepOutput(request_id="a", index=0, token_ids=(token_id,))]))
 
 
+@contextmanager
+def _linked(listener: _Listener, liveness_s: float) -> Iterator[Frames]:
+    """An instance's end of a link to a listener, of a loop that runs."""
+    here, there = socket.socketpair()
+    with there:
+        link = InstanceLink(7, here, listener, liveness_s=liveness_s)
+        yield Frames(there)
+        link.close()
+
+
 def _hear(*messages: bytes) -> _Listener:
     """What a listener has heard of messages that come at once."""
     listener = _Listener()
 
     async def run() -> None:
-        here, there = socket.socketpair()
-        with there:
-            link = InstanceLink(7, here, listener, liveness_s=60.0)
-            frames = Frames(there)
+        with _linked(listener, 60.0) as frames:
             for message in messages:
                 frames.write(message)
             for _ in range(20):
                 await asyncio.sleep(0.005)
-            link.close()
 
     asyncio.run(run())
     return listener
@@ -80,10 +88,7 @@ def test_only_an_instance_that_is_silent_while_it_is_listened_to_is_gone(
     listener = _Listener()
 
     async def run() -> None:
-        here, there = socket.socketpair()
-        with there:
-            link = InstanceLink(7, here, listener, liveness_s=0.4)
-            frames = Frames(there)
+        with _linked(listener, 0.4) as frames:
             heard: list[Any] = []
             while not heard:
                 await asyncio.sleep(0.005)
@@ -96,7 +101,6 @@ def test_only_an_instance_that_is_silent_while_it_is_listened_to_is_gone(
             async with asyncio.timeout(20):
                 while not (answers or listener.gone):
                     await asyncio.sleep(0.005)
-            link.close()
 
     asyncio.run(run())
     assert len(listener.gone) == (not answers)

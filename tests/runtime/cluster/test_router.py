@@ -99,6 +99,13 @@ class _Sink:
         raise error
 
 
+def _join(router: Router, folder: Path, number: int) -> None:
+    """Have an instance that is played there be one of the router's."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(str(folder / str(number)))
+    router.join(Member(id=number, role="both", pid=0), connection)
+
+
 @pytest.fixture
 def router() -> Iterator[Router]:
     router = Router(RoundRobin(), lambda instance: None)
@@ -140,9 +147,7 @@ def test_what_neither_end_of_a_move_has_goes_on_from_its_tokens(
 
     played = [_Played(tmp_path / str(number), answer) for number in range(2)]
     for number in range(2):
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.connect(str(tmp_path / str(number)))
-        router.join(Member(id=number, role="both", pid=0), connection)
+        _join(router, tmp_path, number)
     sink = _Sink()
     router.submit([sink])
     while not sink.token_ids:
@@ -188,9 +193,7 @@ def test_who_drains_may_end_while_all_are_asked(
         _Played(tmp_path / str(number), how) for number, how in enumerate((say_nothing, answer))
     ]
     for number in range(2):
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.connect(str(tmp_path / str(number)))
-        router.join(Member(id=number, role="both", pid=0), connection)
+        _join(router, tmp_path, number)
     found: list[Any] = []
 
     def ask() -> None:
@@ -223,9 +226,7 @@ def test_whoever_waits_hears_of_the_end(router: Router, tmp_path: Path) -> None:
 
     played = [_Played(tmp_path / str(number), note) for number in range(2)]
     for number in range(2):
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.connect(str(tmp_path / str(number)))
-        router.join(Member(id=number, role="both", pid=0), connection)
+        _join(router, tmp_path, number)
     while not all(m.has_arrived for m in router.members()):
         time.sleep(0.01)
     sink = _Sink()
@@ -293,9 +294,7 @@ def test_who_is_held_back_gets_another_priority_too(router: Router, tmp_path: Pa
     router.post(SetPriority("another", 3))
     router.post(SetPriority(_KEY[0], -1))
     played = _Played(tmp_path / "0", note)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(str(tmp_path / "0"))
-    router.join(Member(id=0, role="both", pid=0), connection)
+    _join(router, tmp_path, 0)
     assert sink.ended.wait(10)
     assert [one.spec.priority for one in added] == [-1]
     router.close()
