@@ -108,6 +108,21 @@ def test_what_has_ended_is_remembered_without_its_slot(end: str) -> None:
             assert not any(isinstance(held, Slot) for held in vars(side).values())
 
 
+def test_what_ends_meanwhile_is_forgotten_beside_one_that_takes_long() -> None:
+    with make_cache(KIND["even"]) as far:
+        transfers = Transfers(far, most_ended=2)
+        long = transfers.receive(TransferKey("long", 0), [1] * 20)
+        ended = [transfers.receive(TransferKey(str(i), 0), [1] * 20) for i in range(4)]
+        for one in ended:
+            one.abort()
+        transfers.receive(TransferKey("next", 0), [1] * 20).abort()
+        again = transfers.receive(ended[1].key, [1] * 20)
+        assert again is not ended[1]
+        assert transfers.receive(long.key, [1] * 20) is long
+        again.abort()
+        long.abort()
+
+
 def test_every_verb_may_come_twice() -> None:
     with make_cache(KIND["even"]) as near, make_cache(KIND["even"]) as far:
         (request,) = _filled(near).live
