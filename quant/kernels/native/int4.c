@@ -12,19 +12,26 @@
 #endif
 
 enum {
-    SHARE_BYTES = 128 << 10,
-    SHARES_A_THREAD = 8,
+    MOST_RANGES = 64,
     ARRANGED_APART = 64 << 10, /* inputs, from which arranging them is worth other threads */
     PASS_ROWS = 48 /* whose totals stay in the first cache, beside the weights kept of a stretch;
                       inputs are read once a tile, and need not */
 };
 
+/* Tiles side by side, which a thread reads in order. */
+struct range {
+    int64_t next; /* atomic; a cache line apart from those of other threads */
+    int64_t end;
+    char apart[48];
+};
+
 struct job {
     const struct vkv_int4 *args;
     const struct vkv_int4_kernel *kernel;
-    int64_t next_tile, next_block, next_thread; /* atomic */
-    int64_t num_tiles, share;                   /* tiles, and how many a thread takes at a time */
-    int64_t num_blocks, pass_blocks;            /* of rows; of a pass over a tile, at most */
+    int64_t next_block, next_thread; /* atomic */
+    struct range ranges[MOST_RANGES];
+    int64_t num_tiles, num_ranges;
+    int64_t num_blocks, pass_blocks; /* of rows; of a pass over a tile, at most */
     int64_t stretches;                          /* of a row */
     const uint16_t *inputs;            /* [block][in_features][rows], as kernels differ */
     const struct vkv_int4_note *notes; /* [block][stretch][rows], or NULL: none needed */
@@ -95,12 +102,13 @@ static void multiply(void *data) {
     const int64_t thread = __atomic_fetch_add(&job->next_thread, 1, __ATOMIC_RELAXED);
     if (thread >= job->args->num_threads) return; /* more came than there is scratch for */
     float *totals = (float *)(job->scratch + thread * job->scratch_bytes);
-    for (;;) {
-        const int64_t first =
-            __atomic_fetch_add(&job->next_tile, job->share, __ATOMIC_RELAXED);
-        if (first >= job->num_tiles) return;
-        const int64_t last = least(first + job->share, job->num_tiles);
-        for (int64_t tile = first; tile < last; tile++) multiply_tile(job, tile, totals);
+    for (int64_t i = 0; i < job->num_ranges; i++) { /* its own, then what is left of others' */
+        struct range *range = &job->ranges[(thread + i) % job->num_ranges];
+        for (;;) {
+            const int64_t tile = __atomic_fetch_add(&range->next, 1, __ATOMIC_RELAXED);
+            if (tile >= range->end) break;
+            multiply_tile(job, tile, totals);
+        }
     }
 }
 
@@ -131,12 +139,13 @@ static void run(struct job *job, void (*work)(void *), int threaded) {
         work(job);
 }
 
-/* Tiles side by side, since kernels fetch ahead what follows; enough shares for an even load. */
-static int64_t share_of(const struct vkv_int4 *args, int64_t num_tiles) {
-    const int64_t near = SHARE_BYTES / (args->in_features * (TILE / 2));
-    const int64_t even = num_tiles / (SHARES_A_THREAD * (int64_t)args->num_threads);
-    const int64_t share = least(near, even);
-    return share > 1 ? share : 1;
+/* A range for every thread: what one fetches ahead, no other reads. */
+static void divide_tiles(struct job *job) {
+    job->num_ranges = least(least(job->args->num_threads, MOST_RANGES), job->num_tiles);
+    for (int64_t r = 0; r < job->num_ranges; r++) {
+        job->ranges[r].next = job->num_tiles * r / job->num_ranges;
+        job->ranges[r].end = job->num_tiles * (r + 1) / job->num_ranges;
+    }
 }
 
 static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_kernel *kernel) {
@@ -145,7 +154,7 @@ static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_
     const int64_t passes = (args->num_rows + PASS_ROWS - 1) / PASS_ROWS;
     job.pass_blocks = (job.num_blocks + passes - 1) / passes;
     job.num_tiles = (args->out_features + TILE - 1) / TILE;
-    job.share = share_of(args, job.num_tiles);
+    divide_tiles(&job);
     job.stretches = args->in_features / args->group_size * group_stretches(args);
     job.scratch_bytes = args->num_rows * TILE * (int64_t)sizeof(float) + KEPT_BYTES;
     const int64_t inputs_bytes = round_up(args->num_rows * args->in_features * 2, 64);
@@ -164,7 +173,7 @@ static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_
         run(&job, arrange,
             job.num_blocks > 1 && args->num_rows * args->in_features > ARRANGED_APART);
     }
-    run(&job, multiply, job.num_tiles > job.share);
+    run(&job, multiply, job.num_tiles > 1);
     return 0;
 }
 
