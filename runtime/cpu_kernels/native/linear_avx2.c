@@ -3,10 +3,11 @@
  * Half of a word is one bfloat16 of a pair, and a shift or a mask away from its float: weights are
  * widened in registers, between multiplications. Inputs are widened ahead, the rows of a tile side
  * by side, so that a tile reads them in order. A tile is up to six rows against a panel of 16
- * columns: 12 accumulators of 8 lanes. Threads take a few panels at a time from a counter, as many
- * as stay in the second cache while all rows pass by. Floats go the same way, but for the widening.
+ * columns: 12 accumulators of 8 lanes. Threads take a few panels at a time, as many as stay in the
+ * second cache while all rows pass by. Floats go the same way, but for the widening.
  */
 #include "kernels.h"
+#include "ranges.h"
 #include "scalars.h"
 
 #if defined(__x86_64__)
@@ -28,7 +29,8 @@ struct job {
     float *inputs;              /* [tile][dim][rows of the tile] */
     int64_t dim;                /* of a row, in elements */
     int64_t num_tiles, share;   /* tiles of rows; panels of a share */
-    int64_t next_tile, next_panel; /* atomic */
+    int64_t next_tile;          /* atomic */
+    struct ranges ranges;
 };
 
 /* Rows are divided evenly among tiles. */
@@ -226,12 +228,10 @@ static int64_t num_panels(const struct vkv_linear *args) {
 
 TARGET static void multiply(void *data) {
     struct job *job = data;
-    const int64_t panels = num_panels(job->args);
-    for (;;) {
-        const int64_t first =
-            __atomic_fetch_add(&job->next_panel, job->share, __ATOMIC_RELAXED);
-        if (first >= panels) return;
-        const int64_t last = first + job->share < panels ? first + job->share : panels;
+    struct turn turn = begin_turn(&job->ranges);
+    int64_t first, end;
+    while (next_panels(&job->ranges, &turn, job->share, &first, &end)) {
+        const int64_t last = first + job->share < end ? first + job->share : end;
         for (int64_t t = 0; t < job->num_tiles; t++) {
             const int64_t row = first_row(job, t), rows = first_row(job, t + 1) - row;
             tiles_of(rows, t == 0, job, first, last, row);
@@ -259,6 +259,7 @@ int64_t vkv_linear_avx2(const struct vkv_linear *args) {
     if (job.share > even) job.share = even;
     job.share += job.share % 2; /* in twos */
     if (job.share < 2) job.share = 2;
+    divide(&job.ranges, num_panels(args), 2, args->parallel ? args->num_threads : 1);
     run(&job, widen, job.num_tiles > 1 && elements > THREADED_ELEMENTS);
     run(&job, multiply, num_panels(args) > job.share);
     return 0;

@@ -7,9 +7,10 @@
  * Several tiles meet a panel block by block. While they meet a block, one after the other, each
  * fetches a share of the next one into the second cache: memory is read all the while, and weights
  * once. Between blocks sums wait in memory. A single tile takes a whole panel and fetches some KiB
- * ahead. A thread reads panels of its own in order, then helps the others with theirs.
+ * ahead.
  */
 #include "kernels.h"
+#include "ranges.h"
 
 #include <string.h>
 
@@ -24,8 +25,7 @@ enum {
     SHORT_WORDS = 256,      /* of a block for two or three tiles: 64 KiB, since they wait for memory */
     LONG_WORDS = 512,       /* and for more */
     AHEAD_BYTES = 8192,     /* that a single tile fetches ahead, past the second cache */
-    MOST_ROWS = 96,         /* whose sums wait together: 24 KiB */
-    MOST_RANGES = 64
+    MOST_ROWS = 96          /* whose sums wait together: 24 KiB */
 };
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
@@ -35,9 +35,7 @@ enum {
 
 struct job {
     const struct vkv_linear *args;
-    int64_t num_panels, num_ranges;
-    int64_t next_range;              /* atomic */
-    int64_t next_panel[MOST_RANGES]; /* atomic; of each range */
+    struct ranges ranges;
 };
 
 /* 2^x; relative error about 1e-7 from -126 to 127. */
@@ -218,38 +216,29 @@ TARGET static void multiply(const struct vkv_linear *args, int64_t panel, int64_
     else finish(0, args, panel, first_row, num_rows, sums);
 }
 
-static int64_t first_panel(const struct job *job, int64_t range) {
-    return job->num_panels * range / job->num_ranges;
-}
-
 TARGET static void work(void *data) {
     struct job *job = data;
     const struct vkv_linear *args = job->args;
     const int parts = (args->num_rows + MOST_ROWS - 1) / MOST_ROWS;
-    const int64_t own = __atomic_fetch_add(&job->next_range, 1, __ATOMIC_RELAXED);
-    for (int64_t i = 0; i < job->num_ranges; i++) {
-        const int64_t range = (own + i) % job->num_ranges, end = first_panel(job, range + 1);
-        for (;;) {
-            const int64_t panel =
-                __atomic_fetch_add(&job->next_panel[range], 1, __ATOMIC_RELAXED);
-            if (panel >= end) break;
-            const int32_t *weight = args->weight + panel * args->num_words * PANEL;
-            const int32_t *other = panel + 1 < end ? weight + args->num_words * PANEL : NULL;
-            for (int p = 0, row = 0; p < parts; p++) {
-                const int rows = (args->num_rows - row + parts - p - 1) / (parts - p);
-                multiply(args, panel, row, rows, p + 1 < parts ? weight : other);
-                row += rows;
-            }
+    struct turn turn = begin_turn(&job->ranges);
+    int64_t panel, end;
+    while (next_panels(&job->ranges, &turn, 1, &panel, &end)) {
+        const int32_t *weight = args->weight + panel * args->num_words * PANEL;
+        const int32_t *other = panel + 1 < end ? weight + args->num_words * PANEL : NULL;
+        for (int p = 0, row = 0; p < parts; p++) {
+            const int rows = (args->num_rows - row + parts - p - 1) / (parts - p);
+            multiply(args, panel, row, rows, p + 1 < parts ? weight : other);
+            row += rows;
         }
     }
 }
 
 int64_t vkv_linear_avx512(const struct vkv_linear *args) {
-    struct job job = {.args = args, .num_panels = (args->num_columns + PANEL - 1) / PANEL};
+    struct job job = {.args = args};
+    const int64_t num_panels = (args->num_columns + PANEL - 1) / PANEL;
     /* All or one: an OpenMP runtime lets threads go that a smaller team leaves out. */
-    const int threads = args->parallel && job.num_panels > 1 ? args->num_threads : 1;
-    job.num_ranges = threads < 1 ? 1 : threads < MOST_RANGES ? threads : MOST_RANGES;
-    for (int64_t r = 0; r < job.num_ranges; r++) job.next_panel[r] = first_panel(&job, r);
+    const int threads = args->parallel && num_panels > 1 ? args->num_threads : 1;
+    divide(&job.ranges, num_panels, 1, threads);
     if (threads > 1)
         args->parallel(work, &job, (unsigned)threads, 0);
     else
