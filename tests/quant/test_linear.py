@@ -194,17 +194,18 @@ def test_groups_that_the_native_kernel_cannot_read_are_refused() -> None:
 
 def test_threads_are_called_for_what_several_can_do(instruction_set: str) -> None:
     kernel, parallel = NativeKernel(instruction_set), CountedParallel()
-    inputs = torch.randn(25, 16640).to(torch.bfloat16)
+    inputs = torch.randn(73, 16640).to(torch.bfloat16)
     threads = torch.get_num_threads()
+    cases = ((64, 4, [3]), (64, 25, [3]), (64, 25, [5, 5]), (64, 73, [3, 3]), (32, 4, []))
     try:
-        torch.set_num_threads(3)
-        for outputs, rows, expected in ((64, 4, [3]), (64, 25, [3, 3]), (32, 4, [])):
+        for outputs, rows, expected in cases:
+            torch.set_num_threads(max(expected, default=3))
             layout = kernel.prepare(random_weight(outputs, 16640, 128))
             exact = kernel.multiply(layout, inputs[:rows])
             layout.args.parallel = parallel.address
             parallel.teams.clear()
             assert torch.equal(kernel.multiply(layout, inputs[:rows]), exact)
-            assert parallel.teams == expected, "first to arrange blocks of rows, then to multiply"
+            assert parallel.teams == expected, "to arrange many rows together, then to multiply"
     finally:
         torch.set_num_threads(threads)
 

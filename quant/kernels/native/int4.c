@@ -14,6 +14,8 @@
 enum {
     MOST_RANGES = 64,
     ARRANGED_APART = 64 << 10, /* inputs, from which arranging them is worth other threads */
+    OWN_ROWS = 72,   /* that each of a few threads arranges for itself: lines that another core */
+    OWN_THREADS = 4, /* has written take longer to come than to be made again */
     PASS_ROWS = 48 /* whose totals stay in the first cache, beside the weights kept of a stretch;
                       inputs are read once a tile, and need not */
 };
@@ -29,14 +31,15 @@ struct job {
     const struct vkv_int4 *args;
     const struct vkv_int4_kernel *kernel;
     int64_t next_block, next_thread; /* atomic */
-    struct range ranges[MOST_RANGES];
+    struct range *ranges;
     int64_t num_tiles, num_ranges;
     int64_t num_blocks, pass_blocks; /* of rows; of a pass over a tile, at most */
-    int64_t stretches;                          /* of a row */
-    const uint16_t *inputs;            /* [block][in_features][rows], as kernels differ */
-    const struct vkv_int4_note *notes; /* [block][stretch][rows], or NULL: none needed */
-    char *scratch;
-    int64_t scratch_bytes;
+    int64_t stretches;               /* of a row */
+    uint16_t *inputs;            /* [block][in_features][rows], as kernels differ; or as given */
+    struct vkv_int4_note *notes; /* [block][stretch][rows], or NULL: none needed */
+    int32_t each_arranges;       /* inputs and notes, in scratch: a thread has its own */
+    int64_t inputs_bytes, scratch_bytes;
+    char *scratch; /* of each thread: inputs and notes of its own, totals, kept weights */
 };
 
 static int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -63,7 +66,7 @@ static int64_t stretch_at(const struct vkv_int4 *args, int64_t stretch, int64_t 
 static void multiply_blocks(const struct job *job, int64_t tile, int64_t first, int64_t last,
                             float *totals) {
     const struct vkv_int4 *args = job->args;
-    void *kept = (char *)totals + job->scratch_bytes - KEPT_BYTES;
+    void *kept = totals + args->num_rows * TILE;
     const int64_t groups = args->in_features / args->group_size, in_group = group_stretches(args);
     const uint8_t *codes = (const uint8_t *)args->codes + tile * args->in_features * (TILE / 2);
     const int64_t scale_bytes = args->scale_type == VKV_INT4_FLOAT32 ? 4 : 2;
@@ -97,37 +100,48 @@ static void multiply_tile(const struct job *job, int64_t tile, float *totals) {
     job->kernel->write_out(job->args, tile, totals);
 }
 
+static void arrange_block(const struct job *job, int64_t block) {
+    const struct vkv_int4 *args = job->args;
+    const int64_t row = first_row(job, block), rows = first_row(job, block + 1) - row;
+    for (int64_t s = 0; s < job->stretches; s++) {
+        int64_t length;
+        const int64_t k = stretch_at(args, s, &length);
+        job->kernel->arrange((const uint16_t *)args->inputs + row * args->in_features + k, rows,
+                             args->in_features, length,
+                             job->inputs + row * args->in_features + k * rows,
+                             job->notes ? job->notes + row * job->stretches + s * rows : NULL);
+    }
+}
+
+/* A thread takes a block of rows at a time. */
+static void arrange(void *data) {
+    struct job *job = data;
+    for (;;) {
+        const int64_t block = __atomic_fetch_add(&job->next_block, 1, __ATOMIC_RELAXED);
+        if (block >= job->num_blocks) return;
+        arrange_block(job, block);
+    }
+}
+
 static void multiply(void *data) {
     struct job *job = data;
     const int64_t thread = __atomic_fetch_add(&job->next_thread, 1, __ATOMIC_RELAXED);
     if (thread >= job->args->num_threads) return; /* more came than there is scratch for */
-    float *totals = (float *)(job->scratch + thread * job->scratch_bytes);
-    for (int64_t i = 0; i < job->num_ranges; i++) { /* its own, then what is left of others' */
-        struct range *range = &job->ranges[(thread + i) % job->num_ranges];
+    struct job own = *job;
+    char *const scratch = job->scratch + thread * job->scratch_bytes;
+    float *const totals =
+        (float *)(scratch + job->scratch_bytes - KEPT_BYTES) - job->args->num_rows * TILE;
+    if (own.each_arranges) {
+        own.inputs = (uint16_t *)scratch;
+        if (own.notes) own.notes = (struct vkv_int4_note *)(scratch + own.inputs_bytes);
+        for (int64_t block = 0; block < own.num_blocks; block++) arrange_block(&own, block);
+    }
+    for (int64_t i = 0; i < own.num_ranges; i++) { /* its own, then what is left of others' */
+        struct range *range = &own.ranges[(thread + i) % own.num_ranges];
         for (;;) {
             const int64_t tile = __atomic_fetch_add(&range->next, 1, __ATOMIC_RELAXED);
             if (tile >= range->end) break;
-            multiply_tile(job, tile, totals);
-        }
-    }
-}
-
-static void arrange(void *data) {
-    struct job *job = data;
-    const struct vkv_int4 *args = job->args;
-    for (;;) {
-        const int64_t block = __atomic_fetch_add(&job->next_block, 1, __ATOMIC_RELAXED);
-        if (block >= job->num_blocks) return;
-        const int64_t row = first_row(job, block), rows = first_row(job, block + 1) - row;
-        for (int64_t s = 0; s < job->stretches; s++) {
-            int64_t length;
-            const int64_t k = stretch_at(args, s, &length);
-            job->kernel->arrange((const uint16_t *)args->inputs + row * args->in_features + k,
-                                 rows, args->in_features, length,
-                                 (uint16_t *)job->inputs + row * args->in_features + k * rows,
-                                 job->notes ? (struct vkv_int4_note *)job->notes +
-                                                  row * job->stretches + s * rows
-                                            : NULL);
+            multiply_tile(&own, tile, totals);
         }
     }
 }
@@ -149,30 +163,31 @@ static void divide_tiles(struct job *job) {
 }
 
 static int64_t multiply_rows(const struct vkv_int4 *args, const struct vkv_int4_kernel *kernel) {
-    struct job job = {.args = args, .kernel = kernel};
+    struct range ranges[MOST_RANGES];
+    struct job job = {.args = args, .kernel = kernel, .ranges = ranges};
     job.num_blocks = (args->num_rows + kernel->rows - 1) / kernel->rows;
     const int64_t passes = (args->num_rows + PASS_ROWS - 1) / PASS_ROWS;
     job.pass_blocks = (job.num_blocks + passes - 1) / passes;
     job.num_tiles = (args->out_features + TILE - 1) / TILE;
     divide_tiles(&job);
     job.stretches = args->in_features / args->group_size * group_stretches(args);
-    job.scratch_bytes = args->num_rows * TILE * (int64_t)sizeof(float) + KEPT_BYTES;
-    const int64_t inputs_bytes = round_up(args->num_rows * args->in_features * 2, 64);
+    job.inputs_bytes = round_up(args->num_rows * args->in_features * 2, 64);
     const int64_t notes_bytes =
         round_up(args->num_rows * job.stretches * (int64_t)sizeof(struct vkv_int4_note), 64);
-    const int64_t needed = inputs_bytes + notes_bytes + args->num_threads * job.scratch_bytes;
+    const int has_notes = !kernel->centred || args->zeros;
+    const int is_arranged = args->num_rows > 1 || !kernel->reads_a_row || has_notes;
+    const int64_t arranged_bytes = is_arranged ? job.inputs_bytes + notes_bytes : 0;
+    const int are_few = args->num_rows <= OWN_ROWS && args->num_threads <= OWN_THREADS;
+    job.each_arranges = is_arranged && (job.num_blocks == 1 || are_few);
+    const int64_t shared_bytes = job.each_arranges ? 0 : arranged_bytes;
+    job.scratch_bytes = arranged_bytes - shared_bytes +
+                        args->num_rows * TILE * (int64_t)sizeof(float) + KEPT_BYTES;
+    const int64_t needed = shared_bytes + args->num_threads * job.scratch_bytes;
     if (args->workspace_bytes < needed) return needed;
-    job.scratch = (char *)args->workspace + inputs_bytes + notes_bytes;
-    if (args->num_rows == 1 && kernel->reads_a_row && kernel->centred && !args->zeros) {
-        job.inputs = args->inputs;
-    } else {
-        job.inputs = args->workspace;
-        if (!kernel->centred || args->zeros)
-            job.notes = (struct vkv_int4_note *)((char *)args->workspace + inputs_bytes);
-        /* A thread takes a block of rows at a time. */
-        run(&job, arrange,
-            job.num_blocks > 1 && args->num_rows * args->in_features > ARRANGED_APART);
-    }
+    job.inputs = is_arranged ? args->workspace : (uint16_t *)args->inputs;
+    if (has_notes) job.notes = (struct vkv_int4_note *)((char *)args->workspace + job.inputs_bytes);
+    job.scratch = (char *)args->workspace + shared_bytes;
+    if (shared_bytes) run(&job, arrange, args->num_rows * args->in_features > ARRANGED_APART);
     run(&job, multiply, job.num_tiles > 1);
     return 0;
 }

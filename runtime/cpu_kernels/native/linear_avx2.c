@@ -26,11 +26,11 @@ enum {
 
 struct job {
     const struct vkv_linear *args;
-    float *inputs;              /* [tile][dim][rows of the tile] */
-    int64_t dim;                /* of a row, in elements */
-    int64_t num_tiles, share;   /* tiles of rows; panels of a share */
-    int64_t next_tile;          /* atomic */
-    struct ranges ranges;
+    float *inputs;            /* [tile][dim][rows of the tile]; of a single tile, [thread] of these */
+    int64_t dim;              /* of a row, in elements */
+    int64_t num_tiles, share; /* tiles of rows; panels of a share */
+    int64_t next_tile;        /* atomic */
+    struct ranges *ranges;
 };
 
 /* Rows are divided evenly among tiles. */
@@ -56,14 +56,17 @@ INLINE TARGET void widen_tile(const int is_bf16, const struct job *job, int64_t 
 #undef INPUT
 }
 
+TARGET static void widen_rows(const struct job *job, int64_t first, int64_t last) {
+    if (job->args->dtype == VKV_BFLOAT16) widen_tile(1, job, first, last - first);
+    else widen_tile(0, job, first, last - first);
+}
+
 TARGET static void widen(void *data) {
     struct job *job = data;
     for (;;) {
         const int64_t tile = __atomic_fetch_add(&job->next_tile, 1, __ATOMIC_RELAXED);
         if (tile >= job->num_tiles) return;
-        const int64_t first = first_row(job, tile), rows = first_row(job, tile + 1) - first;
-        if (job->args->dtype == VKV_BFLOAT16) widen_tile(1, job, first, rows);
-        else widen_tile(0, job, first, rows);
+        widen_rows(job, first_row(job, tile), first_row(job, tile + 1));
     }
 }
 
@@ -227,14 +230,18 @@ static int64_t num_panels(const struct vkv_linear *args) {
 }
 
 TARGET static void multiply(void *data) {
-    struct job *job = data;
-    struct turn turn = begin_turn(&job->ranges);
+    struct job own = *(const struct job *)data;
+    struct turn turn = begin_turn(own.ranges);
+    if (own.num_tiles == 1) { /* lines that another core has widened would take longer to come */
+        own.inputs += turn.range * own.args->num_rows * own.dim;
+        widen_rows(&own, 0, own.args->num_rows);
+    }
     int64_t first, end;
-    while (next_panels(&job->ranges, &turn, job->share, &first, &end)) {
-        const int64_t last = first + job->share < end ? first + job->share : end;
-        for (int64_t t = 0; t < job->num_tiles; t++) {
-            const int64_t row = first_row(job, t), rows = first_row(job, t + 1) - row;
-            tiles_of(rows, t == 0, job, first, last, row);
+    while (next_panels(own.ranges, &turn, own.share, &first, &end)) {
+        const int64_t last = first + own.share < end ? first + own.share : end;
+        for (int64_t t = 0; t < own.num_tiles; t++) {
+            const int64_t row = first_row(&own, t), rows = first_row(&own, t + 1) - row;
+            tiles_of(rows, t == 0, &own, first, last, row);
         }
     }
 }
@@ -248,19 +255,21 @@ static void run(struct job *job, void (*work)(void *), int threaded) {
 }
 
 int64_t vkv_linear_avx2(const struct vkv_linear *args) {
-    struct job job = {.args = args, .inputs = args->workspace};
+    struct ranges ranges;
+    struct job job = {.args = args, .inputs = args->workspace, .ranges = &ranges};
     job.dim = args->num_words * (args->dtype == VKV_BFLOAT16 ? 2 : 1);
     const int64_t elements = args->num_rows * job.dim;
-    const int64_t needed = elements * (int64_t)sizeof(float);
-    if (args->workspace_bytes < needed) return needed;
     job.num_tiles = (args->num_rows + ROWS - 1) / ROWS;
+    divide(&ranges, num_panels(args), 2, args->parallel ? args->num_threads : 1);
+    const int64_t copies = job.num_tiles == 1 ? ranges.count : 1;
+    const int64_t needed = copies * elements * (int64_t)sizeof(float);
+    if (args->workspace_bytes < needed) return needed;
     const int64_t even = num_panels(args) / (SHARES_A_THREAD * (int64_t)args->num_threads);
     job.share = SHARE_BYTES / (4 * PANEL * (int64_t)args->num_words);
     if (job.share > even) job.share = even;
     job.share += job.share % 2; /* in twos */
     if (job.share < 2) job.share = 2;
-    divide(&job.ranges, num_panels(args), 2, args->parallel ? args->num_threads : 1);
-    run(&job, widen, job.num_tiles > 1 && elements > THREADED_ELEMENTS);
+    if (job.num_tiles > 1) run(&job, widen, elements > THREADED_ELEMENTS);
     run(&job, multiply, num_panels(args) > job.share);
     return 0;
 }
