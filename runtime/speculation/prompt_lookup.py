@@ -13,6 +13,7 @@ from .drafter import Drafter
 _LEAST = 3  # tokens that must have come before; two come again by chance too often
 _MOST_COMPARED = 64  # tokens that places are compared by
 _MOST_PLACES = 8  # that are looked at, the latest first
+_MOST_READ = 8192  # tokens taken in at a time, lest a long prompt hold up a step: some 25 ms
 _TOKEN_BITS = 21
 
 
@@ -40,9 +41,7 @@ class PromptLookup(Drafter):
         if places is None:
             places = self._places[request] = _Places()
         tokens = request.token_ids
-        places.read(tokens)
-        after = places.best(tokens)
-        if after is None:
+        if not places.read(tokens) or (after := places.best(tokens)) is None:
             return []
         drafted: list[int] = []
         for index in range(after, after + num_tokens):  # which may run into what it guesses itself
@@ -58,17 +57,19 @@ class _Places:
         self._last: dict[int, int] = {}  # from a run to where the token behind it is
         self._before: list[int] = []  # from a place to the one before with the same run; -1
 
-    def read(self, tokens: Sequence[int]) -> None:
-        """Take in the tokens that have come since."""
+    def read(self, tokens: Sequence[int]) -> bool:
+        """Take in tokens that have come since, at most `_MOST_READ`; whether those were all."""
         if not self._before:
             self._before = [-1] * min(_LEAST, len(tokens))
-        for end in range(len(self._before), len(tokens) + 1):
+        first = len(self._before)
+        for end in range(first, min(first + _MOST_READ, len(tokens) + 1)):
             if end < _LEAST:
                 self._before.append(-1)
                 continue
             run = _packed(tokens, end)
             self._before.append(self._last.get(run, -1))
             self._last[run] = end
+        return len(self._before) == len(tokens) + 1
 
     def best(self, tokens: Sequence[int]) -> int | None:
         """Where the token is that followed the longest equal run; None if there is none."""

@@ -44,6 +44,12 @@ def test_a_loop_is_guessed_beyond_its_end() -> None:
     assert _draft([4, 4, 4, 4], 5) == [4] * 5
 
 
+def test_a_long_prompt_is_taken_in_step_by_step() -> None:
+    drafter, request = PromptLookup(), _request([*range(20_000), 100, 101, 102])
+    guesses = [drafter.draft({request: 2})[request] for _ in range(4)]
+    assert guesses == [[], [], [103, 104], [103, 104]]
+
+
 def test_tokens_that_come_later_are_looked_up_too() -> None:
     drafter, request = PromptLookup(), _request([1, 2, 3])
     assert drafter.draft({request: 2})[request] == []
