@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ...vmem import Fence
-from ...vmem.errors import InvalidConfig, InvalidOperation, KVFileError, VkvError
+from ...vmem.errors import InvalidConfig, InvalidOperation, KVFileError
 from ..kv_file import KVFile
 from ..kv_file_format import KVFacts, KVFileHeader
 from ..kv_file_writer import KVFileWriter
@@ -54,7 +54,7 @@ class _Entry:
 
 
 class WriteJob:
-    """One file on its way to the disk.
+    """One file on its way to the disk. What has the slot, its owner, lives until that was read.
 
     Attributes:
         num_bytes: of keys and values.
@@ -62,13 +62,16 @@ class WriteJob:
         error: why it failed; None if it did not.
     """
 
-    def __init__(self, path: Path, facts: KVFacts, source: Spans, after: Fence) -> None:
+    def __init__(
+        self, path: Path, facts: KVFacts, source: Spans, after: Fence, owner: object = None
+    ) -> None:
         self.path = path
         self.num_bytes = sum(len(piece) for pieces in source for piece in pieces)
         self.is_read = False
         self.error: Exception | None = None
         self._facts = facts
         self._source = source
+        self._owner = owner
         self._after = after
         self._done = threading.Event()
         self._is_cancelled = False
@@ -90,13 +93,13 @@ class WriteJob:
             with KVFileWriter(self.path, self._facts) as writer:
                 writer.write([self._pieces(pieces) for pieces in self._source])
                 self.is_read = True
-                self._source = []
+                self._source, self._owner = [], None
                 writer.commit()
-        except (VkvError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
             self.error = error
         finally:
             self.is_read = True
-            self._source = []
+            self._source, self._owner = [], None
             self._done.set()
 
     def _pieces(self, pieces: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -221,7 +224,7 @@ class KVDir:
         try:
             spans = outgoing.spans(0, len(tokens))
             fence = self._cache.pool.driver.record_fence()
-            job = WriteJob(self._path_of(array, variant), facts, spans, fence)
+            job = WriteJob(self._path_of(array, variant), facts, spans, fence, self._cache)
             self._writer.submit(job)
         except BaseException:
             outgoing.abort()
@@ -248,7 +251,8 @@ class KVDir:
             elif not isinstance(job.error, InvalidOperation):
                 self.num_failed += 1
                 self._rests_until_s = time.monotonic() + _PAUSE_S
-                _log.warning("%s; nothing is saved for %g s", job.error, _PAUSE_S)
+                why = str(job.error) or repr(job.error)
+                _log.warning("%s; nothing is saved for %g s", why, _PAUSE_S)
 
     def give_way(self) -> bool:
         """Memory is short: leave out what is being read. False if that frees nothing."""

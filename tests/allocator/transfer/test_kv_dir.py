@@ -1,14 +1,19 @@
 """A folder of files by content: what is written, found, given up and left out."""
 
+import gc
 import os
 import stat
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from allocator_model import KIND, Model, Request, make_cache, one_thread
-from vkv.allocator import KVCache
+from vkv.allocator import KVCache, KVFile
 from vkv.allocator.transfer import KVDir, kv_dir
+from vkv.vmem import janitor
 from vkv.vmem.errors import InvalidConfig, InvalidOperation
 
 __all__ = ["one_thread"]  # a fixture
@@ -217,3 +222,44 @@ def test_a_closed_folder_holds_no_slot(tmp_path: Path, cache: KVCache) -> None:
     assert folder.num_saved == 1
     with pytest.raises(InvalidOperation, match="stopped"):
         folder.save(request.slot, [*request.tokens[:50]] + [9] * 50)
+
+
+def test_an_error_that_nobody_foresaw_ends_one_file_alone(
+    tmp_path: Path, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the thread: what is to be written next would stay pinned for good."""
+    folder, model = _open(tmp_path, cache), Model(cache)
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_dir.KVFileWriter, "write", fails)
+        assert _save(folder, model, list(range(100)))
+    assert (folder.num_saved, folder.num_failed) == (0, 1)
+    assert not list(tmp_path.iterdir())
+    folder._rests_until_s = 0.0
+    assert _save(folder, model, list(range(100)))
+    folder.close()
+    assert folder.num_saved == 1
+
+
+def test_what_is_dropped_is_written_before_it_is_unmapped(tmp_path: Path) -> None:
+    cache, go_on = make_cache(KIND["even"], num_slots=6, rows=4.0), threading.Event()
+    folder, model = _open(tmp_path, cache), Model(cache)
+    request = _request(model, list(range(100)))
+    cache.pool.driver.record_fence = lambda: SimpleNamespace(wait=go_on.wait)  # type: ignore[method-assign]
+    assert folder.save(request.slot, request.tokens)
+    ((job, *_),) = folder._jobs
+    left = weakref.ref(cache)
+    del cache, folder, model, request, _
+    gc.collect()
+    assert left() is not None
+    go_on.set()
+    job._done.wait()
+    gc.collect()
+    assert left() is None
+    assert job.error is None
+    with KVFile.open(job.path) as file:
+        assert file.verify(0, 100) == 100
+    assert janitor.drain()
