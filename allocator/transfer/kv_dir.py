@@ -239,11 +239,11 @@ class KVDir:
 
     def settle(self) -> None:
         """Unpin what has been read, and take in what has been written."""
+        done = [job for job, *_ in self._jobs if job.is_done]  # first: others may end meanwhile
         for job, outgoing, _, _ in self._jobs:
             if job.is_read:
                 outgoing.commit()
-        done = [entry[0] for entry in self._jobs if entry[0].is_done]
-        self._jobs = [entry for entry in self._jobs if not entry[0].is_done]
+        self._jobs = [entry for entry in self._jobs if entry[0] not in done]
         for job in done:
             if job.error is None:
                 self.num_saved += 1

@@ -263,3 +263,30 @@ def test_what_is_dropped_is_written_before_it_is_unmapped(tmp_path: Path) -> Non
     with KVFile.open(job.path) as file:
         assert file.verify(0, 100) == 100
     assert janitor.drain()
+
+
+def test_a_file_that_is_done_between_two_looks_is_not_lost(tmp_path: Path, cache: KVCache) -> None:
+    folder, model = _open(tmp_path, cache), Model(cache)
+    first, second = (_request(model, list(range(at, at + 60))) for at in (0, 1000))
+    assert folder.save(first.slot, first.tokens)
+    folder._jobs[0][0]._done.wait()
+    go_on = threading.Event()
+    cache.pool.driver.record_fence = lambda: SimpleNamespace(wait=go_on.wait)  # type: ignore[method-assign]
+    assert folder.save(second.slot, second.tokens)
+    del cache.pool.driver.record_fence  # type: ignore[method-assign]
+    folder._jobs.reverse()
+    (late, *_), (_, outgoing, *_) = folder._jobs
+    commit = outgoing.commit
+
+    def commit_later() -> None:
+        go_on.set()
+        late._done.wait()
+        commit()
+
+    outgoing.commit = commit_later  # type: ignore[method-assign]
+    for _ in range(2):
+        folder.settle()
+    assert (first.slot.num_pins, second.slot.num_pins) == (0, 0)
+    assert folder.num_saved == folder.num_files == 2
+    assert not folder.is_saving
+    folder.close()

@@ -18,6 +18,7 @@ from allocator_model import (
 )
 from vkv.allocator import Exits
 from vkv.allocator.transfer import Copier, CopyJob, MemoryTier, copier
+from vkv.allocator.transfer.memory_tier import Move
 from vkv.allocator.transfer.transfers import Incoming, Outgoing
 from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages, Shortage
 
@@ -214,6 +215,25 @@ def test_a_failed_copy_is_undone(pair: Pair, monkeypatch: pytest.MonkeyPatch) ->
     pair.check()
     assert pair.near.stats().slots_open == 0
     assert pair.come_back("a", tokens).tokens == tokens
+
+
+def test_a_copy_that_ends_between_two_looks_is_not_lost(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [pair.request([number] * 40) for number in (1, 2)]
+    for request in requests:
+        store = pair.tier.store("a", request.slot, request.tokens, keep=False)
+        assert store is not None
+        store.wait()
+    with monkeypatch.context() as patch:
+        looks = iter([True, False])
+        patch.setattr(Move, "is_done", property(lambda _: next(looks, True)))
+        pair.tier.settle()
+    pair.tier.settle()
+    assert not pair.tier.is_storing
+    assert [request.slot.num_pins for request in requests] == [0, 0]
+    assert pair.tier.far.stats().slots_open == 0
+    assert pair.tier.stored.num_moves == 2
 
 
 def test_a_cancelled_move_is_undone(pair: Pair) -> None:
