@@ -144,11 +144,9 @@ class KVFiles:
         """Open the folder's best file for `tokens`, if it is not open."""
         path, _ = folder.find(tokens, variant)
         if path is not None and path.absolute() not in self._files:
-            try:
-                self.add(KVFile.open(path))
-            except KVFileError as error:
-                _log.warning("%s; its tokens are computed again", error)
-                folder.discard(path)
+            file = folder.open(path)
+            if file is not None:
+                self.add(file)
 
 
 def _fill(cache: SlotCache, slot: Slot, file: KVFile, num_tokens: int) -> None:

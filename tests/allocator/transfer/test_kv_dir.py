@@ -1,5 +1,6 @@
 """A folder of files by content: what is written, found, given up and left out."""
 
+import errno
 import gc
 import os
 import stat
@@ -289,4 +290,88 @@ def test_a_file_that_is_done_between_two_looks_is_not_lost(tmp_path: Path, cache
     assert (first.slot.num_pins, second.slot.num_pins) == (0, 0)
     assert folder.num_saved == folder.num_files == 2
     assert not folder.is_saving
+    folder.close()
+
+
+def test_a_file_that_is_gone_by_now_does_not_keep_the_folder_from_opening(
+    tmp_path: Path, cache: KVCache
+) -> None:
+    """Another process gives files up while this one looks at all of them."""
+    (tmp_path / "gone.vkv").symlink_to(tmp_path / "nowhere")
+    folder, model = _open(tmp_path, cache), Model(cache)
+    assert _save(folder, model, list(range(70)))
+    assert folder.num_files == 1
+    folder.close()
+
+
+def _may_not(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_what_may_not_be_removed_stays_and_counts(
+    tmp_path: Path, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = _open(tmp_path, cache), Model(cache)
+    assert _save(folder, model, list(range(70)))
+    one_file = folder.num_bytes
+    folder.limit_bytes = one_file + one_file // 2
+    monkeypatch.setattr(Path, "unlink", _may_not)
+    assert not _save(folder, model, list(range(1000, 1070)))
+    assert folder._rests_until_s > 0  # or each request would try again
+    path, num_tokens = folder.find(list(range(70)))
+    assert num_tokens == 70
+    assert path is not None
+    folder.discard(path)
+    assert folder.find(list(range(70))) == (None, 0)
+    assert folder.num_bytes == one_file
+    folder.close()
+    with path.open("r+b") as file:
+        file.truncate(one_file - 5000)
+    again = _open(tmp_path, cache)
+    assert (again.num_files, again.num_bytes) == (0, one_file)
+    again.close()
+
+
+def test_a_whole_file_outlives_a_moment_without_descriptors(
+    tmp_path: Path, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = _open(tmp_path, cache), Model(cache)
+    tokens = list(range(70))
+    assert _save(folder, model, tokens)
+    path, _ = folder.find(tokens)
+    assert path is not None
+    one_file = folder.num_bytes
+
+    def no_more(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", no_more)
+        assert folder.open(path) is None
+    assert path.exists()
+    assert folder.find(tokens) == (None, 0)
+    assert folder.num_bytes == one_file
+    assert _save(folder, model, tokens)
+    assert folder.find(tokens) == (path, 70)
+    assert folder.num_bytes == one_file
+    path.unlink()
+    assert folder.open(path) is None
+    assert (folder.find(tokens), folder.num_bytes) == ((None, 0), 0)
+    folder.close()
+
+
+def test_another_models_file_in_a_files_place_is_not_ours(tmp_path: Path, cache: KVCache) -> None:
+    tokens = list(range(70))
+    other, model = _open(tmp_path / "other", cache, name="another model"), Model(cache)
+    assert _save(other, model, tokens)
+    other.close()
+    folder = _open(tmp_path / "kv", cache)
+    assert _save(folder, model, tokens)
+    path, _ = folder.find(tokens)
+    assert path is not None
+    (theirs,) = (tmp_path / "other").iterdir()
+    theirs.replace(path)
+    assert folder.open(path) is None
+    assert folder.find(tokens) == (None, 0)
+    assert path.exists()
     folder.close()
