@@ -139,10 +139,15 @@ class Copier:
         self._under_way = [other for other in self._under_way if not other.is_done]
         self._under_way.append(job)
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=_work, args=(self._jobs, self._stream), name="vkv-swap", daemon=True
-            )
-            self._thread.start()
+            args = self._jobs, self._stream
+            thread = threading.Thread(target=_work, args=args, name="vkv-swap", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no more threads
+                _log.warning("%d bytes of KV are copied at once: %s", job.num_bytes, error)
+                job.run(self._stream)
+                return job
+            self._thread = thread
             stop_at_exit(self)
         self._jobs.put(job)
         return job

@@ -1,6 +1,7 @@
 """What a tier has, what it copies for it, and that nothing is lost on the way."""
 
 import gc
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -234,6 +235,22 @@ def test_a_copy_that_ends_between_two_looks_is_not_lost(
     assert [request.slot.num_pins for request in requests] == [0, 0]
     assert pair.tier.far.stats().slots_open == 0
     assert pair.tier.stored.num_moves == 2
+
+
+def test_without_a_thread_to_spare_copies_are_made_at_once(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    tokens = list(range(70))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        pair.leave("a", pair.request(tokens))
+        assert pair.come_back("a", tokens).tokens == tokens
+    assert "copied at once: can't start new thread" in caplog.text
+    pair.leave("b", pair.request([3] * 70))  # by the thread that there is now
+    assert pair.tier.longest_prefix([3] * 70) == 70
 
 
 def test_a_cancelled_move_is_undone(pair: Pair) -> None:
