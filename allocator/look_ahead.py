@@ -38,7 +38,8 @@ class LookAhead:
         self._thread: threading.Thread | None = None
         # Its `put` may run in the middle of another one, and so in a finaliser.
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        weakref.finalize(self, self._jobs.put, None)
+        # At exit the thread ends by `stop` alone: who is stopped before may have jobs for it.
+        weakref.finalize(self, self._jobs.put, None).atexit = False
 
     def submit(self, slot: Slot, num_tokens: int) -> None:
         """Queue a job; none is taken after `stop`."""

@@ -119,7 +119,8 @@ class Copier:
         self._under_way: list[Job] = []
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._is_stopped = False
-        weakref.finalize(self, self._jobs.put, None)
+        # At exit the thread ends by `stop` alone: who is stopped before may have jobs for it.
+        weakref.finalize(self, self._jobs.put, None).atexit = False
 
     def has_room(self, num_bytes: int) -> bool:
         """True if a copy of `num_bytes` would not wait behind too many others."""

@@ -1,6 +1,8 @@
 """What a tier has, what it copies for it, and that nothing is lost on the way."""
 
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -366,3 +368,31 @@ def test_a_copy_that_is_given_up_is_over_when_it_says_so(monkeypatch):
     job.run(stream)
     assert (str(job.error), calls) == ("no more", ["launched", "launched", "over"])
     assert job.is_done
+
+
+_AT_EXIT = """
+from types import SimpleNamespace
+
+from vkv.vmem import stop_at_exit  # before whatever finalises, so that it stops things after that
+
+import torch
+from vkv.allocator.transfer import Copier, CopyJob
+
+copier = Copier(torch.device("cpu"))
+
+
+class Engine:
+    def stop(self):
+        job = CopyJob([], [], after=SimpleNamespace(wait=lambda: None))
+        print(copier.submit(job).wait(5))
+
+
+engine = Engine()
+engine.stop()
+stop_at_exit(engine)
+"""
+
+
+def test_who_ends_at_exit_gets_its_last_copies() -> None:
+    done = subprocess.run([sys.executable, "-c", _AT_EXIT], capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"True\nTrue\n", b"")
