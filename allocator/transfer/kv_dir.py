@@ -166,6 +166,10 @@ class KVDir:
         """Files of this model."""
         return len(self._entries)
 
+    def __contains__(self, path: Path) -> bool:
+        """Whether a file can be found."""
+        return path in self._entries
+
     def find(self, tokens: Sequence[int], variant: str = "") -> tuple[Path | None, int]:
         """The file that has most of the beginning of `tokens`, and how many that are."""
         best, longest = None, 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from allocator_model import KIND, FlakyHostDriver, Model, make_cache, one_thread
 from vkv.allocator import Exits, KVFacts, KVFile, KVFileWriter
+from vkv.allocator.transfer import KVDir, kv_dir
 from vkv.runtime.scheduling.kv_files import KVFiles
 from vkv.vmem.errors import DriverError, OutOfSlots, Shortage
 
@@ -188,4 +189,33 @@ def test_a_slot_that_can_neither_be_filled_nor_closed_is_closed_later(
     assert model.cache.stats().slots_open == 1
     files._exits.retry()
     assert model.cache.stats().slots_open == 0
+    model.cache.shutdown()
+
+
+def test_what_the_folder_gives_up_takes_no_room_on_the_disk(
+    driver: FlakyHostDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_dir, "_LEAST_TOKENS", 20)
+    model = Model(make_cache(KIND["even"], driver, **ROOMY))
+    folder = KVDir(tmp_path / "kv", 1 << 30, model.cache, "m")
+    files = KVFiles(Exits(model.cache), folder)
+    save(model, tmp_path / "session", 90)
+    files.add(KVFile.open(tmp_path / "session"))
+    for first in (7, 8):
+        request = model.open()
+        assert request is not None
+        assert model.grow(request, [first] * 60)
+        files.save(request.slot, request.tokens)
+        folder._jobs[0][0]._done.wait()
+        files.settle()
+        model.close(request)
+        found = files.open_slot(model.cache, request.tokens)
+        assert found is not None
+        model.cache.close(found[0])
+        assert len(files) == 2  # with the session
+        folder.limit_bytes = folder.num_bytes + 1000  # there is no room for a second
+    opened = {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
+    assert not [path for path in opened if str(tmp_path) in path and "deleted" in path]
+    assert files.longest_prefix(tokens(90)) == 90
+    files.forget()
     model.cache.shutdown()
