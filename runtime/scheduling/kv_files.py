@@ -163,6 +163,7 @@ def _fill(cache: SlotCache, slot: Slot, file: KVFile, num_tokens: int) -> None:
     starts: Sequence[int] | None = None
     try:
         starts = cache.attach(slot, file.fd, file.offsets, num_tokens)
-    except (InvalidOperation, OutOfMappings, DriverError):  # blocks, a device, too many mappings
+    except (InvalidOperation, InvalidConfig, OutOfMappings, DriverError):
+        # Blocks, a device, a system whose pages are larger than 4 KiB, too many mappings.
         cache.grow(slot, num_tokens)
     file.read_into(cache.spans(slot, 0, num_tokens), starts)

@@ -10,7 +10,7 @@ from allocator_model import KIND, FlakyHostDriver, Model, make_cache, one_thread
 from vkv.allocator import Exits, KVFacts, KVFile, KVFileWriter
 from vkv.allocator.transfer import KVDir, kv_dir
 from vkv.runtime.scheduling.kv_files import KVFiles
-from vkv.vmem.errors import DriverError, OutOfSlots, Shortage
+from vkv.vmem.errors import DriverError, InvalidConfig, OutOfSlots, Shortage
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -218,4 +218,25 @@ def test_what_the_folder_gives_up_takes_no_room_on_the_disk(
     assert not [path for path in opened if str(tmp_path) in path and "deleted" in path]
     assert files.longest_prefix(tokens(90)) == 90
     files.forget()
+    model.cache.shutdown()
+
+
+def test_where_pages_are_larger_than_a_files_steps_it_is_read(
+    driver: FlakyHostDriver, files: KVFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on ARM with pages of 64 KiB: streams begin at multiples of 4 KiB."""
+    model = make_model(files, "even", driver, **ROOMY)
+    save(model, tmp_path / "a", 100)
+    files.add(KVFile.open(tmp_path / "a"))
+
+    def refuse(fd: int, offset: int, num_pages: int) -> None:
+        raise InvalidConfig(f"offset {offset} of a file is not a multiple of 65536")
+
+    monkeypatch.setattr(driver, "_attach_file", refuse)
+    found = files.open_slot(model.cache, tokens(120))
+    assert found is not None
+    slot, num_tokens = found
+    assert num_tokens == 100
+    model._admit(slot, tokens(100))
+    model.check()
     model.cache.shutdown()
