@@ -119,7 +119,8 @@ class KVDir:
 
     Args:
         folder: made if it is not there, for its owner alone.
-        limit_bytes: the most that all files may take.
+        limit_bytes: the most that all files may take: those that are there now, and those to come
+            that this process writes.
         cache: whose slots they are.
         model: its fingerprint.
 
