@@ -1,5 +1,6 @@
 """Which file a request begins with, and what is left where that goes wrong."""
 
+import errno
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -239,4 +240,30 @@ def test_where_pages_are_larger_than_a_files_steps_it_is_read(
     assert num_tokens == 100
     model._admit(slot, tokens(100))
     model.check()
+    model.cache.shutdown()
+
+
+def test_a_file_of_the_folder_outlives_a_moment_without_descriptors(
+    driver: FlakyHostDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_dir, "_LEAST_TOKENS", 20)
+    model = Model(make_cache(KIND["even"], driver, **ROOMY))
+    folder = KVDir(tmp_path, 1 << 30, model.cache, "m")
+    files = KVFiles(Exits(model.cache), folder)
+    request = model.open()
+    assert request is not None
+    assert model.grow(request, [7] * 60)
+    files.save(request.slot, request.tokens)
+    folder._jobs[0][0]._done.wait()
+    files.settle()
+
+    def no_more(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", no_more)
+        assert files.longest_prefix(request.tokens) == 0
+    assert len(list(tmp_path.iterdir())) == 1
+    files.forget()
+    model.close(request)
     model.cache.shutdown()
