@@ -117,8 +117,11 @@ class KVFile:
             self._compare(unknown)
         else:
             shares = [unknown[first::threads] for first in range(threads)]
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(self._compare, shares))
+            try:
+                with ThreadPoolExecutor(threads) as pool:
+                    list(pool.map(self._compare, shares))
+            except RuntimeError:  # the system has no more threads
+                self._compare(unknown)
         lost = [chunk for chunk in unknown if self._states[self._place(chunk)] != _SOUND]
         if lost:
             self._note_chunk(min(lost, key=self._first_token))

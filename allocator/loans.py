@@ -88,9 +88,10 @@ class Loans:
                 self._table.unpin(slot)
                 self._backing.shrink(slot, 0, [0] * len(slot.pages))
                 return
-            self._table.unpin(slot)
-            if slot.state is SlotState.PARKED:
-                self._table.close_parked(slot)
+            # First, for what is unpinned next may fail: nobody may find pages that are another's.
+            self._table.parked.shorten(slot, 0)
+            slot.num_tokens = 0
+            self._table.unpin(slot)  # which closes it
 
     def borrow(self, slot: Slot, parcel: Parcel, descriptors: Sequence[int]) -> list[torch.Tensor]:
         """Map the pages of a parcel behind `slot`, which is new, in place of reserved memory.

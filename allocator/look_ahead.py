@@ -38,7 +38,8 @@ class LookAhead:
         self._thread: threading.Thread | None = None
         # Its `put` may run in the middle of another one, and so in a finaliser.
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        weakref.finalize(self, self._jobs.put, None)
+        # At exit the thread ends by `stop` alone: who is stopped before may have jobs for it.
+        weakref.finalize(self, self._jobs.put, None).atexit = False
 
     def submit(self, slot: Slot, num_tokens: int) -> None:
         """Queue a job; none is taken after `stop`."""
@@ -46,13 +47,16 @@ class LookAhead:
             if self._stopped:
                 return
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=_work,
-                    args=(weakref.ref(self), self._jobs),
-                    name="vkv-look-ahead",
-                    daemon=True,
+                args = weakref.ref(self), self._jobs
+                thread = threading.Thread(
+                    target=_work, args=args, name="vkv-look-ahead", daemon=True
                 )
-                self._thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the system has no more threads
+                    self._note(error)
+                    return
+                self._thread = thread
                 stop_at_exit(self)
             self._jobs.put((slot, num_tokens))
 
@@ -82,11 +86,15 @@ class LookAhead:
             try:
                 prepare(slot, num_tokens)
             except Exception as error:  # noqa: BLE001 - logged and counted; the thread lives on
-                self.num_failures += 1
-                if type(error) not in self._logged:
-                    self._logged.add(type(error))
-                    # As text: a record of the exception itself would keep the cache alive.
-                    _log.warning("no memory was mapped ahead: %s", traceback.format_exc())
+                self._note(error)
+
+    def _note(self, error: Exception) -> None:
+        """A job failed, by the error that is being handled."""
+        self.num_failures += 1
+        if type(error) not in self._logged:
+            self._logged.add(type(error))
+            # As text: a record of the exception itself would keep the cache alive.
+            _log.warning("no memory was mapped ahead: %s", traceback.format_exc())
 
 
 def _work(owner: "weakref.ref[LookAhead]", jobs: "SimpleQueue[_Job | None]") -> None:

@@ -1,6 +1,7 @@
 """Background threads end before the interpreter does."""
 
 import atexit
+import itertools
 import logging
 import os
 import weakref
@@ -18,19 +19,27 @@ class Stoppable(Protocol):
 
 
 class _Ending:
-    """What has to stop when the process exits, each held weakly, with the process it is of."""
+    """What has to stop when the process exits, each held weakly, with the process it is of.
+
+    Any thread may add, at any moment: entries come and go by single steps, with nothing locked.
+    """
 
     def __init__(self) -> None:
-        self._things: list[tuple[int, weakref.ref[Stoppable]]] = []
+        self._numbers = itertools.count()
+        self._things: dict[int, tuple[int, weakref.ref[Stoppable]]] = {}
 
     def add(self, thing: Stoppable) -> None:
-        alive = [entry for entry in self._things if entry[1]() is not None]
-        self._things = [*alive, (os.getpid(), weakref.ref(thing))]
+        number = next(self._numbers)
+        reference = weakref.ref(thing, lambda _: self._things.pop(number, None))
+        self._things[number] = os.getpid(), reference
 
     def stop_all(self) -> None:
         """Stop the most recent first, since it may lean on earlier ones; a failure is logged."""
         while self._things:
-            pid, reference = self._things.pop()
+            try:
+                _, (pid, reference) = self._things.popitem()
+            except KeyError:  # the last has just gone
+                return
             thing = reference()
             if thing is None or pid != os.getpid():  # a forked child has none of the threads
                 continue

@@ -36,6 +36,7 @@ from .pages import (
 from .segments import Segments
 
 _SHORTAGES = (ENOMEM, ENOSPC, EMFILE, ENFILE)
+_PART_BYTES = 4 << 20  # that are allocated by one call: a millisecond
 
 
 @dataclass
@@ -163,10 +164,13 @@ class HostDriver(VmemDriver):
     def _allocate(self, first: int, count: int, undo: ExitStack) -> None:
         """Memory for `count` pages numbered from `first`, zeroed when it is first mapped."""
         fd, offset = self._locate(Page(first))
-        size = count * self.page_bytes
+        end = offset + count * self.page_bytes
         undo.callback(self._punch, "create", first, count)
-        # Unlike a first touch, which kills by SIGBUS, fallocate reports a shortage.
-        self._call("create", linux.fallocate, fd, 0, offset, size, shortage=OutOfPages)
+        # Unlike a first touch, which kills by SIGBUS, fallocate reports a shortage. In parts: a
+        # signal undoes a call, in many kernels, and between two of a timer it must end.
+        for start in range(offset, end, _PART_BYTES):
+            size = min(_PART_BYTES, end - start)
+            self._call("create", linux.fallocate, fd, 0, start, size, shortage=OutOfPages)
 
     def _locate(self, page: Page) -> tuple[int, int]:
         """Descriptor and offset of the memory of a page that is no file's."""

@@ -119,7 +119,8 @@ class Copier:
         self._under_way: list[Job] = []
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._is_stopped = False
-        weakref.finalize(self, self._jobs.put, None)
+        # At exit the thread ends by `stop` alone: who is stopped before may have jobs for it.
+        weakref.finalize(self, self._jobs.put, None).atexit = False
 
     def has_room(self, num_bytes: int) -> bool:
         """True if a copy of `num_bytes` would not wait behind too many others."""
@@ -139,10 +140,15 @@ class Copier:
         self._under_way = [other for other in self._under_way if not other.is_done]
         self._under_way.append(job)
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=_work, args=(self._jobs, self._stream), name="vkv-swap", daemon=True
-            )
-            self._thread.start()
+            args = self._jobs, self._stream
+            thread = threading.Thread(target=_work, args=args, name="vkv-swap", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no more threads
+                _log.warning("%d bytes of KV are copied at once: %s", job.num_bytes, error)
+                job.run(self._stream)
+                return job
+            self._thread = thread
             stop_at_exit(self)
         self._jobs.put(job)
         return job

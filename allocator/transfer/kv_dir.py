@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ...vmem import Fence
-from ...vmem.errors import InvalidConfig, InvalidOperation, KVFileError, VkvError
+from ...vmem.errors import InvalidConfig, InvalidOperation, KVFileDamaged, KVFileError
 from ..kv_file import KVFile
 from ..kv_file_format import KVFacts, KVFileHeader
 from ..kv_file_writer import KVFileWriter
@@ -54,7 +54,7 @@ class _Entry:
 
 
 class WriteJob:
-    """One file on its way to the disk.
+    """One file on its way to the disk. What has the slot, its owner, lives until that was read.
 
     Attributes:
         num_bytes: of keys and values.
@@ -62,13 +62,16 @@ class WriteJob:
         error: why it failed; None if it did not.
     """
 
-    def __init__(self, path: Path, facts: KVFacts, source: Spans, after: Fence) -> None:
+    def __init__(
+        self, path: Path, facts: KVFacts, source: Spans, after: Fence, owner: object = None
+    ) -> None:
         self.path = path
         self.num_bytes = sum(len(piece) for pieces in source for piece in pieces)
         self.is_read = False
         self.error: Exception | None = None
         self._facts = facts
         self._source = source
+        self._owner = owner
         self._after = after
         self._done = threading.Event()
         self._is_cancelled = False
@@ -90,13 +93,13 @@ class WriteJob:
             with KVFileWriter(self.path, self._facts) as writer:
                 writer.write([self._pieces(pieces) for pieces in self._source])
                 self.is_read = True
-                self._source = []
+                self._source, self._owner = [], None
                 writer.commit()
-        except (VkvError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - told to whoever asks for the result
             self.error = error
         finally:
             self.is_read = True
-            self._source = []
+            self._source, self._owner = [], None
             self._done.set()
 
     def _pieces(self, pieces: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -116,7 +119,8 @@ class KVDir:
 
     Args:
         folder: made if it is not there, for its owner alone.
-        limit_bytes: the most that all files may take.
+        limit_bytes: the most that all files may take: those that are there now, and those to come
+            that this process writes.
         cache: whose slots they are.
         model: its fingerprint.
 
@@ -137,12 +141,12 @@ class KVDir:
         self._numbers = itertools.count()
         self._entries: OrderedDict[Path, _Entry] = OrderedDict()  # least recently used first
         self._buckets: dict[bytes, list[_Entry]] = {}
-        self._foreign_bytes = 0
+        self._aside: dict[Path, int] = {}  # bytes of files that are there and not to be found
         self._jobs: list[tuple[WriteJob, Outgoing, np.ndarray, str]] = []
         self._rests_until_s = 0.0
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
+            found = sorted(folder.glob(f"*{_SUFFIX}"), key=_used_at_s)
         except OSError as error:
             raise InvalidConfig(
                 f"kv_dir {folder} cannot be used: {error}; choose another"
@@ -155,12 +159,17 @@ class KVDir:
     @property
     def num_bytes(self) -> int:
         """What the files take."""
-        return self._foreign_bytes + sum(entry.num_bytes for entry in self._entries.values())
+        listed = sum(entry.num_bytes for entry in self._entries.values())
+        return listed + sum(self._aside.values())
 
     @property
     def num_files(self) -> int:
         """Files of this model."""
         return len(self._entries)
+
+    def __contains__(self, path: Path) -> bool:
+        """Whether a file can be found."""
+        return path in self._entries
 
     def find(self, tokens: Sequence[int], variant: str = "") -> tuple[Path | None, int]:
         """The file that has most of the beginning of `tokens`, and how many that are."""
@@ -182,11 +191,40 @@ class KVDir:
             except OSError as error:  # another process gave it up
                 _log.debug("%s is gone: %s", path, error)
 
+    def open(self, path: Path) -> KVFile | None:
+        """A file of the folder. None if that cannot be: it is not found any more then."""
+        try:
+            file = KVFile.open(path)
+        except KVFileDamaged as error:
+            _log.warning("%s; its tokens are computed again", error)
+            self.discard(path)
+            return None
+        except KVFileError as error:  # it is gone; or whole, and too many files are open
+            _log.warning("%s; its tokens are computed again", error)
+            self._put_aside(path)
+            return None
+        if not self._is_ours(file):  # somebody has put it in the place of the one that was
+            file.close()
+            self._put_aside(path)
+            return None
+        return file
+
     def discard(self, path: Path) -> None:
         """Remove a file that turned out to be of no use."""
         if path in self._entries:
-            self._forget(path)
-            path.unlink(missing_ok=True)
+            _remove(path)
+            self._put_aside(path)
+
+    def _is_ours(self, file: KVFile) -> bool:
+        ours = self._model, self._cache.geometry.token_format
+        return (file.header.model, file.header.token_format) == ours
+
+    def _put_aside(self, path: Path) -> None:
+        """Have a file found no more. As long as it is there it takes its part of the limit."""
+        num_bytes = self._entries[path].num_bytes
+        self._forget(path)
+        if os.path.lexists(path):
+            self._aside[path] = num_bytes
 
     def _forget(self, path: Path) -> None:
         entry = self._entries.pop(path)
@@ -221,7 +259,7 @@ class KVDir:
         try:
             spans = outgoing.spans(0, len(tokens))
             fence = self._cache.pool.driver.record_fence()
-            job = WriteJob(self._path_of(array, variant), facts, spans, fence)
+            job = WriteJob(self._path_of(array, variant), facts, spans, fence, self._cache)
             self._writer.submit(job)
         except BaseException:
             outgoing.abort()
@@ -236,11 +274,11 @@ class KVDir:
 
     def settle(self) -> None:
         """Unpin what has been read, and take in what has been written."""
+        done = [job for job, *_ in self._jobs if job.is_done]  # first: others may end meanwhile
         for job, outgoing, _, _ in self._jobs:
             if job.is_read:
                 outgoing.commit()
-        done = [entry[0] for entry in self._jobs if entry[0].is_done]
-        self._jobs = [entry for entry in self._jobs if not entry[0].is_done]
+        self._jobs = [entry for entry in self._jobs if entry[0] not in done]
         for job in done:
             if job.error is None:
                 self.num_saved += 1
@@ -248,7 +286,8 @@ class KVDir:
             elif not isinstance(job.error, InvalidOperation):
                 self.num_failed += 1
                 self._rests_until_s = time.monotonic() + _PAUSE_S
-                _log.warning("%s; nothing is saved for %g s", job.error, _PAUSE_S)
+                why = str(job.error) or repr(job.error)
+                _log.warning("%s; nothing is saved for %g s", why, _PAUSE_S)
 
     def give_way(self) -> bool:
         """Memory is short: leave out what is being read. False if that frees nothing."""
@@ -270,23 +309,26 @@ class KVDir:
 
     def _make_room(self, num_bytes: int) -> bool:
         """Give up files, the least recently used first, until `num_bytes` more are allowed."""
-        under_way = sum(entry[0].num_bytes for entry in self._jobs)
-        if num_bytes + self._foreign_bytes + under_way > self.limit_bytes:
+        wanted = num_bytes + sum(entry[0].num_bytes for entry in self._jobs)
+        if wanted + sum(self._aside.values()) > self.limit_bytes:
             return False
-        while self.num_bytes + under_way + num_bytes > self.limit_bytes and self._entries:
-            self.discard(next(iter(self._entries)))
+        while self.num_bytes + wanted > self.limit_bytes and self._entries:
+            oldest = next(iter(self._entries))
+            if not _remove(oldest):  # it can be read all the same
+                self._rests_until_s = time.monotonic() + _PAUSE_S
+                return False
+            self._forget(oldest)
         return True
 
     def _take_in(self, path: Path) -> None:
         """List a file; one that is damaged goes, one of another model or kind stays."""
+        self._aside.pop(path, None)
         try:
             with KVFile.open(path) as file:
-                if file.damage is not None:
-                    path.unlink(missing_ok=True)
-                    return
-                ours = self._model, self._cache.geometry.token_format
-                if (file.header.model, file.header.token_format) != ours:
-                    self._foreign_bytes += file.num_bytes
+                is_gone = file.damage is not None and _remove(path)
+                if file.damage is not None or not self._is_ours(file):
+                    if not is_gone:
+                        self._aside[path] = file.num_bytes
                     return
                 entry = _Entry(path, file.header, file.tokens, file.num_bytes)
         except KVFileError as error:
@@ -307,3 +349,21 @@ class KVDir:
 
 def _bucket(tokens: np.ndarray) -> bytes:
     return tokens[:_BUCKET_TOKENS].tobytes()
+
+
+def _used_at_s(path: Path) -> float:
+    """When a file was last of use; 0 for one that another process has just given up."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file, if it is there; False if the system refuses."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("%s cannot be removed: %s", path, error)
+        return False
+    return True

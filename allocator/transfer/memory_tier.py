@@ -215,7 +215,8 @@ class MemoryTier:
             exits.retry()
         done = [entry for entry in self._stores if entry[1].is_done]
         if done:
-            self._stores = [entry for entry in self._stores if not entry[1].is_done]
+            ended = {entry[1] for entry in done}  # and not those that end meanwhile
+            self._stores = [entry for entry in self._stores if entry[1] not in ended]
         for name, store, tokens, variant, keep in done:
             if store.error is not None:
                 self.stored.num_failed += 1

@@ -54,7 +54,8 @@ class EngineConfig:
             longer than all of `kv_memory` have their first tokens there, where they are attended.
         kv_dir: a folder that keys and values of finished and preempted requests are saved to, and
             come back from in any process that uses it with this model; None for none.
-        kv_dir_limit: the most bytes that its files may take; those used least recently go.
+        kv_dir_limit: the most bytes that its files may take, of those that were there at first and
+            those that this process writes; those used least recently go.
         max_batch_tokens: tokens of one step; by default 256 on a CPU, 2048 on a GPU.
         kv: contiguous slots in virtual memory, or the paged baseline.
         attention: a backend's name, or "auto".

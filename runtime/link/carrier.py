@@ -139,7 +139,7 @@ class SocketCarrier:
         """Bytes that were copied from here, and pages that were handed over, so far."""
         with self._lock:
             done = [job for job in self._carrying if job.is_done]
-            self._carrying = [job for job in self._carrying if not job.is_done]
+            self._carrying = [job for job in self._carrying if job not in done]
             good = [job for job in done if job.error is None]
             num_bytes, num_pages = self._carried
             self._carried = (

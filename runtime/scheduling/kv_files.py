@@ -36,6 +36,7 @@ class KVFiles:
         self.folder = folder
         self._exits = exits
         self._files: dict[Path, KVFile] = {}  # least recently used first
+        self._of_folder: dict[Path, Path] = {}  # those among them, as the folder names them
 
     def __len__(self) -> int:
         return len(self._files)
@@ -48,16 +49,24 @@ class KVFiles:
     def add(self, file: KVFile) -> None:
         """Take a file over, in place of one that was opened under the same path."""
         path = file.path.absolute()
-        if path in self._files:
-            self._files.pop(path).close()
+        self._close(path)
         while len(self._files) >= MOST_FILES:
-            self._files.pop(next(iter(self._files))).close()
+            self._close(next(iter(self._files)))
         self._files[path] = file
+
+    def _close(self, path: Path) -> None:
+        self._of_folder.pop(path, None)
+        file = self._files.pop(path, None)
+        if file is not None:
+            file.close()
 
     def save(self, slot: Slot, tokens: Sequence[int], variant: str = "") -> None:
         """Have the folder save what a slot holds that is about to be let go."""
         if self.folder is not None:
             self.folder.save(slot, tokens, variant)
+            for path, name in list(self._of_folder.items()):
+                if name not in self.folder:  # it was given up: open, it kept its room on the disk
+                    self._close(path)
 
     @property
     def is_saving(self) -> bool:
@@ -78,9 +87,8 @@ class KVFiles:
         if self.folder is not None:
             self.folder.close()
             self.folder = None
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        for path in list(self._files):
+            self._close(path)
 
     def longest_prefix(self, tokens: Sequence[int], variant: str = "") -> int:
         """The most tokens that a file has of the beginning of `tokens`, as far as is known."""
@@ -144,11 +152,10 @@ class KVFiles:
         """Open the folder's best file for `tokens`, if it is not open."""
         path, _ = folder.find(tokens, variant)
         if path is not None and path.absolute() not in self._files:
-            try:
-                self.add(KVFile.open(path))
-            except KVFileError as error:
-                _log.warning("%s; its tokens are computed again", error)
-                folder.discard(path)
+            file = folder.open(path)
+            if file is not None:
+                self.add(file)
+                self._of_folder[path.absolute()] = path
 
 
 def _fill(cache: SlotCache, slot: Slot, file: KVFile, num_tokens: int) -> None:
@@ -156,6 +163,7 @@ def _fill(cache: SlotCache, slot: Slot, file: KVFile, num_tokens: int) -> None:
     starts: Sequence[int] | None = None
     try:
         starts = cache.attach(slot, file.fd, file.offsets, num_tokens)
-    except (InvalidOperation, OutOfMappings, DriverError):  # blocks, a device, too many mappings
+    except (InvalidOperation, InvalidConfig, OutOfMappings, DriverError):
+        # Blocks, a device, a system whose pages are larger than 4 KiB, too many mappings.
         cache.grow(slot, num_tokens)
     file.read_into(cache.spans(slot, 0, num_tokens), starts)

@@ -215,11 +215,11 @@ class Tiers:
 
     def forget(self) -> None:
         """Drop all that is there: the model changed."""
+        for guest in (*self.guests, *self.lenders):  # first: what they have pinned cannot go
+            guest.forget()
         if self.swapping is not None:
             self.swapping.forget()
         self.kv_files.forget()
-        for guest in (*self.guests, *self.lenders):
-            guest.forget()
 
     def close(self) -> None:
         """Give all back. No request may be left."""

@@ -142,6 +142,17 @@ def test_many_chunks_are_compared_by_several_threads(path, monkeypatch):
     assert len(names) > 1
 
 
+def test_without_a_thread_to_spare_chunks_are_compared_all_the_same(path, monkeypatch):
+    def no_more(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    save(path, chunk_bytes=64)
+    with KVFile.open(path) as file, monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        assert file.verify(0, NUM_TOKENS) == NUM_TOKENS
+
+
 # -- damage ------------------------------------------------------------------------------------
 
 

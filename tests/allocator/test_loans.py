@@ -376,6 +376,31 @@ def test_a_segment_never_had_what_other_slots_gave_back(near):
 # -- memory --------------------------------------------------------------------------------------
 
 
+def test_a_parked_slot_that_left_is_not_found_where_others_could_not_be_closed(
+    near, far, monkeypatch
+):
+    """Whoever found it would write into pages that the borrower goes on with."""
+    request = with_request(near, 70)
+    near.park(request, 70)
+    lent = lend(near, request)
+    slot, _ = borrow(far, lent)
+    close_all(lent)
+    far.cache.loans.keep(slot)
+
+    def refuse(count):
+        raise DriverError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(near.cache._table, "_make_places", refuse)
+        with pytest.raises(DriverError):
+            near.cache.loans.leave(request.slot)
+    assert near.cache.prefix_length(request.tokens) == 0
+    assert near.cache.pool.num_held == 0
+    near.check()
+    far._admit(slot, request.tokens)
+    far.check()
+
+
 def test_memory_is_counted_where_it_is_owned():
     near, far = movable("even", rows=9), movable("even")
     far._identities = near._identities

@@ -141,6 +141,25 @@ def test_fresh_pages_are_kept_ready():
         assert cache.pool.num_free == 3
 
 
+def test_without_a_thread_to_spare_growth_maps_what_is_needed(monkeypatch, caplog):
+    def no_more(thread):
+        raise RuntimeError("can't start new thread")
+
+    with make_cache(KIND["even"], rows=5) as cache:
+        slot = cache.open()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_more)
+            for _ in range(2):
+                cache.look_ahead(slot, 100)
+            cache.grow(slot, 60)
+            cache.trim()
+        assert cache.stats().background_failures == 2
+        assert caplog.text.count("Traceback") == 1
+        cache.look_ahead(slot, 100)
+        cache._look_ahead.drain()
+        assert slot.ready_tokens >= 100
+
+
 def test_what_is_ready_needs_no_background_job():
     with make_cache(KIND["even"]) as cache:
         slot = cache.open()

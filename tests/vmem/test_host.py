@@ -194,6 +194,27 @@ def test_a_system_call_that_a_signal_interrupts_is_made_again():
     assert not answers
 
 
+def test_a_long_allocation_ends_between_two_signals(monkeypatch):
+    """Many kernels undo what a call has allocated when a signal comes, as a timer's do."""
+    real, sizes = linux.fallocate, []
+
+    def fallocate(fd, mode, offset, size):
+        if mode == 0:
+            sizes.append(size)
+            assert len(sizes) < 100, "it begins anew, and does not end"
+            if size > 4 << 20:
+                ctypes.set_errno(EINTR)
+                return -1
+        return real(fd, mode, offset, size)
+
+    monkeypatch.setattr(linux, "fallocate", fallocate)
+    with HostDriver(page_bytes=3 << 20) as driver:
+        pages = driver.create(4)
+        assert sum(sizes) == 12 << 20
+        assert resident_bytes(driver) >= 12 << 20
+        driver.release(pages)
+
+
 def test_a_reservation_that_cannot_be_trimmed_is_given_back(driver, monkeypatch):
     real, calls = linux.call, []
 

@@ -8,7 +8,7 @@ import threading
 import weakref
 
 import standin.process
-from vkv.vmem import janitor
+from vkv.vmem import at_exit, janitor
 from vkv.vmem.janitor import Janitor
 
 
@@ -137,3 +137,36 @@ def test_at_exit_the_most_recent_is_stopped_first_and_a_child_stops_its_own():
     assert lines == ["True last", "True failing", "True first"]
     assert "noted" in done.stdout
     assert "ValueError" in done.stderr
+
+
+def test_whatever_several_threads_hand_over_at_once_is_stopped():
+    class Thing:
+        def stop(self):
+            stopped.append(self)
+
+    stopped, ending = [], at_exit._Ending()
+    things = [[Thing() for _ in range(1000)] for _ in range(4)]
+    all_at_once = threading.Barrier(len(things))
+
+    def hand_over(some):
+        all_at_once.wait()
+        for thing in some:
+            ending.add(thing)
+
+    threads = [threading.Thread(target=hand_over, args=(some,)) for some in things]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    gone = things.pop()
+    gone.clear()
+    gc.collect()
+    ending.stop_all()
+    assert {id(thing) for thing in stopped} == {id(thing) for some in things for thing in some}
+    ending.stop_all()
+    assert len(stopped) == 3000

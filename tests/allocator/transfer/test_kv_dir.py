@@ -1,14 +1,20 @@
 """A folder of files by content: what is written, found, given up and left out."""
 
+import errno
+import gc
 import os
 import stat
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from allocator_model import KIND, Model, Request, make_cache, one_thread
-from vkv.allocator import KVCache
+from vkv.allocator import KVCache, KVFile
 from vkv.allocator.transfer import KVDir, kv_dir
+from vkv.vmem import janitor
 from vkv.vmem.errors import InvalidConfig, InvalidOperation
 
 __all__ = ["one_thread"]  # a fixture
@@ -217,3 +223,155 @@ def test_a_closed_folder_holds_no_slot(tmp_path: Path, cache: KVCache) -> None:
     assert folder.num_saved == 1
     with pytest.raises(InvalidOperation, match="stopped"):
         folder.save(request.slot, [*request.tokens[:50]] + [9] * 50)
+
+
+def test_an_error_that_nobody_foresaw_ends_one_file_alone(
+    tmp_path: Path, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the thread: what is to be written next would stay pinned for good."""
+    folder, model = _open(tmp_path, cache), Model(cache)
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_dir.KVFileWriter, "write", fails)
+        assert _save(folder, model, list(range(100)))
+    assert (folder.num_saved, folder.num_failed) == (0, 1)
+    assert not list(tmp_path.iterdir())
+    folder._rests_until_s = 0.0
+    assert _save(folder, model, list(range(100)))
+    folder.close()
+    assert folder.num_saved == 1
+
+
+def test_what_is_dropped_is_written_before_it_is_unmapped(tmp_path: Path) -> None:
+    cache, go_on = make_cache(KIND["even"], num_slots=6, rows=4.0), threading.Event()
+    folder, model = _open(tmp_path, cache), Model(cache)
+    request = _request(model, list(range(100)))
+    cache.pool.driver.record_fence = lambda: SimpleNamespace(wait=go_on.wait)  # type: ignore[method-assign]
+    assert folder.save(request.slot, request.tokens)
+    ((job, *_),) = folder._jobs
+    left = weakref.ref(cache)
+    del cache, folder, model, request, _
+    gc.collect()
+    assert left() is not None
+    go_on.set()
+    job._done.wait()
+    gc.collect()
+    assert left() is None
+    assert job.error is None
+    with KVFile.open(job.path) as file:
+        assert file.verify(0, 100) == 100
+    assert janitor.drain()
+
+
+def test_a_file_that_is_done_between_two_looks_is_not_lost(tmp_path: Path, cache: KVCache) -> None:
+    folder, model = _open(tmp_path, cache), Model(cache)
+    first, second = (_request(model, list(range(at, at + 60))) for at in (0, 1000))
+    assert folder.save(first.slot, first.tokens)
+    folder._jobs[0][0]._done.wait()
+    go_on = threading.Event()
+    cache.pool.driver.record_fence = lambda: SimpleNamespace(wait=go_on.wait)  # type: ignore[method-assign]
+    assert folder.save(second.slot, second.tokens)
+    del cache.pool.driver.record_fence  # type: ignore[method-assign]
+    folder._jobs.reverse()
+    (late, *_), (_, outgoing, *_) = folder._jobs
+    commit = outgoing.commit
+
+    def commit_later() -> None:
+        go_on.set()
+        late._done.wait()
+        commit()
+
+    outgoing.commit = commit_later  # type: ignore[method-assign]
+    for _ in range(2):
+        folder.settle()
+    assert (first.slot.num_pins, second.slot.num_pins) == (0, 0)
+    assert folder.num_saved == folder.num_files == 2
+    assert not folder.is_saving
+    folder.close()
+
+
+def test_a_file_that_is_gone_by_now_does_not_keep_the_folder_from_opening(
+    tmp_path: Path, cache: KVCache
+) -> None:
+    """Another process gives files up while this one looks at all of them."""
+    (tmp_path / "gone.vkv").symlink_to(tmp_path / "nowhere")
+    folder, model = _open(tmp_path, cache), Model(cache)
+    assert _save(folder, model, list(range(70)))
+    assert folder.num_files == 1
+    folder.close()
+
+
+def _may_not(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_what_may_not_be_removed_stays_and_counts(
+    tmp_path: Path, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = _open(tmp_path, cache), Model(cache)
+    assert _save(folder, model, list(range(70)))
+    one_file = folder.num_bytes
+    folder.limit_bytes = one_file + one_file // 2
+    monkeypatch.setattr(Path, "unlink", _may_not)
+    assert not _save(folder, model, list(range(1000, 1070)))
+    assert folder._rests_until_s > 0  # or each request would try again
+    path, num_tokens = folder.find(list(range(70)))
+    assert num_tokens == 70
+    assert path is not None
+    folder.discard(path)
+    assert folder.find(list(range(70))) == (None, 0)
+    assert folder.num_bytes == one_file
+    folder.close()
+    with path.open("r+b") as file:
+        file.truncate(one_file - 5000)
+    again = _open(tmp_path, cache)
+    assert (again.num_files, again.num_bytes) == (0, one_file)
+    again.close()
+
+
+def test_a_whole_file_outlives_a_moment_without_descriptors(
+    tmp_path: Path, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = _open(tmp_path, cache), Model(cache)
+    tokens = list(range(70))
+    assert _save(folder, model, tokens)
+    path, _ = folder.find(tokens)
+    assert path is not None
+    one_file = folder.num_bytes
+
+    def no_more(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", no_more)
+        assert folder.open(path) is None
+    assert path.exists()
+    assert folder.find(tokens) == (None, 0)
+    assert folder.num_bytes == one_file
+    assert _save(folder, model, tokens)
+    assert folder.find(tokens) == (path, 70)
+    assert folder.num_bytes == one_file
+    path.unlink()
+    assert folder.open(path) is None
+    assert (folder.find(tokens), folder.num_bytes) == ((None, 0), 0)
+    folder.close()
+
+
+def test_another_models_file_in_a_files_place_is_not_ours(tmp_path: Path, cache: KVCache) -> None:
+    tokens = list(range(70))
+    other, model = _open(tmp_path / "other", cache, name="another model"), Model(cache)
+    assert _save(other, model, tokens)
+    other.close()
+    folder = _open(tmp_path / "kv", cache)
+    assert _save(folder, model, tokens)
+    path, _ = folder.find(tokens)
+    assert path is not None
+    (theirs,) = (tmp_path / "other").iterdir()
+    theirs.replace(path)
+    assert folder.open(path) is None
+    assert folder.find(tokens) == (None, 0)
+    assert path.exists()
+    folder.close()

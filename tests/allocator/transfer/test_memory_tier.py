@@ -1,6 +1,9 @@
 """What a tier has, what it copies for it, and that nothing is lost on the way."""
 
 import gc
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -18,6 +21,7 @@ from allocator_model import (
 )
 from vkv.allocator import Exits
 from vkv.allocator.transfer import Copier, CopyJob, MemoryTier, copier
+from vkv.allocator.transfer.memory_tier import Move
 from vkv.allocator.transfer.transfers import Incoming, Outgoing
 from vkv.vmem.errors import DriverError, InvalidOperation, OutOfPages, Shortage
 
@@ -216,6 +220,41 @@ def test_a_failed_copy_is_undone(pair: Pair, monkeypatch: pytest.MonkeyPatch) ->
     assert pair.come_back("a", tokens).tokens == tokens
 
 
+def test_a_copy_that_ends_between_two_looks_is_not_lost(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [pair.request([number] * 40) for number in (1, 2)]
+    for request in requests:
+        store = pair.tier.store("a", request.slot, request.tokens, keep=False)
+        assert store is not None
+        store.wait()
+    with monkeypatch.context() as patch:
+        looks = iter([True, False])
+        patch.setattr(Move, "is_done", property(lambda _: next(looks, True)))
+        pair.tier.settle()
+    pair.tier.settle()
+    assert not pair.tier.is_storing
+    assert [request.slot.num_pins for request in requests] == [0, 0]
+    assert pair.tier.far.stats().slots_open == 0
+    assert pair.tier.stored.num_moves == 2
+
+
+def test_without_a_thread_to_spare_copies_are_made_at_once(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    tokens = list(range(70))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        pair.leave("a", pair.request(tokens))
+        assert pair.come_back("a", tokens).tokens == tokens
+    assert "copied at once: can't start new thread" in caplog.text
+    pair.leave("b", pair.request([3] * 70))  # by the thread that there is now
+    assert pair.tier.longest_prefix([3] * 70) == 70
+
+
 def test_a_cancelled_move_is_undone(pair: Pair) -> None:
     tokens = list(range(70))
     pair.leave("a", pair.request(tokens))
@@ -329,3 +368,31 @@ def test_a_copy_that_is_given_up_is_over_when_it_says_so(monkeypatch):
     job.run(stream)
     assert (str(job.error), calls) == ("no more", ["launched", "launched", "over"])
     assert job.is_done
+
+
+_AT_EXIT = """
+from types import SimpleNamespace
+
+from vkv.vmem import stop_at_exit  # before whatever finalises, so that it stops things after that
+
+import torch
+from vkv.allocator.transfer import Copier, CopyJob
+
+copier = Copier(torch.device("cpu"))
+
+
+class Engine:
+    def stop(self):
+        job = CopyJob([], [], after=SimpleNamespace(wait=lambda: None))
+        print(copier.submit(job).wait(5))
+
+
+engine = Engine()
+engine.stop()
+stop_at_exit(engine)
+"""
+
+
+def test_who_ends_at_exit_gets_its_last_copies() -> None:
+    done = subprocess.run([sys.executable, "-c", _AT_EXIT], capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"True\nTrue\n", b"")

@@ -215,6 +215,29 @@ def test_sleep_and_a_changed_model_leave_nothing_behind(llama: PreTrainedModel) 
         assert llm.generate([prompt], zoo.greedy(4))[0].outputs[0].token_ids == changed
 
 
+def test_what_another_engine_reads_of_the_tier_goes_with_the_model(llama: PreTrainedModel) -> None:
+    """A request waits, and its tokens in the tier are pinned, to be read by another engine."""
+    with LLM(llama, device="cpu", **zoo.with_defaults({"swap_memory": _SWAP})) as llm:
+        engine, departures = llm.engine, llm._driver._loop.departures
+        swapping = engine.scheduler.tiers.swapping
+        assert swapping is not None
+        swapping.always = True
+        (request,) = engine.add(moved.specs(zoo.random_prompts([60]))[0])
+        for _ in range(2):
+            engine.step()
+        engine.scheduler.preempt(request)
+        while swapping.is_leaving:
+            swapping.wait()
+        engine.cache.trim()
+        departure = departures.begin(request.key, 1)
+        assert departure.outgoing is not None
+        assert departure.outgoing.cache is swapping.tier.far
+        llm.weights_changed()
+        assert swapping.tier.longest_prefix(request.token_ids, request.variant) == 0
+        assert swapping.tier.far.stats().physical_bytes == 0
+        engine.abort(request.key[0])
+
+
 def test_bad_amounts_are_refused(llama: PreTrainedModel) -> None:
     for value, why in (("3 potatoes", "not an amount"), (100, "holds not even 16 tokens")):
         with pytest.raises(InvalidConfig, match=why):

@@ -1,5 +1,6 @@
 """Which file a request begins with, and what is left where that goes wrong."""
 
+import errno
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 from allocator_model import KIND, FlakyHostDriver, Model, make_cache, one_thread
 from vkv.allocator import Exits, KVFacts, KVFile, KVFileWriter
+from vkv.allocator.transfer import KVDir, kv_dir
 from vkv.runtime.scheduling.kv_files import KVFiles
-from vkv.vmem.errors import DriverError, OutOfSlots, Shortage
+from vkv.vmem.errors import DriverError, InvalidConfig, OutOfSlots, Shortage
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -188,4 +190,80 @@ def test_a_slot_that_can_neither_be_filled_nor_closed_is_closed_later(
     assert model.cache.stats().slots_open == 1
     files._exits.retry()
     assert model.cache.stats().slots_open == 0
+    model.cache.shutdown()
+
+
+def test_what_the_folder_gives_up_takes_no_room_on_the_disk(
+    driver: FlakyHostDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_dir, "_LEAST_TOKENS", 20)
+    model = Model(make_cache(KIND["even"], driver, **ROOMY))
+    folder = KVDir(tmp_path / "kv", 1 << 30, model.cache, "m")
+    files = KVFiles(Exits(model.cache), folder)
+    save(model, tmp_path / "session", 90)
+    files.add(KVFile.open(tmp_path / "session"))
+    for first in (7, 8):
+        request = model.open()
+        assert request is not None
+        assert model.grow(request, [first] * 60)
+        files.save(request.slot, request.tokens)
+        folder._jobs[0][0]._done.wait()
+        files.settle()
+        model.close(request)
+        found = files.open_slot(model.cache, request.tokens)
+        assert found is not None
+        model.cache.close(found[0])
+        assert len(files) == 2  # with the session
+        folder.limit_bytes = folder.num_bytes + 1000  # there is no room for a second
+    opened = {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
+    assert not [path for path in opened if str(tmp_path) in path and "deleted" in path]
+    assert files.longest_prefix(tokens(90)) == 90
+    files.forget()
+    model.cache.shutdown()
+
+
+def test_where_pages_are_larger_than_a_files_steps_it_is_read(
+    driver: FlakyHostDriver, files: KVFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on ARM with pages of 64 KiB: streams begin at multiples of 4 KiB."""
+    model = make_model(files, "even", driver, **ROOMY)
+    save(model, tmp_path / "a", 100)
+    files.add(KVFile.open(tmp_path / "a"))
+
+    def refuse(fd: int, offset: int, num_pages: int) -> None:
+        raise InvalidConfig(f"offset {offset} of a file is not a multiple of 65536")
+
+    monkeypatch.setattr(driver, "_attach_file", refuse)
+    found = files.open_slot(model.cache, tokens(120))
+    assert found is not None
+    slot, num_tokens = found
+    assert num_tokens == 100
+    model._admit(slot, tokens(100))
+    model.check()
+    model.cache.shutdown()
+
+
+def test_a_file_of_the_folder_outlives_a_moment_without_descriptors(
+    driver: FlakyHostDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_dir, "_LEAST_TOKENS", 20)
+    model = Model(make_cache(KIND["even"], driver, **ROOMY))
+    folder = KVDir(tmp_path, 1 << 30, model.cache, "m")
+    files = KVFiles(Exits(model.cache), folder)
+    request = model.open()
+    assert request is not None
+    assert model.grow(request, [7] * 60)
+    files.save(request.slot, request.tokens)
+    folder._jobs[0][0]._done.wait()
+    files.settle()
+
+    def no_more(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", no_more)
+        assert files.longest_prefix(request.tokens) == 0
+    assert len(list(tmp_path.iterdir())) == 1
+    files.forget()
+    model.close(request)
     model.cache.shutdown()
