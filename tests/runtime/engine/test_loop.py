@@ -383,3 +383,23 @@ def test_with_less_memory_requests_give_way_and_their_tokens_are_the_same(llm: L
     assert pool.num_available == pool.limit_pages - pool.num_held
     with pytest.raises(InvalidConfig, match="were made for"):
         loop.limit_memory(1 << 40)
+
+
+def test_a_limit_that_the_system_does_not_let_be_kept_tears_no_step(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, limit = llm.loop, llm.engine.cache.pool.shared_limit
+    assert limit is not None
+    llm.generate(zoo.random_prompts([60, 30]), zoo.greedy(5))
+    driver = llm.engine.cache.pool.driver
+    with monkeypatch.context() as patched:
+        patched.setattr(driver, "unmap", _raise(DriverError("not now")))
+        with pytest.raises(DriverError):
+            loop.limit_memory(3 * 4096)
+        assert limit.room_bytes < 0
+        outputs = [*loop.turn([_add("a")]), *loop.turn()]
+        assert _ends(outputs) == {}
+    while loop.has_work:
+        outputs += loop.turn()
+    assert _ends(outputs) == {"a": "length"}
+    assert limit.room_bytes >= 0
