@@ -319,7 +319,7 @@ def test_aborting_several_of_one_name_from_another_thread(model: PreTrainedModel
 
         run(main)
         gc.collect()
-        assert not len(llm._requests._named)
+        _wait(lambda: not len(llm._requests._named))  # the engine may still hand an end over
 
 
 # -- event loops ---------------------------------------------------------------------------------
