@@ -175,10 +175,15 @@ class LentAdmission(Admission):
     now: Callable[[], Admission]
 
     def check(
-        self, prompt: Sequence[int], params: SamplingParams, *, was_let_in: bool = False
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int | None = None,
+        was_let_in: bool = False,
     ) -> int:
         """As `Admission.check`, by what there is now."""
-        return self.now().check(prompt, params, was_let_in=was_let_in)
+        return self.now().check(prompt, params, max_tokens=max_tokens, was_let_in=was_let_in)
 
     @classmethod
     def of(cls, now: Callable[[], Admission]) -> Self:

@@ -41,9 +41,16 @@ class Admission:
     was_longer: int | None = None
 
     def check(
-        self, prompt: Sequence[int], params: SamplingParams, *, was_let_in: bool = False
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int | None = None,
+        was_let_in: bool = False,
     ) -> int:
         """Refuse what could never run; returns the most tokens that the request may generate.
+
+        `max_tokens` is what an engine that let it in has found, in place of that of `params`.
 
         Raises InvalidPrompt, InvalidSamplingParams, RequestTooLong or RequestTooLarge.
         """
@@ -55,16 +62,17 @@ class Admission:
         self._check_prompt(prompt)
         # The last token is never computed, so it needs no room.
         room = self.max_len - len(prompt)
-        if params.max_tokens is None:  # as many as fit now, whatever fitted when it was let in
-            max_tokens = max(1, min(room, self.longest - len(prompt) + 1))
+        wanted = params.max_tokens if max_tokens is None else max_tokens
+        if wanted is None:  # as many as fit now, whatever fitted when it was let in
+            most = max(1, min(room, self.longest - len(prompt) + 1))
         else:
-            max_tokens = min(params.max_tokens, room)
+            most = min(wanted, room)
         longest = self.longest
         if was_let_in and self.was_longer is not None:
             longest = self.was_longer
-        if len(prompt) + max_tokens - 1 > longest:
-            self._refuse_length(len(prompt), max_tokens)
-        return max_tokens
+        if len(prompt) + most - 1 > longest:
+            self._refuse_length(len(prompt), most)
+        return most
 
     def _refuse_length(self, num_prompt: int, max_tokens: int) -> NoReturn:
         wanted = f"{num_prompt} prompt tokens with up to {max_tokens} generated"

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Collection
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -144,8 +143,9 @@ class Engine:
         """Refuse what could never run; returns the most tokens that it may generate, `max_tokens`
         at most if an engine has found that before."""
         self.extras.check(spec, goes_on=goes_on)
-        params = spec.params if max_tokens is None else replace(spec.params, max_tokens=max_tokens)
-        return self.admission.check(spec.prompt_token_ids, params, was_let_in=goes_on)
+        return self.admission.check(
+            spec.prompt_token_ids, spec.params, max_tokens=max_tokens, was_let_in=goes_on
+        )
 
     def _ends(self, chain: ChainKey | None) -> Collection[int]:
         """Tokens that end a text of a model."""

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from ...vmem.errors import InvalidOperation, OutOfLoans, UsageError, VkvError
+from ...vmem.errors import DriverError, InvalidOperation, OutOfLoans, UsageError, VkvError
 from ..request.request import Request
 from ..request.spec import RequestSpec
 from ..request.step_output import Failure, StepOutput
@@ -226,7 +226,10 @@ class EngineLoop:
         """What has ended since the limit went down goes back, if it is beyond that."""
         limit = self.engine.cache.pool.shared_limit
         if limit is not None:
-            limit.enforce()
+            try:
+                limit.enforce()
+            except DriverError as error:  # of this engine's driver, or a neighbour's: later, then
+                _log.warning("memory beyond the limit does not go back yet: %s", error)
 
     def load_adapter(self, name: str, path: str) -> None:
         """As `Adapters.load`. Raises InvalidOperation while asleep."""

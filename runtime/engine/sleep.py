@@ -26,7 +26,8 @@ class Sleep:
     def begin(self, *, weights: bool) -> int:
         """Give back the memory of keys, values and state, and of `weights`; returns the bytes.
 
-        Raises InvalidOperation if a request is unfinished. While it sleeps already, it gives back
+        Raises InvalidOperation if a request is unfinished, and torch's own error if the host has no
+        room for the weights, which are where they were then. While it sleeps already, it gives back
         what else is asked for.
         """
         engine = self._engine
@@ -41,26 +42,37 @@ class Sleep:
                 engine.runner.recordings.forget()
             if engine.watch is not None:
                 engine.watch.release()
-            self._weights.append(OffloadedWeights(engine.runner.forward.model))
-            if engine.scheduler.speculation is not None:
-                drafter = engine.scheduler.speculation.drafter
-                self._weights += [OffloadedWeights(model) for model in drafter.release_weights()]
+            try:
+                self._offload()
+            except BaseException:
+                self._bring_back()
+                raise
             num_bytes += sum(weights.num_bytes for weights in self._weights)
         self._profile.release_cached()
         self.is_asleep = True
         return num_bytes
 
+    def _offload(self) -> None:
+        engine = self._engine
+        self._weights.append(OffloadedWeights(engine.runner.forward.model))
+        if engine.scheduler.speculation is not None:
+            for model in engine.scheduler.speculation.drafter.release_weights():
+                self._weights.append(OffloadedWeights(model))
+
     def end(self) -> None:
         """Bring the weights back. Keys and values come with the requests that need them."""
         if self._weights:
-            for weights in self._weights:
-                weights.restore()
-            self._weights.clear()
-            if self._engine.watch is not None:
-                self._engine.watch.renew()
-            if self._engine.scheduler.speculation is not None:
-                self._engine.scheduler.speculation.drafter.weights_are_back()
+            self._bring_back()
         self.is_asleep = False
+
+    def _bring_back(self) -> None:
+        for weights in self._weights:
+            weights.restore()
+        self._weights.clear()
+        if self._engine.watch is not None:
+            self._engine.watch.renew()
+        if self._engine.scheduler.speculation is not None:
+            self._engine.scheduler.speculation.drafter.weights_are_back()
 
     def check_awake(self) -> None:
         """Raises InvalidOperation while asleep."""

@@ -26,6 +26,9 @@ _MOST_CONTEXT_TOKENS = 64
 _MAX_SILENT_TOKENS = 16
 """Tokens without text after which they are skipped specials rather than half of something."""
 
+_MOST_BYTES = 4
+"""Of a character; a token has one at least, or no text."""
+
 
 class IncrementalDetokenizer:
     """The text of one sequence as its tokens arrive.
@@ -157,18 +160,37 @@ class _DecodeWindow:
     def append(self, token_id: int) -> str:
         self._token_ids.append(token_id)
         text = self._decode(self._token_ids)
-        if text.endswith(_REPLACEMENT):
-            return ""  # perhaps half of a character
+        is_silent = len(self._token_ids) - self._num_seen > _MAX_SILENT_TOKENS
+        if text.endswith(_REPLACEMENT):  # perhaps half of a character
+            return self._give_up(text) if is_silent else ""
         new_text = self._unseen(text)
         if new_text:
             self._move()
-        elif len(self._token_ids) - self._num_seen > _MAX_SILENT_TOKENS:
+        elif is_silent:
             del self._token_ids[self._num_seen :]
         return new_text
 
     def flush(self) -> str:
         """What is decoded but not returned: a character that was never completed."""
         return self._unseen(self._decode(self._token_ids))
+
+    def _give_up(self, text: str) -> str:
+        """What is final of bytes that make no characters: all but the last, which may begin one.
+
+        Else the window would grow as long as such bytes come, and all of it be decoded for each.
+        """
+        for num_left in range(_MOST_BYTES - 1, 2 * _MOST_BYTES):
+            left = self._token_ids[-num_left:]
+            final = self._decode(self._token_ids[:-num_left])
+            if text.startswith(final):  # no character goes through the cut
+                new_text = self._unseen(final)
+                # So many bytes behind any cut, what is a character does not depend on the cut.
+                self._token_ids = self._token_ids[:-num_left][-2 * _MOST_BYTES :]
+                self._num_seen, self._next_begin = len(self._token_ids), 0
+                self._seen = self._decode(self._token_ids)
+                self._token_ids += left
+                return new_text
+        return ""
 
     def _move(self) -> None:
         """Begin the window where the last text began: its end is where the next one will."""

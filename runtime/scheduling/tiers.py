@@ -1,17 +1,22 @@
 """What stands behind the cache: host memory, and files; what leaves a slot may come back."""
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ...allocator import Exits, Slot, SlotCache
 from ...allocator.transfer import Fetch, KVDir
+from ...vmem.errors import VkvError
 from ..request.request import Request
 from .kv_files import KVFiles
 from .segments import Segments
 from .swapping import Swapping
 
 _LOOK_S = 0.005  # between two looks whether what was called back has left
+_REFUSALS = (VkvError, OSError)
+
+_log = logging.getLogger(__name__)
 
 
 class Guest(Protocol):
@@ -97,10 +102,19 @@ class Tiers:
     def leave(
         self, request: Request, slot: Slot, computed: Sequence[int], *, comes_back: bool
     ) -> None:
-        """A request is about to let go of `slot`, which holds the tokens `computed`."""
-        self.kv_files.save(slot, computed, request.variant)
-        if self.swapping is not None:
-            self.swapping.leave(request, slot, comes_back=comes_back)
+        """A request is about to let go of `slot`, which holds the tokens `computed`.
+
+        Never fails: what cannot be copied is computed again.
+        """
+        try:
+            self.kv_files.save(slot, computed, request.variant)
+        except _REFUSALS as error:
+            _log.warning("what %r has computed is not saved: %s", request, error)
+        try:
+            if self.swapping is not None:
+                self.swapping.leave(request, slot, comes_back=comes_back)
+        except _REFUSALS as error:
+            _log.warning("what %r has computed is not copied: %s", request, error)
 
     def release(self, request: Request) -> None:
         """A request will not come back."""

@@ -152,6 +152,12 @@ class LoopDriver:
             if not self._loop.is_closed:
                 self._carry_out()
 
+    def settle(self) -> None:
+        """As `EngineLoop.settle`; nothing while there is work, whose steps do it."""
+        with self._exclusive():
+            if not (self._loop.is_closed or self._loop.has_work):
+                self._loop.settle()
+
     # -- the machine under it ----------------------------------------------------------------
 
     def stats(self) -> EngineStats:

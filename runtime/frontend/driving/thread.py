@@ -3,7 +3,8 @@
 import logging
 import threading
 from collections.abc import Sequence
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 from ....vmem.at_exit import stop_at_exit
 from ....vmem.errors import VkvError
@@ -13,6 +14,8 @@ from .driver import LoopDriver
 from .sinks import Sink
 
 _log = logging.getLogger(__name__)
+
+_SETTLE_POLL_S = 0.02  # between two looks whether what was copied and written is there
 
 
 class EngineThread:
@@ -24,6 +27,7 @@ class EngineThread:
     """
 
     def __init__(self, loop: EngineLoop, *, idle_trim_s: float | None) -> None:
+        self._loop = loop
         self._calls: SimpleQueue[bool] = SimpleQueue()  # False: stop. A finaliser may `put`.
         calls = self._calls
         self.driver = LoopDriver(loop, idle_trim_s=idle_trim_s, on_post=lambda: calls.put(True))
@@ -84,4 +88,9 @@ class EngineThread:
                     return False
             if self.driver.has_work:
                 return True
-            self._calls.put(self._calls.get())
+            if self._loop.is_settled:
+                self._calls.put(self._calls.get())
+                continue
+            with suppress(Empty):
+                self._calls.put(self._calls.get(timeout=_SETTLE_POLL_S))
+            self.driver.settle()

@@ -4,12 +4,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import zoo
 from transformers import PreTrainedModel
 from vkv import LLM
+from vkv.allocator.transfer import kv_dir
 from vkv.runtime.engine.engine import Engine
 from vkv.runtime.engine.loop import EngineLoop
 from vkv.runtime.engine.messages import Abort, Add, Finish
@@ -138,6 +140,39 @@ def test_a_slot_that_cannot_be_let_go_tears_no_step(
     llm.engine.cache.check_invariants()
     outs = llm.generate(prompts, zoo.greedy(30))
     assert [out.outputs[0].token_ids for out in outs] == expected
+
+
+@pytest.mark.parametrize("behind", ["swap_memory", "kv_dir"])
+def test_what_cannot_be_copied_tears_no_step(
+    llm: LLM,
+    model: PreTrainedModel,
+    behind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Requests that end or give way are not copied then, and nothing stays pinned."""
+    prompts = zoo.random_prompts([60, 30, 45, 20])
+    expected = [out.outputs[0].token_ids for out in llm.generate(prompts, zoo.greedy(30))]
+    monkeypatch.setattr(kv_dir, "_LEAST_TOKENS", 20)
+    options = {behind: tmp_path if behind == "kv_dir" else 8 << 20, "kv_memory": 14 * 4096}
+    with LLM(model, device="cpu", **zoo.with_defaults(options)) as pressed:
+        with monkeypatch.context() as patched:
+            tiers: Any = pressed.engine.scheduler.tiers
+            folder, swapping = tiers.kv_files.folder, tiers.swapping
+            copier = folder._writer if folder is not None else swapping.tier._copier
+            patched.setattr(copier, "submit", _raise(DriverError("not now")))
+            outs = pressed.generate(prompts, zoo.greedy(30))
+            assert [out.outputs[0].token_ids for out in outs] == expected
+            assert pressed.stats().num_preemptions > 0
+            assert tiers.is_settled
+            assert "not now" in caplog.text
+        pressed.trim()
+        assert pressed.stats().kv.slots_open == 0
+        assert pressed.stats().pages_held == 0
+        pressed.engine.cache.check_invariants()
+        outs = pressed.generate(prompts, zoo.greedy(30))
+        assert [out.outputs[0].token_ids for out in outs] == expected
 
 
 def test_tokens_that_cannot_be_had_fail_their_step_alone(
@@ -348,3 +383,23 @@ def test_with_less_memory_requests_give_way_and_their_tokens_are_the_same(llm: L
     assert pool.num_available == pool.limit_pages - pool.num_held
     with pytest.raises(InvalidConfig, match="were made for"):
         loop.limit_memory(1 << 40)
+
+
+def test_a_limit_that_the_system_does_not_let_be_kept_tears_no_step(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, limit = llm.loop, llm.engine.cache.pool.shared_limit
+    assert limit is not None
+    llm.generate(zoo.random_prompts([60, 30]), zoo.greedy(5))
+    driver = llm.engine.cache.pool.driver
+    with monkeypatch.context() as patched:
+        patched.setattr(driver, "unmap", _raise(DriverError("not now")))
+        with pytest.raises(DriverError):
+            loop.limit_memory(3 * 4096)
+        assert limit.room_bytes < 0
+        outputs = [*loop.turn([_add("a")]), *loop.turn()]
+        assert _ends(outputs) == {}
+    while loop.has_work:
+        outputs += loop.turn()
+    assert _ends(outputs) == {"a": "length"}
+    assert limit.room_bytes >= 0

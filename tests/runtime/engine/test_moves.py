@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import zoo
 from transformers import PreTrainedModel
+from vkv import SamplingParams
 from vkv.allocator import Slot
 from vkv.allocator.transfer.transfers import TransferState
 from vkv.runtime.engine.loop import EngineLoop
@@ -453,6 +454,26 @@ def test_outputs_of_one_prompt_may_be_in_different_engines(llama: PreTrainedMode
         rig.migrations.migrate(("r", 0), "c")
         rig.finish()
         assert rig.migrations.arbiter.counts.moved == 2
+    migrating.assert_equal(rig.streams, expected)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1000])
+def test_one_whose_room_is_less_than_its_least_tokens_goes_on(
+    llama: PreTrainedModel, rig: migrating.Rig, max_tokens: int | None
+) -> None:
+    """`min_tokens` may be more than a slot holds behind the prompt: then it ends with the slot."""
+    params = SamplingParams(temperature=0, ignore_eos=True, min_tokens=900, max_tokens=max_tokens)
+    spec = RequestSpec(
+        request_id="r", prompt_token_ids=zoo.random_prompts([230])[0], params=params, seed=3
+    )
+    expected = migrating.undisturbed(llama, [spec])
+    assert len(expected[_KEY].token_ids) == 256 - 230
+    rig.add([spec])
+    for _ in range(5):
+        rig.turn()
+    rig.migrations.migrate(_KEY, "b")
+    rig.finish()
+    assert rig.migrations.arbiter.counts.moved == 1
     migrating.assert_equal(rig.streams, expected)
 
 

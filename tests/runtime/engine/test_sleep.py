@@ -107,6 +107,35 @@ def test_an_async_llm_sleeps_and_goes_on(llama_folder: Path) -> None:
     assert asyncio.run(scenario())[-1] == 5
 
 
+@pytest.mark.parametrize("num_there", [0, 1])
+def test_weights_that_the_host_has_no_room_for_stay(
+    num_there: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's, and those of the one that guesses; changes of them are seen as before."""
+    model, count = zoo.tiny_model("llama"), iter(range(9))
+
+    def offload(given: torch.nn.Module) -> OffloadedWeights:
+        if next(count) == num_there:
+            raise RuntimeError("out of host memory")
+        return OffloadedWeights(given)
+
+    options = zoo.with_defaults({"speculative": zoo.tiny_model("llama", seed=1)})
+    with LLM(model, device="cpu", **options) as llm:
+        expected = _tokens(llm)
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.loop._sleep._profile, "moves_weights", True)
+            patch.setattr("vkv.runtime.engine.sleep.OffloadedWeights", offload)
+            with pytest.raises(RuntimeError, match="host memory"):
+                llm.sleep(weights=True)
+        assert not llm.is_asleep
+        assert _tokens(llm) == expected
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.5)  # type: ignore[operator]
+        changed = _tokens(llm)
+    with LLM(model, device="cpu", **zoo.with_defaults({})) as fresh:
+        assert changed == _tokens(fresh) != expected
+
+
 @torch.inference_mode()
 def test_offloaded_weights_leave_nothing_and_come_back() -> None:
     model = zoo.tiny_model("llama", tie_word_embeddings=True)

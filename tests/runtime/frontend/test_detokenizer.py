@@ -235,6 +235,40 @@ def test_a_step_stays_cheap_through_text_and_through_skipped_tokens(
     assert max(seen) <= 32
 
 
+def bytes_of(text: str) -> list[int]:
+    """A token of `byte_level` for each byte."""
+    ((spelt, _),) = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    ).pre_tokenize_str(text)
+    return [byte_level().token_to_id(letter) for letter in spelt]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(bytes_of("好🙂é")), min_size=15, max_size=90))
+def test_long_runs_of_broken_bytes_stream_to_their_full_decode(token_ids: list[int]) -> None:
+    """Whole characters among them included, wherever what is final is cut off."""
+    chunks = stream(IncrementalDetokenizer(byte_level()), token_ids)
+    assert "".join(chunks) == byte_level().decode(token_ids)
+
+
+@pytest.mark.parametrize("text", ["好", "🙂"])
+def test_a_step_stays_cheap_through_bytes_that_make_no_character(text: str) -> None:
+    seen: list[int] = []
+
+    class Counting:
+        def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+            seen.append(len(token_ids))
+            return byte_level().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    first = bytes_of(text)[:1]
+    token_ids = [*byte_level().encode("fox").ids, *first * 300, *bytes_of(text)]
+    chunks = stream(IncrementalDetokenizer(Counting()), token_ids)
+    assert "".join(chunks) == "fox" + "\ufffd" * 300 + text
+    assert max(seen) <= 32
+    shown = "".join(chunks[:200])
+    assert shown.count("\ufffd") > 150  # while they come
+
+
 def test_ids_beyond_the_tokenizer_have_no_text() -> None:
     tokenizer = byte_level()
     token_ids = tokenizer.encode("fox").ids

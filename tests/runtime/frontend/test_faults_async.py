@@ -157,6 +157,24 @@ def test_a_shortage_that_a_neighbour_ends_is_waited_for(
         run(main)
 
 
+def test_what_was_copied_of_the_last_request_is_a_neighbours(model: PreTrainedModel) -> None:
+    """At rest it notices that, or the slot would stay pinned until its next request comes."""
+    options = {"kv_memory": MemoryLimit("64KiB"), "max_len": 256}
+    with (
+        opened(model, **options, swap_memory="1MiB") as resting,
+        LLM(model, device="cpu", **zoo.with_defaults(options), shortage_wait_s=1.0) as llm,
+    ):
+
+        async def main() -> None:
+            await last(resting.generate([1] * 200, zoo.greedy(5)))
+
+        run(main)
+        _wait(lambda: resting.engine.scheduler.tiers.is_settled)
+        (out,) = llm.generate([[2] * 230], zoo.greedy(10))
+        assert out.error is None
+        assert len(out.outputs[0].token_ids) == 10
+
+
 def _failing(calls: Any, error: Exception, method: Callable[..., Any]) -> Callable[..., Any]:
     """`method`, but the calls of these numbers raise."""
     number = iter(range(10**9))
@@ -301,7 +319,7 @@ def test_aborting_several_of_one_name_from_another_thread(model: PreTrainedModel
 
         run(main)
         gc.collect()
-        assert not len(llm._requests._named)
+        _wait(lambda: not len(llm._requests._named))  # the engine may still hand an end over
 
 
 # -- event loops ---------------------------------------------------------------------------------
