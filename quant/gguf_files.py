@@ -71,7 +71,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._readers = [_open(part) for part in _parts(path)]
+        self._readers = [_open(part) for part in parts_of(path)]
         self.fields = self._readers[0].fields
         found = sum(len(reader.tensors) for reader in self._readers)
         wanted = self.value("split.tensors.count", found)
@@ -154,7 +154,7 @@ def _set_byte_level(backend: Any, file: GgufFile, kind: str) -> None:
 # -- the container -------------------------------------------------------------------------------
 
 
-def _parts(path: Path) -> list[Path]:
+def parts_of(path: Path) -> list[Path]:
     """The file, or all that it was split in, of which the first was given."""
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
     if match is None:
@@ -207,6 +207,8 @@ def _config(file: GgufFile) -> Any:
                 "may change what the model computes; use the model's folder with *.safetensors"
             )
     config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    # Of all parts: `transformers` looks for an output layer in the first alone.
+    config.tie_word_embeddings = all(tensor.name != "output.weight" for tensor in file.tensors())
     ends = [file.value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     config.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None] or None
     config.bos_token_id = file.value("tokenizer.ggml.bos_token_id")

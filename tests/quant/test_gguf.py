@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from vkv import LLM
 from vkv.quant import Int4Linear
 from vkv.quant.gguf_files import load_gguf, load_gguf_tokenizer
+from vkv.runtime.model.fingerprint import model_files
 from vkv.runtime.model.loading import load_model
 from vkv.vmem.errors import BadCheckpoint, UnsupportedModel
 
@@ -84,6 +85,22 @@ def test_an_llm_takes_the_file(tmp_path: Path) -> None:
         outs = llm.generate(prompts, zoo.greedy(10))
     for prompt, out in zip(prompts, outs, strict=True):
         assert list(out.outputs[0].token_ids) == zoo.generate_alone(reference, prompt, 10)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_an_output_layer_in_another_part_is_not_tied(kind: str, tmp_path: Path) -> None:
+    reference = gguf_zoo.make("llama", tmp_path / "model.gguf", kind, split=8)
+    parts = sorted(tmp_path.glob("model-*.gguf"))
+    assert len(parts) > 1
+    assert "output.weight" not in [tensor.name for tensor in gguf.GGUFReader(parts[0]).tensors]
+    model: Any = load_gguf(parts[0], torch.float32, "eager")
+    ids = torch.tensor([zoo.random_prompts([40])[0]])
+    expected = reference(ids).logits
+    torch.testing.assert_close(
+        model(ids).logits, expected, rtol=1e-4, atol=1e-5 * expected.abs().max()
+    )
+    assert [file.path for file in model_files(parts[0])] == parts, "all of them tell models apart"
 
 
 # -- the tokenizer ---------------------------------------------------------------------------------
