@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -125,9 +126,15 @@ def load_gguf_tokenizer(path: Path) -> Any:
             f"{path} cuts text as {pre!r} does (tokenizer.ggml.pre), which is not known here, and "
             "other tokens would be other answers; pass tokenizer= with the model's own folder"
         )
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # In a folder of its own: a tokenizer.json beside the file would be taken instead.
+    with TemporaryDirectory() as alone:
+        (Path(alone) / path.name).symlink_to(path.absolute())
+        tokenizer: Any = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
+    tokenizer.name_or_path = str(path.parent)
     if kind == "gpt2":
         _set_byte_level(tokenizer.backend_tokenizer, file, _PRE[pre])
+    elif kind == "llama" and not file.value("tokenizer.ggml.add_space_prefix", True):
+        _leave_beginning(tokenizer.backend_tokenizer)
     tokenizer.chat_template = file.value("tokenizer.chat_template")
     return tokenizer
 
@@ -137,6 +144,7 @@ def _set_byte_level(backend: Any, file: GgufFile, kind: str) -> None:
     from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
     backend.normalizer = normalizers.NFC() if kind == "qwen" else None
+    backend.model.ignore_merges = kind == "llama"  # a word that is a token is that token
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_SPLITS[kind]), behavior="isolated"),
@@ -148,6 +156,17 @@ def _set_byte_level(backend: Any, file: GgufFile, kind: str) -> None:
         token = backend.id_to_token(begin)
         backend.post_processor = processors.TemplateProcessing(
             single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, begin)]
+        )
+
+
+def _leave_beginning(backend: Any) -> None:
+    """No space in front of a text, where a tokenizer of SentencePiece's kind puts one."""
+    from tokenizers import decoders, pre_tokenizers
+
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):  # Gemma's puts none
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         )
 
 

@@ -179,6 +179,56 @@ def test_a_token_in_front_where_the_file_says_so(tmp_path: Path) -> None:
     assert load_gguf_tokenizer(path)("a")["input_ids"] == [begin, *source.encode("a").ids]
 
 
+@pytest.mark.parametrize(("pre", "is_whole"), [("llama-bpe", True), ("qwen2", False)])
+def test_a_word_that_no_merge_leads_to(pre: str, is_whole: bool, tmp_path: Path) -> None:
+    """It is a token to Llama 3, whose words are looked up before they are put together."""
+    fields = tokenizer_fields(byte_level(LLAMA_3), pre)
+    fields["tokenizer.ggml.tokens"].append("quxzq")
+    fields["tokenizer.ggml.token_type"].append(1)
+    path = tmp_path / "model.gguf"
+    gguf_zoo.make("llama", path, "F32", **fields)
+    ids = load_gguf_tokenizer(path)("quxzq", add_special_tokens=False)["input_ids"]
+    assert (ids == [len(fields["tokenizer.ggml.tokens"]) - 1]) == is_whole
+    assert is_whole or len(ids) > 1
+
+
+def test_a_tokenizer_beside_the_file_is_not_taken(tmp_path: Path) -> None:
+    source = byte_level(LLAMA_3)
+    path = tmp_path / "model.gguf"
+    gguf_zoo.make("llama", path, "F32", **tokenizer_fields(source, "llama-bpe"))
+    other = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    other.save(str(tmp_path / "tokenizer.json"))
+    found = load_gguf_tokenizer(path)
+    for text in TEXTS:
+        ids = found(text, add_special_tokens=False)["input_ids"]
+        assert ids == source.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_a_space_in_front_is_the_files_to_say(prefix: bool | None, tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a", "▁ab"]
+    fields: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0],
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1, 1],
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    if prefix is not None:
+        fields["tokenizer.ggml.add_space_prefix"] = prefix
+    path = tmp_path / "model.gguf"
+    gguf_zoo.make("llama", path, "F32", **fields)
+    found = load_gguf_tokenizer(path)
+    ids = found("ab", add_special_tokens=False)["input_ids"]
+    assert [tokens[i] for i in ids] == (["ab"] if prefix is False else ["▁ab"])
+    assert found("ab")["input_ids"] == [1, *ids]
+    assert found.decode(ids) == "ab"
+    if prefix is False:
+        assert found.decode(found(" ab", add_special_tokens=False)["input_ids"]) == " ab"
+
+
 def test_another_way_to_cut_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     gguf_zoo.make("llama", path, "F32", **tokenizer_fields(byte_level(LLAMA_3), "poro-chat"))
