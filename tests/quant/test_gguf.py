@@ -246,6 +246,39 @@ def test_what_a_file_says_and_nobody_reads_is_refused(tmp_path: Path) -> None:
         load_gguf(path, None, "eager")
 
 
+@pytest.mark.parametrize(
+    ("key", "found"), [("rope.dimension_count", 8), ("attention.value_length", 32)]
+)
+def test_heads_that_are_read_otherwise_are_refused(key: str, found: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    gguf_zoo.make("qwen3", path, "F32", **{f"qwen3.{key}": found})
+    with pytest.raises(UnsupportedModel, match=rf"qwen3\.{key} to {found}.*have 16 elements"):
+        load_gguf(path, None, "eager")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "tensor"),
+    [
+        ("qwen2", "attention.head_count_kv", r"attn_k"),
+        ("llama", "feed_forward_length", r"ffn_"),
+        ("qwen3moe", "expert_feed_forward_length", r"ffn_\w+_exps"),
+        ("qwen3moe", "expert_count", r"mlp\.gate\.weight"),
+    ],
+)
+def test_codes_of_another_shape_than_the_headers_are_refused(
+    architecture: str, key: str, tensor: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    gguf_zoo.make(architecture, path, "Q8_0")
+    (field,) = (f for n, f in gguf.GGUFReader(path).fields.items() if n.endswith(key))
+    content = bytearray(path.read_bytes())
+    start = field.offset + sum(part.nbytes for part in field.parts[:-1])
+    content[start : start + 4] = (2 * int(field.contents())).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(BadCheckpoint, match=rf"{tensor}.* is \["):
+        load_gguf(path, torch.float32, "eager")
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     gguf_zoo.make("llama", path, "F32", **{"general.type": "adapter"})
