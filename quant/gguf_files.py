@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._readers = [_open(part) for part in _parts(path)]
+        self._readers = [_open(part) for part in parts_of(path)]
         self.fields = self._readers[0].fields
         found = sum(len(reader.tensors) for reader in self._readers)
         wanted = self.value("split.tensors.count", found)
@@ -125,9 +126,15 @@ def load_gguf_tokenizer(path: Path) -> Any:
             f"{path} cuts text as {pre!r} does (tokenizer.ggml.pre), which is not known here, and "
             "other tokens would be other answers; pass tokenizer= with the model's own folder"
         )
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # In a folder of its own: a tokenizer.json beside the file would be taken instead.
+    with TemporaryDirectory() as alone:
+        (Path(alone) / path.name).symlink_to(path.absolute())
+        tokenizer: Any = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
+    tokenizer.name_or_path = str(path.parent)
     if kind == "gpt2":
         _set_byte_level(tokenizer.backend_tokenizer, file, _PRE[pre])
+    elif kind == "llama" and not file.value("tokenizer.ggml.add_space_prefix", True):
+        _leave_beginning(tokenizer.backend_tokenizer)
     tokenizer.chat_template = file.value("tokenizer.chat_template")
     return tokenizer
 
@@ -137,6 +144,7 @@ def _set_byte_level(backend: Any, file: GgufFile, kind: str) -> None:
     from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
     backend.normalizer = normalizers.NFC() if kind == "qwen" else None
+    backend.model.ignore_merges = kind == "llama"  # a word that is a token is that token
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_SPLITS[kind]), behavior="isolated"),
@@ -151,10 +159,21 @@ def _set_byte_level(backend: Any, file: GgufFile, kind: str) -> None:
         )
 
 
+def _leave_beginning(backend: Any) -> None:
+    """No space in front of a text, where a tokenizer of SentencePiece's kind puts one."""
+    from tokenizers import decoders, pre_tokenizers
+
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):  # Gemma's puts none
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+
+
 # -- the container -------------------------------------------------------------------------------
 
 
-def _parts(path: Path) -> list[Path]:
+def parts_of(path: Path) -> list[Path]:
     """The file, or all that it was split in, of which the first was given."""
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
     if match is None:
@@ -206,7 +225,10 @@ def _config(file: GgufFile) -> Any:
                 f"{file.path} sets {key} to {file.value(key)!r}, which nothing here reads, and it "
                 "may change what the model computes; use the model's folder with *.safetensors"
             )
+    _check_heads(file, arch)
     config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    # Of all parts: `transformers` looks for an output layer in the first alone.
+    config.tie_word_embeddings = all(tensor.name != "output.weight" for tensor in file.tensors())
     ends = [file.value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     config.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None] or None
     config.bos_token_id = file.value("tokenizer.ggml.bos_token_id")
@@ -216,6 +238,19 @@ def _config(file: GgufFile) -> Any:
     if (width := file.value(f"{arch}.expert_feed_forward_length")) is not None:
         config.moe_intermediate_size = width
     return config
+
+
+def _check_heads(file: GgufFile, arch: str) -> None:
+    """Refuse heads that are rotated in part, or whose values have another size than their keys."""
+    width = file.value(f"{arch}.embedding_length", 0)
+    heads = file.value(f"{arch}.attention.head_count", 1)
+    head_dim = file.value(f"{arch}.attention.key_length", width // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if (found := file.value(f"{arch}.{name}", head_dim)) != head_dim:
+            raise UnsupportedModel(
+                f"{file.path} sets {arch}.{name} to {found}, and its heads have {head_dim} "
+                "elements; heads of one size, rotated whole, are read: use the model's folder"
+            )
 
 
 # -- the tensors ---------------------------------------------------------------------------------
@@ -254,7 +289,7 @@ def _fill(model: PreTrainedModel, file: GgufFile, dtype: torch.dtype) -> None:
         layer, _, last = name.rpartition(".")
         module = model.get_submodule(layer) if layer and name in missing else None
         if type(module) is nn.Linear and last == "weight":
-            exact = _exactly(tensor, processor, module.bias)
+            exact = _exactly(tensor, processor, module, file.path)
             if exact is not None:
                 model.set_submodule(layer, exact)
                 missing.discard(name)
@@ -286,6 +321,9 @@ def _finish(
     for layer, tensors in experts.items():
         fused = FusedExperts.of(model.get_submodule(layer))
         assert fused is not None, "_experts_in_codes has looked"
+        for role, tensor in tensors.items():
+            shape = (fused.num_experts, *fused.weight(role, 0).shape)
+            _check_shape(tensor, shape, file.path)
         model.set_submodule(layer, _experts(fused, tensors))
     model.tie_weights()
     if model.config.tie_word_embeddings:
@@ -353,15 +391,26 @@ def _experts(fused: FusedExperts, tensors: Mapping[Role, Any]) -> Experts:
     return Experts(experts)
 
 
-def _exactly(tensor: Any, processor: Any, bias: torch.Tensor | None) -> nn.Module | None:
+def _exactly(tensor: Any, processor: Any, linear: nn.Linear, path: Path) -> nn.Module | None:
     """A linear in Q4_0, Q4_1 or Q8_0 by its codes; None for another type."""
     kind = tensor.tensor_type.name
     rows, columns = int(tensor.shape[1]), int(tensor.shape[0])
     if kind not in _EXACT or columns % _GROUP:
         return None
+    _check_shape(tensor, linear.weight.shape, path)
     order = processor.process(weights=np.arange(rows).reshape(rows, 1), name=tensor.name)
     data = torch.from_numpy(np.array(tensor.data))
-    return _of_blocks(kind, data[torch.from_numpy(np.array(order.weights)).flatten()], bias)
+    return _of_blocks(kind, data[torch.from_numpy(np.array(order.weights)).flatten()], linear.bias)
+
+
+def _check_shape(tensor: Any, wanted: Sequence[int], path: Path) -> None:
+    """Refuse a tensor of another shape than the header makes the model's."""
+    found = [int(size) for size in reversed(tensor.shape)]
+    if found != list(wanted):
+        raise BadCheckpoint(
+            f"{path}: {tensor.name} is {found}, and by the file's header {list(wanted)}; download "
+            "it again"
+        )
 
 
 def _of_blocks(

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ from .kernels import Gate
 
 _ROTARY = "apply_rotary_pos_emb"
 _NUM_TEST_ROWS = 3
+_LARGE = 1e4  # of inputs: some layers clamp such
+_SMALL = 1e-3  # beside which a norm's epsilon counts
 _ACTIVATIONS: dict[Gate, Callable[[torch.Tensor], torch.Tensor]] = {
     Gate.SILU: functional.silu,
     Gate.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
@@ -41,7 +44,13 @@ class FusedNorm(nn.Module):
         super().__init__()
         self.weight = norm.weight
         self.variance_epsilon = eps
-        self._compute = native_kernels.RmsNorm(norm.weight, eps, offset)  # type: ignore[arg-type]
+        self._offset = offset
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Take the numbers that are in the parameter now, wherever they lie."""
+        weight: Any = self.weight
+        self._compute = native_kernels.RmsNorm(weight, self.variance_epsilon, self._offset)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._compute(hidden_states)
@@ -110,13 +119,14 @@ def gate_of(module: nn.Module, dtype: torch.dtype) -> Gate | None:
         return None
     if type(gate_proj) not in (nn.Linear, Int4Linear) or not native_kernels.available(dtype):
         return None
-    x = _random(_NUM_TEST_ROWS, gate_proj.in_features, like=torch.empty(0, dtype=dtype))
-    wide = 3 * _random(_NUM_TEST_ROWS, 64, like=torch.empty(0))  # float32 tells activations apart
+    x = _also_large(gate_proj.in_features, like=torch.empty(0, dtype=dtype))
+    wide = 3 * _also_large(64, like=torch.empty(0))  # float32 tells activations apart
     for gate, activation in _ACTIVATIONS.items():
-        if not _close(children["act_fn"](wide), activation(wide)):
+        if not _close(children["act_fn"](wide), activation(wide), parts=2):
             continue
         expected = children["down_proj"](activation(gate_proj(x)) * up_proj(x))
-        return gate if _takes_one_tensor(module) and _close(module(x), expected) else None
+        same = _takes_one_tensor(module) and _close(module(x), expected, parts=2)
+        return gate if same else None
     return None
 
 
@@ -160,10 +170,10 @@ def gate_between(
     """The gate that gives the results of an activation over gate and up, if there is one."""
     if not native_kernels.available(dtype):
         return None
-    wide = 3 * _random(_NUM_TEST_ROWS, 128, like=torch.empty(0))  # float32 tells them apart
+    wide = 3 * _also_large(128, like=torch.empty(0))  # float32 tells activations apart
     found = activation(wide)
     for gate in _ACTIVATIONS:
-        if _close(found, native_kernels.gated(wide, gate)):
+        if _close(found, native_kernels.gated(wide, gate), parts=2):
             return gate
     return None
 
@@ -184,11 +194,17 @@ def _fused_norm(norm: nn.Module) -> FusedNorm | None:
     if len(list(norm.parameters())) != 1 or not native_kernels.available(weight.dtype):
         return None
     x = _random(_NUM_TEST_ROWS, len(weight), like=weight)
-    for offset in (0.0, 1.0):
-        fused = FusedNorm(norm, eps, offset)
-        if _close(fused(x), norm(x)):
-            return fused
-    return None
+    x = torch.cat([x, _SMALL * x])
+    expected = norm(x)
+    if not isinstance(expected, torch.Tensor):
+        return None
+    if (expected.dtype, expected.shape) != (x.dtype, x.shape):
+        return None
+    # The nearer one: beside a large weight, one more is little.
+    found = [FusedNorm(norm, eps, offset) for offset in (0.0, 1.0)]
+    shares = [(_share_off(one(x), expected), one) for one in found]
+    share, best = min(shares, key=lambda pair: float(pair[0].mean()))
+    return best if bool((share <= _TOLERANCE[x.dtype]).all()) else None
 
 
 def _epsilon(norm: nn.Module) -> float | None:
@@ -272,9 +288,23 @@ def _random(*shape: int, like: torch.Tensor) -> torch.Tensor:
     return torch.randn(*shape, generator=generator).to(like.dtype)
 
 
-def _close(found: object, expected: torch.Tensor) -> bool:
-    """Whether one tensor is the other, but for the rounding of its dtype."""
+def _also_large(dim: int, *, like: torch.Tensor) -> torch.Tensor:
+    """Random rows, and the same again far larger: some layers clamp what is large."""
+    x = _random(_NUM_TEST_ROWS, dim, like=like)
+    return torch.cat([x, _LARGE * x])
+
+
+def _close(found: object, expected: torch.Tensor, *, parts: int = 1) -> bool:
+    """Whether one tensor is the other, but for the rounding of its dtype; each part of its rows."""
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         return False
-    off = (found.float() - expected.float()).abs().max()
-    return bool(off <= _TOLERANCE[expected.dtype] * expected.float().abs().max())
+    pairs = zip(found.float().chunk(parts), expected.float().chunk(parts), strict=True)
+    tolerance = _TOLERANCE[expected.dtype]
+    return all(bool((a - b).abs().max() <= tolerance * b.abs().max()) for a, b in pairs)
+
+
+def _share_off(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """The difference of each element, as a share of it."""
+    wanted = expected.detach().float()
+    tiny = torch.finfo(torch.float32).tiny
+    return (found.float() - wanted).abs() / wanted.abs().clamp(min=tiny)

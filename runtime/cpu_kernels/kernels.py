@@ -223,6 +223,12 @@ class PanelLinear:
         self._multiply(args)
         return out
 
+    def lay_out_again(self, weight: torch.Tensor) -> None:
+        """Take the numbers of another weight of the same shape, where recorded calls read them."""
+        words = weight.detach().contiguous().view(torch.int32)
+        assert words.shape == self._shape, (words.shape, self._shape)
+        _pack([words], self._weight, is_gated=self._args.gate != 0)
+
     def dense(self) -> torch.Tensor:
         """The weight again, bit for bit."""
         weight = torch.empty(self._shape, dtype=torch.int32)
@@ -237,7 +243,10 @@ class PanelLinear:
 
 
 class RmsNorm:
-    """x / sqrt(mean(x²) + eps) * (offset + weight), over the last dimension."""
+    """x / sqrt(mean(x²) + eps) * (offset + weight), over the last dimension.
+
+    A call raises TypeError for inputs of another type than the weight's.
+    """
 
     def __init__(self, weight: torch.Tensor, eps: float, offset: float) -> None:
         self._weight = weight.detach()
@@ -253,6 +262,8 @@ class RmsNorm:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., dim] to a tensor of the same shape, without gaps."""
+        if inputs.dtype != self._weight.dtype:
+            raise TypeError(f"the weight is {self._weight.dtype} and the inputs are {inputs.dtype}")
         inputs, num_rows, stride = rows_of(inputs)
         out = inputs.new_empty(inputs.shape)
         args = _RmsNorm.from_buffer_copy(self._args)  # threads may share the module

@@ -11,7 +11,8 @@ its gate built in, and `fusing` takes norms and rotary embeddings. The model's c
 only modules are exchanged, and all of it is undone without loss if the model does not take it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from ...vmem import linux
 from . import kernels as native_kernels
 from .experts import Multiplied, PackedExperts, RowWeight, pack_experts, pack_row_weights
 from .fusing import (
+    FusedNorm,
     Undo,
     exchange,
     fuse_expert_gates,
@@ -119,6 +121,9 @@ class PackedProduct:
         linears: in the order of the model's calls; all dense, or all in 4 bits.
         gate: of two linears, gate and up, whose gated product alone is wanted.
         repeatable: by vkv's kernel, even where oneDNN's is faster.
+
+    Attributes:
+        tied: the weight of a single linear that is a parameter elsewhere too; None for others.
     """
 
     def __init__(
@@ -133,6 +138,8 @@ class PackedProduct:
         # An input and its product, in one place: another thread's never come between them.
         self._last: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self._gates_itself = False
+        self._repeatable = repeatable
+        self.tied: torch.Tensor | None = None
         self._product: _Product | Int4Linear
         int4 = [linear for linear in linears if isinstance(linear, Int4Linear)]
         if len(int4) == 1:
@@ -142,11 +149,11 @@ class PackedProduct:
             self._product = Int4Linear(weight, self.bias, kernel_name=int4[0].pinned)
         else:
             dense = [linear.weight for linear in linears if isinstance(linear, nn.Linear)]
-            self._product = self._lay_out(dense, repeatable)
+            self._product = self._lay_out(dense)
 
-    def _lay_out(self, weights: list[torch.Tensor], repeatable: bool) -> _Product:
+    def _lay_out(self, weights: list[torch.Tensor]) -> _Product:
         self._weight_bytes = sum(weight.nbytes for weight in weights)
-        panel = _panel(weights[0].dtype, repeatable)
+        panel = _panel(weights[0].dtype, self._repeatable)
         if panel is not None and self.in_features and self.in_features % 2 == 0:
             self._gates_itself = self.gate is not None and self.out_features[0] % 32 == 0
             gate = self.gate if self._gates_itself else None
@@ -189,6 +196,14 @@ class PackedProduct:
             whole += addend.view(whole.shape)
         assert self.gate is not None
         return native_kernels.gated(whole, self.gate)
+
+    def lay_out_again(self) -> None:
+        """Take the numbers that are now in a weight which the model has elsewhere too."""
+        if self.tied is not None:
+            if isinstance(self._product, PanelLinear):
+                self._product.lay_out_again(self.tied)
+            else:
+                self._product = self._lay_out([self.tied])
 
     def settle(self, dtype: torch.dtype) -> None:
         """Keep nothing of the weight but what products of `dtype` read: no more `unpack`."""
@@ -265,6 +280,7 @@ def pack(
     with Multiplied() as multiplied:
         groups = group_by_input(plain_linears(model, _has_kernel), lambda: expected.extend(run()))
     homes, dtype = single_homes(model), expected[0].dtype  # of the logits it may be another
+    shared = _parameters_of_several(model)
     mapped = linux.mapped_files(files)
     undo: list[Undo] = []
     gates = _Gates(dtype)
@@ -277,6 +293,7 @@ def pack(
             gate = gates.of(parent) if is_gated and id(parent) in homes else None
             linears = [place.linear for place in group]
             product = PackedProduct(linears, gate, repeatable=repeatable)
+            product.tied = _tied(linears, shared)
             undo.append(_exchange_linears(group, product, mapped))
             products.append(product)
             trim_heap()
@@ -322,11 +339,29 @@ def is_packed(module: nn.Module) -> bool:
     return isinstance(module, PackedLinear | PackedGatedLayer | PackedExperts)
 
 
+def _parameters_of_several(model: nn.Module) -> set[int]:
+    """By `id`, the parameters that several modules have, as a tied output layer does."""
+    found = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {one for one, count in found.items() if count > 1}
+
+
+def _tied(linears: Sequence[Linear], shared: Collection[int]) -> torch.Tensor | None:
+    """The weight of a dense linear by itself, if it is among those that are shared."""
+    if len(linears) > 1 or not isinstance(linears[0], nn.Linear):
+        return None
+    return linears[0].weight if id(linears[0].weight) in shared else None
+
+
 def lay_out_again(model: nn.Module) -> None:
     """Take the numbers that are now in parameters which stay, beside what was laid out of them."""
     for weight in model.parameters():
         if isinstance(weight, RowWeight):
             weight.lay_out()
+    for module in model.modules():
+        if isinstance(module, FusedNorm):
+            module.lay_out()
+        elif isinstance(module, PackedLinear):
+            module.product.lay_out_again()
 
 
 def has_foreign_weights(model: nn.Module) -> bool:

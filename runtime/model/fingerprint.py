@@ -15,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PretrainedConfig
 
+from ...quant.gguf_files import parts_of
 from ..cpu_kernels.packing import PackedExperts, PackedGatedLayer, PackedLinear, int4_products
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
@@ -41,7 +42,7 @@ def model_files(home: str | Path, config: PretrainedConfig | None = None) -> tup
     """
     path = Path(home).absolute()  # they are read later, wherever the process is by then
     if path.is_file():
-        return (_mark(path),)
+        return tuple(_mark(part) for part in parts_of(path) if part.is_file())
     if not path.is_dir():
         revision = getattr(config, "_commit_hash", None)
         found = try_to_load_from_cache(str(home), "config.json", revision=revision)

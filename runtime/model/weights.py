@@ -148,13 +148,15 @@ class ModelWatch:
         return attention
 
     def _learn(self) -> tuple[LayerAttention, ...]:
-        loaded, name = self._loaded, type(self._model).__name__
+        loaded = self._loaded
         if has_foreign_weights(self._model):
             raise InvalidOperation(
-                f"{name} got weights in place of some that were laid out for the CPU's kernels, "
-                "which nothing would read; close this LLM, and make one with pack_weights=False, "
-                "or change the model first"
+                f"{type(self._model).__name__} got weights in place of some that were laid out for "
+                "the CPU's kernels, which nothing would read; close this LLM, and make one with "
+                "pack_weights=False, or change the model first"
             )
+        if self._model.dtype != self._dtype:
+            raise self._unfit()
         lay_out_again(self._model)
         probed = probe_attention(self._model)
         embedding: Any = self._model.get_input_embeddings()
@@ -163,12 +165,15 @@ class ModelWatch:
         same = now == then and embedding.weight.shape[0] == loaded.vocab_size
         tensors = (*self._model.parameters(), *self._model.buffers())
         here = all(tensor.device == loaded.device for tensor in tensors)
-        if not same or not here or self._model.dtype != self._dtype:
-            raise InvalidOperation(
-                f"{name} has another vocabulary, other layers, another dtype or another device "
-                "than when vkv.LLM took it; close this LLM and make another"
-            )
+        if not same or not here:
+            raise self._unfit()
         return probed.attention
+
+    def _unfit(self) -> InvalidOperation:
+        return InvalidOperation(
+            f"{type(self._model).__name__} has another vocabulary, other layers, another dtype or "
+            "another device than when vkv.LLM took it; close this LLM and make another"
+        )
 
 
 def _has_address(value: Any) -> bool:

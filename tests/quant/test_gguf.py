@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from vkv import LLM
 from vkv.quant import Int4Linear
 from vkv.quant.gguf_files import load_gguf, load_gguf_tokenizer
+from vkv.runtime.model.fingerprint import model_files
 from vkv.runtime.model.loading import load_model
 from vkv.vmem.errors import BadCheckpoint, UnsupportedModel
 
@@ -84,6 +85,22 @@ def test_an_llm_takes_the_file(tmp_path: Path) -> None:
         outs = llm.generate(prompts, zoo.greedy(10))
     for prompt, out in zip(prompts, outs, strict=True):
         assert list(out.outputs[0].token_ids) == zoo.generate_alone(reference, prompt, 10)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_an_output_layer_in_another_part_is_not_tied(kind: str, tmp_path: Path) -> None:
+    reference = gguf_zoo.make("llama", tmp_path / "model.gguf", kind, split=8)
+    parts = sorted(tmp_path.glob("model-*.gguf"))
+    assert len(parts) > 1
+    assert "output.weight" not in [tensor.name for tensor in gguf.GGUFReader(parts[0]).tensors]
+    model: Any = load_gguf(parts[0], torch.float32, "eager")
+    ids = torch.tensor([zoo.random_prompts([40])[0]])
+    expected = reference(ids).logits
+    torch.testing.assert_close(
+        model(ids).logits, expected, rtol=1e-4, atol=1e-5 * expected.abs().max()
+    )
+    assert [file.path for file in model_files(parts[0])] == parts, "all of them tell models apart"
 
 
 # -- the tokenizer ---------------------------------------------------------------------------------
@@ -162,6 +179,56 @@ def test_a_token_in_front_where_the_file_says_so(tmp_path: Path) -> None:
     assert load_gguf_tokenizer(path)("a")["input_ids"] == [begin, *source.encode("a").ids]
 
 
+@pytest.mark.parametrize(("pre", "is_whole"), [("llama-bpe", True), ("qwen2", False)])
+def test_a_word_that_no_merge_leads_to(pre: str, is_whole: bool, tmp_path: Path) -> None:
+    """It is a token to Llama 3, whose words are looked up before they are put together."""
+    fields = tokenizer_fields(byte_level(LLAMA_3), pre)
+    fields["tokenizer.ggml.tokens"].append("quxzq")
+    fields["tokenizer.ggml.token_type"].append(1)
+    path = tmp_path / "model.gguf"
+    gguf_zoo.make("llama", path, "F32", **fields)
+    ids = load_gguf_tokenizer(path)("quxzq", add_special_tokens=False)["input_ids"]
+    assert (ids == [len(fields["tokenizer.ggml.tokens"]) - 1]) == is_whole
+    assert is_whole or len(ids) > 1
+
+
+def test_a_tokenizer_beside_the_file_is_not_taken(tmp_path: Path) -> None:
+    source = byte_level(LLAMA_3)
+    path = tmp_path / "model.gguf"
+    gguf_zoo.make("llama", path, "F32", **tokenizer_fields(source, "llama-bpe"))
+    other = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    other.save(str(tmp_path / "tokenizer.json"))
+    found = load_gguf_tokenizer(path)
+    for text in TEXTS:
+        ids = found(text, add_special_tokens=False)["input_ids"]
+        assert ids == source.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_a_space_in_front_is_the_files_to_say(prefix: bool | None, tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a", "▁ab"]
+    fields: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0],
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1, 1],
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    if prefix is not None:
+        fields["tokenizer.ggml.add_space_prefix"] = prefix
+    path = tmp_path / "model.gguf"
+    gguf_zoo.make("llama", path, "F32", **fields)
+    found = load_gguf_tokenizer(path)
+    ids = found("ab", add_special_tokens=False)["input_ids"]
+    assert [tokens[i] for i in ids] == (["ab"] if prefix is False else ["▁ab"])
+    assert found("ab")["input_ids"] == [1, *ids]
+    assert found.decode(ids) == "ab"
+    if prefix is False:
+        assert found.decode(found(" ab", add_special_tokens=False)["input_ids"]) == " ab"
+
+
 def test_another_way_to_cut_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     gguf_zoo.make("llama", path, "F32", **tokenizer_fields(byte_level(LLAMA_3), "poro-chat"))
@@ -177,6 +244,39 @@ def test_what_a_file_says_and_nobody_reads_is_refused(tmp_path: Path) -> None:
     gguf_zoo.make("llama", path, "F32", **{"llama.rope.scaling.type": "yarn"})
     with pytest.raises(UnsupportedModel, match=r"llama\.rope\.scaling\.type to 'yarn'"):
         load_gguf(path, None, "eager")
+
+
+@pytest.mark.parametrize(
+    ("key", "found"), [("rope.dimension_count", 8), ("attention.value_length", 32)]
+)
+def test_heads_that_are_read_otherwise_are_refused(key: str, found: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    gguf_zoo.make("qwen3", path, "F32", **{f"qwen3.{key}": found})
+    with pytest.raises(UnsupportedModel, match=rf"qwen3\.{key} to {found}.*have 16 elements"):
+        load_gguf(path, None, "eager")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "tensor"),
+    [
+        ("qwen2", "attention.head_count_kv", r"attn_k"),
+        ("llama", "feed_forward_length", r"ffn_"),
+        ("qwen3moe", "expert_feed_forward_length", r"ffn_\w+_exps"),
+        ("qwen3moe", "expert_count", r"mlp\.gate\.weight"),
+    ],
+)
+def test_codes_of_another_shape_than_the_headers_are_refused(
+    architecture: str, key: str, tensor: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    gguf_zoo.make(architecture, path, "Q8_0")
+    (field,) = (f for n, f in gguf.GGUFReader(path).fields.items() if n.endswith(key))
+    content = bytearray(path.read_bytes())
+    start = field.offset + sum(part.nbytes for part in field.parts[:-1])
+    content[start : start + 4] = (2 * int(field.contents())).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(BadCheckpoint, match=rf"{tensor}.* is \["):
+        load_gguf(path, torch.float32, "eager")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

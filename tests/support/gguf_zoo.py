@@ -40,11 +40,13 @@ def make(
     *,
     rope: dict[str, Any] | None = None,
     rope_factors: torch.Tensor | None = None,
+    split: int = 0,
     **fields: Any,
 ) -> PreTrainedModel:
     """Write a model whose matrices are in `kind`; returns it with the weights that the file has.
 
-    With `rope`, the model has these parameters, which a file has as factors only.
+    With `rope`, the model has these parameters, which a file has as factors only. With `split`,
+    parts have so many tensors each, and are called as llama.cpp calls them.
     """
     options = dict(_SIZES)
     if architecture == "qwen3moe":
@@ -54,7 +56,7 @@ def make(
     if rope is not None:
         options["rope_parameters"] = rope
     model = zoo.tiny_model(ARCHITECTURES[architecture], **options)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     _write_config(writer, model.config, architecture, fields)
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)

@@ -8,7 +8,14 @@ from torch import nn
 from vkv import LLM
 from vkv.quant import Int4Linear
 from vkv.runtime.cpu_kernels import kernels as native_kernels
-from vkv.runtime.cpu_kernels.fusing import FusedNorm, fuse_norms, fuse_rotary, gate_of, gates_alike
+from vkv.runtime.cpu_kernels.fusing import (
+    FusedNorm,
+    fuse_norms,
+    fuse_rotary,
+    gate_between,
+    gate_of,
+    gates_alike,
+)
 from vkv.runtime.cpu_kernels.kernels import Gate
 from vkv.runtime.cpu_kernels.packing import PackedGatedLayer, can_pack
 from vkv.runtime.model.loading import load_model
@@ -147,3 +154,69 @@ def test_a_gate_between_linears_in_4_bits() -> None:
     assert gate_of(layer.bfloat16(), torch.bfloat16) is Gate.SILU
     layer.swapped = True
     assert gate_of(layer, torch.bfloat16) is None
+
+
+class Clamped(Feedforward):
+    """As of models that limit what is large."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x).clamp(max=10.0), self.up_proj(x).clamp(-10.0, 10.0)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_that_clamps_what_is_large_is_left(dtype: torch.dtype) -> None:
+    def plain(both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+    assert gate_of(Feedforward(nn.SiLU()).to(dtype), dtype) is Gate.SILU
+    assert gate_of(Clamped(nn.SiLU()).to(dtype), dtype) is None
+    assert gate_between(plain, dtype) is Gate.SILU
+    assert gate_between(lambda both: plain(both.clamp(max=16.0)), dtype) is None
+
+
+class OffsetRMSNorm(nn.Module):
+    """As Gemma's."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.eps = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * (1.0 + self.weight.float())).type_as(x)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rest", [0.0, 200.0])
+def test_one_more_than_the_weight_is_told_from_the_weight(dtype: torch.dtype, rest: float) -> None:
+    """Also beside a channel whose weight is a thousand, and where all are large."""
+    weight = torch.full((64,), rest)
+    weight[3] = 1000.0
+    norm = nn.Sequential(OffsetRMSNorm(weight.to(dtype)))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = norm(x)
+    assert len(fuse_norms(norm)) == 1
+    fused = norm[0]
+    assert isinstance(fused, FusedNorm)
+    assert fused._offset == 1.0
+    torch.testing.assert_close(fused(x), expected, rtol=2**-7, atol=0.0)
+
+
+class OutsideRMSNorm(OffsetRMSNorm):
+    """Whose epsilon is added to the root."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        root = x.float().square().mean(-1, keepdim=True).sqrt()
+        return (x.float() / (root + self.eps) * self.weight.float()).type_as(x)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_epsilon_in_another_place_is_seen(dtype: torch.dtype) -> None:
+    assert fuse_norms(nn.Sequential(OutsideRMSNorm(torch.ones(64, dtype=dtype)))) == []

@@ -188,6 +188,12 @@ def test_rms_norm(dtype: torch.dtype, dim: int, offset: float) -> None:
     assert_rounded(RmsNorm(weight, 1e-5, offset)(x), exact * (offset + weight.double()), terms=10)
 
 
+def test_a_norm_refuses_inputs_of_another_type() -> None:
+    norm = RmsNorm(torch.ones(8), 1e-6, 0.0)
+    with pytest.raises(TypeError, match=r"float32 and the inputs are torch\.bfloat16"):
+        norm(torch.ones(2, 8, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "dim"), [(1, 2), (3, 10), (4, 64), (2, 600)])
 def test_rotate(dtype: torch.dtype, heads: int, dim: int) -> None:

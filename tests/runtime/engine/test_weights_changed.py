@@ -230,10 +230,14 @@ def put_to_half(model: Any) -> None:
     model.to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("change", [grow_the_vocabulary, put_to_half])
-def test_a_model_that_does_not_fit_any_more_is_refused(change: Callable[[Any], None]) -> None:
-    model: Any = zoo.tiny_model("llama")
-    with make(model) as llm:
+@pytest.mark.parametrize(
+    ("change", "packed"), [(grow_the_vocabulary, False), (put_to_half, False), (put_to_half, True)]
+)
+def test_a_model_that_does_not_fit_any_more_is_refused(
+    change: Callable[[Any], None], packed: bool
+) -> None:
+    model: Any = zoo.tiny_model("llama", tie_word_embeddings=packed)
+    with make(model, pack_weights=packed) as llm:
         tokens(llm)
         change(model)
         for _ in range(2):
@@ -298,3 +302,28 @@ def test_a_packed_routers_weight_is_laid_out_again() -> None:
     weight.data = -weight.data
     with make(other, pack_weights=True) as llm:
         assert tokens(llm) == changed
+
+
+def assign_norms(model: Any) -> None:
+    norms = [layer.input_layernorm for layer in model.model.layers]
+    norms[0].weight.data = norms[0].weight.data.flip(0) * 3
+    norms[1].weight = nn.Parameter(norms[1].weight.data * -1)
+
+
+@torch.no_grad()
+def multiply_embeddings(model: Any) -> None:
+    weight = model.get_input_embeddings().weight
+    weight.mul_(torch.linspace(0.5, 2.0, len(weight)).unsqueeze(1))
+
+
+@pytest.mark.parametrize("change", [assign_norms, multiply_embeddings])
+def test_what_was_made_of_weights_that_stay_is_made_again(change: Callable[[Any], None]) -> None:
+    """Norms, and an output layer that is tied to the embeddings, of a packed model."""
+    model: Any = zoo.tiny_model("llama", tie_word_embeddings=True)
+    with make(model, pack_weights=True) as llm:
+        before = tokens(llm)
+        change(model)
+        after = tokens(llm)
+    other = zoo.tiny_model("llama", tie_word_embeddings=True)
+    change(other)
+    assert after == of_a_new_llm(other) != before
