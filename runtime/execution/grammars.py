@@ -126,13 +126,21 @@ class Grammars:
                 self._kept.move_to_end(outputs)
         if found is None:
             found = self._compile_in_time(outputs, self._the_vocabulary().tokenizer)
-            with self._lock:
-                self._kept[outputs] = found
-                while len(self._kept) > _MOST_KEPT:
-                    self._kept.popitem(last=False)
         if isinstance(found, str):
             raise InvalidSamplingParams(found)
         return found
+
+    def _keep(self, outputs: StructuredOutputsParams, found: LLMatcher | str) -> LLMatcher | str:
+        with self._lock:
+            self._kept[outputs] = found
+            while len(self._kept) > _MOST_KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+    def _keep_late(self, outputs: StructuredOutputsParams, done: Future[LLMatcher | str]) -> None:
+        """Put what nobody waited for any more in the place of the refusal."""
+        if done.exception() is None:
+            self._keep(outputs, done.result())
 
     def _forget(self, outputs: StructuredOutputsParams, matcher: LLMatcher) -> None:
         with self._lock:
@@ -150,9 +158,10 @@ class Grammars:
     def _compile_in_time(
         self, outputs: StructuredOutputsParams, vocabulary: LLTokenizer
     ) -> LLMatcher | str:
-        """A matcher, or why there is none.
+        """A matcher, or why there is none, which is kept.
 
-        Raises InvalidSamplingParams if others' grammars left no time for it, which may pass.
+        Raises InvalidSamplingParams for what may pass: others' grammars left no time for it, or the
+        system has no thread.
         """
         if not self._places.acquire(timeout=_COMPILE_S):
             raise InvalidSamplingParams(
@@ -169,12 +178,22 @@ class Grammars:
             finally:
                 self._places.release()
 
-        _start(work)
+        try:
+            _start(work)
+        except RuntimeError as error:
+            self._places.release()
+            raise InvalidSamplingParams(
+                f"structured_outputs.{outputs.kind} was not compiled: {error}, with a stack of "
+                f"{_STACK_BYTES >> 20} MiB; try again, or allow the process more threads or memory"
+            ) from error
         with suppress(TimeoutError):
-            return future.result(_COMPILE_S)
-        return (
+            return self._keep(outputs, future.result(_COMPILE_S))
+        late = (
             f"structured_outputs.{outputs.kind} was not compiled in {_COMPILE_S:g} s; {_TOO_LARGE}"
         )
+        self._keep(outputs, late)
+        future.add_done_callback(functools.partial(self._keep_late, outputs))
+        return late
 
 
 def _compile(outputs: StructuredOutputsParams, vocabulary: LLTokenizer) -> LLMatcher | str:

@@ -177,7 +177,8 @@ class Speculation:
         if self._has_failed:
             return {}
         room = min(budget, self.max_rows - sum(item.samples for item in items))
-        decoding = [item for item in items if _decodes(item)]
+        # One that is computed again may have a single token of those that it has, and not the last.
+        decoding = [item for item in items if item.samples and _decodes(item)]
         wanted: dict[Request, int] = {}
         for left, item in zip(range(len(decoding), 0, -1), decoding, strict=True):
             if not room // left:

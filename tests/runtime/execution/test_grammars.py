@@ -208,6 +208,29 @@ def test_who_waits_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         grammars.prepare(StructuredOutputsParams(regex="warm"))
         go_on.set()
     grammars.prepare(StructuredOutputsParams(regex="third"))
+    for thread in threading.enumerate():
+        if thread.name == "vkv-grammar":
+            thread.join(10)
+    for regex in ("first", "second"):  # compiled by now: who asks again has them
+        grammars.prepare(StructuredOutputsParams(regex=regex))
+
+
+def test_a_system_without_threads_takes_no_place_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grammars = Grammars(vocabularies.byte_level(), 520, [1])
+    outputs = StructuredOutputsParams(regex="a")
+
+    def refuse(work: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(grammars_module, "_start", refuse)
+        patched.setattr(grammars_module, "_COMPILE_S", 0.05)
+        for _ in range(3):
+            with pytest.raises(InvalidSamplingParams, match=r"start new thread, .* try again"):
+                grammars.prepare(outputs)
+    grammars.prepare(outputs)
 
 
 def test_grammars_are_kept_and_the_oldest_forgotten(

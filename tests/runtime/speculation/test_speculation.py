@@ -69,3 +69,12 @@ def test_nothing_is_guessed_beyond_the_end_nor_of_prompts_nor_of_pending_tokens(
     pending.request.num_pending = 1
     speculation = Speculation(_Sevens(), max_tokens=8, max_rows=64)
     assert _lengths(speculation, [ending, prompt, pending], 100) == [1, 0, 0]
+
+
+def test_nothing_is_guessed_behind_a_token_that_is_not_the_last() -> None:
+    """As of a request that gave its slot up, and of which a step has room for one token."""
+    again = decoding("a")
+    again.request.num_computed = 1
+    assert not again.samples
+    speculation = Speculation(_Sevens(), max_tokens=8, max_rows=64)
+    assert _lengths(speculation, [again, decoding("b")], 100) == [0, 4]
