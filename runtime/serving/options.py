@@ -138,6 +138,12 @@ class ServeOptions:
                 "api_server_count and restart_engine are for one engine; leave them out with "
                 "several instances"
             )
+        for name in ("lending", "ray_address"):
+            if getattr(self, name) and not self.is_cluster:
+                raise InvalidConfig(
+                    f"{name} is {getattr(self, name)!r}, and there is one engine: give instances, "
+                    "2 or more, or a cluster_policy to have a cluster of one"
+                )
         if self.max_instances is not None and (
             self.max_instances < self.instances or self.cluster_policy not in (None, "llumnix")
         ):
