@@ -225,6 +225,7 @@ def test_a_placement_is_explained(tmp_path: Path) -> None:
         ({"policies": ("fifo",)}, "policy is 'fifo'"),
         ({"policies": ()}, "policies is empty"),
         ({"roles": ("cook",)}, "roles has 'cook'"),
+        ({"roles": ("prefill", "decode")}, "moves no computed prompt"),
         ({"rates": (0.0,)}, "none that is 0"),
     ],
 )

@@ -189,3 +189,12 @@ def test_what_is_for_instances_is_refused_for_one_engine(options: dict[str, Any]
     for several in ({"instances": 2}, {"cluster_policy": "llumnix"}, {"max_instances": 2}):
         ServeOptions(**several, **options)
     ServeOptions(lending=False)  # as one engine does
+
+
+@pytest.mark.parametrize(
+    "options", [{"roles": "prefill, decode"}, {"cluster_policy": "round_robin"}, {"instances": 5}]
+)
+def test_what_does_not_go_with_more_instances_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidConfig, match="the cluster policy llumnix, and no roles but both"):
+        ServeOptions(**{"instances": 2, "max_instances": 4, **options})
+    ServeOptions(instances=2, max_instances=4, roles="both,both")
