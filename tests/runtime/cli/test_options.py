@@ -116,6 +116,18 @@ def test_every_bench_offers_options_with_help() -> None:
         assert command.made.help == command.help
 
 
+def test_no_bench_takes_a_number_that_it_could_not_work_with() -> None:
+    """Whole numbers have a least, but for seeds."""
+    commands = typer.main.get_command(bench).commands  # type: ignore[attr-defined]
+    open_ended = [
+        f"{name} --{param.name}"
+        for name, command in commands.items()
+        for param in command.made.params
+        if param.type.name == "integer" and param.name != "seed"
+    ]
+    assert not open_ended
+
+
 @pytest.mark.parametrize(
     ("arguments", "absent"),
     [
