@@ -54,6 +54,21 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
+def test_the_picture_names_what_there_is() -> None:
+    text = (ROOT / "architecture.svg").read_text()
+    listed = " ".join(re.findall(r'class="folder[^>]*>([^<]*)<', text))
+    folders = re.findall(r"\b[a-z_]+/(?:[a-z_]+/)*", listed)
+    names = re.findall(r"\b[A-Z]\w+", " ".join(re.findall(r'class="name[^>]*>([^<]*)<', text)))
+    assert len(folders) > 5
+    assert len(names) > 10
+    for folder in folders:
+        assert (ROOT / folder).is_dir(), folder
+    homes = ("vmem", "allocator", "attention_backends", "runtime")
+    sources = "\n".join(p.read_text() for home in homes for p in (ROOT / home).rglob("*.py"))
+    for name in names:
+        assert re.search(rf"^class {name}\b", sources, flags=re.MULTILINE), name
+
+
 def test_the_code_to_read_is_short() -> None:
     text = (ROOT / "README.md").read_text()
     (listed,) = re.findall(r"<!-- reading -->(.*?)<!-- end -->", text, flags=re.DOTALL)

@@ -142,6 +142,12 @@ def _fields(path: Path) -> dict[str, int]:
     return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdigit()}
 
 
+def can_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, which may have to be made first."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+
+
 def mapped_files(paths: Iterable[str | Path]) -> list[tuple[int, int]]:
     """Where files are mapped, as (start, end), neighbours joined; links are followed."""
     resolved = {os.path.realpath(path) for path in paths}

@@ -155,7 +155,7 @@ def model_option() -> Any:
 
 
 def max_seqs_option(default: int) -> Any:
-    return option(default, help="Requests that run at once.")
+    return option(default, least=1, help="Requests that run at once.")
 
 
 def peers_option() -> Any:
@@ -172,7 +172,7 @@ def peers_option() -> Any:
 
 def threads_option(help: str) -> Any:
     """Threads of processes; as many as there are usable cores where none are given."""
-    return computed(lambda: len(os.sched_getaffinity(0)), kind=int, help=help)
+    return computed(lambda: len(os.sched_getaffinity(0)), kind=int, least=1, help=help)
 
 
 def label_option() -> Any:

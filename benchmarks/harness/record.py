@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from ..runtime.cli.machine import hardware, versions
+from ..vmem import linux
 from ..vmem.errors import InvalidConfig
 from .limits import Limits, LimitsProbe
 
@@ -49,6 +50,23 @@ def require_matplotlib() -> None:
         raise InvalidConfig("matplotlib draws the plots and is missing: pip install 'vkv[bench]'")
 
 
+def require_folder(folder: Path) -> None:
+    """Raise InvalidConfig if nothing can be written to a folder, there or to be made."""
+    if not linux.can_write(folder):
+        raise InvalidConfig(f"nothing can be written to {folder}; give another folder")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a bench has written. Raises InvalidConfig for a file that is no record."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidConfig(f"{path} is no record: {error}; give the JSON of a bench") from error
+    if not isinstance(content, dict):
+        raise InvalidConfig(f"{path} is no record but a {type(content).__name__}")
+    return content
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Findings:
     """What a bench has found so far.
@@ -69,7 +87,7 @@ class Record:
     One of the same processor and day is written over. One of another processor that sells under
     the same name is not: `<hardware>` then says more of the processor.
 
-    Raises InvalidConfig if plots cannot be drawn here.
+    Raises InvalidConfig if plots cannot be drawn here, or nothing can be written to the folder.
     """
 
     def __init__(
@@ -82,6 +100,7 @@ class Record:
         command: str,
     ) -> None:
         require_matplotlib()  # before the work, not after it
+        require_folder(folder)
         self._machine = hardware(device)
         self._date = datetime.date.today().isoformat()
         self._what, self._config, self._command = what, dict(config), command

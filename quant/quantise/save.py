@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...vmem import linux
 from ...vmem.errors import QuantError
 from ..formats.scheme import FormatName, Scheme
 from ..formats.table import parse_config, write_layer
@@ -36,8 +37,8 @@ def save_quantized(
 
     The folder appears when all of it is written. `report` is added to the report.
 
-    Raises QuantError if the folder is there already, or if the format cannot say what was left
-    dense.
+    Raises QuantError if the folder is there already or cannot be made, or if the format cannot say
+    what was left dense.
     """
     home = Path(out)
     refuse_occupied(home)
@@ -93,7 +94,9 @@ def _state(result: QuantizedModel, scheme: Scheme) -> dict[str, torch.Tensor]:
 
 
 def refuse_occupied(out: Path) -> None:
-    """Raise QuantError if there is something at `out` already."""
+    """Raise QuantError if there is something at `out` already, or it cannot be made."""
+    if not linux.can_write(out.absolute().parent):
+        raise QuantError(f"{out} cannot be written to; name a folder elsewhere")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise QuantError(f"{out} exists and is not empty; name a new folder")
 

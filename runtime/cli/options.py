@@ -56,9 +56,10 @@ def option(default: Any = ..., *, help: str, **how: Any) -> Any:
     return field(default_factory=lambda: parse(default), metadata=metadata)
 
 
-def computed(make: Callable[[], Any], *, help: str, kind: Any) -> Any:
-    """A field that is an option of type `kind`, and `make()` where it is not given."""
-    flag = Flag(help=help, default=None, kind=kind | None)
+def computed(make: Callable[[], Any], *, help: str, kind: Any, **how: Any) -> Any:
+    """A field that is an option of type `kind`, and `make()` where it is not given; `how`: as of
+    `Flag`."""
+    flag = Flag(help=help, default=None, kind=kind | None, **how)
     return field(default_factory=make, metadata={"flag": flag})
 
 

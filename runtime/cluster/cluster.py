@@ -57,7 +57,7 @@ class Cluster:
         instances: how many.
         roles: "prefill", "decode" or "both", one an instance; None for all of them "both".
         policy: a name of `CLUSTER_POLICIES`, or an object of your own; None for "llumnix", or where
-            there are roles "disaggregated".
+            there are roles "disaggregated", which alone knows them.
         address: of a Ray cluster to join, as of `ray.init`, "auto" for the one that this machine is
             a node of; its nodes share the instances out. None to start one on this machine.
         threads: of each instance, on a CPU, which are as many of Ray's CPUs in a cluster that is

@@ -8,7 +8,7 @@ from ...vmem import linux
 from ...vmem.errors import InvalidConfig
 from ..adapters.adapters import adapter_folder
 from ..blocks.places import Source
-from .policies import CLUSTER_POLICIES, ClusterPolicy
+from .policies import CLUSTER_POLICIES, ClusterPolicy, Disaggregated
 from .snapshot import Role
 
 _LIVENESS_S = (0.1, 86400.0)  # of three times as much the system keeps no TCP connection alive
@@ -69,6 +69,11 @@ def checked_policy(policy: str | ClusterPolicy | None, roles: Sequence[Role]) ->
     if policy not in CLUSTER_POLICIES:
         raise InvalidConfig(
             f"policy is {policy!r}; use one of {', '.join(CLUSTER_POLICIES)}, or an object"
+        )
+    if policy != Disaggregated.name and any(role != "both" for role in roles):
+        raise InvalidConfig(
+            f"policy is {policy!r}, which moves no computed prompt to those that are to decode, "
+            f"and roles are {list(roles)}; use {Disaggregated.name!r}, or leave one of the two out"
         )
     return CLUSTER_POLICIES[policy]()
 

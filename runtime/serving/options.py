@@ -38,8 +38,9 @@ class ServeOptions:
             policy says. They are actors of Ray. One is a plain engine, unless `--cluster-policy`,
             `--roles` or `--max-instances` is given.
         max_instances: with more than `instances`, as many are started as are needed, and ended when
-            they are not; with the policy llumnix alone.
-        roles: what each instance is for: prefill, decode or both, with commas.
+            they are not; with the policy llumnix alone, and without roles of their own.
+        roles: what each instance is for: prefill, decode or both, with commas; with the policy
+            disaggregated alone.
         cluster_policy: one of round_robin, least_loaded, least_time, llumnix, disaggregated; by
             default llumnix, or disaggregated where there are roles.
         lending: instances lend each other memory, so that more requests run at once; by default
@@ -138,12 +139,21 @@ class ServeOptions:
                 "api_server_count and restart_engine are for one engine; leave them out with "
                 "several instances"
             )
+        for name in ("lending", "ray_address"):
+            if getattr(self, name) and not self.is_cluster:
+                raise InvalidConfig(
+                    f"{name} is {getattr(self, name)!r}, and there is one engine: give instances, "
+                    "2 or more, or a cluster_policy to have a cluster of one"
+                )
+        is_apart = any(role.strip() != "both" for role in (self.roles or "both").split(","))
         if self.max_instances is not None and (
-            self.max_instances < self.instances or self.cluster_policy not in (None, "llumnix")
+            is_apart
+            or self.max_instances < self.instances
+            or self.cluster_policy not in (None, "llumnix")
         ):
             raise InvalidConfig(
                 f"max_instances is {self.max_instances}: use at least instances, "
-                f"{self.instances}, and the cluster policy llumnix"
+                f"{self.instances}, the cluster policy llumnix, and no roles but both"
             )
         keys = read_keys(self.api_key, self.api_key_file)
         object.__setattr__(self, "keys", tuple(key.text for key in keys))

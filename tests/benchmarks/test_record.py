@@ -18,6 +18,7 @@ from vkv.bench.models.options import CacheOptions, MemoryOptions
 from vkv.bench.options import StartupOptions
 from vkv.bench.record import INCOMPLETE, Findings, Record, Table
 from vkv.bench.report import report
+from vkv.vmem.errors import InvalidConfig
 
 CPU = torch.device("cpu")
 
@@ -77,6 +78,16 @@ def test_ctrl_c_keeps_what_there_is_and_says_so(
     assert INCOMPLETE in report(tmp_path).read_text()
     assert "interrupted" in capsys.readouterr().err
     assert seen[-1] == "closed"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    seen: list[Any] = []
+    for folder in (tmp_path / "file", tmp_path / "file" / "records" / "more"):
+        with pytest.raises(InvalidConfig, match="nothing can be written to"):
+            _grow(folder, None, seen)
+    assert not seen
+    assert _grow(tmp_path / "made" / "for it", None, seen).is_file()
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:

@@ -230,6 +230,8 @@ def test_the_command_says_what_is_wrong(tmp_path):
     (tmp_path / "file").write_text("here already")
     occupied = message(tiny, tmp_path / "file", "--group", "32", error=InvalidConfig)
     assert "exists and is not empty" in occupied
+    nowhere = message(tiny, tmp_path / "file" / "out", "--group", "32", error=InvalidConfig)
+    assert "cannot be written to" in nowhere
     assert run(tiny, out, "--group", "32").exit_code == 0
     assert "quantised already" in message(out, tmp_path / "again", error=BadCheckpoint)
 

@@ -139,7 +139,7 @@ class SimulateOptions:
             raise InvalidConfig(f"roles has {unknown[0]!r}; use some of {', '.join(ROLES)}")
         if not self.policies:
             raise InvalidConfig(f"policies is empty; use some of {', '.join(POLICIES)}")
-        _check_policies(self.policies)
+        _check_policies(self.policies, self.roles)
         if not self.rates or min(self.rates) <= 0:
             raise InvalidConfig(f"rates are {self.rates}; give one at least, and none that is 0")
         least = min(self.link_gbit, self.link_latency_ms, self.report_ms, self.loan_latency_us)
@@ -150,12 +150,17 @@ class SimulateOptions:
             )
 
 
-def _check_policies(texts: tuple[str, ...]) -> None:
-    """Raise InvalidConfig for what is no policy."""
+def _check_policies(texts: tuple[str, ...], roles: tuple[str, ...] = ()) -> None:
+    """Raise InvalidConfig for what is no policy, or one that knows nothing of roles."""
     from .contenders import contender  # here, as the list of commands needs no policies
 
+    is_apart = any(role != "both" for role in roles)
     for text in texts:
-        contender(text)
+        if contender(text).name != "disaggregated" and is_apart:
+            raise InvalidConfig(
+                f"policy is {text!r}, which moves no computed prompt to those that are to decode, "
+                f"and roles are {','.join(roles)}; use disaggregated, or leave the roles out"
+            )
 
 
 def _promises(listed: str) -> tuple[tuple[float, float], ...]:

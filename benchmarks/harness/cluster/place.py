@@ -10,7 +10,7 @@ from ...runtime.cluster.placement.machine import CostTable, Machine, read_machin
 from ...runtime.cluster.placement.search import Rated, SearchConfig, search
 from ...runtime.cluster.simulator.trace import Slo
 from ...runtime.frontend.progress import counted
-from ..record import Table, require_matplotlib
+from ..record import Table, require_folder, require_matplotlib
 from .options import PlaceOptions
 from .traces import trace_of
 
@@ -32,6 +32,7 @@ def run(options: PlaceOptions, command: str) -> list[Table]:
     """Search, and say what was found."""
     if options.plot is not None:
         require_matplotlib()
+        require_folder(options.plot.parent)
     machine, table = _machine(options), read_table(options.table)
     config = SearchConfig(
         slo=Slo(
@@ -143,4 +144,5 @@ def _plot(found: Sequence[Rated], path: Path) -> None:
     axes.barh(names, [rated.rate for rated in found][::-1], color=colours)
     axes.set_xlabel("requests a second and GPU")
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -1,7 +1,6 @@
 """`vkv simulate`: a cluster on a virtual clock, under one policy after another."""
 
 import itertools
-import json
 import math
 import re
 import time
@@ -26,7 +25,7 @@ from ...runtime.cluster.snapshot import Role
 from ...runtime.frontend.progress import counted
 from ...vmem.errors import InvalidConfig
 from ..limits import LimitsProbe
-from ..record import Findings, Record, Table, record_name
+from ..record import Findings, Record, Table, read_record, record_name
 from .comparison import against_first, by_urgency, figures, latencies, plot, totals
 from .contenders import Contender, contender
 from .long.costs import recorded_loan_cost
@@ -191,11 +190,13 @@ def _speed(name: str, report: Report, took_s: float, cpu_s: float) -> str:
 
 def _again(path: Path) -> list[Table]:
     """Runs of a record, measured and simulated. Costs are fitted to the steps of all of them."""
-    record = json.loads(path.read_text())
-    runs = [r for r in record.get("results", {}).get("runs", ()) if not r.get("num_preemptions")]
+    record = read_record(path)
+    found = record.get("results", {}).get("runs", ())
+    runs = [r for r in found if "step_ends" in r and not r.get("num_preemptions")]
     if not runs:
         raise InvalidConfig(
-            f"{path} has no runs without preemptions; give a record of `vkv bench serve`"
+            f"{path} has no runs with the times of their steps and without preemptions; give a "
+            "record of `vkv bench serve`"
         )
     steps: list[StepRecord] = [step for run in runs for step in recorded_steps(run)]
     fit = fit_step_cost(steps)

@@ -146,7 +146,7 @@ class VmmOptions:
     runs: tuple[int, ...] = option(
         "1,2,8,32,128,512", parse=whole_numbers, help="Lengths of runs, in pages."
     )
-    repeats: int = option(7, help="Lives of each run.")
+    repeats: int = option(7, least=1, help="Lives of each run.")
     max_bytes: int = option(
         "512MiB",
         names=("--max-memory",),

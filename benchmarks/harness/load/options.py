@@ -77,7 +77,7 @@ class ServeOptions:
         help="fastgen (its four quadrants), sharegpt, sharegpt-turns, burstgpt, arxiv, documents, "
         "skewed, powerlaw-256-256 and its like; with commas.",
     )
-    num_requests: int = option(32, help="Requests of each workload.")
+    num_requests: int = option(32, least=1, help="Requests of each workload.")
     scale: float = option(1.0, help="Multiplies all lengths.")
     clients: tuple[int, ...] = option(
         "8",
@@ -213,6 +213,7 @@ class TenantsOptions:
     max_seqs: int = max_seqs_option(8)
     max_batch_tokens: int | None = option(
         None,
+        least=1,
         help="Tokens of a step: who comes waits for the step under way. Default: the device's.",
     )
     label: str = label_option()

@@ -36,13 +36,15 @@ class MemoryOptions:
     shape: str = shape_option("llama-tiny")
     dtype: "torch.dtype" = dtype_option("float32")
     device: "torch.device" = device_option()
-    num_requests: int = option(64, help="Requests of the workload.")
+    num_requests: int = option(64, least=1, help="Requests of the workload.")
     prompt_lens: tuple[int, int] = option(
         (16, 2000), help="Shortest and longest prompt, in tokens."
     )
     output_lens: tuple[int, int] = option((16, 256), help="Shortest and longest output, in tokens.")
     max_seqs: int = max_seqs_option(16)
-    look_ahead_tokens: int = option(16, help="Tokens mapped ahead of each decoding request.")
+    look_ahead_tokens: int = option(
+        16, least=0, help="Tokens mapped ahead of each decoding request."
+    )
     quant: str | None = option(
         None,
         help=f"{_FORMATS}: also show how many tokens of KV fit into what 4-bit weights in that "
@@ -85,7 +87,7 @@ class ThroughputOptions:
         ON_A_CPU, parse=cells_named, help="What to time, separated by commas."
     )
     repeats: int = option(3, least=1, help="Repeats, each in fresh processes.")
-    batch: int = option(8, help="Padded batch of transformers in `ragged`.")
+    batch: int = option(8, least=1, help="Padded batch of transformers in `ragged`.")
     eager_peers: bool = option(
         False, help="Run vLLM without torch.compile, which takes minutes to start."
     )
@@ -143,7 +145,9 @@ class CacheOptions:
         help="Which caches to compare, separated by commas; virtual-vkv is with our attention.",
     )
     steps: int = option(24, least=1, help="Tokens to decode and time.")
-    max_prefill: int = option(1024, help="Prompts up to so many tokens go through the model, too.")
+    max_prefill: int = option(
+        1024, least=0, help="Prompts up to so many tokens go through the model, too."
+    )
     repeats: int = option(3, least=1, help="Repeats, each in fresh processes.")
     seed: int = seed_option()
 

