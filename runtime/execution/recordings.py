@@ -12,7 +12,9 @@ splits a context is part of a recording, and goes by the longest that it is play
 A batch smaller than its size is padded with decodes that do no harm. Each
 writes its keys and values to the place of some request's next token, which is mapped, and which is
 not read before that token overwrites it. It attends to the first token of that slot alone. Where no
-slot has such a place, the padding repeats the shortest request, and writes what that writes.
+slot has such a place, the padding repeats the shortest request, and writes what that writes: of
+those that have no adapter and are of no other model, for padding has neither. Where all have, the
+step runs as if it were not recorded.
 """
 
 import logging
@@ -268,6 +270,8 @@ class DecodeRecordings:
         if known is None:
             return None
         size = _at_least(self._batch_sizes, len(batch))
+        if len(batch) < size and batch.padding is None and not _plain(batch):
+            return None
         values = self._values(batch, size)
         key = size, _at_least(self._lengths, max(values.kv_lens))
         recording = known.get(key)
@@ -428,10 +432,15 @@ class DecodeRecordings:
 
 
 def _repeated(batch: Batch) -> tuple[Padding, int]:
-    """The shortest request once more, which writes what that writes; and its position."""
-    shortest = min(batch.items, key=lambda item: item.start)
+    """The shortest plain request once more, which writes what that writes; and its position."""
+    shortest = min(_plain(batch), key=lambda item: item.start)
     (token,) = shortest.request.ids(shortest.start, shortest.start + 1)
     return Padding(_slot(shortest), shortest.start, token), shortest.start
+
+
+def _plain(batch: Batch) -> list[ScheduledRequest]:
+    """What the model alone computes."""
+    return [i for i in batch.items if i.request.adapter is None and i.request.chain is None]
 
 
 def _runs(batch: Batch) -> Runs:

@@ -33,5 +33,6 @@ def record_by_rerun(llm: LLM) -> DecodeRecordings:
         runner.device,
         llm.config.max_seqs,
         runner.adapters,
+        runner.chains,
     )
     return runner.recordings

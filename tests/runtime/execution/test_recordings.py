@@ -309,6 +309,34 @@ def test_padded_recordings_serve_any_adapters(flash_standin: str, tmp_path: Path
     assert tokens[:2] == tokens[2:]
 
 
+def test_padding_writes_nothing_of_the_model_alone_for_who_has_an_adapter(
+    flash_standin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no slot has a place for padding, it would repeat a request, and without its adapter."""
+    save_adapter(tmp_path / "a", zoo.tiny_model("llama"), seed=1)
+    prompts = zoo.random_prompts([10, 10, 10])
+    without_place: list[bool] = []  # of each step, whether it was replayed
+    run = DecodeRecordings.run
+
+    def spy(self: DecodeRecordings, batch: Batch, last_tokens: Any = None) -> Any:
+        logits = run(self, batch, last_tokens)
+        if batch.padding is None:
+            without_place.append(logits is not None)
+        return logits
+
+    monkeypatch.setattr(DecodeRecordings, "run", spy)
+    options = {"look_ahead_tokens": 0, "max_parked": 0}
+    tokens = []
+    for recorded in (False, True):
+        with _open("llama", flash_standin, recorded=recorded, **options) as llm:
+            llm.load_adapter("a", tmp_path / "a")
+            outs = llm.generate(prompts, zoo.greedy(60), adapter="a")
+            tokens.append([out.outputs[0].token_ids for out in outs])
+    assert tokens[0] == tokens[1]
+    assert without_place
+    assert not any(without_place)
+
+
 class _PooledRerun(Rerun):
     """Recordings share a pool, as PyTorch's allocator has it: once the last that uses it is gone,
     none can be made under its name (`TORCH_INTERNAL_ASSERT(it->second->use_count > 0)`)."""
