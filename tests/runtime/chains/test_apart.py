@@ -181,6 +181,7 @@ def test_adapters_of_the_first_model_take_turns_with_others(
     family: dict[str, Path],
     alone: chains.Alone,
     tmp_path: Path,
+    flash_standin: str,
     is_padded: bool,
 ) -> None:
     """A GPU replays decodes in few sizes. Padding is the first model's own, and there may be no
@@ -190,7 +191,7 @@ def test_adapters_of_the_first_model_take_turns_with_others(
     prompts = zoo.random_prompts([17, 9, 30, 12, 7, 8, 21])
     names = [chains.BASE, "kin", None, "early", None, "head", "words"]
     adapters = [None, None, "a", None, "a", None, None]
-    with _llm(tenants) as llm:
+    with _llm(tenants, attention=flash_standin if is_padded else "auto") as llm:
         llm.load_adapter("a", adapter)
         if is_padded:
             record_by_rerun(llm)
