@@ -43,16 +43,19 @@ PEERS: Mapping[str, str] = {
     "openvino": "openvino_worker.py",
     "vkv-other": "vkv_worker.py",  # another version, before a change for one
 }
-# Of peers, the form with 4-bit weights that each makes itself, or the checkpoint's in 4 bits.
-INT4_PEERS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "llama-cpp": ("llama-cpp-q4_0", {"weights": "q4_0"}),
-    "openvino": ("openvino-int4", {"weights": "int4"}),
-    "vkv-other": ("vkv-other-int4", {"kv": "virtual"}),
+# Of peers, the forms with 4-bit weights that each makes itself, or the checkpoint's in 4 bits.
+INT4_PEERS: Mapping[str, Mapping[str, dict[str, Any]]] = {
+    "llama-cpp": {
+        "llama-cpp-q4_0": {"weights": "q4_0"},
+        "llama-cpp-q4_k_m": {"weights": "q4_k_m"},
+    },
+    "openvino": {"openvino-int4": {"weights": "int4"}},
+    "vkv-other": {"vkv-other-int4": {"kv": "virtual"}},
 }
 # Those that are given the checkpoint in 4 bits.
 READ_INT4 = (*INT4_SYSTEMS, "vkv-other-int4")
 # Those whose numbers are those of the dense weights, so that their tokens can be compared.
-_ROUNDED = (*READ_INT4, *(name for name, _ in INT4_PEERS.values()))
+_ROUNDED = (*READ_INT4, *(name for forms in INT4_PEERS.values() for name in forms))
 
 
 def commands(
@@ -81,8 +84,7 @@ def commands(
     for name, path in peers.items():
         words = [interpreter_of(name, path, PEERS), str(WORKERS / PEERS[name])]
         found[name] = Command(words, {"eager": eager, "kv": "virtual"})
-        if quant and name in INT4_PEERS:
-            int4, own = INT4_PEERS[name]
+        for int4, own in INT4_PEERS.get(name, {}).items() if quant else ():
             found[int4] = Command(words, own)
     return found
 

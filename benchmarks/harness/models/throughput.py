@@ -16,7 +16,7 @@ compiles for every shape.
 With a `quant` format, the same weights are also rounded to 4 bits, into a checkpoint that vkv runs
 beside the dense one, with the output layer dense and (`-head`) in 4 bits too. llama.cpp then runs
 its own Q4_0 as well, with embeddings and output layer in Q8_0 (its own tool makes them Q6_K), and
-OpenVINO its int4, with these in 8 bits.
+Q4_K_M as that tool makes it; OpenVINO its int4, with these in 8 bits.
 
 Who computes with the same weights should say the same: each system's first tokens are compared with
 those of the first. A few differ, where rounding decides between two that are alike.

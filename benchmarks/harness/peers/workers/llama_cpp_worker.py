@@ -1,10 +1,12 @@
 """llama.cpp through llama-cpp-python's low-level API, in an environment of its own.
 
 Its model file is written here, from the same safetensors, with the `gguf` package: in bfloat16, or
-with linear layers in Q4_0 and embeddings and output layer in Q8_0. All sequences decode together in
-one batch; a prompt is cut into batches of at most 2,048 tokens.
+with linear layers in Q4_0 and embeddings and output layer in Q8_0; llama.cpp itself makes Q4_K_M of
+the first. All sequences decode together in one batch; a prompt is cut into batches of at most 2,048
+tokens.
 """
 
+import ctypes
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +14,16 @@ from typing import Any
 
 import numpy as np
 from llama_cpp import llama_cpp as llama
-from llama_gguf import write_gguf
+from llama_gguf import bytes_of, write_gguf
 from protocol import Clock, System, expect, serve
 
 _BATCH = 2048
 
 
 def load(options: dict[str, Any]) -> System:
-    folder = Path(options["model"])
-    weights = options.get("weights", "bf16")
-    path = Path(options["scratch"]) / f"model-{weights}.gguf"
-    if not path.exists():
-        write_gguf(folder, path, weights)
+    folder, weights = Path(options["model"]), options.get("weights", "bf16")
     llama.llama_backend_init()
+    path = _model_file(folder, Path(options["scratch"]), weights)
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
     if not model:
         raise RuntimeError(f"llama.cpp does not load {path}")
@@ -52,11 +51,25 @@ def load(options: dict[str, Any]) -> System:
         return sequences.outputs
 
     weight_bytes = llama.llama_model_size(model)
-    block = 34 / 32 if weights == "q4_0" else 2  # bytes an element of the embedding
-    looked_up = (
-        0 if config.get("tie_word_embeddings") else vocab_size * config["hidden_size"] * block
-    )
-    return System(generate, weight_bytes, weight_bytes - int(looked_up))
+    looked_up = 0 if config.get("tie_word_embeddings") else bytes_of(path, "token_embd.weight")
+    return System(generate, weight_bytes, weight_bytes - looked_up)
+
+
+def _model_file(folder: Path, scratch: Path, weights: str) -> Path:
+    """The model in these weights, made if it is not there."""
+    path = scratch / f"model-{weights}.gguf"
+    if path.exists():
+        return path
+    if weights != "q4_k_m":
+        write_gguf(folder, path, weights)
+        return path
+    how, part = llama.llama_model_quantize_default_params(), path.with_suffix(".part")
+    how.ftype = llama.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    whole = _model_file(folder, scratch, "bf16")
+    if status := llama.llama_model_quantize(bytes(whole), bytes(part), ctypes.byref(how)):
+        raise RuntimeError(f"llama.cpp makes no Q4_K_M of {whole}: {status}")
+    part.rename(path)
+    return path
 
 
 class _Sequences:

@@ -70,6 +70,11 @@ def write_gguf(folder: Path, path: Path, weights: str, *, has_words: bool = Fals
     os.replace(path.with_suffix(".part"), path)
 
 
+def bytes_of(path: Path, name: str) -> int:
+    """What a tensor of a file takes in it."""
+    return sum(int(one.n_bytes) for one in gguf.GGUFReader(path).tensors if one.name == name)
+
+
 def _add_words(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     """A vocabulary of SentencePiece's kind: what its server cannot do without."""
     kinds = gguf.TokenType
