@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +25,25 @@ if CHROMIUM is None:
 PATIENCE_MS = 30_000
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[AsyncLLM]:
+@contextmanager
+def _brought_along() -> Iterator[AsyncLLM]:
     """The model that vkv brings along."""
     llm = AsyncLLM(max_seqs=8, max_parked=4)
     yield llm
     run_elsewhere(llm.close())
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[AsyncLLM]:
+    with _brought_along() as llm:
+        yield llm
+
+
+@pytest.fixture
+def unasked() -> Iterator[tuple[str, AsyncLLM]]:
+    """A server that no other test has asked anything, in whatever order they come."""
+    with _brought_along() as llm, served(page_app(llm, llm)) as address:
+        yield address, llm
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +138,13 @@ def _skip(page: Any, time_ms: int) -> None:
 
 
 def test_a_chat_takes_memory_before_ones_eyes(
-    visit: Callable[..., Visit], address: str, llm: AsyncLLM
+    unasked: tuple[str, AsyncLLM], visit: Callable[..., Visit]
 ) -> None:
+    address, llm = unasked
     seen = visit(address)
     page = seen.page
     _live(page)
-    assert page.get_by_text("Nothing has been asked yet").is_visible()
+    page.get_by_text("Nothing has been asked yet").wait_for()
     assert page.locator("#model").inner_text() == MODEL
     assert page.locator("#says").inner_text().endswith("0 B backed")
     assert _backed(page) == 0
